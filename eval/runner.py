@@ -24,7 +24,7 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -394,11 +394,18 @@ def _warm_up(model: Any, processor: Any, samples: Sequence[Sample], seed: int, h
 
 
 def evaluate(
-    settings: Settings, output: str | Path, resume: bool = False, console: Console | None = None
+    settings: Settings,
+    output: str | Path,
+    resume: bool = False,
+    console: Console | None = None,
+    loaded: tuple[Any, Any, dict[str, Any]] | None = None,
+    watch: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Run baseline and methods, write everything into `output` and return what `results.json` holds.
 
-    With `resume`, batches already in `samples.jsonl` are kept; settings other than the old ones are refused.
+    With `resume`, batches already in `samples.jsonl` are kept; settings other than the old ones are refused. `loaded`
+    is what `load_model` gave, where the model is in memory already. `watch(run, done, samples)` is called after every
+    batch; what it raises ends the run, which can then be resumed.
     """
     console = console or Console(stderr=True)
     if not console.is_terminal:
@@ -412,7 +419,7 @@ def evaluate(
     if (folder / "config.json").exists() and not resume:
         raise VlmFixError(f"{folder} already holds a run: add --resume to continue it or choose another --output.")
     tasks = build(settings)
-    model, processor, identity = load_model(settings.model, settings.dtype, settings.device)
+    model, processor, identity = loaded or load_model(settings.model, settings.dtype, settings.device)
     for stack in runs.values():  # a bad value or combination must not surface after an hour of baseline
         with _wrapped(model, stack):
             pass
@@ -423,10 +430,14 @@ def evaluate(
     )
     store = Store(folder, config, resume)
     for run, stack in runs.items():
+        done, samples = 0, sum(len(task.samples) for task in tasks)
         with _wrapped(model, stack), _progress(console, run, tasks) as advance:
             for task in tasks:
                 for n in _run(model, processor, run, task, settings, store):
                     advance(n)
+                    done += n
+                    if watch:
+                        watch(run, done, samples)
     results = {
         "vlm_fix": vlm_fix.__version__,
         "settings": config,

@@ -109,6 +109,25 @@ def test_a_resumed_sampling_run_draws_the_same_answers(tmp_path):
     assert [r["answer"] for r in rows(tmp_path / "b")] != before and other["settings"]["seed"] == 4
 
 
+def test_a_watched_run_can_be_ended_and_continued(whole, tmp_path):
+    class Enough(Exception):
+        pass
+
+    def watch(*where):
+        seen.append(where)
+        if len(seen) == 3:
+            raise Enough
+
+    seen, loaded = [], runner.load_model(MODEL)
+    settings = Settings(**SMALL, methods=(("pai:alpha=0.5",), ("vcd",)))
+    with pytest.raises(Enough):
+        evaluate(settings, tmp_path, console=QUIET, loaded=loaded, watch=watch)
+    assert not hasattr(loaded[0], "_vlm_fix_engine") and len(rows(tmp_path)) == seen[-1][1] > 0
+    results = evaluate(settings, tmp_path, resume=True, console=QUIET, loaded=loaded, watch=lambda *w: seen.append(w))
+    assert untimed(results) == untimed(whole[1])
+    assert [w for w in seen if w[1] == w[2]] == [(run, seen[0][2], seen[0][2]) for run in results["runs"]]
+
+
 def test_resume_refuses_other_settings_and_a_new_run_an_old_folder(whole):
     folder, _ = whole
     with pytest.raises(VlmFixError, match=r"made with batch_size = 5, not 4: resume with the same settings"):
