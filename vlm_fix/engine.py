@@ -17,6 +17,7 @@ from torch import nn
 from transformers import LogitsProcessorList
 
 from . import attention
+from . import calibration as calibrations
 from .errors import VlmFixError
 from .families import Arch, arch_of, get_part, image_token_ids
 from .method import AttentionEdit, Contrast, LogitEdit, Method, TokenPruner
@@ -303,11 +304,13 @@ def check_combination(methods: list[Method]) -> None:
             raise VlmFixError(f"{name} is listed twice; give it once, with the parameters you want.")
 
 
-def wrap(model: Model, spec: Spec) -> Model:
+def wrap(model: Model, spec: Spec, calibration: calibrations.Files = None) -> Model:
     """Install one method or a stack of methods on a Hugging Face vision-language model, in place.
 
     spec: a name ("var"), a spec string ("pai:alpha=0.2,layers=2-31"), a Method, or a list of these. Returns the model.
-    Raises VlmFixError for an unknown method or value, an unsupported or already wrapped model, a senseless stack.
+    calibration: a file of `vlm-fix calibrate`, or several; it fills the parameters that spec leaves at their default.
+    Raises VlmFixError for an unknown method or value, an unsupported or already wrapped model, a senseless stack, a
+    calibration of another method or model.
     """
     current = model.__dict__.get("_vlm_fix_engine")
     if current:
@@ -315,7 +318,10 @@ def wrap(model: Model, spec: Spec) -> Model:
         raise VlmFixError(
             f"the model is already wrapped with {names}; call vlm_fix.unwrap(model) first, or pass a list of methods."
         )
-    engine = Engine(model, parse(spec))
+    methods = parse(spec)
+    if calibration is not None:
+        methods = calibrations.apply(calibrations.read_all(calibration), methods, arch_of(model))
+    engine = Engine(model, methods)
     engine.install()
     model.__dict__["_vlm_fix_engine"] = engine
     return model
@@ -330,9 +336,9 @@ def unwrap(model: Model) -> Model:
 
 
 @contextlib.contextmanager
-def wrapped(model: Model, spec: Spec) -> Iterator[Model]:
+def wrapped(model: Model, spec: Spec, calibration: calibrations.Files = None) -> Iterator[Model]:
     """`with vlm_fix.wrapped(model, "vhr"): model.generate(...)`."""
-    wrap(model, spec)
+    wrap(model, spec, calibration)
     try:
         yield model
     finally:

@@ -12,6 +12,7 @@ import math
 import re
 import types
 import typing
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -20,6 +21,7 @@ import torch
 from .errors import VlmFixError
 
 if TYPE_CHECKING:
+    from .calibration import Sample
     from .decoding.logits import Step
     from .families import Arch
     from .session import Call, Rows, Session
@@ -80,6 +82,19 @@ class Method:
     def defaults(self, arch: Arch) -> dict[str, Any]:
         """Values for the fields left at None, for this model."""
         return {}
+
+    def calibrate(
+        self, model: Any, samples: Sequence[Sample], seed: int, progress: Callable[[str, float], None]
+    ) -> dict[str, Any]:
+        """Find this method's parameters for an unwrapped model: field name -> value, as `calibration.Calibration.found`.
+
+        samples are labelled questions (`calibration.Sample`), on the model's device; seed is for whatever is drawn;
+        progress(what, share done) is called now and then. The model is left as it was. Raises VlmFixError where nothing
+        is found.
+        """
+        raise VlmFixError(
+            f"{self.name} has nothing to find; search a strength with --search, as in --search alpha=0.1|0.2|0.5."
+        )
 
     @property
     def neutral(self) -> bool:

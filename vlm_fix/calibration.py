@@ -1,0 +1,173 @@
+"""What papers tune by hand for one model, found from labelled samples and kept in a small JSON that `wrap` reads.
+
+A method finds its own parameters in `Method.calibrate`; `vlm-fix calibrate` makes the samples, searches strengths and
+writes the file. wrap(model, "iri", calibration="iri.json") fills the fields that were left at their default from it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from .errors import VlmFixError
+from .families import Arch
+from .method import Method
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One labelled question: the processor's output for one prompt (batch 1, ends where the answer begins).
+
+    target is the token id of the right answer's first token, other that of the wrong one. vocabulary: word -> id of its
+    first token, for the concept words that a method asks for (all samples share one).
+    """
+
+    inputs: dict[str, Tensor]
+    target: int
+    other: int
+    vocabulary: dict[str, int] = field(default_factory=dict, repr=False)
+
+
+def collate(samples: Sequence[Sample], pad_id: int = 0) -> dict[str, Tensor]:
+    """The samples' inputs as one left-padded batch: ids, masks [B, L]; images one after the other."""
+    batch: dict[str, Tensor] = {}
+    width = max(s.inputs["input_ids"].shape[1] for s in samples)
+    for key in samples[0].inputs:
+        rows = [s.inputs[key] for s in samples]
+        if all(r.shape == s.inputs["input_ids"].shape for r, s in zip(rows, samples, strict=True)):
+            fill = pad_id if key == "input_ids" else 0
+            rows = [pad(r, (width - r.shape[1], 0), value=fill) for r in rows]
+        batch[key] = torch.cat(rows)
+    return batch
+
+
+def batches(samples: Sequence[Sample], size: int, pad_id: int = 0) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+    """(indices of the samples, their collated inputs) in batches of similar length."""
+    order = sorted(range(len(samples)), key=lambda i: samples[i].inputs["input_ids"].shape[1])
+    for start in range(0, len(order), size):
+        part = order[start : start + size]
+        yield part, collate([samples[i] for i in part], pad_id)
+
+
+@torch.no_grad()
+def answer_scores(model: Any, samples: Sequence[Sample], batch_size: int = 16) -> Tensor:
+    """Scores [N, 2], on the CPU, of each sample's (target, other) as first answer token.
+
+    They are what greedy `generate` compares, so contrasts and logit edits of a wrapped model are in them; of an unwrapped
+    model they are raw logits. Calls `generate`: batches of `batch_size`, one new token.
+    """
+    result = torch.empty(len(samples), 2)
+    pad_id = model.generation_config.pad_token_id or 0
+    for part, inputs in batches(samples, batch_size, pad_id):
+        out = model.generate(
+            **inputs, max_new_tokens=1, do_sample=False, num_beams=1, return_dict_in_generate=True, output_scores=True
+        )
+        for row, i in enumerate(part):
+            result[i] = out.scores[0][row, [samples[i].target, samples[i].other]].float().cpu()
+    return result
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """One method's parameters for one model, and where they come from."""
+
+    method: str
+    found: dict[str, Any]
+    model: dict[str, Any]  # name, type, depth, hidden, heads, weights (revision or sha256), ...
+    command: str = ""
+    seed: int = 0
+    data: dict[str, Any] = field(default_factory=dict)  # source, questions per half, sha256
+    score: dict[str, Any] = field(default_factory=dict)  # held-out questions, before and after
+    versions: dict[str, str] = field(default_factory=dict)
+    date: str = ""
+
+    def write(self, path: str | Path) -> None:
+        """As JSON; a reader never sees half a file."""
+        path = Path(path)
+        part = path.with_name(path.name + ".part")
+        part.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+        part.replace(path)
+
+    @classmethod
+    def read(cls, path: str | Path) -> Calibration:
+        """Raises VlmFixError for a file that is missing or was not written by `vlm-fix calibrate`."""
+        remedy = "make it with `vlm-fix calibrate METHOD --out FILE`."
+        try:
+            content = json.loads(Path(path).read_text())
+        except OSError:
+            raise VlmFixError(f"calibration file {path} cannot be read; {remedy}") from None
+        except ValueError:
+            raise VlmFixError(f"{path} is not a calibration file (no JSON); {remedy}") from None
+        known = {f.name: f.type for f in dataclasses.fields(cls)}
+        if (
+            not isinstance(content, dict)
+            or not {"method", "found", "model"} <= set(content) <= set(known)
+            or not isinstance(content["method"], str)
+            or not all(isinstance(content.get(k, {}), dict) for k, t in known.items() if str(t).startswith("dict"))
+        ):
+            raise VlmFixError(f"{path} is not a calibration file (it needs method, found and model); {remedy}")
+        return cls(**content)
+
+    def fill(self, method: Method) -> Method:
+        """`method` with the fields that are at their default taken from here."""
+        fields = {f.name: f for f in dataclasses.fields(method)}
+        unknown = sorted(set(self.found) - set(fields))
+        if unknown:
+            raise VlmFixError(
+                f"the calibration of {self.method} holds {', '.join(unknown)}, which {self.method} does not take; "
+                f"run `vlm-fix calibrate {self.method}` again."
+            )
+        return dataclasses.replace(
+            method, **{k: v for k, v in self.found.items() if getattr(method, k) == fields[k].default}
+        )
+
+    def check(self, arch: Arch) -> None:
+        """VlmFixError if this was found on a model of another kind or size."""
+        mine = sizes(arch)
+        for key, value in mine.items():
+            if self.model.get(key) != value:
+                raise VlmFixError(
+                    f"the calibration of {self.method} was made on {self.model.get('name', 'a model')} with "
+                    f"{key} {self.model.get(key)}, but this model has {key} {value}; run `vlm-fix calibrate {self.method}` "
+                    "on this model."
+                )
+
+
+def sizes(arch: Arch) -> dict[str, Any]:
+    """What a calibration and a model must have in common."""
+    return {"type": arch.family.name, "depth": arch.depth, "hidden": arch.hidden, "heads": arch.heads}
+
+
+Files = str | Path | Sequence[str | Path] | None
+
+
+def read_all(files: Files) -> list[Calibration]:
+    """One file or several -> calibrations, at most one a method."""
+    found = [Calibration.read(f) for f in ([files] if isinstance(files, str | Path) else files or ())]
+    for c in found:
+        if sum(c.method == other.method for other in found) > 1:
+            raise VlmFixError(f"there are two calibration files of {c.method}; give one.")
+    return found
+
+
+def apply(calibrations: Sequence[Calibration], methods: Sequence[Method], arch: Arch) -> list[Method]:
+    """The methods with what was found for them; VlmFixError for a file of another method or model."""
+    by_name = {c.method: c for c in calibrations}
+    strangers = sorted(set(by_name) - {m.name for m in methods})
+    if strangers:
+        raise VlmFixError(
+            f"the calibration of {strangers[0]} fits none of {', '.join(m.name for m in methods)}; leave the file out or "
+            f"add {strangers[0]}."
+        )
+    for c in calibrations:
+        c.check(arch)
+    return [by_name[m.name].fill(m) if m.name in by_name else m for m in methods]
