@@ -53,6 +53,7 @@ class Engine:
         self.edits = [[e for e in by_layer if i in (e.layers or ())] for i in range(self.arch.depth)]
         self.contrast = next((m for m in self.active if isinstance(m, Contrast) and m.contrasts), None)
         self.pruner = next((m for m in self.active if isinstance(m, TokenPruner)), None)
+        self.installed = False
         self.session: Session | None = None
         self.call: Call | None = None
         self.touched: set[Method] = set()
@@ -60,11 +61,15 @@ class Engine:
         self.main: Session | None = None  # the main session of the last call, until the call ends
         self.sessions: weakref.WeakKeyDictionary[Any, Session] = weakref.WeakKeyDictionary()
         self.tokens = torch.tensor(image_token_ids(model, self.family))
+        self.probe: Any = None  # observation.Probe of an observing pass
         self.lock = threading.RLock()
         self.handles: list[Any] = []
 
-    def install(self) -> None:
-        """Attention function, hooks and generate shim; undone by `remove` if anything goes wrong."""
+    def install(self, idle: bool = False) -> None:
+        """Attention function, hooks and generate shim; undone by `remove` if anything goes wrong.
+
+        Without an active method nothing is installed, unless `idle` asks for it.
+        """
         config = self.model.config.get_text_config()
         self.before = config._attn_implementation
         if self.before != "sdpa":
@@ -72,8 +77,9 @@ class Engine:
                 f"the language model runs {self.before!r} attention; vlm-fix builds on SDPA (which uses flash kernels where "
                 'it can): call model.set_attn_implementation("sdpa") first.'
             )
-        if not self.active:
+        if not self.active and not idle:
             return
+        self.installed = True
         try:
             attention.register()
             self.model.set_attn_implementation({"text_config": attention.NAME})
@@ -104,7 +110,7 @@ class Engine:
             handle.remove()
         for layer in self.language.layers:
             layer.self_attn.__dict__.pop("_vlm_fix", None)
-        if self.active:
+        if self.installed:
             self.model.set_attn_implementation({"text_config": self.before})
         self.model.__dict__.pop("generate", None)
 

@@ -144,3 +144,30 @@ def prompt_positions(model: Any, family: Family, inputs: dict[str, Any]) -> tupl
     known = inspect.signature(base.get_rope_index).parameters
     positions, _ = base.get_rope_index(ids, **{k: v for k, v in inputs.items() if k in known and k != "input_ids"})
     return positions, positions.amax(dim=(0, 2)) + 1
+
+
+def image_cells(model: Any, family: Family, inputs: dict[str, Any]) -> list[torch.Tensor]:
+    """Per image of one prompt, [h, w]: which of the prompt's image tokens shows each patch (-1: none)."""
+    count = int(
+        torch.isin(inputs["input_ids"], torch.tensor(image_token_ids(model, family)).to(inputs["input_ids"])).sum()
+    )
+    grid, cells, start = inputs.get("image_grid_thw"), [], 0
+    if grid is not None:
+        merge = model.config.vision_config.spatial_merge_size
+        sizes = [
+            (int(t) * int(h) // merge, int(w) // merge) for t, h, w in grid
+        ]  # frames of a video lie below each other
+        extra = 0
+    else:
+        pixels, patch = inputs["pixel_values"], model.config.vision_config.patch_size
+        sizes = [(pixels.shape[-2] // patch, pixels.shape[-1] // patch)] * len(pixels)
+        extra = count // len(pixels) - sizes[0][0] * sizes[0][1]  # a class token, if the model keeps it
+    for h, w in sizes:
+        start += extra
+        cells.append(torch.arange(start, start + h * w).view(h, w))
+        start += h * w
+    if start != count:
+        raise VlmFixError(
+            f"the prompt holds {count} image tokens, but its images give {start}; pass the images it was made with."
+        )
+    return cells

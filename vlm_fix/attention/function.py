@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -45,17 +46,25 @@ def attention(
     edits, first = _active(handle, session, query, key)
     whole = first == 0 and query.shape[2] == 1 and all(mask is None for _, _, mask in edits)
     by_weights = any(edit.edits("logits") or edit.edits("weights") for edit, _, _ in edits)
+    probe = None if session.plain else handle.engine.probe
     if not (edits and whole and by_weights) or session.tap:
         output = plain()[0]
         if session.tap:
             session.tap(handle.layer, output.transpose(1, 2))
-        if not edits:
-            return output, None
     else:
         output = torch.empty(query.shape[0], 1, query.shape[1], value.shape[-1], dtype=query.dtype, device=query.device)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if probe and not by_weights:
+        start = probe.first_row(session)
+        see = functools.partial(probe.weights, handle.layer, session, start)
+        edited_rows(query[:, :, start:], *_visible(key, value, query, attention_mask, start), scale, [], see)
+    if not edits:
+        if probe:
+            probe.heads(handle.layer, session, output)
+        return output, None
     if by_weights:
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        rows = edited_rows(query[:, :, first:], *_visible(key, value, query, attention_mask, first), scale, edits)
+        see = functools.partial(probe.weights, handle.layer, session, first) if probe else None
+        rows = edited_rows(query[:, :, first:], *_visible(key, value, query, attention_mask, first), scale, edits, see)
     else:
         rows = edited_heads(output[:, first:].transpose(1, 2), edits)
     rows = rows.transpose(1, 2).to(output.dtype)
@@ -64,6 +73,8 @@ def attention(
         rows = torch.where(touched[:, :, None, None], rows, output[:, first:])
     output = output.clone() if output.requires_grad else output
     output[:, first:] = rows
+    if probe:
+        probe.heads(handle.layer, session, output)
     return output, None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 
@@ -19,12 +20,14 @@ def edited_rows(
     allowed: torch.Tensor | None,
     scaling: float,
     edits: list[tuple[AttentionEdit, Rows, torch.Tensor | None]],
+    probe: Callable[[torch.Tensor, int], None] | None = None,
 ) -> torch.Tensor:
     """Attention of R rows under `edits`, applied in order.
 
     query [B, H, R, D], key and value [B, Hkv, K, D] (grouped-query heads are not repeated), allowed [B or 1, 1 or H, R, K]
     booleans or an additive float mask, or None. Each edit comes with what it sees and the rows [B, R] it applies to
     (None: all). Returns float32 [B, H, R, D]: logit edits, mask, softmax, weight edits, value product, head edits.
+    `probe(a [B, H, r, K], i)` sees the edited weights of rows i to i + r, chunk by chunk.
     """
     step = max(1, CHUNK_BYTES // (4 * query.shape[0] * query.shape[1] * key.shape[2]))
     parts = []
@@ -35,24 +38,24 @@ def edited_rows(
             for e, r, m in edits
         ]
         visible = allowed if allowed is None else allowed[:, :, part]
-        parts.append(_weighted(query[:, :, part], key, value, visible, scaling, seen))
+        a = _weights(query[:, :, part], key, visible, scaling, seen)
+        if probe:
+            probe(a, i)
+        parts.append((_grouped(a, key.shape[1]) @ value.to(a.dtype)).view(*a.shape[:3], -1))
     return edited_heads(parts[0] if len(parts) == 1 else torch.cat(parts, dim=2), edits)
 
 
-def _weighted(
+def _weights(
     query: torch.Tensor,
     key: torch.Tensor,
-    value: torch.Tensor,
     allowed: torch.Tensor | None,
     scaling: float,
     edits: list[tuple[AttentionEdit, Rows, torch.Tensor | None]],
 ) -> torch.Tensor:
-    """One chunk of rows, up to the value product."""
-    batch, heads, count, dim = query.shape
+    """The edited weights of one chunk of rows, [B, H, R, K]."""
     compute = torch.promote_types(query.dtype, torch.float32)
-    groups = heads // key.shape[1]
-    packed = query.to(compute).reshape(batch, key.shape[1], groups * count, dim)
-    z = (packed @ key.to(compute).transpose(2, 3)).view(batch, heads, count, -1) * scaling
+    packed = _grouped(query.to(compute), key.shape[1])
+    z = (packed @ key.to(compute).transpose(2, 3)).view(*query.shape[:3], -1) * scaling
     for edit, rows, mask in edits:
         if edit.edits("logits"):
             z = _where(mask, edit.logits(z, rows), z)
@@ -64,7 +67,12 @@ def _weighted(
     for edit, rows, mask in edits:
         if edit.edits("weights"):
             a = _where(mask, edit.weights(a, rows), a)
-    return (a.view(batch, key.shape[1], groups * count, -1) @ value.to(compute)).view(batch, heads, count, -1)
+    return a
+
+
+def _grouped(x: torch.Tensor, kv_heads: int) -> torch.Tensor:
+    """[B, H, R, n] -> [B, Hkv, H / Hkv * R, n]: the query heads that share a key head, as rows."""
+    return x.reshape(x.shape[0], kv_heads, -1, x.shape[-1])
 
 
 def edited_heads(out: torch.Tensor, edits: list[tuple[AttentionEdit, Rows, torch.Tensor | None]]) -> torch.Tensor:

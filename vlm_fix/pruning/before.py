@@ -20,15 +20,20 @@ from .merge import TokenMerger
 
 @dataclass
 class Kept:
-    """What is left of a prompt: its mask [B, n], the last position id [..., B, 1], and its length before pruning."""
+    """What is left of a prompt: its mask [B, n], the last position id [..., B, 1], and its length before pruning.
+
+    `index` [B, n] are the kept columns' places in the whole prompt.
+    """
 
     mask: torch.Tensor
     last_position: torch.Tensor
     full_length: int
+    index: torch.Tensor
 
     def repeat(self, times: int) -> None:
         """Repeat every row for beams, in place."""
         self.mask = self.mask.repeat_interleave(times, dim=0)
+        self.index = self.index.repeat_interleave(times, dim=0)
         self.last_position = self.last_position.repeat_interleave(times, dim=-2)
 
 
@@ -70,7 +75,7 @@ def prune(engine: Any, session: Session, kwargs: dict[str, Any]) -> dict[str, An
         positions = positions.expand(*positions.shape[:-2], len(index), -1).gather(
             -1, index.expand(*positions.shape[:-2], *index.shape)
         )
-    session.kept = Kept(mask.long(), positions[..., -1:], types.shape[1])
+    session.kept = Kept(mask.long(), positions[..., -1:], types.shape[1], index)
     session.prompt_len = index.shape[1]
     session.advance(0, torch.where(mask, types.gather(1, index), PAD).to(types.dtype))
     return {

@@ -1,0 +1,280 @@
+"""observe: what a model attends to while it answers, without ever forming an L x L matrix."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from .engine import Engine
+from .errors import VlmFixError
+from .families import image_cells, prompt_positions
+from .session import PAD, VISUAL, Call, Session
+
+
+@dataclass(frozen=True)
+class Observation:
+    """Attention of the rows that predict an answer; all tensors lie on the CPU.
+
+    Row r predicts `tokens[r]`: row 0 is the prompt's last, the last row predicts what would come next (rows = n + 1 for
+    n answer tokens). Columns are those the language model holds: with a pruner, fewer than the prompt had. Masses are
+    sums of post-softmax weights as the wrapped methods left them; system is text before the first image, text is text
+    after the last one, the answer included.
+    """
+
+    tokens: torch.Tensor  # [n] the answer
+    visual_mass: torch.Tensor  # [layers, heads, rows]
+    system_mass: torch.Tensor  # [layers, heads, rows]
+    text_mass: torch.Tensor  # [layers, heads, rows]
+    weights_to_image: torch.Tensor  # [layers, heads, rows, N]: the image tokens of the prompt; 0 where pruned
+    kept: torch.Tensor  # [N] bool, False where a pruner dropped the image token
+    phi: torch.Tensor  # [layers, columns] largest |x_d| / rms(x) of a layer's input x, over all or the given dimensions
+    sinks: torch.Tensor  # [layers, columns] bool, phi > tau
+    image_sinks: torch.Tensor  # [layers, N] bool, the sinks among the image tokens
+    cells: tuple[torch.Tensor, ...]  # per image [h, w]: which of the N image tokens shows this patch, -1 for none
+    heads: torch.Tensor  # [layers, heads, D] head outputs before o_proj on the prompt's last row
+    heads_text: torch.Tensor | None  # [layers, heads, D] the same without the images, methods off; if asked for
+    attention_norm: torch.Tensor  # [layers, rows] norm of what attention adds to the residual stream
+    mlp_norm: torch.Tensor  # [layers, rows] the same of the MLP
+
+    @property
+    def grids(self) -> list[tuple[int, int]]:
+        """(h, w) in visual tokens, image by image."""
+        return [(c.shape[0], c.shape[1]) for c in self.cells]
+
+    @property
+    def vas(self) -> float:
+        """AVAR's visual attention score (arXiv 2603.03825): mean over layers, heads and rows of sum A[V] / sum A[S]."""
+        return float((self.visual_mass / self.system_mass.clamp(min=torch.finfo(torch.float32).tiny)).mean())
+
+    @property
+    def divergence(self) -> torch.Tensor:
+        """[layers, heads] VHR's head divergence (arXiv 2412.13949): || A_i(image) - A_i(text only) ||_2."""
+        if self.heads_text is None:
+            raise VlmFixError("head divergence needs a pass without images: call observe(..., text_only=True).")
+        return (self.heads - self.heads_text).norm(dim=-1)
+
+    def heatmap(
+        self,
+        row: int,
+        layers: Sequence[int] | None = None,
+        heads: Sequence[int] | None = None,
+        sinks: bool = True,
+        image: int = 0,
+    ) -> torch.Tensor:
+        """[h, w] float32: weight of `row` on each patch, mean over `layers` and `heads` (None: all).
+
+        sinks=False sets each layer's sink columns to 0. Raises VlmFixError for an image, row, layer or head there is not.
+        """
+        depth, count, rows, _ = self.weights_to_image.shape
+        for what, chosen, size in (
+            ("image", [image], len(self.cells)),
+            ("row", [row], rows),
+            ("layer", layers or (), depth),
+            ("head", heads or (), count),
+        ):
+            if wrong := [i for i in chosen if not -size <= i < size]:
+                raise VlmFixError(f"there is no {what} {wrong[0]}; this observation has {what}s 0 to {size - 1}.")
+        weights = self.weights_to_image[:, :, row].float()
+        if not sinks:
+            weights = weights * ~self.image_sinks[:, None]
+        if layers is not None:
+            weights = weights[list(layers)]
+        if heads is not None:
+            weights = weights[:, list(heads)]
+        cells = self.cells[image]
+        return weights.mean(dim=(0, 1))[cells.clamp(min=0)] * (cells >= 0)
+
+
+class Probe:
+    """Gathers an Observation layer by layer, called by the attention function and by hooks on the layers."""
+
+    def __init__(self, tau: float, dims: Sequence[int] | None, dtype: torch.dtype):
+        self.tau, self.dims, self.dtype = tau, dims, dtype
+        self.parts: dict[tuple[str, int], list[torch.Tensor]] = {}
+
+    def add(self, what: str, layer: int, x: torch.Tensor) -> None:
+        self.parts.setdefault((what, layer), []).append(x.detach().cpu())
+
+    def first_row(self, session: Session) -> int:
+        """The first observed query row of this forward."""
+        assert session.prompt_len is not None
+        return max(session.prompt_len - 1 - session.start, 0)
+
+    def weights(self, layer: int, session: Session, first: int, a: torch.Tensor, i: int) -> None:
+        """Edited weights [1, H, r, K] of the query rows from first + i on."""
+        a = a[:, :, max(self.first_row(session) - first - i, 0) :]
+        if not a.shape[2]:
+            return
+        masks = session.masks(a.shape[-1], a.device)
+        for name in ("visual", "before", "after"):
+            self.add(name, layer, (a * masks[name]).sum(dim=-1)[0].float())
+        self.add("image", layer, a[0][..., masks["visual"][0, 0, 0]].to(self.dtype))
+
+    def heads(self, layer: int, session: Session, output: torch.Tensor) -> None:
+        """Head outputs [1, q, H, D] as o_proj gets them."""
+        if ("heads", layer) not in self.parts:
+            self.add("heads", layer, output[0, self.first_row(session)].float())
+
+    def enter(self, engine: Engine, layer: int, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        """Hook before a layer."""
+        if engine.session is None or engine.session.plain:
+            return
+        x = (args[0] if args else kwargs["hidden_states"])[0].float()
+        ratio = x.abs() / (x.square().mean(dim=-1, keepdim=True) + 1e-6).sqrt()
+        self.add("phi", layer, (ratio if self.dims is None else ratio[:, list(self.dims)]).amax(dim=-1))
+
+    def leave(self, engine: Engine, what: str, layer: int, module: Any, args: Any, output: Any) -> None:
+        """Hook after an attention or MLP block."""
+        if engine.session is None or engine.session.plain:
+            return
+        x = output[0] if isinstance(output, tuple) else output
+        x = x.view(1, -1, x.shape[-1])  # some MLPs work on [tokens, C]
+        self.add(what, layer, x[0, self.first_row(engine.session) :].float().norm(dim=-1))
+
+    def stack(self, what: str, depth: int, dim: int) -> torch.Tensor:
+        """[layers, ...], the forwards joined along `dim`; columns that a layer no longer holds are 0, on the left."""
+        whole = []
+        for i in range(depth):
+            parts = self.parts[what, i]
+            width = max(p.shape[-1] for p in parts)
+            if what == "image":
+                parts = [torch.nn.functional.pad(p, (width - p.shape[-1], 0)) for p in parts]
+            whole.append(torch.cat(parts, dim=dim))
+        if len({tuple(w.shape) for w in whole}) > 1:
+            raise VlmFixError(
+                "observe needs the same columns in every layer; unwrap methods that drop tokens half-way."
+            )
+        return torch.stack(whole)
+
+
+@torch.no_grad()
+def observe(
+    model: Any,
+    inputs: dict[str, Any],
+    answer_ids: torch.Tensor | Sequence[int] | None = None,
+    *,
+    tau: float = 20.0,
+    sink_dims: Sequence[int] | None = None,
+    text_only: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> Observation:
+    """Run the prompt and a given answer through `model` and note what each answer token looked at.
+
+    inputs: the processor's output for one prompt with at least one image. answer_ids [n]: generated tokens, fed as they
+    are (teacher forcing), without their prompt. Every token is computed once; only the observed rows' weights are formed.
+    On a wrapped model the edited weights are seen; a contrast's second branch and edits of the logits are not.
+    tau and sink_dims: what counts as a sink (VAR's phi). text_only: also a pass without the images, for `divergence`.
+    dtype: of `weights_to_image` (float16 halves it). Raises VlmFixError for a batch, or a prompt without an image.
+    """
+    given = {k: v for k, v in dict(inputs).items() if isinstance(v, torch.Tensor)}
+    ids = given.get("input_ids")
+    if ids is None or ids.dim() != 2:
+        raise VlmFixError("observe takes the processor's output: a dict with input_ids [1, L] and the images.")
+    if ids.shape[0] != 1:
+        raise VlmFixError(f"observe takes one prompt at a time, not a batch of {ids.shape[0]}.")
+    given.setdefault("attention_mask", torch.ones_like(ids))
+    answer = torch.as_tensor([] if answer_ids is None else answer_ids, dtype=torch.long, device=ids.device).flatten()
+    with _engine(model) as engine, engine.lock, contextlib.ExitStack() as stack:
+        if sink_dims is not None and any(not 0 <= d < engine.arch.hidden for d in sink_dims):
+            raise VlmFixError(f"sink_dims={tuple(sink_dims)} do not fit a model of hidden size {engine.arch.hidden}.")
+        call, probe = Call(model, engine.family, given), Probe(tau, sink_dims, dtype)
+        for i, layer in enumerate(engine.language.layers):
+            hooks = [
+                layer.register_forward_pre_hook(functools.partial(probe.enter, engine, i), with_kwargs=True),
+                layer.self_attn.register_forward_hook(functools.partial(probe.leave, engine, "attention", i)),
+                layer.mlp.register_forward_hook(functools.partial(probe.leave, engine, "mlp", i)),
+            ]
+            for hook in hooks:
+                stack.callback(hook.remove)
+        session = _run(engine, call, probe, answer)
+        text = {}
+        if text_only:
+            engine.observe(call.without_images(), call, lambda i, o: text.__setitem__(i, o[0, :, -1].float().cpu()))
+        return _collect(engine, call, probe, session, answer, text)
+
+
+@contextlib.contextmanager
+def _engine(model: Any) -> Iterator[Engine]:
+    """The engine on the model, or one without methods for as long as this lasts."""
+    engine = model.__dict__.get("_vlm_fix_engine")
+    if engine and engine.installed:
+        yield engine
+        return
+    engine = Engine(model, [])
+    engine.install(idle=True)
+    try:
+        yield engine
+    finally:
+        engine.remove()
+
+
+def _run(engine: Engine, call: Call, probe: Probe, answer: torch.Tensor) -> Session:
+    """Prompt and answer through the model, in two forwards over one cache."""
+    base, model = engine.base, engine.model
+    cache, deltas = DynamicCache(config=model.config.get_text_config()), getattr(base, "rope_deltas", None)
+    positions, following = prompt_positions(model, engine.family, call.inputs)
+    engine.call, engine.probe = call, probe
+    try:
+        model(**call.inputs, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        session = engine.sessions[cache]
+        if max(session.last_visual) < 0:
+            raise VlmFixError(
+                "observe needs an image, but the prompt contains no image token: pass images to the processor."
+            )
+        if len(answer):
+            mask = call.inputs["attention_mask"]
+            positions = (following[:, None] + torch.arange(len(answer), device=mask.device)).to(positions)
+            if engine.family.mrope:
+                positions = positions.expand(3, -1, -1)
+            mask = torch.cat([mask, mask.new_ones(1, len(answer))], dim=1)
+            inputs = {"input_ids": answer[None], "attention_mask": mask, "position_ids": positions}
+            model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return session
+    finally:
+        engine.call = engine.session = engine.main = engine.probe = None
+        if deltas is not None or hasattr(base, "rope_deltas"):
+            base.rope_deltas = deltas
+
+
+def _collect(
+    engine: Engine, call: Call, probe: Probe, session: Session, answer: torch.Tensor, text: dict[int, torch.Tensor]
+) -> Observation:
+    depth = engine.arch.depth
+    assert session.types is not None
+    types = session.types[0].cpu()
+    prompt = engine._classify(call.inputs["input_ids"], None)[0].cpu() == VISUAL
+    kept = torch.ones(int(prompt.sum()), dtype=torch.bool)
+    if session.kept is not None:
+        places = torch.zeros_like(prompt).index_fill(
+            0, session.kept.index[0].cpu()[session.kept.mask[0].cpu() > 0], True
+        )
+        kept = places[prompt]
+
+    def spread(x: torch.Tensor) -> torch.Tensor:  # over all image tokens of the prompt
+        return x if kept.all() else x.new_zeros(*x.shape[:-1], len(kept)).masked_scatter(kept, x)
+
+    phi = probe.stack("phi", depth, 0)
+    phi = phi.masked_fill(types == PAD, 0)
+    sinks = phi > probe.tau
+    return Observation(
+        tokens=answer.cpu(),
+        visual_mass=probe.stack("visual", depth, 1),
+        system_mass=probe.stack("before", depth, 1),
+        text_mass=probe.stack("after", depth, 1),
+        weights_to_image=spread(probe.stack("image", depth, 1)),
+        kept=kept,
+        phi=phi,
+        sinks=sinks,
+        image_sinks=spread(sinks[:, types == VISUAL]),
+        cells=tuple(image_cells(engine.model, engine.family, call.inputs)),
+        heads=probe.stack("heads", depth, 0),
+        heads_text=torch.stack([text[i] for i in range(depth)]) if text else None,
+        attention_norm=probe.stack("attention", depth, 0),
+        mlp_norm=probe.stack("mlp", depth, 0),
+    )
