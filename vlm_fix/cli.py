@@ -112,6 +112,19 @@ def _parser() -> argparse.ArgumentParser:
     for each in (one, two, methods, models):
         each.add_argument("--json", action="store_true", help="for machines")
 
+    bench = add(commands, "bench", "time methods against the unwrapped model, on random weights", _bench)
+    bench.add_argument("kind", choices=("attention", "decode", "prune"), help="which methods")
+    bench.add_argument("--shape", default="small", metavar="S", help="small, small-qwen, llava-1.5-7b, qwen2.5-vl-7b")
+    bench.add_argument("--method", default="", metavar="A,B+C", help="only these (all of the kind)")
+    bench.add_argument("--new-tokens", type=int, default=32, metavar="N", help="tokens to time (%(default)s)")
+    bench.add_argument("--rounds", type=int, default=3, metavar="N", help="(%(default)s)")
+    bench.add_argument("--keep", default="192,64", metavar="N,M", help="visual tokens kept, prune only (%(default)s)")
+    bench.add_argument("--device", default="auto", metavar="DEV", help="auto, cpu or cuda (%(default)s)")
+    bench.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    bench.add_argument("--seed", type=int, default=0, metavar="S", help="of the weights and the prompt (%(default)s)")
+    bench.add_argument("--output", metavar="FILE", help="also write the figures as JSON")
+    bench.add_argument("--json", action="store_true", help="print the JSON instead of the table")
+
     demo = add(commands, "demo", "compare methods side by side in a web page", _demo)
     demo.add_argument(
         "--model", default="picto-llava", metavar="NAME", help="folder or Hugging Face name (%(default)s)"
@@ -295,6 +308,43 @@ def _demo(args: argparse.Namespace) -> None:
     except ModuleNotFoundError as error:
         raise VlmFixError(f"the demo needs {error.name}: pip install 'vlm-fix[demo]'.") from None
     launch(args.model, args.host, args.port, args.share)
+
+
+def _bench(args: argparse.Namespace) -> None:
+    import os
+
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler announces itself otherwise
+    from rich.progress import Progress
+
+    from .eval import bench
+    from .registry import split_methods
+
+    try:
+        keep = tuple(float(part) for part in args.keep.split(","))
+    except ValueError:
+        raise VlmFixError(f"--keep {args.keep!r} is not a list of counts or shares such as 192,64.") from None
+    from rich.console import Console
+
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(f"bench {args.kind}", total=None)
+        results = bench.run(
+            args.kind,
+            args.shape,
+            ["+".join(stack) for stack in split_methods(args.method)],
+            device=args.device,
+            dtype=args.dtype,
+            new_tokens=args.new_tokens,
+            rounds=args.rounds,
+            keep=keep,
+            seed=args.seed,
+            tick=lambda total: progress.update(task, total=total, advance=1),
+        )
+    if args.output:
+        bench.write(results, Path(args.output))
+    if args.json:
+        print(json.dumps(results, indent=2))
+    else:
+        _console().print(bench.table(results))
 
 
 def _train(args: argparse.Namespace) -> None:
