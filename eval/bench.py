@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import json
 import platform
@@ -121,8 +122,9 @@ def build(shape: Shape, device: torch.device, dtype: torch.dtype, seed: int = 0)
     side = shape.side
     common = {"pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 4096}
     if shape.family == "llava":
-        vision = transformers.CLIPVisionConfig(**{**shape.vision, "image_size": side * shape.vision["patch_size"]})
-        config: Any = transformers.LlavaConfig(
+        vision: Any = transformers.CLIPVisionConfig(**{**shape.vision, "image_size": side * shape.vision["patch_size"]})
+        llava: Any = transformers.LlavaConfig
+        config: Any = llava(
             vision_config=vision,
             text_config=transformers.LlamaConfig(**{**common, **shape.text}),
             image_token_id=IMAGE,
@@ -169,7 +171,8 @@ class _Clock(transformers.StoppingCriteria):
     """Notes when each token was there; never stops."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.times = device, []
+        self.device = device
+        self.times: list[float] = []
         self.start = self.now()
 
     def now(self) -> float:
@@ -369,7 +372,7 @@ def run(
         specs += [f"{spec} @ eager" for spec in specs if spec.partition(":")[0] in ("pai", "var", "vaf")]
     elif kind == "decode" and not methods:
         specs.append("hf-cfg")
-    rows = measure(net, inputs, specs, new_tokens, rounds, tick and (lambda: tick(len(specs))))
+    rows = measure(net, inputs, specs, new_tokens, rounds, functools.partial(tick, len(specs)) if tick else None)
     if kind == "prune":
         controls = {_keep(r.spec): r.seconds for r in rows if r.spec.startswith("random_tokens")}
         for row in rows[1:]:
