@@ -12,20 +12,21 @@ from .errors import VlmFixError
 
 if TYPE_CHECKING:
     from .engine import unwrap, wrap, wrapped
-    from .method import AttentionEdit, Contrast, Layers, LogitEdit, Method, TokenPruner, param
+    from .method import AttentionEdit, Contrast, HiddenEdit, Layers, LogitEdit, Method, TokenPruner, param
     from .observation import Observation, observe
     from .registry import list_methods, parse_spec
 
 __version__ = "0.1.0"
 _HOMES = {  # imported on first use: scoring files and `--help` need no torch
     "engine": ("unwrap", "wrap", "wrapped"),
-    "method": ("AttentionEdit", "Contrast", "Layers", "LogitEdit", "Method", "TokenPruner", "param"),
+    "method": ("AttentionEdit", "Contrast", "HiddenEdit", "Layers", "LogitEdit", "Method", "TokenPruner", "param"),
     "observation": ("Observation", "observe"),
     "registry": ("list_methods", "parse_spec"),
 }
 __all__ = [
     "AttentionEdit",
     "Contrast",
+    "HiddenEdit",
     "Layers",
     "LogitEdit",
     "Method",

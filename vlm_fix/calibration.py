@@ -6,6 +6,8 @@ writes the file. wrap(model, "iri", calibration="iri.json") fills the fields tha
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import dataclasses
 import json
 from collections.abc import Iterator, Sequence
@@ -18,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .errors import VlmFixError
-from .families import Arch
+from .families import Arch, family_of, prompt_positions
 from .method import Method
 
 
@@ -73,6 +75,40 @@ def answer_scores(model: Any, samples: Sequence[Sample], batch_size: int = 16) -
         for row, i in enumerate(part):
             result[i] = out.scores[0][row, [samples[i].target, samples[i].other]].float().cpu()
     return result
+
+
+class LastRow:
+    """A batch of prompts whose last row can be run again and again under the caller's hooks, at a decode step's cost.
+
+    What only the last row computes can be changed there exactly: everything before it is in the cache. `inputs` is what
+    `collate` makes; `logits()` is [B, V] float32.
+    """
+
+    def __init__(self, model: Any, inputs: dict[str, Tensor]):
+        self.model, self.mask = model, inputs["attention_mask"]
+        positions, _ = prompt_positions(model, family_of(model), inputs)
+        self.positions, self.token = positions[..., -1:], inputs["input_ids"][:, -1:]
+        before = {k: v[:, :-1] if v.shape == self.mask.shape else v for k, v in inputs.items()}
+        with torch.no_grad():
+            self.cache = model(**before, position_ids=positions[..., :-1], use_cache=True).past_key_values
+
+    @torch.no_grad()
+    def logits(self) -> Tensor:
+        cache = copy.deepcopy(self.cache)  # sliding-window caches cannot be cropped
+        out = self.model(
+            input_ids=self.token, attention_mask=self.mask, position_ids=self.positions, past_key_values=cache
+        )
+        return out.logits[:, -1].float()
+
+
+@contextlib.contextmanager
+def hooked(handles: Sequence[Any]) -> Iterator[None]:
+    """Take hooks off again at the end."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @dataclass(frozen=True)

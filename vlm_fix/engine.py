@@ -20,7 +20,7 @@ from . import attention
 from . import calibration as calibrations
 from .errors import VlmFixError
 from .families import Arch, arch_of, get_part, image_token_ids
-from .method import AttentionEdit, Contrast, LogitEdit, Method, TokenPruner
+from .method import AttentionEdit, Contrast, HiddenEdit, LogitEdit, Method, TokenPruner
 from .registry import Spec, parse
 from .session import PAD, TEXT, VISUAL, Call, Session
 
@@ -51,6 +51,7 @@ class Engine:
             e for e in self.active if isinstance(e, AttentionEdit) and any(map(e.edits, ("logits", "weights", "heads")))
         ]
         self.edits = [[e for e in by_layer if i in (e.layers or ())] for i in range(self.arch.depth)]
+        self.hidden = [m for m in self.active if isinstance(m, HiddenEdit)]
         self.contrast = next((m for m in self.active if isinstance(m, Contrast) and m.contrasts), None)
         self.pruner = next((m for m in self.active if isinstance(m, TokenPruner)), None)
         self.installed = False
@@ -95,6 +96,10 @@ class Engine:
                 if watchers:
                     hook = functools.partial(self._watch, watchers, i)
                     self.handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+            if self.hidden:
+                from . import hidden
+
+                self.handles += hidden.install(self)
             if self.pruner:
                 from .pruning import before
 
@@ -200,7 +205,8 @@ class Engine:
 
     def report_idle(self) -> None:
         """After a call: warn, once per method, if an edit changed nothing in it."""
-        for edit in dict.fromkeys(e for layer in self.edits for e in layer):
+        edits: list[AttentionEdit | HiddenEdit] = [*(e for layer in self.edits for e in layer), *self.hidden]
+        for edit in dict.fromkeys(edits):
             if self.main and edit not in self.warned and not (edit in self.touched and edit.acted(self.main)):
                 self.warned.add(edit)
                 warnings.warn(f"{edit.name} changed nothing in this call: {edit.idle_reason}", stacklevel=4)

@@ -230,6 +230,43 @@ class AttentionEdit(Method):
 
 
 @dataclass(frozen=True)
+class HiddenEdit(Method):
+    """Changes what a layer writes to the residual stream, on the rows named by `rows` (see AttentionEdit), in `layers`.
+
+    Overwrite what you need; each gets and returns float32 [B, R, C] for R edited rows:
+      attention_output(x, rows) -> what self-attention adds (after o_proj)
+      mlp_output(x, rows)       -> what the MLP adds
+      layer_output(x, rows)     -> the residual stream after the layer
+    """
+
+    kind: ClassVar[str] = "hidden"
+    idle_reason: ClassVar[str] = "no row of it was reached."
+    layers: Layers = param(None, "language-model layers to edit")
+
+    @property
+    def rows(self) -> str:
+        return "last"
+
+    def attention_output(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
+        return x
+
+    def mlp_output(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
+        return x
+
+    def layer_output(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
+        return x
+
+    def acted(self, session: Session) -> bool:
+        """False if the finished session shows that nothing could be edited; the user is then told `idle_reason`."""
+        return True
+
+    @classmethod
+    def edits(cls, what: str) -> bool:
+        """True if the class overwrites `what` ("attention_output", "mlp_output", "layer_output")."""
+        return getattr(cls, what) is not getattr(HiddenEdit, what)
+
+
+@dataclass(frozen=True)
 class Contrast(Method):
     """Contrasts the next-token distribution with that of a second branch with its own cache."""
 

@@ -1,0 +1,222 @@
+"""Hidden-state edits against float64 loops: patched forwards by hand, formulas over the layers' own outputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import reference as ref
+import torch
+from conftest import make_inputs, single
+from test_calibrate import labelled
+from test_methods import error, greedy
+
+import vlm_fix
+from vlm_fix import HiddenEdit
+
+RATES = "rr_attention=0.4|0.1|0.3|0.2,rr_mlp=0.1|0.5|0.2|0.3,sources=2,targets=3"
+IRI = f"iri:{RATES},lambda_a=0.9,lambda_m=0.7"
+
+
+def iri_by_hand(twin, inputs, tokens, rates, strength, sources, targets):
+    """Logits of a float64 pass whose attention and MLP outputs are injected by hooks, row by row."""
+    n, handles, kept = inputs["input_ids"].shape[1], [], {}
+    for part in ("self_attn", "mlp"):
+        order = sorted(range(4), key=lambda i: rates[part][i], reverse=True)
+        src, tgt = order[:sources], order[:targets]
+        for i, layer in enumerate(twin.model.language_model.layers):
+
+            def inject(module, args, output, i=i, part=part, src=src, tgt=tgt):
+                x = (output[0] if isinstance(output, tuple) else output).clone()
+                kept[part, i] = x.clone()
+                for r in range(n - 1, x.shape[1]) if i in tgt else []:
+                    a, b = x[0, r], x[0, r].clone()
+                    for k in src:
+                        if k < i:
+                            b = b + strength[part] * rates[part][k] * kept[part, k][0, r]
+                    x[0, r] = b * (a.pow(2).sum().sqrt() / b.pow(2).sum().sqrt())
+                return (x, *output[1:]) if isinstance(output, tuple) else x
+
+            handles.append(getattr(layer, part).register_forward_hook(inject))
+    try:
+        return ref.teacher_forced(twin, None, inputs, tokens)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def hooks(model):
+    return [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+
+
+def test_iri_equals_reference(family, model):
+    inputs = single(family, [1, 2], 0)
+    with vlm_fix.wrapped(model, IRI):
+        tokens, logits, _ = greedy(model, inputs)
+    rates = {"self_attn": (0.4, 0.1, 0.3, 0.2), "mlp": (0.1, 0.5, 0.2, 0.3)}
+    twin = ref.double(model)
+    expected = iri_by_hand(twin, inputs, tokens[0, :-1], rates, {"self_attn": 0.9, "mlp": 0.7}, 2, 3)
+    plain = ref.teacher_forced(twin, None, inputs, tokens[0, :-1])
+    assert float((expected - plain).abs().max()) > 1e-2
+    assert error(logits[0], expected) < 1e-5
+
+
+@dataclass(frozen=True)
+class Shift(HiddenEdit):
+    """Doubles the stream after layer 1 and halves what the MLP of layer 2 adds."""
+
+    name: ClassVar[str] = "shift"
+    where: str = "last"
+
+    @property
+    def rows(self):
+        return self.where
+
+    def mlp_output(self, x, rows):
+        return x / 2 if rows.layer == 2 else x
+
+    def layer_output(self, x, rows):
+        assert x.shape[1] == len(rows.positions) and rows.visual.shape[-1] == rows.session.types.shape[1]
+        return x * 2 if rows.layer == 1 else x
+
+
+@pytest.mark.parametrize("where", ["last", "after_image", "all"])
+def test_rows_and_places(family, model, where):
+    inputs = single(family, [1, 2], 0)
+    with vlm_fix.wrapped(model, Shift(where=where)):
+        tokens, logits, _ = greedy(model, inputs)
+    visual = ref.visual_columns(inputs["input_ids"])
+    first = {"last": inputs["input_ids"].shape[1] - 1, "after_image": visual[-1] + 1, "all": 0}[where]
+    twin = ref.double(model)
+
+    def scale(factor):
+        def hook(module, args, output):
+            x = (output[0] if isinstance(output, tuple) else output).clone()
+            x[:, first:] *= factor
+            return (x, *output[1:]) if isinstance(output, tuple) else x
+
+        return hook
+
+    layers = twin.model.language_model.layers
+    layers[1].register_forward_hook(scale(2))
+    layers[2].mlp.register_forward_hook(scale(0.5))
+    assert error(logits[0], ref.teacher_forced(twin, None, inputs, tokens[0, :-1])) < 1e-5
+
+
+@pytest.mark.parametrize("spec", [IRI, Shift(), [IRI, "pai:alpha=0.4", "vcd:beta=0.01"]], ids=["iri", "shift", "stack"])
+def test_batches_beams_and_rows_without_image(family, model, spec):
+    images = [1, 2, 1, 0]
+    inputs = make_inputs(family, images)
+    plain, plain_logits, _ = greedy(model, inputs)
+    before = hooks(model)
+    with vlm_fix.wrapped(model, spec):
+        tokens, logits, _ = greedy(model, inputs)
+        beams = model.generate(**inputs, max_new_tokens=5, num_beams=3, do_sample=False)[:, -5:]
+        again = greedy(model, inputs)
+        for row in range(3):
+            alone = single(family, images, row)
+            t, l, _ = greedy(model, alone)
+            assert torch.equal(t[0], tokens[row]) and float((l[0] - logits[row]).abs().max()) < 2e-4
+            assert torch.equal(
+                model.generate(**alone, max_new_tokens=5, num_beams=3, do_sample=False)[0, -5:], beams[row]
+            )
+    assert torch.equal(again[1], logits)
+    assert torch.equal(plain[3], tokens[3]) and torch.equal(plain_logits[3], logits[3])
+    assert not torch.equal(plain_logits[:3], logits[:3])
+    assert torch.equal(greedy(model, inputs)[1], plain_logits)
+    assert hooks(model) == before
+
+
+def test_rows_before_the_last_are_bit_identical(family, model):
+    inputs = single(family, [1, 2], 0)
+    with torch.no_grad():
+        plain = model(**inputs).logits
+        with vlm_fix.wrapped(model, IRI):
+            edited = model(**inputs).logits
+    assert torch.equal(plain[:, :-1], edited[:, :-1]) and not torch.equal(plain[:, -1], edited[:, -1])
+
+
+def test_neutral_and_idle(family, model):
+    inputs = make_inputs(family, [1, 2])
+    _, logits, _ = greedy(model, inputs)
+    for spec in (f"iri:{RATES},lambda_a=0,lambda_m=0", "iri:lambda_a=0,lambda_m=0"):
+        with vlm_fix.wrapped(model, spec):
+            assert torch.equal(greedy(model, inputs)[1], logits)
+    last_layer_only = "iri:rr_attention=0|0|0|1,rr_mlp=0|0|0|1,sources=1,targets=1"
+    with (
+        vlm_fix.wrapped(model, last_layer_only),
+        pytest.warns(UserWarning, match="no target layer comes after a source"),
+    ):
+        assert torch.equal(greedy(model, inputs)[1], logits)
+
+
+def test_iri_needs_its_rates(models):
+    for spec, sentence in (
+        ("iri", "run `vlm-fix calibrate iri"),
+        ("iri:rr_attention=0.1|0.2,rr_mlp=0.1|0.2", "rr_attention holds 2 rates; this model has 4 layers"),
+    ):
+        with pytest.raises(vlm_fix.VlmFixError, match=sentence):
+            vlm_fix.wrap(models["llava"], spec)
+
+
+def answer_by_hand(twin, inputs, patch=None):
+    """Answer probabilities [V] and the last rows [C] of every part, with one of them replaced: whole float64 forwards."""
+    handles, seen = [], {}
+    for i, layer in enumerate(twin.model.language_model.layers):
+        for part in ("self_attn", "mlp"):
+
+            def note(module, args, output, key=(part, i)):
+                x = output[0] if isinstance(output, tuple) else output
+                seen[key] = x[0, -1].clone()
+                if patch and patch[0] == key:
+                    x = x.clone()
+                    x[0, -1] = patch[1]
+                    return (x, *output[1:]) if isinstance(output, tuple) else x
+                return None
+
+            handles.append(getattr(layer, part).register_forward_hook(note))
+    logits = ref.teacher_forced(twin, None, inputs, inputs["input_ids"][0, :0])[0]
+    for handle in handles:
+        handle.remove()
+    return logits.softmax(-1), seen
+
+
+def test_fcct_equals_reference(family, model):
+    samples = labelled(family, (1, 2, 1))
+    order = sorted(range(3), key=lambda i: samples[i].inputs["input_ids"].shape[1])
+    twin = ref.double(model)
+    clean = [answer_by_hand(twin, s.inputs) for s in samples]
+    samples = [  # answered right by construction: the likeliest word against the least likely
+        vlm_fix.calibration.Sample(s.inputs, int(p.argmax()), int(p.argmin()))
+        for s, (p, _) in zip(samples, clean, strict=True)
+    ]
+    before = hooks(model)
+    found = vlm_fix.parse_spec("iri:noise=2").calibrate(model, samples, 3, lambda *_: None)
+    # the noise of the one batch of three, in its order
+    pixels = torch.cat([samples[i].inputs["pixel_values"] for i in order])
+    noised = pixels + 2 * pixels.std() * torch.randn(pixels.shape, generator=torch.Generator().manual_seed(3))
+    parts = noised.split([len(samples[i].inputs["pixel_values"]) for i in order])
+    gain, lost = {}, 0.0
+    for i, pixel_values in zip(order, parts, strict=True):
+        s, (p, outputs) = samples[i], clean[i]
+        inputs = {**s.inputs, "pixel_values": pixel_values}
+        corrupt = float(answer_by_hand(twin, inputs)[0][s.target])
+        if float(p[s.target]) <= corrupt:
+            continue
+        lost += float(p[s.target]) - corrupt
+        for key, value in outputs.items():
+            gain[key] = gain.get(key, 0) + float(answer_by_hand(twin, inputs, (key, value))[0][s.target]) - corrupt
+    assert lost > 1e-3
+    for name, part in (("rr_attention", "self_attn"), ("rr_mlp", "mlp")):
+        for i, rate in enumerate(found[name]):
+            assert rate == pytest.approx(gain[part, i] / lost, abs=2e-4), (name, i)
+    assert hooks(model) == before
+    with vlm_fix.wrapped(model, vlm_fix.registry.get_method("iri")(**found)):
+        greedy(model, samples[0].inputs)
+
+
+def test_fcct_without_usable_questions(models):
+    samples = labelled("llava")
+    with pytest.raises(vlm_fix.VlmFixError, match="no question was answered right and then unsettled"):
+        vlm_fix.parse_spec("iri:noise=0").calibrate(models["llava"], samples, 0, lambda *_: None)
