@@ -39,6 +39,7 @@ __all__ = [
     "ChairResult",
     "GroundTruth",
     "Variant",
+    "at_equal_length",
     "build_ground_truth",
     "caption_to_words",
     "ground_truth",
@@ -131,6 +132,42 @@ def score(captions: Iterable[Caption], truth: GroundTruth, variant: Variant = "n
     sums = column_sums(rows, [name for name in rows[0] if name != "image"])
     figures = {name: float(metric(sums)) for name, metric in METRICS.items()}
     return ChairResult(variant, len(rows), **figures, captions=scored, rows=rows)
+
+
+def at_equal_length(base: ChairResult, method: ChairResult) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows of both runs with every pair of captions of one image cut to the words of the shorter one.
+
+    A longer caption names more objects, wrong ones too, so C_S and C_I grow with length. With w_i the words of caption i
+    in either run and t_i = min(w_i of base, w_i of method), a mention counts if it begins within the first t_i words:
+
+        C_I at equal length = hallucinated mentions within t_i / mentions within t_i, summed over captions
+
+    and likewise C_S and recall. Both runs need the same captions in the same order. Source: of this project.
+    """
+    sides: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
+    if [c.image_id for c in base.captions] != [c.image_id for c in method.captions]:
+        raise VlmFixError("Captions of different images cannot be cut to equal length: run both on the same images.")
+    for pair in zip(
+        zip(base.captions, base.rows, strict=True), zip(method.captions, method.rows, strict=True), strict=True
+    ):
+        shortest = min(len(scored.caption.split()) for scored, _ in pair)
+        for side, (scored, row) in zip(sides, pair, strict=True):
+            right, wrong = (
+                [item for item in items if len(scored.caption[: item.start + 1].split()) <= shortest]
+                for items in (scored.correct, scored.hallucinated)
+            )
+            found = {item.node for item in right}
+            side.append(
+                {
+                    **row,
+                    "hallucinating": int(bool(wrong)),
+                    "hallucinated": len(wrong),
+                    "mentions": len(right) + len(wrong),
+                    "found": len(found),
+                    "objects": len(found | {item.node for item in wrong}),
+                }
+            )
+    return sides
 
 
 def load_captions(path: str | Path) -> list[Caption]:

@@ -57,10 +57,10 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model said; `prompt` is "" where the file does not hold it."""
+    """What the model said, None if it failed to say anything; `prompt` is "" where the file does not hold it."""
 
     question_id: int | str
-    text: str
+    text: str | None
     prompt: str = ""
 
 
@@ -172,15 +172,20 @@ def question_text(name: str) -> str:
 
 
 def score(questions: Sequence[Question], answers: Sequence[Answer], scorer: Scorer = "official") -> PopeResult:
-    """Score answers, matched by question_id, exactly as `scorer` does. Raises VlmFixError when they do not line up."""
+    """Score answers, matched by question_id, exactly as `scorer` does. Raises VlmFixError when they do not line up.
+
+    An answer of None (the model failed) is wrong under every scorer: neither yes nor no, unparsed, and a miss (FN) where
+    the object is there.
+    """
     one_of(scorer, Scorer, "scorer")
     replies = _aligned(questions, answers)
     rows: list[dict[str, Any]] = []
     for question, reply in zip(questions, replies, strict=True):
-        said, yes = verdict(reply, question.label, scorer), question.label == "yes"
+        said = "failed" if reply is None else verdict(reply, question.label, scorer)
+        yes = question.label == "yes"
         row = {"tp": yes and said == "yes", "fp": not yes and said == "yes", "tn": not yes and said == "no"}
         # VLMEvalKit's recall is over all positives: an unknown answer is a miss there, and no answer for lmms-eval
-        row["fn"] = yes and (said == "no" or (scorer == "vlmevalkit" and said == "unknown"))
+        row["fn"] = yes and (said in ("no", "failed") or (scorer == "vlmevalkit" and said == "unknown"))
         row["yes"] = yes if scorer == "lmms" else said == "yes"
         rows.append({"image": question.image, "n": 1} | {name: int(value) for name, value in row.items()})
     sums = column_sums(rows, ["n", "tp", "fp", "tn", "fn", "yes"])
@@ -189,7 +194,7 @@ def score(questions: Sequence[Question], answers: Sequence[Answer], scorer: Scor
     return PopeResult(
         scorer=scorer,
         **figures,
-        unparsed=sum(not re.search(r"\b(yes|no|not)\b|n['’]t\b", reply.lower()) for reply in replies),
+        unparsed=sum(not re.search(r"\b(yes|no|not)\b|n['’]t\b", (reply or "").lower()) for reply in replies),
         questions_sha256=questions_sha256(questions),
         correct=[bool(row["tp"] or row["tn"]) for row in rows],
         rows=rows,
@@ -218,7 +223,7 @@ def questions_sha256(questions: Iterable[Question]) -> str:
     return hashlib.sha256("".join(json.dumps(asdict(q)) + "\n" for q in questions).encode()).hexdigest()
 
 
-def _aligned(questions: Sequence[Question], answers: Sequence[Answer]) -> list[str]:
+def _aligned(questions: Sequence[Question], answers: Sequence[Answer]) -> list[str | None]:
     """The reply to each question."""
     if not questions or not answers:
         raise VlmFixError(f"There are no {'answers' if questions else 'questions'} to score.")

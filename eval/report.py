@@ -1,12 +1,13 @@
 """From answers to numbers, tables and a figure.
 
-`summarise` scores every run and compares it with the baseline, paired by question and caption: a sample that failed in
-either run is left out of both sides of the comparison, and counted. Tables fit 100 columns; a star marks a difference
-whose 95 % interval (2000 bootstrap draws of images) excludes 0. Fractions are shown in percent.
+`summarise` scores every run and compares it with the baseline, paired by question and caption. A sample that failed
+stays in: it counts as wrong (POPE) or as a caption that says nothing (CHAIR), and is told. Tables fit 100 columns; a
+star marks a difference whose 95 % interval (2000 bootstrap draws of images) excludes 0. Fractions are shown in percent.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,22 +19,70 @@ from rich.markup import escape
 from rich.table import Table
 
 from . import chair, pope
-from .stats import paired_bootstrap
+from .stats import Metric, column_sums, outcomes, paired_bootstrap, spread, transitions
 
 if TYPE_CHECKING:
     from .tasks import Task
 
-COMPARED = {"pope": ("accuracy", "f1", "yes_ratio"), "chair": ("chair_s", "chair_i", "recall")}
-METRICS = {"pope": pope.METRICS, "chair": chair.METRICS}
-POPE_COLUMNS = {
-    "accuracy": "accuracy",
-    "precision": "prec.",
-    "recall": "recall",
-    "f1": "F1",
-    "yes_ratio": "yes",
-    "unparsed": "unp.",
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How a benchmark is compared and shown: `columns` are the metrics of its table, with their headings; `compared`
+    get an interval against the baseline; `right` tells from a row's counts whether that sample is right (McNemar).
+    """
+
+    columns: Mapping[str, str]
+    metrics: Mapping[str, Metric]
+    compared: tuple[str, ...]
+    right: Callable[[Mapping[str, Any]], Any]
+    caption: Callable[[Mapping[str, Any], Mapping[str, Any]], str]  # (settings, its data) -> what was measured
+
+
+def _pope_caption(settings: Mapping[str, Any], data: Mapping[str, Any]) -> str:
+    n = ", ".join(f"{n} {split}" for split, n in data["questions"].items())
+    return f"POPE: {data['source']}; questions: {n}; scorer {settings['scorer']}"
+
+
+def _chair_caption(settings: Mapping[str, Any], data: Mapping[str, Any]) -> str:
+    how = " (works without NLTK data)" if data["variant"] == "pattern" else ""
+    text = f"CHAIR: {data['source']}; {data['images']} captions; variant {data['variant']}{how}"
+    return text + "; lower C_S and C_I are better, lower recall is not"
+
+
+LAYOUTS = {
+    "pope": Layout(
+        {
+            "accuracy": "accuracy",
+            "precision": "prec.",
+            "recall": "recall",
+            "f1": "F1",
+            "yes_ratio": "yes",
+            "unparsed": "unp.",
+        },
+        pope.METRICS,
+        ("accuracy", "f1", "yes_ratio"),
+        lambda row: row["tp"] or row["tn"],
+        _pope_caption,
+    ),
+    "chair": Layout(
+        {"chair_s": "C_S", "chair_i": "C_I", "recall": "recall", "f1": "F1", "length": "length"},
+        chair.METRICS,
+        ("chair_s", "chair_i", "recall"),
+        lambda row: not row["hallucinating"],
+        _chair_caption,
+    ),
 }
-CHAIR_COLUMNS = {"chair_s": "C_S", "chair_i": "C_I", "recall": "recall", "f1": "F1", "length": "length"}
+CHANGES = {
+    "mended": "mended",
+    "broken": "broken",
+    "p": "McNemar p",
+    "fn_to_tp": "FN>TP",
+    "tp_to_fn": "TP>FN",
+    "fp_to_tn": "FP>TN",
+    "tn_to_fp": "TN>FP",
+    "chair_i": "C_I at equal length",
+    "recall": "recall at equal length",
+}
 PLAIN = {"unparsed", "length", "n", "failed"}  # everything else is a fraction
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6BB1")  # Okabe and Ito
 MARKERS = ("D", "o", "s", "^", "v", "P", "X", "<")
@@ -46,33 +95,95 @@ def summarise(
     rows_of: Callable[[str, str], Sequence[Mapping[str, Any]]],
     seed: int = 0,
 ) -> dict[str, dict[str, dict[str, dict[str, Any]]]]:
-    """run -> benchmark -> split -> metrics, `failed`, and `delta` {metric: Comparison} against the first run."""
+    """run -> benchmark -> split -> metrics, `failed`, and what changed against the first run.
+
+    `delta` {metric: Comparison}, `outcomes` and `transitions` (see `stats`) and, for captions, `equal_length` {metric:
+    Comparison}. A run with several seeds shows its counts summed over them, with `seeds` {metric: mean, sd, values}; a
+    run with one is compared with each seed of the other. The p of several seeds is the largest.
+    """
     baseline = next(iter(runs))
     summary: dict[str, Any] = {run: {} for run in runs}
     for task in tasks:
-        kept = {run: {r["id"]: r["answer"] for r in rows_of(run, task.benchmark) if r["error"] is None} for run in runs}
-        for run, answers in kept.items():
-            common = kept[baseline].keys() & answers.keys()
-            ours, theirs = (task.score({key: said[key] for key in common}) for said in (answers, kept[baseline]))
+        scored = {run: _by_seed(task, rows_of(run, task.benchmark)) for run in runs}
+        for run, ours in scored.items():
             summary[run][task.benchmark] = {
-                split: {
-                    **result.to_dict(),
-                    "failed": task.sizes[split] - result.n,
-                    "delta": {}
-                    if run == baseline or split not in ours
-                    else {
-                        name: comparison.to_dict() | {"excludes_zero": comparison.excludes_zero}
-                        for name, comparison in paired_bootstrap(
-                            {name: METRICS[task.benchmark][name] for name in COMPARED[task.benchmark]},
-                            theirs[split].rows,
-                            ours[split].rows,
-                            seed=seed,
-                        ).items()
-                    },
-                }
-                for split, result in task.score(answers).items()
+                split: _summary(task, split, ours, {} if run == baseline else scored[baseline], seed)
+                for split in task.sizes
             }
     return summary
+
+
+@dataclasses.dataclass
+class _Scored:
+    """The results of one seed by split, and how many samples failed in each."""
+
+    results: dict[str, Any]
+    failed: dict[str, int]
+
+
+def _by_seed(task: Task, rows: Sequence[Mapping[str, Any]]) -> dict[int, _Scored]:
+    answers: dict[int, dict[str, Any]] = {}
+    for row in rows:
+        answers.setdefault(row.get("seed", 0), {})[row["id"]] = None if row["error"] else row["answer"]
+    scored = {}
+    for seed, each in answers.items():
+        results = task.score(each)
+        told = {key: text for key, text in each.items() if text is not None}
+        whole = results if len(told) == len(each) else task.score(told)
+        scored[seed] = _Scored(
+            results, {split: r.n - (whole[split].n if split in whole else 0) for split, r in results.items()}
+        )
+    return scored
+
+
+def _summary(
+    task: Task, split: str, ours: Mapping[int, _Scored], theirs: Mapping[int, _Scored], seed: int
+) -> dict[str, Any]:
+    """Metrics of one run and split; compared with `theirs`, the baseline, unless that is empty."""
+    layout = LAYOUTS[task.benchmark]
+    results = [scored.results[split] for scored in ours.values()]
+    figures = results[0].to_dict()
+    summary: dict[str, Any] = dict(figures)
+    if len(results) > 1:
+        rows = [row for result in results for row in result.rows]
+        sums = column_sums(rows, [name for name in rows[0] if name != "image"])
+        for name, value in figures.items():
+            if isinstance(value, int):
+                summary[name] = sum(result.to_dict()[name] for result in results)
+            elif name in layout.metrics:
+                summary[name] = float(layout.metrics[name](sums))
+        summary["seeds"] = {
+            name: spread([r.to_dict()[name] for r in results]) for name, v in figures.items() if isinstance(v, float)
+        }
+    summary |= {"failed": sum(scored.failed[split] for scored in ours.values()), "delta": {}}
+    if not theirs:
+        return summary
+    pairs = [
+        tuple((side[s] if s in side else next(iter(side.values()))).results[split] for side in (theirs, ours))
+        for s in sorted({*ours, *theirs})
+    ]
+    summary["delta"] = _compared(layout, [(base.rows, method.rows) for base, method in pairs], layout.compared, seed)
+    each = [outcomes(base.rows, method.rows, layout.right) for base, method in pairs]
+    summary["outcomes"] = {name: sum(e[name] for e in each) for name in ("mended", "broken")}
+    summary["outcomes"]["p"] = max(e["p"] for e in each)
+    if {"tp", "fp", "tn", "fn"} <= pairs[0][0].rows[0].keys():
+        moves = [transitions(base.rows, method.rows) for base, method in pairs]
+        summary["transitions"] = {name: sum(move[name] for move in moves) for name in moves[0]}
+    if isinstance(results[0], chair.ChairResult):
+        cut = [chair.at_equal_length(base, method) for base, method in pairs]
+        summary["equal_length"] = _compared(layout, cut, ("chair_s", "chair_i", "recall"), seed)
+    return summary
+
+
+def _compared(layout: Layout, pairs: Sequence[Any], names: Sequence[str], seed: int) -> dict[str, Any]:
+    """metric -> Comparison of the paired rows, all seeds of an image moving together."""
+    base, method = ([row for pair in pairs for row in pair[side]] for side in (0, 1))
+    return {
+        name: comparison.to_dict() | {"excludes_zero": comparison.excludes_zero}
+        for name, comparison in paired_bootstrap(
+            {name: layout.metrics[name] for name in names}, base, method, seed=seed
+        ).items()
+    }
 
 
 def changed(
@@ -104,18 +215,19 @@ def _notes(results: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _scores(results: Mapping[str, Any], benchmark: str) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
     """(split, run, metrics), split by split."""
-    splits = {split for run in results["runs"].values() for split in run.get(benchmark, {})}
-    order = {split: i for i, split in enumerate(("random", "popular", "adversarial", "captions"))}
-    for split in sorted(splits, key=order.__getitem__):
+    for split in dict.fromkeys(split for run in results["runs"].values() for split in run.get(benchmark, {})):
         for run, scores in results["runs"].items():
             if split in scores.get(benchmark, {}):
                 yield split, run, scores[benchmark][split]
 
 
-def _value(name: str, value: float) -> str:
-    if name in ("unparsed", "failed", "n"):
-        return str(value)
-    return f"{value:.1f}" if name in PLAIN else f"{100 * value:.1f}"
+def _value(name: str, scores: Mapping[str, Any]) -> str:
+    """Such as "91.3", or "91.3 ±0.4" with the standard deviation over seeds."""
+    scale = 1 if name in PLAIN else 100
+    if isinstance(scores[name], int):
+        return str(scores[name])
+    sd = scores.get("seeds", {}).get(name)
+    return f"{scale * scores[name]:.1f}" + (f" ±{scale * sd['sd']:.1f}" if sd else "")
 
 
 def _delta(delta: Mapping[str, Any], name: str) -> str:
@@ -126,21 +238,25 @@ def _delta(delta: Mapping[str, Any], name: str) -> str:
     return f"{change:+.1f} [{low:.1f}, {high:.1f}]{'*' if delta[name]['excludes_zero'] else ''}"
 
 
+def _changes(scores: Mapping[str, Any]) -> dict[str, str]:
+    """The cells of CHANGES that this row has; empty for the baseline."""
+    counts = {**scores.get("outcomes", {}), **scores.get("transitions", {})}
+    cells = {name: f"{n:.2g}" if name == "p" else str(n) for name, n in counts.items()}
+    equal = scores.get("equal_length", {})
+    return cells | {
+        name: f"{100 * equal[name]['method']:.1f} ({_delta(equal, name)})" for name in CHANGES if name in equal
+    }
+
+
 def _captions(results: Mapping[str, Any]) -> dict[str, str]:
     """One line on what was measured, per table."""
     settings, out = results["settings"], {}
-    images = {name: data["images"] for name, data in settings["data"].items()}
-    failed = sum(s["failed"] for b in images for _, _, s in _scores(results, b))
-    lost = f"; {failed} samples failed and are not scored (see samples.jsonl)" if failed else ""
-    if "pope" in images:
-        n = ", ".join(f"{n} {split}" for split, n in settings["data"]["pope"]["questions"].items())
-        out["pope"] = f"POPE: {settings['data']['pope']['source']}; questions: {n}; scorer {settings['scorer']}{lost}"
-    if "chair" in images:
-        data = settings["data"]["chair"]
-        out["chair"] = f"CHAIR: {data['source']}; {images['chair']} captions; variant {data['variant']}" + (
-            " (works without NLTK data)" if data["variant"] == "pattern" else ""
-        )
-        out["chair"] += "; lower C_S and C_I are better, lower recall is not" + lost
+    for benchmark, data in settings["data"].items():
+        failed = sum(scores["failed"] for _, _, scores in _scores(results, benchmark))
+        lost = f"; {failed} answers failed and count as wrong or empty (see samples.jsonl)" if failed else ""
+        seeds = settings.get("seeds") or []
+        many = f"; sums over the seeds {', '.join(map(str, seeds))}, ± their sd" if len(seeds) > 1 else ""
+        out[benchmark] = LAYOUTS[benchmark].caption(settings, data) + many + lost
     out["speed"] = (
         f"Speed as measured in this run: {results['hardware']}, {settings['model']['dtype']}, batches of "
         f"{settings['batch_size']}; tokens/s with prefill; memory: {results['peak_memory_of']}"
@@ -150,34 +266,41 @@ def _captions(results: Mapping[str, Any]) -> dict[str, str]:
 
 STAR = (
     "Percent; below each value the difference from the baseline with its 95 % interval (paired bootstrap over images); "
-    "* = the interval excludes 0, not corrected for the number of comparisons."
+    "* = the interval excludes 0, not corrected for the number of comparisons. Mended: only the method is right (captions: "
+    "free of hallucination), broken: only the baseline; FN>TP with TN>FP is a shift to yes."
 )
 
 
 def tables(results: Mapping[str, Any]) -> Group:
     """The tables for the terminal, 100 columns at most."""
     captions, made = _captions(results), []
-    for benchmark, columns in (("pope", POPE_COLUMNS), ("chair", CHAIR_COLUMNS)):
-        if benchmark not in captions:
-            continue
+    for benchmark in results["settings"]["data"]:
+        columns, rows = LAYOUTS[benchmark].columns, list(_scores(results, benchmark))
+        several = len({split for split, _, _ in rows}) > 1
+        changes = [name for name in CHANGES if any(name in _changes(scores) for _, _, scores in rows)]
         table = _table(captions[benchmark])
-        table.add_column("method", min_width=12, overflow="fold")
-        for title in columns.values():
-            table.add_column(title)
+        changed = _table(f"{benchmark.upper()}, what changed against the baseline")
+        for each, titles in ((table, columns.values()), (changed, [CHANGES[name] for name in changes])):
+            each.add_column("method", min_width=12, overflow="fold")
+            for title in titles:
+                each.add_column(title)
         last = None
-        for split, run, scores in _scores(results, benchmark):
-            if split != last and benchmark == "pope":
-                table.add_section()
-                table.add_row(f"[bold]{split}[/bold]")
+        for split, run, scores in rows:
+            if split != last and several:
+                for each in (table, changed):
+                    each.add_section()
+                    each.add_row(f"[bold]{split}[/bold]")
             last = split
             cells = []
             for name in columns:
                 delta = escape(_delta(scores["delta"], name))
                 star = scores["delta"].get(name, {}).get("excludes_zero")
                 style = "bold" if star else "dim"
-                cells.append(_value(name, scores[name]) + (f"\n[{style}]{delta}[/{style}]" if delta else ""))
+                cells.append(_value(name, scores) + (f"\n[{style}]{delta}[/{style}]" if delta else ""))
             table.add_row(escape(run), *cells)
-        made.append(table)
+            if cells_changed := _changes(scores):
+                changed.add_row(escape(run), *(escape(cells_changed.get(name, "")) for name in changes))
+        made += [table, changed] if changes else [table]
     table = _table(captions["speed"])
     table.add_column("method", min_width=12, overflow="fold")
     heads = [(b, title) for b in results["settings"]["data"] for title in ("tok/s", "first token s", "peak MB")]
@@ -224,18 +347,23 @@ def show(results: Mapping[str, Any], folder: Path) -> None:
 def markdown(results: Mapping[str, Any]) -> str:
     """The same tables in Markdown."""
     captions, lines = _captions(results), []
-    for benchmark, columns in (("pope", POPE_COLUMNS), ("chair", CHAIR_COLUMNS)):
-        if benchmark not in captions:
-            continue
-        lead = ["split", "method"] if benchmark == "pope" else ["method"]
+    for benchmark in results["settings"]["data"]:
+        columns, rows = LAYOUTS[benchmark].columns, list(_scores(results, benchmark))
+        lead = ["split", "method"] if len({split for split, _, _ in rows}) > 1 else ["method"]
+        changes = [name for name in CHANGES if any(name in _changes(scores) for _, _, scores in rows)]
         lines += [captions[benchmark] + ".", "", *_head([*lead, *columns.values()], len(lead))]
-        for split, run, scores in _scores(results, benchmark):
+        changed = _head([*lead, *(CHANGES[name].replace(">", "→") for name in changes)], len(lead)) if changes else []
+        for split, run, scores in rows:
+            start = [*([split] if "split" in lead else []), f"`{run}`"]
             cells = []
             for name in columns:
                 delta = _delta(scores["delta"], name).replace("*", "\\*")
-                cells.append(_value(name, scores[name]) + (f" ({delta})" if delta else ""))
-            lines.append("| " + " | ".join([*([split] if benchmark == "pope" else []), f"`{run}`", *cells]) + " |")
-        lines.append("")
+                cells.append(_value(name, scores) + (f" ({delta})" if delta else ""))
+            lines.append("| " + " | ".join([*start, *cells]) + " |")
+            if cells_changed := _changes(scores):
+                moved = [cells_changed.get(name, "").replace("*", "\\*") for name in changes]
+                changed.append("| " + " | ".join([*start, *moved]) + " |")
+        lines += ["", *changed, *([""] if changed else [])]
     heads = [f"{b.upper()} {t}" for b in results["settings"]["data"] for t in ("tok/s", "first token s", "peak MB")]
     lines += [captions["speed"] + ".", "", *_head(["method", *heads], 1)]
     for run, speeds in results["speed"].items():

@@ -13,6 +13,7 @@ exact two-sided binomial form.
 """
 
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -128,6 +129,30 @@ def mcnemar(base_correct: Sequence[bool], method_correct: Sequence[bool]) -> flo
     won = sum(bool(m) and not b for b, m in zip(base_correct, method_correct, strict=True))
     tail = sum(math.comb(lost + won, k) for k in range(min(lost, won) + 1))
     return min(1.0, 2 * tail / 2 ** (lost + won))
+
+
+def outcomes(base_rows: Sequence[Row], method_rows: Sequence[Row], right: Callable[[Row], Any]) -> dict[str, Any]:
+    """Of paired rows: how many only the method has right (`mended`), only the base (`broken`), and McNemar's `p`."""
+    base, method = ([bool(right(row)) for row in rows] for rows in (base_rows, method_rows))
+    p = mcnemar(base, method)
+    mended = sum(m and not b for b, m in zip(base, method, strict=True))
+    return {"mended": mended, "broken": sum(base) - sum(method) + mended, "p": p}
+
+
+def transitions(base_rows: Sequence[Row], method_rows: Sequence[Row]) -> dict[str, int]:
+    """How yes/no answers moved from base to method: counts of fn_to_tp, tp_to_fn, fp_to_tn and tn_to_fp.
+
+    fn_to_tp together with tn_to_fp is a shift to "yes", whatever it does to accuracy. Answers that a scorer counts as
+    neither yes nor no move nowhere here; `outcomes` counts them.
+    """
+    moves = ("fn", "tp"), ("tp", "fn"), ("fp", "tn"), ("tn", "fp")
+    pairs = list(zip(base_rows, method_rows, strict=True))
+    return {f"{a}_to_{b}": sum(bool(base[a] and method[b]) for base, method in pairs) for a, b in moves}
+
+
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    """Mean and sample standard deviation (n - 1) over seeds, with the values themselves."""
+    return {"mean": statistics.mean(values), "sd": statistics.stdev(values), "values": list(values)}
 
 
 def _sums_per_image(rows: Sequence[Row], columns: Sequence[str], cluster: str) -> dict[Any, np.ndarray]:

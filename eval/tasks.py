@@ -4,6 +4,10 @@ A POPE question that several splits share (the three splits ask the same positiv
 Picto's questions come from the official algorithm over the scenes' own annotations. COCO images use the official
 question files and the ground truth that the package carries; where a folder holds other images, its annotations.
 
+Every task has benchmark, samples, data, sizes, max_new_tokens and score(answers by sample id) -> {split: result}, whose
+result has n, rows (counts with their image) and to_dict(). An answer of None is a sample that failed: it stays in the
+score, as wrong. `report.LAYOUTS` says how a benchmark is compared and shown.
+
 Layout of coco:DIR: images in DIR, DIR/val2014 or DIR/images; annotations, if any, in DIR/annotations or DIR as
 instances_*.json and captions_*.json. Images with COCO's own names (000000000042.jpg, COCO_val2014_000000000042.jpg)
 go by their number; images with other names need annotations that tell their ids.
@@ -67,8 +71,8 @@ class Pope:
         """Questions per split."""
         return {split: len(questions) for split, questions in self.questions.items()}
 
-    def score(self, answers: Mapping[str, str]) -> dict[str, pope.PopeResult]:
-        """Result per split from answers by sample id; questions without an answer are left out."""
+    def score(self, answers: Mapping[str, str | None]) -> dict[str, pope.PopeResult]:
+        """Result per split from answers by sample id; None is wrong, questions that are not in `answers` are left out."""
         results = {}
         for split, questions in self.questions.items():
             asked = [q for q in questions if _pope_id(q) in answers]
@@ -94,9 +98,9 @@ class Chair:
         """Captions, under the one split's name."""
         return {"captions": len(self.samples)}
 
-    def score(self, answers: Mapping[str, str]) -> dict[str, chair.ChairResult]:
-        """Result under the name "captions" from captions by sample id."""
-        captions = [chair.Caption(s.image_id, answers[s.id]) for s in self.samples if s.id in answers]
+    def score(self, answers: Mapping[str, str | None]) -> dict[str, chair.ChairResult]:
+        """Result under the name "captions" from captions by sample id; None is a caption that says nothing."""
+        captions = [chair.Caption(s.image_id, answers[s.id] or "") for s in self.samples if s.id in answers]
         return {"captions": chair.score(captions, self.truth, self.variant)} if captions else {}
 
 

@@ -175,15 +175,11 @@ def test_an_unreadable_image_is_recorded_and_the_run_goes_on(tmp_path):
     failed = [r for r in rows(tmp_path / "out") if r["error"]]
     assert len(failed) == 2 * (6 + 1) and all(str(bad) in r["error"] and r["answer"] is None for r in failed)
     for name in ("baseline", "vcd"):
-        assert (results["runs"][name]["pope"]["random"]["n"], results["runs"][name]["pope"]["random"]["failed"]) == (
-            12,
-            6,
-        )
-        assert (
-            results["runs"][name]["chair"]["captions"]["n"],
-            results["runs"][name]["chair"]["captions"]["failed"],
-        ) == (2, 1)
-    assert "14 samples failed and are not scored" in (tmp_path / "out/table.md").read_text()
+        asked, told = results["runs"][name]["pope"]["random"], results["runs"][name]["chair"]["captions"]
+        assert (asked["n"], asked["failed"], asked["unparsed"]) == (18, 6, 6) and asked["fn"] >= 3
+        assert asked["tp"] + asked["fp"] + asked["tn"] + asked["fn"] == 15  # the failed negatives are neither
+        assert (told["n"], told["failed"]) == (3, 1)
+    assert "12 answers failed and count as wrong or empty" in (tmp_path / "out/table.md").read_text()
 
 
 def test_missing_images_and_annotations_are_named_before_anything_runs(tmp_path):
@@ -264,22 +260,48 @@ def test_a_run_without_any_answer_gives_up_in_one_sentence(tmp_path, monkeypatch
     assert len(rows(tmp_path)) == 15  # what was tried is on disk
 
 
-def test_a_failed_sample_leaves_both_sides_of_the_comparison():
+def test_a_failed_sample_is_wrong_and_stays():
     (task,) = tasks.build(Settings(benchmark="pope", splits=("random",), limit=4))
     say = {q.image + "|" + q.text: q.label for q in task.questions["random"]}
-    lost = next(iter(say))
-    answers = {"baseline": dict(say), "method": {key: value for key, value in say.items() if key != lost}}
-    answers["baseline"][lost] = (
-        "yes" if say[lost] == "no" else "no"
-    )  # the baseline's one error is where the method failed
+    lost = next(key for key, label in say.items() if label == "yes")
+    wrong = next(key for key, label in say.items() if label == "no")
+    answers = {"baseline": {**say, wrong: "yes"}, "method": {**say, lost: None}}
 
     def rows_of(name, benchmark):
-        return [{"id": k, "answer": answers[name].get(k), "error": None if k in answers[name] else "lost"} for k in say]
+        return [{"id": k, "answer": text, "error": None if text else "lost"} for k, text in answers[name].items()]
 
     out = report.summarise(("baseline", "method"), [task], rows_of)
-    assert out["baseline"]["pope"]["random"]["accuracy"] == pytest.approx(23 / 24)
-    assert (out["method"]["pope"]["random"]["n"], out["method"]["pope"]["random"]["failed"]) == (23, 1)
-    assert out["method"]["pope"]["random"]["delta"]["accuracy"]["delta"] == 0  # not +1/24
+    base, method = (out[name]["pope"]["random"] for name in ("baseline", "method"))
+    assert (base["n"], base["failed"], base["fp"]) == (24, 0, 1)
+    assert (method["n"], method["failed"], method["unparsed"], method["fn"], method["tp"]) == (24, 1, 1, 1, 11)
+    assert method["accuracy"] == pytest.approx(23 / 24) and method["delta"]["accuracy"]["delta"] == 0
+    assert method["outcomes"] == {"mended": 1, "broken": 1, "p": 1.0}
+    assert method["transitions"] == {"fn_to_tp": 0, "tp_to_fn": 1, "fp_to_tn": 1, "tn_to_fp": 0}
+
+
+def test_seeds_are_summed_and_their_spread_is_told():
+    (task,) = tasks.build(Settings(benchmark="pope", splits=("random",), limit=4))
+    say = {q.image + "|" + q.text: q.label for q in task.questions["random"]}
+    wrong = list(say)[:3]
+
+    def rows_of(name, benchmark):
+        """The baseline errs on 1, 2 and 3 questions with its three seeds; the method, with one, on none."""
+        seeds = {"baseline": (0, 1, 2), "method": (0,)}[name]
+        flip = {"yes": "no", "no": "yes"}
+        return [
+            {"id": k, "seed": s, "error": None, "answer": flip[v] if name == "baseline" and k in wrong[: s + 1] else v}
+            for s in seeds
+            for k, v in say.items()
+        ]
+
+    out = report.summarise(("baseline", "method"), [task], rows_of)
+    base, method = (out[name]["pope"]["random"] for name in ("baseline", "method"))
+    assert base["n"] == 72 and base["accuracy"] == pytest.approx(66 / 72)
+    assert base["seeds"]["accuracy"]["values"] == pytest.approx([23 / 24, 22 / 24, 21 / 24])
+    assert base["seeds"]["accuracy"]["sd"] == pytest.approx(1 / 24)
+    assert method["n"] == 24 and "seeds" not in method and method["accuracy"] == 1
+    assert method["delta"]["accuracy"]["delta"] == pytest.approx(6 / 72)
+    assert method["outcomes"] == {"mended": 6, "broken": 0, "p": 1.0}  # the largest p: one question of the first seed
 
 
 def test_speed_counts_each_batch_once():

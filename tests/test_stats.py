@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from vlm_fix.errors import VlmFixError
 from vlm_fix.eval import chair, pope
-from vlm_fix.eval.stats import mcnemar, paired_bootstrap, ratio
+from vlm_fix.eval.stats import mcnemar, outcomes, paired_bootstrap, ratio, spread, transitions
 
 ACCURACY = {"accuracy": lambda s: ratio(s["correct"], s["n"])}
 
@@ -121,3 +121,55 @@ def test_mcnemar_is_a_symmetric_probability(pairs: list[tuple[bool, bool]]) -> N
     base, method = [b for b, _ in pairs], [m for _, m in pairs]
     assert mcnemar(base, method) == mcnemar(method, base)
     assert 0 < mcnemar(base, method) <= 1
+
+
+def test_transitions_and_outcomes_against_plain_loops() -> None:
+    rng = np.random.default_rng(4)
+    classes = ("tp", "fp", "tn", "fn", "neither")
+
+    def drawn(labels: np.ndarray) -> list[str]:
+        return [rng.choice(["tp", "fn", "neither"] if yes else ["fp", "tn", "neither"]) for yes in labels]
+
+    labels = rng.random(300) < 0.5
+    base, method = drawn(labels), drawn(labels)
+    rows = [[{"image": i, "n": 1} | {c: int(c == k) for c in classes} for i, k in enumerate(s)] for s in (base, method)]
+    expected = dict.fromkeys(("fn_to_tp", "tp_to_fn", "fp_to_tn", "tn_to_fp"), 0)
+    only = {"base": 0, "method": 0}
+    for before, after in zip(base, method, strict=True):
+        if f"{before}_to_{after}" in expected:
+            expected[f"{before}_to_{after}"] += 1
+        if (before in ("tp", "tn")) != (after in ("tp", "tn")):
+            only["base" if before in ("tp", "tn") else "method"] += 1
+    assert transitions(*rows) == expected and min(expected.values()) > 5
+    found = outcomes(*rows, lambda row: row["tp"] or row["tn"])
+    assert (found["mended"], found["broken"]) == (only["method"], only["base"])
+    assert found["p"] == mcnemar([k in ("tp", "tn") for k in base], [k in ("tp", "tn") for k in method])
+
+
+def test_spread_is_the_sample_deviation() -> None:
+    assert spread([1.0, 2.0, 6.0]) == {"mean": 3.0, "sd": pytest.approx(7**0.5), "values": [1.0, 2.0, 6.0]}
+
+
+def test_equal_length_counts_only_what_both_captions_had_room_for() -> None:
+    truth = {0: {"dog", "cat"}, 1: {"car"}, 2: {"dog"}}
+    long = ["A dog and a horse near a (cat) and a pizza.", "A car.", "a bear"]
+    short = ["A dog on a bed.", "A car and a bus and a person here.", ""]
+    base = chair.score([chair.Caption(i, text) for i, text in enumerate(long)], truth, "pattern")
+    method = chair.score([chair.Caption(i, text) for i, text in enumerate(short)], truth, "pattern")
+    cut = chair.at_equal_length(base, method)
+    # image 0: five words each: "A dog and a horse" | "A dog on a bed."; image 1: two words each; image 2: none
+    names = ("hallucinating", "hallucinated", "mentions", "found", "objects", "truth", "n")
+    assert [[row[name] for name in names] for row in cut[0]] == [
+        [1, 1, 2, 1, 2, 2, 1],
+        [0, 0, 1, 1, 1, 1, 1],
+        [0, 0, 0, 0, 0, 1, 1],
+    ]
+    assert [[row[name] for name in names] for row in cut[1]] == [
+        [1, 1, 2, 1, 2, 2, 1],
+        [0, 0, 1, 1, 1, 1, 1],
+        [0, 0, 0, 0, 0, 1, 1],
+    ]
+    same = chair.at_equal_length(base, base)
+    assert all(rows == base.rows for rows in same)
+    with pytest.raises(VlmFixError, match="same images"):
+        chair.at_equal_length(base, chair.score([chair.Caption(1, "a car")], truth, "pattern"))
