@@ -321,9 +321,18 @@ class TokenPruner(Method):
         """Vision layers whose attention column scores `select` needs."""
         return ()
 
+    def shrink(self, grid: tuple[int, int]) -> tuple[int, int]:
+        """Grid of tokens (h, w) of an image -> the grid that the vision tower shall make of it; for a smaller image."""
+        return grid
+
     def select(self, image: Any) -> torch.Tensor:
         """`pruning.encoder.ImageTokens` of one image -> indices of the kept tokens, ascending."""
         raise NotImplementedError
+
+    @classmethod
+    def edits(cls, what: str) -> bool:
+        """True if the class overwrites `what`."""
+        return getattr(cls, what) is not getattr(TokenPruner, what)
 
     def budget(self, tokens: int) -> int:
         """Number of tokens kept out of `tokens`."""

@@ -26,6 +26,7 @@ class ImageTokens:
     first: dict[int, torch.Tensor] = field(default_factory=dict)  # the same from the class token; without one, `scores`
     keys: dict[int, torch.Tensor] = field(default_factory=dict)  # vision layer -> [N, D] keys, mean over heads
     features: torch.Tensor | None = None  # [N, C] after the projector, as the language model gets them
+    chosen: torch.Tensor | None = None  # the tokens that exist at all, when the image was shrunk before the tower
     pixels: torch.Tensor | None = None  # the image as the tower gets it: the same bits alone and in a batch
     raw: Callable[[], torch.Tensor] | None = None  # -> [N, ..., Cv] before the projector (Qwen-VL: [N, merge^2, Cv])
     project: Callable[[torch.Tensor], torch.Tensor] | None = None  # [..., N, ..., Cv] -> [..., N, C], in float32
