@@ -17,9 +17,10 @@ from vlm_fix.pruning.encoder import ImageTokens
 class DownsampleImage(TokenPruner):
     """Shrinks the image so that the vision tower makes at most T tokens: h' x w' instead of h x w.
 
-    h' = max(1, floor(sqrt(T h / w))), w' = max(1, floor(T / h')), neither above h or w (nor h' above T). Pixels are resized after the
-    processor (bicubic, antialiased). Towers with learned position embeddings (CLIP, SigLIP) interpolate them, which
-    they were not trained for; Qwen2.5-VL takes any size by design. The tower is faster too, which no pruner can claim.
+    h' = max(1, floor(sqrt(T h / w))), w' = max(1, floor(T / h')), neither above h or w (nor h' above T).
+    Pixels are resized after the processor (bicubic, antialiased). Towers with learned position embeddings (CLIP,
+    SigLIP) interpolate them, which they were not trained for; Qwen2.5-VL takes any size by design. The tower is faster
+    too, which no pruner can claim.
 
     Positions: "compact" re-numbers the tokens; "original" spreads them over the places that the whole image had, which
     keeps M-RoPE's scale. Control of VTC-Bench (arXiv 2510.07143).
