@@ -23,7 +23,9 @@ class DownsampleImage(TokenPruner):
     too, which no pruner can claim.
 
     Positions: "compact" re-numbers the tokens; "original" spreads them over the places that the whole image had, which
-    keeps M-RoPE's scale. Control of VTC-Bench (arXiv 2510.07143).
+    keeps M-RoPE's scale.
+
+    Source: the control of VTC-Bench (arXiv 2510.07143); its resizing is done here on the processed pixels.
     """
 
     name: ClassVar[str] = "downsample_image"
