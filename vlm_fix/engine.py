@@ -104,6 +104,15 @@ class Engine:
                 from .pruning import before
 
                 self.handles += before.install(self)
+            looks = [m.encoder_layers(self.arch) for m in self.active if m is not self.pruner]
+            if any(layers is not None for layers in looks):
+                from .pruning.encoder import capture
+
+                wanted = tuple(sorted({i for layers in looks for i in layers or ()}))
+                self.handles += capture(self, get_part(self.model, self.family.vision), wanted, into="views")
+            self.preparing = [m for m in self.active if type(m).prepare is not Method.prepare]
+            if self.preparing:  # after the pruner's hook: methods see what it left
+                self.handles.append(self.language.register_forward_pre_hook(self._prepare, with_kwargs=True))
             self.model.generate = types.MethodType(functools.partial(_generate, self), self.model)
         except BaseException:
             self.remove()
@@ -185,6 +194,13 @@ class Engine:
         if cache is not None and self.session is not None and cache not in self.sessions:
             self.sessions[cache] = self.session
         self.session = None
+
+    def _prepare(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        if self.session is None or self.session.plain:
+            return None
+        for method in self.preparing:
+            kwargs = method.prepare(self.session, kwargs)
+        return args, kwargs
 
     def _watch(
         self, watchers: list[AttentionEdit], layer: int, module: nn.Module, args: Any, kwargs: dict[str, Any]

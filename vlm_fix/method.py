@@ -83,6 +83,14 @@ class Method:
         """Values for the fields left at None, for this model."""
         return {}
 
+    def encoder_layers(self, arch: Arch) -> tuple[int, ...] | None:
+        """Vision layers whose attention scores this method needs; None: it does not look at the vision tower."""
+        return None
+
+    def prepare(self, session: Session, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Look at or change the language model's inputs (`inputs_embeds`, `position_ids`, ...) before each forward."""
+        return kwargs
+
     def calibrate(
         self, model: Any, samples: Sequence[Sample], seed: int, progress: Callable[[str, float], None]
     ) -> dict[str, Any]:
@@ -191,6 +199,7 @@ class AttentionEdit(Method):
       logits(z [B,H,R,K], rows)  -> raw scores before the mask and softmax
       weights(a [B,H,R,K], rows) -> post-softmax weights
       heads(o [B,H,R,D], rows)   -> per-head output before o_proj (needs no weights: stays on SDPA)
+      scan(q [B,H,q,D], k [B,Hkv,K,D], allowed, scaling, rows) -> look at all queries and keys before rows are edited
       watch(x [B,q,C], layer, session) -> look at a layer's input before its norm
       begin(session, call)       -> run once when a prompt starts (text-only passes and the like)
     """
@@ -213,6 +222,9 @@ class AttentionEdit(Method):
     def heads(self, o: torch.Tensor, rows: Rows) -> torch.Tensor:
         return o
 
+    def scan(self, q: torch.Tensor, k: torch.Tensor, allowed: torch.Tensor | None, scaling: float, rows: Rows) -> None:
+        return None
+
     def watch(self, x: torch.Tensor, layer: int, session: Session) -> None:
         return None
 
@@ -225,7 +237,7 @@ class AttentionEdit(Method):
 
     @classmethod
     def edits(cls, what: str) -> bool:
-        """True if the class overwrites `what` ("logits", "weights", "heads", "watch", "begin")."""
+        """True if the class overwrites `what` ("logits", "weights", "heads", "scan", "watch", "begin")."""
         return getattr(cls, what) is not getattr(AttentionEdit, what)
 
 

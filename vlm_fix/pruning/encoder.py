@@ -157,8 +157,8 @@ class Qwen25VL:
             start += n
 
 
-def capture(engine: Any, tower: nn.Module, layers: tuple[int, ...]) -> list[Any]:
-    """Hooks that append one ImageTokens per image to the running call whenever the vision tower runs."""
+def capture(engine: Any, tower: nn.Module, layers: tuple[int, ...], into: str = "vision") -> list[Any]:
+    """Hooks that append one ImageTokens per image to the running call (its list `into`) whenever the tower runs."""
     encoder: Any = {"clip": Clip, "qwen2_5_vl": Qwen25VL}[engine.family.encoder](engine.model)
     blocks, seen = vision_blocks(engine.model, engine.family), {}
 
@@ -172,7 +172,7 @@ def capture(engine: Any, tower: nn.Module, layers: tuple[int, ...]) -> list[Any]
     def collect(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         call = engine.call or (engine.session and engine.session.call)
         if call is not None:
-            call.vision += encoder.images(args, kwargs, output, dict(seen))
+            getattr(call, into).extend(encoder.images(args, kwargs, output, dict(seen)))
         seen.clear()
 
     for layer in layers:
