@@ -93,6 +93,12 @@ class Session:
         if self.kept:
             self.kept.repeat(times)
 
+    def need_whole_prompt(self, name: str) -> None:
+        """Raises VlmFixError if this forward holds only a part of the prompt."""
+        assert self.prompt_len is not None
+        if self.start + self.length < self.prompt_len:
+            raise VlmFixError(f"{name} needs the whole prompt in one forward; drop prefill_chunk_size.")
+
     def on_images(self, values: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """values [N], one for each image token of the prompts in order -> [B, n], each on its column, 0 elsewhere.
 
@@ -110,7 +116,9 @@ class Session:
                 f"the prompt holds {count} image tokens, but the vision tower made {len(values)}; pass pixel_values of "
                 "every image (no video, no pre-computed features) with vision_feature_select_strategy='default'."
             )
-        full = torch.zeros(image.shape, dtype=values.dtype, device=ids.device).masked_scatter(image, values.to(ids.device))
+        full = torch.zeros(image.shape, dtype=values.dtype, device=ids.device).masked_scatter(
+            image, values.to(ids.device)
+        )
         full = full.repeat_interleave(times, dim=0)
         full = full.gather(1, self.kept.index) if self.kept else full
         return full[:, : self.types.shape[1]]

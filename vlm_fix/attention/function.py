@@ -64,7 +64,11 @@ def attention(
         return output, None
     if by_weights:
         see = functools.partial(probe.weights, handle.layer, session, first) if probe else None
-        rows = edited_rows(query[:, :, first:], *_visible(key, value, query, attention_mask, first), scale, edits, see)
+        visible = _visible(key, value, query, attention_mask, first)
+        for edit, view, _ in edits:
+            if edit.edits("scan"):
+                edit.scan(query[:, :, first:], key, visible[2], scale, view)
+        rows = edited_rows(query[:, :, first:], *visible, scale, edits, see)
     else:
         rows = edited_heads(output[:, first:].transpose(1, 2), edits)
     rows = rows.transpose(1, 2).to(output.dtype)
