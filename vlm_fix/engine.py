@@ -336,7 +336,8 @@ def wrap(model: Model, spec: Spec, calibration: calibrations.Files = None) -> Mo
     """Install one method or a stack of methods on a Hugging Face vision-language model, in place.
 
     spec: a name ("var"), a spec string ("pai:alpha=0.2,layers=2-31"), a Method, or a list of these. Returns the model.
-    calibration: a file of `vlm-fix calibrate`, or several; it fills the parameters that spec leaves at their default.
+    calibration: a file of `vlm-fix calibrate`, or several; it fills the parameters that spec leaves at their default. A
+    method without one takes calibration/METHOD.json of the checkpoint's folder, if that is there.
     Raises VlmFixError for an unknown method or value, an unsupported or already wrapped model, a senseless stack, a
     calibration of another method or model.
     """
@@ -347,8 +348,9 @@ def wrap(model: Model, spec: Spec, calibration: calibrations.Files = None) -> Mo
             f"the model is already wrapped with {names}; call vlm_fix.unwrap(model) first, or pass a list of methods."
         )
     methods = parse(spec)
-    if calibration is not None:
-        methods = calibrations.apply(calibrations.read_all(calibration), methods, arch_of(model))
+    found = calibrations.choose(calibration, model, methods)
+    if found:
+        methods = calibrations.apply(found, methods, arch_of(model))
     engine = Engine(model, methods)
     engine.install()
     model.__dict__["_vlm_fix_engine"] = engine
