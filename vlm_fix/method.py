@@ -207,6 +207,11 @@ class AttentionEdit(Method):
     kind: ClassVar[str] = "attention"
     idle_reason: ClassVar[str] = "no row of it was reached."
     layers: Layers = param(None, "language-model layers to edit")
+    branch: str = param("both", "beside a contrast: the branch it acts in", choices=("both", "main", "negative"))
+
+    def acts_in(self, branch: str) -> bool:
+        """True if it acts in this branch: "main", or a name of `Contrast.branches`."""
+        return self.branch == "both" or (self.branch == "main") == (branch == "main")
 
     @property
     def rows(self) -> str:
@@ -279,8 +284,24 @@ class HiddenEdit(Method):
 
 
 @dataclass(frozen=True)
+class Negative:
+    """A second branch of a contrast: its prompt, and what it does to the prompt's image features.
+
+    inputs: model inputs, as in `Call.inputs`; the vision tower runs again only if pixel_values is another tensor.
+    features: [N, C] image embeddings of the whole batch, in order -> the same, changed.
+    """
+
+    inputs: dict[str, Any]
+    features: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+
+@dataclass(frozen=True)
 class Contrast(Method):
-    """Contrasts the next-token distribution with that of a second branch with its own cache."""
+    """Contrasts the next-token distribution with that of a second branch with its own cache.
+
+    A branch may have another prompt, other image features, or an attention edit that is active only in it: the method is
+    then an AttentionEdit too, with branch="negative".
+    """
 
     kind: ClassVar[str] = "contrast"
 
@@ -290,16 +311,20 @@ class Contrast(Method):
         return not self.neutral
 
     def negative(self, call: Call) -> dict[str, torch.Tensor]:
-        """Model inputs of the second branch's prompt: `call.without_images()`, `call.with_pixels(f)`, ..."""
+        """Model inputs of the second branch's prompt: `call.inputs`, `call.without_images()`, `call.with_pixels(f)`, ..."""
         raise NotImplementedError
+
+    def branches(self, call: Call) -> dict[str, Negative]:
+        """The second branches by name; each has its own cache. An AttentionEdit asks for the name in `acts_in`."""
+        return {"negative": Negative(self.negative(call))}
 
     def combine(self, l: torch.Tensor, l_neg: torch.Tensor) -> torch.Tensor:
         """[B, V] float32 log-probabilities of both branches -> unnormalised scores, -inf where cut off. Pure."""
         raise NotImplementedError
 
-    def combine_at(self, step: int, l: torch.Tensor, l_neg: torch.Tensor) -> torch.Tensor:
-        """`combine` after `step` generated tokens, for a strength that changes as the answer grows."""
-        return self.combine(l, l_neg)
+    def combine_at(self, step: int, l: torch.Tensor, *negatives: torch.Tensor) -> torch.Tensor:
+        """`combine` after `step` generated tokens, for a strength that changes as the answer grows or several branches."""
+        return self.combine(l, *negatives)
 
 
 @dataclass(frozen=True)

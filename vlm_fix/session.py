@@ -61,6 +61,9 @@ class Session:
     states: dict[int, dict[Any, Any]] = field(default_factory=dict)
     tap: Callable[[int, torch.Tensor], None] | None = None  # sees the per-head outputs [B, H, q, D] of each layer
     plain: bool = False  # no edits: a pass that only observes
+    embeds: list[torch.Tensor] | None = None  # main branch of a contrast: the prompt's embeddings [B', q, C], in chunks
+    features: torch.Tensor | None = None  # second branch: image embeddings [N, C] instead of a run of the vision tower
+    change: Callable[[torch.Tensor], torch.Tensor] | None = None  # second branch: `Negative.features`
     _masks: dict[tuple[int, torch.device], dict[str, torch.Tensor]] = field(default_factory=dict)
 
     def state(self, method: Method) -> dict[Any, Any]:

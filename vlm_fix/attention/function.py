@@ -43,6 +43,8 @@ def attention(
     session: Session | None = handle.engine.session if handle else None
     if handle is None or session is None:
         return plain()
+    if handle.engine.joint:
+        return handle.engine.joint.attention(attention, module, query, dropout, scaling, **kwargs), None
     edits, first = _active(handle, session, query, key)
     whole = first == 0 and query.shape[2] == 1 and all(mask is None for _, _, mask in edits)
     by_weights = any(edit.edits("logits") or edit.edits("weights") for edit, _, _ in edits)
@@ -86,6 +88,8 @@ def _active(handle: Any, session: Session, query: torch.Tensor, key: torch.Tenso
     """The edits of this layer that touch rows of this forward, with their views and row masks, and the first such row."""
     chosen, count = [], query.shape[2]
     for edit in () if session.plain else handle.engine.edits[handle.layer]:
+        if not edit.acts_in(session.branch):
+            continue
         firsts = [
             f if v >= 0 or not edit.needs_image else count
             for f, v in zip(session.first_rows(edit.rows), session.last_visual, strict=True)
