@@ -82,6 +82,10 @@ def double(model):
     return twin
 
 
+def decoder(model):
+    return getattr(model.model, "language_model", None) or model.model.text_model
+
+
 def visual_columns(ids):
     return (ids[0] == IMAGE).nonzero()[:, 0].tolist()
 
@@ -92,12 +96,15 @@ def teacher_forced(twin, run, inputs, generated):
     global RUN
     full = {**inputs, "input_ids": torch.cat([inputs["input_ids"], generated[None]], 1)}
     full["attention_mask"] = torch.ones_like(full["input_ids"])
+    if "token_type_ids" in full:  # PaliGemma's answer is a causal suffix (1), Gemma 3's is text (0)
+        suffix = torch.full_like(generated[None], int(twin.config.model_type == "paligemma"))
+        full["token_type_ids"] = torch.cat([full["token_type_ids"], suffix.to(full["token_type_ids"])], 1)
     if "mm_token_type_ids" in full:
         full["mm_token_type_ids"] = (full["input_ids"] == IMAGE).int()
     if "pixel_values" in full:
         full["pixel_values"] = full["pixel_values"].double()
     hooks = []
-    for i, layer in enumerate(twin.model.language_model.layers):
+    for i, layer in enumerate(decoder(twin).layers):
 
         def note(module, args, kwargs, i=i):
             if run is not None:
@@ -206,9 +213,10 @@ class VhrReference(Reference):
 
 def text_only_outputs(twin, inputs, layers):
     """Per-head outputs of the prompt's last token without its image tokens: {layer: [H, D]}."""
-    ids = inputs["input_ids"][:, [i for i, t in enumerate(inputs["input_ids"][0].tolist()) if t != IMAGE]]
-    run = Reference([], ids.shape[1], layers)
-    teacher_forced(twin, run, {"input_ids": ids}, ids[0, :0])
+    keep = [i for i, t in enumerate(inputs["input_ids"][0].tolist()) if t != IMAGE]
+    text = {k: inputs[k][:, keep] for k in ("input_ids", "token_type_ids") if k in inputs}
+    run = Reference([], len(keep), layers)
+    teacher_forced(twin, run, text, text["input_ids"][0, :0])
     return {layer: run.outputs[layer][:, -1] for layer in layers}
 
 

@@ -62,8 +62,6 @@ class Engine:
         self.main: Session | None = None  # the main session of the last call, until the call ends
         self.sessions: weakref.WeakKeyDictionary[Any, Session] = weakref.WeakKeyDictionary()
         self.tokens = torch.tensor(image_token_ids(model, self.family))
-        self.contrasting: Any = None  # decoding.contrast.PrefixContrast of the running call
-        self.joint: Any = None  # decoding.joint.Joint, while one forward runs all branches
         self.probe: Any = None  # observation.Probe of an observing pass
         self.lock = threading.RLock()
         self.handles: list[Any] = []
@@ -102,23 +100,10 @@ class Engine:
                 from . import hidden
 
                 self.handles += hidden.install(self)
-            if self.contrast:
-                from .decoding import contrast
-
-                self.handles += contrast.install(self)
             if self.pruner:
                 from .pruning import before
 
                 self.handles += before.install(self)
-            looks = [m.encoder_layers(self.arch) for m in self.active if m is not self.pruner]
-            if any(layers is not None for layers in looks):
-                from .pruning.encoder import capture
-
-                wanted = tuple(sorted({i for layers in looks for i in layers or ()}))
-                self.handles += capture(self, get_part(self.model, self.family.vision), wanted, into="views")
-            self.preparing = [m for m in self.active if type(m).prepare is not Method.prepare]
-            if self.preparing:  # after the pruner's hook: methods see what it left
-                self.handles.append(self.language.register_forward_pre_hook(self._prepare, with_kwargs=True))
             self.model.generate = types.MethodType(functools.partial(_generate, self), self.model)
         except BaseException:
             self.remove()
@@ -136,8 +121,10 @@ class Engine:
 
     # ---- hooks -------------------------------------------------------------------------------------------------------
 
-    def _enter(self, module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    def _enter(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         """Before the multimodal model's forward: find or open the session and classify the new columns."""
+        if self.session is not None and self.session.plain:  # a pass of `observe`
+            return
         if kwargs.get("output_attentions") or module.config.output_attentions:
             raise VlmFixError(
                 "attention weights are never formed here: drop output_attentions=True, or unwrap the model first."
@@ -148,7 +135,7 @@ class Engine:
             )
         cache = kwargs.get("past_key_values")
         past = 0 if cache is None else int(cache.get_seq_length())
-        self.session = self.joint = None  # if anything below fails, the next forward must not see an old one
+        self.session = None  # if anything below fails, the next forward must not see an old one
         session = self.sessions.get(cache) if cache is not None else None
         kinds = self._classify(args[0] if args else kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
         mask = kwargs.get("attention_mask")
@@ -166,17 +153,14 @@ class Engine:
             session.prompt_len = past + kinds.shape[1]
         if session.prompt_len is not None and past >= session.prompt_len:
             kinds = torch.full_like(kinds, TEXT)  # an image token that the model generates shows no image
-        elif isinstance(mask, torch.Tensor) and mask.dim() == 2:
-            kinds = torch.where(mask[:, past : past + kinds.shape[1]].to(kinds.device) == 0, PAD, kinds)
+        if past == 0 and isinstance(mask, torch.Tensor) and mask.dim() == 2:
+            kinds = torch.where(mask[:, : kinds.shape[1]].to(kinds.device) == 0, PAD, kinds)
         session.advance(past, kinds)
         if session.branch == "main" and self.call is not None:
             self.main = session
         if fresh:
             self._begin(session)
         self.session = session
-        if self.contrasting and session is self.main:
-            return self.contrasting.join(session, args, kwargs)
-        return None
 
     def _bare_call(self, args: Any, kwargs: dict[str, Any]) -> Call:
         """The call of a forward outside `generate`."""
@@ -194,22 +178,17 @@ class Engine:
                 warnings.warn(f"{', '.join(needy)} did nothing: the input has no image tokens.", stacklevel=2)
             return
         for edit in self.active:
-            if isinstance(edit, AttentionEdit) and edit.edits("begin") and edit.acts_in(session.branch):
+            if isinstance(edit, AttentionEdit) and edit.edits("begin"):
                 edit.begin(session, session.call)
 
     def _leave(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         """After the forward: remember a cache that the model made itself, for a caller's own decoding loop."""
+        if self.session is not None and self.session.plain:
+            return
         cache = getattr(output, "past_key_values", None)
-        if cache is not None and self.session is not None and cache not in self.sessions and not self.joint:
+        if cache is not None and self.session is not None and cache not in self.sessions:
             self.sessions[cache] = self.session
         self.session = None
-
-    def _prepare(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-        if self.session is None or self.session.plain:
-            return None
-        for method in self.preparing:
-            kwargs = method.prepare(self.session, kwargs)
-        return args, kwargs
 
     def _watch(
         self, watchers: list[AttentionEdit], layer: int, module: nn.Module, args: Any, kwargs: dict[str, Any]
@@ -217,10 +196,8 @@ class Engine:
         if self.session is None or self.session.plain:
             return
         x = args[0] if args else kwargs["hidden_states"]
-        sessions = self.joint.sessions if self.joint else [self.session]
-        for session, rows in zip(sessions, x.chunk(len(sessions)), strict=True):
-            for edit in (e for e in watchers if e.acts_in(session.branch)):
-                edit.watch(rows, layer, session)
+        for edit in watchers:
+            edit.watch(x, layer, self.session)
 
     def _classify(self, ids: torch.Tensor | None, embeds: torch.Tensor | None) -> torch.Tensor:
         """[B, q] TEXT or VISUAL, from the token ids or, without them, from the embeddings."""
@@ -250,12 +227,7 @@ class Engine:
         session.advance(0, self._classify(inputs["input_ids"], None))
         outer, self.session = self.session, session
         try:
-            self.language(
-                inputs_embeds=self.model.get_input_embeddings()(inputs["input_ids"]),
-                attention_mask=inputs["attention_mask"],
-                position_ids=positions,
-                use_cache=False,
-            )
+            self.base(**inputs, position_ids=positions, use_cache=False)
         finally:
             self.session = outer
 
@@ -312,10 +284,7 @@ def _generate(engine: Engine, model: Any, inputs: torch.Tensor | None = None, **
             if engine.contrast:
                 from .decoding.contrast import PrefixContrast
 
-                plain = setting("num_beams") in (None, 1) and kwargs.get("custom_generate") is None
-                assisted = kwargs.get("assistant_model") is not None or setting("prompt_lookup_num_tokens")
-                engine.contrasting = PrefixContrast(engine, engine.contrast, call, joins=plain and not assisted)
-                own.append(engine.contrasting)
+                own.append(PrefixContrast(engine, engine.contrast, call))
             if edits:
                 from .decoding.logits import LogitEdits
 
@@ -329,7 +298,7 @@ def _generate(engine: Engine, model: Any, inputs: torch.Tensor | None = None, **
             engine.report_idle()
             return output
         finally:
-            engine.call = engine.session = engine.main = engine.contrasting = engine.joint = None
+            engine.call = engine.session = engine.main = None
             for processor in own:
                 processor.close()
 
@@ -340,9 +309,6 @@ def check_combination(methods: list[Method]) -> None:
         names = [m.name for m in methods if isinstance(m, cls) and (m.contrasts if isinstance(m, Contrast) else True)]
         if len(names) > 1:
             raise VlmFixError(f"{' and '.join(names)} both {what}; use one of them at a time.")
-    alone = [m.name for m in methods if isinstance(m, AttentionEdit) and m.branch == "negative"]
-    if alone and not any(isinstance(m, Contrast) and m.contrasts for m in methods):
-        raise VlmFixError(f"{alone[0]}: branch=negative needs a contrast method beside it, as in vcd.")
     names = [m.name for m in methods]
     for name in names:
         if names.count(name) > 1:
@@ -353,8 +319,7 @@ def wrap(model: Model, spec: Spec, calibration: calibrations.Files = None) -> Mo
     """Install one method or a stack of methods on a Hugging Face vision-language model, in place.
 
     spec: a name ("var"), a spec string ("pai:alpha=0.2,layers=2-31"), a Method, or a list of these. Returns the model.
-    calibration: a file of `vlm-fix calibrate`, or several; it fills the parameters that spec leaves at their default. A
-    method without one takes calibration/METHOD.json of the checkpoint's folder, if that is there.
+    calibration: a file of `vlm-fix calibrate`, or several; it fills the parameters that spec leaves at their default.
     Raises VlmFixError for an unknown method or value, an unsupported or already wrapped model, a senseless stack, a
     calibration of another method or model.
     """
@@ -365,9 +330,8 @@ def wrap(model: Model, spec: Spec, calibration: calibrations.Files = None) -> Mo
             f"the model is already wrapped with {names}; call vlm_fix.unwrap(model) first, or pass a list of methods."
         )
     methods = parse(spec)
-    found = calibrations.choose(calibration, model, methods)
-    if found:
-        methods = calibrations.apply(found, methods, arch_of(model))
+    if calibration is not None:
+        methods = calibrations.apply(calibrations.read_all(calibration), methods, arch_of(model))
     engine = Engine(model, methods)
     engine.install()
     model.__dict__["_vlm_fix_engine"] = engine

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,42 +18,60 @@ class Family:
     """Attribute paths are relative to the `...ForConditionalGeneration` model.
 
     `base` owns get_placeholder_mask and the text model; `encoder` names the way encoder attention is recomputed
-    (pruning/encoder.py); `mrope` families have 3-D positions made by `base.get_rope_index`.
+    (pruning/encoder.py), None: pruners are refused; `cells` how image tokens lie in the image (see `image_cells`);
+    `mrope` families have 3-D positions made by `base.get_rope_index`; others count positions from `first_position`.
     """
 
     name: str
     model_types: tuple[str, ...]
-    base: str
-    language: str
-    vision: str
-    encoder: str
+    base: str = "model"
+    language: str = "model.language_model"
+    vision: str = "model.vision_tower"
+    encoder: str | None = None
     image_tokens: tuple[str, ...] = ("image_token_id",)
     mrope: bool = False
-    tested: str = ""
+    first_position: int = 0
+    cells: str = "tiles"
+    tested: str = "random weights"
 
 
+VIDEO = ("image_token_id", "video_token_id")
 FAMILIES = (
-    Family(
-        "llava",
-        ("llava",),
-        "model",
-        "model.language_model",
-        "model.vision_tower",
-        "clip",
-        tested="picto-llava; random weights (CLIP + Llama)",
-    ),
+    Family("llava", ("llava",), encoder="clip", cells="pixels", tested="picto-llava; random weights (CLIP + Llama)"),
     Family(
         "qwen2_5_vl",
         ("qwen2_5_vl",),
-        "model",
-        "model.language_model",
-        "model.visual",
-        "qwen2_5_vl",
-        ("image_token_id", "video_token_id"),
+        vision="model.visual",
+        encoder="qwen2_5_vl",
+        image_tokens=VIDEO,
         mrope=True,
-        tested="random weights",
+        cells="grid_thw",
     ),
+    Family("qwen2_vl", ("qwen2_vl",), vision="model.visual", image_tokens=VIDEO, mrope=True, cells="grid_thw"),
+    Family("qwen3_vl", ("qwen3_vl",), vision="model.visual", image_tokens=VIDEO, mrope=True, cells="grid_thw"),
+    Family("glm4v", ("glm4v",), vision="model.visual", image_tokens=VIDEO, mrope=True, cells="grid_thw"),
+    Family("vipllava", ("vipllava",), cells="pixels"),
+    Family("llava_next", ("llava_next",), cells="anyres"),
+    Family("llava_onevision", ("llava_onevision",), image_tokens=VIDEO, cells="anyres"),
+    Family("internvl", ("internvl",)),
+    Family("gemma3", ("gemma3",)),
+    Family("paligemma", ("paligemma",), first_position=1),
+    Family("idefics3", ("idefics3",), language="model.text_model", vision="model.vision_model"),
+    Family("smolvlm", ("smolvlm",), language="model.text_model", vision="model.vision_model"),
+    Family("mistral3", ("mistral3",), cells="sizes"),
+    Family("aya_vision", ("aya_vision",)),
+    Family("cohere2_vision", ("cohere2_vision",)),
 )
+REFUSED = {
+    "mllama": "it reads images through cross-attention layers, so no column of its self-attention shows the image",
+    "blip-2": "its language model is called on its own, from inside generate, with embeddings in place of tokens",
+    "instructblip": "its language model is called on its own, from inside generate, with embeddings in place of tokens",
+    "qwen3_5": "most of its layers are linear attention, which has no weights to edit",
+    "lfm2_vl": "most of its layers are convolutions, which have no weights to edit",
+    "llama4": "its chunked attention masks are not understood here",
+    "florence2": "it is an encoder-decoder",
+    "kosmos-2": "it does not use transformers' attention interface",
+}
 
 
 @dataclass(frozen=True)
@@ -80,6 +99,10 @@ def family_of(model: nn.Module) -> Family:
                     f"{type(model).__name__} has no language-model head; load it with AutoModelForImageTextToText."
                 )
             return family
+    if model_type in REFUSED:
+        raise VlmFixError(
+            f"models of type {model_type!r} are not supported: {REFUSED[model_type]}; `vlm-fix models` lists those that are."
+        )
     raise VlmFixError(
         f"models of type {model_type!r} are not supported; supported: {', '.join(f.name for f in FAMILIES)} "
         "(`vlm-fix models`)."
@@ -100,7 +123,7 @@ def vision_blocks(model: Any, family: Family) -> list[Any]:
         if (
             isinstance(module, nn.ModuleList)
             and len(module)
-            and (hasattr(module[0], "self_attn") or hasattr(module[0], "attn"))
+            and any(hasattr(module[0], name) for name in ("self_attn", "attn", "attention"))
         ):
             return list(module)
     raise VlmFixError(f"no transformer blocks were found in the vision tower of {type(model).__name__}.")
@@ -135,7 +158,7 @@ def image_token_ids(model: Any, family: Family) -> list[int]:
 def prompt_positions(model: Any, family: Family, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     """Position ids of a left-padded prompt, [B, L] or [3, B, L] for M-RoPE, and the next position of each row [B]."""
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    flat = (mask.long().cumsum(-1) - 1).clamp(min=0)
+    flat = (mask.long().cumsum(-1) - 1).clamp(min=0) + family.first_position
     if not family.mrope:
         return flat, flat[:, -1] + 1
     if inputs.get("image_grid_thw") is None and inputs.get("video_grid_thw") is None:
@@ -147,27 +170,80 @@ def prompt_positions(model: Any, family: Family, inputs: dict[str, Any]) -> tupl
 
 
 def image_cells(model: Any, family: Family, inputs: dict[str, Any]) -> list[torch.Tensor]:
-    """Per image of one prompt, [h, w]: which of the prompt's image tokens shows each patch (-1: none)."""
-    count = int(
-        torch.isin(inputs["input_ids"], torch.tensor(image_token_ids(model, family)).to(inputs["input_ids"])).sum()
-    )
-    grid, cells, start = inputs.get("image_grid_thw"), [], 0
-    if grid is not None:
-        merge = model.config.vision_config.spatial_merge_size
-        sizes = [
-            (int(t) * int(h) // merge, int(w) // merge) for t, h, w in grid
-        ]  # frames of a video lie below each other
-        extra = 0
+    """Per image of one prompt, [h, w]: which of the prompt's image tokens shows each patch.
+
+    Where a model cuts an image into tiles of a fixed size, each tile counts as an image (a thumbnail of the whole is
+    among them); LLaVA-NeXT and OneVision give the whole image first and then all tiles in one grid, newlines left out.
+    """
+    ids, config = inputs["input_ids"], model.config
+    tokens = torch.tensor(image_token_ids(model, family)).to(ids)
+    visual = torch.isin(ids[0], tokens).cpu()
+    count, pixels = int(visual.sum()), inputs.get("pixel_values")
+    if family.cells == "grid_thw" and inputs.get("image_grid_thw") is not None:
+        merge = config.vision_config.spatial_merge_size
+        cells = _rectangles([(t * h // merge, w // merge) for t, h, w in inputs["image_grid_thw"].tolist()])
+    elif family.cells == "sizes" and inputs.get("image_sizes") is not None:
+        size = config.vision_config.patch_size * config.spatial_merge_size
+        cells = _rectangles([(h // size, w // size) for h, w in inputs["image_sizes"].tolist()])
+    elif family.cells == "anyres" and inputs.get("image_sizes") is not None:
+        cells = _anyres(get_part(model, family.base), inputs)
+    elif pixels is not None and family.cells in ("pixels", "tiles"):
+        size = config.vision_config.patch_size
+        patch = size if isinstance(size, int) else size[0]
+        images = pixels.flatten(0, -4)
+        if pixels.dim() == 5:
+            images = images[(images != 0).flatten(1).any(dim=1)]  # Idefics pads with blank images
+        each = count // max(len(images), 1)
+        if family.cells == "pixels":
+            h, w = pixels.shape[-2] // patch, pixels.shape[-1] // patch
+        else:
+            h = w = math.isqrt(each)
+        cells = [
+            torch.arange(each - h * w, each).view(h, w) + i * each for i in range(len(images))
+        ]  # class token first
     else:
-        pixels, patch = inputs["pixel_values"], model.config.vision_config.patch_size
-        sizes = [(pixels.shape[-2] // patch, pixels.shape[-1] // patch)] * len(pixels)
-        extra = count // len(pixels) - sizes[0][0] * sizes[0][1]  # a class token, if the model keeps it
+        cells = []
+    if sum(c.numel() for c in cells) > count or not cells or int(cells[-1].max()) >= count:
+        raise VlmFixError(
+            f"the prompt holds {count} image tokens, which the images given with it do not explain; pass the processor's "
+            "whole output (images, no video)."
+        )
+    return cells
+
+
+def _rectangles(sizes: list[tuple[int, int]]) -> list[torch.Tensor]:
+    """Images of (h, w) tokens, one after the other."""
+    cells, start = [], 0
     for h, w in sizes:
-        start += extra
         cells.append(torch.arange(start, start + h * w).view(h, w))
         start += h * w
-    if start != count:
-        raise VlmFixError(
-            f"the prompt holds {count} image tokens, but its images give {start}; pass the images it was made with."
-        )
+    return cells
+
+
+def _anyres(base: Any, inputs: dict[str, Any]) -> list[torch.Tensor]:
+    """The model's own packing, run on features of 0 with newlines of 1, shows where rows end."""
+    config, cells, start = base.config, [], 0
+    side = config.vision_config.image_size // config.vision_config.patch_size
+    options = {"vision_aspect_ratio": config.vision_aspect_ratio} if hasattr(config, "vision_aspect_ratio") else {}
+    if "vision_feature_select_strategy" in inspect.signature(base.pack_image_features).parameters:
+        options["vision_feature_select_strategy"] = config.vision_feature_select_strategy
+    several = inputs.get("batch_num_images")
+    alone = (
+        [True] * len(inputs["image_sizes"]) if several is None else [n == 1 for n in several.tolist() for _ in range(n)]
+    )
+    for pixels, size, cut in zip(inputs["pixel_values"], inputs["image_sizes"], alone, strict=True):
+        tiles = len(pixels) if cut else 1
+        if cut:
+            from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+            tiles = image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size)
+        features = torch.zeros(tiles, side * side, 1)
+        packed, _ = base.pack_image_features([features], size[None], image_newline=torch.ones(1), **options)
+        ends = packed[0][:, 0] == 1
+        cells.append(torch.arange(start, start + side * side).view(side, side))
+        rows = int(ends.sum())
+        if tiles > 1:
+            high = torch.arange(start + side * side, start + len(ends)).view(rows, -1)
+            cells.append(high[:, :-1])
+        start += len(ends)
     return cells

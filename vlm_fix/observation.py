@@ -193,7 +193,7 @@ def observe(
             for hook in hooks:
                 stack.callback(hook.remove)
         session = _run(engine, call, probe, answer)
-        text = {}
+        text: dict[int, torch.Tensor] = {}
         if text_only:
             engine.observe(call.without_images(), call, lambda i, o: text.__setitem__(i, o[0, :, -1].float().cpu()))
         return _collect(engine, call, probe, session, answer, text)

@@ -21,13 +21,15 @@ def edited_rows(
     scaling: float,
     edits: list[tuple[AttentionEdit, Rows, torch.Tensor | None]],
     probe: Callable[[torch.Tensor, int], None] | None = None,
+    windowed: bool = False,
 ) -> torch.Tensor:
     """Attention of R rows under `edits`, applied in order.
 
     query [B, H, R, D], key and value [B, Hkv, K, D] (grouped-query heads are not repeated), allowed [B or 1, 1 or H, R, K]
     booleans or an additive float mask, or None. Each edit comes with what it sees and the rows [B, R] it applies to
     (None: all). Returns float32 [B, H, R, D]: logit edits, mask, softmax, weight edits, value product, head edits.
-    `probe(a [B, H, r, K], i)` sees the edited weights of rows i to i + r, chunk by chunk.
+    `probe(a [B, H, r, K], i)` sees the edited weights of rows i to i + r, chunk by chunk. `windowed`: logit edits see 0 in
+    the columns a row may not see, as if a sliding window had dropped them already.
     """
     step = max(1, CHUNK_BYTES // (4 * query.shape[0] * query.shape[1] * key.shape[2]))
     parts = []
@@ -38,7 +40,7 @@ def edited_rows(
             for e, r, m in edits
         ]
         visible = allowed if allowed is None else allowed[:, :, part]
-        a = _weights(query[:, :, part], key, visible, scaling, seen)
+        a = _weights(query[:, :, part], key, visible, scaling, seen, windowed)
         if probe:
             probe(a, i)
         parts.append((_grouped(a, key.shape[1]) @ value.to(a.dtype)).view(*a.shape[:3], -1))
@@ -51,11 +53,14 @@ def _weights(
     allowed: torch.Tensor | None,
     scaling: float,
     edits: list[tuple[AttentionEdit, Rows, torch.Tensor | None]],
+    windowed: bool,
 ) -> torch.Tensor:
     """The edited weights of one chunk of rows, [B, H, R, K]."""
     compute = torch.promote_types(query.dtype, torch.float32)
     packed = _grouped(query.to(compute), key.shape[1])
     z = (packed @ key.to(compute).transpose(2, 3)).view(*query.shape[:3], -1) * scaling
+    if windowed and allowed is not None:
+        z = z.masked_fill(~allowed, 0) if allowed.dtype == torch.bool else z.masked_fill(allowed < 0, 0)
     for edit, rows, mask in edits:
         if edit.edits("logits"):
             z = _where(mask, edit.logits(z, rows), z)
@@ -68,29 +73,6 @@ def _weights(
         if edit.edits("weights"):
             a = _where(mask, edit.weights(a, rows), a)
     return a
-
-
-def column_means(
-    query: torch.Tensor, key: torch.Tensor, allowed: torch.Tensor | None, scaling: float, real: torch.Tensor
-) -> torch.Tensor:
-    """[B, H, K]: the plain attention weight of each column, mean over the rows that see it; `real` [B, R]: rows to count.
-
-    Arguments as in `edited_rows`; chunks of rows, so that no R x K matrix is formed.
-    """
-    step = max(1, CHUNK_BYTES // (4 * query.shape[0] * query.shape[1] * key.shape[2]))
-    total = torch.zeros(*query.shape[:2], key.shape[2], device=query.device)
-    count = torch.zeros_like(total[:, :1])
-    for i in range(0, query.shape[2], step):
-        rows = real[:, None, i : i + step, None]
-        seen = rows if allowed is None else rows & _boolean(allowed[:, :, i : i + step])
-        visible = allowed if allowed is None else allowed[:, :, i : i + step]
-        total += (_weights(query[:, :, i : i + step], key, visible, scaling, []) * rows).sum(dim=2)
-        count = count + seen.sum(dim=2)
-    return total / count.clamp(min=1)
-
-
-def _boolean(allowed: torch.Tensor) -> torch.Tensor:
-    return allowed if allowed.dtype == torch.bool else allowed >= 0
 
 
 def _grouped(x: torch.Tensor, kv_heads: int) -> torch.Tensor:

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 
 from ..errors import VlmFixError
-from ..families import get_part
+from ..families import FAMILIES, get_part
 from ..session import PAD, VISUAL, Session, left_pack
-from . import shrink
 from .encoder import capture
 from .merge import TokenMerger
 
@@ -45,10 +44,12 @@ def install(engine: Any) -> list[Any]:
         raise VlmFixError(
             f"{pruner.name}: positions=compact has no meaning for M-RoPE's 3-D positions; use positions=original."
         )
-    if pruner.edits("shrink"):
-        handles = shrink.install(engine, pruner.shrink)
-    else:
-        handles = capture(engine, get_part(engine.model, engine.family.vision), pruner.encoder_layers(engine.arch))
+    if engine.family.encoder is None:
+        known = ", ".join(f.name for f in FAMILIES if f.encoder)
+        raise VlmFixError(
+            f"{pruner.name} cannot read the vision tower of {engine.family.name} models; pruning works with {known}."
+        )
+    handles = capture(engine, get_part(engine.model, engine.family.vision), pruner.encoder_layers(engine.arch))
 
     def hook(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         session = engine.session
