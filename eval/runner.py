@@ -37,6 +37,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, StoppingCri
 
 import vlm_fix
 from vlm_fix import registry
+from vlm_fix.calibration import Calibration, choose, read_all
 from vlm_fix.errors import VlmFixError
 
 from . import chair, picto, pope, report
@@ -73,6 +74,7 @@ class Settings:
     num_beams: int = 1
     dtype: str = "auto"
     device: str = "auto"
+    calibration: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "num_beams", "limit", "max_new_tokens"):
@@ -171,8 +173,8 @@ class Batch:
     first_token: float | None
 
 
-def generate(model: Any, processor: Any, images: Sequence[Any], prompts: Sequence[str], seed: int, **how: Any) -> Batch:
-    """Answer each (image, prompt) pair of a left-padded batch through the model's chat template and `generate`."""
+def encode(model: Any, processor: Any, images: Sequence[Any], prompts: Sequence[str]) -> Any:
+    """A left-padded batch of (image, prompt) pairs through the model's chat template, on the model's device."""
     texts = [
         processor.apply_chat_template(
             [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}],
@@ -183,13 +185,18 @@ def generate(model: Any, processor: Any, images: Sequence[Any], prompts: Sequenc
     tokenizer = processor.tokenizer
     # a template that writes the start token itself must not get a second one
     twice = tokenizer.bos_token is not None and texts[0].startswith(tokenizer.bos_token)
-    inputs = processor(
+    return processor(
         images=[[image] for image in images],
         text=texts,
         padding=True,
         return_tensors="pt",
         **({"add_special_tokens": False} if twice else {}),
     ).to(model.device, model.dtype)
+
+
+def generate(model: Any, processor: Any, images: Sequence[Any], prompts: Sequence[str], seed: int, **how: Any) -> Batch:
+    """Answer each (image, prompt) pair through `generate`."""
+    inputs, tokenizer = encode(model, processor, images, prompts), processor.tokenizer
     torch.manual_seed(seed)
     clock = _FirstToken()
     start = time.perf_counter()
@@ -412,26 +419,32 @@ def evaluate(
         transformers.utils.logging.disable_progress_bar()
     folder = Path(output)
     runs = {"baseline": BASELINE, **{"+".join(stack): list(stack) for stack in settings.methods}}
-    for stack in runs.values():
-        registry.parse(stack)
+    methods = [method for stack in runs.values() for method in registry.parse(stack)]
+    read_all(settings.calibration)
     if folder.exists() and not folder.is_dir():
         raise VlmFixError(f"--output {folder} is a file: give a folder.")
     if (folder / "config.json").exists() and not resume:
         raise VlmFixError(f"{folder} already holds a run: add --resume to continue it or choose another --output.")
     tasks = build(settings)
     model, processor, identity = loaded or load_model(settings.model, settings.dtype, settings.device)
+    calibration = choose(settings.calibration, model, methods)
     for stack in runs.values():  # a bad value or combination must not surface after an hour of baseline
-        with _wrapped(model, stack):
+        with _wrapped(model, stack, calibration):
             pass
     config = json.loads(
         json.dumps(
-            {**dataclasses.asdict(settings), "model": identity, "data": {task.benchmark: task.data for task in tasks}}
+            {
+                **dataclasses.asdict(settings),
+                "model": identity,
+                "data": {task.benchmark: task.data for task in tasks},
+                "calibration": {c.method: c.found for c in calibration},
+            }
         )
     )
     store = Store(folder, config, resume)
     for run, stack in runs.items():
         done, samples = 0, sum(len(task.samples) for task in tasks)
-        with _wrapped(model, stack), _progress(console, run, tasks) as advance:
+        with _wrapped(model, stack, calibration), _progress(console, run, tasks) as advance:
             for task in tasks:
                 for n in _run(model, processor, run, task, settings, store):
                     advance(n)
@@ -460,9 +473,14 @@ def evaluate(
     return results
 
 
-def _wrapped(model: Any, stack: list[str]) -> contextlib.AbstractContextManager[Any]:
+def _wrapped(
+    model: Any, stack: list[str], calibration: Sequence[Calibration] = ()
+) -> contextlib.AbstractContextManager[Any]:
     """The baseline runs unwrapped, so that a model of any family can be measured."""
-    return contextlib.nullcontext() if stack == BASELINE else vlm_fix.wrapped(model, stack)
+    if stack == BASELINE:
+        return contextlib.nullcontext()
+    names = {m.name for m in registry.parse(stack)}
+    return vlm_fix.wrapped(model, stack, [c for c in calibration if c.method in names])
 
 
 @contextlib.contextmanager

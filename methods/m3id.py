@@ -43,5 +43,5 @@ class M3ID(Contrast):
         weight = math.expm1(min(self.decay * (step + self.first), 50.0))  # (1 - g) / g, kept finite
         return plausible((1 + weight) * l - weight * l_neg, l, self.beta)
 
-    def combine_at(self, step: int, l: torch.Tensor, l_neg: torch.Tensor) -> torch.Tensor:
-        return self.combine(l, l_neg, step)
+    def combine_at(self, step: int, l: torch.Tensor, *negatives: torch.Tensor) -> torch.Tensor:
+        return self.combine(l, negatives[0], step)

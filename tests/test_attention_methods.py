@@ -21,6 +21,9 @@ import vlm_fix
 class Matrices(ref.Reference):
     """A reference that sees all heads and rows of a layer: scores(z [H, L, L]), mixed(a [H, L, L]), edited in place."""
 
+    def projected(self, q, k, layer):
+        pass
+
     def scores(self, z, layer):
         pass
 
@@ -40,8 +43,10 @@ class Matrices(ref.Reference):
 def matrix_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
     run, layer = ref.RUN, module.layer_idx
     groups = query.shape[1] // key.shape[1]
-    z = query @ key.repeat_interleave(groups, 1).transpose(2, 3) * scaling
+    key = key.repeat_interleave(groups, 1)
+    z = query @ key.transpose(2, 3) * scaling
     if run is not None and layer in run.layers:
+        run.projected(query[0], key[0], layer)
         run.scores(z[0], layer)
     a = (z + attention_mask).softmax(-1)
     if run is not None and layer in run.layers:

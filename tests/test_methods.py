@@ -265,7 +265,9 @@ def test_row_without_image_is_untouched(family, model, spec):
     with vlm_fix.wrapped(model, spec):
         t, l, _ = greedy(model, inputs)
     assert torch.equal(t[1], tokens[1])
-    if "hiprune" not in spec:  # its row is re-padded, which moves rounding
+    if "vcd" in spec or "gamma" in spec:  # a joined step has more rows, which moves rounding
+        assert torch.allclose(l[1], logits[1], atol=1e-5)
+    elif "hiprune" not in spec:  # its row is re-padded, which moves rounding
         assert torch.equal(l[1], logits[1])
     assert not torch.equal(t, tokens) or not torch.equal(l, logits) or "vcd" in spec
 

@@ -183,27 +183,41 @@ def sizes(arch: Arch) -> dict[str, Any]:
     return {"type": arch.family.name, "depth": arch.depth, "hidden": arch.hidden, "heads": arch.heads}
 
 
-Files = str | Path | Sequence[str | Path] | None
+Files = str | Path | Calibration | Sequence[str | Path | Calibration] | None
 
 
 def read_all(files: Files) -> list[Calibration]:
-    """One file or several -> calibrations, at most one a method."""
-    found = [Calibration.read(f) for f in ([files] if isinstance(files, str | Path) else files or ())]
+    """`Files` -> calibrations, at most one a method."""
+    items = [files] if isinstance(files, str | Path | Calibration) else files or ()
+    found = [item if isinstance(item, Calibration) else Calibration.read(item) for item in items]
     for c in found:
         if sum(c.method == other.method for other in found) > 1:
             raise VlmFixError(f"there are two calibration files of {c.method}; give one.")
     return found
 
 
+def choose(files: Files, model: Any, methods: Sequence[Method]) -> list[Calibration]:
+    """The calibrations of `methods`: those given, else those in the folder calibration/ of the model's checkpoint.
+
+    Raises VlmFixError for a file of a method that is not among them.
+    """
+    found, names = read_all(files), {m.name for m in methods}
+    for c in found:
+        if c.method not in names:
+            raise VlmFixError(
+                f"the calibration of {c.method} fits none of {', '.join(m.name for m in methods)}; leave the file out or "
+                f"add {c.method}."
+            )
+    checkpoint = str(getattr(model, "name_or_path", ""))
+    for name in sorted(names - {c.method for c in found}) if checkpoint else ():
+        file = Path(checkpoint) / "calibration" / f"{name}.json"
+        found += [Calibration.read(file)] if file.is_file() else []
+    return found
+
+
 def apply(calibrations: Sequence[Calibration], methods: Sequence[Method], arch: Arch) -> list[Method]:
-    """The methods with what was found for them; VlmFixError for a file of another method or model."""
-    by_name = {c.method: c for c in calibrations}
-    strangers = sorted(set(by_name) - {m.name for m in methods})
-    if strangers:
-        raise VlmFixError(
-            f"the calibration of {strangers[0]} fits none of {', '.join(m.name for m in methods)}; leave the file out or "
-            f"add {strangers[0]}."
-        )
+    """The methods with what was found for them; VlmFixError for what was found on another kind of model."""
     for c in calibrations:
         c.check(arch)
+    by_name = {c.method: c for c in calibrations}
     return [by_name[m.name].fill(m) if m.name in by_name else m for m in methods]

@@ -35,6 +35,16 @@ DIR of --output gets results.json, table.md, figure.png and samples.jsonl, every
     "score": """examples:
   vlm-fix score pope coco_pope_random.json answers.jsonl --scorer vcd
   vlm-fix score chair captions.jsonl --variant nltk --json""",
+    "calibrate": """METHOD is a name from `vlm-fix methods`, with settings if you like: iri, iri:noise=5. What a method
+finds for itself is found first; --search then tries values of any setting. FILE is read by
+wrap(model, METHOD, calibration=FILE), by `vlm-fix eval --calibration FILE`, and, as calibration/METHOD.json in the
+folder of a checkpoint, without being named.
+
+examples:
+  vlm-fix calibrate iri --out iri.json
+  vlm-fix calibrate zerotuning --limit 200
+  vlm-fix calibrate pai --search "alpha=0.1|0.2|0.5" --search "layers=2-|3-" --data coco:/data/train2014
+  vlm-fix eval pope --method iri --calibration iri.json""",
     "picto": """examples:
   vlm-fix picto render picto-shift --scenes 500 --split shift --seed 0
   vlm-fix picto train --seed 0 --out my-picto""",
@@ -72,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
         "--model", default="picto-llava", metavar="NAME", help="folder or Hugging Face name (%(default)s)"
     )
     asked.add_argument("--method", default="", metavar="A,B+C", help="runs beside the baseline, see below")
+    asked.add_argument("--calibration", action="append", metavar="FILE", help="of vlm-fix calibrate; may be repeated")
     asked.add_argument("--data", default="picto", metavar="DATA", help="picto[:SPLIT] or coco:DIR (picto:shift)")
     asked.add_argument("--ids", metavar="FILE", help="image ids to use, one a line (coco)")
     asked.add_argument("--limit", type=int, metavar="N", help="number of images (500)")
@@ -95,6 +106,26 @@ def _parser() -> argparse.ArgumentParser:
     kept.add_argument("--output", metavar="DIR", help="folder for the results (runs/DATE-TIME)")
     kept.add_argument("--resume", action="store_true", help="continue a killed run in --output")
     kept.add_argument("--json", action="store_true", help="print results.json instead of tables")
+
+    found = add(commands, "calibrate", "find a method's settings for a model on labelled questions", _calibrate)
+    found.add_argument("method", metavar="METHOD", help="see below")
+    found.add_argument(
+        "--model", default="picto-llava", metavar="NAME", help="folder or Hugging Face name (%(default)s)"
+    )
+    found.add_argument("--data", default="picto:train", metavar="DATA", help="picto:SPLIT or coco:DIR (%(default)s)")
+    found.add_argument(
+        "--limit", type=int, default=300, metavar="N", help="questions to find with, and to score (%(default)s)"
+    )
+    found.add_argument("--seed", type=int, default=0, metavar="S", help="of data and noise (%(default)s)")
+    found.add_argument(
+        "--search", action="append", default=[], metavar="NAME=A|B", help="values to try; repeat for combinations"
+    )
+    found.add_argument("--out", metavar="FILE", help="where to write (METHOD.json)")
+    found.add_argument(
+        "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the weights"
+    )
+    found.add_argument("--device", default="auto", metavar="DEV", help="auto, cpu, cuda or cuda:N (%(default)s)")
+    found.add_argument("--json", action="store_true", help="print the file instead of a table")
 
     scoring = add(commands, "score", "score answers or captions that you have")
     kinds = scoring.add_subparsers(metavar="BENCHMARK", required=True)
@@ -179,6 +210,7 @@ def _eval(args: argparse.Namespace) -> None:
 
     names = {field.name for field in dataclasses.fields(Settings)}
     given = {key: value for key, value in vars(args).items() if key in names}
+    given["calibration"] = tuple(args.calibration or ())
     settings = Settings(
         **given,
         methods=tuple(tuple(stack) for stack in split_methods(args.method)),
@@ -189,6 +221,49 @@ def _eval(args: argparse.Namespace) -> None:
         print(json.dumps(results, indent=2))
     else:
         report.show(results, Path(args.output))
+
+
+def _calibrate(args: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from .eval.calibrate import calibrate, parse_search
+
+    search, stderr = parse_search(args.search), Console(stderr=True)
+    with Progress(
+        TextColumn("{task.description:<20}"),
+        BarColumn(),
+        TimeRemainingColumn(),
+        console=stderr,
+        disable=not stderr.is_terminal,
+    ) as bar:
+        jobs: dict[str, Any] = {}
+
+        def progress(label: str, share: float) -> None:
+            if label not in jobs:
+                jobs[label] = bar.add_task(label, total=1.0)
+            bar.update(jobs[label], completed=share)
+
+        result = calibrate(
+            args.method, args.model, args.data, args.limit, args.seed, search, args.dtype, args.device, progress
+        )
+    made = result.calibration
+    out = Path(args.out or f"{made.method}.json")
+    made.write(out)
+    if args.json:
+        print(out.read_text(), end="")
+        return
+    for options, accuracy in result.tried:
+        print(f"{','.join(f'{k}={v}' for k, v in options.items()):<40} {accuracy:.3f} right")
+    for name, value in made.found.items():
+        print(f"{made.method}: {name} = {_value(value)}")
+    score = made.score
+    print(
+        f"held-out accuracy {score['accuracy_before']:.3f} -> {score['accuracy_after']:.3f} on {score['questions']} "
+        f"questions ({score['mended']} mended, {score['broken']} broken, McNemar p {score['mcnemar_p']:.2g}), "
+        f"yes-ratio {score['yes_ratio_before']:.3f} -> {score['yes_ratio_after']:.3f}"
+    )
+    print(f"written to {out}")
 
 
 def _score_pope(args: argparse.Namespace) -> None:

@@ -62,6 +62,8 @@ class Engine:
         self.main: Session | None = None  # the main session of the last call, until the call ends
         self.sessions: weakref.WeakKeyDictionary[Any, Session] = weakref.WeakKeyDictionary()
         self.tokens = torch.tensor(image_token_ids(model, self.family))
+        self.contrasting: Any = None  # decoding.contrast.PrefixContrast of the running call
+        self.joint: Any = None  # decoding.joint.Joint, while one forward runs all branches
         self.probe: Any = None  # observation.Probe of an observing pass
         self.lock = threading.RLock()
         self.handles: list[Any] = []
@@ -100,10 +102,23 @@ class Engine:
                 from . import hidden
 
                 self.handles += hidden.install(self)
+            if self.contrast:
+                from .decoding import contrast
+
+                self.handles += contrast.install(self)
             if self.pruner:
                 from .pruning import before
 
                 self.handles += before.install(self)
+            looks = [m.encoder_layers(self.arch) for m in self.active if m is not self.pruner]
+            if any(layers is not None for layers in looks):
+                from .pruning.encoder import capture
+
+                wanted = tuple(sorted({i for layers in looks for i in layers or ()}))
+                self.handles += capture(self, get_part(self.model, self.family.vision), wanted, into="views")
+            self.preparing = [m for m in self.active if type(m).prepare is not Method.prepare]
+            if self.preparing:  # after the pruner's hook: methods see what it left
+                self.handles.append(self.language.register_forward_pre_hook(self._prepare, with_kwargs=True))
             self.model.generate = types.MethodType(functools.partial(_generate, self), self.model)
         except BaseException:
             self.remove()
@@ -121,7 +136,7 @@ class Engine:
 
     # ---- hooks -------------------------------------------------------------------------------------------------------
 
-    def _enter(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    def _enter(self, module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         """Before the multimodal model's forward: find or open the session and classify the new columns."""
         if self.session is not None and self.session.plain:  # a pass of `observe`
             return
@@ -135,7 +150,7 @@ class Engine:
             )
         cache = kwargs.get("past_key_values")
         past = 0 if cache is None else int(cache.get_seq_length())
-        self.session = None  # if anything below fails, the next forward must not see an old one
+        self.session = self.joint = None  # if anything below fails, the next forward must not see an old one
         session = self.sessions.get(cache) if cache is not None else None
         kinds = self._classify(args[0] if args else kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
         mask = kwargs.get("attention_mask")
@@ -153,14 +168,17 @@ class Engine:
             session.prompt_len = past + kinds.shape[1]
         if session.prompt_len is not None and past >= session.prompt_len:
             kinds = torch.full_like(kinds, TEXT)  # an image token that the model generates shows no image
-        if past == 0 and isinstance(mask, torch.Tensor) and mask.dim() == 2:
-            kinds = torch.where(mask[:, : kinds.shape[1]].to(kinds.device) == 0, PAD, kinds)
+        elif isinstance(mask, torch.Tensor) and mask.dim() == 2:
+            kinds = torch.where(mask[:, past : past + kinds.shape[1]].to(kinds.device) == 0, PAD, kinds)
         session.advance(past, kinds)
         if session.branch == "main" and self.call is not None:
             self.main = session
         if fresh:
             self._begin(session)
         self.session = session
+        if self.contrasting and session is self.main:
+            return self.contrasting.join(session, args, kwargs)
+        return None
 
     def _bare_call(self, args: Any, kwargs: dict[str, Any]) -> Call:
         """The call of a forward outside `generate`."""
@@ -178,7 +196,7 @@ class Engine:
                 warnings.warn(f"{', '.join(needy)} did nothing: the input has no image tokens.", stacklevel=2)
             return
         for edit in self.active:
-            if isinstance(edit, AttentionEdit) and edit.edits("begin"):
+            if isinstance(edit, AttentionEdit) and edit.edits("begin") and edit.acts_in(session.branch):
                 edit.begin(session, session.call)
 
     def _leave(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
@@ -186,9 +204,16 @@ class Engine:
         if self.session is not None and self.session.plain:
             return
         cache = getattr(output, "past_key_values", None)
-        if cache is not None and self.session is not None and cache not in self.sessions:
+        if cache is not None and self.session is not None and cache not in self.sessions and not self.joint:
             self.sessions[cache] = self.session
         self.session = None
+
+    def _prepare(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        if self.session is None or self.session.plain:
+            return None
+        for method in self.preparing:
+            kwargs = method.prepare(self.session, kwargs)
+        return args, kwargs
 
     def _watch(
         self, watchers: list[AttentionEdit], layer: int, module: nn.Module, args: Any, kwargs: dict[str, Any]
@@ -196,8 +221,10 @@ class Engine:
         if self.session is None or self.session.plain:
             return
         x = args[0] if args else kwargs["hidden_states"]
-        for edit in watchers:
-            edit.watch(x, layer, self.session)
+        sessions = self.joint.sessions if self.joint else [self.session]
+        for session, rows in zip(sessions, x.chunk(len(sessions)), strict=True):
+            for edit in (e for e in watchers if e.acts_in(session.branch)):
+                edit.watch(rows, layer, session)
 
     def _classify(self, ids: torch.Tensor | None, embeds: torch.Tensor | None) -> torch.Tensor:
         """[B, q] TEXT or VISUAL, from the token ids or, without them, from the embeddings."""
@@ -284,7 +311,10 @@ def _generate(engine: Engine, model: Any, inputs: torch.Tensor | None = None, **
             if engine.contrast:
                 from .decoding.contrast import PrefixContrast
 
-                own.append(PrefixContrast(engine, engine.contrast, call))
+                plain = setting("num_beams") in (None, 1) and kwargs.get("custom_generate") is None
+                assisted = kwargs.get("assistant_model") is not None or setting("prompt_lookup_num_tokens")
+                engine.contrasting = PrefixContrast(engine, engine.contrast, call, joins=plain and not assisted)
+                own.append(engine.contrasting)
             if edits:
                 from .decoding.logits import LogitEdits
 
@@ -298,7 +328,7 @@ def _generate(engine: Engine, model: Any, inputs: torch.Tensor | None = None, **
             engine.report_idle()
             return output
         finally:
-            engine.call = engine.session = engine.main = None
+            engine.call = engine.session = engine.main = engine.contrasting = engine.joint = None
             for processor in own:
                 processor.close()
 
@@ -309,6 +339,9 @@ def check_combination(methods: list[Method]) -> None:
         names = [m.name for m in methods if isinstance(m, cls) and (m.contrasts if isinstance(m, Contrast) else True)]
         if len(names) > 1:
             raise VlmFixError(f"{' and '.join(names)} both {what}; use one of them at a time.")
+    alone = [m.name for m in methods if isinstance(m, AttentionEdit) and m.branch == "negative"]
+    if alone and not any(isinstance(m, Contrast) and m.contrasts for m in methods):
+        raise VlmFixError(f"{alone[0]}: branch=negative needs a contrast method beside it, as in vcd.")
     names = [m.name for m in methods]
     for name in names:
         if names.count(name) > 1:
@@ -319,7 +352,8 @@ def wrap(model: Model, spec: Spec, calibration: calibrations.Files = None) -> Mo
     """Install one method or a stack of methods on a Hugging Face vision-language model, in place.
 
     spec: a name ("var"), a spec string ("pai:alpha=0.2,layers=2-31"), a Method, or a list of these. Returns the model.
-    calibration: a file of `vlm-fix calibrate`, or several; it fills the parameters that spec leaves at their default.
+    calibration: a file of `vlm-fix calibrate`, or several; it fills the parameters that spec leaves at their default. A
+    method without one takes calibration/METHOD.json of the checkpoint's folder, if that is there.
     Raises VlmFixError for an unknown method or value, an unsupported or already wrapped model, a senseless stack, a
     calibration of another method or model.
     """
@@ -330,8 +364,9 @@ def wrap(model: Model, spec: Spec, calibration: calibrations.Files = None) -> Mo
             f"the model is already wrapped with {names}; call vlm_fix.unwrap(model) first, or pass a list of methods."
         )
     methods = parse(spec)
-    if calibration is not None:
-        methods = calibrations.apply(calibrations.read_all(calibration), methods, arch_of(model))
+    found = calibrations.choose(calibration, model, methods)
+    if found:
+        methods = calibrations.apply(found, methods, arch_of(model))
     engine = Engine(model, methods)
     engine.install()
     model.__dict__["_vlm_fix_engine"] = engine

@@ -83,6 +83,14 @@ class Method:
         """Values for the fields left at None, for this model."""
         return {}
 
+    def encoder_layers(self, arch: Arch) -> tuple[int, ...] | None:
+        """Vision layers whose attention scores this method needs; None: it does not look at the vision tower."""
+        return None
+
+    def prepare(self, session: Session, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Look at or change the language model's inputs (`inputs_embeds`, `position_ids`, ...) before each forward."""
+        return kwargs
+
     def calibrate(
         self, model: Any, samples: Sequence[Sample], seed: int, progress: Callable[[str, float], None]
     ) -> dict[str, Any]:
@@ -191,6 +199,7 @@ class AttentionEdit(Method):
       logits(z [B,H,R,K], rows)  -> raw scores before the mask and softmax
       weights(a [B,H,R,K], rows) -> post-softmax weights
       heads(o [B,H,R,D], rows)   -> per-head output before o_proj (needs no weights: stays on SDPA)
+      scan(q [B,H,q,D], k [B,Hkv,K,D], allowed, scaling, rows) -> look at all queries and keys before rows are edited
       watch(x [B,q,C], layer, session) -> look at a layer's input before its norm
       begin(session, call)       -> run once when a prompt starts (text-only passes and the like)
     """
@@ -198,6 +207,11 @@ class AttentionEdit(Method):
     kind: ClassVar[str] = "attention"
     idle_reason: ClassVar[str] = "no row of it was reached."
     layers: Layers = param(None, "language-model layers to edit")
+    branch: str = param("both", "beside a contrast: the branch it acts in", choices=("both", "main", "negative"))
+
+    def acts_in(self, branch: str) -> bool:
+        """True if it acts in this branch: "main", or a name of `Contrast.branches`."""
+        return self.branch == "both" or (self.branch == "main") == (branch == "main")
 
     @property
     def rows(self) -> str:
@@ -213,6 +227,9 @@ class AttentionEdit(Method):
     def heads(self, o: torch.Tensor, rows: Rows) -> torch.Tensor:
         return o
 
+    def scan(self, q: torch.Tensor, k: torch.Tensor, allowed: torch.Tensor | None, scaling: float, rows: Rows) -> None:
+        return None
+
     def watch(self, x: torch.Tensor, layer: int, session: Session) -> None:
         return None
 
@@ -225,7 +242,7 @@ class AttentionEdit(Method):
 
     @classmethod
     def edits(cls, what: str) -> bool:
-        """True if the class overwrites `what` ("logits", "weights", "heads", "watch", "begin")."""
+        """True if the class overwrites `what` ("logits", "weights", "heads", "scan", "watch", "begin")."""
         return getattr(cls, what) is not getattr(AttentionEdit, what)
 
 
@@ -267,8 +284,24 @@ class HiddenEdit(Method):
 
 
 @dataclass(frozen=True)
+class Negative:
+    """A second branch of a contrast: its prompt, and what it does to the prompt's image features.
+
+    inputs: model inputs, as in `Call.inputs`; the vision tower runs again only if pixel_values is another tensor.
+    features: [N, C] image embeddings of the whole batch, in order -> the same, changed.
+    """
+
+    inputs: dict[str, Any]
+    features: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+
+@dataclass(frozen=True)
 class Contrast(Method):
-    """Contrasts the next-token distribution with that of a second branch with its own cache."""
+    """Contrasts the next-token distribution with that of a second branch with its own cache.
+
+    A branch may have another prompt, other image features, or an attention edit that is active only in it: the method is
+    then an AttentionEdit too, with branch="negative".
+    """
 
     kind: ClassVar[str] = "contrast"
 
@@ -278,16 +311,20 @@ class Contrast(Method):
         return not self.neutral
 
     def negative(self, call: Call) -> dict[str, torch.Tensor]:
-        """Model inputs of the second branch's prompt: `call.without_images()`, `call.with_pixels(f)`, ..."""
+        """Model inputs of the second branch's prompt: `call.inputs`, `call.without_images()`, `call.with_pixels(f)`, ..."""
         raise NotImplementedError
+
+    def branches(self, call: Call) -> dict[str, Negative]:
+        """The second branches by name; each has its own cache. An AttentionEdit asks for the name in `acts_in`."""
+        return {"negative": Negative(self.negative(call))}
 
     def combine(self, l: torch.Tensor, l_neg: torch.Tensor) -> torch.Tensor:
         """[B, V] float32 log-probabilities of both branches -> unnormalised scores, -inf where cut off. Pure."""
         raise NotImplementedError
 
-    def combine_at(self, step: int, l: torch.Tensor, l_neg: torch.Tensor) -> torch.Tensor:
-        """`combine` after `step` generated tokens, for a strength that changes as the answer grows."""
-        return self.combine(l, l_neg)
+    def combine_at(self, step: int, l: torch.Tensor, *negatives: torch.Tensor) -> torch.Tensor:
+        """`combine` after `step` generated tokens, for a strength that changes as the answer grows or several branches."""
+        return self.combine(l, *negatives)
 
 
 @dataclass(frozen=True)
@@ -321,9 +358,18 @@ class TokenPruner(Method):
         """Vision layers whose attention column scores `select` needs."""
         return ()
 
+    def shrink(self, grid: tuple[int, int]) -> tuple[int, int]:
+        """Grid of tokens (h, w) of an image -> the grid that the vision tower shall make of it; for a smaller image."""
+        return grid
+
     def select(self, image: Any) -> torch.Tensor:
         """`pruning.encoder.ImageTokens` of one image -> indices of the kept tokens, ascending."""
         raise NotImplementedError
+
+    @classmethod
+    def edits(cls, what: str) -> bool:
+        """True if the class overwrites `what`."""
+        return getattr(cls, what) is not getattr(TokenPruner, what)
 
     def budget(self, tokens: int) -> int:
         """Number of tokens kept out of `tokens`."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from .errors import VlmFixError
 from .method import Method
 
 PAD, TEXT, VISUAL = 0, 1, 2
@@ -25,6 +26,7 @@ class Call:
     family: Any
     inputs: dict[str, Any]  # input_ids [B, L], attention_mask [B, L], pixel_values, image_grid_thw, ...
     vision: list[Any] = field(default_factory=list)  # pruning.encoder.ImageTokens, in image order
+    views: list[Any] = field(default_factory=list)  # the same with the encoder layers that other methods ask for
 
     @property
     def batch(self) -> int:
@@ -66,6 +68,9 @@ class Session:
     states: dict[int, dict[Any, Any]] = field(default_factory=dict)
     tap: Callable[[int, torch.Tensor], None] | None = None  # sees the per-head outputs [B, H, q, D] of each layer
     plain: bool = False  # no edits: a pass that only observes
+    embeds: list[torch.Tensor] | None = None  # main branch of a contrast: the prompt's embeddings [B', q, C], in chunks
+    features: torch.Tensor | None = None  # second branch: image embeddings [N, C] instead of a run of the vision tower
+    change: Callable[[torch.Tensor], torch.Tensor] | None = None  # second branch: `Negative.features`
     _masks: dict[tuple[int, torch.device], dict[str, torch.Tensor]] = field(default_factory=dict)
 
     def state(self, method: Method) -> dict[Any, Any]:
@@ -97,6 +102,36 @@ class Session:
         self.last_visual = [v for v in self.last_visual for _ in range(times)]
         if self.kept:
             self.kept.repeat(times)
+
+    def need_whole_prompt(self, name: str) -> None:
+        """Raises VlmFixError if this forward holds only a part of the prompt."""
+        assert self.prompt_len is not None
+        if self.start + self.length < self.prompt_len:
+            raise VlmFixError(f"{name} needs the whole prompt in one forward; drop prefill_chunk_size.")
+
+    def on_images(self, values: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """values [N], one for each image token of the prompts in order -> [B, n], each on its column, 0 elsewhere.
+
+        tokens: the ids of image tokens. Raises VlmFixError if N does not fit the prompts.
+        """
+        ids = self.call.inputs["input_ids"]
+        image = torch.isin(ids, tokens.to(ids.device))
+        assert self.types is not None
+        times = self.types.shape[0] // len(ids)
+        count = int(image.sum())
+        if len(values) == times * count != count:  # generate before transformers 5.18 runs the tower once per beam
+            image, times = image.repeat_interleave(times, dim=0), 1
+        elif len(values) != count:
+            raise VlmFixError(
+                f"the prompt holds {count} image tokens, but the vision tower made {len(values)}; pass pixel_values of "
+                "every image (no video, no pre-computed features) with vision_feature_select_strategy='default'."
+            )
+        full = torch.zeros(image.shape, dtype=values.dtype, device=ids.device).masked_scatter(
+            image, values.to(ids.device)
+        )
+        full = full.repeat_interleave(times, dim=0)
+        full = full.gather(1, self.kept.index) if self.kept else full
+        return full[:, : self.types.shape[1]]
 
     def masks(self, width: int, device: torch.device) -> dict[str, torch.Tensor]:
         """[B, 1, 1, width] boolean masks of the columns an attention layer sees: visual, before, after (text)."""

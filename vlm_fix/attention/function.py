@@ -43,6 +43,8 @@ def attention(
     session: Session | None = handle.engine.session if handle else None
     if handle is None or session is None:
         return plain()
+    if handle.engine.joint:
+        return handle.engine.joint.attention(attention, module, query, dropout, scaling, **kwargs), None
     edits, first = _active(handle, session, query, key)
     whole = first == 0 and query.shape[2] == 1 and all(mask is None for _, _, mask in edits)
     by_weights = any(edit.edits("logits") or edit.edits("weights") for edit, _, _ in edits)
@@ -66,6 +68,9 @@ def attention(
         see = functools.partial(probe.weights, handle.layer, session, first) if probe else None
         windowed = query.shape[2] > 1 and kwargs.get("sliding_window") is not None
         visible = _visible(key, value, query, attention_mask, first)
+        for edit, view, _ in edits:
+            if edit.edits("scan"):
+                edit.scan(query[:, :, first:], key, visible[2], scale, view)
         rows = edited_rows(query[:, :, first:], *visible, scale, edits, see, windowed)
     else:
         rows = edited_heads(output[:, first:].transpose(1, 2), edits)
@@ -84,6 +89,8 @@ def _active(handle: Any, session: Session, query: torch.Tensor, key: torch.Tenso
     """The edits of this layer that touch rows of this forward, with their views and row masks, and the first such row."""
     chosen, count = [], query.shape[2]
     for edit in () if session.plain else handle.engine.edits[handle.layer]:
+        if not edit.acts_in(session.branch):
+            continue
         firsts = [
             f if v >= 0 or not edit.needs_image else count
             for f, v in zip(session.first_rows(edit.rows), session.last_visual, strict=True)

@@ -75,6 +75,29 @@ def _weights(
     return a
 
 
+def column_means(
+    query: torch.Tensor, key: torch.Tensor, allowed: torch.Tensor | None, scaling: float, real: torch.Tensor
+) -> torch.Tensor:
+    """[B, H, K]: the plain attention weight of each column, mean over the rows that see it; `real` [B, R]: rows to count.
+
+    Arguments as in `edited_rows`; chunks of rows, so that no R x K matrix is formed.
+    """
+    step = max(1, CHUNK_BYTES // (4 * query.shape[0] * query.shape[1] * key.shape[2]))
+    total = torch.zeros(*query.shape[:2], key.shape[2], device=query.device)
+    count = torch.zeros_like(total[:, :1])
+    for i in range(0, query.shape[2], step):
+        rows = real[:, None, i : i + step, None]
+        seen = rows if allowed is None else rows & _boolean(allowed[:, :, i : i + step])
+        visible = allowed if allowed is None else allowed[:, :, i : i + step]
+        total += (_weights(query[:, :, i : i + step], key, visible, scaling, [], False) * rows).sum(dim=2)
+        count = count + seen.sum(dim=2)
+    return total / count.clamp(min=1)
+
+
+def _boolean(allowed: torch.Tensor) -> torch.Tensor:
+    return allowed if allowed.dtype == torch.bool else allowed >= 0
+
+
 def _grouped(x: torch.Tensor, kv_heads: int) -> torch.Tensor:
     """[B, H, R, n] -> [B, Hkv, H / Hkv * R, n]: the query heads that share a key head, as rows."""
     return x.reshape(x.shape[0], kv_heads, -1, x.shape[-1])

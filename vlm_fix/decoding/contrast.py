@@ -1,8 +1,12 @@
-"""The second branch of a contrast method, as a logits processor that keeps its cache in step with the main sequences.
+"""The second branches of a contrast method, as a logits processor that keeps their caches in step with the main sequences.
 
-A processor is the one place that every decoding mode passes through. At each call the branch finds, for every row, the
+A processor is the one place that every decoding mode passes through. At each call a branch finds, for every row, the
 row of its own cache with the longest equal prefix (a beam may have moved), rolls back what differs and runs the rest.
-That makes it right under greedy, sampling, beam search, streaming and assisted decoding alike.
+That makes it right under greedy, sampling, beam search, streaming and assisted decoding alike. Under greedy and sampling
+the branches join the main forward instead (joint.py); a branch that did not, or guessed wrong, catches up as above.
+
+What a branch has in common with the main prompt is not computed again: image features (unless its pixels differ), and
+the keys of the columns up to where the two prompts part.
 """
 
 from __future__ import annotations
@@ -14,8 +18,9 @@ from transformers import DynamicCache, LogitsProcessor
 
 from ..errors import VlmFixError
 from ..families import prompt_positions
-from ..method import Contrast
-from ..session import Call, Session
+from ..method import AttentionEdit, Contrast, LogitEdit, Negative
+from ..session import PAD, VISUAL, Call, Session
+from . import joint
 
 
 def plausible(scores: torch.Tensor, log_probs: torch.Tensor, beta: float) -> torch.Tensor:
@@ -26,43 +31,90 @@ def plausible(scores: torch.Tensor, log_probs: torch.Tensor, beta: float) -> tor
     return scores.masked_fill(log_probs < cut, -torch.inf)
 
 
-class PrefixContrast(LogitsProcessor):
-    """Replaces the scores [B, V] by `method.combine(main, negative)`, renormalised (beam search adds them up)."""
+def install(engine: Any) -> list[Any]:
+    """Hooks that keep the main prompt's image embeddings for the branches, and that part joined branches again."""
 
-    def __init__(self, engine: Any, method: Contrast, call: Call):
-        self.engine, self.method, self.call = engine, method, call
-        self.branch: Branch | None = None
+    def embeddings(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        session = engine.session
+        if session is None or session.plain or session.start >= session.prompt_len:
+            return None
+        x = kwargs["inputs_embeds"]
+        if session.branch == "main":
+            # deep-stacked features and masks made by the multimodal model are more than embeddings
+            whole = not isinstance(kwargs.get("attention_mask"), dict) and not any(
+                v is not None for k, v in kwargs.items() if "visual" in k
+            )
+            if engine.contrasting and whole:
+                session.embeds = [*((session.embeds or []) if session.start else []), x.detach()]
+            return None
+        shown = (session.types[:, session.start :] == VISUAL).to(x.device)
+        if not shown.any() or (session.features is None and session.change is None):
+            return None
+        features = x[shown] if session.features is None else session.features
+        features = features if session.change is None else session.change(features)
+        return args, {**kwargs, "inputs_embeds": x.masked_scatter(shown[..., None], features.to(x))}
+
+    def part(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        return engine.joint.part(output) if engine.joint else output
+
+    return [
+        engine.language.register_forward_pre_hook(embeddings, with_kwargs=True),
+        engine.model.register_forward_hook(part, with_kwargs=True),
+    ]
+
+
+class PrefixContrast(LogitsProcessor):
+    """Replaces the scores [B, V] by `method.combine_at(step, main, *negatives)`, renormalised (beam search adds them up)."""
+
+    def __init__(self, engine: Any, method: Contrast, call: Call, joins: bool = False):
+        self.engine, self.method, self.call, self.joins = engine, method, call, joins and joint.JOINS
+        self.branches: list[Branch] = []
+        self.joint: joint.Joint | None = None
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        if self.branch is None:
-            self.branch = Branch(self.engine, self.method.negative(self.call), self.method.name)
-        prompt = self.call.inputs["input_ids"].shape[1]
-        generated = input_ids[:, prompt:]
-        negative = self.branch.logits(generated)
+        if not self.branches:
+            wanted = self.method.branches(self.call)
+            self.branches = [Branch(self.engine, self.call, name, branch) for name, branch in wanted.items()]
+        generated = input_ids[:, self.call.inputs["input_ids"].shape[1] :]
+        negatives = [b.logits(generated).to(scores.device).float().log_softmax(dim=-1) for b in self.branches]
+        if self.engine.main:
+            self.engine.main.embeds = None  # every branch has its prompt now
         main = scores.float().log_softmax(dim=-1)
-        other = negative.to(scores.device).float().log_softmax(dim=-1)
-        combined = self.method.combine_at(generated.shape[1], main, other)
+        combined = self.method.combine_at(generated.shape[1], main, *negatives)
         return combined.log_softmax(dim=-1).to(scores.dtype)  # type: ignore[return-value]
 
+    def join(self, session: Session, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        """A decode step of the main branch, widened to all branches; None where it has to run alone."""
+        if not (self.joins and self.branches and joint.joinable(self.engine, session, self.branches, args, kwargs)):
+            return None
+        if self.joint is None or self.joint.caches[0] is not kwargs["past_key_values"]:
+            self.joint = joint.Joint(self.engine, session, self.branches, kwargs["past_key_values"])
+        return (), self.joint.widen(kwargs)
+
     def close(self) -> None:
-        """Let go of the branch and its cache."""
-        self.branch = None
+        """Let go of the branches and their caches."""
+        self.branches, self.joint = [], None
 
 
 class Branch:
     """A sequence batch with its own cache, driven by the tokens that the main branch chose."""
 
-    def __init__(self, engine: Any, inputs: dict[str, torch.Tensor], name: str):
-        self.engine, self.inputs, self.name = engine, inputs, name
-        self.call = Call(engine.model, engine.family, inputs)
+    def __init__(self, engine: Any, main: Call, name: str, negative: Negative):
+        self.engine, self.main, self.inputs, self.name = engine, main, negative.inputs, name
+        self.change = negative.features
+        self.call = Call(engine.model, engine.family, negative.inputs)
         self.cache = DynamicCache(config=engine.model.config.get_text_config())
-        self.mask = inputs["attention_mask"]
+        self.mask = negative.inputs["attention_mask"]
         self.tokens: torch.Tensor | None = None  # [B', t] generated tokens whose keys are in the cache
+        self.pending: torch.Tensor | None = None  # [B', V] logits of a joined step
         self.next_position: torch.Tensor | None = None  # [B'] position id of the first generated token
 
     @torch.no_grad()
     def logits(self, generated: torch.Tensor) -> torch.Tensor:
         """[B', t] generated tokens -> this branch's next-token logits [B', V]."""
+        pending, self.pending = self.pending, None
+        if pending is not None and torch.equal(self.tokens, generated):  # type: ignore[arg-type]
+            return pending
         if self.tokens is None:
             out = self._prefill()
             times = generated.shape[0] // self.mask.shape[0]
@@ -87,11 +139,18 @@ class Branch:
 
     def _prefill(self) -> torch.Tensor:
         positions, self.next_position = prompt_positions(self.engine.model, self.engine.family, self.inputs)
-        length = self.inputs["input_ids"].shape[1]
-        self.engine.sessions[self.cache] = Session(self.call, branch=self.name, prompt_len=length)
-        return self._forward(self.inputs, positions, prefill=True)
+        session = Session(self.call, branch=self.name, prompt_len=self.inputs["input_ids"].shape[1], change=self.change)
+        self.engine.sessions[self.cache] = session
+        inputs, start = self.inputs, self._adopt(session, positions)
+        if not start:
+            session.features = self._features()
+        if start or session.features is not None:
+            inputs = {"input_ids": inputs["input_ids"][:, start:], "attention_mask": inputs["attention_mask"]}
+        out = self._forward(inputs, positions[..., start:])
+        session.features = session.change = None
+        return out
 
-    def _forward(self, inputs: dict[str, torch.Tensor], positions: torch.Tensor, prefill: bool = False) -> torch.Tensor:
+    def _forward(self, inputs: dict[str, torch.Tensor], positions: torch.Tensor) -> torch.Tensor:
         if self.engine.family.mrope and positions.dim() == 2:
             positions = positions.expand(3, -1, -1)
         base, model = self.engine.base, self.engine.model
@@ -104,6 +163,56 @@ class Branch:
             if deltas is not None:
                 base.rope_deltas = deltas
         return out.logits[:, -1]
+
+    def _same_images(self) -> bool:
+        return self.inputs.get("pixel_values") is self.main.inputs.get("pixel_values")
+
+    def _features(self) -> torch.Tensor | None:
+        """[N, C] image embeddings of the main prompt, where this branch shows the same images."""
+        main = self.engine.main
+        if main is None or not main.embeds or not self._same_images() or "pixel_values" not in self.inputs:
+            return None
+        embeds = torch.cat(main.embeds, dim=1)
+        ids = self.main.inputs["input_ids"]
+        shown = self.engine._classify(ids, None) == VISUAL
+        if embeds.shape[1] != ids.shape[1]:  # the next turn on a kept cache: earlier images are not in it
+            return None
+        self.call.vision = self.main.vision
+        return embeds[:: len(embeds) // len(ids)][shown.to(embeds.device)]
+
+    def _adopt(self, session: Session, positions: torch.Tensor) -> int:
+        """Take over the keys of the main prompt's columns before the prompts part; returns how many."""
+        engine, main = self.engine, self.engine.main
+        cache = next((c for c, s in engine.sessions.items() if s is main), None) if main else None
+        if cache is None or not all(map(self._keeps_prompt, engine.active)):
+            return 0
+        if any(getattr(layer, "is_sliding", False) for layer in cache.layers):
+            return 0
+        theirs, ids, mask = self.main.inputs, self.inputs["input_ids"], self.inputs["attention_mask"]
+        n = min(ids.shape[1] - 1, theirs["input_ids"].shape[1])
+        same = ((ids[:, :n] == theirs["input_ids"][:, :n]) | (mask[:, :n] == 0)).all(dim=0)
+        same &= (mask[:, :n] == theirs["attention_mask"][:, :n]).all(dim=0)
+        place, _ = prompt_positions(engine.model, engine.family, theirs)
+        same &= ((place[..., :n] == positions[..., :n]) | (mask[:, :n] == 0)).flatten(0, -2).all(dim=0)
+        kinds = engine._classify(ids, None)
+        if not self._same_images() or self.change is not None:
+            same &= ~(kinds[:, :n] == VISUAL).any(dim=0)
+        n = int(same.long().cumprod(dim=0).sum())
+        if (kinds[:, n:] == VISUAL).any():
+            return 0
+        times = cache.layers[0].keys.shape[0] // len(ids)
+        for i, layer in enumerate(cache.layers if n else ()):
+            self.cache.update(layer.keys[::times, :, :n], layer.values[::times, :, :n], i)
+        if n:
+            session.advance(0, torch.where(mask == 0, PAD, kinds)[:, :n])
+        return n
+
+    def _keeps_prompt(self, method: Any) -> bool:
+        """True if the method leaves the prompt's columns before the last as the unwrapped model makes them."""
+        if isinstance(method, AttentionEdit):
+            stays = method.rows == "last" and not method.edits("begin") and not method.edits("watch")
+            return method is self.engine.contrast and stays
+        return isinstance(method, Contrast | LogitEdit)
 
     def _synchronise(self, generated: torch.Tensor) -> int:
         """Reorder and roll back the cache to the longest prefix common with `generated`; its length is returned."""

@@ -81,7 +81,7 @@ class LogitEdits(LogitsProcessor):
         session = self.engine.session
         if session is None or session.plain or session.branch != "main":
             return
-        x = args[0] if args else kwargs["hidden_states"]
+        x = (args[0] if args else kwargs["hidden_states"])[: session.types.shape[0]]  # without joined branches
         first = session.start - (session.prompt_len - 1)
         self.seen[layer] = x[:, max(-first, 0) :].detach().clone(), max(first, 0)
 

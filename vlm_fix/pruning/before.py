@@ -14,6 +14,7 @@ import torch
 from ..errors import VlmFixError
 from ..families import FAMILIES, get_part
 from ..session import PAD, VISUAL, Session, left_pack
+from . import shrink
 from .encoder import capture
 from .merge import TokenMerger
 
@@ -49,7 +50,10 @@ def install(engine: Any) -> list[Any]:
         raise VlmFixError(
             f"{pruner.name} cannot read the vision tower of {engine.family.name} models; pruning works with {known}."
         )
-    handles = capture(engine, get_part(engine.model, engine.family.vision), pruner.encoder_layers(engine.arch))
+    if pruner.edits("shrink"):
+        handles = shrink.install(engine, pruner.shrink)
+    else:
+        handles = capture(engine, get_part(engine.model, engine.family.vision), pruner.encoder_layers(engine.arch))
 
     def hook(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         session = engine.session

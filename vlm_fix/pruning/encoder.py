@@ -26,6 +26,7 @@ class ImageTokens:
     first: dict[int, torch.Tensor] = field(default_factory=dict)  # the same from the class token; without one, `scores`
     keys: dict[int, torch.Tensor] = field(default_factory=dict)  # vision layer -> [N, D] keys, mean over heads
     features: torch.Tensor | None = None  # [N, C] after the projector, as the language model gets them
+    chosen: torch.Tensor | None = None  # the tokens that exist at all, when the image was shrunk before the tower
     pixels: torch.Tensor | None = None  # the image as the tower gets it: the same bits alone and in a batch
     raw: Callable[[], torch.Tensor] | None = None  # -> [N, ..., Cv] before the projector (Qwen-VL: [N, merge^2, Cv])
     project: Callable[[torch.Tensor], torch.Tensor] | None = None  # [..., N, ..., Cv] -> [..., N, C], in float32
@@ -156,8 +157,8 @@ class Qwen25VL:
             start += n
 
 
-def capture(engine: Any, tower: nn.Module, layers: tuple[int, ...]) -> list[Any]:
-    """Hooks that append one ImageTokens per image to the running call whenever the vision tower runs."""
+def capture(engine: Any, tower: nn.Module, layers: tuple[int, ...], into: str = "vision") -> list[Any]:
+    """Hooks that append one ImageTokens per image to the running call (its list `into`) whenever the tower runs."""
     encoder: Any = {"clip": Clip, "qwen2_5_vl": Qwen25VL}[engine.family.encoder](engine.model)
     blocks, seen = vision_blocks(engine.model, engine.family), {}
 
@@ -171,7 +172,7 @@ def capture(engine: Any, tower: nn.Module, layers: tuple[int, ...]) -> list[Any]
     def collect(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         call = engine.call or (engine.session and engine.session.call)
         if call is not None:
-            call.vision += encoder.images(args, kwargs, output, dict(seen))
+            getattr(call, into).extend(encoder.images(args, kwargs, output, dict(seen)))
         seen.clear()
 
     for layer in layers:

@@ -1,0 +1,279 @@
+"""PAINT, ACT, TAME, CCA and secondary sinks against float64 loops that share nothing with the engine."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import pytest
+import reference as ref
+import torch
+from conftest import IMAGE, make_inputs, single
+from test_attention_methods import Matrices
+from test_methods import error, greedy, window_order
+
+import vlm_fix
+
+# ---- the methods ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class TAME(Matrices):
+    rows: str = "all"
+    gamma: float = 0.8
+
+    def projected(self, q, k, layer):
+        self.q = [sum(float(x @ x) for x in q[:, r]) / len(q) for r in range(q.shape[1])]
+        self.k = [sum(float(x @ x) for x in k[:, r]) / len(k) for r in range(k.shape[1])]
+
+    def scores(self, z, layer):
+        n = self.prompt_len
+        for r in range(z.shape[1]):
+            queries = sum(self.q[:n]) if r < n else self.q[r]
+            keys = sum(self.k[: max(n, r + 1)])
+            z[:, r] *= (1 + self.gamma / math.log(queries)) * (1 + self.gamma / math.log(keys))
+
+
+@dataclass
+class ACT(Matrices):
+    rows: str = "all"
+    beta: float = 0.4
+    threshold: float = 0.1
+    heads: tuple = ()  # (layer, head); empty: all
+    given: dict = field(default_factory=dict)  # layer -> sinks of all heads
+    margin: float = 1.0
+    hits: int = 0
+
+    def mixed(self, a, layer):
+        for h in range(len(a)):
+            if self.heads and (layer, h) not in self.heads:
+                continue
+            sinks = self.given.get(layer, [])
+            if not self.given:
+                means = [
+                    sum(a[h, j : self.prompt_len, j].tolist()) / (self.prompt_len - j) for j in range(self.prompt_len)
+                ]
+                self.margin = min([self.margin, *(abs(m - self.threshold) for m in means)])
+                sinks = [j for j, m in enumerate(means) if m > self.threshold][1:]
+            self.hits += len(sinks)
+            for r in range(a.shape[1]):
+                old = a[h, r].clone()
+                rest = sum(float(old[j]) for j in range(len(old)) if j not in sinks)
+                moved = sum(float(old[j]) for j in sinks) * (1 - self.beta)
+                for j in range(len(old)):
+                    a[h, r, j] = old[j] * self.beta if j in sinks else old[j] + moved * old[j] / rest
+                assert abs(float(a[h, r].sum()) - 1) < 1e-12
+
+
+@dataclass
+class PAINT(Matrices):
+    alpha: float = 0.7
+    beta: float = 0.3
+    share: float = 0.25
+    sensitive: bool = False
+    encoder: list = field(default_factory=list)  # per image (early [N], late [N])
+    margin: float = 1.0
+
+    def __post_init__(self):
+        self.strength, columns = {}, iter(self.visual)
+        for early, late in self.encoder:
+            n, given, late = len(early), late.tolist(), sorted(late.tolist())
+
+            def quartile(q, values=late, n=n):
+                place = q * (n - 1)
+                low = math.floor(place)
+                return values[low] + (place - low) * (values[min(low + 1, n - 1)] - values[low])
+
+            bound = quartile(0.75) + 1.5 * (quartile(0.75) - quartile(0.25))
+            self.margin = min([self.margin, *(abs(x - bound) for x in given)])
+            order = sorted(range(n), key=lambda i: (-float(early[i]), i))
+            local = set(order[: int(self.share * n)])
+            for i in range(n):
+                self.strength[next(columns)] = self.beta if given[i] > bound else self.alpha if i in local else 0.0
+        assert {self.alpha, self.beta, 0.0} == set(self.strength.values()), (
+            "the case must hold all three kinds of token"
+        )
+
+    def scores(self, z, layer):
+        self.raw = z.clone()
+        if not self.sensitive:
+            for h, r in self.cells(z):
+                for j in self.visual:
+                    z[h, r, j] += self.strength[j] * abs(z[h, r, j])
+
+    def mixed(self, a, layer):
+        if self.sensitive:
+            for r in filter(self.edited, range(a.shape[1])):
+                seen = [sum(float(a[h, r, j]) for j in self.visual) for h in range(len(a))]
+                for h in range(len(a)):
+                    for j in self.visual:
+                        a[h, r, j] *= math.exp(seen[h] / max(seen) * self.strength[j] * abs(float(self.raw[h, r, j])))
+                    a[h, r] /= a[h, r].sum()
+
+
+@torch.no_grad()
+def encoder_scores(family, twin, inputs, layers):
+    """Per image, per layer [N]: the class token's attention, or without one the attention received, by loops."""
+    seen, grids = {}, inputs.get("image_grid_thw")
+    if family == "llava":
+        blocks = [m for m in twin.model.vision_tower.modules() if type(m).__name__ == "CLIPAttention"]
+    else:
+        blocks = [b.attn for b in twin.model.visual.blocks]
+
+    def keep(i):
+        return lambda m, a, k: seen.__setitem__(i, ((a[0] if a else k["hidden_states"]).clone(), k))
+
+    hooks = [blocks[i].register_forward_pre_hook(keep(i), with_kwargs=True) for i in layers]
+    extra = {} if grids is None else {"image_grid_thw": grids}
+    twin.model.get_image_features(inputs["pixel_values"].double(), return_dict=True, **extra)
+    for hook in hooks:
+        hook.remove()
+    result = []
+    if family == "llava":
+        for n in range(len(inputs["pixel_values"])):
+            found = []
+            for i in layers:
+                q, k = (f(seen[i][0][n]).view(37, 4, 8) for f in (blocks[i].q_proj, blocks[i].k_proj))
+                heads = [
+                    torch.tensor([float(q[0, h] @ k[j, h]) * 8**-0.5 for j in range(37)], dtype=torch.float64).softmax(
+                        0
+                    )
+                    for h in range(4)
+                ]
+                found.append(sum(heads)[1:])
+            result.append(found)
+        return result
+    start = 0
+    for (_, h, w), order in zip(grids.tolist(), window_order(grids), strict=True):
+        found = []
+        for i in layers:
+            x, kw = seen[i]
+            cos, sin = kw["position_embeddings"]
+            q, k, _ = blocks[i].qkv(x).view(len(x), 3, 2, 16).permute(1, 2, 0, 3)
+            q, k = (y * cos + torch.cat([-y[..., 8:], y[..., :8]], -1) * sin for y in (q, k))
+            s = ref.received(q[:, start : start + h * w], k[:, start : start + h * w], 16**-0.5)
+            restored = torch.zeros(h * w // 4, dtype=torch.float64)
+            for u, place in enumerate(order):
+                restored[place] = s[4 * u : 4 * u + 4].mean()
+            found.append(restored)
+        result.append(found)
+        start += h * w
+    return result
+
+
+HEADS = ((1, 0), (1, 2), (2, 3))
+CASES = {
+    "tame": lambda v, n, e: TAME(v, n, [0, 1, 2, 3]),
+    "tame:gamma=2,layers=1|3": lambda v, n, e: TAME(v, n, [1, 3], gamma=2),
+    "act:threshold=0.06": lambda v, n, e: ACT(v, n, [2], threshold=0.06),
+    "act:threshold=0.04,beta=0,head_list=1.0|1.2|2.3": lambda v, n, e: ACT(
+        v, n, [1, 2], threshold=0.04, beta=0, heads=HEADS
+    ),
+    "paint": lambda v, n, e: PAINT(v, n, [2, 3], encoder=e),
+    "paint:alpha=1.5,beta=0.5,head_scale=sensitive,layers=0-": lambda v, n, e: PAINT(
+        v, n, [0, 1, 2, 3], alpha=1.5, beta=0.5, sensitive=True, encoder=e
+    ),
+}
+LAYERS = {"llava": (0, 2), "qwen2_5_vl": (1, 3)}  # of PAINT in the tiny encoders
+
+
+@pytest.mark.parametrize("spec", CASES)
+def test_edit_equals_reference(family, model, spec):
+    inputs = single(family, [1, 2], 1, seed=3 if family == "llava" else 0)  # its images have summary tokens
+    with vlm_fix.wrapped(model, spec):
+        tokens, logits, _ = greedy(model, inputs, suppress_tokens=[IMAGE])  # the reference would look for its image
+    twin = ref.double(model)
+    twin.set_attn_implementation({"text_config": "matrix_loops"})
+    encoder = encoder_scores(family, twin, inputs, LAYERS[family]) if spec.startswith("paint") else None
+    run = CASES[spec](ref.visual_columns(inputs["input_ids"]), inputs["input_ids"].shape[1], encoder)
+    plain = ref.teacher_forced(twin, None, inputs, tokens[0, :-1])
+    expected = ref.teacher_forced(twin, run, inputs, tokens[0, :-1])
+    assert float((expected - plain).abs().max()) > 1e-2, "the edit must matter for this test to mean anything"
+    assert getattr(run, "margin", 1.0) > 1e-7, "pick another seed: a gate lies on its threshold"
+    assert getattr(run, "hits", 1)
+    assert error(logits[0], expected) < 1e-5
+
+
+NEUTRAL = ["tame:gamma=0", "act:beta=1", "act:threshold=1", "paint:alpha=0,beta=0"]
+
+
+@pytest.mark.parametrize("spec", NEUTRAL)
+def test_neutral_is_bit_identical(family, model, spec):
+    inputs = make_inputs(family, [1, 2, 0])
+    tokens, logits, _ = greedy(model, inputs)
+    with vlm_fix.wrapped(model, spec):
+        t, seen, _ = greedy(model, inputs)
+    assert torch.equal(t, tokens) and torch.equal(seen, logits)
+
+
+@pytest.mark.parametrize("spec", CASES)
+def test_batch_equals_single(family, model, spec):
+    """Left-padded rows with 1, 2 and 1 images against each row alone; a prompt twice gives the same."""
+    images = [1, 2, 1]
+    with vlm_fix.wrapped(model, spec):
+        tokens, logits, _ = greedy(model, make_inputs(family, images, seed=3))
+        for row in range(3):
+            t, seen, _ = greedy(model, single(family, images, row, seed=3))
+            assert torch.equal(t[0], tokens[row])
+            assert float((seen[0] - logits[row]).abs().max()) < 2e-4
+        assert torch.equal(greedy(model, make_inputs(family, images, seed=3))[1], logits), "state survived a call"
+
+
+@pytest.mark.parametrize("spec", CASES)
+def test_beams_static_cache_and_chunks(family, model, spec):
+    one, batch = single(family, [1, 2], 1), make_inputs(family, [1, 2])
+    with vlm_fix.wrapped(model, spec):
+        plain = model.generate(**one, max_new_tokens=6, do_sample=False)
+        for option in ({"cache_implementation": "static"}, {"prompt_lookup_num_tokens": 2}):
+            assert torch.equal(model.generate(**one, max_new_tokens=6, do_sample=False, **option), plain), option
+        if family == "llava":
+            chunks = {"max_new_tokens": 6, "do_sample": False, "prefill_chunk_size": 11}
+            if spec.startswith("paint"):
+                assert torch.equal(model.generate(**one, **chunks), plain)
+            else:
+                with pytest.raises(vlm_fix.VlmFixError, match="whole prompt in one forward"):
+                    model.generate(**one, **chunks)
+        beams = model.generate(**batch, max_new_tokens=5, num_beams=3, do_sample=False)[1, -5:]
+        alone = model.generate(**one, max_new_tokens=5, num_beams=3, do_sample=False)[0, -5:]
+        assert torch.equal(alone, beams)
+
+
+def test_text_only_row(family, model):
+    """PAINT leaves a text-only row alone; TAME and ACT are made for language models and work on it."""
+    inputs = make_inputs(family, [1, 0])
+    plain = greedy(model, inputs)[1]
+    for spec in CASES:
+        with vlm_fix.wrapped(model, spec):
+            got = greedy(model, inputs)[1]
+        assert torch.equal(got[1], plain[1]) == spec.startswith("paint"), spec
+        assert not torch.equal(got[0], plain[0])
+
+
+def test_stack_with_pruning_and_contrast(family, model):
+    """Encoder scores for PAINT beside a pruner's own; the scores follow the tokens that are kept."""
+    images, stack = [1, 2, 1], ["hiprune:keep=6", "paint", "tame", "act:threshold=0.06", "vcd:beta=0.01"]
+    with vlm_fix.wrapped(model, stack):
+        tokens = greedy(model, make_inputs(family, images))[0]
+        for row in range(3):
+            assert torch.equal(greedy(model, single(family, images, row))[0][0], tokens[row])
+
+
+def test_paint_follows_the_kept_tokens(model, family):
+    """With every token kept but re-packed by a pruner, PAINT's strengths stay on their tokens."""
+    inputs = single(family, [1, 2], 1)
+    seen = {}
+    from vlm_fix.methods.paint import PAINT as Method
+
+    def spy(self, session, kwargs, original=Method.prepare):
+        kwargs = original(self, session, kwargs)
+        if session.start == 0:
+            seen[session.kept is not None] = (session.state(self)["strength"][0], session.kept)
+        return kwargs
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Method, "prepare", spy)
+        for stack in (["paint"], ["paint", "random_tokens:keep=5"]):
+            with vlm_fix.wrapped(model, stack):
+                greedy(model, inputs, steps=1)
+    (whole, _), (pruned, kept) = seen[False], seen[True]
+    assert torch.equal(pruned, whole[kept.index[0]]) and pruned.any() and len(pruned) < len(whole)

@@ -1,0 +1,91 @@
+"""Sinks found without knowing a model's massive dimensions: tokens whose hidden state points the way BOS's does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..session import PAD, Session
+
+
+class Lives:
+    """Gathers, layer by layer, which columns are sinks: |cos(h_t, h_BOS)| > `cosine`.
+
+    BOS is the one of the first three real columns whose norm, mean over the layers, is largest; columns before it are
+    never sinks. `real` [B, n] is False on padding.
+    """
+
+    def __init__(self, real: torch.Tensor, cosine: float = 0.9):
+        self.real, self.cosine = real, cosine
+        first = real.int().argmax(dim=1, keepdim=True)
+        self.candidates = (first + torch.arange(3, device=real.device)).clamp(max=real.shape[1] - 1)  # [B, 3]
+        self.close: list[torch.Tensor] = []  # per layer [B, n, 3]
+        self.norms: list[torch.Tensor] = []  # per layer [B, 3]
+
+    def add(self, x: torch.Tensor) -> None:
+        """Hidden states [B, n, C] of the next layer."""
+        x = x.float()
+        places = self.candidates.to(x.device)
+        chosen = x.gather(1, places[..., None].expand(-1, -1, x.shape[-1]))
+        self.norms.append(chosen.norm(dim=-1).to(self.real.device))
+        cosines = torch.nn.functional.normalize(x, dim=-1) @ torch.nn.functional.normalize(chosen, dim=-1).mT
+        self.close.append((cosines.abs() > self.cosine).to(self.real.device))
+
+    def alive(self) -> torch.Tensor:
+        """[layers, B, n] booleans."""
+        best = torch.stack(self.norms).mean(dim=0).argmax(dim=1)  # [B]
+        bos = self.candidates.gather(1, best[:, None])  # [B, 1]
+        alive = torch.stack(self.close).gather(
+            3, best[None, :, None, None].expand(len(self.close), -1, *self.real.shape[1:], 1)
+        )
+        return alive[..., 0] & self.real & (torch.arange(self.real.shape[1], device=self.real.device) >= bos)
+
+
+def lifetime_limits(depth: int) -> tuple[float, float]:
+    """A secondary sink lives more than the first and fewer than the second number of layers: 4 and depth - 15.
+
+    These were set on models of 36 to 48 layers; below 24 layers, where they would soon exclude everything, both shrink
+    in proportion from their values at 24, 4 and 9.
+    """
+    return (4.0, depth - 15.0) if depth >= 24 else (4 / 24 * depth, 9 / 24 * depth)
+
+
+def secondary(alive: torch.Tensor, limits: tuple[float, ...]) -> torch.Tensor:
+    """alive [layers + 1, B, n] -> the same, only of columns that live more than limits[0], fewer than limits[1] layers."""
+    count = alive.sum(dim=0)
+    return alive & (count > limits[0]) & (count < limits[1])
+
+
+@torch.no_grad()
+def secondary_sinks(
+    session: Session, kwargs: dict[str, Any], limits: tuple[float, ...] | None, name: str
+) -> torch.Tensor:
+    """[layers, B, n]: the secondary sinks of a prompt at each layer's input, from one more forward without edits.
+
+    kwargs are the language model's (`Method.prepare`); limits None: `lifetime_limits`. As in the official code the output
+    of the final norm counts as one more layer of a life. Source: "On the Existence and Behaviour of Secondary Attention
+    Sinks", official code JeffreyWong20/Secondary-Attention-Sinks@11eefcc.
+    """
+    session.need_whole_prompt(name)
+    assert session.types is not None
+    engine = session.call.model.__dict__["_vlm_fix_engine"]
+    lives = Lives(session.types != PAD)
+    hooks = [
+        layer.register_forward_pre_hook(
+            lambda module, args, kwargs: lives.add(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+        )
+        for layer in engine.language.layers
+    ]
+    plain = Session(session.call, branch="preview", plain=True, prompt_len=session.prompt_len)
+    plain.advance(0, session.types)
+    engine.session = plain
+    try:
+        own = {k: v for k, v in kwargs.items() if k not in ("past_key_values", "use_cache")}
+        lives.add(engine.language(**own, use_cache=False).last_hidden_state)
+    finally:
+        engine.session = session
+        for hook in hooks:
+            hook.remove()
+    limits = lifetime_limits(engine.arch.depth) if limits is None else limits
+    return secondary(lives.alive(), limits)[:-1]

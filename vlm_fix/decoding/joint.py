@@ -1,0 +1,122 @@
+"""Greedy and sampling, faster: one decode step of all branches as one batch, so that the weights are read once.
+
+The main branch's forward is widened to the rows of all branches; attention alone runs branch by branch, each on its own
+cache, mask and edits. A step that guesses wrong (it never does under greedy and sampling) is noticed by the processor,
+which compares the tokens and lets the branch catch up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import Cache, DynamicCache
+
+from ..families import prompt_positions
+from ..method import AttentionEdit, Contrast, LogitEdit
+from ..session import PAD, TEXT, Session
+
+JOINS = True  # tests switch it off to compare
+KNOWN = {
+    "input_ids",
+    "attention_mask",
+    "position_ids",
+    "past_key_values",
+    "mm_token_type_ids",
+    "use_cache",
+    "return_dict",
+}
+
+
+def joinable(engine: Any, session: Session, branches: list[Any], args: Any, kwargs: dict[str, Any]) -> bool:
+    """True for a plain decode step of one token per row, with every branch right behind it."""
+    cache, ids = kwargs.get("past_key_values"), kwargs.get("input_ids")
+    return (
+        not args
+        and session.length == 1
+        and ids is not None
+        and type(cache) is DynamicCache
+        and not cache.offloading
+        and not any(getattr(layer, "is_sliding", False) for layer in cache.layers)
+        and not any(v is not None and v is not False for k, v in kwargs.items() if k not in KNOWN)
+        and "position_ids" not in session.call.inputs
+        and all(isinstance(m, AttentionEdit | Contrast | LogitEdit) for m in engine.active)
+        and all(
+            b.tokens is not None
+            and len(b.tokens) == len(ids)
+            and session.start == session.prompt_len + b.tokens.shape[1]
+            for b in branches
+        )
+    )
+
+
+class JointCache(Cache):
+    """Looks like the main cache; new keys go to each branch's own."""
+
+    def __init__(self, caches: list[Any]):
+        super().__init__(layers=caches[0].layers)
+        self.caches = caches
+
+    def update(  # type: ignore[override]
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        count = len(self.caches)
+        parts = zip(self.caches, key_states.chunk(count), value_states.chunk(count), strict=True)
+        own, *_ = [cache.update(k, v, layer_idx, *args, **kwargs) for cache, k, v in parts]
+        return own
+
+
+class Joint:
+    """The joined forwards of one call: row block 0 is the main branch, block i the i-th second branch."""
+
+    def __init__(self, engine: Any, main: Session, branches: list[Any], cache: Any):
+        self.engine, self.branches = engine, branches
+        self.caches = [cache, *(b.cache for b in branches)]
+        self.sessions = [main, *(engine.sessions[b.cache] for b in branches)]
+        self.padded = [bool((s.types == PAD).any()) for s in self.sessions]
+        self.masks: list[torch.Tensor | None] = []
+        _, first = prompt_positions(engine.model, engine.family, main.call.inputs)
+        first = first.repeat_interleave(len(branches[0].tokens) // len(first))
+        self.first = torch.cat([first, *(b.next_position.to(first.device) for b in branches)])[:, None]
+
+    def widen(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The inputs of a forward for all branches; `attention` adds the masks."""
+        ids, step = kwargs["input_ids"], self.branches[0].tokens.shape[1]
+        for session in self.sessions[1:]:
+            session.advance(session.types.shape[1], torch.full_like(ids, TEXT).to(session.types))  # type: ignore[union-attr]
+        pairs = zip(self.sessions, self.padded, strict=True)
+        self.masks = [(s.types != PAD)[:, None, None] if padded else None for s, padded in pairs]
+        self.ids, self.engine.joint = ids, self
+        positions = self.first + step
+        return {
+            **{k: v for k, v in kwargs.items() if k not in ("attention_mask", "mm_token_type_ids")},
+            "input_ids": ids.repeat(len(self.sessions), 1),
+            "position_ids": positions.expand(3, -1, -1) if self.engine.family.mrope else positions,
+            "past_key_values": JointCache(self.caches),
+        }
+
+    def attention(
+        self, function: Callable[..., Any], module: Any, query: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """[n B, H, 1, D] -> [n B, 1, H, D], each branch over its own cache."""
+        engine, outputs = self.engine, []
+        blocks = zip(self.sessions, self.caches, self.masks, query.chunk(len(self.sessions)), strict=True)
+        engine.joint = None
+        try:
+            for engine.session, cache, mask, q in blocks:
+                layer = cache.layers[module.layer_idx]
+                mask = mask if mask is None else mask.to(q.device)
+                outputs.append(function(module, q, layer.keys, layer.values, mask, *args, **kwargs)[0])
+        finally:
+            engine.session, engine.joint = self.sessions[0], self
+        return torch.cat(outputs)
+
+    def part(self, output: Any) -> Any:
+        """Give every branch its logits; what is left is the main branch's output."""
+        self.engine.joint = None
+        logits = output.logits.chunk(len(self.sessions))
+        for branch, own in zip(self.branches, logits[1:], strict=True):
+            branch.pending, branch.tokens = own[:, -1], torch.cat([branch.tokens, self.ids], dim=1)
+        output.logits, output.past_key_values = logits[0], self.caches[0]
+        return output
