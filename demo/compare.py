@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
+import io
 import shlex
 import threading
 import time
@@ -22,11 +22,13 @@ from transformers import TextIteratorStreamer
 
 import vlm_fix
 from vlm_fix.errors import VlmFixError
-from vlm_fix.eval import chair, picto, runner
+from vlm_fix.eval import chair, runner
 from vlm_fix.eval.tasks import CAPTION_PROMPT
 from vlm_fix.registry import get_method
 
-SPLIT, SCENES = "test", 12  # the examples: the first scenes of the split in which Picto's prior holds
+from . import examples
+from .models import Loaded
+
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 MAX_PIXELS = 25_000_000
 REFRESH = 0.1  # least seconds between two pictures of a growing answer
@@ -35,12 +37,14 @@ Options = dict[str, dict[str, str]]
 """Method name -> field -> value as text, as a person set them in the page."""
 
 
-def read_image(path: str | Path | None) -> Image.Image:
-    """The image upright in RGB.
+def read_image(path: str | Path | io.BytesIO | Image.Image | None) -> Image.Image:
+    """The image upright in RGB; one in memory is taken as it is.
 
     Raises VlmFixError for no image, no image file, or too many pixels, which are read off the header. The sentence
     holds no path: it is shown to whoever sent the file.
     """
+    if isinstance(path, Image.Image):
+        return path
     if not path:
         raise VlmFixError("There is no image yet: upload one or choose an example.")
     try:
@@ -71,13 +75,15 @@ class Pane:
     """One stack and its answer so far; `seconds` and what follows it are known when `state` is "done"."""
 
     stack: list[str]
-    state: str = "waiting"  # running, done, stopped, failed
+    state: str = "idle"  # waiting, running, done, stopped, failed
     text: str = ""
     notes: list[str] = dataclasses.field(default_factory=list)
     truth: frozenset[str] | None = None
+    ids: list[int] = dataclasses.field(default_factory=list)  # of the answer's tokens
     tokens: int = 0
     seconds: float = 0.0
     first_token: float | None = None
+    peak_mb: float = 0.0  # CUDA allocator, or on a CPU the whole process
 
     @property
     def title(self) -> str:
@@ -116,147 +122,164 @@ class _Live(TextIteratorStreamer):
     def __init__(self, tokenizer: Any, stop: Stop) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.stop = stop
+        self.ids: list[int] = []
 
     def put(self, value: Any) -> None:
         if self.stop.is_set():
             raise Stopped
+        if not self.next_tokens_are_prompt:
+            self.ids += value.tolist()
         super().put(value)
 
 
-class Comparer:
-    """A loaded model with its lock, and the example scenes with their truth."""
+def compare(
+    loaded: Loaded,
+    image: str | Path | Image.Image | None,
+    prompt: str,
+    stacks: Sequence[Sequence[str]],
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+    stop: Stop | None = None,
+) -> Iterator[list[Pane]]:
+    """Baseline and each stack in turn; yields all panes whenever one has grown, a last time when all are done.
 
-    def __init__(self, model: str = "picto-llava", device: str = "auto") -> None:
-        self.name = model
-        self.model, self.processor, self.identity = runner.load_model(model, device=device)
-        self.lock = threading.Lock()
-        self.scenes = picto.scenes(SPLIT, SCENES)
-        truth = chair.build_ground_truth(*picto.coco_annotations(self.scenes), "pattern")
-        self.known = {_pixels(s.image): (i, truth[s.image_id]) for i, s in enumerate(self.scenes)}
-        Pane(runner.BASELINE, text="a dog", truth=frozenset()).score()  # reads its tables now, not during an answer
-        with contextlib.suppress(Exception):  # the first call is slow; what fails here will say so in its pane
-            runner.generate(self.model, self.processor, [self.scenes[0].image], ["hello"], 0, max_new_tokens=2)
-
-    def compare(
-        self,
-        image: str | Path | None,
-        prompt: str,
-        stacks: Sequence[Sequence[str]],
-        max_new_tokens: int = 64,
-        temperature: float = 0.0,
-        seed: int = 0,
-        stop: Stop | None = None,
-    ) -> Iterator[list[Pane]]:
-        """Baseline and each stack in turn; yields all panes whenever one has grown, a last time when all are done.
-
-        Temperature 0 is greedy. Raises VlmFixError for a bad image or prompt; what a method refuses is in its pane.
-        """
-        picture, prompt, how = read_image(image), prompt.strip(), self.how(max_new_tokens, temperature)
-        if not prompt:
-            raise VlmFixError(f'There is no prompt: ask something, such as "{CAPTION_PROMPT}"')
-        stop = stop or Stop()
-        truth = self.known.get(_pixels(picture), (None, None))[1]
-        panes = [Pane(list(stack), truth=truth) for stack in [runner.BASELINE, *stacks]]
-        try:
-            for pane in panes:
-                if stop.is_set():
-                    pane.state = "stopped"
-                    continue
-                live = _Live(self.processor.tokenizer, stop)
-                work = threading.Thread(target=self._answer, args=(pane, live, picture, prompt, seed, how), daemon=True)
-                work.start()
-                shown = 0.0
-                for piece in live:
-                    pane.text += piece
-                    if time.monotonic() - shown > REFRESH:
-                        yield panes
-                        shown = time.monotonic()
-                work.join()
-                if pane is not panes[0] and pane.state == "done" == panes[0].state and pane.text == panes[0].text:
-                    pane.notes.append("Word for word the baseline's answer.")
-                yield panes
-        finally:
-            stop.set()  # the page was closed: the answer that is being made ends at its next token
-        yield panes
-
-    def _answer(self, pane: Pane, live: _Live, image: Image.Image, prompt: str, seed: int, how: dict[str, Any]) -> None:
-        """Runs in a thread of its own; the end of `live` is told in any case, or its reader would wait for ever."""
-        try:
-            with self.lock, warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always", UserWarning)
-                pane.state = "running"
-                plain = pane.stack == runner.BASELINE
-                with contextlib.nullcontext() if plain else vlm_fix.wrapped(self.model, pane.stack):
-                    batch = runner.generate(self.model, self.processor, [image], [prompt], seed, streamer=live, **how)
-            pane.notes += dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, UserWarning))
-            if not batch.finished[0]:
-                pane.notes.append("Cut off at the longest answer allowed.")
-            pane.tokens, pane.seconds, pane.first_token = batch.tokens[0], batch.seconds, batch.first_token
-            pane.state = "done"
-        except Stopped:
-            pane.state = "stopped"
-        except Exception as error:  # a page shows one sentence, never a stack trace
-            what = str(error).strip().splitlines()[:1] or [type(error).__name__]
-            pane.notes.append(what[0] if isinstance(error, VlmFixError) else f"{type(error).__name__}: {what[0]}")
-            pane.state = "failed"
-        finally:
-            live.text_queue.put(live.stop_signal)
-
-    @staticmethod
-    def how(max_new_tokens: int, temperature: float) -> dict[str, Any]:
-        """Keyword arguments of `generate`."""
-        sample: dict[str, Any] = {"sample": True, "temperature": float(temperature)} if temperature else {}
-        return runner.Settings(**sample).generate_kwargs(int(max_new_tokens))
-
-    def as_python(
-        self, image: str | Path, prompt: str, stacks: Sequence[Sequence[str]], how: dict[str, Any], seed: int
-    ) -> str:
-        """A script that gives the same answers."""
-        scene = self._scene(image)
-        source = (
-            'ImageOps.exif_transpose(Image.open("image.png")).convert("RGB")  # your image'
-            if scene is None
-            else f'picto.scene("{SPLIT}", seed=0, index={scene}).image'
-        )
-        start = "" if scene is not None else "from PIL import Image, ImageOps\n\n"
-        settings = ", ".join(f"{key}={value!r}" for key, value in how.items() if value is not None)
-        return (
-            f"{start}import vlm_fix\nfrom vlm_fix.eval import {'picto, ' if scene is not None else ''}runner\n\n"
-            f"model, processor, _ = runner.load_model({self.name!r})\n"
-            f"image = {source}\n"
-            f"for methods in {[runner.BASELINE, *map(list, stacks)]!r}:\n"
-            "    with vlm_fix.wrapped(model, methods):\n"
-            f"        answer = runner.generate(\n            model, processor, [image], [{prompt.strip()!r}],\n"
-            f"            seed={int(seed)}, {settings},\n        )\n"
-            '    print(" + ".join(methods), answer.texts[0], sep="\\n")\n'
-        )
-
-    def as_command(
-        self, image: str | Path, prompt: str, stacks: Sequence[Sequence[str]], how: dict[str, Any], seed: int
-    ) -> str:
-        """The same runs as a benchmark on Picto; for an example scene, samples.jsonl then holds the same answers."""
-        scene = self._scene(image)
-        options = {
-            "model": self.name,
-            "method": ",".join("+".join(stack) for stack in stacks),
-            "data": f"picto:{SPLIT}",
-            "limit": SCENES if scene is None else scene + 1,
-            "batch-size": 1,
-            "variant": "pattern",
-            "prompt": prompt.strip(),
-            "max-new-tokens": how["max_new_tokens"],
-        }
-        if how["do_sample"]:
-            options["temperature"] = how["temperature"]
-        words = [f"--{key} {shlex.quote(str(value))}" for key, value in options.items() if value != ""]
-        words += ["--sample"] if how["do_sample"] else []
-        return "vlm-fix eval chair " + " \\\n  ".join(words) + "\n"
-
-    def _scene(self, image: str | Path) -> int | None:
-        """The index of the example scene that an image file shows, if it is one."""
-        return self.known.get(_pixels(read_image(image)), (None, None))[0]
+    Temperature 0 is greedy. Raises VlmFixError for a bad image or prompt; what a method refuses is in its pane.
+    """
+    picture = read_image(image)
+    prompt, options = prompt.strip(), how(max_new_tokens, temperature)
+    if not prompt:
+        raise VlmFixError(f'There is no prompt: ask something, such as "{CAPTION_PROMPT}"')
+    stop = stop or Stop()
+    example = examples.recognise(picture)
+    truth = example.truth if example else None
+    panes = [Pane(list(stack), truth=truth) for stack in [runner.BASELINE, *stacks]]
+    try:
+        for pane in panes:
+            if stop.is_set():
+                pane.state = "stopped"
+                continue
+            live = _Live(loaded.processor.tokenizer, stop)
+            work = threading.Thread(
+                target=_answer, args=(loaded, pane, live, picture, prompt, seed, options), daemon=True
+            )
+            pane.state = "waiting"
+            yield panes
+            work.start()
+            shown = 0.0
+            for piece in live:
+                pane.text += piece
+                if time.monotonic() - shown > REFRESH:
+                    yield panes
+                    shown = time.monotonic()
+            work.join()
+            if pane is not panes[0] and pane.state == "done" == panes[0].state and pane.text == panes[0].text:
+                pane.notes.append("Word for word the baseline's answer.")
+            yield panes
+    finally:
+        stop.set()  # the page was closed: the answer that is being made ends at its next token
+    yield panes
 
 
-def _pixels(image: Image.Image) -> str:
-    """What an image shows, whatever file it came in: the truth of a scene cannot stick to another image."""
-    return hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()
+def _answer(
+    loaded: Loaded, pane: Pane, live: _Live, image: Image.Image, prompt: str, seed: int, options: dict[str, Any]
+) -> None:
+    """Runs in a thread of its own; the end of `live` is told in any case, or its reader would wait for ever."""
+    model = loaded.model
+    try:
+        with loaded.turn, warnings.catch_warnings(record=True) as caught:
+            if live.stop.is_set():
+                raise Stopped
+            warnings.simplefilter("always", UserWarning)
+            pane.state = "running"
+            plain = pane.stack == runner.BASELINE
+            runner.reset_peak(model.device)
+            with contextlib.nullcontext() if plain else vlm_fix.wrapped(model, pane.stack):
+                batch = runner.generate(model, loaded.processor, [image], [prompt], seed, streamer=live, **options)
+            pane.peak_mb = runner.peak_mb(model.device)
+        pane.notes += dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, UserWarning))
+        if not batch.finished[0]:
+            pane.notes.append("Cut off at the longest answer allowed.")
+        pane.ids, pane.tokens = live.ids, batch.tokens[0]
+        pane.seconds, pane.first_token = batch.seconds, batch.first_token
+        pane.state = "done"
+    except Stopped:
+        pane.state = "stopped"
+    except Exception as error:  # a page shows one sentence, never a stack trace
+        pane.notes.append(sentence(error))
+        pane.state = "failed"
+    finally:
+        live.text_queue.put(live.stop_signal)
+
+
+def sentence(error: Exception) -> str:
+    """What went wrong, in one line."""
+    lines = str(error).strip().splitlines() or ["no message"]
+    return lines[0] if isinstance(error, VlmFixError) else f"{type(error).__name__}: {lines[0]}"
+
+
+def how(max_new_tokens: int, temperature: float) -> dict[str, Any]:
+    """Keyword arguments of `generate`."""
+    sample: dict[str, Any] = {"sample": True, "temperature": float(temperature)} if temperature else {}
+    return runner.Settings(**sample).generate_kwargs(int(max_new_tokens))
+
+
+def as_python(
+    model: str,
+    image: str | Path | Image.Image,
+    prompt: str,
+    stacks: Sequence[Sequence[str]],
+    options: dict[str, Any],
+    seed: int,
+) -> str:
+    """A script that gives the same answers."""
+    example = examples.recognise(read_image(image))
+    if example:
+        lead, source = "", f'find("{example.name}").image'
+    else:
+        lead = "from PIL import Image, ImageOps\n\n"
+        source = 'ImageOps.exif_transpose(Image.open("image.png")).convert("RGB")  # your image'
+    settings = ", ".join(f"{key}={value!r}" for key, value in options.items() if value is not None)
+    return (
+        f"{lead}import vlm_fix\n{'from vlm_fix.demo.examples import find' + chr(10) if example else ''}"
+        f"from vlm_fix.eval import runner\n\n"
+        f"model, processor, _ = runner.load_model({model!r})\n"
+        f"image = {source}\n"
+        f"for methods in {[runner.BASELINE, *map(list, stacks)]!r}:\n"
+        "    with vlm_fix.wrapped(model, methods):\n"
+        f"        answer = runner.generate(\n            model, processor, [image], [{prompt.strip()!r}],\n"
+        f"            seed={int(seed)}, {settings},\n        )\n"
+        '    print(" + ".join(methods), answer.texts[0], sep="\\n")\n'
+    )
+
+
+def as_command(
+    model: str,
+    image: str | Path | Image.Image,
+    prompt: str,
+    stacks: Sequence[Sequence[str]],
+    options: dict[str, Any],
+    seed: int,
+) -> str:
+    """The same runs as a benchmark on the examples; for an example, samples.jsonl then holds the same answers."""
+    example = examples.recognise(read_image(image))
+    kind, _, number = example.name.partition(":") if example else ("scene", "", str(examples.SCENES - 1))
+    words = {
+        "model": model,
+        "method": ",".join("+".join(stack) for stack in stacks),
+        "data": f"coco:{examples.FOLDER}" if kind == "coco" else f"picto:{examples.SPLIT}",
+        "limit": "" if kind == "coco" else int(number) + 1,
+        "batch-size": 1,
+        "variant": "pattern",
+        "prompt": prompt.strip(),
+        "max-new-tokens": options["max_new_tokens"],
+    }
+    if options["do_sample"]:
+        words["temperature"] = options["temperature"]
+    return command("chair", words, ["--sample"] if options["do_sample"] else [])
+
+
+def command(benchmark: str, options: dict[str, Any], flags: Sequence[str] = ()) -> str:
+    """`vlm-fix eval` with these options, in several lines; empty ones are left out."""
+    words = [f"--{key} {shlex.quote(str(value))}" for key, value in options.items() if value != ""]
+    return f"vlm-fix eval {benchmark} " + " \\\n  ".join([*words, *flags]) + "\n"

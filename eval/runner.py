@@ -269,7 +269,8 @@ def _answer(model: Any, processor: Any, samples: Sequence[Sample], seed: int, **
     return [{**{"answer": None, "tokens": 0, "finished": False}, **rows[s.id], **batch_wide} for s in samples]
 
 
-def _reset_peak(device: torch.device) -> None:
+def reset_peak(device: torch.device) -> None:
+    """Start a new measurement for `peak_mb`."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
@@ -277,8 +278,8 @@ def _reset_peak(device: torch.device) -> None:
             Path("/proc/self/clear_refs").write_text("5")
 
 
-def _peak_mb(device: torch.device) -> float:
-    """Peak memory since `_reset_peak` in MB: CUDA allocator, or resident size of the process on a CPU."""
+def peak_mb(device: torch.device) -> float:
+    """Peak memory since `reset_peak` in MB: CUDA allocator, or resident size of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
     with contextlib.suppress(OSError, StopIteration):
@@ -363,12 +364,12 @@ def _run(model: Any, processor: Any, run: str, task: Task, settings: Settings, s
     yield len(task.samples) - sum(len(plan[i]) for i in left)
     if left:
         _warm_up(model, processor, plan[left[0]], settings.seed, how)
-        _reset_peak(model.device)
+        reset_peak(model.device)
     dead = 0
     for i in left:
         rows = _answer(model, processor, plan[i], settings.seed, **how)
         place = {"run": run, "benchmark": task.benchmark, "batch": i, "batch_size": len(plan[i])}
-        peak = {"peak_mb": _peak_mb(model.device)}
+        peak = {"peak_mb": peak_mb(model.device)}
         store.add(
             (run, task.benchmark, i),
             [{**place, **sample.describe(), **row, **peak} for sample, row in zip(plan[i], rows, strict=True)],

@@ -13,8 +13,10 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
 import zlib
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -23,26 +25,27 @@ gr = pytest.importorskip("gradio", reason="the demo needs gradio")
 
 import vlm_fix  # noqa: E402
 from vlm_fix import VlmFixError, cli, list_methods, parse_spec  # noqa: E402
-from vlm_fix.demo import app, compare  # noqa: E402
-from vlm_fix.eval import picto, runner  # noqa: E402
+from vlm_fix.demo import app, benchmark, compare, examples, models  # noqa: E402
+from vlm_fix.demo.panes import card, control, remember  # noqa: E402
+from vlm_fix.eval import chair, picto, runner  # noqa: E402
 
 PROMPT = compare.CAPTION_PROMPT
 
 
 @pytest.fixture(scope="module")
-def comparer():
-    return compare.Comparer()
+def loaded():
+    return models.Loaded("picto-llava")
 
 
 @pytest.fixture
-def scene(comparer, tmp_path):
+def scene(tmp_path):
     """The first example scene as a file."""
-    comparer.scenes[0].image.save(tmp_path / "scene.png")
+    examples.scenes()[0].image.save(tmp_path / "scene.png")
     return tmp_path / "scene.png"
 
 
-def last(panes):
-    for made in panes:
+def last(made_of):
+    for made in made_of:
         result = made
     return result
 
@@ -50,14 +53,14 @@ def last(panes):
 # --------------------------------------------------------------------------------------------------------------- panes
 
 
-def test_panes_equal_the_runner_and_the_truth(comparer, scene):
-    panes = last(comparer.compare(scene, PROMPT, [["vcd"], ["pai:alpha=0.5", "hiprune:keep=32"]]))
-    present = comparer.scenes[0].names
+def test_panes_equal_the_runner_and_the_truth(loaded, scene):
+    panes = last(compare.compare(loaded, scene, PROMPT, [["vcd"], ["pai:alpha=0.5", "hiprune:keep=32"]]))
+    present = examples.scenes()[0].truth
     for pane in panes:
-        with vlm_fix.wrapped(comparer.model, pane.stack):
+        with vlm_fix.wrapped(loaded.model, pane.stack):
             how = {"do_sample": False, "max_new_tokens": 64}
-            images = [comparer.scenes[0].image]
-            expected = runner.generate(comparer.model, comparer.processor, images, [PROMPT], 0, **how)
+            images = [examples.scenes()[0].image]
+            expected = runner.generate(loaded.model, loaded.processor, images, [PROMPT], 0, **how)
         assert pane.state == "done" and pane.text.strip() == expected.texts[0] and pane.tokens == expected.tokens[0]
         assert 0 < pane.first_token < pane.seconds
         assert "".join(text for text, _, _ in pane.words()) == pane.text
@@ -68,35 +71,51 @@ def test_panes_equal_the_runner_and_the_truth(comparer, scene):
     assert len({pane.text for pane in panes}) > 1
 
 
-def test_an_answer_grows(comparer, scene):
+def test_an_answer_grows(loaded, scene):
     compare_refresh, compare.REFRESH = compare.REFRESH, 0
     try:
-        texts = [panes[0].text for panes in comparer.compare(scene, PROMPT, [])]
+        texts = [panes[0].text for panes in compare.compare(loaded, scene, PROMPT, [])]
     finally:
         compare.REFRESH = compare_refresh
     assert len(set(texts)) > 5 and all(b.startswith(a) for a, b in itertools.pairwise(texts))
 
 
-def test_truth_belongs_to_the_pixels(comparer, scene, tmp_path):
-    altered = comparer.scenes[0].image.copy()
+def test_truth_belongs_to_the_pixels(loaded, scene, tmp_path):
+    altered = examples.scenes()[0].image.copy()
     altered.putpixel((0, 0), (1, 2, 3))
     altered.save(tmp_path / "other.png")
-    assert last(comparer.compare(scene, PROMPT, []))[0].score() is not None
-    assert last(comparer.compare(tmp_path / "other.png", PROMPT, []))[0].score() is None
+    assert last(compare.compare(loaded, scene, PROMPT, []))[0].score() is not None
+    assert last(compare.compare(loaded, tmp_path / "other.png", PROMPT, []))[0].score() is None
 
 
-def test_a_refused_stack_says_why_and_the_rest_runs(comparer, scene):
-    base, refused, fine = last(comparer.compare(scene, PROMPT, [["vcd", "pai:gamma=1.1"], ["vhr"]]))
+def test_photographs_are_known_by_their_coco_id_and_credited(loaded):
+    truth = chair.ground_truth("coco", "pattern")
+    rows = {f"coco:{row['coco_id']}": row for row in json.loads((examples.FOLDER / "ATTRIBUTION.json").read_text())}
+    files = {path.name for path in examples.FOLDER.glob("*.jpg")}
+    assert {row["file"] for row in rows.values()} == files and len(examples.photographs()) == len(files) >= 8
+    for example in examples.photographs():
+        row = rows[example.name]
+        assert example.truth == truth[row["coco_id"]] and len(example.truth) >= 1
+        assert row["license"] == "CC BY 2.0" and row["page"] in example.credit and row["license_url"] in example.credit
+        assert examples.find(example.name) is example is examples.recognise(example.image.copy())
+    made = last(compare.compare(loaded, example.image, PROMPT, []))[0]
+    assert made.truth == example.truth and made.score() is not None
+    with pytest.raises(VlmFixError, match="no example 'coco:1': choose from scene:0"):
+        examples.find("coco:1")
+
+
+def test_a_refused_stack_says_why_and_the_rest_runs(loaded, scene):
+    base, refused, fine = last(compare.compare(loaded, scene, PROMPT, [["vcd", "pai:gamma=1.1"], ["vhr"]]))
     assert (base.state, refused.state, fine.state) == ("done", "failed", "done")
     assert refused.notes == ["vcd and pai both contrast; use one of them at a time."]
-    assert "use one of them" in app.card(refused)
+    assert "use one of them" in card(refused)
 
 
 @pytest.mark.parametrize("how", ["stopped", "closed"])
-def test_stop_ends_the_answer_and_frees_the_model(comparer, scene, how):
+def test_stop_ends_the_answer_and_frees_the_model(loaded, scene, how):
     stop, refresh, compare.REFRESH = compare.Stop(), compare.REFRESH, 0
     try:
-        running = comparer.compare(scene, PROMPT, [["vcd"]], max_new_tokens=512, stop=stop)
+        running = compare.compare(loaded, scene, PROMPT, [["vcd"]], max_new_tokens=512, stop=stop)
         next(running)
         if how == "closed":
             running.close()
@@ -105,24 +124,165 @@ def test_stop_ends_the_answer_and_frees_the_model(comparer, scene, how):
             assert [pane.state for pane in last(running)] == ["stopped", "stopped"]
     finally:
         compare.REFRESH = refresh
-    assert stop.is_set() and comparer.lock.acquire(timeout=10)
-    comparer.lock.release()
-    assert last(comparer.compare(scene, PROMPT, []))[0].state == "done"
+    assert stop.is_set()
+    assert last(compare.compare(loaded, scene, PROMPT, []))[0].state == "done"
 
 
-def test_two_visitors_at_once(comparer, tmp_path):
+def test_two_visitors_at_once(loaded, tmp_path):
     alone, together = [], [None, None]
     for i in range(2):
-        comparer.scenes[i].image.save(tmp_path / f"{i}.png")
-        alone.append(last(comparer.compare(tmp_path / f"{i}.png", PROMPT, [["vcd"], ["vhr"]])))
+        examples.scenes()[i].image.save(tmp_path / f"{i}.png")
+        alone.append(last(compare.compare(loaded, tmp_path / f"{i}.png", PROMPT, [["vcd"], ["vhr"]])))
 
     def visit(i):
-        together[i] = last(comparer.compare(tmp_path / f"{i}.png", PROMPT, [["vcd"], ["vhr"]]))
+        together[i] = last(compare.compare(loaded, tmp_path / f"{i}.png", PROMPT, [["vcd"], ["vhr"]]))
 
     threads = [threading.Thread(target=visit, args=(i,)) for i in range(2)]
     [thread.start() for thread in threads]
     [thread.join(60) for thread in threads]
     assert [[p.text for p in panes] for panes in together] == [[p.text for p in panes] for panes in alone]
+
+
+def test_a_pane_says_what_the_model_used(loaded, scene):
+    pane = last(compare.compare(loaded, scene, PROMPT, []))[0]
+    assert pane.peak_mb > 100 and f"peak memory {pane.peak_mb:.0f} MB" in card(pane)
+    assert loaded.processor.tokenizer.decode(pane.ids, skip_special_tokens=True).strip() == pane.text.strip()
+
+
+# -------------------------------------------------------------------------------------------------------------- models
+
+
+def test_turns_are_taken_in_order():
+    turn, order, started = models.Turn(), [], []
+
+    def ask(name):
+        started.append(name)
+        with turn:
+            order.append(name)
+
+    with turn:
+        threads = []
+        for i in range(5):
+            threads.append(threading.Thread(target=ask, args=(i,)))
+            threads[-1].start()
+            while len(turn.line) < i + 2:
+                time.sleep(0.001)
+        turn.pass_on()
+        assert order == started == [0, 1, 2, 3, 4]
+    [thread.join() for thread in threads]
+    assert not turn.line
+
+
+def test_a_twin_shares_weights_and_nothing_else(loaded, scene):
+    before, twin = last(compare.compare(loaded, scene, PROMPT, []))[0].text, loaded.twin()
+    ours, theirs = dict(loaded.model.named_parameters()), dict(twin.named_parameters())
+    assert ours.keys() == theirs.keys() and all(ours[key] is theirs[key] for key in ours)
+    with vlm_fix.wrapped(twin, "vhr:alpha=3"):
+        assert last(compare.compare(loaded, scene, PROMPT, []))[0].text == before
+        assert not hasattr(loaded.model, "_vlm_fix_engine")
+
+
+def test_models_by_name(tmp_path):
+    closed = models.Models(["picto-llava"])
+    assert closed.get("picto-llava") is closed.get(" picto-llava ")
+    for name in ("", str(tmp_path), "someone/else"):
+        with pytest.raises(VlmFixError, match="This page offers picto-llava"):
+            closed.get(name)
+    shutil.copytree(picto.model_path("picto-llava"), tmp_path / "copy")
+    opened = models.Models(["picto-llava"], any_name=True)
+    assert opened.get(str(tmp_path / "copy")).identity["weights"] == closed.get("picto-llava").identity["weights"]
+    with pytest.raises(VlmFixError, match="could not be loaded"):
+        opened.get(str(tmp_path / "nothing"))
+    assert "picto-llava" in models.bundled()
+
+
+def test_a_stack_is_refused_before_it_runs(loaded):
+    assert loaded.refusal(["vcd", "vhr"]) == loaded.refusal([]) == ""
+    assert loaded.refusal(["vcd", "pai:gamma=1.1"]) == "vcd and pai both contrast; use one of them at a time."
+    assert loaded.refusal(["pai:layers=40-41"]).startswith("pai: layers='40-41' does not fit this model")
+
+
+# ----------------------------------------------------------------------------------------------------------- benchmark
+
+SMALL = ("picto-llava", "all", "shift", 3, ["vhr:alpha=3+hiprune:keep=32"], 3)
+
+
+@pytest.fixture(scope="module")
+def measured(loaded, tmp_path_factory):
+    """A benchmark that was stopped after some batches and continued, with comparisons in between."""
+    folder, settings = tmp_path_factory.mktemp("bench") / "run", benchmark.settings_of(*SMALL)
+    stop, seen, said = compare.Stop(), [], []
+    for state in benchmark.run(loaded, settings, folder, stop):
+        seen.append(state)
+        if state.done and not said:
+            said.append(last(compare.compare(loaded, examples.scenes()[0].image, PROMPT, [["vhr"]])))
+            stop.set()
+    assert seen[-1].results is None and 0 < seen[-1].done < seen[-1].total
+    seen = list(benchmark.run(loaded, settings, folder, compare.Stop()))
+    return settings, folder, seen, said[0]
+
+
+def test_a_stopped_benchmark_continues_and_equals_the_runner(loaded, measured, tmp_path):
+    settings, _, seen, said = measured
+    lone = runner.evaluate(settings, tmp_path, console=benchmark.Console(quiet=True))
+    timed = ("date", "speed")
+    got = seen[-1].results
+    assert {k: v for k, v in got.items() if k not in timed} == {k: v for k, v in lone.items() if k not in timed}
+    assert seen[-1].done == seen[-1].total == sum(count["answers"] for count in got["changed"].values())
+    assert [s.done for s in seen] == sorted(s.done for s in seen)
+    alone = last(compare.compare(loaded, examples.scenes()[0].image, PROMPT, [["vhr"]]))
+    assert [pane.text for pane in said] == [pane.text for pane in alone]
+    assert not hasattr(loaded.model, "_vlm_fix_engine") and not loaded.turn.line
+
+
+def test_results_are_shown_kept_and_opened_again(measured, tmp_path):
+    results = measured[2][-1].results
+    picture, archive = benchmark.keep(results, measured[1])
+    assert Image.open(picture).width > 500
+    shutil.unpack_archive(archive, tmp_path / "out")
+    assert {"results.json", "samples.jsonl", "table.md", "figure.png"} <= {p.name for p in (tmp_path / "out").iterdir()}
+    assert benchmark.open_results(tmp_path / "out") == benchmark.open_results(tmp_path / "out/results.json") == results
+    shown = benchmark.table(results)
+    for run, scores in results["runs"].items():
+        assert f"| `{run}` |" in shown and f"{100 * scores['chair']['captions']['recall']:.1f}" in shown
+    assert shown.count("<small>") == sum(
+        len(split["delta"])
+        for scores in results["runs"].values()
+        for part in scores.values()
+        for split in part.values()
+    )
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"settings": 1}', '{"runs": {"a": {}}}'])
+def test_what_is_no_result_is_one_sentence(tmp_path, text):
+    (tmp_path / "results.json").write_text(text)
+    with pytest.raises(VlmFixError, match="This is no results.json") as error:
+        benchmark.open_results(tmp_path)
+    assert "\n" not in str(error.value)
+    with pytest.raises(VlmFixError, match="There is no results.json"):
+        benchmark.open_results(tmp_path / "nowhere")
+
+
+def test_a_benchmark_that_cannot_run_is_one_sentence(loaded, tmp_path):
+    with pytest.raises(VlmFixError, match="1 to 500 scenes, not 501"):
+        benchmark.settings_of("picto-llava", "pope", "shift", 501, [], 0)
+    settings = benchmark.settings_of("picto-llava", "pope", "shift", 5, ["vcd+icd"], 0)
+    with pytest.raises(VlmFixError, match="both contrast"):
+        last(benchmark.run(loaded, settings, tmp_path / "run", compare.Stop()))
+    assert not loaded.turn.line
+
+
+def test_the_benchmark_command_is_the_same_run(monkeypatch, tmp_path, capsys):
+    settings, seen = benchmark.settings_of(*SMALL), []
+
+    def evaluate(*given, **options):
+        seen.append(given[0])
+        raise VlmFixError("enough")
+
+    monkeypatch.setattr(runner, "evaluate", evaluate)
+    words = shlex.split(benchmark.as_command(settings).replace("\\\n", ""))
+    assert cli.main([*words[1:], "--output", str(tmp_path)]) == 2 and seen == [settings]
+    capsys.readouterr()
 
 
 # --------------------------------------------------------------------------------------------------------------- input
@@ -149,20 +309,20 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_files_are_one_sentence(comparer, scene, tmp_path, name):
+def test_bad_files_are_one_sentence(loaded, scene, tmp_path, name):
     data, words = BAD[name]
     file = tmp_path / "bad.png"
     file.write_bytes(scene.read_bytes()[:2000] if data is None else data)
     with pytest.raises(VlmFixError, match=words) as error:
-        next(comparer.compare(file, PROMPT, []))
+        next(compare.compare(loaded, file, PROMPT, []))
     assert str(tmp_path) not in str(error.value) and "\n" not in str(error.value)
 
 
-def test_no_image_and_no_prompt(comparer, scene):
+def test_no_image_and_no_prompt(loaded, scene):
     with pytest.raises(VlmFixError, match="no image yet"):
-        next(comparer.compare(None, PROMPT, []))
+        next(compare.compare(loaded, None, PROMPT, []))
     with pytest.raises(VlmFixError, match="no prompt"):
-        next(comparer.compare(scene, "  ", []))
+        next(compare.compare(loaded, scene, "  ", []))
 
 
 def test_an_image_is_turned_upright(tmp_path):
@@ -174,8 +334,8 @@ def test_an_image_is_turned_upright(tmp_path):
 
 def test_cards_escape():
     pane = compare.Pane(["<b>"], "failed", "<script>", ["<img src=x>"])
-    assert not any(tag in app.card(pane) for tag in ("<b>", "<script>", "<img"))
-    assert "&lt;script&gt;" in app.card(pane)
+    assert not any(tag in card(pane) for tag in ("<b>", "<script>", "<img"))
+    assert "&lt;script&gt;" in card(pane)
 
 
 # ------------------------------------------------------------------------------------------------------------ controls
@@ -184,67 +344,65 @@ def test_cards_escape():
 @pytest.mark.parametrize("cls", list_methods(), ids=lambda c: c.name)
 def test_each_field_has_a_control_that_sets_it(cls):
     for field in dataclasses.fields(cls):
-        made = app.control(cls, field, None)
+        made = control(cls, field, None)
         assert made.info == field.metadata["help"] and made.label == field.name
-        untouched = app.remember({}, made.value, method=cls.name, field=field.name)
+        untouched = remember({}, made.value, method=cls.name, field=field.name)
         if made.value != "auto":
             assert compare.stack_of([cls.name], untouched) == [cls.name]
         if isinstance(made, gr.Slider):
             low, high = field.metadata["low"], field.metadata["high"]
             assert made.minimum == low and made.maximum == (5 * field.default if high is None else high)
             for end in (made.minimum, made.maximum):
-                spec = compare.stack_of([cls.name], app.remember({}, end, method=cls.name, field=field.name))[0]
+                spec = compare.stack_of([cls.name], remember({}, end, method=cls.name, field=field.name))[0]
                 assert getattr(parse_spec(spec), field.name) == end
 
 
 def test_the_kind_of_control():
     pai, hiprune = (next(c for c in list_methods() if c.name == name) for name in ("pai", "hiprune"))
     kinds = {
-        f.name: type(app.control(c, f, None))
-        for c in (pai, hiprune)
-        for f in dataclasses.fields(c)
-        if f.name != "alpha"
+        f.name: type(control(c, f, None)) for c in (pai, hiprune) for f in dataclasses.fields(c) if f.name != "alpha"
     }
     assert kinds["beta"] is kinds["gamma"] is gr.Slider
     assert kinds["positions"] is gr.Dropdown and kinds["layers"] is kinds["keep"] is gr.Textbox
 
 
 def test_an_emptied_box_is_the_default():
-    options = app.remember({}, "2-3", method="pai", field="layers")
+    options = remember({}, "2-3", method="pai", field="layers")
     assert compare.stack_of(["pai"], options) == ["pai:layers=2-3"]
-    assert compare.stack_of(["pai"], app.remember(options, "", method="pai", field="layers")) == ["pai"]
+    assert compare.stack_of(["pai"], remember(options, "", method="pai", field="layers")) == ["pai"]
 
 
 # --------------------------------------------------------------------------------------------------------------- copies
 
 
-@pytest.mark.parametrize("temperature", [0, 0.7])
-def test_the_python_copy_gives_the_same_answers(comparer, scene, temperature, capsys):
+@pytest.mark.parametrize(("temperature", "which"), [(0, "scene:0"), (0.7, "scene:0"), (0, "coco:126107")])
+def test_the_python_copy_gives_the_same_answers(loaded, scene, temperature, which, capsys):
+    examples.find(which).image.save(scene)
     stacks = [["vcd"], ["vhr", "hiprune:keep=32"]]
-    panes = last(comparer.compare(scene, PROMPT, stacks, 24, temperature, seed=3))
-    exec(comparer.as_python(scene, PROMPT, stacks, comparer.how(24, temperature), 3), {})
+    panes = last(compare.compare(loaded, scene, PROMPT, stacks, 24, temperature, seed=3))
+    exec(compare.as_python(loaded.name, scene, PROMPT, stacks, compare.how(24, temperature), 3), {})
     expected = [line for pane in panes for line in (pane.title, pane.text.strip())]
     assert capsys.readouterr().out.splitlines() == expected
 
 
-def test_the_python_copy_of_an_upload_runs(comparer, tmp_path, monkeypatch, capsys):
+def test_the_python_copy_of_an_upload_runs(loaded, tmp_path, monkeypatch, capsys):
     Image.new("RGB", (99, 60), "green").save(tmp_path / "image.png")
     monkeypatch.chdir(tmp_path)
-    panes = last(comparer.compare("image.png", 'say "hi"', [], 8))
-    exec(comparer.as_python("image.png", 'say "hi"', [], comparer.how(8, 0), 0), {})
+    panes = last(compare.compare(loaded, "image.png", 'say "hi"', [], 8))
+    exec(compare.as_python(loaded.name, "image.png", 'say "hi"', [], compare.how(8, 0), 0), {})
     assert capsys.readouterr().out.splitlines() == ["baseline", panes[0].text.strip()]
 
 
-def test_the_command_copy_gives_the_same_answers(comparer, tmp_path, capsys):
-    comparer.scenes[1].image.save(tmp_path / "1.png")
-    stacks = [["pai:alpha=0.5,gamma=1.1"], ["vhr", "vcd"]]
-    panes = last(comparer.compare(tmp_path / "1.png", PROMPT, stacks))
-    words = shlex.split(
-        comparer.as_command(tmp_path / "1.png", PROMPT, stacks, comparer.how(64, 0), 0).replace("\\\n", "")
-    )
+@pytest.mark.parametrize("which", ["scene:1", "coco:126107"])
+def test_the_command_copy_gives_the_same_answers(loaded, tmp_path, which, capsys):
+    examples.find(which).image.save(tmp_path / "1.png")
+    stacks = [["pai:alpha=0.5,gamma=1.1", "vhr"]]
+    what = (tmp_path / "1.png", PROMPT, stacks)
+    panes = last(compare.compare(loaded, *what, 16))
+    words = shlex.split(compare.as_command(loaded.name, *what, compare.how(16, 0), 0).replace("\\\n", ""))
     assert words[0] == "vlm-fix" and cli.main([*words[1:], "--output", str(tmp_path / "out")]) == 0
     rows = [json.loads(line) for line in (tmp_path / "out/samples.jsonl").read_text().splitlines()]
-    wanted = picto.scene(compare.SPLIT, 0, 1).image_id
+    wanted = 126107 if "coco" in which else picto.scene(examples.SPLIT, 0, 1).image_id
     answers = {row["run"]: row["answer"] for row in rows if row["image_id"] == wanted}
     assert answers == {"+".join(pane.stack): pane.text.strip() for pane in panes}
 
@@ -252,10 +410,12 @@ def test_the_command_copy_gives_the_same_answers(comparer, tmp_path, capsys):
 # ----------------------------------------------------------------------------------------------------------------- page
 
 
-def test_the_page_is_built(comparer):
-    page = app.build(comparer)
+def test_the_page_is_built():
+    page = app.build(models.Models(["picto-llava"]))
     labels = {getattr(block, "label", None) for block in page.blocks.values()}
-    assert {"Image", "Prompt", "Baseline", "Methods 1", "Methods 2", "As Python"} <= labels
+    assert {"Image", "Prompt", "Baseline", "Methods 1", "Methods 3", "As Python", "Number of scenes"} <= labels
+    folders = [block for block in page.blocks.values() if getattr(block, "elem_id", None) == "folder"]
+    assert [block.visible for block in folders] == [False]  # others may reach this page
 
 
 def test_without_gradio_one_sentence(monkeypatch, capsys):
@@ -315,6 +475,17 @@ def test_only_this_machine_and_small_files(site):
     assert error.value.code == 413
 
 
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def artifacts():
+    """Where pictures of the tabs are kept to be looked at."""
+    folder = ROOT / "build/screenshots"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def browser():
     api = pytest.importorskip("playwright.sync_api", reason="the browser test needs playwright")
@@ -341,10 +512,10 @@ def page(browser, site):
 
 
 @pytest.mark.slow
-def test_in_a_browser(page, site, comparer, scene):
+def test_in_a_browser(page, site, loaded, scene):
     page.click("#go")
     page.wait_for_selector("#pane2 .card.done", timeout=60_000)
-    panes = last(comparer.compare(scene, PROMPT, [["vcd"], ["vhr"]]))
+    panes = last(compare.compare(loaded, scene, PROMPT, [["vcd"], ["vhr"]]))
     for i, pane in enumerate(panes):
         assert page.inner_text(f"#pane{i} .said") == pane.text.strip()
     assert page.locator("mark.hallucinated").count() >= 1
@@ -362,12 +533,12 @@ def test_in_a_browser(page, site, comparer, scene):
     page.wait_for_selector("#pane2 .card.done", timeout=60_000)
     page.get_by_text("Copy what was run").click()
     page.wait_for_selector("#python >> text=vcd:alpha=2.0")
-    assert "index=1" in page.inner_text("#python")
+    assert 'find("scene:1")' in page.inner_text("#python")
     assert "--method vcd:alpha=2.0,vhr" in page.inner_text("#command")
 
 
 @pytest.mark.slow
-def test_two_sessions_in_a_browser(browser, site, comparer, tmp_path):
+def test_two_sessions_in_a_browser(browser, site, loaded, tmp_path):
     pages = [browser.new_context().new_page() for _ in range(2)]
     for i, page in enumerate(pages):
         page.goto(site)
@@ -378,10 +549,57 @@ def test_two_sessions_in_a_browser(browser, site, comparer, tmp_path):
         page.click("#go")
     for i, page in enumerate(pages):
         page.wait_for_selector("#pane2 .card.done", timeout=60_000)
-        comparer.scenes[i + 1].image.save(tmp_path / "scene.png")
-        panes = last(comparer.compare(tmp_path / "scene.png", PROMPT, [["vcd"], ["vhr"]]))
+        examples.scenes()[i + 1].image.save(tmp_path / "scene.png")
+        panes = last(compare.compare(loaded, tmp_path / "scene.png", PROMPT, [["vcd"], ["vhr"]]))
         assert [page.inner_text(f"#pane{n} .said") for n in range(3)] == [pane.text.strip() for pane in panes]
         page.context.close()
+
+
+@pytest.mark.slow
+def test_a_benchmark_in_a_browser(page, artifacts, tmp_path):
+    page.get_by_role("tab", name="Benchmark").click()
+    page.get_by_label("number input for Number of scenes").fill("200")
+    page.get_by_label("number input for Number of scenes").press("Tab")
+    page.click("#run")
+    page.wait_for_selector("#bar >> text=/baseline: [1-9]/", timeout=60_000)
+    page.click("#halt")
+    page.wait_for_selector("#bar >> text=/stopped after [1-9]/", timeout=60_000)
+    page.get_by_label("number input for Number of scenes").fill("5")
+    page.get_by_label("number input for Number of scenes").press("Tab")
+    page.click("#run")
+    page.wait_for_selector("#figure img", timeout=120_000)
+    page.wait_for_selector("#bar >> text=/answers in/")
+    assert page.locator("#table table").count() == 3 and page.locator("#table td small").count() > 10
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    with page.expect_download() as download:
+        page.click("#save")
+    shutil.unpack_archive(download.value.path(), tmp_path / "out", "zip")
+    assert (tmp_path / "out/samples.jsonl").exists()
+    page.get_by_text("Open earlier results").click()
+    page.locator("#upload ~ input[type=file], #open input[type=file]").first.set_input_files(
+        {"name": "results.json", "mimeType": "application/json", "buffer": b"{}"}
+    )
+    page.wait_for_selector("#bench-notice .notice >> text=This is no results.json")
+    page.fill("#folder textarea, #folder input", str(ROOT / "results/picto-shift"))
+    page.press("#folder textarea, #folder input", "Enter")
+    page.wait_for_selector("#table >> text=300 scenes")
+    page.screenshot(path=artifacts / "benchmark-phone.png", full_page=True)
+
+
+@pytest.mark.slow
+def test_models_in_a_browser(page):
+    box = page.locator("#model input")
+    box.fill("/nowhere/at/all")
+    box.press("Enter")
+    page.wait_for_selector("#model-notice .notice >> text=could not be loaded")
+    page.click("#go")
+    page.wait_for_selector("#notice .notice >> text=could not be loaded")
+    box.fill(str(picto.model_path("picto-llava")))
+    box.press("Enter")
+    page.wait_for_selector("#about >> text=7 million parameters")
+    page.click("#go")
+    page.wait_for_selector("#pane2 .card.done", timeout=60_000)
+    assert page.locator("#notice .notice").count() == 0
 
 
 @pytest.mark.slow

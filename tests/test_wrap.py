@@ -163,6 +163,7 @@ def test_specs_round_trip(alpha, low, high, dims):
         ["var", f"pai:alpha={alpha},gamma=1.1"],
         ["vhr"],
     ]
+    assert split_methods("pai:alpha=1,gamma=1.1+vhr,vcd") == [["pai:alpha=1,gamma=1.1", "vhr"], ["vcd"]]
 
 
 @settings(deadline=None, max_examples=40)

@@ -76,8 +76,10 @@ def split_methods(text: str) -> list[list[str]]:
     """
     runs: list[list[str]] = []
     for piece in filter(None, (p.strip() for p in text.split(","))):
-        if "=" in piece and ":" not in piece and runs:
-            runs[-1][-1] += "," + piece
-            continue
-        runs.append([s.strip() for s in piece.split("+")])
+        first, *more = (s.strip() for s in piece.split("+"))
+        if "=" in first and ":" not in first and runs:
+            runs[-1][-1] += "," + first
+            runs[-1] += more
+        else:
+            runs.append([first, *more])
     return runs

@@ -1,0 +1,96 @@
+"""The images that the page offers, and what is in them: Picto scenes and photographs of COCO under CC BY 2.0.
+
+The photographs are in `examples/`, scaled down; `examples/ATTRIBUTION.json` says where each comes from. Their truth is
+CHAIR's, by their COCO id. An example is known by its pixels, so that its truth cannot stick to another image.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from functools import cache
+from pathlib import Path
+
+from PIL import Image
+
+from vlm_fix.errors import VlmFixError
+from vlm_fix.eval import chair, picto
+
+SPLIT, SCENES = "test", 12  # the first scenes of the split in which Picto's prior holds
+FOLDER = Path(__file__).parent / "examples"
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """An image with the name that `find` takes, a text for who cannot see it, and its source as HTML."""
+
+    name: str
+    image: Image.Image
+    about: str
+    credit: str
+
+    @property
+    def truth(self) -> frozenset[str]:
+        """The COCO objects in the image."""
+        kind, number = self.name.split(":")
+        return (_coco_truth() if kind == "coco" else _scene_truth())[int(number)]
+
+
+@cache
+def scenes() -> tuple[Example, ...]:
+    """Picto scenes, named "scene:0" and so on."""
+    return tuple(
+        Example(f"scene:{i}", s.image, f"Picto scene {i + 1}: {s.scene_type}", f"Picto, {SPLIT} scene {i}")
+        for i, s in enumerate(picto.scenes(SPLIT, SCENES))
+    )
+
+
+@cache
+def photographs() -> tuple[Example, ...]:
+    """Photographs, named "coco:519208" and so on."""
+    made = []
+    for row in json.loads((FOLDER / "ATTRIBUTION.json").read_text()):
+        credit = (
+            f'COCO {row["coco_id"]}: <a href="{row["page"]}" target="_blank">photograph on Flickr</a>, '
+            f'<a href="{row["license_url"]}" target="_blank">{row["license"]}</a>, {row["changes"]}'
+        )
+        with Image.open(FOLDER / row["file"]) as image:
+            made.append(
+                Example(f"coco:{row['coco_id']}", image.convert("RGB"), f"COCO photograph {row['coco_id']}", credit)
+            )
+    return tuple(made)
+
+
+def find(name: str) -> Example:
+    """The example of that name; VlmFixError lists the names for any other."""
+    known = {example.name: example for example in (*scenes(), *photographs())}
+    if name not in known:
+        raise VlmFixError(f"There is no example {name!r}: choose from {', '.join(known)}.")
+    return known[name]
+
+
+def recognise(image: Image.Image) -> Example | None:
+    """The example that an image shows, whatever file it came in."""
+    return _by_pixels().get(_pixels(image))
+
+
+@cache
+def _by_pixels() -> dict[str, Example]:
+    return {_pixels(example.image): example for example in (*scenes(), *photographs())}
+
+
+def _pixels(image: Image.Image) -> str:
+    return hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()
+
+
+@cache
+def _coco_truth() -> dict[int, frozenset[str]]:
+    return chair.ground_truth("coco", "pattern")
+
+
+@cache
+def _scene_truth() -> dict[int, frozenset[str]]:
+    made = picto.scenes(SPLIT, SCENES)
+    truth = chair.build_ground_truth(*picto.coco_annotations(made), "pattern")
+    return {i: truth[scene.image_id] for i, scene in enumerate(made)}
