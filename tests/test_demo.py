@@ -569,7 +569,7 @@ def test_a_benchmark_in_a_browser(page, artifacts, tmp_path):
     page.click("#run")
     page.wait_for_selector("#figure img", timeout=120_000)
     page.wait_for_selector("#bar >> text=/answers in/")
-    assert page.locator("#table table").count() == 3 and page.locator("#table td small").count() > 10
+    assert page.locator("#table table").count() >= 3 and page.locator("#table td small").count() > 10
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     with page.expect_download() as download:
         page.click("#save")
