@@ -12,14 +12,24 @@ from .errors import VlmFixError
 
 if TYPE_CHECKING:
     from .engine import unwrap, wrap, wrapped
-    from .method import AttentionEdit, Contrast, HiddenEdit, Layers, LogitEdit, Method, TokenPruner, param
+    from .method import AttentionEdit, Contrast, HiddenEdit, Layers, LogitEdit, Method, Procedure, TokenPruner, param
     from .observation import Observation, observe
     from .registry import list_methods, parse_spec
 
 __version__ = "0.1.0"
 _HOMES = {  # imported on first use: scoring files and `--help` need no torch
     "engine": ("unwrap", "wrap", "wrapped"),
-    "method": ("AttentionEdit", "Contrast", "HiddenEdit", "Layers", "LogitEdit", "Method", "TokenPruner", "param"),
+    "method": (
+        "AttentionEdit",
+        "Contrast",
+        "HiddenEdit",
+        "Layers",
+        "LogitEdit",
+        "Method",
+        "Procedure",
+        "TokenPruner",
+        "param",
+    ),
     "observation": ("Observation", "observe"),
     "registry": ("list_methods", "parse_spec"),
 }
@@ -31,6 +41,7 @@ __all__ = [
     "LogitEdit",
     "Method",
     "Observation",
+    "Procedure",
     "TokenPruner",
     "VlmFixError",
     "list_methods",

@@ -20,7 +20,7 @@ from . import attention
 from . import calibration as calibrations
 from .errors import VlmFixError
 from .families import Arch, arch_of, get_part, image_token_ids
-from .method import AttentionEdit, Contrast, HiddenEdit, LogitEdit, Method, TokenPruner
+from .method import AttentionEdit, Contrast, HiddenEdit, LogitEdit, Method, Procedure, TokenPruner
 from .registry import Spec, parse
 from .session import PAD, TEXT, VISUAL, Call, Session
 
@@ -47,13 +47,13 @@ class Engine:
         resolved = [m.resolve(self.arch) for m in methods]
         self.active = [m for m in resolved if not m.neutral]
         check_combination(self.active)
-        by_layer = [
-            e for e in self.active if isinstance(e, AttentionEdit) and any(map(e.edits, ("logits", "weights", "heads")))
-        ]
+        what = ("logits", "weights", "heads", "see")
+        by_layer = [e for e in self.active if isinstance(e, AttentionEdit) and any(map(e.edits, what))]
         self.edits = [[e for e in by_layer if i in (e.layers or ())] for i in range(self.arch.depth)]
         self.hidden = [m for m in self.active if isinstance(m, HiddenEdit)]
         self.contrast = next((m for m in self.active if isinstance(m, Contrast) and m.contrasts), None)
         self.pruner = next((m for m in self.active if isinstance(m, TokenPruner)), None)
+        self.procedure = next((m for m in self.active if isinstance(m, Procedure)), None)
         self.installed = False
         self.session: Session | None = None
         self.call: Call | None = None
@@ -298,6 +298,10 @@ def _generate(engine: Engine, model: Any, inputs: torch.Tensor | None = None, **
         }.items():
             if used:
                 raise VlmFixError(f"{engine.pruner.name} does not work with {name}; drop that option.")
+    if engine.procedure:
+        from .decoding import loops
+
+        loops.check(engine.procedure, setting)
     mask = kwargs.get("attention_mask")
     if mask is None:
         kwargs["attention_mask"] = mask = torch.ones_like(ids)
@@ -322,6 +326,8 @@ def _generate(engine: Engine, model: Any, inputs: torch.Tensor | None = None, **
             if own:
                 user = kwargs.pop("logits_processor", None) or []
                 kwargs["logits_processor"] = LogitsProcessorList([*own, *user])
+            if engine.procedure:
+                kwargs["custom_generate"] = loops.run(engine, engine.procedure, call, kwargs.get("streamer"))
             kwargs.setdefault("disable_compile", True)  # the session is Python state: a compiled graph would freeze it
             kwargs.pop("input_ids", None)
             output = original(model, ids, **kwargs)
@@ -342,6 +348,13 @@ def check_combination(methods: list[Method]) -> None:
     alone = [m.name for m in methods if isinstance(m, AttentionEdit) and m.branch == "negative"]
     if alone and not any(isinstance(m, Contrast) and m.contrasts for m in methods):
         raise VlmFixError(f"{alone[0]}: branch=negative needs a contrast method beside it, as in vcd.")
+    procedures = [m.name for m in methods if isinstance(m, Procedure)]
+    others = [m.name for m in methods if isinstance(m, LogitEdit) or (isinstance(m, Contrast) and m.contrasts)]
+    if procedures and len(procedures + others) > 1:
+        raise VlmFixError(
+            f"{procedures[0]} runs a decoding loop of its own and takes no other decoding method beside it: drop "
+            f"{', '.join(procedures[1:] + others)}."
+        )
     names = [m.name for m in methods]
     for name in names:
         if names.count(name) > 1:

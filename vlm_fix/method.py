@@ -23,6 +23,7 @@ from .errors import VlmFixError
 if TYPE_CHECKING:
     from .calibration import Sample
     from .decoding.logits import Step
+    from .decoding.loops import Search
     from .families import Arch
     from .session import Call, Rows, Session
 
@@ -200,6 +201,7 @@ class AttentionEdit(Method):
       weights(a [B,H,R,K], rows) -> post-softmax weights
       heads(o [B,H,R,D], rows)   -> per-head output before o_proj (needs no weights: stays on SDPA)
       scan(q [B,H,q,D], k [B,Hkv,K,D], allowed, scaling, rows) -> look at all queries and keys before rows are edited
+      see(a [B,H,R,K], rows)     -> look at the weights that all edits have left; the output stays SDPA's
       watch(x [B,q,C], layer, session) -> look at a layer's input before its norm
       begin(session, call)       -> run once when a prompt starts (text-only passes and the like)
     """
@@ -230,6 +232,9 @@ class AttentionEdit(Method):
     def scan(self, q: torch.Tensor, k: torch.Tensor, allowed: torch.Tensor | None, scaling: float, rows: Rows) -> None:
         return None
 
+    def see(self, a: torch.Tensor, rows: Rows) -> None:
+        return None
+
     def watch(self, x: torch.Tensor, layer: int, session: Session) -> None:
         return None
 
@@ -242,7 +247,7 @@ class AttentionEdit(Method):
 
     @classmethod
     def edits(cls, what: str) -> bool:
-        """True if the class overwrites `what` ("logits", "weights", "heads", "scan", "watch", "begin")."""
+        """True if the class overwrites `what` ("logits", "weights", "heads", "scan", "see", "watch", "begin")."""
         return getattr(cls, what) is not getattr(AttentionEdit, what)
 
 
@@ -341,6 +346,20 @@ class LogitEdit(Method):
 
     def edit(self, l: torch.Tensor, step: Step) -> torch.Tensor:
         """[B, V] float32 log-probabilities -> unnormalised scores, -inf where cut off. Pure."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Procedure(Method):
+    """Chooses the tokens by a search of its own; `generate` still prepares inputs, processors and stopping."""
+
+    kind: ClassVar[str] = "procedure"
+    needs_image: ClassVar[bool] = False
+    refuses: ClassVar[dict[str, str]] = {}
+    """Options of `generate` it cannot serve -> what to do instead, as the end of a sentence."""
+
+    def search(self, run: Search) -> Any:
+        """Prefill, choose the tokens, return `run.output(...)`: what `generate` returns."""
         raise NotImplementedError
 
 

@@ -6,6 +6,7 @@ outlives it, and a caller who reuses a cache for the next turn keeps the state t
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -132,6 +133,23 @@ class Session:
         full = full.repeat_interleave(times, dim=0)
         full = full.gather(1, self.kept.index) if self.kept else full
         return full[:, : self.types.shape[1]]
+
+    def take(self, rows: torch.Tensor) -> Session:
+        """A session of the given rows, for a cache that was copied row by row."""
+
+        def pick(value: Any) -> Any:
+            if isinstance(value, torch.Tensor) and value.dim():
+                return value.index_select(0, rows.to(value.device))
+            return {k: pick(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+        return dataclasses.replace(
+            self,
+            types=pick(self.types),
+            states=pick(self.states),
+            last_visual=[self.last_visual[i] for i in rows.tolist()],
+            kept=self.kept and self.kept.take(rows),
+            _masks={},
+        )
 
     def masks(self, width: int, device: torch.device) -> dict[str, torch.Tensor]:
         """[B, 1, 1, width] boolean masks of the columns an attention layer sees: visual, before, after (text)."""

@@ -47,9 +47,13 @@ def attention(
         return handle.engine.joint.attention(attention, module, query, dropout, scaling, **kwargs), None
     edits, first = _active(handle, session, query, key)
     whole = first == 0 and query.shape[2] == 1 and all(mask is None for _, _, mask in edits)
-    by_weights = any(edit.edits("logits") or edit.edits("weights") for edit, _, _ in edits)
+    by_weights = any(any(map(edit.edits, ("logits", "weights", "see"))) for edit, _, _ in edits)
+    # under autograd the rows are written even if they are only seen, so that gradients reach the weights
+    writes = torch.is_grad_enabled() or any(
+        any(map(edit.edits, ("logits", "weights", "heads"))) for edit, _, _ in edits
+    )
     probe = None if session.plain else handle.engine.probe
-    if not (edits and whole and by_weights) or session.tap:
+    if not (edits and whole and by_weights and writes) or session.tap:
         output = plain()[0]
         if session.tap:
             session.tap(handle.layer, output.transpose(1, 2))
@@ -74,12 +78,13 @@ def attention(
         rows = edited_rows(query[:, :, first:], *visible, scale, edits, see, windowed)
     else:
         rows = edited_heads(output[:, first:].transpose(1, 2), edits)
-    rows = rows.transpose(1, 2).to(output.dtype)
-    touched = _union(edits)
-    if touched is not None:
-        rows = torch.where(touched[:, :, None, None], rows, output[:, first:])
-    output = output.clone() if output.requires_grad else output
-    output[:, first:] = rows
+    if writes:
+        rows = rows.transpose(1, 2).to(output.dtype)
+        touched = _union(edits)
+        if touched is not None:
+            rows = torch.where(touched[:, :, None, None], rows, output[:, first:])
+        output = output.clone() if output.requires_grad else output
+        output[:, first:] = rows
     if probe:
         probe.heads(handle.layer, session, output)
     return output, None

@@ -43,6 +43,9 @@ def edited_rows(
         a = _weights(query[:, :, part], key, visible, scaling, seen, windowed)
         if probe:
             probe(a, i)
+        for edit, rows, _ in seen:
+            if edit.edits("see"):
+                edit.see(a, rows)
         parts.append((_grouped(a, key.shape[1]) @ value.to(a.dtype)).view(*a.shape[:3], -1))
     return edited_heads(parts[0] if len(parts) == 1 else torch.cat(parts, dim=2), edits)
 

@@ -87,19 +87,23 @@ class LogitEdits(LogitsProcessor):
 
     @functools.cached_property
     def prompts(self) -> list[int]:
-        """A checksum of each prompt: its images' pixels and its tokens without padding."""
-        ids, mask = self.call.inputs["input_ids"], self.call.inputs["attention_mask"].bool()
-        sums = [zlib.crc32(row[keep].cpu().numpy().tobytes()) for row, keep in zip(ids, mask, strict=True)]
-        pixels, grid = self.call.inputs.get("pixel_values"), self.call.inputs.get("image_grid_thw")
-        if pixels is None or not len(pixels):
-            return sums
-        images = pixels.split(1) if grid is None else pixels.split(grid.prod(dim=-1).tolist())
-        token = image_token_ids(self.call.model, self.call.family)[0]
-        ends = ((ids == token) & mask).sum(dim=1).cumsum(dim=0).cpu()  # an image has tokens in proportion to its pixels
-        share, start = float(ends[-1]) / sum(map(len, images)), 0
-        for image in images:
-            row = int(torch.searchsorted(ends, (start + len(image) / 2) * share, right=True))
-            if row < len(sums):
-                sums[row] = zlib.crc32(image.detach().float().cpu().contiguous().numpy().tobytes(), sums[row])
-            start += len(image)
+        return fingerprints(self.call)
+
+
+def fingerprints(call: Call) -> list[int]:
+    """A checksum of each prompt: its images' pixels and its tokens without padding."""
+    ids, mask = call.inputs["input_ids"], call.inputs["attention_mask"].bool()
+    sums = [zlib.crc32(row[keep].cpu().numpy().tobytes()) for row, keep in zip(ids, mask, strict=True)]
+    pixels, grid = call.inputs.get("pixel_values"), call.inputs.get("image_grid_thw")
+    if pixels is None or not len(pixels):
         return sums
+    images = pixels.split(1) if grid is None else pixels.split(grid.prod(dim=-1).tolist())
+    token = image_token_ids(call.model, call.family)[0]
+    ends = ((ids == token) & mask).sum(dim=1).cumsum(dim=0).cpu()  # an image has tokens in proportion to its pixels
+    share, start = float(ends[-1]) / sum(map(len, images)), 0
+    for image in images:
+        row = int(torch.searchsorted(ends, (start + len(image) / 2) * share, right=True))
+        if row < len(sums):
+            sums[row] = zlib.crc32(image.detach().float().cpu().contiguous().numpy().tobytes(), sums[row])
+        start += len(image)
+    return sums

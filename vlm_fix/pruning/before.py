@@ -6,6 +6,7 @@ mask and renumbers the positions. The cache is shorter than generate believes, w
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +37,11 @@ class Kept:
         self.mask = self.mask.repeat_interleave(times, dim=0)
         self.index = self.index.repeat_interleave(times, dim=0)
         self.last_position = self.last_position.repeat_interleave(times, dim=-2)
+
+    def take(self, rows: torch.Tensor) -> Kept:
+        """The given rows."""
+        mask, index, last = self.mask[rows], self.index[rows], self.last_position.index_select(-2, rows)
+        return dataclasses.replace(self, mask=mask, index=index, last_position=last)
 
 
 def install(engine: Any) -> list[Any]:

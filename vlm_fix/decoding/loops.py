@@ -1,0 +1,159 @@
+"""What a `Procedure` works with: prompts with their cache, which its own search extends, copies and rolls back.
+
+generate runs the search as its `custom_generate`, so that inputs, logits processors and stopping criteria are its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
+
+from ..errors import VlmFixError
+from ..families import prompt_positions
+from ..method import Procedure
+from ..session import Call
+
+REFUSED = {
+    "assistant_model": "drop it",
+    "prompt_lookup_num_tokens": "drop it",
+    "assistant_early_exit": "drop it",
+    "custom_generate": "drop it",
+    "cache_implementation": "drop it",
+    "prefill_chunk_size": "drop it",
+    "guidance_scale": "drop it",
+    "past_key_values": "pass the whole conversation as one prompt",
+    "num_return_sequences": "call generate once for each",
+}
+
+
+def check(method: Procedure, setting: Callable[[str], Any]) -> None:
+    """VlmFixError, before anything is computed, if generate was asked for something the search does not do."""
+    for name, advice in {**REFUSED, **method.refuses}.items():
+        value = setting(name)
+        if value is True or (value and value != 1):
+            raise VlmFixError(f"{method.name} runs a decoding loop of its own, without {name}: {advice}.")
+    if setting("use_cache") is False:
+        raise VlmFixError(f"{method.name} needs the cache; drop use_cache=False.")
+
+
+@dataclass
+class Search:
+    """One generate call of a Procedure: a left-padded batch of B prompts, and what generate prepared for it."""
+
+    engine: Any
+    call: Call
+    prompt: torch.Tensor  # [B, L] token ids
+    processors: Callable[..., torch.Tensor]  # user's and configuration's: (ids [n, L + t], scores [n, V]) -> scores
+    stopping: Callable[..., torch.Tensor]  # (ids [n, L + t], None) -> [n] booleans
+    config: GenerationConfig
+    streamer: Any
+    inputs: dict[str, Any]  # the model's other inputs
+
+    def prefill(self) -> tuple[Sequences, torch.Tensor]:
+        """The prompts in a cache, and the logits [B, V] after them."""
+        model = self.engine.model
+        inputs = model.prepare_inputs_for_generation(self.prompt, is_first_iteration=True, **self.inputs)
+        inputs.setdefault("past_key_values", DynamicCache(config=model.config.get_text_config()))
+        out = model(**inputs, return_dict=True)
+        _, position = prompt_positions(model, self.engine.family, self.call.inputs)
+        mask = self.call.inputs["attention_mask"].to(self.prompt.device)
+        return Sequences(self.engine, inputs["past_key_values"], mask, position), out.logits[:, -1].float()
+
+    @property
+    def pad(self) -> int:
+        """The id that fills up finished rows."""
+        pad, eos = self.config.pad_token_id, self.config.eos_token_id
+        return pad if pad is not None else eos[0] if isinstance(eos, list) else eos if eos is not None else 0
+
+    def output(self, answers: list[torch.Tensor], **more: Any) -> Any:
+        """Answers [t_b], one for each prompt -> what generate returns; `more` are further fields of its output class."""
+        width = max(len(a) for a in answers)
+        rows = [torch.nn.functional.pad(a, (0, width - len(a)), value=self.pad) for a in answers]
+        sequences = torch.cat([self.prompt, torch.stack(rows)], dim=1)
+        if not self.config.return_dict_in_generate:
+            return sequences
+        kind = GenerateBeamDecoderOnlyOutput if "sequences_scores" in more else GenerateDecoderOnlyOutput
+        return kind(sequences=sequences, **more)
+
+
+@dataclass
+class Sequences:
+    """n sequences with a cache of their own: `mask` [n, L] and next `position` [n] are the prompts'."""
+
+    engine: Any
+    cache: Any  # a DynamicCache
+    mask: torch.Tensor
+    position: torch.Tensor
+    length: int = 0  # generated tokens in the cache
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Append tokens [n, k]; the logits [n, V] after the last one."""
+        count, device = tokens.shape[1], tokens.device
+        new = torch.ones(len(tokens), self.length + count, dtype=self.mask.dtype, device=device)
+        positions = self.position.to(device)[:, None] + torch.arange(self.length, self.length + count, device=device)
+        out = self.engine.model(
+            input_ids=tokens,
+            attention_mask=torch.cat([self.mask, new], dim=1),
+            position_ids=positions.expand(3, -1, -1) if self.engine.family.mrope else positions,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self.length += count
+        for layer in self.cache.layers:  # a differentiated step must not reach into the next one
+            layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
+        return out.logits[:, -1].float()
+
+    def crop(self, count: int) -> None:
+        """Take the last `count` tokens off again."""
+        if count:
+            self.cache.crop(-count)
+            self.length -= count
+
+    def reorder(self, rows: torch.Tensor) -> None:
+        """Row i becomes what row rows[i] was; rows of one prompt only."""
+        self.cache.reorder_cache(rows)  # type: ignore[arg-type]
+
+    def take(self, rows: torch.Tensor) -> Sequences:
+        """Copies of the given rows, with a cache of their own."""
+        cache = DynamicCache(config=self.engine.model.config.get_text_config())
+        for i, layer in enumerate(self.cache.layers):
+            cache.update(layer.keys.index_select(0, rows), layer.values.index_select(0, rows), i)
+        self.engine.sessions[cache] = self.engine.sessions[self.cache].take(rows)
+        return Sequences(self.engine, cache, self.mask[rows], self.position[rows.to(self.position.device)], self.length)
+
+    def state(self, method: Procedure) -> dict[Any, Any]:
+        """What `method.see` noted in the last forward."""
+        return self.engine.sessions[self.cache].state(method)
+
+    def need_rollback(self, name: str) -> None:
+        """VlmFixError if the cache cannot forget tokens."""
+        if any(getattr(layer, "is_sliding", False) for layer in self.cache.layers):
+            raise VlmFixError(f"{name} rolls its cache back, which sliding-window attention layers cannot do.")
+
+
+def run(engine: Any, method: Procedure, call: Call, streamer: Any) -> Callable[..., Any]:
+    """The `custom_generate` of generate that runs `method`."""
+
+    def loop(
+        model: Any,
+        input_ids: torch.Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        **inputs: Any,
+    ) -> Any:
+        inputs.pop("synced_gpus", None)
+        found = method.search(
+            Search(engine, call, input_ids, logits_processor, stopping_criteria, generation_config, streamer, inputs)
+        )
+        if streamer is not None:
+            streamer.end()
+        return found
+
+    return loop
