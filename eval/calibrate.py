@@ -25,7 +25,7 @@ import torch
 import transformers
 
 import vlm_fix
-from vlm_fix.calibration import Calibration, Sample, answer_scores, sizes
+from vlm_fix.calibration import Calibration, Sample, accuracy, answer_scores, sizes, sureness
 from vlm_fix.errors import VlmFixError
 from vlm_fix.families import arch_of
 from vlm_fix.method import Method
@@ -75,13 +75,25 @@ def calibrate(
         method.calibrate(None, (), seed, progress)
     task = _questions(data, limit, seed)
     net, processor, identity = loaded or runner.load_model(model, dtype, device)
-    first, second, yes = _samples(net, processor, task, limit, seed, getattr(method, "concept", None), progress)
-    found = method.calibrate(net, first, seed, progress) if own else {}
+    halves = _halves(task, limit, seed)
+    inputs = _encoded(net, processor, [*halves[0], *halves[1]], progress)
+    yes, no = _answer_ids(net, processor, inputs[:8])
+    words = _vocabulary(processor, getattr(method, "concept", None) or list(COCO_IDS))
+    samples = [
+        Sample(x, *((yes, no) if s.reference["label"] == "yes" else (no, yes)), words)
+        for x, s in zip(inputs, [*halves[0], *halves[1]], strict=True)
+    ]
+    first, second = samples[: len(halves[0])], samples[len(halves[0]) :]
+    shown = first
+    if own and method.calibrates_on == "captions":
+        images = {s.file: dataclasses.replace(s, prompt=tasks.CAPTION_PROMPT) for s in halves[0]}
+        shown = [Sample(x, yes, no, words) for x in _encoded(net, processor, list(images.values()), progress)]
+    found = method.calibrate(net, shown, seed, progress) if own else {}
     method = dataclasses.replace(method, **found)
     tried = []
     for i, options in enumerate(grid if search else []):
         scores = _scores(net, first, _with(method, options))
-        tried.append((options, _accuracy(scores), _sureness(scores)))
+        tried.append((options, accuracy(scores), sureness(scores)))
         progress("search", (i + 1) / len(grid))
     if tried:
         best = _with(method, max(tried, key=lambda t: t[1:])[0])
@@ -106,7 +118,7 @@ def calibrate(
         },
         date=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    return Result(calibration, [(options, accuracy) for options, accuracy, _ in tried])
+    return Result(calibration, [(options, share) for options, share, _ in tried])
 
 
 def parse_search(items: Sequence[str]) -> dict[str, list[str]]:
@@ -145,34 +157,35 @@ def _hash(task: tasks.Pope) -> str:
     return hashlib.sha256(json.dumps(task.data["sha256"], sort_keys=True).encode()).hexdigest()
 
 
-def _samples(
-    model: Any, processor: Any, task: tasks.Pope, limit: int, seed: int, concept: Any, progress: Progress
-) -> tuple[list[Sample], list[Sample], int]:
-    """Two halves without a common image, at most `limit` questions each, and the token of yes."""
+def _halves(task: tasks.Pope, limit: int, seed: int) -> tuple[list[tasks.Sample], list[tasks.Sample]]:
+    """At most `limit` questions each, without a common image."""
     images = sorted({s.file for s in task.samples})
     random.Random(seed).shuffle(images)
     where = {file: i % 2 for i, file in enumerate(images)}
-    halves = [[s for s in task.samples if where[s.file] == half][:limit] for half in (0, 1)]
-    if not all(halves):
+    first, second = ([s for s in task.samples if where[s.file] == half][:limit] for half in (0, 1))
+    if not first or not second:
         raise VlmFixError(f"{task.data['source']} has too few images to split in two; give more data.")
+    return first, second
+
+
+def _encoded(model: Any, processor: Any, asked: Sequence[tasks.Sample], progress: Progress) -> list[dict[str, Any]]:
     inputs = []
-    for i, s in enumerate([*halves[0], *halves[1]]):
+    for i, s in enumerate(asked):
         inputs.append(dict(runner.encode(model, processor, [tasks.load_image(s)], [s.prompt])))
-        progress("questions", (i + 1) / (len(halves[0]) + len(halves[1])))
-    yes, no = _answer_ids(model, processor, inputs[:8])
-    unknown = processor.tokenizer.unk_token_id
-    vocabulary = {w: i for w in concept or COCO_IDS if (i := _first_id(processor, "a", f" {w}")) != unknown}
-    made = [
-        Sample(x, *((yes, no) if s.reference["label"] == "yes" else (no, yes)), vocabulary)
-        for x, s in zip(inputs, [*halves[0], *halves[1]], strict=True)
-    ]
-    return made[: len(halves[0])], made[len(halves[0]) :], yes
+        progress("images", (i + 1) / len(asked))
+    return inputs
 
 
 def _first_id(processor: Any, before: str, text: str) -> int:
     """The first token of `text` where it follows `before`."""
     head, whole = (processor.tokenizer.encode(t, add_special_tokens=False) for t in (before, before + text))
     return whole[len(head)]
+
+
+def _vocabulary(processor: Any, words: Sequence[str]) -> dict[str, int]:
+    """Word -> its first token inside a sentence, without the words that the tokenizer does not know."""
+    ids = {word: _first_id(processor, "a", f" {word}") for word in words}
+    return {word: i for word, i in ids.items() if i != processor.tokenizer.unk_token_id}
 
 
 @torch.no_grad()
@@ -196,18 +209,9 @@ def _scores(model: Any, samples: Sequence[Sample], method: Method | None) -> tor
             return answer_scores(model, samples)
 
 
-def _accuracy(scores: torch.Tensor) -> float:
-    return float((scores[:, 0] > scores[:, 1]).float().mean())
-
-
-def _sureness(scores: torch.Tensor) -> float:
-    """Mean log-probability of the right one of the two answers; a cut-off answer counts as -30."""
-    margin = (scores[:, 0] - scores[:, 1]).nan_to_num(nan=-30.0).clamp(-30, 30)
-    return float(torch.nn.functional.logsigmoid(margin).mean())
-
-
 def _compare(before: torch.Tensor, after: torch.Tensor, present: torch.Tensor) -> dict[str, Any]:
-    """Of the held-out half: accuracy and share of yes answers, with how many answers turned and McNemar's p."""
+    """Of the held-out half: accuracy, share of yes answers, mean log-probability of the right answer (of the two), how
+    many answers turned and McNemar's p."""
     base, new = (s[:, 0] > s[:, 1] for s in (before, after))
     return {
         "questions": len(present),
@@ -215,6 +219,8 @@ def _compare(before: torch.Tensor, after: torch.Tensor, present: torch.Tensor) -
         "accuracy_after": float(new.float().mean()),
         "yes_ratio_before": float((base == present).float().mean()),
         "yes_ratio_after": float((new == present).float().mean()),
+        "sureness_before": sureness(before),
+        "sureness_after": sureness(after),
         "mended": int((new & ~base).sum()),
         "broken": int((base & ~new).sum()),
         "mcnemar_p": mcnemar(base.tolist(), new.tolist()),

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch.nn.functional import pad
 
-from vlm_fix import AttentionEdit, VlmFixError, param
+from vlm_fix import AttentionEdit, VlmFixError, param, wrapped
+from vlm_fix.calibration import Sample, accuracy, answer_scores, sureness
 from vlm_fix.families import Arch
 from vlm_fix.session import VISUAL, Call, Rows, Session
 
@@ -127,6 +129,18 @@ class GIFT(AttentionEdit):
         )
         new = torch.where(reading, new * grown, new)
         return new / new.sum(dim=-1, keepdim=True).clamp(min=tiny)
+
+    def calibrate(
+        self, model: Any, samples: Sequence[Sample], seed: int, progress: Callable[[str, float], None]
+    ) -> dict[str, Any]:
+        """source_layer: the one with most right answers, then the surest. Cost: depth passes over the samples."""
+        depth, scores = model.config.get_text_config().num_hidden_layers, {}
+        for layer in range(depth):
+            with wrapped(model, dataclasses.replace(self, source_layer=layer)):
+                found = answer_scores(model, samples)
+            scores[layer] = (accuracy(found), sureness(found))
+            progress("source layers", (layer + 1) / depth)
+        return {"source_layer": max(scores, key=lambda layer: scores[layer])}
 
 
 def top_half(x: torch.Tensor) -> torch.Tensor:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 
 from vlm_fix import AttentionEdit, Method, VlmFixError, param
-from vlm_fix.families import Arch
+from vlm_fix.calibration import Sample, hooked
+from vlm_fix.families import Arch, arch_of, get_part
+from vlm_fix.method import parse_layers
 from vlm_fix.session import TEXT, VISUAL, Rows, Session
 
 # (family, text model, hidden size, layers) -> massive-activation dimensions; LLaVA from the official code
@@ -104,3 +108,33 @@ class VAR(AttentionEdit):
         gain = 1 + self.p * removed / in_plain.clamp(min=torch.finfo(a.dtype).tiny)
         edited = torch.where(sink, (1 - self.p) * a, torch.where(plain_visual, gain * a, a))
         return torch.where(chosen, edited, a)
+
+    def calibrate(
+        self, model: Any, samples: Sequence[Sample], seed: int, progress: Callable[[str, float], None]
+    ) -> dict[str, Any]:
+        """sink_dims: where the first token's |x_d| / rms, mean over the samples, exceeds tau in half of the layers or more."""
+        arch = arch_of(model)
+        layers, chosen = (
+            get_part(model, arch.family.language).layers,
+            parse_layers(self.layers or self.defaults(arch)["layers"], arch.depth, self.name),
+        )
+        total = torch.zeros(arch.depth, arch.hidden)
+
+        def look(i: int, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+            x = (args[0] if args else kwargs["hidden_states"])[0, 0].float().cpu()
+            total[i] += x.abs() / (x.square().mean() + 1e-6).sqrt() / len(samples)
+
+        hooks = [layers[i].register_forward_pre_hook(functools.partial(look, i), with_kwargs=True) for i in chosen]
+        with hooked(hooks), torch.no_grad():
+            for n, sample in enumerate(samples):
+                model(**sample.inputs)
+                progress("massive activations", (n + 1) / len(samples))
+        ratio = total[list(chosen)]
+        often = (ratio > self.tau).float().mean(dim=0) >= 0.5
+        if not often.any():
+            raise VlmFixError(
+                f"var: this model has no massive activations: the first token's largest ratio to its RMS is "
+                f"{float(ratio.max()):.1f}, tau is {self.tau:g}; nothing is to be calibrated (a lower tau, as in var:tau=4, "
+                "looks for weaker ones)."
+            )
+        return {"sink_dims": tuple(often.nonzero()[:, 0].tolist())}

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
-from vlm_fix import AttentionEdit, VlmFixError, param
+from vlm_fix import AttentionEdit, VlmFixError, param, wrapped
+from vlm_fix.calibration import Sample, answer_scores, sureness
 from vlm_fix.families import Arch
 from vlm_fix.session import PAD, Rows
 
@@ -23,6 +26,9 @@ class ZeroTuning(AttentionEdit):
     Source: arXiv 2505.11739; official code FeijiangHan/ZeroTuning@51df35b (for language models; here it also runs on
     prompts without an image). Rate and heads are found by search on labelled data, there is no common value: the
     default .6 on all heads is only a place to start. Column 0 is each sample's first token that is not padding.
+    `calibrate`, supervised: each head alone at rates 1.5 and .6; of the heads that gain at 1.5 and those that gain at .6
+    the larger group (at equal size, the larger gain) is tuned together, at the best of that side's `RATES`. Gain is the
+    mean log-probability of the right answer: the paper's accuracy ties too often on few questions.
     """
 
     name: ClassVar[str] = "zerotuning"
@@ -59,3 +65,33 @@ class ZeroTuning(AttentionEdit):
                 0, torch.tensor(self.head_indices, device=z.device), math.log(self.rate)
             )
         return torch.where(column, z + bias, z)
+
+    def calibrate(
+        self, model: Any, samples: Sequence[Sample], seed: int, progress: Callable[[str, float], None]
+    ) -> dict[str, Any]:
+        """rate and head_indices. Cost: 2 x heads + 6 passes over the samples."""
+        heads = model.config.get_text_config().num_attention_heads
+        plain = sureness(answer_scores(model, samples))
+
+        def gain(rate: float, chosen: tuple[int, ...]) -> float:
+            with wrapped(model, dataclasses.replace(self, rate=rate, head_indices=chosen)):
+                return sureness(answer_scores(model, samples)) - plain
+
+        gains: dict[float, dict[int, float]] = {rate: {} for rate in RATES}
+        for head in range(heads):
+            for rate, found in gains.items():
+                found[head] = gain(rate, (head,))
+            progress("heads one by one", (head + 1) / heads)
+        helpful = {rate: {h: g for h, g in found.items() if g > 0} for rate, found in gains.items()}
+        side = max(RATES, key=lambda rate: (len(helpful[rate]), sum(helpful[rate].values())))
+        group, together = tuple(helpful[side]), {}
+        for i, rate in enumerate(RATES[side] if group else ()):
+            together[rate] = gain(rate, group)
+            progress("rates", (i + 1) / len(RATES[side]))
+        best = max(together, key=lambda rate: together[rate], default=1.0)
+        if together.get(best, 0.0) <= 0:
+            raise VlmFixError("zerotuning: no rate on the first token helps this model on these questions.")
+        return {"rate": best, "head_indices": group}
+
+
+RATES = {1.5: (1.2, 1.5, 2.0, 3.0, 5.0), 0.6: (0.8, 0.6, 0.4, 0.2, 0.1)}  # probe of each side -> rates of the search

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import dataclass
 
 import pytest
+import reference as ref
 import torch
-from conftest import make_inputs, single
+from conftest import BUILD, make_inputs, single
 
 import vlm_fix
 from vlm_fix import cli
@@ -120,6 +123,116 @@ def test_checkpoint_may_carry_calibrations(models, tmp_path, monkeypatch):
         pass
 
 
+# ---- what methods find --------------------------------------------------------------------------------------------------
+
+
+def quiet(*_):
+    pass
+
+
+def sureness_by_hand(twin, samples, run):
+    """Mean of log p(right) - log(p(right) + p(wrong)); run(sample) -> the Reference of one float64 pass."""
+    total = 0.0
+    for s in samples:
+        logits = ref.teacher_forced(twin, run(s), s.inputs, s.inputs["input_ids"][0, :0])[0]
+        right, wrong = float(logits[s.target].exp()), float(logits[s.other].exp())
+        total += math.log(right / (right + wrong)) / len(samples)
+    return total
+
+
+@dataclass
+class FirstToken(ref.Reference):
+    rate: float = 1.0
+    heads: tuple = ()
+    rows: str = "all"
+
+    def score(self, z, layer, head, row):
+        z = z.clone()
+        z[0] += math.log(self.rate) if head in self.heads else 0.0
+        return z
+
+
+def test_zerotuning_finds_what_a_reference_finds(family, model):
+    samples, twin = labelled(family, (1, 2, 1)), ref.double(model)
+
+    def gain(rate, heads):
+        def run(s):
+            visual = ref.visual_columns(s.inputs["input_ids"])
+            return FirstToken(visual, s.inputs["input_ids"].shape[1], [1, 2, 3], rate=rate, heads=heads)
+
+        return sureness_by_hand(twin, samples, run) - plain
+
+    plain = sureness_by_hand(twin, samples, lambda s: None)
+    alone = {rate: {h: gain(rate, (h,)) for h in range(4)} for rate in (1.5, 0.6)}
+    assert min(abs(g) for gains in alone.values() for g in gains.values()) > 1e-6, (
+        "pick another seed: a head is neutral"
+    )
+    groups = {rate: tuple(h for h, g in gains.items() if g > 0) for rate, gains in alone.items()}
+    side = max(groups, key=lambda r: (len(groups[r]), sum(alone[r][h] for h in groups[r])))
+    rates = (1.2, 1.5, 2.0, 3.0, 5.0) if side == 1.5 else (0.8, 0.6, 0.4, 0.2, 0.1)
+    best = max(rates, key=lambda r: gain(r, groups[side]))
+    found = vlm_fix.parse_spec("zerotuning:layers=1-3").calibrate(model, samples, 0, quiet)
+    assert found == {"rate": best, "head_indices": groups[side]}
+
+
+@dataclass
+class Silenced(ref.Reference):
+    head: int = 0
+
+    def scale(self, out, layer):
+        out = out.clone()
+        out[self.head, -1] = 0
+        return out
+
+
+def test_ad_hh_finds_what_a_reference_finds(family, model):
+    twin, samples = ref.double(model), labelled(family, (1, 2, 1, 1))
+
+    def log_p(s, run):
+        return ref.teacher_forced(twin, run, s.inputs, s.inputs["input_ids"][0, :0])[0].log_softmax(-1)
+
+    likelier = [sorted((s.target, s.other), key=lambda t, s=s: -float(log_p(s, None)[t])) for s in samples]
+    right = [Sample(s.inputs, *pair) for s, pair in zip(samples, likelier, strict=True)]
+    samples = [*right[:2], *(Sample(s.inputs, s.other, s.target) for s in right[2:])]  # two right answers, two wrong
+    influence = {(i, h): [[], []] for i in range(4) for h in range(4)}
+    for s in samples:
+        plain, n = log_p(s, None), s.inputs["input_ids"].shape[1]
+        wrong = bool(plain[s.other] >= plain[s.target])
+        answer = s.other if wrong else s.target
+        for (i, h), falls in influence.items():
+            falls[wrong].append(float(plain[answer] - log_p(s, Silenced([0], n, [i], head=h))[answer]))
+    assert [len(falls) for falls in influence[0, 0]] == [2, 2]
+    value = {k: sum(w) / len(w) - sum(r) / len(r) for k, (r, w) in influence.items()}
+    ranked = [f"{i}.{h}" for i, h in sorted(value, key=lambda k: -value[k]) if value[i, h] > 0]
+    found = vlm_fix.parse_spec("ad_hh:top=16").calibrate(model, samples, 0, quiet)
+    assert list(found["head_list"]) == ranked and len(ranked) > 1
+    assert vlm_fix.parse_spec("ad_hh").calibrate(model, samples, 0, quiet)["head_list"] == (ranked[0],)
+    with pytest.raises(vlm_fix.VlmFixError, match="0 of 4 questions were answered wrong"):
+        vlm_fix.parse_spec("ad_hh").calibrate(model, right, 0, quiet)
+
+
+def test_gift_takes_the_best_source_layer(family, model):
+    samples, scores = labelled(family, (1, 2, 1)), []
+    for layer in range(4):
+        with vlm_fix.wrapped(model, f"gift:source_layer={layer},layers=1-3"):
+            s = answer_scores(model, samples)
+        right = float((s[:, 0] > s[:, 1]).float().mean())
+        scores.append((right, float(s.log_softmax(-1)[:, 0].mean()), layer))
+    assert len({score[:2] for score in scores}) > 1
+    found = vlm_fix.parse_spec("gift:layers=1-3").calibrate(model, samples, 0, quiet)
+    assert found == {"source_layer": max(scores)[2]}
+
+
+def test_var_finds_planted_massive_activations(family):
+    model, samples = BUILD[family](), labelled(family)
+    with pytest.raises(
+        vlm_fix.VlmFixError, match=r"no massive activations: the first token's largest ratio .* tau is 5"
+    ):
+        vlm_fix.parse_spec("var:tau=5").calibrate(model, samples, 0, quiet)
+    model.get_input_embeddings().weight.data[1, [7, 21]] = torch.tensor([300.0, -300.0])  # token 1 begins every prompt
+    assert vlm_fix.parse_spec("var:tau=5").calibrate(model, samples, 0, quiet) == {"sink_dims": (7, 21)}
+
+
 # ---- the command, on Picto ----------------------------------------------------------------------------------------------
 
 
@@ -145,20 +258,20 @@ def test_calibrate_and_evaluate(tmp_path, capsys):
     assert results["settings"]["calibration"]["iri"]["rr_mlp"] == made.found["rr_mlp"]
 
 
-def test_halves_have_no_image_in_common_and_right_answers_come_first():
+def test_halves_and_answer_tokens():
     from vlm_fix.eval import calibrate as module
     from vlm_fix.eval import runner
 
     model, processor, _ = runner.load_model("picto-llava")
-    task = module._questions("picto:train", 20, 1)
-    first, second, yes = module._samples(model, processor, task, 20, 1, None, lambda *_: None)
-    assert len(first) == len(second) == 20
-    pixels = [{float(s.inputs["pixel_values"].double().sum()) for s in half} for half in (first, second)]
-    assert not pixels[0] & pixels[1]
-    assert processor.tokenizer.decode([yes]).strip().lower() == "yes"
-    assert {s.target for s in first} == {yes, first[0].other if first[0].target == yes else first[0].target}
-    assert processor.tokenizer.decode([first[0].vocabulary["dog"]]).strip() == "dog"
-    assert float((answer_scores(model, first)[:, 0] > answer_scores(model, first)[:, 1]).float().mean()) > 0.5
+    first, second = module._halves(module._questions("picto:train", 20, 1), 20, 1)
+    assert len(first) == len(second) == 20 and not {s.file for s in first} & {s.file for s in second}
+    yes, no = module._answer_ids(model, processor, module._encoded(model, processor, first[:8], lambda *_: None))
+    assert [processor.tokenizer.decode([i]).strip().lower() for i in (yes, no)] == ["yes", "no"]
+    words = module._vocabulary(processor, ["dog", "fire hydrant", "quasar"])
+    assert {w: processor.tokenizer.decode([i]).strip() for w, i in words.items()} == {
+        "dog": "dog",
+        "fire hydrant": "fire",
+    }
 
 
 @pytest.mark.parametrize(

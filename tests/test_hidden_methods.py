@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar
 
 import pytest
 import reference as ref
 import torch
-from conftest import make_inputs, single
+from conftest import IMAGE, make_inputs, single
 from test_calibrate import labelled
 from test_methods import error, greedy
 
@@ -220,3 +221,112 @@ def test_fcct_without_usable_questions(models):
     samples = labelled("llava")
     with pytest.raises(vlm_fix.VlmFixError, match="no question was answered right and then unsettled"):
         vlm_fix.parse_spec("iri:noise=0").calibrate(models["llava"], samples, 0, lambda *_: None)
+
+
+# ---- head pursuit -------------------------------------------------------------------------------------------------------
+
+
+def somp_by_hand(y, dictionary, atoms):
+    """Explained share by the paper's loop: argmax of the L1 correlation, then a whole least-squares fit."""
+    chosen, residual = [], y
+    for _ in range(atoms):
+        scores = [
+            -1.0 if j in chosen else sum(abs(float(r @ dictionary[j])) for r in residual)
+            for j in range(len(dictionary))
+        ]
+        chosen.append(max(range(len(scores)), key=scores.__getitem__))
+        d = dictionary[chosen]
+        weights = torch.linalg.lstsq(d.T, y.T).solution
+        residual = y - (d.T @ weights).T
+    return 1 - float(residual.pow(2).sum() / y.pow(2).sum())
+
+
+@pytest.mark.parametrize("atoms", [1, 3, 6])
+def test_matching_pursuit_equals_least_squares(atoms):
+    from vlm_fix.methods.head_pursuit import explained
+
+    g = torch.Generator().manual_seed(atoms)
+    dictionary = torch.nn.functional.normalize(torch.randn(9, 16, generator=g, dtype=torch.float64), dim=-1)
+    y = (
+        torch.randn(20, 16, generator=g, dtype=torch.float64)
+        + torch.randn(20, 3, generator=g).double() @ dictionary[:3]
+    )
+    expected = somp_by_hand(y, dictionary, atoms)
+    assert 0 < expected < 1 and explained(y, dictionary, atoms) == pytest.approx(expected, abs=1e-10)
+    twice = torch.cat([dictionary, dictionary])  # words that share a first token must not break the projection
+    assert explained(y, twice, 18) == pytest.approx(somp_by_hand(y, dictionary, 9), abs=1e-9)
+    assert explained(torch.zeros(4, 16), dictionary.float(), 3) == 0
+
+
+@dataclass
+class Scaled(ref.Reference):
+    factors: dict | None = None  # (layer, head) -> factor on the edited rows
+
+    def edited(self, row):
+        return row >= (0 if self.rows == "all" else self.prompt_len - 1)
+
+    def scale(self, out, layer):
+        out = out.clone()
+        for (i, head), factor in self.factors.items():
+            for r in range(out.shape[1]):
+                if i == layer and self.edited(r):
+                    out[head, r] = out[head, r] * factor
+        return out
+
+
+@pytest.mark.parametrize("where", ["last", "all"])
+def test_head_pursuit_equals_reference(family, model, where, monkeypatch):
+    monkeypatch.setattr(model.generation_config, "suppress_tokens", [IMAGE])
+    inputs = single(family, [1, 2], 0)
+    with vlm_fix.wrapped(model, f"head_pursuit:head_list=1.0|3.2|3.3,factor=-1,prompt_rows={where}"):
+        tokens, logits, _ = greedy(model, inputs)
+    run = Scaled([0], inputs["input_ids"].shape[1], [1, 3], rows=where, factors={(1, 0): -1, (3, 2): -1, (3, 3): -1})
+    assert error(logits[0], ref.teacher_forced(ref.double(model), run, inputs, tokens[0, :-1])) < 1e-5
+
+
+def test_head_pursuit_finds_the_heads_of_a_reference(family, model, monkeypatch):
+    """Greedy rows, contributions head by head and the ranking, recomputed in float64 without the engine."""
+    samples = labelled(family, (1, 2, 1))
+    words = {w: 10 + 3 * i for i, w in enumerate("abcdefgh")}
+    samples = [vlm_fix.calibration.Sample(s.inputs, 5, 6, words) for s in samples]
+    monkeypatch.setattr(model.generation_config, "eos_token_id", 40)
+    monkeypatch.setattr(model.generation_config, "suppress_tokens", [IMAGE])  # no second image for the reference
+    found = vlm_fix.parse_spec("head_pursuit:top=16,atoms=3").calibrate(model, samples, 0, lambda *_: None)
+    twin, rows = ref.double(model), {}
+    for s in samples:
+        tokens = model.generate(**s.inputs, max_new_tokens=16, do_sample=False)[0, s.inputs["input_ids"].shape[1] :]
+        ends = (tokens == 40).nonzero()[:, 0].tolist()
+        tokens = tokens[: ends[0] + 1] if ends else tokens
+        run = ref.Reference([], s.inputs["input_ids"].shape[1], range(4))
+        ref.teacher_forced(twin, run, s.inputs, tokens[:-1])
+        for i, layer in enumerate(twin.model.language_model.layers):
+            weight = layer.self_attn.o_proj.weight
+            size = weight.shape[1] // 4
+            for h in range(4):
+                part = run.outputs[i][h, run.prompt_len - 1 :] @ weight[:, h * size : (h + 1) * size].T
+                rows.setdefault((i, h), []).append(part.detach())
+    dictionary = twin.lm_head.weight[list(words.values())].detach()
+    dictionary = dictionary / dictionary.norm(dim=-1, keepdim=True)
+    shares = {}
+    for key, parts in rows.items():
+        y = torch.cat(parts)
+        shares[key] = somp_by_hand(y - y.mean(dim=0), dictionary, 3)
+    ranked = sorted(shares, key=lambda k: -shares[k])
+    gaps = [shares[a] - shares[b] for a, b in pairwise(ranked)]
+    assert min(gaps) > 1e-5, "pick another seed: two heads are tied"
+    assert found["head_list"] == tuple(f"{i}.{h}" for i, h in ranked)
+
+
+def test_head_pursuit_errors_and_neutral(models):
+    model, inputs = models["llava"], make_inputs("llava", [1, 2])
+    for spec, sentence in (
+        ("head_pursuit", "run `vlm-fix calibrate head_pursuit"),
+        ("head_pursuit:head_list=1.9", "'1.9' is not layer.head; layers end at 3, heads at 3"),
+    ):
+        with pytest.raises(vlm_fix.VlmFixError, match=sentence):
+            vlm_fix.wrap(model, spec)
+    logits = greedy(model, inputs)[1]
+    with vlm_fix.wrapped(model, "head_pursuit:head_list=1.2,factor=1"):
+        assert torch.equal(greedy(model, inputs)[1], logits)
+    with pytest.raises(vlm_fix.VlmFixError, match="knows none of the concept's words"):
+        vlm_fix.parse_spec("head_pursuit").calibrate(model, labelled("llava"), 0, lambda *_: None)

@@ -77,6 +77,17 @@ def answer_scores(model: Any, samples: Sequence[Sample], batch_size: int = 16) -
     return result
 
 
+def accuracy(scores: Tensor) -> float:
+    """Share of the questions whose right answer scores higher; scores [N, 2] of `answer_scores`."""
+    return float((scores[:, 0] > scores[:, 1]).float().mean())
+
+
+def sureness(scores: Tensor) -> float:
+    """Mean log-probability of the right one of the two answers; a cut-off answer is bounded at -30."""
+    margin = (scores[:, 0] - scores[:, 1]).nan_to_num(nan=-30.0).clamp(-30, 30)
+    return float(torch.nn.functional.logsigmoid(margin).mean())
+
+
 class LastRow:
     """A batch of prompts whose last row can be run again and again under the caller's hooks, at a decode step's cost.
 

@@ -261,7 +261,8 @@ def _calibrate(args: argparse.Namespace) -> None:
     print(
         f"held-out accuracy {score['accuracy_before']:.3f} -> {score['accuracy_after']:.3f} on {score['questions']} "
         f"questions ({score['mended']} mended, {score['broken']} broken, McNemar p {score['mcnemar_p']:.2g}), "
-        f"yes-ratio {score['yes_ratio_before']:.3f} -> {score['yes_ratio_after']:.3f}"
+        f"yes-ratio {score['yes_ratio_before']:.3f} -> {score['yes_ratio_after']:.3f}, "
+        f"log-probability of the right answer {score['sureness_before']:.4f} -> {score['sureness_after']:.4f}"
     )
     print(f"written to {out}")
 

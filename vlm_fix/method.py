@@ -44,6 +44,7 @@ class Method:
     kind: ClassVar[str] = "method"
     paper: ClassVar[str] = ""
     needs_image: ClassVar[bool] = True
+    calibrates_on: ClassVar[str] = "questions"  # what the prompts of calibrate's samples ask for: or "captions"
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
@@ -177,6 +178,19 @@ def parse_layers(value: Layers, depth: int, where: str) -> tuple[int, ...]:
     if outside or not indices:
         raise VlmFixError(f"{where}: layers={value!r} does not fit this model, which has layers 0 to {depth - 1}.")
     return tuple(sorted(set(indices)))
+
+
+def parse_heads(name: str, items: Sequence[str], arch: Arch) -> list[tuple[int, int]]:
+    """("16.29", "26.9") -> [(16, 29), (26, 9)]; VlmFixError for a head that the model does not have."""
+    heads = []
+    for item in items:
+        layer, _, head = item.partition(".")
+        if not (layer.isdecimal() and head.isdecimal() and int(layer) < arch.depth and int(head) < arch.heads):
+            raise VlmFixError(
+                f"{name}: {item!r} is not layer.head; layers end at {arch.depth - 1}, heads at {arch.heads - 1}."
+            )
+        heads.append((int(layer), int(head)))
+    return heads
 
 
 @dataclass(frozen=True)
