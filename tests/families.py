@@ -176,7 +176,11 @@ def build(name: str, dtype=torch.float32, seed=0):
         text = {**tiny.text_config, "model_type": tiny.text}
         config = getattr(transformers, tiny.cls + "Config")(vision_config=vision, text_config=text, **tiny.config)
     torch.manual_seed(seed)
-    return _ready(getattr(transformers, tiny.cls + "ForConditionalGeneration")(config), dtype)
+    model = getattr(transformers, tiny.cls + "ForConditionalGeneration")(config)
+    for p in model.parameters():
+        if p.dim() > 1 and not p.any():  # Gemma 3's projector starts at zero: no image would be seen
+            p.data.normal_(std=0.2)
+    return _ready(model, dtype)
 
 
 ANYRES = [(40, 20), (24, 40), (48, 48)]  # pixel sizes (h, w) before the processor

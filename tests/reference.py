@@ -146,8 +146,12 @@ class VarReference(Reference):
     min_visual_mass: float = 0.2
     margin: float = 1.0  # least distance of any gate from its threshold that was seen
     hits: int = 0
+    cache: dict = field(default_factory=dict)  # layer -> its input and the sinks in it
 
     def sinks(self, layer):
+        seen, found = self.cache.get(layer, (None, []))
+        if seen is self.inputs[layer]:
+            return found
         found = []
         for j in range(self.prompt_len):
             x = self.inputs[layer][j]
@@ -160,6 +164,7 @@ class VarReference(Reference):
             self.margin = min(self.margin, abs(phi - self.tau))
             if phi > self.tau:
                 found.append(j)
+        self.cache[layer] = self.inputs[layer], found
         return found
 
     def weight(self, a, layer, head, row):

@@ -47,6 +47,7 @@ def matrix_attention(module, query, key, value, attention_mask, scaling=None, **
     z = query @ key.transpose(2, 3) * scaling
     if run is not None and layer in run.layers:
         run.projected(query[0], key[0], layer)
+        z = z.masked_fill(attention_mask < -1e9, 0)  # a column outside the window is not there to be summed
         run.scores(z[0], layer)
     a = (z + attention_mask).softmax(-1)
     if run is not None and layer in run.layers:
