@@ -191,11 +191,16 @@ def changed(
 ) -> dict[str, dict[str, int]]:
     """run -> answers, and how many differ from the baseline's: a method that changed none did nothing here."""
     said = {
-        run: {(t.benchmark, r["id"]): r["answer"] for t in tasks for r in rows_of(run, t.benchmark)} for run in runs
+        run: {(t.benchmark, r["id"], r.get("seed", 0)): r["answer"] for t in tasks for r in rows_of(run, t.benchmark)}
+        for run in runs
     }
     baseline = next(iter(said.values()))
+    first = {key[:2]: text for key, text in reversed(baseline.items())}  # of the first seed
     return {
-        run: {"answers": len(answers), "changed": sum(text != baseline[key] for key, text in answers.items())}
+        run: {
+            "answers": len(answers),
+            "changed": sum(text != baseline.get(k, first[k[:2]]) for k, text in answers.items()),
+        }
         for run, answers in said.items()
     }
 
@@ -257,9 +262,10 @@ def _captions(results: Mapping[str, Any]) -> dict[str, str]:
         seeds = settings.get("seeds") or []
         many = f"; sums over the seeds {', '.join(map(str, seeds))}, ± their sd" if len(seeds) > 1 else ""
         out[benchmark] = LAYOUTS[benchmark].caption(settings, data) + many + lost
+    many = ", of one process" if results.get("processes", 1) > 1 else ""
     out["speed"] = (
         f"Speed as measured in this run: {results['hardware']}, {settings['model']['dtype']}, batches of "
-        f"{settings['batch_size']}; tokens/s with prefill; memory: {results['peak_memory_of']}"
+        f"{settings['batch_size']}; tokens/s with prefill{many}; memory: {results['peak_memory_of']}"
     )
     return out
 

@@ -1,9 +1,10 @@
 """Ask a vision-language model a benchmark's questions, with and without methods, and keep every answer.
 
-`evaluate` runs the baseline and each stack of methods over the tasks of `tasks.py`, in left-padded batches through
-`generate`, in one process. DIR holds `config.json` (what was asked), `samples.jsonl` (one line per answer, flushed to
-disk after every batch), `results.json`, `table.md` and `figure.png`. Batches and their random seeds depend only on the
-settings, so a run that was killed and resumed gives the same answers as one that was not.
+`evaluate` makes the runs of `plan.py` over the tasks of `tasks.py`, in left-padded batches through `generate`, in one
+process or, under `accelerate launch` or `torchrun`, in several that share the batches. DIR holds `config.json` (what was
+asked), `samples.jsonl` (one line per answer, flushed to disk after every batch, see `store.py`), `results.json`,
+`table.md` and `figure.png`. Batches and their random seeds depend only on the settings, so a run that was killed and
+resumed, or shared, gives the same answers as one that was not.
 
 Speed is measured on the run itself, after one untimed warm-up call per run and benchmark: tokens/s = new tokens up to
 and with the end token / seconds inside `generate` (prefill included); first token = seconds from the call of `generate`
@@ -16,7 +17,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import importlib.metadata
 import json
+import math
 import os
 import platform
 import statistics
@@ -31,19 +34,23 @@ from typing import Any
 
 import torch
 import transformers
+from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import AutoModelForImageTextToText, AutoProcessor, StoppingCriteria, StoppingCriteriaList
 
 import vlm_fix
 from vlm_fix import registry
-from vlm_fix.calibration import Calibration, choose, read_all
+from vlm_fix.calibration import choose, read_all
 from vlm_fix.errors import VlmFixError
 
 from . import chair, picto, pope, report
+from .plan import Run, runs
+from .store import Store, Team, write_atomic
 from .tasks import Sample, Task, build, load_image
 
 BASELINE = ["baseline"]
+VERSIONS = ("torch", "transformers", "accelerate", "numpy", "pillow", "nltk")
 GIVE_UP_AFTER = 3  # batches in a row without one answer: the method or the model is broken, not the data
 
 
@@ -51,6 +58,8 @@ GIVE_UP_AFTER = 3  # batches in a row without one answer: the method or the mode
 class Settings:
     """What to run. `methods` holds one list of specs per run; the baseline is added. `limit` counts images.
 
+    `seeds` are those of sampling and of methods that draw at random (default: `seed` alone, which also draws the data);
+    `controls` and `equal_compute` add the runs of `plan.runs`; `device_map` spreads the model over devices.
     `max_new_tokens` None means the benchmark's own (`tasks.MAX_NEW_TOKENS`); `dtype` "auto" is the checkpoint's on a
     GPU and float32 on a CPU.
     """
@@ -75,6 +84,10 @@ class Settings:
     dtype: str = "auto"
     device: str = "auto"
     calibration: tuple[str, ...] = ()
+    device_map: str | None = None
+    seeds: tuple[int, ...] = ()
+    controls: bool = False
+    equal_compute: bool = False
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "num_beams", "limit", "max_new_tokens"):
@@ -85,6 +98,13 @@ class Settings:
             raise VlmFixError("--sample and --num-beams exclude each other: drop one of them.")
         if self.temperature <= 0 or not 0 < self.top_p <= 1:
             raise VlmFixError("--temperature must be above 0 and --top-p in (0, 1].")
+
+        if len(set(self.seeds)) != len(self.seeds):
+            raise VlmFixError(f"--seeds {','.join(map(str, self.seeds))} names a seed twice: give each once.")
+        if self.device_map and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise VlmFixError(
+                "--device-map spreads one model over all devices, and a launcher starts one per process: use one of them."
+            )
 
     def generate_kwargs(self, max_new_tokens: int) -> dict[str, Any]:
         """Keyword arguments of `generate`; whatever the checkpoint's own generation config says is overridden."""
@@ -99,10 +119,17 @@ class Settings:
 # ---------------------------------------------------------------------------------------------------------- the model
 
 
-def load_model(name: str, dtype: str = "auto", device: str = "auto") -> tuple[Any, Any, dict[str, Any]]:
-    """(model, processor, identity) of a Hugging Face name, a directory or a bundled model such as "picto-llava"."""
+def load_model(
+    name: str, dtype: str = "auto", device: str = "auto", device_map: str | None = None
+) -> tuple[Any, Any, dict[str, Any]]:
+    """(model, processor, identity) of a Hugging Face name, a directory or a bundled model such as "picto-llava".
+
+    `device` "auto" is every GPU that the model needs, or the process's own GPU under a launcher, else the CPU.
+    """
     path = str(picto.model_path(name)) if name.startswith("picto-") and not Path(name).exists() else name
     cuda = device != "cpu" and torch.cuda.is_available()
+    if device == "auto" and cuda and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
     if device.startswith("cuda") and not cuda:
         raise VlmFixError(f"--device {device} was asked for but torch sees no CUDA GPU: use --device cpu.")
     try:
@@ -110,7 +137,7 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> tuple[An
         model = AutoModelForImageTextToText.from_pretrained(
             path,
             dtype=("auto" if cuda else torch.float32) if dtype == "auto" else getattr(torch, dtype),
-            device_map=("auto" if device == "auto" else device) if cuda else None,
+            device_map=device_map or (device if cuda else None),
         ).eval()
     except (OSError, ValueError, ImportError) as error:
         cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -220,9 +247,19 @@ def generate(model: Any, processor: Any, images: Sequence[Any], prompts: Sequenc
 
 
 def batches(samples: Sequence[Sample], size: int) -> list[list[Sample]]:
-    """Samples in batches of similar prompt length; a function of the samples alone, never of what is already done."""
-    order = sorted(samples, key=lambda s: (len(s.prompt.split()), len(s.prompt)))
+    """Samples in batches of similar prompt length, then image size; a function of the samples alone, never of what is
+    already done or of how many processes there are."""
+    order = sorted(samples, key=lambda s: (len(s.prompt.split()), len(s.prompt), _pixels(s)))
     return [order[i : i + size] for i in range(0, len(order), size)]
+
+
+def _pixels(sample: Sample) -> int:
+    """Width times height, from the header of a file; 0 where it cannot be read, which `load_image` will tell."""
+    if isinstance(sample.image, Image.Image):
+        return math.prod(sample.image.size)
+    with contextlib.suppress(Exception), Image.open(sample.image) as image:
+        return math.prod(image.size)
+    return 0
 
 
 def _seed(seed: int, samples: Sequence[Sample]) -> int:
@@ -291,96 +328,40 @@ def peak_mb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
-# ----------------------------------------------------------------------------------------------------------- on disk
-
-
-class Store:
-    """DIR with `config.json` and `samples.jsonl`; appends whole batches, and forgets a batch that was cut off."""
-
-    def __init__(self, folder: Path, config: dict[str, Any], resume: bool) -> None:
-        self.folder, self.file = folder, folder / "samples.jsonl"
-        self.rows: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
-        known = folder / "config.json"
-        if resume and known.exists():
-            for key, old, new in _differences(json.loads(known.read_text()), config):
-                raise VlmFixError(
-                    f"{folder} was made with {key} = {json.dumps(old)}, not {json.dumps(new)}: resume with the same "
-                    "settings or choose another --output."
-                )
-            self._read()
-        else:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_atomic(known, json.dumps(config, indent=2) + "\n")
-            self.file.write_text("")
-
-    def _read(self) -> None:
-        """Keep the complete batches; a torn last line or half a batch is dropped and will be asked again."""
-        for line in self.file.read_text(errors="replace").splitlines() if self.file.exists() else []:
-            try:
-                row = json.loads(line)
-                self.rows.setdefault((row["run"], row["benchmark"], row["batch"]), []).append(row)
-            except (json.JSONDecodeError, KeyError, TypeError):
-                continue
-        self.rows = {key: rows for key, rows in self.rows.items() if len(rows) == rows[0]["batch_size"]}
-        write_atomic(self.file, "".join(json.dumps(row) + "\n" for rows in self.rows.values() for row in rows))
-
-    def add(self, key: tuple[str, str, int], rows: list[dict[str, Any]]) -> None:
-        with self.file.open("a") as handle:
-            handle.write("".join(json.dumps(row) + "\n" for row in rows))
-            handle.flush()
-            os.fsync(handle.fileno())
-        self.rows[key] = rows
-
-    def of(self, run: str, benchmark: str) -> list[dict[str, Any]]:
-        """All rows of a run and benchmark, in batch order."""
-        keys = sorted(key for key in self.rows if key[:2] == (run, benchmark))
-        return [row for key in keys for row in self.rows[key]]
-
-
-def _differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(dotted name, old value, new value) of the settings that differ."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in sorted({*old, *new}):
-            yield from _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
-    elif old != new:
-        yield path, old, new
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Write a file so that a reader, or a kill, sees the old text or the new, never half of it."""
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(text)
-    temporary.replace(path)
-
-
 # ------------------------------------------------------------------------------------------------------------ the run
 
 
-def _run(model: Any, processor: Any, run: str, task: Task, settings: Settings, store: Store) -> Iterator[int]:
-    """Answer what is not in the store yet; yields the number of samples finished, batch after batch."""
-    how = settings.generate_kwargs(task.max_new_tokens)
+def _run(
+    model: Any, processor: Any, run: Run, seed: int, task: Task, settings: Settings, store: Store
+) -> Iterator[int]:
+    """Answer what is not in the store yet, under a launcher this process's share of it; yields the number of samples
+    finished, batch after batch, and the other processes' at the end."""
+    how = dataclasses.replace(settings, **dict(run.decoding)).generate_kwargs(task.max_new_tokens)
     plan = batches(task.samples, settings.batch_size)
-    left = [i for i in range(len(plan)) if (run, task.benchmark, i) not in store.rows]
+    left = [i for i in range(len(plan)) if (run.name, seed, task.benchmark, i) not in store.rows]
+    mine = left[store.team.rank :: store.team.size]
     yield len(task.samples) - sum(len(plan[i]) for i in left)
-    if left:
-        _warm_up(model, processor, plan[left[0]], settings.seed, how)
+    if mine:
+        _warm_up(model, processor, plan[mine[0]], seed, how)
         reset_peak(model.device)
     dead = 0
-    for i in left:
-        rows = _answer(model, processor, plan[i], settings.seed, **how)
-        place = {"run": run, "benchmark": task.benchmark, "batch": i, "batch_size": len(plan[i])}
+    for i in mine:
+        rows = _answer(model, processor, plan[i], seed, **how)
+        place = {"run": run.name, "seed": seed, "benchmark": task.benchmark, "batch": i, "batch_size": len(plan[i])}
         peak = {"peak_mb": peak_mb(model.device)}
         store.add(
-            (run, task.benchmark, i),
+            (run.name, seed, task.benchmark, i),
             [{**place, **sample.describe(), **row, **peak} for sample, row in zip(plan[i], rows, strict=True)],
         )
         dead = 0 if any(row["error"] is None for row in rows) else dead + 1
         if dead == GIVE_UP_AFTER:
             raise VlmFixError(
-                f"{run}: no answer in {dead} batches of {task.benchmark} in a row ({rows[0]['error']}): "
-                f"see {store.file}, mend the cause and start again in another --output."
+                f"{run.name}: no answer in {dead} batches of {task.benchmark} in a row ({rows[0]['error']}): "
+                f"see {store.mine}, mend the cause and start again in another --output."
             )
         yield len(plan[i])
+    if len(mine) < len(left):
+        yield sum(len(plan[i]) for i in {*left} - {*mine})
 
 
 def _warm_up(model: Any, processor: Any, samples: Sequence[Sample], seed: int, how: dict[str, Any]) -> None:
@@ -415,79 +396,93 @@ def evaluate(
     is what `load_model` gave, where the model is in memory already. `watch(run, done, samples)` is called after every
     batch; what it raises ends the run, which can then be resumed.
     """
-    console = console or Console(stderr=True)
+    team = Team()
+    console = console or Console(stderr=True, quiet=not team.first)
     if not console.is_terminal:
         transformers.utils.logging.disable_progress_bar()
     folder = Path(output)
-    runs = {"baseline": BASELINE, **{"+".join(stack): list(stack) for stack in settings.methods}}
-    methods = [method for stack in runs.values() for method in registry.parse(stack)]
+    methods = [method for stack in settings.methods for method in registry.parse(list(stack))]
     read_all(settings.calibration)
     if folder.exists() and not folder.is_dir():
         raise VlmFixError(f"--output {folder} is a file: give a folder.")
-    if (folder / "config.json").exists() and not resume:
+    if team.share((folder / "config.json").exists()) and not resume:
         raise VlmFixError(f"{folder} already holds a run: add --resume to continue it or choose another --output.")
     tasks = build(settings)
-    model, processor, identity = loaded or load_model(settings.model, settings.dtype, settings.device)
+    model, processor, identity = loaded or load_model(
+        settings.model, settings.dtype, settings.device, settings.device_map
+    )
     calibration = choose(settings.calibration, model, methods)
-    for stack in runs.values():  # a bad value or combination must not surface after an hour of baseline
-        with _wrapped(model, stack, calibration):
+    plan = runs(settings, model, tasks)
+    for run in plan:  # a bad value or combination must not surface after an hour of baseline
+        with run.applied(model, calibration):
             pass
     config = json.loads(
         json.dumps(
             {
                 **dataclasses.asdict(settings),
                 "model": identity,
+                "source": settings.data,
                 "data": {task.benchmark: task.data for task in tasks},
                 "calibration": {c.method: c.found for c in calibration},
+                "runs": {run.name: {"decoding": dict(run.decoding), "seeds": run.seeds} for run in plan},
             }
         )
     )
-    store = Store(folder, config, resume)
-    for run, stack in runs.items():
-        done, samples = 0, sum(len(task.samples) for task in tasks)
-        with _wrapped(model, stack, calibration), _progress(console, run, tasks) as advance:
-            for task in tasks:
-                for n in _run(model, processor, run, task, settings, store):
-                    advance(n)
-                    done += n
-                    if watch:
-                        watch(run, done, samples)
+    store = Store(folder, config, resume, team)
+    for run in plan:
+        done, samples = 0, sum(len(task.samples) for task in tasks) * len(run.seeds)
+        with _progress(console, run.name, samples) as advance:
+            for seed in run.seeds:
+                with run.applied(model, calibration, seed if settings.seeds else None):
+                    for task in tasks:
+                        for n in _run(model, processor, run, seed, task, settings, store):
+                            advance(n)
+                            done += n
+                            if watch:
+                                watch(run.name, done, samples)
+    team.wait()
+    if team.first:
+        size = settings.batch_size
+        order = [
+            (run.name, s, t.benchmark, i)
+            for run in plan
+            for s in run.seeds
+            for t in tasks
+            for i in range(-(-len(t.samples) // size))
+        ]
+        store.merge(order)
+        _write(config, plan, tasks, store, model.device)
+    team.wait()
+    return report.load(folder)
+
+
+def _write(
+    config: dict[str, Any], plan: Sequence[Run], tasks: Sequence[Task], store: Store, device: torch.device
+) -> None:
+    """results.json, table.md and figure.png from the answers in the store."""
+    names = [run.name for run in plan]
     results = {
         "vlm_fix": vlm_fix.__version__,
         "settings": config,
         "config_hash": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "hardware": hardware(model.device),
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in VERSIONS},
+        "hardware": hardware(device),
+        "processes": store.team.size,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "peak_memory_of": "CUDA allocator" if model.device.type == "cuda" else "process, resident (CPU)",
-        "runs": report.summarise(runs, tasks, store.of, settings.seed),
-        "changed": report.changed(runs, tasks, store.of),
-        "warnings": {run: _warnings([r for t in tasks for r in store.of(run, t.benchmark)]) for run in runs},
-        "speed": {run: {t.benchmark: speed(store.of(run, t.benchmark)) for t in tasks} for run in runs},
+        "peak_memory_of": "CUDA allocator" if device.type == "cuda" else "process, resident (CPU)",
+        "runs": report.summarise(names, tasks, store.of, config["seed"]),
+        "changed": report.changed(names, tasks, store.of),
+        "warnings": {run: _warnings([r for t in tasks for r in store.of(run, t.benchmark)]) for run in names},
+        "speed": {run: {t.benchmark: speed(store.of(run, t.benchmark)) for t in tasks} for run in names},
     }
-    write_atomic(folder / "results.json", json.dumps(results, indent=2) + "\n")
-    report.write(results, folder)
-    return results
-
-
-def _wrapped(
-    model: Any, stack: list[str], calibration: Sequence[Calibration] = ()
-) -> contextlib.AbstractContextManager[Any]:
-    """The baseline runs unwrapped, so that a model of any family can be measured."""
-    if stack == BASELINE:
-        return contextlib.nullcontext()
-    names = {m.name for m in registry.parse(stack)}
-    return vlm_fix.wrapped(model, stack, [c for c in calibration if c.method in names])
+    write_atomic(store.folder / "results.json", json.dumps(results, indent=2) + "\n")
+    report.write(results, store.folder)
 
 
 @contextlib.contextmanager
-def _progress(console: Console, run: str, tasks: Sequence[Task]) -> Iterator[Any]:
+def _progress(console: Console, run: str, total: int) -> Iterator[Any]:
     """A bar with the time left on a terminal; elsewhere one line when the run is done."""
-    total = sum(len(task.samples) for task in tasks)
     start = time.perf_counter()
     bar = Progress(
         TextColumn("{task.description:<28}"),
@@ -505,8 +500,8 @@ def _progress(console: Console, run: str, tasks: Sequence[Task]) -> Iterator[Any
 
 
 def speed(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
-    """tokens/s, median seconds to the first token and peak MB over the batches of one run and benchmark."""
-    first = {row["batch"]: row for row in rows}.values()
+    """tokens/s (of one process), median seconds to the first token and peak MB over the batches of a run and benchmark."""
+    first = {(row["seed"], row["batch"]): row for row in rows}.values()
     seconds = sum(row["batch_seconds"] for row in first)
     waits = [row["batch_first_token"] for row in first if row["batch_first_token"]]
     return {
@@ -518,7 +513,7 @@ def speed(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
 
 def _warnings(rows: Sequence[dict[str, Any]]) -> dict[str, int]:
     """What the model or a method warned of (such as an edit that touched nothing), with the number of batches."""
-    batches = {(row["benchmark"], row["batch"]): row["batch_warnings"] for row in rows}
+    batches = {(row["seed"], row["benchmark"], row["batch"]): row["batch_warnings"] for row in rows}
     return dict(Counter(message for messages in batches.values() for message in messages))
 
 

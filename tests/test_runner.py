@@ -104,6 +104,7 @@ def test_a_resumed_sampling_run_draws_the_same_answers(tmp_path):
     lines = (tmp_path / "a/samples.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "a/samples.jsonl").write_text("".join(lines[:3]) + lines[3][:40])  # a batch and a half, torn
     before = [json.loads(line)["answer"] for line in lines]
+    assert list(first["runs"]) == ["baseline", "greedy"]  # a greedy row beside a sampled one, unasked
     assert untimed(run(tmp_path / "a", resume=True, **how)) == untimed(first)
     assert [r["answer"] for r in rows(tmp_path / "a")] == before
     assert [r["answer"] for r in rows(tmp_path / "b")] != before and other["settings"]["seed"] == 4
@@ -306,7 +307,7 @@ def test_seeds_are_summed_and_their_spread_is_told():
 
 def test_speed_counts_each_batch_once():
     made = [
-        {"batch": b, "tokens": 10, "batch_seconds": 2.0, "batch_first_token": b + 0.5, "peak_mb": 100.0 + b}
+        {"seed": 0, "batch": b, "tokens": 10, "batch_seconds": 2.0, "batch_first_token": b + 0.5, "peak_mb": 100.0 + b}
         for b in range(3)
         for _ in range(4)
     ]

@@ -102,6 +102,17 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the weights"
     )
     how.add_argument("--device", default="auto", metavar="DEV", help="auto, cpu, cuda or cuda:N (%(default)s)")
+    how.add_argument("--device-map", choices=("auto", "balanced", "sequential"), help="spread the model over all GPUs")
+    honest = evaluate.add_argument_group("what keeps it honest")
+    honest.add_argument(
+        "--seeds", default="", metavar="A,B,C", help="seeds of sampling and of random methods: mean and sd (--seed)"
+    )
+    honest.add_argument(
+        "--controls", action="store_true", help="runs that a method has to beat, at the methods' budget"
+    )
+    honest.add_argument(
+        "--equal-compute", action="store_true", help="beams for as many passes per token as a contrast method takes"
+    )
     kept = evaluate.add_argument_group("what to keep")
     kept.add_argument("--output", metavar="DIR", help="folder for the results (runs/DATE-TIME)")
     kept.add_argument("--resume", action="store_true", help="continue a killed run in --output")
@@ -204,19 +215,27 @@ def _eval(args: argparse.Namespace) -> None:
 
     if args.resume and not args.output:
         raise VlmFixError("--resume needs --output DIR, the folder of the run to continue.")
-    args.output = args.output or str(Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S"))
     from .eval import report
-    from .eval.runner import Settings, evaluate
+    from .eval.runner import Settings, Team, evaluate
+
+    team = Team()
+    args.output = args.output or str(team.share(Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")))
 
     names = {field.name for field in dataclasses.fields(Settings)}
     given = {key: value for key, value in vars(args).items() if key in names}
     given["calibration"] = tuple(args.calibration or ())
+    try:
+        given["seeds"] = tuple(int(part) for part in args.seeds.split(",") if part.strip())
+    except ValueError:
+        raise VlmFixError(f"--seeds {args.seeds!r} must be whole numbers, such as 0,1,2.") from None
     settings = Settings(
         **given,
         methods=tuple(tuple(stack) for stack in split_methods(args.method)),
         splits=tuple(part.strip() for part in args.split.split(",") if part.strip()),
     )
     results = evaluate(settings, args.output, resume=args.resume)
+    if not team.first:
+        return
     if args.json:
         print(json.dumps(results, indent=2))
     else:

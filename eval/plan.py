@@ -1,0 +1,117 @@
+"""Which runs an evaluation has: the baseline, the methods, and the rows that keep them honest.
+
+    baseline     the model as it is, decoded as asked; every difference is against it
+    greedy       beside a baseline that samples or searches beams: gains over sampling alone are often only near-greediness
+    sampled      with `controls`, beside a greedy baseline
+    controls     apc_only and gaussian_logits at the methods' beta, yes_bias, yes_threshold (where questions are yes/no),
+                 random_heads; random_tokens, uniform_grid, downsample_image at every budget of the pruning methods
+    beams=k      with `equal_compute`: the unwrapped model with k beams, for each number k > 1 of forward passes per token
+                 that a stack takes (1 + one per contrast)
+
+Controls are methods like any other: those that are not registered, or asked for already, are left out.
+Source: the critique of ustc-hyin/cd_rethink, and random selection in UniPruneBench.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import vlm_fix
+from vlm_fix import families, registry
+from vlm_fix.calibration import Calibration
+from vlm_fix.errors import VlmFixError
+from vlm_fix.method import Baseline, Contrast, Method, TokenPruner
+
+if TYPE_CHECKING:
+    from .runner import Settings
+    from .tasks import Task
+
+AT_BETA = ("apc_only", "gaussian_logits")
+YES_NO = ("yes_bias", "yes_threshold")
+HEADS = ("random_heads",)
+PRUNING = ("random_tokens", "uniform_grid", "downsample_image")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A row of the results: a stack of methods, what of the decoding differs from the settings, and its seeds."""
+
+    name: str
+    stack: tuple[Method, ...]
+    decoding: tuple[tuple[str, Any], ...] = ()
+    seeds: tuple[int, ...] = (0,)
+
+    @contextlib.contextmanager
+    def applied(self, model: Any, calibration: Sequence[Calibration] = (), seed: int | None = None) -> Iterator[None]:
+        """The model wrapped with the stack (the baseline runs unwrapped, so that any family can be measured). Methods
+        that draw at random draw from `seed`, unless their own was set."""
+        if all(isinstance(method, Baseline) for method in self.stack):
+            yield
+            return
+        stack = [_seeded(method, seed) if seed is not None else method for method in self.stack]
+        names = {method.name for method in stack}
+        with vlm_fix.wrapped(model, stack, [c for c in calibration if c.method in names]):
+            yield
+
+
+def _seeded(method: Method, seed: int) -> Method:
+    return dataclasses.replace(method, **{"seed": seed}) if _draws(method) else method
+
+
+def _draws(method: Method) -> bool:
+    """True for a method with a seed that the user left alone."""
+    own = next((field for field in dataclasses.fields(method) if field.name == "seed"), None)
+    return own is not None and getattr(method, "seed", None) == own.default
+
+
+def runs(settings: Settings, model: Any, tasks: Sequence[Task]) -> list[Run]:
+    """All runs, the baseline first. Raises VlmFixError for a method that does not exist or does not fit the model."""
+    stacks = {"+".join(specs): registry.parse(list(specs)) for specs in settings.methods}
+    made = {"baseline": Run("baseline", (Baseline(),))}
+    plain = (("sample", False), ("num_beams", 1))
+    if settings.sample or settings.num_beams > 1:
+        made["greedy"] = Run("greedy", (Baseline(),), plain)
+    elif settings.controls:
+        made["sampled"] = Run("sampled", (Baseline(),), (("sample", True),))
+    if settings.equal_compute:
+        passes = {1 + sum(isinstance(m, Contrast) and m.contrasts for m in stack) for stack in stacks.values()} - {1}
+        if not passes:
+            raise VlmFixError(
+                "--equal-compute: no method of this run takes a second forward pass, so the baseline is its own "
+                "equal-compute row; drop the option or add a contrast method such as vcd."
+            )
+        for k in sorted(passes):
+            made[f"beams={k}"] = Run(f"beams={k}", (Baseline(),), (("sample", False), ("num_beams", k)))
+    made |= {name: Run(name, tuple(stack)) for name, stack in stacks.items()}
+    if settings.controls:
+        yes_no = any("label" in task.samples[0].reference for task in tasks if task.samples)
+        for spec in _controls(list(stacks.values()), model, yes_no):
+            made.setdefault(spec, Run(spec, (registry.parse_spec(spec),)))
+    return [dataclasses.replace(run, seeds=_seeds(settings, run)) for run in made.values()]
+
+
+def _seeds(settings: Settings, run: Run) -> tuple[int, ...]:
+    """Every seed where a run draws at random, else the first alone: greedy decoding would only repeat itself."""
+    seeds = settings.seeds or (settings.seed,)
+    draws = dict(run.decoding).get("sample", settings.sample) or any(map(_draws, run.stack))
+    return seeds if draws else seeds[:1]
+
+
+def _controls(stacks: Sequence[Sequence[Method]], model: Any, yes_no: bool) -> list[str]:
+    """Specs of the controls that suit these methods."""
+    known = {method.name for method in registry.list_methods()}
+    pruners = [m for stack in stacks for m in stack if isinstance(m, TokenPruner)]
+    others = [m for stack in stacks for m in stack if not isinstance(m, TokenPruner)]
+    wanted: list[str] = []
+    if others or not pruners:
+        betas = dict.fromkeys(m.beta for m in others if isinstance(m, Contrast) and hasattr(m, "beta"))
+        wanted += [f"{name}:beta={beta:g}" for name in AT_BETA for beta in betas] or list(AT_BETA)
+        wanted += [*(YES_NO if yes_no else ()), *HEADS]
+    if pruners:
+        arch = families.arch_of(model)
+        keeps = dict.fromkeys(getattr(pruner.resolve(arch), "keep", None) for pruner in pruners)
+        wanted += [f"{name}:keep={keep:.6g}" for name in PRUNING for keep in keeps if keep is not None]
+    return [spec for spec in wanted if spec.partition(":")[0] in known]
