@@ -57,8 +57,8 @@ class ACT(AttentionEdit):
                 raise VlmFixError(
                     f"act: {layer + dot + head!r} is not layer.head; layers end at {arch.depth - 1}, heads at {arch.heads - 1}."
                 )
-        method = self if self.layers is not None or not heads else dataclasses.replace(self, layers="0-")
-        method = super(ACT, method).resolve(arch)
+        base = self if self.layers is not None or not heads else dataclasses.replace(self, layers="0-")
+        method = super(ACT, base).resolve(arch)
         assert isinstance(method, ACT) and isinstance(method.layers, tuple)
         listed = {int(layer) for layer, _, _ in heads} if self.head_list is not None else set(method.layers)
         return dataclasses.replace(method, layers=tuple(i for i in method.layers if i in listed))
@@ -74,7 +74,7 @@ class ACT(AttentionEdit):
     def prepare(self, session: Session, kwargs: dict[str, Any]) -> dict[str, Any]:
         if self.sinks == "secondary" and session.start == 0:
             found = secondary_sinks(session, kwargs, self.life, self.name)
-            session.state(self).update({layer: found[layer][:, None] for layer in self.layers or ()})
+            session.state(self).update({i: found[i][:, None] for i in range(len(found)) if i in (self.layers or ())})
         return kwargs
 
     def scan(self, q: torch.Tensor, k: torch.Tensor, allowed: torch.Tensor | None, scaling: float, rows: Rows) -> None:
@@ -117,8 +117,8 @@ class ACT(AttentionEdit):
             return float((target > other).double().mean())
 
         engine = vlm_fix.engine.Engine(model, [self])
-        (resolved,), before = engine.active, accuracy(None)
-        names = [f"{layer}.{h}" for layer in resolved.layers for h in range(engine.arch.heads)]
+        edited, before = engine.edits, accuracy(None)
+        names = [f"{layer}.{h}" for layer in range(len(edited)) if edited[layer] for h in range(engine.arch.heads)]
         gains = {}
         for i, name in enumerate(names):
             progress(name, i / len(names))

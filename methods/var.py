@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 
 from vlm_fix import AttentionEdit, Method, VlmFixError, param
+from vlm_fix.attention.sinks import secondary_sinks
 from vlm_fix.calibration import Sample, hooked
 from vlm_fix.families import Arch, arch_of, get_part
 from vlm_fix.method import parse_layers
@@ -33,17 +34,20 @@ class VAR(AttentionEdit):
     sink_dims: known for LLaVA-1.5; otherwise detected per call and layer as the dimensions in which the first real token
     (BOS, the best-known sink) exceeds tau. Deviations: the official code leaks the sinks of one sample into the next;
     here they live in the session of one call. A prompt with several images is edited after the last one.
+    detector="secondary" takes the columns of `attention.sinks` as sinks instead: no dimensions to know, one more prefill.
     """
 
     name: ClassVar[str] = "var"
     paper: ClassVar[str] = "https://arxiv.org/abs/2503.03321"
-    idle_reason: ClassVar[str] = "no image token was a sink (ratio to RMS above tau); lower tau or give sink_dims."
+    idle_reason: ClassVar[str] = "no image token was a sink; lower tau, or give sink_dims or another detector."
 
     sink_dims: tuple[int, ...] | None = param(
         None, "hidden dimensions with massive activations; None: known or detected"
     )
     tau: float = param(20.0, "a column is a sink above this ratio to its RMS (at most sqrt(hidden size))", low=0)
     rho: float = param(0.5, "least non-sink share of a head's image attention", low=0, high=1)
+    detector: str = param("phi", "how sinks are found", choices=("phi", "secondary"))
+    life: tuple[float, ...] | None = param(None, "secondary: layers a sink lives, more than a, less than b, as 4|17")
     p: float = param(0.4, "share of the sinks' attention that is recycled", low=0, high=1)
     min_visual_mass: float = param(0.2, "least attention on the image for a head to be edited", low=0, high=1)
 
@@ -68,10 +72,16 @@ class VAR(AttentionEdit):
     def neutral(self) -> bool:
         return self.p == 0
 
+    def prepare(self, session: Session, kwargs: dict[str, Any]) -> dict[str, Any]:
+        if self.detector == "secondary" and session.start == 0:
+            found = secondary_sinks(session, kwargs, self.life, self.name)
+            session.state(self).update({i: found[i] for i in range(len(found)) if i in (self.layers or ())})
+        return kwargs
+
     def watch(self, x: torch.Tensor, layer: int, session: Session) -> None:
         """Note the sinks among the new prompt columns: state[layer] is [B, columns so far]."""
         assert session.types is not None and session.prompt_len is not None
-        if session.start >= session.prompt_len:
+        if session.start >= session.prompt_len or self.detector == "secondary":
             return
         x = x.float()
         ratio = x.abs() / (x.square().mean(dim=-1, keepdim=True) + 1e-6).sqrt()

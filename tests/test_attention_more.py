@@ -194,6 +194,101 @@ def test_edit_equals_reference(family, model, spec):
     assert error(logits[0], expected) < 1e-5
 
 
+# ---- secondary sinks -----------------------------------------------------------------------------------------------
+
+
+def secondary_by_loops(twin, inputs, cosine, more, fewer):
+    """{layer: columns} from the hidden states of a plain pass over the prompt, the final norm's output included."""
+    states = []
+    hooks = [
+        layer.register_forward_pre_hook(
+            lambda m, a, k: states.append((a[0] if a else k["hidden_states"])[0].tolist()), with_kwargs=True
+        )
+        for layer in twin.model.language_model.layers
+    ]
+    twin.model.rope_deltas = None
+    double = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
+    with torch.no_grad():
+        states.append(twin.model(**double, use_cache=False).last_hidden_state[0].tolist())
+    for hook in hooks:
+        hook.remove()
+
+    def dot(x, y):
+        return sum(p * q for p, q in zip(x, y, strict=True))
+
+    norms = [sum(math.sqrt(dot(x[j], x[j])) for x in states) for j in range(3)]
+    bos, margin = norms.index(max(norms)), 1.0
+    alive: dict[int, list[int]] = {}
+    for layer, x in enumerate(states):
+        for j in range(bos, len(x)):
+            cos = abs(dot(x[j], x[bos])) / math.sqrt(dot(x[j], x[j]) * dot(x[bos], x[bos]))
+            margin = min(margin, abs(cos - cosine))
+            if cos > cosine:
+                alive.setdefault(j, []).append(layer)
+    assert margin > 1e-6, "pick another cosine: a token lies on it"
+    kept = [j for j, life in alive.items() if more < len(life) < fewer]
+    return {layer: [j for j in kept if layer in alive[j]] for layer in range(len(states) - 1)}
+
+
+SECONDARY = {
+    "act:sinks=secondary,life=1|4,beta=0.1,layers=0-": (1, 4),
+    "var:detector=secondary,life=0|5,min_visual_mass=0,rho=0,p=0.9,layers=0-": (0, 5),
+    "var:detector=secondary,min_visual_mass=0,rho=0,p=0.9,layers=0-": (4 / 24 * 4, 9 / 24 * 4),  # the rule for 4 layers
+}
+
+
+@pytest.mark.parametrize("spec", SECONDARY)
+def test_secondary_sinks(family, model, spec, monkeypatch):
+    """The detector and the edits that use it; random weights have no sinks, so the cosine is lowered."""
+    from vlm_fix.attention import sinks
+
+    cosine = 0.15 if family == "llava" else 0.1
+    monkeypatch.setattr(sinks, "COSINE", cosine)
+    images = [1, 1, 2]
+    with vlm_fix.wrapped(model, spec):
+        tokens, logits, _ = greedy(model, make_inputs(family, images), suppress_tokens=[IMAGE])
+        for row in range(3):
+            inputs = single(family, images, row)
+            t, seen, _ = greedy(model, inputs, suppress_tokens=[IMAGE])
+            assert torch.equal(t[0], tokens[row]) and float((seen[0] - logits[row]).abs().max()) < 2e-4
+    twin = ref.double(model)
+    found = secondary_by_loops(twin, inputs, cosine, *SECONDARY[spec])
+    visual, n = ref.visual_columns(inputs["input_ids"]), inputs["input_ids"].shape[1]
+    assert any(set(visual) & set(columns) for columns in found.values())
+    twin.set_attn_implementation({"text_config": "matrix_loops"})
+    if spec.startswith("act"):
+        run = ACT(visual, n, [0, 1, 2, 3], beta=0.1, given=found)
+    else:
+        run = SecondaryVar(visual, n, [0, 1, 2, 3], p=0.9, rho=0, min_visual_mass=0, given=found)
+        twin.set_attn_implementation({"text_config": "reference_loops"})
+    plain = ref.teacher_forced(twin, None, inputs, t[0, :-1])
+    expected = ref.teacher_forced(twin, run, inputs, t[0, :-1])
+    assert float((expected - plain).abs().max()) > 1e-2 and run.hits > 10
+    assert error(seen[0], expected) < 1e-5
+
+
+@dataclass
+class SecondaryVar(ref.VarReference):
+    given: dict = field(default_factory=dict)
+
+    def sinks(self, layer):
+        return self.given[layer]
+
+
+def test_lifetimes():
+    """Hand-made lives in a model of 36 layers: 4 < layers < 21; below 24 layers the limits shrink."""
+    from vlm_fix.attention.sinks import lifetime_limits, secondary
+
+    assert lifetime_limits(36) == (4, 21) and lifetime_limits(48) == (4, 33) and lifetime_limits(24) == (4, 9)
+    assert lifetime_limits(12) == (2, 4.5)
+    alive = torch.zeros(37, 1, 5, dtype=torch.bool)
+    for column, (first, count) in enumerate([(0, 37), (10, 4), (10, 5), (12, 20), (5, 21)]):
+        alive[first : first + count, 0, column] = True
+    found = secondary(alive, lifetime_limits(36))
+    assert found.any(dim=0)[0].tolist() == [False, False, True, True, False]
+    assert torch.equal(found[:, :, 2:4], alive[:, :, 2:4])
+
+
 NEUTRAL = ["tame:gamma=0", "act:beta=1", "act:threshold=1", "paint:alpha=0,beta=0"]
 
 

@@ -6,18 +6,21 @@ from typing import Any
 
 import torch
 
+from ..errors import VlmFixError
 from ..session import PAD, Session
+
+COSINE = 0.9  # a column is a sink where the cosine of its hidden state and BOS's is larger, whatever its sign
 
 
 class Lives:
-    """Gathers, layer by layer, which columns are sinks: |cos(h_t, h_BOS)| > `cosine`.
+    """Gathers, layer by layer, which columns are sinks: |cos(h_t, h_BOS)| > COSINE.
 
     BOS is the one of the first three real columns whose norm, mean over the layers, is largest; columns before it are
     never sinks. `real` [B, n] is False on padding.
     """
 
-    def __init__(self, real: torch.Tensor, cosine: float = 0.9):
-        self.real, self.cosine = real, cosine
+    def __init__(self, real: torch.Tensor):
+        self.real = real
         first = real.int().argmax(dim=1, keepdim=True)
         self.candidates = (first + torch.arange(3, device=real.device)).clamp(max=real.shape[1] - 1)  # [B, 3]
         self.close: list[torch.Tensor] = []  # per layer [B, n, 3]
@@ -30,7 +33,7 @@ class Lives:
         chosen = x.gather(1, places[..., None].expand(-1, -1, x.shape[-1]))
         self.norms.append(chosen.norm(dim=-1).to(self.real.device))
         cosines = torch.nn.functional.normalize(x, dim=-1) @ torch.nn.functional.normalize(chosen, dim=-1).mT
-        self.close.append((cosines.abs() > self.cosine).to(self.real.device))
+        self.close.append((cosines.abs() > COSINE).to(self.real.device))
 
     def alive(self) -> torch.Tensor:
         """[layers, B, n] booleans."""
@@ -68,6 +71,8 @@ def secondary_sinks(
     Sinks", official code JeffreyWong20/Secondary-Attention-Sinks@11eefcc.
     """
     session.need_whole_prompt(name)
+    if limits is not None and len(limits) != 2:
+        raise VlmFixError(f"{name}: life={'|'.join(map(str, limits))} must be two numbers of layers, as life=4|17.")
     assert session.types is not None
     engine = session.call.model.__dict__["_vlm_fix_engine"]
     lives = Lives(session.types != PAD)
