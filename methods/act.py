@@ -80,12 +80,13 @@ class ACT(AttentionEdit):
     def scan(self, q: torch.Tensor, k: torch.Tensor, allowed: torch.Tensor | None, scaling: float, rows: Rows) -> None:
         """state[layer] = [B, H, n] booleans of the prompt's sinks."""
         session = rows.session
-        assert session.types is not None
+        assert session.types is not None and session.prompt_len is not None
         if self.sinks != "mass" or not rows.prefill:
             return
         session.need_whole_prompt(self.name)
         real = (session.types != PAD).to(q.device)
-        found = column_means(q, k, allowed, scaling, real[:, session.start :]) > self.threshold
+        prompt = real[:, session.start :] & (rows.positions < session.prompt_len)
+        found = column_means(q, k, allowed, scaling, prompt) > self.threshold
         found = found & rows.columns(real)[:, :, 0]
         found = found & (found.cumsum(dim=-1) > 1)
         hidden = session.types.shape[1] - found.shape[-1]  # columns that a sliding window has left behind

@@ -67,7 +67,8 @@ class CCA(Method):
     def places(self, session: Session) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """[B, n] each: an image token's ring, its image counted from 1 (0: text), and what is added to positions."""
         call = session.call
-        cells = image_cells(call.model, call.family, call.inputs)
+        ids = call.inputs["input_ids"].view(1, -1)  # the batch as one prompt
+        cells = image_cells(call.model, call.family, {**call.inputs, "input_ids": ids})
         count = sum(grid.numel() for grid in cells)
         ring, image, ahead, saved = torch.zeros(4, count, dtype=torch.long)
         for i, grid in enumerate(cells):
@@ -110,4 +111,4 @@ def given_positions(session: Session, kwargs: dict[str, Any]) -> torch.Tensor:
     if kwargs.get("position_ids") is not None:
         return kwargs["position_ids"]
     assert session.types is not None
-    return ((session.types != PAD).long().cumsum(-1) - 1).clamp(min=0)[:, session.start :]
+    return torch.arange(session.start, session.types.shape[1], device=session.types.device)[None]

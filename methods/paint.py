@@ -48,6 +48,11 @@ class PAINT(AttentionEdit):
         }
 
     def resolve(self, arch: Arch) -> PAINT:
+        if arch.family.encoder is None:
+            raise VlmFixError(
+                f"paint needs the attention of the vision encoder, which is not read in {arch.family.name}; use it with llava "
+                "or qwen2_5_vl."
+            )
         method = super().resolve(arch)
         assert isinstance(method, PAINT)
         for field in ("local_layer", "summary_layer"):

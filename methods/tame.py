@@ -48,8 +48,8 @@ class TAME(AttentionEdit):
         real = session.types != PAD
         queries = q.float().square().sum(dim=-1).mean(dim=1) * real[:, session.start :].to(q.device)  # [B, q]
         keys = k.float().square().sum(dim=-1).mean(dim=1) * rows.columns(real)[:, 0, 0]  # [B, K]
-        if rows.prefill:  # rows of one prompt share its traces
-            queries = queries.sum(dim=1, keepdim=True).expand_as(queries)
+        prompt = rows.positions < session.prompt_len  # these rows share their traces
+        queries = torch.where(prompt, (queries * prompt).sum(dim=1, keepdim=True), queries)
         hidden = max(0, session.types.shape[1] - k.shape[2])  # columns that a sliding window has left behind
         last = rows.positions.clamp(min=session.prompt_len - 1) - hidden
         traces = queries, keys.cumsum(dim=1)[:, last.clamp(max=k.shape[2] - 1)]

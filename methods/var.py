@@ -14,7 +14,7 @@ from vlm_fix.attention.sinks import secondary_sinks
 from vlm_fix.calibration import Sample, hooked
 from vlm_fix.families import Arch, arch_of, get_part
 from vlm_fix.method import parse_layers
-from vlm_fix.session import TEXT, VISUAL, Rows, Session
+from vlm_fix.session import PAD, VISUAL, Rows, Session
 
 # (family, text model, hidden size, layers) -> massive-activation dimensions; LLaVA from the official code
 SINK_DIMS = {("llava", "llama", 4096, 32): (1415, 2533), ("llava", "llama", 5120, 40): (2100, 4743)}
@@ -90,10 +90,11 @@ class VAR(AttentionEdit):
             phi = ratio[..., list(self.sink_dims)].amax(dim=-1)
         else:
             if session.start == 0:
-                first = (types != 0).int().argmax(dim=1)
+                first = (types != PAD).int().argmax(dim=1)
                 state["dims", layer] = ratio[torch.arange(len(x), device=x.device), first] > self.tau  # [B, hidden]
             phi = (ratio * state["dims", layer][:, None]).amax(dim=-1)
-        real = (types[:, session.start :] == TEXT) | (types[:, session.start :] == VISUAL)
+        new = torch.arange(session.start, types.shape[1], device=x.device)
+        real = (types[:, session.start :] != PAD) & (new < session.prompt_len)  # assisted decoding adds guesses at once
         sinks = (phi > self.tau) & real
         state[layer] = torch.cat([state[layer][:, : session.start], sinks], dim=1) if session.start else sinks
 

@@ -132,7 +132,7 @@ class Session:
         )
         full = full.repeat_interleave(times, dim=0)
         full = full.gather(1, self.kept.index) if self.kept else full
-        return full[:, : self.types.shape[1]]
+        return pad_to(full[:, : self.types.shape[1]], self.types.shape[1])
 
     def take(self, rows: torch.Tensor) -> Session:
         """A session of the given rows, for a cache that was copied row by row."""

@@ -73,9 +73,10 @@ def secondary_sinks(
     session.need_whole_prompt(name)
     if limits is not None and len(limits) != 2:
         raise VlmFixError(f"{name}: life={'|'.join(map(str, limits))} must be two numbers of layers, as life=4|17.")
-    assert session.types is not None
+    assert session.types is not None and session.prompt_len is not None
     engine = session.call.model.__dict__["_vlm_fix_engine"]
-    lives = Lives(session.types != PAD)
+    columns = torch.arange(session.types.shape[1], device=session.types.device)
+    lives = Lives((session.types != PAD) & (columns < session.prompt_len))
     hooks = [
         layer.register_forward_pre_hook(
             lambda module, args, kwargs: lives.add(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
