@@ -116,7 +116,7 @@ class Branch:
         if pending is not None and torch.equal(self.tokens, generated):  # type: ignore[arg-type]
             return pending
         if self.tokens is None:
-            out = self._prefill()
+            out = self.prefill()
             times = generated.shape[0] // self.mask.shape[0]
             if times > 1:  # beams or several samples of one prompt: they share its keys
                 self.cache.batch_repeat_interleave(times)
@@ -137,7 +137,9 @@ class Branch:
         self.tokens = generated
         return out
 
-    def _prefill(self) -> torch.Tensor:
+    @torch.no_grad()
+    def prefill(self) -> torch.Tensor:
+        """Run the prompt; its next-token logits [B, V]."""
         positions, self.next_position = prompt_positions(self.engine.model, self.engine.family, self.inputs)
         session = Session(self.call, branch=self.name, prompt_len=self.inputs["input_ids"].shape[1], change=self.change)
         self.engine.sessions[self.cache] = session
@@ -210,8 +212,9 @@ class Branch:
     def _keeps_prompt(self, method: Any) -> bool:
         """True if the method leaves the prompt's columns before the last as the unwrapped model makes them."""
         if isinstance(method, AttentionEdit):
+            here = [b for b in ("main", self.name) if method.acts_in(b)]
             stays = method.rows == "last" and not method.edits("begin") and not method.edits("watch")
-            return method is self.engine.contrast and stays
+            return not here or (method is self.engine.contrast and stays)
         return isinstance(method, Contrast | LogitEdit)
 
     def _synchronise(self, generated: torch.Tensor) -> int:

@@ -1,0 +1,365 @@
+"""Contrast methods: token-identical to branches recomputed from scratch, in every decoding mode; sharing; joined steps."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import pytest
+import reference as ref
+import torch
+from conftest import IMAGE, make_inputs, single
+from test_decoding_methods import second_prompt
+from test_methods import VAR_TINY, error, greedy
+from transformers import LogitsProcessor
+from transformers.generation.streamers import BaseStreamer
+
+import vlm_fix
+
+STEPS = 4
+SPECS = [
+    "vcd:beta=0.01",
+    "pai:alpha=0.5,gamma=1.3",
+    "icd:tokens=11|12|13,beta=0.01",
+    "m3id:decay=0.3,beta=0.01",
+    "sid:beta=0.01",
+    "decore:head_list=1.0|1.3|2.2|3.1",
+    "iava:tokens=21|22|23,beta=0.01",
+]
+MORE = ["sid:keep=5,layers=3,refresh=false,alpha=2", "decore:head_list=0.1|3.1,normalised=true,cap=0.5,beta=0.1",
+        "iava:tokens=21|22,coverage=1,high=0.2,drop=-5,beta=0"]  # fmt: skip
+NEUTRAL = ["sid:alpha=0", "decore:alpha=0,head_list=1.0", "iava:alpha=0"]
+
+
+@dataclass
+class SidReference(ref.Reference):
+    keep: float = 100 / 576
+    first: int = 2
+    refresh: bool = True
+    rows: str = "all"
+    means: dict = field(default_factory=dict)
+
+    def weight(self, a, layer, head, row):
+        if layer == self.first - 1:
+            self.means[row] = self.means.get(row, 0) + a
+        return a
+
+    def score(self, z, layer, head, row):
+        if layer < self.first:
+            return z
+        s = self.means[max(row, self.prompt_len - 1) if self.refresh else self.prompt_len - 1]
+        count = max(1, round(self.keep * len(self.visual))) if self.keep <= 1 else int(self.keep)
+        stay, z = sorted(self.visual, key=lambda j: (float(s[j]), j))[:count], z.clone()
+        for j in self.visual:
+            if j not in stay:
+                z[j] = -math.inf
+        return z
+
+
+@dataclass
+class DecoreReference(ref.Reference):
+    heads: tuple = ()
+
+    def score(self, z, layer, head, row):
+        return torch.zeros_like(z) if (layer, head) in self.heads else z
+
+
+@dataclass
+class Look(ref.Reference):
+    rows: str = "all"
+    seen: dict = field(default_factory=dict)
+
+    def weight(self, a, layer, head, row):
+        if row == self.prompt_len - 1:
+            self.seen[layer] = self.seen.get(layer, 0) + a[self.visual] / 4
+        return a
+
+
+def with_embeddings(twin, change, *args):
+    """`teacher_forced` with the image embeddings [N, C] changed on the way into the language model."""
+
+    def hook(module, args, kwargs):
+        x = kwargs["inputs_embeds"].clone()
+        x[0, args_visual] = change(x[0, args_visual])
+        return args, {**kwargs, "inputs_embeds": x}
+
+    args_visual = ref.visual_columns(args[1]["input_ids"])
+    handle = twin.model.language_model.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        return ref.teacher_forced(twin, *args)
+    finally:
+        handle.remove()
+
+
+def iava_kept(twin, method, inputs):
+    """[N] 1 for irrelevant image tokens, by the formula."""
+    ids, sums = inputs["input_ids"][0].tolist(), []
+    at = max(i for i, t in enumerate(ids) if t == IMAGE) + 1
+    at += ids[at] == 94
+    for prompt in (ids[:at] + list(method.tokens), ids):
+        new = torch.tensor([prompt])
+        run = Look(ref.visual_columns(new), len(prompt), [0, 1, 2, 3])
+        ref.teacher_forced(twin, run, {**inputs, "input_ids": new}, new[0, :0])
+        sums.append([[float(v) for v in run.seen[i]] for i in range(4)])
+    mass = [sum(layer) for layer in sums[0]]
+    used, held = [], 0.0
+    for i in sorted(range(4), key=lambda i: -mass[i]):
+        if held < method.coverage * sum(mass):
+            used.append(i)
+            held += mass[i]
+    g, u = ([sum(s[i][j] for i in used) / len(used) for j in range(len(s[0]))] for s in sums)
+    d = [a - b for a, b in zip(g, u, strict=True)]
+
+    def limit(x, c):
+        mean = sum(x) / len(x)
+        return mean + c * math.sqrt(sum((v - mean) ** 2 for v in x) / len(x))
+
+    kept = [a > limit(g, method.high) and b > limit(d, method.drop) for a, b in zip(g, d, strict=True)]
+    return torch.tensor(kept, dtype=torch.float64)
+
+
+def distribution(model, twin, spec, inputs, answer):
+    """Log-probabilities [V] of the token after `answer`, one unpadded sample, both branches from scratch."""
+    method, ids = vlm_fix.parse_spec(spec), inputs["input_ids"]
+    n, visual, t = ids.shape[1], ref.visual_columns(ids), len(answer)
+    run = ref.PaiReference(visual, n, [2, 3], alpha=method.alpha) if method.name == "pai" else None
+    main = ref.teacher_forced(twin, run, inputs, answer)[-1].log_softmax(-1)
+    if method.name == "vcd":
+        call = vlm_fix.session.Call(model, vlm_fix.families.family_of(model), inputs)
+        other = ref.teacher_forced(
+            twin, None, {**inputs, "pixel_values": method.noised(inputs["pixel_values"], call)}, answer
+        )
+    elif method.name in ("pai", "m3id", "icd"):
+        other = ref.teacher_forced(twin, None, second_prompt("icd" if method.name == "icd" else "m3id", inputs), answer)
+    elif method.name == "sid":
+        first = int(str(method.layers or 2).rstrip("-"))
+        run = SidReference(visual, n, [0, 1, 2, 3], keep=method.keep, refresh=method.refresh, first=first)
+        other = ref.teacher_forced(twin, run, inputs, answer)
+    elif method.name == "decore":
+        heads = tuple(tuple(map(int, item.split("."))) for item in method.head_list)
+        other = ref.teacher_forced(twin, DecoreReference(visual, n, [0, 1, 2, 3], heads=heads), inputs, answer)
+    else:
+        kept = iava_kept(twin, method, inputs)
+        other = with_embeddings(twin, lambda x: x * kept[:, None], None, inputs, answer)
+    l, o, p = main, other[-1].log_softmax(-1), main.exp()
+    weight = getattr(method, "alpha", None)
+    if method.name == "pai":
+        weight = method.gamma - 1
+    elif method.name == "m3id":
+        g = math.exp(-method.decay * (t + 1))
+        weight = (1 - g) / g
+    elif method.name == "decore":
+        entropy = -sum(float(v) * math.log(float(v)) for v in p if v > 0)
+        weight = method.alpha * (entropy / math.log(len(p)) if method.normalised else entropy)
+        weight = min(weight, math.inf if method.cap is None else method.cap)
+    z = (1 + weight) * l - weight * o
+    cut = torch.tensor([float(v) < method.beta * float(p.max()) for v in p])
+    return z.masked_fill(cut, -math.inf).log_softmax(-1)
+
+
+class Scratch(LogitsProcessor):
+    """Replaces the scores by `distribution`, row by row: the same `generate`, without caches, hooks or engine."""
+
+    def __init__(self, model, spec, family, images):
+        self.model, self.twin, self.spec = model, ref.double(model), spec
+        self.alone = [single(family, images, row) for row in range(len(images))]
+        self.length = make_inputs(family, images)["input_ids"].shape[1]
+
+    def __call__(self, input_ids, scores):
+        times = len(input_ids) // len(self.alone)
+        rows = [
+            distribution(self.model, self.twin, self.spec, self.alone[i // times], row[self.length :])
+            for i, row in enumerate(input_ids)
+        ]
+        return torch.stack(rows).to(scores.dtype)
+
+
+class NoImages(LogitsProcessor):
+    """No special tokens in the answer: the passes from scratch would take them for images."""
+
+    def __call__(self, input_ids, scores):
+        return scores.index_fill(1, torch.arange(IMAGE, 96), -math.inf)
+
+
+class Collect(BaseStreamer):
+    def __init__(self):
+        self.tokens = []
+
+    def put(self, value):
+        self.tokens += value.flatten().tolist()
+
+    def end(self):
+        pass
+
+
+MODES = {
+    "greedy": ([1, 2, 1], {"do_sample": False}),
+    "sampling": ([2], {"do_sample": True, "temperature": 0.8, "top_k": 20}),
+    "beams": ([1], {"do_sample": False, "num_beams": 3}),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("spec", SPECS)
+def test_tokens_of_branches_from_scratch(family, model, spec, mode):
+    images, options = MODES[mode]
+    inputs, options = make_inputs(family, images), {"max_new_tokens": STEPS, **options}
+    torch.manual_seed(3)
+    theirs = model.generate(**inputs, **options, logits_processor=[Scratch(model, spec, family, images), NoImages()])
+    streamer = Collect() if len(images) == 1 and mode != "beams" else None
+    with vlm_fix.wrapped(model, spec):
+        torch.manual_seed(3)
+        ours = model.generate(**inputs, **options, streamer=streamer, logits_processor=[NoImages()])
+    assert torch.equal(ours, theirs)
+    assert streamer is None or streamer.tokens == theirs[0].tolist()
+
+
+@pytest.mark.parametrize("spec", [*SPECS, *MORE])
+def test_scores_of_branches_from_scratch(family, model, spec):
+    inputs, twin = single(family, [1, 2], 1), ref.double(model)
+    with vlm_fix.wrapped(model, spec):
+        tokens, logits, scores = greedy(model, inputs, 3)
+    for t in range(3):
+        theirs = distribution(model, twin, spec, inputs, tokens[0, :t])
+        cut = torch.isinf(theirs)
+        assert torch.equal(torch.isinf(scores[0, t]), cut)
+        assert error(scores[0, t][~cut], theirs[~cut]) < 1e-5
+        assert float((scores[0, t] - logits[0, t].log_softmax(-1))[~cut].abs().max()) > 1e-3, "the contrast must matter"
+
+
+@pytest.mark.parametrize("spec", NEUTRAL)
+def test_neutral_is_bit_identical(family, model, spec):
+    inputs = make_inputs(family, [1, 2])
+    before = greedy(model, inputs, STEPS)
+    with vlm_fix.wrapped(model, spec):
+        after = greedy(model, inputs, STEPS)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_joined_steps_equal_separate_ones(family, model, spec, monkeypatch):
+    """The 2B batch gives the tokens and scores of one branch after the other, and the caller sees nothing of it."""
+    from vlm_fix.decoding import joint
+
+    inputs, joined, attention = make_inputs(family, [1, 2, 1]), [], joint.Joint.attention
+    monkeypatch.setattr(joint.Joint, "attention", lambda self, *a, **k: joined.append(1) or attention(self, *a, **k))
+
+    def run(**options):
+        torch.manual_seed(1)
+        return model.generate(**inputs, max_new_tokens=5, return_dict_in_generate=True, output_scores=True, **options)
+
+    modes = ({"do_sample": False}, {"do_sample": True, "num_return_sequences": 2})
+    with vlm_fix.wrapped(model, [spec, f"var:branch=main,{VAR_TINY}"]):
+        fast = [run(**mode) for mode in modes]
+        assert len(joined) == 2 * 4 * 4, "four steps after the first, four layers"
+        run(num_beams=2, do_sample=False)
+        assert len(joined) == 2 * 4 * 4, "beams move: they do not join"
+        monkeypatch.setattr(joint, "JOINS", False)
+        slow = [run(**mode) for mode in modes]
+    for a, b in zip(fast, slow, strict=True):
+        assert torch.equal(a.sequences, b.sequences)
+        x, y = torch.stack(a.scores), torch.stack(b.scores)
+        assert torch.equal(torch.isinf(x), torch.isinf(y)) and torch.allclose(x, y, atol=1e-4)
+        assert [k.keys.shape for k in a.past_key_values.layers] == [k.keys.shape for k in b.past_key_values.layers]
+
+
+@pytest.mark.parametrize(
+    ("spec", "passes", "rows"),
+    [("icd:tokens=11|12|13", 1, "tail"), ("decore:head_list=1.0|3.1", 1, "last"), ("sid", 1, "all"),
+     ("iava:tokens=21|22", 1, "all"), ("m3id", 1, "tail"), ("vcd", 2, "all")],
+)  # fmt: skip
+def test_what_branches_share(family, model, spec, passes, rows):
+    """The vision tower runs once per distinct image; columns before the prompts part are not computed again."""
+    inputs, runs, lengths = single(family, [1, 2], 1), [], []
+    tower = vlm_fix.families.get_part(model, vlm_fix.families.family_of(model).vision)
+    handles = [
+        tower.register_forward_hook(lambda *a: runs.append(1)),
+        model.model.language_model.layers[0].register_forward_hook(lambda m, a, o: lengths.append(o.shape[1])),
+    ]
+    try:
+        with vlm_fix.wrapped(model, spec):
+            model.generate(**inputs, max_new_tokens=1, do_sample=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    whole, ids = inputs["input_ids"].shape[1], inputs["input_ids"][0].tolist()
+    after = whole - max(i for i, t in enumerate(ids) if t == IMAGE) - 1
+    before = ids.index(IMAGE)
+    expected = {"icd": after - (family != "llava") + 3, "decore": 1, "m3id": whole - before - ids.count(IMAGE)}
+    assert len(runs) == passes and lengths[0] == whole
+    assert lengths[-1] == (whole if rows == "all" else expected[spec.partition(":")[0]])
+
+
+def test_edit_in_one_branch(family, model):
+    """`branch` says where an attention edit of the stack acts."""
+    inputs, twin = single(family, [1, 2], 1), ref.double(model)
+    visual, n = ref.visual_columns(inputs["input_ids"]), inputs["input_ids"].shape[1]
+    for branch in ("both", "main", "negative"):
+        with vlm_fix.wrapped(model, [f"pai:alpha=0.5,branch={branch}", "icd:tokens=11|12|13,beta=0"]):
+            tokens, logits, scores = greedy(model, inputs, 3)
+        prompt = second_prompt("icd", inputs)
+        run = {b: None for b in ("main", "negative")}
+        if branch != "negative":
+            run["main"] = ref.PaiReference(visual, n, [2, 3], alpha=0.5)
+        if branch != "main":
+            run["negative"] = ref.PaiReference(visual, prompt["input_ids"].shape[1], [2, 3], alpha=0.5)
+        main = ref.teacher_forced(twin, run["main"], inputs, tokens[0, :-1])
+        other = ref.teacher_forced(twin, run["negative"], prompt, tokens[0, :-1])
+        assert error(logits[0], main) < 1e-5
+        z = 2 * main.log_softmax(-1) - other.log_softmax(-1)
+        assert error(scores[0], z.log_softmax(-1)) < 1e-5
+    with pytest.raises(vlm_fix.VlmFixError, match="branch=negative needs a contrast"):
+        vlm_fix.wrap(model, "pai:branch=negative")
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_assisted_decoding(family, model, spec):
+    """Drafted tokens are checked against the contrast: the tokens are those of greedy."""
+    import conftest
+
+    inputs, draft = single(family, [1, 2], 1), conftest.BUILD[family](seed=0, depth=2)
+    with vlm_fix.wrapped(model, spec):
+        expected = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+        for options in ({"prompt_lookup_num_tokens": 2}, {"assistant_model": draft}):
+            got = model.generate(**inputs, max_new_tokens=6, do_sample=False, **options)
+            assert torch.equal(got, expected), options
+
+
+def test_combine_by_hand():
+    """Three tokens, p = (.6, .3, .1) against q = (.5, .1, .4)."""
+    p, q = torch.tensor([[0.6, 0.3, 0.1]]).log(), torch.tensor([[0.5, 0.1, 0.4]]).log()
+
+    def scores(spec):
+        return vlm_fix.parse_spec(spec).combine_at(0, p, q)[0]
+
+    for name in ("vcd:alpha=1,beta=0.4", "icd:alpha=1,beta=0.4", "sid:alpha=1,beta=0.4", "iava:alpha=1,beta=0.4"):
+        z = scores(name)
+        assert z[:2].tolist() == pytest.approx([math.log(0.72), math.log(0.9)]) and z[2] == -math.inf  # .36/.5, .09/.1
+    z = scores("pai:gamma=2,beta=0.4")
+    assert z[:2].tolist() == pytest.approx([math.log(0.72), math.log(0.9)]) and z[2] == -math.inf
+    h = -(0.6 * math.log(0.6) + 0.3 * math.log(0.3) + 0.1 * math.log(0.1))
+    assert scores("decore").tolist() == pytest.approx(
+        [math.log(0.6) + h * math.log(1.2), math.log(0.3) + h * math.log(3), math.log(0.1) - h * math.log(4)]
+    )
+    assert scores("decore:normalised=true,alpha=3,cap=1").tolist() == pytest.approx(
+        [math.log(0.72), math.log(0.9), math.log(0.025)]
+    )
+
+
+def test_calibrate_decore(family, model):
+    """The same heads for the same seed, the model as it was, and a spec that wraps."""
+    from vlm_fix.calibration import Sample
+
+    samples = [Sample(single(family, [1], 0, seed=s), 5, 6) for s in range(4)]
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    shares = []
+    found = vlm_fix.parse_spec("decore:share=0.2").calibrate(
+        model, samples, 3, lambda what, share: shares.append(share)
+    )
+    again = vlm_fix.parse_spec("decore:share=0.2").calibrate(model, samples, 3, lambda what, share: None)
+    assert found == again and shares[-1] == 1 and 1 <= len(found["head_list"]) <= 3
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    with vlm_fix.wrapped(model, vlm_fix.registry.get_method("decore")(**found)):
+        greedy(model, single(family, [1], 0), 2)
+    with pytest.raises(vlm_fix.VlmFixError, match="vlm-fix calibrate decore"):
+        vlm_fix.wrap(model, "decore")
