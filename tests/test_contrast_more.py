@@ -363,3 +363,38 @@ def test_calibrate_decore(family, model):
         greedy(model, single(family, [1], 0), 2)
     with pytest.raises(vlm_fix.VlmFixError, match="vlm-fix calibrate decore"):
         vlm_fix.wrap(model, "decore")
+
+
+@dataclass
+class Copied(ref.Reference):
+    targets: tuple = ()
+    hits: dict = field(default_factory=dict)
+
+    def edited(self, row):
+        return row >= self.prompt_len - len(self.targets)
+
+    def weight(self, a, layer, head, row):
+        best = max(range(len(a)), key=lambda j: float(a[j]))
+        target = self.targets[row - self.prompt_len + len(self.targets)]
+        self.hits[layer, head] = self.hits.get((layer, head), 0) + (best == target) / len(self.targets)
+        return a
+
+
+def test_copying_heads_equal_reference(family, model):
+    from vlm_fix.engine import Engine
+    from vlm_fix.methods.decore import copies
+
+    g = torch.Generator().manual_seed(1)
+    hay, needle = torch.randint(3, 9, (20,), generator=g).tolist(), [3, 4, 5, 6, 7]
+    ids = torch.tensor([[1, *hay[:9], *needle, *hay[9:], *needle[:-1]]])
+    run = Copied([], ids.shape[1], [0, 1, 2, 3], targets=tuple(range(11, 15)))
+    ref.teacher_forced(ref.double(model), run, {"input_ids": ids}, ids[0, :0])
+    engine = Engine(model, [])
+    engine.install(idle=True)
+    try:
+        found = copies(engine, ids, 10, 5)
+    finally:
+        engine.remove()
+    assert sum(run.hits.values()) > 0
+    for (layer, head), rate in run.hits.items():
+        assert float(found[layer, head]) == pytest.approx(rate)
