@@ -122,7 +122,7 @@ class GIFT(AttentionEdit):
         query = rows.after & rows.columns(prompt)
         seeing = top_half((a * rows.visual).sum(dim=-1))[..., None] & rows.visual
         reading = top_half((a * query).sum(dim=-1))[..., None] & query
-        new = torch.where(seeing, a * (self.alpha * rows.columns(rows.state["map"])).exp(), a)
+        new = torch.where(seeing, a * (self.alpha * rows.columns(rows.state["map"], self.source_layer)).exp(), a)
         tiny = torch.finfo(a.dtype).tiny
         grown = (new * seeing).sum(dim=(1, 3), keepdim=True) / (a * seeing).sum(dim=(1, 3), keepdim=True).clamp(
             min=tiny

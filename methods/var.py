@@ -99,11 +99,8 @@ class VAR(AttentionEdit):
         state[layer] = torch.cat([state[layer][:, : session.start], sinks], dim=1) if session.start else sinks
 
     def acted(self, session: Session) -> bool:
-        types = session.types
-        assert types is not None
-        visual = types.eq(VISUAL).cpu()
         return any(
-            bool((v.cpu() & visual[:, : v.shape[1]]).any())
+            bool((v & session.at(k).types.eq(VISUAL)[:, : v.shape[1]].to(v.device)).any())  # type: ignore[union-attr]
             for k, v in session.state(self).items()
             if isinstance(k, int)
         )

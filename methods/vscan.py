@@ -1,4 +1,4 @@
-"""VScan, stage 1: global and local scans of the vision encoder, with merging (Zhang et al., 2025)."""
+"""VScan: global and local scans of the vision encoder, then the language model's own choice (Zhang et al., 2025)."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import torch
 
 from vlm_fix import VlmFixError, param
 from vlm_fix.families import Arch
+from vlm_fix.pruning.after import LayerPruner, Tokens, compact_unless_mrope, share_of
 from vlm_fix.pruning.encoder import ImageTokens
 from vlm_fix.pruning.merge import TokenMerger, nearest
 
 
 @dataclass(frozen=True)
-class VScan(TokenMerger):
+class VScan(TokenMerger, LayerPruner):
     """Keeps what the encoder's class token looks at, early on in every part of the image, late anywhere; merges.
 
     With a_l the class token's attention in encoder layer l (mean over heads) and budget T per image: local = in each of
@@ -22,10 +23,13 @@ class VScan(TokenMerger):
     the deepest layer that reaches the projector among the others, for the rest of T. Each dropped token goes to the
     kept one with the highest cosine of projected features z; one that n went to becomes (z + sum of theirs) / (1 + n).
 
-    Only the encoder stage ("stage 1") of the paper: its second stage, inside the language model, is not done here.
-    Source: arXiv 2505.22654; official code Tencent/SelfEvolvingAgent (LLaVA layer 6 of 24, 16 windows of 6 x 6 patches;
-    Qwen2.5-VL layer 8 of 32). Layers scale with the encoder's depth. Towers without a class token (Qwen-VL): attention
-    received, mean over heads and queries. Ambiguity: Qwen's "4 x 4 windows" are read as four parts a side, as in LLaVA.
+    Stage 2: before language-model layer `llm_layer`, of these the top `llm_keep` of that layer's attention from the last
+    prompt token (head mean, rotated queries and keys) stay, without merging.
+
+    Source: arXiv 2505.22654; official code Tencent/SelfEvolvingAgent (LLaVA layer 6 of 24, 16 windows of 6 x 6 patches,
+    a third of the tokens from language-model layer 16 of 32 on; Qwen2.5-VL layer 8 of 32, then 14 of 28). Layers scale
+    with depth. Towers without a class token (Qwen-VL): attention received, mean over heads and queries. Ambiguity:
+    Qwen's "4 x 4 windows" are read as four parts a side, as in LLaVA.
     """
 
     name: ClassVar[str] = "vscan"
@@ -33,10 +37,16 @@ class VScan(TokenMerger):
 
     local_layer: int | None = param(None, "encoder layer of the local scan, counted from 1", low=1)
     windows: int = param(4, "parts of the grid along each side", low=1)
+    llm_keep: float = param(
+        1 / 3, "of these, tokens kept by the second stage: a count (> 1) or a share; 1 = off", low=0
+    )
+    llm_layer: int | None = param(None, "language-model layer before which the second stage drops tokens", low=1)
 
     def defaults(self, arch: Arch) -> dict[str, Any]:
         early = round(arch.vision_depth / 4) - 1
-        return {"keep": 1 / 3, "local_layer": min(arch.vision_full, key=lambda i: (abs(i - early), i)) + 1}
+        local = min(arch.vision_full, key=lambda i: (abs(i - early), i)) + 1
+        half = max(1, round(arch.depth / 2))
+        return {"keep": 1 / 3, "local_layer": local, "llm_layer": half, **compact_unless_mrope(arch)}
 
     def resolve(self, arch: Arch) -> VScan:
         method = super().resolve(arch)
@@ -51,7 +61,18 @@ class VScan(TokenMerger):
 
     @property
     def neutral(self) -> bool:
-        return self.keep == 1
+        return self.keep == 1 and self.llm_keep == 1
+
+    @property
+    def stages(self) -> tuple[int, ...]:
+        assert self.llm_layer is not None
+        return (self.llm_layer,)
+
+    def quota(self, stage: int, count: int) -> int:
+        return share_of(self.llm_keep, count)
+
+    def scores(self, tokens: Tokens) -> torch.Tensor:
+        return tokens.attention(own=True)
 
     def encoder_layers(self, arch: Arch) -> tuple[int, ...]:
         assert self.local_layer is not None

@@ -117,7 +117,7 @@ def visionzip(image, budget, method):
     return dict(sorted(result.items()))
 
 
-MERGES = {"vscan:windows=2": (vscan, 8), "visionzip:contextual=0.4": (visionzip, 5)}
+MERGES = {"vscan:windows=2,llm_keep=1": (vscan, 8), "visionzip:contextual=0.4": (visionzip, 5)}
 CHOICES = {
     "divprune": divprune,
     "zoo_prune:directions=3,seed=4": zoo_prune,

@@ -21,6 +21,7 @@ from . import calibration as calibrations
 from .errors import VlmFixError
 from .families import Arch, arch_of, get_part, image_token_ids
 from .method import AttentionEdit, Contrast, HiddenEdit, LogitEdit, Method, Procedure, TokenPruner
+from .pruning.after import LayerPruner
 from .registry import Spec, parse
 from .session import PAD, TEXT, VISUAL, Call, Session
 
@@ -54,6 +55,7 @@ class Engine:
         self.contrast = next((m for m in self.active if isinstance(m, Contrast) and m.contrasts), None)
         self.pruner = next((m for m in self.active if isinstance(m, TokenPruner)), None)
         self.procedure = next((m for m in self.active if isinstance(m, Procedure)), None)
+        self.dropper = next((m for m in self.active if isinstance(m, LayerPruner)), None)
         self.installed = False
         self.session: Session | None = None
         self.call: Call | None = None
@@ -88,6 +90,11 @@ class Engine:
             self.model.set_attn_implementation({"text_config": attention.NAME})
             self.handles.append(self.base.register_forward_pre_hook(self._enter, with_kwargs=True))
             self.handles.append(self.base.register_forward_hook(self._leave, with_kwargs=True))
+            if self.pruner or self.dropper:
+                from .pruning import after, before
+
+                self.handles += before.install(self)
+                self.handles += after.install(self) if self.dropper else []
             for i, layer in enumerate(self.language.layers):
                 layer.self_attn._vlm_fix = LayerHandle(self, i)
                 watchers = [
@@ -106,11 +113,7 @@ class Engine:
                 from .decoding import contrast
 
                 self.handles += contrast.install(self)
-            if self.pruner:
-                from .pruning import before
-
-                self.handles += before.install(self)
-            looks = [m.encoder_layers(self.arch) for m in self.active if m is not self.pruner]
+            looks = [m.encoder_layers(self.arch) for m in self.active if m not in (self.pruner, self.dropper)]
             if any(layers is not None for layers in looks):
                 from .pruning.encoder import capture
 
@@ -224,7 +227,7 @@ class Engine:
         sessions = self.joint.sessions if self.joint else [self.session]
         for session, rows in zip(sessions, x.chunk(len(sessions)), strict=True):
             for edit in (e for e in watchers if e.acts_in(session.branch)):
-                edit.watch(rows, layer, session)
+                edit.watch(rows, layer, session.at(layer))
 
     def _classify(self, ids: torch.Tensor | None, embeds: torch.Tensor | None) -> torch.Tensor:
         """[B, q] TEXT or VISUAL, from the token ids or, without them, from the embeddings."""
@@ -288,7 +291,8 @@ def _generate(engine: Engine, model: Any, inputs: torch.Tensor | None = None, **
             f"{', '.join(needy)} needs an image, but no prompt contains an image token: pass images to the processor, "
             "or unwrap the model for text-only prompts."
         )
-    if engine.pruner:
+    shortens = engine.pruner or engine.dropper
+    if shortens:
         assisted = kwargs.get("assistant_model") is not None or setting("prompt_lookup_num_tokens")
         for name, used in {
             "assisted decoding": assisted,
@@ -297,7 +301,7 @@ def _generate(engine: Engine, model: Any, inputs: torch.Tensor | None = None, **
             "a cache of an earlier turn": kwargs.get("past_key_values") is not None,
         }.items():
             if used:
-                raise VlmFixError(f"{engine.pruner.name} does not work with {name}; drop that option.")
+                raise VlmFixError(f"{shortens.name} does not work with {name}; drop that option.")
     if engine.procedure:
         from .decoding import loops
 
@@ -341,7 +345,7 @@ def _generate(engine: Engine, model: Any, inputs: torch.Tensor | None = None, **
 
 def check_combination(methods: list[Method]) -> None:
     """Refuse stacks that have no meaning, with the reason."""
-    for cls, what in ((Contrast, "contrast"), (TokenPruner, "prune tokens")):
+    for cls, what in ((Contrast, "contrast"), ((TokenPruner, LayerPruner), "prune tokens")):
         names = [m.name for m in methods if isinstance(m, cls) and (m.contrasts if isinstance(m, Contrast) else True)]
         if len(names) > 1:
             raise VlmFixError(f"{' and '.join(names)} both {what}; use one of them at a time.")

@@ -7,7 +7,7 @@ outlives it, and a caller who reuses a cache for the next turn keeps the state t
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,6 +66,9 @@ class Session:
     length: int = 0  # query rows of this forward
     last_visual: list[int] = field(default_factory=list)  # per sample, -1 without an image
     kept: Any = None  # pruning.before.Kept, once visual tokens were dropped
+    images: torch.Tensor | None = None  # [B, n] which image of its row a prompt column shows, from 1; 0: none
+    vision: list[list[Any]] = field(default_factory=list)  # per row, its images as the tower saw them (ImageTokens)
+    views: dict[int, View] = field(default_factory=dict)  # layer -> the columns it still has, where some were dropped
     states: dict[int, dict[Any, Any]] = field(default_factory=dict)
     tap: Callable[[int, torch.Tensor], None] | None = None  # sees the per-head outputs [B, H, q, D] of each layer
     plain: bool = False  # no edits: a pass that only observes
@@ -83,7 +86,12 @@ class Session:
         if self.types is not None and past:
             if self.types.shape[0] != types.shape[0]:  # a cache that was expanded for beams or several samples
                 self.repeat(types.shape[0] // self.types.shape[0])
+            for view in {id(v): v for v in self.views.values()}.values():
+                view.prompt_len = self.prompt_len - view.dropped if self.prompt_len is not None else None
+                view.advance(past - view.dropped, types)
             types = torch.cat([self.types[:, :past], types], dim=1)
+        if not past:
+            self.views.clear()
         self.types, self.start, self.length = types, past, types.shape[1] - past
         self._masks.clear()
         if past == 0 or bool((types[:, past:] == VISUAL).any()):
@@ -98,9 +106,13 @@ class Session:
                 return value.repeat_interleave(times, dim=0)
             return {k: grow(v) for k, v in value.items()} if isinstance(value, dict) else value
 
-        assert self.types is not None
-        self.types, self.states = grow(self.types), grow(self.states)
-        self.last_visual = [v for v in self.last_visual for _ in range(times)]
+        states = grow(self.states)
+        for session in {id(s): s for s in (self, *self.views.values())}.values():
+            session.states = states
+            session.types = grow(session.types)
+            session.last_visual = [v for v in session.last_visual for _ in range(times)]
+            if isinstance(session, View):
+                session.index = grow(session.index)
         if self.kept:
             self.kept.repeat(times)
 
@@ -142,14 +154,58 @@ class Session:
                 return value.index_select(0, rows.to(value.device))
             return {k: pick(v) for k, v in value.items()} if isinstance(value, dict) else value
 
-        return dataclasses.replace(
-            self,
-            types=pick(self.types),
-            states=pick(self.states),
-            last_visual=[self.last_visual[i] for i in rows.tolist()],
-            kept=self.kept and self.kept.take(rows),
-            _masks={},
+        def copy(session: Session, **changes: Any) -> Any:
+            last = [session.last_visual[i] for i in rows.tolist()]
+            return dataclasses.replace(session, types=pick(session.types), last_visual=last, _masks={}, **changes)
+
+        new = copy(self, states=pick(self.states), kept=self.kept and self.kept.take(rows), views={})
+        copies: dict[int, View] = {}
+        for layer, view in self.views.items():
+            if id(view) not in copies:
+                copies[id(view)] = copy(view, states=new.states, parent=new, index=pick(view.index))
+            new.views[layer] = copies[id(view)]
+        return new
+
+    @property
+    def whole(self) -> Session:
+        """The session with all columns."""
+        return self
+
+    def at(self, layer: int) -> Session:
+        """The session as `layer` sees it: other columns, if tokens were dropped before it; the same states."""
+        return self.views.get(layer, self)
+
+    def drop(self, layers: Iterable[int], index: torch.Tensor, mask: torch.Tensor) -> View:
+        """From now on `layers` have only the columns `index` [B, n] of what the first of them had (mask: not padding)."""
+        layers = list(layers)
+        before = self.at(layers[0])
+        assert before.types is not None and before.prompt_len is not None and self.types is not None
+        types = torch.where(mask, before.types.gather(1, index), PAD).to(before.types.dtype)
+        whole = before.index.gather(1, index) if isinstance(before, View) else index
+        dropped = self.types.shape[1] - index.shape[1]
+        view = View(
+            self.call, self.branch, states=self.states, parent=self, index=whole, dropped=dropped, plain=self.plain
         )
+        view.prompt_len = self.prompt_len - dropped if self.prompt_len is not None else None
+        view.advance(0, types)
+        self.views.update(dict.fromkeys(layers, view))
+        return view
+
+    def translate(self, mask: torch.Tensor, made: Session) -> torch.Tensor:
+        """[B, m] over the columns of `made` -> over this session's columns; 0 for those that `made` does not have."""
+        if made is self:
+            return mask
+        if isinstance(made, View):
+            n = made.index.shape[1]
+            prompt = mask.new_zeros(len(mask), n + made.dropped).scatter(1, made.index, pad_to(mask, n)[:, :n])
+            mask = torch.cat([prompt, mask[:, n:]], dim=1)
+        if isinstance(self, View):
+            assert self.types is not None
+            n, full = self.index.shape[1], self.index.shape[1] + self.dropped
+            prompt = pad_to(mask, max(full, mask.shape[1]))[:, :full].gather(1, self.index.to(mask.device))
+            prompt = prompt * (self.types[:, :n] != PAD).to(prompt)
+            mask = torch.cat([prompt.to(mask.dtype), mask[:, full:]], dim=1)
+        return mask
 
     def masks(self, width: int, device: torch.device) -> dict[str, torch.Tensor]:
         """[B, 1, 1, width] boolean masks of the columns an attention layer sees: visual, before, after (text)."""
@@ -186,6 +242,35 @@ class Session:
 
 
 @dataclass
+class View(Session):
+    """A session in the columns that some layers still have: `dropped` fewer than the whole one's."""
+
+    parent: Session | None = None
+    index: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))  # [B, n] the whole's columns
+    dropped: int = 0
+
+    @property
+    def whole(self) -> Session:
+        assert self.parent is not None
+        return self.parent
+
+    def attention_mask(self, device: torch.device) -> torch.Tensor | None:
+        """[B, 1, q, K] True where this forward's rows may look; None if that is plain causal attention."""
+        key = (-self.length, device)
+        if key not in self._masks:
+            assert self.types is not None
+            valid = (self.types != PAD).to(device)
+            mask = None
+            if not bool(valid.all()) or (self.start and self.length > 1):
+                columns = torch.arange(valid.shape[1], device=device)
+                rows = columns[self.start :, None]
+                # a row of padding sees itself: no kernel then meets a row without any column
+                mask = ((columns <= rows) & valid[:, None] | (columns == rows))[:, None]
+            self._masks[key] = {} if mask is None else {"allowed": mask}
+        return self._masks[key].get("allowed")
+
+
+@dataclass
 class Rows:
     """What an edit sees of the rows it works on. Masks are [B, 1, 1, K] booleans over the columns."""
 
@@ -214,8 +299,13 @@ class Rows:
         assert s.prompt_len is not None
         return s.start < s.prompt_len <= s.start + s.length
 
-    def columns(self, mask: torch.Tensor) -> torch.Tensor:
-        """[B, n] booleans over the columns seen so far -> [B, 1, 1, K]; columns that came later are False."""
+    def columns(self, mask: torch.Tensor, layer: int | None = None) -> torch.Tensor:
+        """[B, n] booleans over the columns seen so far -> [B, 1, 1, K]; columns that came later are False.
+
+        `layer`: the layer in whose columns the mask was made, if not this one (tokens may be dropped in between).
+        """
+        if layer is not None:
+            mask = self.session.translate(mask, self.session.whole.at(layer))
         width = self.visual.shape[-1]
         assert self.session.types is not None
         full = pad_to(mask.to(self.visual.device), self.session.types.shape[1])

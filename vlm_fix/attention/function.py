@@ -45,6 +45,7 @@ def attention(
         return plain()
     if handle.engine.joint:
         return handle.engine.joint.attention(attention, module, query, dropout, scaling, **kwargs), None
+    session = session.at(handle.layer)
     edits, first = _active(handle, session, query, key)
     whole = first == 0 and query.shape[2] == 1 and all(mask is None for _, _, mask in edits)
     by_weights = any(any(map(edit.edits, ("logits", "weights", "see"))) for edit, _, _ in edits)

@@ -83,7 +83,8 @@ class LogitEdits(LogitsProcessor):
             return
         x = (args[0] if args else kwargs["hidden_states"])[: session.types.shape[0]]  # without joined branches
         first = session.start - (session.prompt_len - 1)
-        self.seen[layer] = x[:, max(-first, 0) :].detach().clone(), max(first, 0)
+        count = session.length + min(first, 0)  # from the end: dropped tokens came before
+        self.seen[layer] = x[:, x.shape[1] - count :].detach().clone(), max(first, 0)
 
     @functools.cached_property
     def prompts(self) -> list[int]:

@@ -45,30 +45,40 @@ class Kept:
 
 
 def install(engine: Any) -> list[Any]:
-    """The hooks of engine.pruner."""
+    """The hooks of engine.pruner, and of what else needs to know which image a column shows."""
     pruner = engine.pruner
-    if engine.family.mrope and pruner.positions == "compact":
+    if pruner and engine.family.mrope and pruner.positions == "compact":
         raise VlmFixError(
             f"{pruner.name}: positions=compact has no meaning for M-RoPE's 3-D positions; use positions=original."
         )
+    pruners = [m for m in (pruner, engine.dropper) if m]
     if engine.family.encoder is None:
         known = ", ".join(f.name for f in FAMILIES if f.encoder)
         raise VlmFixError(
-            f"{pruner.name} cannot read the vision tower of {engine.family.name} models; pruning works with {known}."
+            f"{pruners[0].name} cannot read the vision tower of {engine.family.name} models; pruning works with {known}."
         )
-    if pruner.edits("shrink"):
+    if pruner and pruner.edits("shrink"):
         handles = shrink.install(engine, pruner.shrink)
     else:
-        handles = capture(engine, get_part(engine.model, engine.family.vision), pruner.encoder_layers(engine.arch))
+        layers = tuple({layer for m in pruners for layer in m.encoder_layers(engine.arch)})
+        handles = capture(engine, get_part(engine.model, engine.family.vision), layers)
 
     def hook(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         session = engine.session
         if session is None or session.plain:
             return None
-        if session.start == 0:
-            return (args, prune(engine, session, kwargs)) if max(session.last_visual) >= 0 else None
+        if session.start == 0 and max(session.last_visual) >= 0:
+            match(engine, session)
+            return (args, prune(engine, session, kwargs)) if pruner else None
+        if session.start and bool((session.types[:, session.start :] == VISUAL).any()):
+            raise VlmFixError(f"{pruners[0].name} takes the whole prompt at once; do not feed its images in pieces.")
         return (args, follow(session, kwargs)) if session.kept else None
 
+    def refuse(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if kwargs.get("labels") is not None:
+            raise VlmFixError(f"{pruners[0].name} drops tokens, so labels have no place: unwrap the model for a loss.")
+
+    handles.append(engine.model.register_forward_pre_hook(refuse, with_kwargs=True))
     return [*handles, engine.language.register_forward_pre_hook(hook, with_kwargs=True)]
 
 
@@ -91,7 +101,9 @@ def prune(engine: Any, session: Session, kwargs: dict[str, Any]) -> dict[str, An
             -1, index.expand(*positions.shape[:-2], *index.shape)
         )
     session.kept = Kept(mask.long(), positions[..., -1:], types.shape[1], index)
-    session.prompt_len = index.shape[1]
+    assert session.prompt_len is not None and session.images is not None
+    session.prompt_len += index.shape[1] - types.shape[1]
+    session.images = session.images.gather(1, index) * mask
     session.advance(0, torch.where(mask, types.gather(1, index), PAD).to(types.dtype))
     return {
         **kwargs,
@@ -111,34 +123,51 @@ def follow(session: Session, kwargs: dict[str, Any]) -> dict[str, Any]:
     return {**kwargs, "attention_mask": torch.cat([kept.mask, later.to(kept.mask)], dim=1), "position_ids": positions}
 
 
-@torch.no_grad()
-def choose(
-    engine: Any, session: Session, types: torch.Tensor, embeds: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """[B, L] True for text and kept visual columns, and the embeddings, merged ones replaced; image by image."""
-    call, keep, pruner = session.call, types != VISUAL, engine.pruner
-    merges = isinstance(pruner, TokenMerger)
-    embeds = embeds.clone() if merges else embeds
+def match(engine: Any, session: Session) -> None:
+    """Find each image's columns: session.images [B, n] numbers them by row, session.vision holds what the tower saw."""
+    call, types = session.call, session.types
+    assert types is not None
     encoded = sum(image.grid[0] * image.grid[1] for image in call.vision)
     # generate before transformers 5.18 runs the tower once per beam; later ones once per prompt, shared by its beams
     times = 1 if encoded == int((types == VISUAL).sum()) else types.shape[0] // call.batch
-    images = iter(call.vision)
+    images, numbers, rows = iter(call.vision), torch.zeros_like(types, dtype=torch.int16), []
     for row in range(types.shape[0] // times):
-        columns = (types[row * times] == VISUAL).nonzero()[:, 0]
+        columns, found = (types[row * times] == VISUAL).nonzero()[:, 0], []
         while len(columns):
             image = next(images, None)
             size = image.grid[0] * image.grid[1] if image else 0
             if image is None or size > len(columns):
                 raise VlmFixError(
-                    f"{engine.pruner.name} could not match the image tokens to the vision tower's patches; pass "
-                    "pixel_values of images (no video, no pre-computed features) with "
+                    f"{(engine.pruner or engine.dropper).name} could not match the image tokens to the vision tower's "
+                    "patches; pass pixel_values of images (no video, no pre-computed features) with "
                     "vision_feature_select_strategy='default'."
                 )
-            image.features = embeds[row * times, columns[:size].to(embeds.device)]
+            found.append(image)
+            numbers[row * times : (row + 1) * times, columns[:size]] = len(found)
+            columns = columns[size:]
+        rows += [found] * times
+    session.images, session.vision = numbers, rows
+
+
+@torch.no_grad()
+def choose(
+    engine: Any, session: Session, types: torch.Tensor, embeds: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[B, L] True for text and kept visual columns, and the embeddings, merged ones replaced; image by image."""
+    keep, pruner = types != VISUAL, engine.pruner
+    merges = isinstance(pruner, TokenMerger)
+    embeds = embeds.clone() if merges else embeds
+    assert session.images is not None
+    for row, images in enumerate(session.vision):
+        if row and images is session.vision[row - 1]:  # a beam of the same prompt
+            keep[row], embeds[row] = keep[row - 1], embeds[row - 1] if merges else embeds[row]
+            continue
+        for number, image in enumerate(images, 1):
+            columns = (session.images[row] == number).nonzero()[:, 0]
+            image.features = embeds[row, columns.to(embeds.device)]
             index, merged = pruner.reduce(image) if merges else (pruner.select(image), None)
             chosen = columns[index.to(columns.device)]
-            keep[row * times : (row + 1) * times, chosen] = True
+            keep[row, chosen] = True
             if merged is not None:
-                embeds[row * times : (row + 1) * times, chosen.to(embeds.device)] = merged.to(embeds)
-            columns = columns[size:]
+                embeds[row, chosen.to(embeds.device)] = merged.to(embeds)
     return keep, embeds
