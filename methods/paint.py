@@ -87,7 +87,7 @@ class PAINT(AttentionEdit):
 
     def strength(self, rows: Rows) -> torch.Tensor:
         """[B, 1, 1, K]"""
-        return rows.columns(rows.state["strength"]) if "strength" in rows.state else rows.visual * 0.0
+        return rows.columns(rows.state["strength"], -1) if "strength" in rows.state else rows.visual * 0.0
 
     def logits(self, z: torch.Tensor, rows: Rows) -> torch.Tensor:
         added = self.strength(rows) * z.abs()

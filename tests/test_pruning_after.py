@@ -530,7 +530,8 @@ def test_refused_calls(model, family):
             model(**inputs, labels=inputs["input_ids"])
         out = model(**inputs)
         with pytest.raises(vlm_fix.VlmFixError, match="whole prompt at once"):
-            model(**inputs, past_key_values=out.past_key_values)
+            mask = inputs["attention_mask"].repeat(1, 2)
+            model(**{**inputs, "attention_mask": mask}, past_key_values=out.past_key_values)
 
 
 def test_models_with_windows_are_refused(family, monkeypatch):

@@ -36,6 +36,7 @@ def _edit(
     session = engine.session
     if session is None or session.plain:
         return None
+    session = session.at(layer)
     x = output[0] if isinstance(output, tuple) else output
     new = x
     for edit in edits:

@@ -302,7 +302,8 @@ class Rows:
     def columns(self, mask: torch.Tensor, layer: int | None = None) -> torch.Tensor:
         """[B, n] booleans over the columns seen so far -> [B, 1, 1, K]; columns that came later are False.
 
-        `layer`: the layer in whose columns the mask was made, if not this one (tokens may be dropped in between).
+        `layer`: the layer in whose columns the mask was made, if not this one (tokens may be dropped in between); -1: in
+        all columns of the session.
         """
         if layer is not None:
             mask = self.session.translate(mask, self.session.whole.at(layer))

@@ -75,6 +75,8 @@ def secondary_sinks(
         raise VlmFixError(f"{name}: life={'|'.join(map(str, limits))} must be two numbers of layers, as life=4|17.")
     assert session.types is not None and session.prompt_len is not None
     engine = session.call.model.__dict__["_vlm_fix_engine"]
+    if engine.dropper:
+        raise VlmFixError(f"{name} follows sinks through all layers; it does not work with {engine.dropper.name}.")
     columns = torch.arange(session.types.shape[1], device=session.types.device)
     lives = Lives((session.types != PAD) & (columns < session.prompt_len))
     hooks = [
