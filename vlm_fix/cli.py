@@ -32,6 +32,12 @@ data: picto | picto:test | picto:shift | picto:style (rendered on the fly), or c
   DIR/annotations/instances_*.json.
 
 DIR of --output gets results.json, table.md, figure.png and samples.jsonl, every answer on a line.""",
+    "published": """the mark after a source says how the figure was read:
+  C  in the official code's repository and its paper    P  in the paper's text
+  N  in a table or note elsewhere: a lead, not a fact
+
+  vlm-fix published --method vcd,pai --benchmark chair
+  vlm-fix eval pope --method vcd --compare-published""",
     "score": """examples:
   vlm-fix score pope coco_pope_random.json answers.jsonl --scorer vcd
   vlm-fix score chair captions.jsonl --variant nltk --json""",
@@ -113,6 +119,11 @@ def _parser() -> argparse.ArgumentParser:
     honest.add_argument(
         "--equal-compute", action="store_true", help="beams for as many passes per token as a contrast method takes"
     )
+    honest.add_argument(
+        "--compare-published",
+        action="store_true",
+        help="set what papers report beside this run, and where setups differ",
+    )
     kept = evaluate.add_argument_group("what to keep")
     kept.add_argument("--output", metavar="DIR", help="folder for the results (runs/DATE-TIME)")
     kept.add_argument("--resume", action="store_true", help="continue a killed run in --output")
@@ -149,9 +160,13 @@ def _parser() -> argparse.ArgumentParser:
     two.add_argument("--variant", choices=("nltk", "pattern"), default="nltk", help="(%(default)s)")
     two.add_argument("--ground-truth", metavar="FILE", help="objects per image; COCO train+val2014 is in the package")
 
+    papers = add(commands, "published", "list what papers report, with sources and their own baselines", _published)
+    papers.add_argument("--method", default="", metavar="A,B", help="only these methods")
+    papers.add_argument("--benchmark", default="", metavar="NAME", help="only this benchmark, such as pope or chair")
+    papers.add_argument("--model", default="", metavar="TEXT", help="only models whose name contains this")
     methods = add(commands, "methods", "list the methods, their papers and settings", _methods)
     models = add(commands, "models", "list the model families", _models)
-    for each in (one, two, methods, models):
+    for each in (one, two, papers, methods, models):
         each.add_argument("--json", action="store_true", help="for machines")
 
     bench = add(commands, "bench", "time methods against the unwrapped model, on random weights", _bench)
@@ -236,10 +251,31 @@ def _eval(args: argparse.Namespace) -> None:
     results = evaluate(settings, args.output, resume=args.resume)
     if not team.first:
         return
+    from .eval import published
+
+    beside = published.compare(results) if args.compare_published else []
     if args.json:
-        print(json.dumps(results, indent=2))
-    else:
-        report.show(results, Path(args.output))
+        print(json.dumps(results | ({"published": beside} if args.compare_published else {}), indent=2))
+        return
+    report.show(results, Path(args.output))
+    if beside:
+        lines = [list(line.values()) for line in beside]
+        _console().print(published.render(published.COMPARED, lines, "Beside what papers report (baseline > method)"))
+    elif args.compare_published:
+        print(
+            "No paper's figure is kept for a method and benchmark of this run: `vlm-fix published` lists what there is."
+        )
+
+
+def _published(args: argparse.Namespace) -> None:
+    from .eval import published
+
+    rows = published.select(args.method, args.benchmark, args.model)
+    if args.json:
+        print(json.dumps(rows, indent=2, ensure_ascii=False))
+        return
+    title = "What papers report, each figure with the baseline of its own table; C, P, N: see --help"
+    _console().print(published.render(published.HEADS, [published.cells(row) for row in rows], title))
 
 
 def _calibrate(args: argparse.Namespace) -> None:
