@@ -16,7 +16,7 @@ import gradio as gr
 
 from vlm_fix.errors import VlmFixError
 
-from . import benchmark, panes
+from . import benchmark, look, panes
 from .models import Models, bundled
 from .page import notice
 
@@ -55,10 +55,12 @@ def build(models: Models) -> gr.Blocks:
             )
         said = gr.HTML("", elem_id="model-notice")
         asked = gr.State(None, time_to_live=KEPT_SECONDS)
-        with gr.Tabs():
-            with gr.Tab("Compare"):
-                panes.tab(models, name, asked, page)
-            with gr.Tab("Benchmark"):
+        with gr.Tabs() as tabs:
+            with gr.Tab("Compare", id="compare"):
+                cards = panes.tab(models, name, asked, page)
+            with gr.Tab("Look inside", id="inside") as here:
+                look.tab(models, asked, cards, tabs, here)
+            with gr.Tab("Benchmark", id="benchmark"):
                 benchmark.tab(models, name, page)
         name.change(choose, name, [about, said], show_progress="hidden", api_visibility="private")
     return page
@@ -93,13 +95,13 @@ def launch(model: str = "picto-llava", host: str = "127.0.0.1", port: int | None
                 max_file_size=MAX_FILE,
                 ssr_mode=False,
                 footer_links=[],
-                **look(),
+                **style(),
             )
         except OSError:
             raise refused from None
 
 
-def look() -> dict[str, Any]:
+def style() -> dict[str, Any]:
     """Theme and style; no font is fetched from anywhere."""
     theme = gr.themes.Default(primary_hue="emerald", neutral_hue="slate", font=["system-ui", "sans-serif"])
     return {"theme": theme.set(block_radius="12px"), "css_paths": [Path(__file__).with_name("style.css")]}

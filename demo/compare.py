@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import re
 import shlex
 import threading
 import time
@@ -96,16 +97,30 @@ class Pane:
         return chair.score([chair.Caption(0, self.text)], {0: self.truth}, "pattern")
 
     def words(self) -> list[tuple[str, str | None, str]]:
-        """The text in pieces (text, "grounded" | "hallucinated" | None, object); joined they give the text."""
-        score = self.score()
-        if score is None:
-            return [(self.text, None, "")]
-        caption, pieces, at = score.captions[0], [], 0
-        marked = [(o, "grounded") for o in caption.correct] + [(o, "hallucinated") for o in caption.hallucinated]
+        """The text in words, objects and blanks (text, "grounded" | "hallucinated" | None, object); joined: the text."""
+        score, pieces, at = self.score(), list[tuple[str, str | None, str]](), 0
+        caption = score.captions[0] if score else None
+        marked = [(o, "grounded") for o in caption.correct] if caption else []
+        marked += [(o, "hallucinated") for o in caption.hallucinated] if caption else []
         for item, label in sorted(marked, key=lambda pair: pair[0].start):
-            pieces += [(self.text[at : item.start], None, ""), (self.text[item.start : item.end], label, item.node)]
+            pieces += _plain(self.text[at : item.start])
+            pieces.append((self.text[item.start : item.end], label, item.node))
             at = item.end
-        return [*pieces, (self.text[at:], None, "")]
+        return [*pieces, *_plain(self.text[at:])]
+
+
+def _plain(text: str) -> list[tuple[str, str | None, str]]:
+    return [(part, None, "") for part in re.split(r"(\s+)", text) if part]
+
+
+@dataclasses.dataclass
+class Asked:
+    """What was compared: `panes` by their place in the page."""
+
+    model: str
+    image: Image.Image
+    prompt: str
+    panes: dict[int, Pane]
 
 
 class Stopped(Exception):

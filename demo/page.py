@@ -7,6 +7,11 @@ import html
 from vlm_fix import list_methods
 from vlm_fix.method import Baseline
 
+CLICKS = """element.addEventListener('click', event => {
+  const hit = event.target.closest('[data-word], [data-head]');
+  if (hit) trigger('select', Object.fromEntries(Object.entries(hit.dataset).map(([key, value]) => [key, +value])));
+});"""  # a click on a word or a head is an event with the numbers that its element carries
+
 
 def notice(sentence: str) -> str:
     """A sentence for the person, read aloud by screen readers."""

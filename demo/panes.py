@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import html
+import itertools
 import typing
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -20,9 +21,9 @@ from vlm_fix.eval.tasks import CAPTION_PROMPT
 from vlm_fix.registry import get_method
 
 from . import compare, examples
-from .compare import Pane, Stop, read_image, stack_of
+from .compare import Asked, Pane, Stop, read_image, stack_of
 from .models import Models
-from .page import method_choices, notice
+from .page import CLICKS, method_choices, notice
 
 PROMPTS = [CAPTION_PROMPT, "Is there a person in the image?"]
 START = (["vcd"], ["vhr"], ["hiprune"])  # what the panes begin with
@@ -37,12 +38,12 @@ def card(pane: Pane | None) -> str:
     """One pane as HTML; everything that a model or a person wrote is escaped."""
     if pane is None:
         return '<div class="card"><h3>no method</h3><p class="said"><small>Choose a method above.</small></p></div>'
-    said = "".join(
-        f'<mark class="{label}" title="{html.escape(node)}: {label}">{html.escape(text)}</mark>'
-        if label
-        else html.escape(text)
-        for text, label, node in pane.words()
-    )
+    said, words = "", itertools.count()
+    for text, label, node in pane.words():
+        number = next(words) if text.strip() else ""
+        mark = f'mark class="{label}" title="{html.escape(node)}: {label}"' if label else "span"
+        word = f'<{mark} data-word="{number}">{html.escape(text)}</{mark[:4]}>'
+        said += word if text.strip() else html.escape(text)
     live = " live" if pane.state == "running" else ""
     lines = [f"<h3>{html.escape(pane.title)}</h3>", f'<p class="said{live}" aria-live="polite">{said}</p>']
     score = pane.score()
@@ -96,8 +97,9 @@ def remember(options: dict[str, dict[str, str]], value: Any, *, method: str, fie
     return {**options, method: {**kept, **({field: text} if text else {})}}
 
 
-def tab(models: Models, name: gr.Dropdown, asked: gr.State, page: gr.Blocks) -> None:
-    """The tab's components and events; `asked` gets (model, image, prompt, panes) of the last comparison."""
+def tab(models: Models, name: gr.Dropdown, asked: gr.State, page: gr.Blocks) -> list[gr.HTML]:
+    """The tab's components and events; `asked` gets what was compared last. Returns the cards, whose words can be
+    clicked: the event has `word`, the number of the word."""
     stops: dict[str, Stop] = {}  # of each visitor's running comparison
 
     def run(
@@ -127,7 +129,8 @@ def tab(models: Models, name: gr.Dropdown, asked: gr.State, page: gr.Blocks) -> 
                 rest = iter(panes[1:])
                 drawn = [card(next(rest)) if stack and i < count - 1 else card(None) for i, stack in enumerate(stacks)]
                 yield [shown[0], card(panes[0]), *drawn, *shown[-3:]]
-            yield [*shown[:-1], (model, picture, prompt, panes)]
+            places = [0, *(i for i, stack in enumerate(stacks[: count - 1], 1) if stack)]
+            yield [*shown[:-1], Asked(model, picture, prompt, dict(zip(places, panes, strict=True)))]
         except VlmFixError as error:
             yield [notice(str(error)), *shown[1:]]
         finally:
@@ -210,7 +213,7 @@ def tab(models: Models, name: gr.Dropdown, asked: gr.State, page: gr.Blocks) -> 
             with gr.Row():
                 with gr.Column(min_width=230):
                     gr.Dropdown(["baseline"], value=["baseline"], multiselect=True, label="Baseline", interactive=False)
-                    cards.append(gr.HTML(card(Pane(["baseline"])), elem_id="pane0"))
+                    cards.append(gr.HTML(card(Pane(["baseline"])), js_on_load=CLICKS, elem_id="pane0"))
                     gr.HTML(LEGEND)
                 for number, start in enumerate(START, 1):
                     with gr.Column(min_width=230, visible=number < 3) as column:
@@ -222,7 +225,7 @@ def tab(models: Models, name: gr.Dropdown, asked: gr.State, page: gr.Blocks) -> 
                             elem_id=f"m{number}",
                         )
                         options = gr.State({})
-                        cards.append(gr.HTML(card(Pane(start)), elem_id=f"pane{number}"))
+                        cards.append(gr.HTML(card(Pane(start)), js_on_load=CLICKS, elem_id=f"pane{number}"))
                         _settings(page, names, options)
                         names.input(preview, [name, names], cards[-1], queue=False, **quiet)
                         inputs += [names, options]
@@ -257,6 +260,7 @@ def tab(models: Models, name: gr.Dropdown, asked: gr.State, page: gr.Blocks) -> 
     image.clear(lambda: "", None, credit, **quiet)
     for gallery, group in zip(galleries, (examples.scenes(), examples.photographs()), strict=True):
         gallery.select(_picker(group), None, [image, said, credit], **quiet)
+    return cards
 
 
 def _picker(group: tuple[examples.Example, ...]) -> Callable[..., Any]:

@@ -1,6 +1,7 @@
 """The demo: what its panes say equals what a benchmark gets, every error is a sentence, and a browser can use it."""
 
 import contextlib
+import copy
 import dataclasses
 import io
 import itertools
@@ -14,20 +15,25 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import urllib.request
 import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+import transformers
 from PIL import Image
 
 gr = pytest.importorskip("gradio", reason="the demo needs gradio")
 
 import vlm_fix  # noqa: E402
 from vlm_fix import VlmFixError, cli, list_methods, parse_spec  # noqa: E402
-from vlm_fix.demo import app, benchmark, compare, examples, models  # noqa: E402
+from vlm_fix.demo import app, benchmark, compare, examples, inside, look, models  # noqa: E402
 from vlm_fix.demo.panes import card, control, remember  # noqa: E402
 from vlm_fix.eval import chair, picto, runner  # noqa: E402
+from vlm_fix.session import Call  # noqa: E402
 
 PROMPT = compare.CAPTION_PROMPT
 
@@ -200,6 +206,132 @@ def test_a_stack_is_refused_before_it_runs(loaded):
     assert loaded.refusal(["vcd", "vhr"]) == loaded.refusal([]) == ""
     assert loaded.refusal(["vcd", "pai:gamma=1.1"]) == "vcd and pai both contrast; use one of them at a time."
     assert loaded.refusal(["pai:layers=40-41"]).startswith("pai: layers='40-41' does not fit this model")
+
+
+# --------------------------------------------------------------------------------------------------------- look inside
+
+
+@pytest.fixture(scope="module")
+def views(loaded):
+    """Baseline, pai, vcd and hiprune looked into, by name."""
+    image = examples.scenes()[0].image
+    stacks = [["pai:alpha=0.5"], ["vcd"], ["hiprune:keep=24"]]
+    panes = last(compare.compare(loaded, image, PROMPT, stacks))
+    return {pane.stack[0].partition(":")[0]: inside.look(loaded, image, PROMPT, pane) for pane in panes}
+
+
+def test_a_words_heatmap_is_the_attention_of_the_rows_that_predict_it(loaded, views):
+    """Against the weights of an eager copy of the model, over the whole sequence at once."""
+    view, twin = views["baseline"], copy.deepcopy(loaded.model)
+    twin.set_attn_implementation("eager")
+    inputs = runner.encode(twin, loaded.processor, [examples.scenes()[0].image], [PROMPT])
+    prompt = inputs["input_ids"][0].tolist()
+    whole = torch.tensor([prompt + view.pane.ids])
+    with torch.no_grad():
+        out = twin(input_ids=whole, pixel_values=inputs["pixel_values"], output_attentions=True)
+    columns = [i for i, token in enumerate(prompt) if token == twin.config.image_token_index]
+    tokens = [loaded.processor.tokenizer.decode([i]) for i in view.pane.ids]
+    for i, word in enumerate(view.words):
+        assert "".join(tokens[row] for row in word.rows).replace(" ", "") == word.text.replace(" ", "")
+        a = torch.stack(out.attentions)[:, 0][:, :, [len(prompt) - 1 + row for row in word.rows]]
+        a = a[..., columns].mean(2)  # [layers, heads, 64]
+        assert torch.allclose(view.heatmap(i, None, None), a.mean((0, 1)).view(8, 8), atol=1e-5)
+        assert torch.allclose(view.heatmap(i, 2, 5), a[2, 5].view(8, 8), atol=1e-5)
+        assert torch.allclose(view.mass(i), a.sum(-1), atol=1e-5)
+    labels = [word.label for word in view.words]
+    assert view.first == labels.index("hallucinated") and "grounded" in labels
+    assert sorted(row for word in view.words for row in word.rows) == list(range(len(view.pane.ids) - 1))  # not the end
+
+
+def test_what_a_method_changes(loaded, views):
+    view = views["pai"]
+    inputs = runner.encode(loaded.model, loaded.processor, [examples.scenes()[0].image], [PROMPT])
+    plain = vlm_fix.observe(loaded.model, inputs, view.pane.ids)
+    rows = view.words[3].rows
+    expected = sum(view.seen.heatmap(row, [4]) - plain.heatmap(row, [4]) for row in rows) / len(rows)
+    change = view.heatmap(3, 4, None, "change")
+    assert torch.allclose(change, expected, atol=1e-6) and change.abs().max() > 1e-3
+    assert views["vcd"].heatmap(3, None, None, "change").abs().max() == 0  # it edits no attention
+    with pytest.raises(VlmFixError, match="no method to hold against it"):
+        views["baseline"].heatmap(0, None, None, "change")
+    assert views["baseline"].others == views["pai"].others == []
+
+
+def test_pruned_patches_and_noised_images_are_the_methods_own(loaded, views):
+    dropped = views["hiprune"].dropped()
+    assert dropped.shape == (8, 8) and int((~dropped).sum()) == 24 and views["pai"].dropped() is None
+    assert (views["hiprune"].heatmap(0, None, None)[dropped] == 0).all()
+    ((title, image),) = views["vcd"].others
+    pixels = runner.encode(loaded.model, loaded.processor, [examples.scenes()[0].image], [PROMPT])["pixel_values"]
+    call = Call(loaded.model, None, {"pixel_values": pixels})
+    expected = inside.unpixel(loaded.processor, vlm_fix.parse_spec("vcd").noised(pixels, call))[0]
+    assert title.startswith("vcd: ") and image.tobytes() == expected.tobytes() != views["vcd"].picture.tobytes()
+    seen, sent = (np.asarray(x, dtype=int) for x in (views["vcd"].picture, examples.scenes()[0].image))
+    assert abs(seen - sent).max() <= 1
+
+
+def test_flattened_patches_become_the_image_again():
+    how = transformers.Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=56 * 84)
+    image = examples.photographs()[0].image.resize((84, 56))
+    made = how([image, image.transpose(Image.Transpose.ROTATE_90)], return_tensors="pt")
+    back = inside.unpatch(types.SimpleNamespace(image_processor=how), made["pixel_values"], made["image_grid_thw"])
+    for got, sent in zip(back, (image, image.transpose(Image.Transpose.ROTATE_90)), strict=True):
+        assert got.size == sent.size and abs(np.asarray(got, dtype=int) - np.asarray(sent, dtype=int)).max() <= 1
+
+
+def test_drawings_show_their_numbers():
+    picture, heat = Image.new("RGB", (64, 32), (90, 120, 150)), torch.zeros(4, 8)
+    heat[1, 6] = 0.3
+    drawn = np.asarray(inside.overlay(picture, heat, 0.3), dtype=int).sum(-1)
+    y, x = np.unravel_index(drawn.argmax(), drawn.shape)
+    assert (y * 4 // drawn.shape[0], x * 8 // drawn.shape[1]) == (1, 6)
+    heat[3, 0] = -0.3
+    red = np.asarray(inside.overlay(picture, heat, 0.3, signed=True), dtype=int)
+    side = red.shape[0] // 4
+    assert red[side * 3 // 2, side * 13 // 2, 0] > red[side * 3 // 2, side * 13 // 2, 2] + 50
+    assert red[side * 7 // 2, side // 2, 2] > red[side * 7 // 2, side // 2, 0] + 50
+    sinks = torch.zeros(4, 8, dtype=torch.bool)
+    sinks[2, 2] = True
+    ringed = inside.overlay(picture, torch.zeros(4, 8), 1, sinks=sinks)
+    assert (np.asarray(ringed) == 255).all(-1).any() and not (np.asarray(ringed)[:, side * 4 :] == 255).all(-1).any()
+    kept = np.asarray(inside.pruned(picture, ~sinks), dtype=int)
+    centre = kept[side * 5 // 2, side * 5 // 2]
+    assert centre.tolist() == [90, 120, 150] and kept[side // 2, side // 2].sum() < 0.6 * centre.sum()
+
+
+def test_the_page_of_a_look(views):
+    view = views["baseline"]
+    shown = look.spoken(view, view.first)
+    assert shown.count("<button") == len(view.words) and shown.count('aria-pressed="true"') == 1
+    assert f'data-word="{view.first}" class="word hallucinated"' in shown
+    for view in views.values():
+        made = look.figures(view, view.first, None, None)
+        assert made.count("<img") == made.count("<figcaption>") and 'alt=""' not in made
+    assert "leaves this attention as it is" in look.figures(views["vcd"], 0, None, None)
+    assert "24 of 64 patches kept" in look.figures(views["hiprune"], 0, None, None)
+    assert "pai:alpha=0.5 minus baseline" in look.figures(views["pai"], 0, 5, 2)
+    grid = look.heads(view, 0, 3, None)
+    assert grid.count("<i ") == 6 * 8 and grid.count("<button") == 8 and grid.count('class="on"') == 8
+    strange = dataclasses.replace(view, words=[inside.Word('<b>"x"', (0,), None)])
+    assert "<b>&quot;" not in look.spoken(strange, 0) + look.figures(strange, 0, None, None)
+
+
+def test_sinks_are_ringed_and_taken_out(views):
+    view = views["baseline"]
+    marked = view.seen.image_sinks.clone()
+    marked[2, 9] = True  # this model has none of its own
+    view = dataclasses.replace(view, seen=dataclasses.replace(view.seen, image_sinks=marked))
+    assert (
+        view.sinks(2).nonzero().tolist() == [[1, 1]] == view.sinks(None).nonzero().tolist() and not view.sinks(3).any()
+    )
+    raw, masked = (view.heatmap(0, 2, None, what) for what in ("raw", "masked"))
+    assert raw[1, 1] > 0 == masked[1, 1] and torch.equal(raw.flatten()[10:], masked.flatten()[10:])
+    assert "1 sink tokens (ringed) taken out" in look.figures(view, 0, None, None)
+
+
+def test_an_answer_that_was_stopped_cannot_be_looked_into(loaded, scene):
+    with pytest.raises(VlmFixError, match="not finished"):
+        inside.look(loaded, examples.scenes()[0].image, PROMPT, compare.Pane(["vcd"], "stopped", "a dog"))
 
 
 # ----------------------------------------------------------------------------------------------------------- benchmark
@@ -553,6 +685,32 @@ def test_two_sessions_in_a_browser(browser, site, loaded, tmp_path):
         panes = last(compare.compare(loaded, tmp_path / "scene.png", PROMPT, [["vcd"], ["vhr"]]))
         assert [page.inner_text(f"#pane{n} .said") for n in range(3)] == [pane.text.strip() for pane in panes]
         page.context.close()
+
+
+@pytest.mark.slow
+def test_looking_inside_in_a_browser(page, artifacts):
+    page.get_by_role("tab", name="Look inside").click()
+    page.wait_for_selector("#look-notice >> text=Compare something first")
+    page.get_by_role("tab", name="Compare").click()
+    page.click("#go")
+    page.wait_for_selector("#pane2 .card.done", timeout=60_000)
+    page.locator("#pane0 mark.hallucinated").first.click()
+    page.wait_for_selector("#maps figure img", timeout=60_000)
+    assert (
+        page.inner_text("#answer .word[aria-pressed=true]") == page.inner_text("#answer .word.hallucinated") == "ball"
+    )
+    assert page.locator("#maps figure").count() == 2 and not page.locator("#look-notice .notice").count()
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    before = page.get_attribute("#maps figure:nth-child(2) img", "src")
+    page.locator("#answer .word").nth(4).focus()  # the keyboard reaches every word
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#answer .word[data-word='4'][aria-pressed=true]")
+    assert page.get_attribute("#maps figure:nth-child(2) img", "src") != before
+    page.get_by_label("vhr", exact=True).click()
+    page.wait_for_selector("#maps >> text=vhr minus baseline", timeout=60_000)
+    page.locator("#heads .thumbs button").nth(2).click()
+    page.wait_for_selector("#maps >> text=/layer \\d, head \\d/")
+    page.screenshot(path=artifacts / "inside-phone.png", full_page=True)
 
 
 @pytest.mark.slow
