@@ -14,6 +14,7 @@ from vlm_fix import AttentionEdit, VlmFixError, param, wrapped
 from vlm_fix.calibration import Sample, accuracy, answer_scores, sureness
 from vlm_fix.families import Arch
 from vlm_fix.session import VISUAL, Call, Rows, Session
+from vlm_fix.words import content_columns
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,11 @@ class GIFT(AttentionEdit):
 
     Source: arXiv 2510.22067, official code at e20b8a9: source layer 11, layers 12-22, alpha 5 for LLaVA-1.5-7B; 10,
     14-20 and 5 for 13B; 14, 5-18 and 4 for Qwen2-VL-7B; scaled to the depth of other models.
-    Deviations: the official code keeps the query's content words, by a part-of-speech tagger; a model has no words, so
-    all text after the image counts (template and, in later turns, earlier answers too), from its second token on: the
-    first has no text row before it. One pass instead of two: layers up to the source layer skip the prompt's last row.
-    std is the population's. A map without contrast is m = 0.
+    Deviations: the official code keeps the query's content words, by a part-of-speech tagger; pos="content" does so with
+    NLTK's tagger and the tokenizer saved beside the model (`vlm_fix.words`). The default needs neither: all text after
+    the image counts. Either way the template and, in later turns, earlier answers count too, and the first token after
+    the image never does: it has no text row before it. One pass instead of two: layers up to the source layer skip the
+    prompt's last row. std is the population's. A map without contrast is m = 0.
     """
 
     name: ClassVar[str] = "gift"
@@ -39,6 +41,7 @@ class GIFT(AttentionEdit):
 
     alpha: float | None = param(None, "strength: the most salient column's weight grows by exp(alpha)", low=0, high=50)
     source_layer: int | None = param(None, "layer whose attention gives the map", low=0)
+    pos: str = param("all", "words of the question that count: all, or content words only", choices=("all", "content"))
     edit_source: bool | None = param(None, "edit the source layer as well; None: if `layers` holds it")
 
     def defaults(self, arch: Arch) -> dict[str, Any]:
@@ -96,6 +99,8 @@ class GIFT(AttentionEdit):
         previous = torch.cat([pad(previous, (0, total - previous.shape[-1]))[:, :, None], seen[:, :, :-1]], dim=2)
         second = torch.tensor(session.last_visual, device=a.device)[:, None] + 2
         query = (rows.positions >= second) & (rows.positions < session.prompt_len)
+        if self.pos == "content":
+            query = query & content_columns(session).to(a.device)[:, rows.positions]
         shift = ((seen - previous).clamp(min=0) * query[:, None, :, None]).sum(dim=2)
         if "shift" in state:
             shift = shift + pad(state["shift"], (0, total - state["shift"].shape[-1]))
@@ -124,9 +129,8 @@ class GIFT(AttentionEdit):
         reading = top_half((a * query).sum(dim=-1))[..., None] & query
         new = torch.where(seeing, a * (self.alpha * rows.columns(rows.state["map"], self.source_layer)).exp(), a)
         tiny = torch.finfo(a.dtype).tiny
-        grown = (new * seeing).sum(dim=(1, 3), keepdim=True) / (a * seeing).sum(dim=(1, 3), keepdim=True).clamp(
-            min=tiny
-        )
+        before, after = ((x * seeing).sum(dim=(1, 3), keepdim=True) for x in (a, new))
+        grown = after / before.clamp(min=tiny)
         new = torch.where(reading, new * grown, new)
         return new / new.sum(dim=-1, keepdim=True).clamp(min=tiny)
 

@@ -133,12 +133,15 @@ class GIFT(Matrices):
             for q in range(max(self.visual) + 2, self.prompt_len):
                 for j in self.visual:
                     shift[h][j] += max(0.0, float(a[h, q, j] - a[h, q - 1, j]))
+        self.map = self.normalised(shift)
+
+    def normalised(self, shift):
         chosen = self.top([sum(s.values()) for s in shift])
         m = [sum(shift[h][j] for h in chosen) / len(chosen) for j in self.visual]
         mean = sum(m) / len(m)
         std = math.sqrt(sum((x - mean) ** 2 for x in m) / len(m))
         m = [min(max(x, mean - 3 * std), mean + 3 * std) for x in m]
-        self.map = {j: (x - min(m)) / (max(m) - min(m)) for j, x in zip(self.visual, m, strict=True)}
+        return {j: (x - min(m)) / (max(m) - min(m)) for j, x in zip(self.visual, m, strict=True)}
 
     def mixed(self, a, layer):
         if not self.map:

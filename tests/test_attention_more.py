@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+import tarfile
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import pytest
 import reference as ref
 import torch
 from conftest import IMAGE, make_inputs, single
-from test_attention_methods import Matrices
+from test_attention_methods import GIFT, Matrices
 from test_methods import error, greedy, window_order
 
 import vlm_fix
@@ -392,6 +394,204 @@ def test_rings_of_any_grid(models, height, width):
     assert (torch.arange(ids.shape[1]) + shift[0]).tolist() == expected and ring[0, 1:-2].tolist() == order
     assert image[0].tolist() == [0] + [1] * height * width + [0, 0]
     assert depth == 12 or (height, width) != (24, 24)
+
+
+# ---- GIFT's content words --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class ContentGIFT(GIFT):
+    content: tuple = ()
+
+    def look(self, a):
+        shift = [dict.fromkeys(self.visual, 0.0) for _ in a]
+        for h in range(len(a)):
+            for q in range(max(self.visual) + 2, self.prompt_len):
+                if q in self.content:
+                    for j in self.visual:
+                        shift[h][j] += max(0.0, float(a[h, q, j] - a[h, q - 1, j]))
+        self.map = self.normalised(shift)
+
+
+@pytest.mark.parametrize("stack", [[], ["random_tokens:keep=5"]])
+def test_gift_of_content_words(family, model, monkeypatch, stack):
+    """Even ids stand for content words: the map counts their rows only, in batches and beside a pruner too."""
+    from vlm_fix import words
+
+    monkeypatch.setattr(words, "tokenizer_of", lambda name: None)
+    monkeypatch.setattr(words, "content_tokens", lambda tokenizer, ids: tuple(i % 2 == 0 for i in ids))
+    images, spec, only = [1, 2, 1], "gift:alpha=3,source_layer=1,layers=2-3,pos=content", {"suppress_tokens": [IMAGE]}
+    with vlm_fix.wrapped(model, [spec, *stack]):
+        tokens, logits, _ = greedy(model, make_inputs(family, images), **only)
+        for row in range(3):
+            inputs = single(family, images, row)
+            t, seen, _ = greedy(model, inputs, **only)
+            assert torch.equal(t[0], tokens[row]) and float((seen[0] - logits[row]).abs().max()) < 2e-4
+    if stack:
+        return
+    twin, ids = ref.double(model), inputs["input_ids"][0].tolist()
+    twin.set_attn_implementation({"text_config": "matrix_loops"})
+    content = tuple(i for i, token in enumerate(ids) if token % 2 == 0)
+    run = ContentGIFT(
+        ref.visual_columns(inputs["input_ids"]),
+        len(ids),
+        [1, 2, 3],
+        alpha=3,
+        source=1,
+        edited_layers=(2, 3),
+        content=content,
+    )
+    ref.teacher_forced(twin, run, inputs, t[0, :-1])
+    assert 0 < len(set(content) & set(range(max(run.visual) + 2, len(ids)))) < len(ids) - max(run.visual) - 2
+    assert error(seen[0], ref.teacher_forced(twin, run, inputs, t[0, :-1])) < 1e-5
+
+
+@pytest.fixture
+def tagger(tmp_path):
+    """NLTK's tagger, with its data from the pack if they are not on this machine."""
+    nltk = pytest.importorskip("nltk")
+    before = list(nltk.data.path)
+    pack = Path(__file__).resolve().parents[2] / "shared" / "data" / "nltk_pack.tar.gz"
+    try:
+        nltk.pos_tag(["dog"])
+    except LookupError:
+        if not pack.exists():
+            pytest.skip("the data of NLTK's tagger are not on this machine")
+        with tarfile.open(pack) as archive:
+            archive.extractall(tmp_path, filter="data")
+        nltk.data.path.insert(0, str(tmp_path / "nltk_pack"))
+    yield
+    nltk.data.path[:] = before
+
+
+@pytest.mark.parametrize("pieces", ["bytes", "words"])
+def test_content_tokens(tagger, pieces):
+    """Function words, be and punctuation are out, whatever the tokens are: single letters or words with their space."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from vlm_fix.words import content_tokens
+
+    text = " Is the small brown dog running quickly?"
+    vocab = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    merges = []
+    if pieces == "words":
+        for word in text.replace("?", " ?").split():
+            for i in range(1, len(word) + (word != "?")):
+                pair = ("Ġ" + word[: i - 1], word[i - 1 : i]) if i > 1 else ("Ġ", word[0])
+                merges += [pair] if pair not in merges else []
+                vocab.setdefault("".join(pair), len(vocab))
+    core = Tokenizer(models.BPE(vocab, merges))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core)
+    ids = tuple(tokenizer(text)["input_ids"])
+    found = content_tokens(tokenizer, ids)
+    kept = "".join(tokenizer.decode([i]) for i, content in zip(ids, found, strict=True) if content)
+    assert kept.split() == ["small", "brown", "dog", "running", "quickly"] or kept == "smallbrowndogrunningquickly"
+    assert len(ids) == (len(text) if pieces == "bytes" else 8)
+
+
+def test_content_words_say_what_they_need(models, monkeypatch):
+    import nltk
+
+    from vlm_fix import words
+
+    model, inputs = models["llava"], single("llava", [1], 0)
+    with (
+        vlm_fix.wrapped(model, "gift:pos=content"),
+        pytest.raises(vlm_fix.VlmFixError, match="need the model's tokenizer"),
+    ):
+        greedy(model, inputs)
+
+    def missing(tokens):
+        raise LookupError
+
+    class Letters:
+        def decode(self, ids, **options):
+            return "".join(map(chr, ids))
+
+    monkeypatch.setattr(nltk, "pos_tag", missing)
+    with pytest.raises(vlm_fix.VlmFixError, match=r"nltk\.downloader averaged_perceptron_tagger_eng"):
+        words.content_tokens(Letters(), (68, 111, 103))
+
+
+# ---- the official code's faults ----------------------------------------------------------------------------------------
+
+
+def test_official_var_leak(family, model):
+    """VAR's official code keeps the sinks of the first sample for later ones; here the second sees its own only."""
+    from vlm_fix.methods.var import VAR
+
+    spec = "var:tau=2.2,min_visual_mass=0.1,rho=0.2,layers=1-3"
+    first, second = single(family, [2], 0, seed=1), single(family, [1], 0, seed=2)
+    with vlm_fix.wrapped(model, spec):
+        alone, sinks = greedy(model, second)[1], {}
+
+        def note(self, x, layer, session, original=VAR.watch):
+            original(self, x, layer, session)
+            sinks.setdefault(id(session), {})[layer] = session.state(self)[layer].clone()
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(VAR, "watch", note)
+            greedy(model, first)
+            after = greedy(model, second)[1]
+        old, new = sinks.values()
+        width = second["input_ids"].shape[1]
+        assert any(not torch.equal(old[i][:, :width], new[i][:, :width]) for i in new), (
+            "the samples must differ in sinks"
+        )
+
+        def leak(self, a, rows, original=VAR.weights):
+            rows.state[rows.layer] = old[rows.layer][:, :width]
+            return original(self, a, rows)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(VAR, "weights", leak)
+            assert not torch.equal(greedy(model, second)[1], alone), "a leak must be visible here"
+    assert torch.equal(after, alone)
+
+
+def test_act_calibrates_heads(model, family):
+    """The sweep keeps the heads that, alone, answer more samples right: here against the sweep by hand."""
+    from vlm_fix.calibration import Sample, answer_scores
+
+    samples = [
+        Sample(single(family, [1, 1], row, seed=seed), 5 + seed, 40 + seed) for seed in range(4) for row in (0, 1)
+    ]
+    seen, spec = [], "act:threshold=0.03,beta=0,layers=1-2"
+    found = vlm_fix.parse_spec(spec).calibrate(model, samples, 0, lambda what, share: seen.append(what))["head_list"]
+    before, better = int((answer_scores(model, samples).diff(dim=1) < 0).sum()), []
+    for name in [f"{layer}.{head}" for layer in (1, 2) for head in range(4)]:
+        with vlm_fix.wrapped(model, f"{spec},head_list={name}"):
+            better += [name] if int((answer_scores(model, samples).diff(dim=1) < 0).sum()) > before else []
+    assert found == tuple(better) and len(seen) == 8
+
+
+def test_refusals(models):
+    for spec, message in {
+        "act:head_list=9.0": "layer.head",
+        "act:head_list=1": "layer.head",
+        "paint:local_layer=9": "full-attention layer",
+        "paint:alpha=-1": "at least 0",
+        "act:sinks=none": "mass, secondary",
+    }.items():
+        with pytest.raises(vlm_fix.VlmFixError, match=message):
+            vlm_fix.wrap(models["llava"], spec)
+    with (
+        vlm_fix.wrapped(models["llava"], "act:sinks=secondary,life=3"),
+        pytest.raises(vlm_fix.VlmFixError, match="two numbers"),
+    ):
+        greedy(models["llava"], single("llava", [1], 0))
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 28, 32, 40])
+def test_defaults_fit_every_depth(models, depth):
+    for model in models.values():
+        arch = replace(vlm_fix.families.arch_of(model), depth=depth)
+        for name in ("tame", "act", "paint"):
+            resolved = vlm_fix.parse_spec(name).resolve(arch)
+            assert resolved.layers and set(resolved.layers) <= set(range(depth)) and not resolved.neutral
+            assert vlm_fix.parse_spec(resolved.spec()) == replace(resolved, layers="|".join(map(str, resolved.layers)))
 
 
 NEUTRAL = ["tame:gamma=0", "act:beta=1", "act:threshold=1", "paint:alpha=0,beta=0", "cca:positions=false,mask=false"]

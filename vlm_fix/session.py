@@ -130,10 +130,9 @@ class Session:
         ids = self.call.inputs["input_ids"]
         image = torch.isin(ids, tokens.to(ids.device))
         assert self.types is not None
-        times = self.types.shape[0] // len(ids)
-        count = int(image.sum())
+        count, times = int(image.sum()), self.types.shape[0] // len(ids)
         if len(values) == times * count != count:  # generate before transformers 5.18 runs the tower once per beam
-            image, times = image.repeat_interleave(times, dim=0), 1
+            image = image.repeat_interleave(times, dim=0)
         elif len(values) != count:
             raise VlmFixError(
                 f"the prompt holds {count} image tokens, but the vision tower made {len(values)}; pass pixel_values of "
@@ -142,8 +141,13 @@ class Session:
         full = torch.zeros(image.shape, dtype=values.dtype, device=ids.device).masked_scatter(
             image, values.to(ids.device)
         )
-        full = full.repeat_interleave(times, dim=0)
-        full = full.gather(1, self.kept.index) if self.kept else full
+        return self.on_columns(full)
+
+    def on_columns(self, full: torch.Tensor) -> torch.Tensor:
+        """[prompts, L] over the prompts as the user gave them -> [B, n]: repeated for beams, without pruned columns."""
+        assert self.types is not None
+        full = full.repeat_interleave(self.types.shape[0] // len(full), dim=0)
+        full = full.gather(1, self.kept.index.to(full.device)) if self.kept else full
         return pad_to(full[:, : self.types.shape[1]], self.types.shape[1])
 
     def take(self, rows: torch.Tensor) -> Session:
