@@ -12,9 +12,10 @@ import torch
 from vlm_fix import HiddenEdit, VlmFixError, param
 from vlm_fix.calibration import LastRow, Sample, batches, hooked
 from vlm_fix.families import Arch, family_of, get_part
+from vlm_fix.hidden import writers
 from vlm_fix.session import Rows, Session
 
-PARTS = {"rr_attention": "self_attn", "rr_mlp": "mlp"}
+PARTS = {"rr_attention": "attention_output", "rr_mlp": "mlp_output"}
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ class IRI(HiddenEdit):
             lost += float((clean[rows, target] - corrupt)[right].sum())
             used += int(right.sum())
             for name, i in gain:
-                with hooked([_patch(getattr(layers[i], PARTS[name]), kept[name, i])]):
+                with hooked([_patch(writers(layers[i])[PARTS[name]], kept[name, i])]):
                     patched = corrupt_run.logits().cpu().softmax(-1)[rows, target]
                 gain[name, i] += float((patched - corrupt)[right].sum())
             done += len(part)
@@ -132,7 +133,7 @@ def _last_row_outputs(model: Any, layers: Any, inputs: dict[str, torch.Tensor]) 
     def keep(key: Any, module: Any, args: Any, output: Any) -> None:
         kept[key] = (output[0] if isinstance(output, tuple) else output)[:, -1].clone()
 
-    spots = [(name, i, getattr(layer, part)) for i, layer in enumerate(layers) for name, part in PARTS.items()]
+    spots = [(name, i, writers(layer)[part]) for i, layer in enumerate(layers) for name, part in PARTS.items()]
     with hooked([m.register_forward_hook(functools.partial(keep, (name, i))) for name, i, m in spots]):
         return run.logits().cpu().softmax(-1), kept
 

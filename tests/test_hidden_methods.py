@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar
 
+import families
 import pytest
 import reference as ref
 import torch
@@ -212,6 +213,7 @@ def answer_by_hand(twin, inputs, patch=None):
 
 def test_fcct_equals_reference(family, model):
     samples = labelled(family, (1, 2, 1))
+    greedy(model, samples[0].inputs, 1)  # transformers adds hooks of its own at the first call
     order = sorted(range(3), key=lambda i: samples[i].inputs["input_ids"].shape[1])
     twin = ref.double(model)
     clean = [answer_by_hand(twin, s.inputs) for s in samples]
@@ -248,6 +250,44 @@ def test_fcct_without_usable_questions(models):
     samples = labelled("llava")
     with pytest.raises(vlm_fix.VlmFixError, match="no question was answered right and then unsettled"):
         vlm_fix.parse_spec("iri:noise=0").calibrate(models["llava"], samples, 0, lambda *_: None)
+
+
+# ---- every family ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", families.TINY)
+def test_last_row_again_and_edits_in_every_family(name):
+    """LastRow under a hook gives what whole forwards of single prompts give; IRI's batch gives what its rows give."""
+    from vlm_fix.calibration import LastRow, Sample, batches
+    from vlm_fix.hidden import writers
+
+    model, images = families.build(name), [1, 2, 1]
+    singles = [families.prompt(name, images, rows=[row]) for row in range(3)]
+    layer = model.get_submodule(vlm_fix.families.family_of(model).language).layers[1]
+
+    def half(module, args, output):
+        x = (output[0] if isinstance(output, tuple) else output).clone()
+        x[:, -1] /= 2
+        return (x, *output[1:]) if isinstance(output, tuple) else x
+
+    seen = []
+    for part, inputs in batches([Sample(s, 5, 6) for s in singles], 2, 91):
+        run, seen = LastRow(model, inputs), seen + part
+        plain = run.logits()
+        handle = writers(layer)["attention_output"].register_forward_hook(half)
+        halved = run.logits()
+        with torch.no_grad():
+            expected = [model(**singles[i]).logits[0, -1] for i in part]
+        handle.remove()
+        assert float((plain - halved).abs().max()) > 1e-3
+        assert all(float((a - b).abs().max()) < 2e-4 for a, b in zip(halved, expected, strict=True))
+    assert sorted(seen) == [0, 1, 2]
+    with vlm_fix.wrapped(model, IRI):
+        tokens, logits, _ = greedy(model, families.prompt(name, images), 4)
+        for row in range(3):
+            t, l, _ = greedy(model, singles[row], 4)
+            assert torch.equal(t[0], tokens[row]) and float((l[0] - logits[row]).abs().max()) < 2e-4
+    assert float((greedy(model, families.prompt(name, images), 4)[1] - logits).abs().max()) > 1e-3
 
 
 # ---- head pursuit -------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -44,19 +45,34 @@ def collate(samples: Sequence[Sample], pad_id: int = 0) -> dict[str, Tensor]:
     width = max(s.inputs["input_ids"].shape[1] for s in samples)
     for key in samples[0].inputs:
         rows = [s.inputs[key] for s in samples]
-        if all(r.shape == s.inputs["input_ids"].shape for r, s in zip(rows, samples, strict=True)):
+        if _along_prompt(samples[0], key):
             fill = pad_id if key == "input_ids" else 0
             rows = [pad(r, (width - r.shape[1], 0), value=fill) for r in rows]
         batch[key] = torch.cat(rows)
     return batch
 
 
+def _along_prompt(sample: Sample, key: str) -> bool:
+    return sample.inputs[key].shape == sample.inputs["input_ids"].shape
+
+
 def batches(samples: Sequence[Sample], size: int, pad_id: int = 0) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
-    """(indices of the samples, their collated inputs) in batches of similar length."""
-    order = sorted(range(len(samples)), key=lambda i: samples[i].inputs["input_ids"].shape[1])
-    for start in range(0, len(order), size):
-        part = order[start : start + size]
-        yield part, collate([samples[i] for i in part], pad_id)
+    """(indices of the samples, their collated inputs) in batches of similar length.
+
+    Images of other sizes (more tiles, for one) cannot be in one tensor and come in batches of their own.
+    """
+
+    def shapes(s: Sample) -> tuple[Any, ...]:
+        return tuple((k, tuple(v.shape[1:])) for k, v in sorted(s.inputs.items()) if not _along_prompt(s, k))
+
+    def order(i: int) -> tuple[Any, ...]:
+        return shapes(samples[i]), samples[i].inputs["input_ids"].shape[1]
+
+    for _, group in itertools.groupby(sorted(range(len(samples)), key=order), key=lambda i: shapes(samples[i])):
+        same = list(group)
+        for start in range(0, len(same), size):
+            part = same[start : start + size]
+            yield part, collate([samples[i] for i in part], pad_id)
 
 
 @torch.no_grad()
@@ -91,25 +107,33 @@ def sureness(scores: Tensor) -> float:
 class LastRow:
     """A batch of prompts whose last row can be run again and again under the caller's hooks, at a decode step's cost.
 
-    What only the last row computes can be changed there exactly: everything before it is in the cache. `inputs` is what
-    `collate` makes; `logits()` is [B, V] float32.
+    What only the last row computes can be changed there exactly: everything before it is in the cache (a prompt that is
+    not causal is run whole, so hooks must write to row -1 only). `inputs` is what `collate` makes.
     """
 
     def __init__(self, model: Any, inputs: dict[str, Tensor]):
-        self.model, self.mask = model, inputs["attention_mask"]
-        positions, _ = prompt_positions(model, family_of(model), inputs)
-        self.positions, self.token = positions[..., -1:], inputs["input_ids"][:, -1:]
-        before = {k: v[:, :-1] if v.shape == self.mask.shape else v for k, v in inputs.items()}
-        with torch.no_grad():
-            self.cache = model(**before, position_ids=positions[..., :-1], use_cache=True).past_key_values
+        self.model, self.inputs, family = model, inputs, family_of(model)
+        self.cache = None
+        if family.causal:
+            self.positions, _ = prompt_positions(model, family, inputs)
+            size = inputs["input_ids"].shape
+            before = {k: v[:, :-1] if v.shape == size else v for k, v in inputs.items()}
+            with torch.no_grad():
+                out = model(**before, position_ids=self.positions[..., :-1], use_cache=True)
+            self.cache = out.past_key_values
 
     @torch.no_grad()
     def logits(self) -> Tensor:
-        cache = copy.deepcopy(self.cache)  # sliding-window caches cannot be cropped
-        out = self.model(
-            input_ids=self.token, attention_mask=self.mask, position_ids=self.positions, past_key_values=cache
-        )
-        return out.logits[:, -1].float()
+        """[B, V] float32 logits of the answer's first token."""
+        if self.cache is None:
+            return self.model(**self.inputs).logits[:, -1].float()
+        step = {
+            "input_ids": self.inputs["input_ids"][:, -1:],
+            "attention_mask": self.inputs["attention_mask"],
+            "position_ids": self.positions[..., -1:],
+            "past_key_values": copy.deepcopy(self.cache),  # sliding-window caches cannot be cropped
+        }
+        return self.model(**step).logits[:, -1].float()
 
 
 @contextlib.contextmanager

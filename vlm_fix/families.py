@@ -19,7 +19,8 @@ class Family:
 
     `base` owns get_placeholder_mask and the text model; `encoder` names the way encoder attention is recomputed
     (pruning/encoder.py), None: pruners are refused; `cells` how image tokens lie in the image (see `image_cells`);
-    `mrope` families have 3-D positions made by `base.get_rope_index`; others count positions from `first_position`.
+    `mrope` families have 3-D positions made by `base.get_rope_index`; others count positions from `first_position`. Where
+    the prompt is not `causal`, all its rows see its last one.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Family:
     image_tokens: tuple[str, ...] = ("image_token_id",)
     mrope: bool = False
     first_position: int = 0
+    causal: bool = True
     cells: str = "tiles"
     tested: str = "random weights"
 
@@ -55,7 +57,7 @@ FAMILIES = (
     Family("llava_onevision", ("llava_onevision",), image_tokens=VIDEO, cells="anyres"),
     Family("internvl", ("internvl",)),
     Family("gemma3", ("gemma3",)),
-    Family("paligemma", ("paligemma",), first_position=1),
+    Family("paligemma", ("paligemma",), first_position=1, causal=False),
     Family("idefics3", ("idefics3",), language="model.text_model", vision="model.vision_model"),
     Family("smolvlm", ("smolvlm",), language="model.text_model", vision="model.vision_model"),
     Family("mistral3", ("mistral3",), cells="sizes"),

@@ -13,17 +13,25 @@ from .session import Rows, Session
 if TYPE_CHECKING:
     from .engine import Engine
 
-WHERE = {"attention_output": "self_attn", "mlp_output": "mlp", "layer_output": ""}
+
+def writers(layer: Any) -> dict[str, Any]:
+    """The modules whose outputs a decoder layer adds to the residual stream (its last norm, where it has one), and itself."""
+    if hasattr(layer, "pre_feedforward_layernorm"):  # Gemma 3
+        attention, mlp = layer.post_attention_layernorm, layer.post_feedforward_layernorm
+    elif hasattr(layer, "post_self_attn_layernorm"):  # GLM-4V
+        attention, mlp = layer.post_self_attn_layernorm, layer.post_mlp_layernorm
+    else:
+        attention, mlp = layer.self_attn, layer.mlp
+    return {"attention_output": attention, "mlp_output": mlp, "layer_output": layer}
 
 
 def install(engine: Engine) -> list[Any]:
     """Register the hooks that the engine's active edits need; -> their handles."""
     handles = []
     for i, layer in enumerate(engine.language.layers):
-        for what, part in WHERE.items():
+        for what, module in writers(layer).items():
             edits = [e for e in engine.hidden if i in (e.layers or ()) and e.edits(what)]
             if edits:
-                module = getattr(layer, part) if part else layer
                 hook = functools.partial(_edit, engine, edits, what, i)
                 handles.append(module.register_forward_hook(hook))
     return handles

@@ -270,7 +270,7 @@ class HiddenEdit(Method):
     """Changes what a layer writes to the residual stream, on the rows named by `rows` (see AttentionEdit), in `layers`.
 
     Overwrite what you need; each gets and returns float32 [B, R, C] for R edited rows:
-      attention_output(x, rows) -> what self-attention adds (after o_proj)
+      attention_output(x, rows) -> what self-attention adds (after o_proj, and after the norm that some models put there)
       mlp_output(x, rows)       -> what the MLP adds
       layer_output(x, rows)     -> the residual stream after the layer
     """
