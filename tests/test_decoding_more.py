@@ -411,3 +411,146 @@ def test_seeing_changes_nothing(family, model):
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     assert sorted(NOTED) == [0, 1, 2, 3] and all(len(v) == STEPS for v in NOTED.values())
     assert all(error(a, torch.ones_like(a)) < 1e-5 for v in NOTED.values() for a in v)
+
+
+# ---- edits of the next token --------------------------------------------------------------------------------------------
+
+EDITS = [
+    "dagcd:alpha=6",
+    "dagcd:alpha=3,heads_used=3,top_rank=40,context=text,layers=1-3",
+    "dagcd:alpha=6,end_tokens=69|32",
+    "yes_threshold:yes=3|69|32,no=20|52,mass=0.02,margin=0.9",
+    "yes_threshold:yes=5,no=69|32,mass=0.01,margin=0.001",
+]
+
+
+@dataclass
+class Everything(Recorder):
+    def weight(self, a, layer, head, row):
+        self.seen[layer, row, head] = a.clone()
+        return a
+
+
+def edited(twin, spec, inputs, tokens):
+    """Scores [T, V] by the formulas, with the whole answer recomputed without a cache."""
+    m, ids, start = vlm_fix.parse_spec(spec), inputs["input_ids"][0].tolist(), inputs["input_ids"].shape[1]
+    visual = ref.visual_columns(inputs["input_ids"])
+    layers = list(vlm_fix.method.parse_layers(getattr(m, "layers", None), 4, ""))
+    run = Everything(visual, start, layers)
+    z = ref.teacher_forced(twin, run, inputs, tokens[:-1]).log_softmax(-1)
+    if m.name == "yes_threshold":
+        p = z[0].exp().tolist()
+        yes, no = sum(p[i] for i in m.yes), sum(p[i] for i in m.no)
+        if yes + no > m.mass and abs(yes - no) < m.margin:
+            z[0] = -torch.inf
+            z[0, max(m.yes, key=lambda i: p[i])] = 0
+        return z
+    context = [j for j in range(start) if j not in visual and (m.context == "text" or j > max(visual))]
+    heads = [(layer, h) for layer in layers for h in range(4)]
+    heads.sort(key=lambda lh: -sum(float(run.seen[lh[0], start - 1, lh[1]][j]) for j in context))
+    words = sorted({ids[j] for j in context})
+    for t in range(len(tokens)):
+        p, used = z[t].exp().tolist(), dict.fromkeys(words, 0.0)
+        if m.end_tokens and p.index(max(p)) in m.end_tokens:
+            continue
+        for layer, h in heads[: m.heads_used]:
+            a = run.seen[layer, start - 1 + t, h]
+            mean = {}
+            for v in words:
+                at = [float(a[j]) for j in context if ids[j] == v]
+                mean[v] = sum(at) / len(at)
+            for v in words:
+                used[v] += mean[v] / sum(mean.values())
+        used = {v: u for v, u in used.items() if sum(q > p[v] for q in p) < m.top_rank}
+        entropy = -sum(q * torch.tensor(q).double().log().item() for q in p if q > 0)
+        weight = m.alpha * entropy / torch.tensor(float(len(p))).double().log().item()
+        for v, u in used.items():
+            z[t, v] = torch.tensor(p[v] + weight * u / sum(used.values())).double().log()
+    return z.log_softmax(-1)
+
+
+@pytest.mark.parametrize("spec", EDITS)
+def test_logit_edit_equals_reference(family, model, spec):
+    inputs, twin = single(family, [1, 2], 1), ref.double(model)
+    with vlm_fix.wrapped(model, spec):
+        tokens, _, scores = greedy(model, inputs, suppress_tokens=None)
+    theirs = edited(twin, spec, inputs, tokens[0])
+    plain = ref.teacher_forced(twin, None, inputs, tokens[0, :-1]).log_softmax(-1)
+    cut = torch.isinf(theirs)
+    assert torch.equal(torch.isinf(scores[0]), cut)
+    assert error(scores[0][~cut], theirs[~cut]) < 1e-5
+    assert torch.equal(tokens[0], theirs.argmax(-1))
+    changed = (theirs.exp() - plain.exp()).abs().amax(-1) > 1e-2
+    assert changed.any() == ("margin=0.001" not in spec)
+    assert "end_tokens" not in spec or not changed.all()
+
+
+@pytest.mark.parametrize("spec", [EDITS[0], EDITS[3]])
+def test_logit_edit_in_every_mode(family, model, spec):
+    """A left-padded batch, beams, drafted tokens, a static cache and seeded samples; beside other methods."""
+    images, how = [1, 2, 1], {"max_new_tokens": 5, "do_sample": False}
+    twin = ref.double(model)
+    with vlm_fix.wrapped(model, spec):
+        together = model.generate(**make_inputs(family, images), **how)[:, -5:]
+        beams = model.generate(**make_inputs(family, images), num_beams=3, **how)[:, -5:]
+        for row in range(3):
+            inputs = single(family, images, row)
+            plain = model.generate(**inputs, **how)
+            assert torch.equal(plain[0, -5:], together[row])
+            for option in ({"prompt_lookup_num_tokens": 2}, {"cache_implementation": "static"}):
+                assert torch.equal(plain, model.generate(**inputs, **how, **option))
+            out = model.generate(**inputs, num_beams=3, length_penalty=0.0, return_dict_in_generate=True,
+                                 output_scores=True, **how)  # fmt: skip
+            assert torch.equal(out.sequences[0, -5:], beams[row])
+        theirs = edited(twin, spec, inputs, out.sequences[0, -5:])
+        total = float(theirs.gather(1, out.sequences[0, -5:, None]).sum())
+        assert abs(total - float(out.sequences_scores[0])) < 1e-4
+        runs = []
+        for _ in range(2):
+            torch.manual_seed(5)
+            runs.append(model.generate(**inputs, max_new_tokens=5, do_sample=True, num_return_sequences=3))
+        assert torch.equal(*runs)
+    stack = ["hiprune:keep=4", "pai:alpha=0.3", "vcd:beta=0.01", spec]
+    with vlm_fix.wrapped(model, stack):
+        together = greedy(model, make_inputs(family, images))[0]
+        for row in range(3):
+            assert torch.equal(greedy(model, single(family, images, row))[0][0], together[row])
+
+
+@pytest.mark.parametrize("spec", ["dagcd:alpha=0", "yes_threshold:margin=0"])
+def test_logit_edit_neutral_is_bit_identical(family, model, spec):
+    inputs = make_inputs(family, [1, 2, 0])
+    before = greedy(model, inputs)
+    with vlm_fix.wrapped(model, spec):
+        after = greedy(model, inputs)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_yes_threshold_reads_the_tokenizer(family, model, monkeypatch):
+    from pathlib import Path
+
+    inputs = single(family, [1, 2], 0)
+    monkeypatch.setattr(model.config, "_name_or_path", "/nowhere")
+    with vlm_fix.wrapped(model, "yes_threshold"), pytest.raises(vlm_fix.VlmFixError, match="yes_threshold:yes="):
+        model.generate(**inputs, max_new_tokens=2)
+    monkeypatch.setattr(model.config, "_name_or_path", str(Path(__file__).parent.parent / "eval/picto/picto-llava"))
+    from vlm_fix.methods.yes_threshold import spellings
+
+    assert spellings(model, "Yes") == (247,) and spellings(model, "No") == (142,)
+    with pytest.raises(vlm_fix.VlmFixError, match="no token for 'Zyzzyva'"):
+        spellings(model, "Zyzzyva")
+
+
+def test_worked_examples_by_hand():
+    """p = (.4, .3, .2, .1): numbers that can be checked on paper."""
+    l = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
+    rule = vlm_fix.parse_spec("yes_threshold")
+    assert rule.forced(l, (1,), (0,)).exp().tolist() == [[0, 1, 0, 0]]  # .7 > .2 and .1 < .5
+    assert torch.equal(vlm_fix.parse_spec("yes_threshold:mass=0.8").forced(l, (1,), (0,)), l)
+    assert torch.equal(vlm_fix.parse_spec("yes_threshold:margin=0.05").forced(l, (1,), (0,)), l)
+    # context 1 1 3 2 of which 2 is too unlikely; means .2 .1 .1 -> 2/4 1/4 1/4 -> 2/3 and 1/3 for tokens 1 and 2
+    weights = torch.tensor([[[0.3, 0.1, 0.1, 0.1]]])
+    ids, inside = torch.tensor([[1, 1, 3, 2]]), torch.ones(1, 4, dtype=torch.bool)
+    entropy = -float((l.exp() * l).sum() / torch.log(torch.tensor(4.0)))
+    p = vlm_fix.parse_spec("dagcd:alpha=1,top_rank=3").guided(l, weights, ids, inside).exp()[0].tolist()
+    assert p == pytest.approx([0.4, 0.3 + entropy * 2 / 3, 0.2 + entropy / 3, 0.1], rel=1e-5)

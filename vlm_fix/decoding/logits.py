@@ -16,7 +16,7 @@ from transformers import LogitsProcessor
 
 from ..families import image_token_ids
 from ..method import LogitEdit
-from ..session import Call
+from ..session import Call, Session
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,11 @@ class Step:
     def index(self) -> int:
         """Number of generated tokens."""
         return self.generated.shape[1]
+
+    @property
+    def session(self) -> Session | None:
+        """The main branch's session, with what an edit that is an AttentionEdit too has seen; None before the prompt."""
+        return self.processor.engine.main
 
     def seeds(self, seed: int) -> list[int]:
         """One per row, from `seed`, the row's images and tokens: the same whatever else is in the batch."""

@@ -74,7 +74,7 @@ class Search:
         """Answers [t_b], one for each prompt -> what generate returns; `more` are further fields of its output class."""
         width = max(len(a) for a in answers)
         rows = [torch.nn.functional.pad(a, (0, width - len(a)), value=self.pad) for a in answers]
-        sequences = torch.cat([self.prompt, torch.stack(rows)], dim=1)
+        sequences: Any = torch.cat([self.prompt, torch.stack(rows)], dim=1)
         if not self.config.return_dict_in_generate:
             return sequences
         kind = GenerateBeamDecoderOnlyOutput if "sequences_scores" in more else GenerateDecoderOnlyOutput
