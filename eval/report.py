@@ -243,13 +243,18 @@ def _delta(delta: Mapping[str, Any], name: str) -> str:
     return f"{change:+.1f} [{low:.1f}, {high:.1f}]{'*' if delta[name]['excludes_zero'] else ''}"
 
 
-def _changes(scores: Mapping[str, Any]) -> dict[str, str]:
+def _star(delta: Mapping[str, Any], name: str) -> bool:
+    return bool(delta.get(name, {}).get("excludes_zero"))
+
+
+def _changes(scores: Mapping[str, Any]) -> dict[str, Cell]:
     """The cells of CHANGES that this row has; empty for the baseline."""
     counts = {**scores.get("outcomes", {}), **scores.get("transitions", {})}
-    cells = {name: f"{n:.2g}" if name == "p" else str(n) for name, n in counts.items()}
     equal = scores.get("equal_length", {})
-    return cells | {
-        name: f"{100 * equal[name]['method']:.1f} ({_delta(equal, name)})" for name in CHANGES if name in equal
+    return {name: Cell(f"{n:.2g}" if name == "p" else str(n)) for name, n in counts.items()} | {
+        name: Cell(f"{100 * equal[name]['method']:.1f}", _delta(equal, name), _star(equal, name))
+        for name in CHANGES
+        if name in equal
     }
 
 
@@ -277,52 +282,83 @@ STAR = (
 )
 
 
-def tables(results: Mapping[str, Any]) -> Group:
-    """The tables for the terminal, 100 columns at most."""
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """A value, its change against the baseline with interval (or ""), and whether the interval excludes 0."""
+
+    text: str
+    change: str = ""
+    star: bool = False
+
+    def __str__(self) -> str:
+        return self.text + (f" ({self.change})" if self.change else "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """A table before it has a form: rows are (split or "", run, cells); `heads` are those of the cells."""
+
+    caption: str
+    heads: tuple[str, ...]
+    rows: tuple[tuple[str, str, tuple[Cell, ...]], ...]
+
+
+def grids(results: Mapping[str, Any]) -> list[Grid]:
+    """Per benchmark its scores and what changed against the baseline; then the speed of all runs."""
     captions, made = _captions(results), []
     for benchmark in results["settings"]["data"]:
-        columns, rows = LAYOUTS[benchmark].columns, list(_scores(results, benchmark))
-        several = len({split for split, _, _ in rows}) > 1
-        changes = [name for name in CHANGES if any(name in _changes(scores) for _, _, scores in rows)]
-        table = _table(captions[benchmark])
-        changed = _table(f"{benchmark.upper()}, what changed against the baseline")
-        for each, titles in ((table, columns.values()), (changed, [CHANGES[name] for name in changes])):
-            each.add_column("method", min_width=12, overflow="fold")
-            for title in titles:
-                each.add_column(title)
-        last = None
-        for split, run, scores in rows:
-            if split != last and several:
-                for each in (table, changed):
-                    each.add_section()
-                    each.add_row(f"[bold]{split}[/bold]")
+        layout, found = LAYOUTS[benchmark], list(_scores(results, benchmark))
+        several = len({split for split, _, _ in found}) > 1
+        rows, changed = [], []
+        for split, run, scores in found:
+            cells = tuple(
+                Cell(_value(name, scores), _delta(scores["delta"], name), _star(scores["delta"], name))
+                for name in layout.columns
+            )
+            rows.append((split if several else "", run, cells))
+            if changes := _changes(scores):
+                changed.append((split if several else "", run, changes))
+        made.append(Grid(captions[benchmark], tuple(layout.columns.values()), tuple(rows)))
+        names = [name for name in CHANGES if any(name in changes for _, _, changes in changed)]
+        if names:
+            filled = tuple((s, run, tuple(c.get(name, Cell("")) for name in names)) for s, run, c in changed)
+            title = f"{benchmark.upper()}, what changed against the baseline"
+            made.append(Grid(title, tuple(CHANGES[name] for name in names), filled))
+    speeds = tuple(("", run, tuple(_speed_cells(results, each))) for run, each in results["speed"].items())
+    units = ("tok/s", "first token s", "peak MB")
+    heads = tuple(f"{b.upper()}\n{unit}" for b in results["settings"]["data"] for unit in units)
+    return [*made, Grid(captions["speed"], heads, speeds)]
+
+
+def tables(results: Mapping[str, Any]) -> Group:
+    """The tables for the terminal, 100 columns at most."""
+    made = []
+    for grid in grids(results):
+        table = _table(grid.caption)
+        table.add_column("method", min_width=12, overflow="fold")
+        for head in grid.heads:
+            table.add_column(head, min_width=max(map(len, head.split("\n"))) if "\n" in head else None)
+        last = ""
+        for split, run, cells in grid.rows:
+            if split != last:
+                table.add_section()
+                table.add_row(f"[bold]{split}[/bold]")
             last = split
-            cells = []
-            for name in columns:
-                delta = escape(_delta(scores["delta"], name))
-                star = scores["delta"].get(name, {}).get("excludes_zero")
-                style = "bold" if star else "dim"
-                cells.append(_value(name, scores) + (f"\n[{style}]{delta}[/{style}]" if delta else ""))
-            table.add_row(escape(run), *cells)
-            if cells_changed := _changes(scores):
-                changed.add_row(escape(run), *(escape(cells_changed.get(name, "")) for name in changes))
-        made += [table, changed] if changes else [table]
-    table = _table(captions["speed"])
-    table.add_column("method", min_width=12, overflow="fold")
-    heads = [(b, title) for b in results["settings"]["data"] for title in ("tok/s", "first token s", "peak MB")]
-    for benchmark, title in heads:
-        table.add_column(f"{benchmark.upper()}\n{title}", justify="right", no_wrap=True)
-    for run, speeds in results["speed"].items():
-        table.add_row(escape(run), *_speed_cells(results, speeds))
-    return Group(*made, table)
+            shown = []
+            for cell in cells:
+                style = "bold" if cell.star else "dim"
+                shown.append(escape(cell.text) + (f"\n[{style}]{escape(cell.change)}[/{style}]" if cell.change else ""))
+            table.add_row(escape(run), *shown)
+        made.append(table)
+    return Group(*made)
 
 
-def _speed_cells(results: Mapping[str, Any], speeds: Mapping[str, Any]) -> list[str]:
+def _speed_cells(results: Mapping[str, Any], speeds: Mapping[str, Any]) -> list[Cell]:
     cells = []
     for benchmark in results["settings"]["data"]:
         speed = speeds[benchmark]
         for name, form in (("tokens_per_second", ".1f"), ("first_token_seconds", ".3f"), ("peak_mb", ".0f")):
-            cells.append("-" if speed[name] is None else f"{speed[name]:{form}}")
+            cells.append(Cell("-" if speed[name] is None else f"{speed[name]:{form}}"))
     return cells
 
 
@@ -352,35 +388,23 @@ def show(results: Mapping[str, Any], folder: Path) -> None:
 
 def markdown(results: Mapping[str, Any]) -> str:
     """The same tables in Markdown."""
-    captions, lines = _captions(results), []
-    for benchmark in results["settings"]["data"]:
-        columns, rows = LAYOUTS[benchmark].columns, list(_scores(results, benchmark))
-        lead = ["split", "method"] if len({split for split, _, _ in rows}) > 1 else ["method"]
-        changes = [name for name in CHANGES if any(name in _changes(scores) for _, _, scores in rows)]
-        lines += [captions[benchmark] + ".", "", *_head([*lead, *columns.values()], len(lead))]
-        changed = _head([*lead, *(CHANGES[name].replace(">", "→") for name in changes)], len(lead)) if changes else []
-        for split, run, scores in rows:
-            start = [*([split] if "split" in lead else []), f"`{run}`"]
-            cells = []
-            for name in columns:
-                delta = _delta(scores["delta"], name).replace("*", "\\*")
-                cells.append(_value(name, scores) + (f" ({delta})" if delta else ""))
-            lines.append("| " + " | ".join([*start, *cells]) + " |")
-            if cells_changed := _changes(scores):
-                moved = [cells_changed.get(name, "").replace("*", "\\*") for name in changes]
-                changed.append("| " + " | ".join([*start, *moved]) + " |")
-        lines += ["", *changed, *([""] if changed else [])]
-    heads = [f"{b.upper()} {t}" for b in results["settings"]["data"] for t in ("tok/s", "first token s", "peak MB")]
-    lines += [captions["speed"] + ".", "", *_head(["method", *heads], 1)]
-    for run, speeds in results["speed"].items():
-        lines.append("| " + " | ".join([f"`{run}`", *_speed_cells(results, speeds)]) + " |")
-    lines += ["", *(f"`{run}`: {note}\n" for run, note in _notes(results))]
+    lines = []
+    for grid in grids(results):
+        several = any(split for split, _, _ in grid.rows)
+        lead = ["split", "method"] if several else ["method"]
+        heads = [*lead, *(head.replace(">", "→").replace("\n", " ") for head in grid.heads)]
+        lines += [f"{grid.caption}.", "", _line(heads), _line(["---"] * len(lead) + ["---:"] * len(grid.heads))]
+        for split, run, cells in grid.rows:
+            lines.append(
+                _line([*([split] if several else []), f"`{run}`", *(str(c).replace("*", "\\*") for c in cells)])
+            )
+        lines.append("")
+    lines += [f"`{run}`: {note}\n" for run, note in _notes(results)]
     return "\n".join([*lines, STAR.replace("below each value", "in brackets").replace("*", "\\*"), ""])
 
 
-def _head(titles: Sequence[str], text_columns: int) -> list[str]:
-    rule = ["---"] * text_columns + ["---:"] * (len(titles) - text_columns)
-    return ["| " + " | ".join(titles) + " |", "| " + " | ".join(rule) + " |"]
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
 
 
 def write(results: Mapping[str, Any], folder: Path) -> None:
@@ -390,22 +414,27 @@ def write(results: Mapping[str, Any], folder: Path) -> None:
 
 
 def figure(results: Mapping[str, Any], path: Path) -> None:
-    """figure.png: POPE accuracy against the baseline per split, and CHAIR_i over recall, with 95 % intervals."""
+    """figure.png: differences per split with 95 % intervals and McNemar's p, and for captions CHAIR_i over recall."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     runs = list(results["runs"])
-    looks = {run: (COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]) for i, run in enumerate(runs)}
-    panels = [benchmark for benchmark in ("pope", "chair") if benchmark in results["settings"]["data"]]
+    looks = {
+        run: (COLOURS[i % len(COLOURS)], MARKERS[(i + i // len(COLOURS)) % len(MARKERS)]) for i, run in enumerate(runs)
+    }
+    panels = list(results["settings"]["data"])
     style: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
     with plt.rc_context(style):
         drawn, axes = plt.subplots(
             1, len(panels), figsize=(5.2 * len(panels), 3.9), layout="constrained", squeeze=False
         )
         for panel, ax in zip(panels, axes[0], strict=True):
-            (_pope_panel if panel == "pope" else _chair_panel)(ax, results, looks)
+            if panel == "chair":
+                _chair_panel(ax, results, looks)
+            else:
+                _delta_panel(ax, results, looks, panel)
         handles = [
             plt.Line2D(
                 [], [], color=colour, marker=marker, linestyle="", label=run if len(run) < 40 else run[:39] + "…"
@@ -419,29 +448,33 @@ def figure(results: Mapping[str, Any], path: Path) -> None:
         plt.close(drawn)
 
 
-def _pope_panel(ax: Any, results: Mapping[str, Any], looks: Mapping[str, tuple[str, str]]) -> None:
-    """Splits on the vertical axis, one row per method, difference in accuracy to the right."""
-    rows = list(_scores(results, "pope"))
+def _delta_panel(ax: Any, results: Mapping[str, Any], looks: Mapping[str, tuple[str, str]], benchmark: str) -> None:
+    """Splits on the vertical axis, one row per method, difference of the first compared metric to the right."""
+    layout, rows = LAYOUTS[benchmark], list(_scores(results, benchmark))
+    name = layout.compared[0]
     splits = list(dict.fromkeys(split for split, _, _ in rows))
     methods = list(looks)[1:]
     step = 0.7 / max(len(methods), 1)
     for split, run, scores in rows:
-        if "accuracy" not in scores["delta"]:
+        if name not in scores["delta"]:
             continue
-        change, low, high = (100 * scores["delta"]["accuracy"][key] for key in ("delta", "low", "high"))
+        change, low, high = (100 * scores["delta"][name][key] for key in ("delta", "low", "high"))
         y = splits.index(split) + (methods.index(run) - (len(methods) - 1) / 2) * step
         colour, marker = looks[run]
-        face = colour if scores["delta"]["accuracy"]["excludes_zero"] else "white"
+        face = colour if scores["delta"][name]["excludes_zero"] else "white"
         bars = [[change - low], [high - change]]
         ax.errorbar(change, y, xerr=bars, fmt=marker, color=colour, mfc=face, ms=5, lw=1.3, capsize=2)
+        if "outcomes" in scores:
+            p = scores["outcomes"]["p"]
+            ax.text(1.01, y, f"p {p:.2g}", transform=ax.get_yaxis_transform(), size=6, va="center", color=colour)
     baseline = next(iter(looks))
-    base = {split: scores["accuracy"] for split, run, scores in rows if run == baseline}
+    base = {split: scores[name] for split, run, scores in rows if run == baseline}
     ax.set_yticks(range(len(splits)), [f"{s}\n(baseline {100 * base[s]:.1f})" if s in base else s for s in splits])
     ax.set_ylim(len(splits) - 0.5, -0.5)
     for edge in range(1, len(splits)):
         ax.axhline(edge - 0.5, color="#dddddd", lw=0.8, zorder=0)
     ax.axvline(0, color="#777777", lw=1, zorder=0)
-    ax.set_xlabel("POPE accuracy, points above the baseline (right is better)")
+    ax.set_xlabel(f"{benchmark.upper()} {layout.columns.get(name, name)}, points above the baseline; p: McNemar")
 
 
 def _chair_panel(ax: Any, results: Mapping[str, Any], looks: Mapping[str, tuple[str, str]]) -> None:
