@@ -102,7 +102,7 @@ def teacher_forced(twin, run, inputs, generated):
     if "mm_token_type_ids" in full:
         full["mm_token_type_ids"] = (full["input_ids"] == IMAGE).int()
     if "pixel_values" in full:
-        full["pixel_values"] = full["pixel_values"].double()
+        full["pixel_values"] = full["pixel_values"].to(next(twin.parameters()).dtype)
     hooks = []
     for i, layer in enumerate(decoder(twin).layers):
 

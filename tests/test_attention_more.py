@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import tarfile
 from dataclasses import dataclass, field, replace
@@ -10,9 +11,10 @@ from pathlib import Path
 import pytest
 import reference as ref
 import torch
-from conftest import IMAGE, make_inputs, single
+from conftest import BUILD, IMAGE, make_inputs, single
+from test_attention_methods import CASES as OLDER
 from test_attention_methods import GIFT, Matrices
-from test_methods import error, greedy, window_order
+from test_methods import STEPS, error, greedy, window_order
 
 import vlm_fix
 
@@ -33,7 +35,8 @@ class TAME(Matrices):
         for r in range(z.shape[1]):
             queries = sum(self.q[:n]) if r < n else self.q[r]
             keys = sum(self.k[: max(n, r + 1)])
-            z[:, r] *= (1 + self.gamma / math.log(queries)) * (1 + self.gamma / math.log(keys))
+            for trace in (queries, keys):
+                z[:, r] *= 1 + self.gamma / math.log(max(trace, math.e))
 
 
 @dataclass
@@ -92,9 +95,6 @@ class PAINT(Matrices):
             local = set(order[: int(self.share * n)])
             for i in range(n):
                 self.strength[next(columns)] = self.beta if given[i] > bound else self.alpha if i in local else 0.0
-        assert {self.alpha, self.beta, 0.0} == set(self.strength.values()), (
-            "the case must hold all three kinds of token"
-        )
 
     def scores(self, z, layer):
         self.raw = z.clone()
@@ -193,7 +193,65 @@ def test_edit_equals_reference(family, model, spec):
     assert float((expected - plain).abs().max()) > 1e-2, "the edit must matter for this test to mean anything"
     assert getattr(run, "margin", 1.0) > 1e-7, "pick another seed: a gate lies on its threshold"
     assert getattr(run, "hits", 1)
+    if spec.startswith("paint"):
+        assert {run.alpha, run.beta, 0.0} == set(run.strength.values()), "the case must hold all three kinds of token"
     assert error(logits[0], expected) < 1e-5
+
+
+# ---- bf16 --------------------------------------------------------------------------------------------------------------
+
+ONCE = ("zerotuning:rate=0.2", "vaf", "avar", "locore", "hgai", "gift:alpha=3", "ad_hh", "spin:keep=0.8")
+IN_BF16 = {spec: build for spec, build in OLDER.items() if spec.startswith(ONCE)} | {
+    "tame": CASES["tame"],
+    "act:threshold=0.06": CASES["act:threshold=0.06"],
+    "paint:local_share=1": lambda v, n, e: PAINT(v, n, [2, 3], share=1, encoder=e),
+    "paint:local_share=1,head_scale=sensitive": lambda v, n, e: PAINT(v, n, [2, 3], share=1, sensitive=True, encoder=e),
+}
+
+
+@pytest.fixture(scope="module")
+def half():
+    """{family: (bfloat16 model, its float64 twin with the loops)}"""
+    pairs = {}
+    for name, build in BUILD.items():
+        model = build(torch.bfloat16)
+        twin = ref.double(model)
+        twin.set_attn_implementation({"text_config": "matrix_loops"})
+        pairs[name] = model, twin
+    return pairs
+
+
+@pytest.mark.parametrize("spec", IN_BF16)
+def test_bf16_equals_reference(family, half, spec, record_property):
+    """Every step within 3e-2 of the largest logit, or 1.5 times what the same loops are off in bfloat16 themselves.
+
+    A gate close to its threshold may fall either way, in the loops too: where a method has one within the band, steps off
+    by more than 6e-2 are counted as flips, and no more than half of the steps may be.
+    """
+    model, twin = half[family]
+    inputs = single(family, [1, 2], 1, dtype=torch.bfloat16)
+    with vlm_fix.wrapped(model, spec):
+        tokens, logits, _ = greedy(model, inputs, suppress_tokens=[IMAGE])
+    visual, n = ref.visual_columns(inputs["input_ids"]), inputs["input_ids"].shape[1]
+    scores = encoder_scores(family, twin, inputs, LAYERS[family]) if spec.startswith("paint") else None
+
+    def loops(net):
+        run = IN_BF16[spec](visual, n) if spec in OLDER else IN_BF16[spec](visual, n, scores)
+        for _ in range(1 + isinstance(run, GIFT)):  # GIFT: a first pass for the map
+            found = ref.teacher_forced(net, run, inputs, tokens[0, :-1])
+        return found, run
+
+    expected, run = loops(twin)
+    plain = ref.teacher_forced(twin, None, inputs, tokens[0, :-1])
+    eager = copy.deepcopy(model)
+    eager.set_attn_implementation({"text_config": "matrix_loops"})
+    gate, band = getattr(run, "margin", math.inf), 1.0 if spec.startswith("spin") else 2e-2  # SPIN's sums are in tens
+    bound = max(3e-2, 1.5 * error(loops(eager)[0], expected) if gate > band else 6e-2)
+    steps = (logits[0].double() - expected).abs().amax(dim=-1) / expected.abs().max()
+    flips = int((steps > bound).sum())
+    record_property("gate_flips", flips)
+    assert float((expected - plain).abs().max() / expected.abs().max()) > 1e-2
+    assert flips == 0 or (gate <= band and flips <= STEPS // 2)
 
 
 # ---- secondary sinks -----------------------------------------------------------------------------------------------
