@@ -36,6 +36,7 @@ class ACT(AttentionEdit):
 
     name: ClassVar[str] = "act"
     paper: ClassVar[str] = "https://arxiv.org/abs/2406.15765"
+    marks: ClassVar[bool] = True
     needs_image: ClassVar[bool] = False
     idle_reason: ClassVar[str] = "no column but the first was a sink; lower threshold."
 

@@ -32,6 +32,7 @@ class PAINT(AttentionEdit):
 
     name: ClassVar[str] = "paint"
     paper: ClassVar[str] = "https://arxiv.org/abs/2501.12206"
+    marks: ClassVar[bool] = True
 
     alpha: float = param(0.7, "share of |z| added to the scores of local tokens", low=0)
     beta: float = param(0.3, "share of |z| added to the scores of summary tokens", low=0)

@@ -27,6 +27,7 @@ class TAME(AttentionEdit):
 
     name: ClassVar[str] = "tame"
     paper: ClassVar[str] = "https://openreview.net/forum?id=zGb4WgCW5i"
+    marks: ClassVar[bool] = True
     needs_image: ClassVar[bool] = False
 
     gamma: float = param(0.8, "strength: share that 1 / log(trace) adds to the scores, for queries and for keys", low=0)

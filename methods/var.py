@@ -39,6 +39,7 @@ class VAR(AttentionEdit):
 
     name: ClassVar[str] = "var"
     paper: ClassVar[str] = "https://arxiv.org/abs/2503.03321"
+    marks: ClassVar[bool] = True
     idle_reason: ClassVar[str] = "no image token was a sink; lower tau, or give sink_dims or another detector."
 
     sink_dims: tuple[int, ...] | None = param(

@@ -23,22 +23,16 @@ RUN = None  # the Slow pass that is running
 
 
 def masked_columns(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    """The whole L x L matrix; columns that the layer no longer has are masked, its own rows of them see themselves."""
+    """The whole L x L matrix, masked as the running pass says."""
     layer, run = getattr(module, "layer_idx", None), RUN
     groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    z = query @ key.transpose(2, 3) * scaling
-    dead = [j for j in range(z.shape[-1]) if j not in run.alive[layer]]
-    mask = torch.zeros(z.shape[-2:], dtype=torch.bool)
-    mask[:, dead] = True
-    mask[dead, dead] = False
-    z = (z + attention_mask).masked_fill(mask, -torch.inf)
-    run.weights[layer] = z[0].softmax(-1)
+    z = query @ key.repeat_interleave(groups, 1).transpose(2, 3) * scaling + attention_mask
+    z = run.masked(layer, z, key[0], value[0])
     for h in range(z.shape[1] if run.pai and layer >= 2 else 0):
         for r in range(run.last, z.shape[2]):
             for j in (j for image in run.images for j in image if j in run.alive[layer]):
                 z[0, h, r, j] += run.pai * abs(float(z[0, h, r, j]))
-    return (z.softmax(-1) @ value).transpose(1, 2), None
+    return (z.softmax(-1) @ value.repeat_interleave(groups, 1)).transpose(1, 2), None
 
 
 AttentionInterface.register("masked_columns", masked_columns)
@@ -83,6 +77,16 @@ class Slow:
             RUN = None
             for h in hooks:
                 h.remove()
+
+    def masked(self, layer, z, keys, values):
+        """Columns that the layer no longer has are masked; its own rows of them see themselves."""
+        dead = [j for j in range(z.shape[-1]) if j not in self.alive[layer]]
+        mask = torch.zeros(z.shape[-2:], dtype=torch.bool)
+        mask[:, dead] = True
+        mask[dead, dead] = False
+        z = z.masked_fill(mask, -torch.inf)
+        self.weights[layer] = z[0].softmax(-1)
+        return z
 
     def hook(self, i):
         def enter(module, args, kwargs):

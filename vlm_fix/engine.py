@@ -22,6 +22,7 @@ from .errors import VlmFixError
 from .families import Arch, arch_of, get_part, image_token_ids
 from .method import AttentionEdit, Contrast, HiddenEdit, LogitEdit, Method, Procedure, TokenPruner
 from .pruning.after import LayerPruner
+from .pruning.kv import CachePruner
 from .registry import Spec, parse
 from .session import PAD, TEXT, VISUAL, Call, Session
 
@@ -56,6 +57,8 @@ class Engine:
         self.pruner = next((m for m in self.active if isinstance(m, TokenPruner)), None)
         self.procedure = next((m for m in self.active if isinstance(m, Procedure)), None)
         self.dropper = next((m for m in self.active if isinstance(m, LayerPruner)), None)
+        self.cacher = next((m for m in self.active if isinstance(m, CachePruner)), None)
+        self.shortens = list(dict.fromkeys(m for m in (self.pruner, self.dropper, self.cacher) if m))
         self.installed = False
         self.session: Session | None = None
         self.call: Call | None = None
@@ -90,11 +93,12 @@ class Engine:
             self.model.set_attn_implementation({"text_config": attention.NAME})
             self.handles.append(self.base.register_forward_pre_hook(self._enter, with_kwargs=True))
             self.handles.append(self.base.register_forward_hook(self._leave, with_kwargs=True))
-            if self.pruner or self.dropper:
-                from .pruning import after, before
+            if self.shortens:
+                from .pruning import after, before, kv
 
                 self.handles += before.install(self)
                 self.handles += after.install(self) if self.dropper else []
+                self.handles += kv.install(self) if self.cacher else []
             for i, layer in enumerate(self.language.layers):
                 layer.self_attn._vlm_fix = LayerHandle(self, i)
                 watchers = [
@@ -113,7 +117,7 @@ class Engine:
                 from .decoding import contrast
 
                 self.handles += contrast.install(self)
-            looks = [m.encoder_layers(self.arch) for m in self.active if m not in (self.pruner, self.dropper)]
+            looks = [m.encoder_layers(self.arch) for m in self.active if m not in self.shortens]
             if any(layers is not None for layers in looks):
                 from .pruning.encoder import capture
 
@@ -291,17 +295,19 @@ def _generate(engine: Engine, model: Any, inputs: torch.Tensor | None = None, **
             f"{', '.join(needy)} needs an image, but no prompt contains an image token: pass images to the processor, "
             "or unwrap the model for text-only prompts."
         )
-    shortens = engine.pruner or engine.dropper
-    if shortens:
+    if engine.shortens:
+        wanders = engine.cacher and engine.cacher.wanders
         assisted = kwargs.get("assistant_model") is not None or setting("prompt_lookup_num_tokens")
         for name, used in {
             "assisted decoding": assisted,
             "a static cache": setting("cache_implementation"),
             "chunked prefill": setting("prefill_chunk_size"),
             "a cache of an earlier turn": kwargs.get("past_key_values") is not None,
+            "beams": wanders and (setting("num_beams") or 1) > 1,
+            "a decoding loop of a method": wanders and engine.procedure,
         }.items():
             if used:
-                raise VlmFixError(f"{shortens.name} does not work with {name}; drop that option.")
+                raise VlmFixError(f"{engine.shortens[0].name} does not work with {name}; drop that option.")
     if engine.procedure:
         from .decoding import loops
 
@@ -349,6 +355,13 @@ def check_combination(methods: list[Method]) -> None:
         names = [m.name for m in methods if isinstance(m, cls) and (m.contrasts if isinstance(m, Contrast) else True)]
         if len(names) > 1:
             raise VlmFixError(f"{' and '.join(names)} both {what}; use one of them at a time.")
+    cachers = [m.name for m in methods if isinstance(m, CachePruner)]
+    others = [m.name for m in methods if isinstance(m, LayerPruner) or (isinstance(m, AttentionEdit) and m.marks)]
+    if cachers and len(cachers + others) > 1:
+        raise VlmFixError(
+            f"{cachers[0]} leaves each layer other columns after the prompt, which {(cachers[1:] + others)[0]} does not "
+            "follow; use one of them at a time."
+        )
     alone = [m.name for m in methods if isinstance(m, AttentionEdit) and m.branch == "negative"]
     if alone and not any(isinstance(m, Contrast) and m.contrasts for m in methods):
         raise VlmFixError(f"{alone[0]}: branch=negative needs a contrast method beside it, as in vcd.")

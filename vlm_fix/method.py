@@ -221,6 +221,7 @@ class AttentionEdit(Method):
     """
 
     kind: ClassVar[str] = "attention"
+    marks: ClassVar[bool] = False  # True if it remembers columns of the prompt (masks or weights for them) for later
     idle_reason: ClassVar[str] = "no row of it was reached."
     layers: Layers = param(None, "language-model layers to edit")
     branch: str = param("both", "beside a contrast: the branch it acts in", choices=("both", "main", "negative"))

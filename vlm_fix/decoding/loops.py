@@ -16,6 +16,7 @@ from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecod
 from ..errors import VlmFixError
 from ..families import prompt_positions
 from ..method import Procedure
+from ..pruning.after import ShortLayer
 from ..session import Call
 
 REFUSED = {
@@ -124,6 +125,8 @@ class Sequences:
         cache = DynamicCache(config=self.engine.model.config.get_text_config())
         for i, layer in enumerate(self.cache.layers):
             cache.update(layer.keys.index_select(0, rows), layer.values.index_select(0, rows), i)
+            if isinstance(layer, ShortLayer):
+                cache.layers[i] = ShortLayer.of(cache.layers[i], layer.dropped)
         self.engine.sessions[cache] = self.engine.sessions[self.cache].take(rows)
         return Sequences(self.engine, cache, self.mask[rows], self.position[rows.to(self.position.device)], self.length)
 

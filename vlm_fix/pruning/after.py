@@ -91,30 +91,40 @@ def rows_attention(seen: Seen, rows: torch.Tensor, valid: torch.Tensor) -> torch
     index = rows.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :count]  # [B, R], chosen ones first
     real = rows.gather(1, index)
     cos, sin = (t.expand(len(x), -1, -1) for t in seen.rotary)
-    keys = seen.keys
-    if keys is None:
-        keys = rotated(attn, attn.k_proj(x), cos, sin, "k_norm")
-    picked = x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
-    cos, sin = (t.gather(1, index[..., None].expand(-1, -1, t.shape[-1])) for t in (cos, sin))
-    query = rotated(attn, attn.q_proj(picked), cos, sin, "q_norm")
-    batch, heads, _, dim = query.shape
-    groups, columns, parts = heads // keys.shape[1], torch.arange(x.shape[1], device=x.device), []
-    keys = keys.float().transpose(2, 3)
-    step = max(1, CHUNK_BYTES // (4 * batch * heads * x.shape[1]))
+    keys = rotated(attn, unrotated(attn, x, "k"), cos, sin) if seen.keys is None else seen.keys
+    picked, cos, sin = (t.gather(1, index[..., None].expand(-1, -1, t.shape[-1])) for t in (x, cos, sin))
+    columns = torch.arange(x.shape[1], device=x.device)
+    allowed = (columns <= index[..., None]) & valid[:, None]
+    return attention_of(attn, picked, cos, sin, keys, allowed) * real[..., None]
+
+
+def attention_of(
+    attn: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, keys: torch.Tensor, allowed: torch.Tensor
+) -> torch.Tensor:
+    """Softmax attention of rows x [B, R, C], with their rotary tables, to keys [B, Hkv, n, D]: mean over heads [B, R, n].
+
+    allowed [B, R, n]. In float32, chunk by chunk of rows; a row without any allowed column is zero.
+    """
+    query = rotated(attn, unrotated(attn, x), cos, sin)
+    batch, heads, count, dim = query.shape
+    keys, parts = keys.float().transpose(2, 3), []
+    step = max(1, CHUNK_BYTES // (4 * batch * heads * keys.shape[-1]))
     for i in range(0, count, step):
-        part = query[:, :, i : i + step].float().reshape(batch, heads // groups, -1, dim)
-        z = (part @ keys).view(batch, heads, -1, x.shape[1]) * attn.scaling
-        seen_columns = (columns <= index[:, i : i + step, None]) & valid[:, None]
-        parts.append(z.masked_fill(~seen_columns[:, None], -torch.inf).softmax(dim=-1).nan_to_num(0.0).mean(dim=1))
-    return torch.cat(parts, dim=1) * real[..., None]
+        part = query[:, :, i : i + step].float().reshape(batch, keys.shape[1], -1, dim)
+        z = (part @ keys).view(batch, heads, -1, keys.shape[-1]) * attn.scaling
+        z = z.masked_fill(~allowed[:, None, i : i + step], -torch.inf)
+        parts.append(z.softmax(dim=-1).nan_to_num(0.0).mean(dim=1))
+    return torch.cat(parts, dim=1)
 
 
-def rotated(attn: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, norm: str) -> torch.Tensor:
-    """Projected [B, n, H D] -> [B, H, n, D], normalised where the model does so, with its own rotary embedding."""
-    x = x.view(*x.shape[:2], -1, attn.head_dim)
-    if hasattr(attn, norm):
-        x = getattr(attn, norm)(x)
-    x = x.transpose(1, 2)
+def unrotated(attn: Any, x: torch.Tensor, what: str = "q") -> torch.Tensor:
+    """Inputs of self-attention [B, n, C] -> queries or keys [B, H, n, D], normalised where the model does so."""
+    y = getattr(attn, f"{what}_proj")(x).view(*x.shape[:2], -1, attn.head_dim)
+    return getattr(attn, f"{what}_norm", torch.nn.Identity())(y).transpose(1, 2)
+
+
+def rotated(attn: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """[B, H, n, D] turned by the rotary tables [B, n, D], as the model's own module does it."""
     return sys.modules[type(attn).__module__].apply_rotary_pos_emb(x, x, cos, sin)[0]
 
 
@@ -231,10 +241,11 @@ class ShortLayer(DynamicLayer):
     dropped = 0
 
     @classmethod
-    def of(cls, layer: Any, dropped: int, name: str) -> ShortLayer:
+    def of(cls, layer: Any, dropped: int) -> ShortLayer:
+        """A DynamicLayer as a ShortLayer."""
         if type(layer) is not DynamicLayer:
             raise VlmFixError(
-                f"{name} does not work with a {type(layer).__name__} of the cache; use the default dynamic cache."
+                f"dropping tokens does not work with a {type(layer).__name__} of the cache; use the default dynamic cache."
             )
         short = cls()
         short.__dict__.update(layer.__dict__)
@@ -296,7 +307,7 @@ def install(engine: Any) -> list[Any]:
             return
         view = session.at(i)
         if i == 0 and isinstance(view, View) and cache is not None:
-            cache.layers[0] = ShortLayer.of(cache.layers[0], view.dropped, dropper.name)
+            cache.layers[0] = ShortLayer.of(cache.layers[0], view.dropped)
         x = args[0] if args else kwargs["hidden_states"]
         keys = cache.layers[i].keys if cache is not None else None
         if i + 1 in stages:

@@ -51,7 +51,7 @@ def install(engine: Any) -> list[Any]:
         raise VlmFixError(
             f"{pruner.name}: positions=compact has no meaning for M-RoPE's 3-D positions; use positions=original."
         )
-    pruners = [m for m in (pruner, engine.dropper) if m]
+    pruners = engine.shortens
     if engine.family.encoder is None:
         known = ", ".join(f.name for f in FAMILIES if f.encoder)
         raise VlmFixError(
@@ -60,7 +60,7 @@ def install(engine: Any) -> list[Any]:
     if pruner and pruner.edits("shrink"):
         handles = shrink.install(engine, pruner.shrink)
     else:
-        layers = tuple({layer for m in pruners for layer in m.encoder_layers(engine.arch)})
+        layers = tuple({layer for m in pruners for layer in m.encoder_layers(engine.arch) or ()})
         handles = capture(engine, get_part(engine.model, engine.family.vision), layers)
 
     def hook(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
@@ -138,7 +138,7 @@ def match(engine: Any, session: Session) -> None:
             size = image.grid[0] * image.grid[1] if image else 0
             if image is None or size > len(columns):
                 raise VlmFixError(
-                    f"{(engine.pruner or engine.dropper).name} could not match the image tokens to the vision tower's "
+                    f"{engine.shortens[0].name} could not match the image tokens to the vision tower's "
                     "patches; pass pixel_values of images (no video, no pre-computed features) with "
                     "vision_feature_select_strategy='default'."
                 )
