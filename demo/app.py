@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import importlib.util
 import os
 import signal
 import socket
@@ -16,7 +17,7 @@ import gradio as gr
 
 from vlm_fix.errors import VlmFixError
 
-from . import benchmark, look, panes
+from . import benchmark, look, panes, tools
 from .models import Models, bundled
 from .page import notice
 
@@ -24,8 +25,8 @@ MAX_FILE = "20mb"
 KEPT_SECONDS = 3600  # an uploaded image is deleted after this, and all of them when the demo ends
 
 
-def build(models: Models) -> gr.Blocks:
-    """The page; its first model is loaded."""
+def build(models: Models, mcp: bool = False) -> gr.Blocks:
+    """The page; its first model is loaded. `mcp`: with `tools.py` as endpoints."""
     first = models.get(models.names[0])
 
     def choose(name: str) -> Iterator[tuple[str, str]]:
@@ -62,15 +63,26 @@ def build(models: Models) -> gr.Blocks:
                 look.tab(models, asked, cards, tabs, here)
             with gr.Tab("Benchmark", id="benchmark"):
                 benchmark.tab(models, name, page)
+        if mcp:
+            tools.add(models)
         name.change(choose, name, [about, said], show_progress="hidden", api_visibility="private")
     return page
 
 
-def launch(model: str = "picto-llava", host: str = "127.0.0.1", port: int | None = None, share: bool = False) -> None:
+def launch(
+    model: str = "picto-llava",
+    host: str = "127.0.0.1",
+    port: int | None = None,
+    share: bool = False,
+    mcp: bool = False,
+) -> None:
     """Load `model` and serve the page until interrupted. Raises VlmFixError for a model or port that cannot be used.
 
     Only on this machine's own address, and not shared, the page loads other models by name and opens folders.
+    `mcp` serves `tools.py` as an MCP server beside it, under /gradio_api/mcp/.
     """
+    if mcp and not importlib.util.find_spec("mcp"):
+        raise VlmFixError("the MCP server needs mcp: pip install 'vlm-fix[mcp]'.")
     refused = VlmFixError(
         f"The page cannot be served on {host}, port {port or 'any'}: choose another --host or --port."
     )
@@ -84,7 +96,7 @@ def launch(model: str = "picto-llava", host: str = "127.0.0.1", port: int | None
     own = host in ("127.0.0.1", "localhost", "::1") and not share
     with tempfile.TemporaryDirectory(prefix="vlm-fix-demo-", ignore_cleanup_errors=True) as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
-        page = build(Models([model, *bundled()], any_name=own))
+        page = build(Models([model, *bundled()], any_name=own), mcp)
         page.queue(max_size=32)
         try:
             page.launch(
@@ -95,6 +107,7 @@ def launch(model: str = "picto-llava", host: str = "127.0.0.1", port: int | None
                 max_file_size=MAX_FILE,
                 ssr_mode=False,
                 footer_links=[],
+                mcp_server=mcp,
                 **style(),
             )
         except OSError:

@@ -156,6 +156,7 @@ def compare(
     temperature: float = 0.0,
     seed: int = 0,
     stop: Stop | None = None,
+    baseline: bool = True,
 ) -> Iterator[list[Pane]]:
     """Baseline and each stack in turn; yields all panes whenever one has grown, a last time when all are done.
 
@@ -168,7 +169,7 @@ def compare(
     stop = stop or Stop()
     example = examples.recognise(picture)
     truth = example.truth if example else None
-    panes = [Pane(list(stack), truth=truth) for stack in [runner.BASELINE, *stacks]]
+    panes = [Pane(list(stack), truth=truth) for stack in ([runner.BASELINE] if baseline else []) + list(stacks)]
     try:
         for pane in panes:
             if stop.is_set():
@@ -188,7 +189,8 @@ def compare(
                     yield panes
                     shown = time.monotonic()
             work.join()
-            if pane is not panes[0] and pane.state == "done" == panes[0].state and pane.text == panes[0].text:
+            first = panes[0]
+            if baseline and pane is not first and first.state == pane.state == "done" and first.text == pane.text:
                 pane.notes.append("Word for word the baseline's answer.")
             yield panes
     finally:

@@ -189,6 +189,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--host", default="127.0.0.1", metavar="ADDR", help="address to serve on (%(default)s)")
     demo.add_argument("--port", type=int, metavar="P", help="first free one from 7860 up")
     demo.add_argument("--share", action="store_true", help="also give the page a public address, through Gradio")
+    demo.add_argument("--mcp", action="store_true", help="also serve describe, ask and compare as MCP tools")
 
     picto = add(commands, "picto", "render or train the bundled world")
     jobs = picto.add_subparsers(metavar="JOB", required=True)
@@ -438,7 +439,7 @@ def _demo(args: argparse.Namespace) -> None:
         from .demo.app import launch
     except ModuleNotFoundError as error:
         raise VlmFixError(f"the demo needs {error.name}: pip install 'vlm-fix[demo]'.") from None
-    launch(args.model, args.host, args.port, args.share)
+    launch(args.model, args.host, args.port, args.share, args.mcp)
 
 
 def _bench(args: argparse.Namespace) -> None:
