@@ -110,9 +110,15 @@ SHAPES = {
         },
     ),
 }
-# Random weights pass no gate and come with no calibration: settings under which each method does its usual work.
+# Random weights pass no gate and come with no calibration and no tokenizer: settings that make a method do its work.
+HEADS = "1.0|2.3|3.5|4.1|4.6|5.2|6.0|6.7"  # layer.head
 SPECS = {
+    "act": f"act:head_list={HEADS},threshold=0.001",
+    "ad_hh": f"ad_hh:head_list={HEADS},threshold=0",
+    "icd": "icd:tokens=11|12|13|14|15|16|17|18",
+    "iri": "iri:rr_attention=RATES,rr_mlp=RATES",
     "var": "var:tau=2.5,min_visual_mass=0,rho=1",
+    "yes_bias": "yes_bias:tokens=11|12|13|14",
 }
 
 
@@ -188,13 +194,18 @@ class _Clock(transformers.StoppingCriteria):
 def timed(model: Any, inputs: dict[str, Any], tokens: int, **kwargs: Any) -> tuple[float, float]:
     """Seconds to the first token and tokens/s after it, of one greedy generate."""
     clock = _Clock(inputs["input_ids"].device)
-    model.generate(**inputs, max_new_tokens=tokens, do_sample=False, stopping_criteria=[clock], **kwargs)
-    if len(clock.times) < tokens:
-        raise VlmFixError(
-            f"generate made {len(clock.times)} of {tokens} tokens in steps of one; it cannot be timed so."
-        )
-    first, last = clock.times[0], clock.times[tokens - 1]
-    return first - clock.start, (tokens - 1) / (last - first)
+
+    def run(new: int) -> float:
+        model.generate(**inputs, max_new_tokens=new, do_sample=False, stopping_criteria=[clock], **kwargs)
+        return clock.now()
+
+    end = run(tokens)
+    if len(clock.times) >= tokens:
+        first, last = clock.times[0], clock.times[tokens - 1]
+        return first - clock.start, (tokens - 1) / (last - first)
+    whole = end - clock.start  # a loop that does not go token by token: take one token away
+    first = run(1) - end
+    return first, (tokens - 1) / max(whole - first, 1e-9)
 
 
 def peak_mb(run: Callable[[], Any], device: torch.device) -> float:
@@ -328,9 +339,15 @@ def _cache(model: Any, inputs: dict[str, Any], extra: dict[str, Any]) -> tuple[f
     return kept, sum(x.numel() * x.element_size() for layer in layers for x in (layer.keys, layer.values)) / 1e6
 
 
-def methods_of(kind: str) -> list[str]:
+def methods_of(kind: str, depth: int = 8) -> list[str]:
     """Specs of all registered methods of a bench kind, each doing its usual work on a random-weight model."""
-    return [SPECS.get(m.name, m.name) for m in registry.list_methods() if _kind(m) == kind]
+    return [spec_of(m.name, depth) for m in registry.list_methods() if _kind(m) == kind]
+
+
+def spec_of(name: str, depth: int = 8) -> str:
+    """A spec under which the method does its usual work on a random-weight model of `depth` layers."""
+    rates = "|".join(f"{(i + 1) / depth:.3g}" for i in range(depth))
+    return SPECS.get(name, name).replace("RATES", rates)
 
 
 def _kind(method: type[Method]) -> str:
@@ -365,7 +382,7 @@ def run(
     kinds = {"auto": torch.bfloat16 if where.type == "cuda" else torch.float32}
     weights = kinds.get(dtype) or getattr(torch, dtype)
     net, inputs = build(SHAPES[shape], where, weights, seed)
-    specs = methods or methods_of(kind)
+    specs = methods or methods_of(kind, net.config.get_text_config().num_hidden_layers)
     if kind == "prune":
         specs = [_with_keep(spec, k) for k in keep for spec in specs]
     elif kind == "attention" and not methods:
