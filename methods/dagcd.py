@@ -65,7 +65,7 @@ class DAGCD(AttentionEdit, LogitEdit):
         if row >= state[self.layers[0]]["a"].shape[2]:
             return l  # drafting tries its proposals on made-up scores first
         weights = torch.cat([state[i]["a"][:, :, row].to(l.device) for i in self.layers], dim=1)  # [B, layers H, P]
-        ids, inside = self.context_of(session, len(l))
+        ids, inside = self.context_of(session)
         ids, inside = ids.to(l.device), inside.to(l.device)
         weights = weights * inside[:, None]
         if not step.index:
@@ -75,15 +75,15 @@ class DAGCD(AttentionEdit, LogitEdit):
         ends = torch.tensor([end] if isinstance(end, int) else list(end), device=l.device)
         return torch.where(torch.isin(l.argmax(dim=-1), ends)[:, None], l, self.guided(l, weights, ids, inside))
 
-    def context_of(self, session: Session, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def context_of(self, session: Session) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids [B, P] of the prompt's columns, and which of them are context."""
         assert session.types is not None
-        ids, types = session.call.inputs["input_ids"], session.types[:, : session.prompt_len]
-        ids = ids.repeat_interleave(rows // len(ids), dim=0)
-        ids = ids.gather(1, session.kept.index) if session.kept else ids
-        after = torch.tensor(session.last_visual, device=types.device) if self.context == "question" else -1
-        columns = torch.arange(types.shape[1], device=types.device)
-        return ids, (types == TEXT) & (columns > (after[:, None] if isinstance(after, torch.Tensor) else after))
+        ids, types = session.ids()[:, : session.prompt_len], session.types[:, : session.prompt_len]
+        inside = types == TEXT
+        if self.context == "question":
+            last = torch.tensor(session.last_visual, device=types.device)[:, None]
+            inside = inside & (torch.arange(types.shape[1], device=types.device) > last)
+        return ids, inside
 
     def guided(self, l: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
         """Log-probabilities [B, V], weights [B, n, P] of the heads, ids and booleans [B, P] -> scores [B, V]."""

@@ -554,3 +554,84 @@ def test_worked_examples_by_hand():
     entropy = -float((l.exp() * l).sum() / torch.log(torch.tensor(4.0)))
     p = vlm_fix.parse_spec("dagcd:alpha=1,top_rank=3").guided(l, weights, ids, inside).exp()[0].tolist()
     assert p == pytest.approx([0.4, 0.3 + entropy * 2 / 3, 0.2 + entropy / 3, 0.1], rel=1e-5)
+
+
+# ---- LayerCake ----------------------------------------------------------------------------------------------------------
+
+CAKES = [
+    {"punctuation": (3, 10), "concepts": (40, 60), "beta": 0.01},
+    {"punctuation": (3, 40), "concepts": (41, 79), "punctuation_layers": "0-1", "concept_layers": "1-3",
+     "punctuation_above": 0.01, "concept_above": 0.02, "alpha": 0.5, "beta": 0.05},
+    {"punctuation": (3, 40), "concepts": (41, 79), "prompt_rows": "last", "concept_layers": "1|3", "beta": 0.01},
+]  # fmt: skip
+
+
+@dataclass
+class Cake(ref.Reference):
+    ids: list = field(default_factory=list)
+    method: object = None
+
+    def edited(self, row):
+        return row >= self.prompt_len - 1 or self.rows == "all"
+
+    def weight(self, a, layer, head, row):
+        m, new = self.method, a.clone()
+        for j in range(row + 1):
+            if self.ids[j] in m.punctuation and layer in m.punctuation_layers and a[j] > m.punctuation_above:
+                new[j] = 0
+            if self.ids[j] in m.concepts and layer in m.concept_layers and a[j] > m.concept_above:
+                new[j] = 0
+        return new / new.sum() if new.sum() > 0 else a
+
+
+@pytest.mark.parametrize("number", range(len(CAKES)))
+def test_layercake_equals_reference(family, model, number):
+    inputs, twin = single(family, [1, 2], 1), ref.double(model)
+    values = {k: tuple(range(*v)) if isinstance(v, tuple) else v for k, v in CAKES[number].items()}
+    spec = vlm_fix.registry.get_method("layercake")(**values)
+    m = spec.resolve(vlm_fix.families.arch_of(model))
+
+    def theirs(tokens):
+        ids = [*inputs["input_ids"][0].tolist(), *tokens.tolist()]
+        start = inputs["input_ids"].shape[1]
+        cake = Cake(ref.visual_columns(inputs["input_ids"]), start, list(m.layers), m.prompt_rows, ids=ids, method=m)
+        main = ref.teacher_forced(twin, None, inputs, tokens[:-1]).log_softmax(-1)
+        other = ref.teacher_forced(twin, cake, inputs, tokens[:-1]).log_softmax(-1)
+        z = (1 + m.alpha) * main - m.alpha * other
+        assert float((main - other).abs().max()) > 1e-2
+        return z.masked_fill(main.exp() < m.beta * main.exp().amax(-1, keepdim=True), -torch.inf).log_softmax(-1)
+
+    with vlm_fix.wrapped(model, spec):
+        tokens, _, scores = greedy(model, inputs)
+        how = {"num_beams": 3, "length_penalty": 0.0, "return_dict_in_generate": True, "output_scores": True}
+        beams = model.generate(**inputs, max_new_tokens=6, do_sample=False, **how)
+        batch = greedy(model, make_inputs(family, [1, 2, 1]))[0]
+    expected = theirs(tokens[0])
+    cut = torch.isinf(expected)
+    assert torch.equal(torch.isinf(scores[0]), cut)
+    assert error(scores[0][~cut], expected[~cut]) < 1e-5
+    assert torch.equal(batch[1], tokens[0])
+    best = beams.sequences[0, -6:]
+    assert abs(float(theirs(best).gather(1, best[:, None]).sum()) - float(beams.sequences_scores[0])) < 1e-4
+
+
+def test_layercake_neutral_and_tokenizer(family, model, monkeypatch):
+    from pathlib import Path
+
+    from transformers import AutoTokenizer
+
+    inputs = single(family, [1, 2], 0)
+    before = greedy(model, inputs)
+    with vlm_fix.wrapped(model, "layercake:alpha=0"):
+        after = greedy(model, inputs)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    monkeypatch.setattr(model.config, "_name_or_path", "/nowhere")
+    with vlm_fix.wrapped(model, "layercake"), pytest.raises(vlm_fix.VlmFixError, match="layercake:punctuation="):
+        model.generate(**inputs, max_new_tokens=2)
+    path = str(Path(__file__).parent.parent / "eval/picto/picto-llava")
+    monkeypatch.setattr(model.config, "_name_or_path", path)
+    tokenizer, cake = AutoTokenizer.from_pretrained(path), vlm_fix.parse_spec("layercake")
+    ids = tokenizer("is there a dog with the cat ? .", add_special_tokens=False)["input_ids"]
+    words = [tokenizer.decode([i]) for i in ids]
+    assert [w for w, i in zip(words, ids, strict=True) if i in cake.tokens(model, 0)] == ["?", "."]
+    assert [w for w, i in zip(words, ids, strict=True) if i in cake.tokens(model, 1)] == ["dog", "cat"]

@@ -75,6 +75,7 @@ class Session:
     embeds: list[torch.Tensor] | None = None  # main branch of a contrast: the prompt's embeddings [B', q, C], in chunks
     features: torch.Tensor | None = None  # second branch: image embeddings [N, C] instead of a run of the vision tower
     change: Callable[[torch.Tensor], torch.Tensor] | None = None  # second branch: `Negative.features`
+    answer: torch.Tensor | None = None  # second branch: [B', t] ids of the columns after the prompt
     _masks: dict[tuple[int, torch.device], dict[str, torch.Tensor]] = field(default_factory=dict)
 
     def state(self, method: Method) -> dict[Any, Any]:
@@ -210,6 +211,14 @@ class Session:
             prompt = prompt * (self.types[:, :n] != PAD).to(prompt)
             mask = torch.cat([prompt.to(mask.dtype), mask[:, full:]], dim=1)
         return mask
+
+    def ids(self) -> torch.Tensor:
+        """[B', n] token ids of the columns; the prompt's alone in the main branch."""
+        ids = self.call.inputs["input_ids"]
+        assert self.types is not None
+        ids = ids.repeat_interleave(len(self.types) // len(ids), dim=0)
+        ids = ids.gather(1, self.kept.index) if self.kept else ids
+        return (ids if self.answer is None else torch.cat([ids, self.answer], dim=1))[:, : self.types.shape[1]]
 
     def masks(self, width: int, device: torch.device) -> dict[str, torch.Tensor]:
         """[B, 1, 1, width] boolean masks of the columns an attention layer sees: visual, before, after (text)."""

@@ -134,6 +134,7 @@ class Branch:
         ones = torch.ones_like(generated)
         steps = torch.arange(keep, generated.shape[1], device=generated.device)
         positions = self.next_position[:, None] + steps  # type: ignore[index]
+        self.engine.sessions[self.cache].answer = generated
         out = self._forward({"input_ids": new, "attention_mask": torch.cat([self.mask, ones], dim=1)}, positions)
         self.tokens = generated
         return out

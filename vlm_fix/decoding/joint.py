@@ -83,7 +83,8 @@ class Joint:
     def widen(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The inputs of a forward for all branches; `attention` adds the masks."""
         ids, step = kwargs["input_ids"], self.branches[0].tokens.shape[1]
-        for session in self.sessions[1:]:
+        for branch, session in zip(self.branches, self.sessions[1:], strict=True):
+            session.answer = torch.cat([branch.tokens, ids], dim=1)
             session.advance(session.types.shape[1], torch.full_like(ids, TEXT).to(session.types))  # type: ignore[union-attr]
         pairs = zip(self.sessions, self.padded, strict=True)
         self.masks = [(s.types != PAD)[:, None, None] if padded else None for s, padded in pairs]
