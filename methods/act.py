@@ -22,7 +22,7 @@ from vlm_fix.session import PAD, Rows, Session
 class ACT(AttentionEdit):
     """Takes attention from sinks other than the first one and hands it to all other columns in proportion.
 
-    While the prompt is read, column j of head h is a sink iff the mean of A[h, i, j] over the rows i >= j exceeds
+    While the prompt is read, column j of head h is a sink iff the mean of A[h, i, j] over the rows i that see it exceeds
     `threshold`; the first sink (BOS) is left alone. On every row, for the heads in `head_list`:
         A[sink] <- beta A[sink];   A[rest] <- A[rest] (1 + (1 - beta) sum A[sink] / sum A[rest]).
     Rows sum to 1. sinks="secondary": the columns of `attention.sinks` instead, which cost one more prefill.

@@ -16,7 +16,8 @@ class TAME(AttentionEdit):
     """Sharpens attention by the size of the queries and keys, which is said to keep anchor tokens from spreading.
 
         z <- (1 + gamma / log tr(Q Q^T)) (1 + gamma / log tr(K K^T)) z, before the mask and softmax, on every row,
-    with tr(X X^T) = sum of |x|^2, mean over the heads, of the rotated queries of this forward and of all keys so far.
+    with tr(X X^T) = sum of |x|^2, mean over the heads, of the rotated queries of this forward and of the keys so far
+    (those that a sliding window still holds).
 
     Source: openreview zGb4WgCW5i; official code Everlyn-Labs/ANTRP@84b9910, whose LlamaAttention holds just this with
     gamma .8 in every layer. Uncertain: the paper intervenes in the eigenspectrum of W_Q W_K, and the code takes the
