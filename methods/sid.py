@@ -46,7 +46,7 @@ class SID(AttentionEdit, Contrast):
 
     def resolve(self, arch: Arch) -> SID:
         method = super().resolve(arch)
-        assert isinstance(method, SID)
+        assert isinstance(method, SID) and isinstance(method.layers, tuple)
         if method.layers[0] == 0:
             raise VlmFixError("sid: layer 0 has no layer before it to rank the image tokens; begin with layers=1-.")
         return dataclasses.replace(method, layers=(method.layers[0] - 1, *method.layers))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from dataclasses import dataclass, field
 
 import pytest
@@ -25,10 +26,19 @@ SPECS = [
     "sid:beta=0.01",
     "decore:head_list=1.0|1.3|2.2|3.1",
     "iava:tokens=21|22|23,beta=0.01",
+    "causalmm:beta=0.01",
 ]
 MORE = ["sid:keep=5,layers=3,refresh=false,alpha=2", "decore:head_list=0.1|3.1,normalised=true,cap=0.5,beta=0.1",
-        "iava:tokens=21|22,coverage=1,high=0.2,drop=-5,beta=0"]  # fmt: skip
-NEUTRAL = ["sid:alpha=0", "decore:alpha=0,head_list=1.0", "iava:alpha=0"]
+        "iava:tokens=21|22,coverage=1,high=0.2,drop=-5,beta=0", "causalmm:vision=reversed,language=none",
+        "causalmm:vision=uniform,language=uniform,gamma=2", "causalmm:vision=random,language=random,seed=3",
+        "causalmm:vision=none,language=reverse,layers=1|3"]  # fmt: skip
+NEUTRAL = [
+    "sid:alpha=0",
+    "decore:alpha=0,head_list=1.0",
+    "iava:alpha=0",
+    "causalmm:gamma=0",
+    "causalmm:vision=none,language=none",
+]
 
 
 @dataclass
@@ -73,6 +83,95 @@ class Look(ref.Reference):
         if row == self.prompt_len - 1:
             self.seen[layer] = self.seen.get(layer, 0) + a[self.visual] / 4
         return a
+
+
+def mixed(*places):
+    """CausalMM's stateless draw, in Python's own integers."""
+    x, whole = 1, 2**64
+    for place in places:
+        x = (x + place) * 0x2545F4914F6CDD1D % whole
+        x = (x ^ (x >> 29) & 0x7FFFFFFFF) * 0x1B873593CC9E2D51 % whole
+        x ^= x >> 32
+    return (x >> 11) / 2**53
+
+
+@dataclass
+class CausalReference(ref.Reference):
+    how: str = ""
+    seed: int = 0
+    rows: str = "all"
+
+    def weight(self, a, layer, head, row):
+        n, new, top = row + 1, torch.zeros_like(a), max(a.tolist())
+        for j in range(n):
+            if self.how.startswith("reverse"):
+                new[j] = top - a[j]
+            else:
+                new[j] = 1 / n if self.how == "uniform" else mixed(self.seed, layer, head, row, j)
+        if self.how == "reverse":
+            return new
+        return new / new.sum() if new.sum() else a
+
+
+def bilinear(a, h, w):
+    """[S, S] -> [h, w], each point between its four nearest entries, by hand."""
+
+    def near(i, n):
+        x = max((i + 0.5) * len(a) / n - 0.5, 0)
+        low = min(int(x), len(a) - 1)
+        return low, min(low + 1, len(a) - 1), x - int(x)
+
+    out = torch.zeros(h, w, dtype=torch.float64)
+    for i in range(h):
+        for j in range(w):
+            (p, q, s), (u, v, t) = near(i, h), near(j, w)
+            out[i, j] = (1 - s) * ((1 - t) * a[p, u] + t * a[p, v]) + s * ((1 - t) * a[q, u] + t * a[q, v])
+    return out
+
+
+@torch.no_grad()
+def causal_images(twin, method, inputs):
+    """[N, C] image embeddings under the counterfactual attention, image by image."""
+    pixels, grids, seen = inputs["pixel_values"].double(), inputs.get("image_grid_thw"), []
+    blocks = [m for m in twin.modules() if type(m).__name__ in ("CLIPAttention", "Qwen2_5_VLVisionAttention")]
+    hook = blocks[1 if grids is not None else 2].register_forward_pre_hook(
+        lambda m, a, k: seen.append((m, (a[0] if a else k["hidden_states"]).clone(), k)), with_kwargs=True
+    )
+    extra = {} if grids is None else {"image_grid_thw": grids}
+    features = torch.cat(list(twin.model.get_image_features(pixels, return_dict=True, **extra).pooler_output))
+    hook.remove()
+    (attn, x, kwargs), parts, start, unit = *seen, [], 0, 0
+    if grids is None:
+        states = twin.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+    for n in range(len(pixels) if grids is None else len(grids)):
+        if grids is None:
+            q, k = (f(x[n]).view(37, 4, 8).transpose(0, 1) for f in (attn.q_proj, attn.k_proj))
+            own, h, w = pixels[n], 6, 6
+        else:
+            (_, h, w), (cos, sin) = grids[n].tolist(), kwargs["position_embeddings"]
+            q, k, _ = attn.qkv(x).view(len(x), 3, 2, 16).permute(1, 2, 0, 3)
+            q, k = (y * cos + torch.cat([-y[..., 8:], y[..., :8]], -1) * sin for y in (q, k))
+            q, k, own = q[:, start : start + h * w], k[:, start : start + h * w], pixels[start : start + h * w]
+            start, h, w = start + h * w, h // 2, w // 2
+        draw = torch.Generator().manual_seed(zlib.crc32(own.float().contiguous().numpy().tobytes(), method.seed))
+        total = 0
+        for a, b in zip(q, k, strict=True):
+            a = (a @ b.T / math.sqrt(a.shape[1])).softmax(-1)
+            if method.vision == "shuffle":
+                a = a.flatten()[torch.randperm(a.numel(), generator=draw)].view_as(a)
+            elif method.vision == "random":
+                a = 2 * torch.rand(a.shape, generator=draw).double()
+            else:
+                a = a.max() - a if method.vision == "reversed" else torch.full_like(a, a.mean())
+            total = total + bilinear(a, h, w) / len(q)
+        factor = total.flatten()[:, None]
+        parts.append(
+            twin.model.multi_modal_projector(states[n] * factor)
+            if grids is None
+            else features[unit : unit + h * w] * factor
+        )
+        unit += h * w
+    return torch.cat(parts)
 
 
 def with_embeddings(twin, change, *args):
@@ -138,12 +237,25 @@ def distribution(model, twin, spec, inputs, answer):
     elif method.name == "decore":
         heads = tuple(tuple(map(int, item.split("."))) for item in method.head_list)
         other = ref.teacher_forced(twin, DecoreReference(visual, n, [0, 1, 2, 3], heads=heads), inputs, answer)
-    else:
+    elif method.name == "iava":
         kept = iava_kept(twin, method, inputs)
         other = with_embeddings(twin, lambda x: x * kept[:, None], None, inputs, answer)
-    l, o, p = main, other[-1].log_softmax(-1), main.exp()
+    l, p = main, main.exp()
+    if method.name == "causalmm":
+        layers, others = method.resolve(vlm_fix.families.arch_of(model)).layers, []
+        if method.vision != "none":
+            new = causal_images(twin, method, inputs)
+            others.append(with_embeddings(twin, lambda x: new, None, inputs, answer))
+        if method.language != "none":
+            run = CausalReference(visual, n, layers, how=method.language, seed=method.seed)
+            others.append(ref.teacher_forced(twin, run, inputs, answer))
+        o = torch.stack([x[-1].log_softmax(-1) for x in others]).mean(0)
+    else:
+        o = other[-1].log_softmax(-1)
     weight = getattr(method, "alpha", None)
-    if method.name == "pai":
+    if method.name == "causalmm":
+        weight = method.gamma * len(others)
+    elif method.name == "pai":
         weight = method.gamma - 1
     elif method.name == "m3id":
         g = math.exp(-method.decay * (t + 1))
@@ -266,7 +378,7 @@ def test_joined_steps_equal_separate_ones(family, model, spec, monkeypatch):
 @pytest.mark.parametrize(
     ("spec", "passes", "rows"),
     [("icd:tokens=11|12|13", 1, "tail"), ("decore:head_list=1.0|3.1", 1, "last"), ("sid", 1, "all"),
-     ("iava:tokens=21|22", 1, "all"), ("m3id", 1, "tail"), ("vcd", 2, "all")],
+     ("iava:tokens=21|22", 1, "all"), ("causalmm", 1, "all"), ("m3id", 1, "tail"), ("vcd", 2, "all")],
 )  # fmt: skip
 def test_what_branches_share(family, model, spec, passes, rows):
     """The vision tower runs once per distinct image; columns before the prompts part are not computed again."""
@@ -319,6 +431,7 @@ def test_assisted_decoding(family, model, spec):
 
     inputs, draft = single(family, [1, 2], 1), conftest.BUILD[family](seed=0, depth=2)
     with vlm_fix.wrapped(model, spec):
+        inputs["logits_processor"] = [NoImages()]
         expected = model.generate(**inputs, max_new_tokens=6, do_sample=False)
         for options in ({"prompt_lookup_num_tokens": 2}, {"assistant_model": draft}):
             got = model.generate(**inputs, max_new_tokens=6, do_sample=False, **options)
@@ -398,3 +511,12 @@ def test_copying_heads_equal_reference(family, model):
     assert sum(run.hits.values()) > 0
     for (layer, head), rate in run.hits.items():
         assert float(found[layer, head]) == pytest.approx(rate)
+
+
+@pytest.mark.parametrize("spec", ["causalmm:language=none", "causalmm:vision=none"])
+def test_causalmm_contrasts_every_token(family, model, spec):
+    """The official cache is shared, so that from the second token on nothing is contrasted: not here."""
+    with vlm_fix.wrapped(model, spec + ",beta=0"):
+        _, logits, scores = greedy(model, single(family, [1, 2], 1), 6)
+    difference = (scores[0] - logits[0].log_softmax(-1)).abs().amax(-1)
+    assert (difference > 1e-2).all(), difference

@@ -218,9 +218,15 @@ class Engine:
     def _prepare(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         if self.session is None or self.session.plain:
             return None
+        if self.joint:
+            return args, self.joint.prepare(kwargs)
+        return args, self._prepared(self.session, kwargs)
+
+    def _prepared(self, session: Session, kwargs: dict[str, Any]) -> dict[str, Any]:
         for method in self.preparing:
-            kwargs = method.prepare(self.session, kwargs)
-        return args, kwargs
+            if not isinstance(method, AttentionEdit) or method.acts_in(session.branch):
+                kwargs = method.prepare(session, kwargs)
+        return kwargs
 
     def _watch(
         self, watchers: list[AttentionEdit], layer: int, module: nn.Module, args: Any, kwargs: dict[str, Any]

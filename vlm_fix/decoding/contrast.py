@@ -181,7 +181,7 @@ class Branch:
         shown = self.engine._classify(ids, None) == VISUAL
         if embeds.shape[1] != ids.shape[1]:  # the next turn on a kept cache: earlier images are not in it
             return None
-        self.call.vision = self.main.vision
+        self.call.vision, self.call.views = self.main.vision, self.main.views
         return embeds[:: len(embeds) // len(ids)][shown.to(embeds.device)]
 
     def _adopt(self, session: Session, positions: torch.Tensor) -> int:

@@ -97,6 +97,17 @@ class Joint:
             "past_key_values": JointCache(self.caches),
         }
 
+    def prepare(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """`Method.prepare` of each branch on its own rows."""
+        count = len(self.sessions)
+        rows = zip(kwargs["inputs_embeds"].chunk(count), kwargs["position_ids"].chunk(count, dim=-2), strict=True)
+        own = [
+            self.engine._prepared(session, {**kwargs, "inputs_embeds": x, "position_ids": positions})
+            for session, (x, positions) in zip(self.sessions, rows, strict=True)
+        ]
+        embeds, positions = ([k[name] for k in own] for name in ("inputs_embeds", "position_ids"))
+        return {**kwargs, "inputs_embeds": torch.cat(embeds), "position_ids": torch.cat(positions, dim=-2)}
+
     def attention(
         self, function: Callable[..., Any], module: Any, query: torch.Tensor, *args: Any, **kwargs: Any
     ) -> torch.Tensor:

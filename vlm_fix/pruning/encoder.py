@@ -17,6 +17,10 @@ from ..families import vision_blocks
 CHUNK_BYTES = 64 * 2**20
 
 
+Heads = tuple[torch.Tensor, torch.Tensor, float]
+"""Queries and keys [H, S, D] of one image in the tower's own order of its S columns, and the scale of their product."""
+
+
 @dataclass
 class ImageTokens:
     """One image as a pruner sees it: N = h * w visual tokens in reading order."""
@@ -25,6 +29,7 @@ class ImageTokens:
     scores: dict[int, torch.Tensor]  # vision layer -> [N] attention received, mean over heads and over queries
     first: dict[int, torch.Tensor] = field(default_factory=dict)  # the same from the class token; without one, `scores`
     keys: dict[int, torch.Tensor] = field(default_factory=dict)  # vision layer -> [N, D] keys, mean over heads
+    heads: dict[int, Heads] = field(default_factory=dict)  # vision layer -> queries and keys; in windows: of no use
     features: torch.Tensor | None = None  # [N, C] after the projector, as the language model gets them
     chosen: torch.Tensor | None = None  # the tokens that exist at all, when the image was shrunk before the tower
     pixels: torch.Tensor | None = None  # the image as the tower gets it: the same bits alone and in a batch
@@ -38,6 +43,7 @@ class Seen:
 
     received: torch.Tensor  # [..., S]
     keys: torch.Tensor  # [..., S, D], mean over heads
+    heads: list[Heads]  # per image; with windowed attention per window
     first: torch.Tensor | None = None  # [..., S] attention of the first column's query, mean over heads
 
 
@@ -69,7 +75,8 @@ class Clip:
         shape = (*x.shape[:2], attn.num_heads, attn.head_dim)
         q, k = (f(x).view(shape).transpose(1, 2) for f in (attn.q_proj, attn.k_proj))
         first = (q[:, :, :1].float() @ k.float().transpose(2, 3) * attn.scale).softmax(dim=-1).mean(dim=1)[:, 0]
-        return Seen(column_means(q, k, attn.scale), k.float().mean(dim=1), first)
+        heads = [(a, b, attn.scale) for a, b in zip(q, k, strict=True)]
+        return Seen(column_means(q, k, attn.scale), k.float().mean(dim=1), heads, first)
 
     def images(self, args: Any, kwargs: dict[str, Any], output: Any, seen: dict[int, Seen]) -> Iterator[ImageTokens]:
         pixels = args[0] if args else kwargs["pixel_values"]
@@ -90,6 +97,7 @@ class Clip:
                 received,
                 classed if has_class else received,
                 {layer: s.keys[i, -size:] for layer, s in seen.items()},
+                {layer: s.heads[i] for layer, s in seen.items()},
                 pixels=pixels[i],
                 raw=functools.partial(raw, i),
                 project=functools.partial(in_float32, self.projector),
@@ -110,8 +118,9 @@ class Qwen25VL:
         q, k = apply_rotary_pos_emb_vision(q, k, *kwargs["position_embeddings"])
         lengths = kwargs["cu_seqlens"].diff().tolist()
         pairs = zip(q.transpose(0, 1).split(lengths, dim=1), k.transpose(0, 1).split(lengths, dim=1), strict=True)
-        received = torch.cat([column_means(a[None], b[None], attn.scaling)[0] for a, b in pairs])
-        return Seen(received, k.float().mean(dim=1))
+        heads = [(a, b, attn.scaling) for a, b in pairs]
+        received = torch.cat([column_means(a[None], b[None], attn.scaling)[0] for a, b, _ in heads])
+        return Seen(received, k.float().mean(dim=1), heads)
 
     def project(self, x: torch.Tensor) -> torch.Tensor:
         return in_float32(self.tower.merger, x.flatten(0, -2)).view(*x.shape[:-2], -1)
@@ -141,7 +150,7 @@ class Qwen25VL:
         scores = {layer: in_order(s.received) for layer, s in seen.items()}
         keys = {layer: in_order(s.keys) for layer, s in seen.items()}
         start = 0
-        for t, h, w in grid_thw.tolist():
+        for i, (t, h, w) in enumerate(grid_thw.tolist()):
             n = t * h * w // merge**2
             here = slice(start, start + n)
             received = {layer: u[here] for layer, u in scores.items()}
@@ -150,6 +159,7 @@ class Qwen25VL:
                 received,
                 received,
                 {layer: u[here] for layer, u in keys.items()},
+                {layer: s.heads[i] for layer, s in seen.items() if len(s.heads) == len(grid_thw)},
                 pixels=patches[start * merge**2 : (start + n) * merge**2],
                 raw=functools.partial(raw, here),
                 project=self.project,
