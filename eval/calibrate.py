@@ -61,7 +61,8 @@ def calibrate(
 ) -> Result:
     """Calibrate the method `spec` with `limit` questions to find parameters and as many to score them.
 
-    search: option -> values to try, all combinations. loaded: (model, processor, identity) of `runner.load_model`.
+    What spec sets is kept in the result. search: option -> values to try, all combinations. loaded: (model, processor,
+    identity) of `runner.load_model`.
     Raises VlmFixError for bad input and where nothing is found.
     """
     method = parse_spec(spec)
@@ -88,7 +89,8 @@ def calibrate(
     if own and method.calibrates_on == "captions":
         images = {s.file: dataclasses.replace(s, prompt=tasks.CAPTION_PROMPT) for s in halves[0]}
         shown = [Sample(x, yes, no, words) for x in _encoded(net, processor, list(images.values()), progress)]
-    found = method.calibrate(net, shown, seed, progress) if own else {}
+    given = {f.name: v for f in dataclasses.fields(method) if (v := getattr(method, f.name)) != f.default}
+    found = {**given, **(method.calibrate(net, shown, seed, progress) if own else {})}
     method = dataclasses.replace(method, **found)
     tried = []
     for i, options in enumerate(grid if search else []):
@@ -179,7 +181,7 @@ def _encoded(model: Any, processor: Any, asked: Sequence[tasks.Sample], progress
 def _first_id(processor: Any, before: str, text: str) -> int:
     """The first token of `text` where it follows `before`."""
     head, whole = (processor.tokenizer.encode(t, add_special_tokens=False) for t in (before, before + text))
-    return whole[len(head)]
+    return whole[min(len(head), len(whole) - 1)]
 
 
 def _vocabulary(processor: Any, words: Sequence[str]) -> dict[str, int]:

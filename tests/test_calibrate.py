@@ -238,15 +238,29 @@ def test_var_finds_planted_massive_activations(family):
 
 def test_calibrate_and_evaluate(tmp_path, capsys):
     out = tmp_path / "iri.json"
-    command = ["calibrate", "iri", "--limit", "12", "--seed", "4", "--search", "lambda_a=0.1|0.9", "--out", str(out)]
+    command = [
+        "calibrate",
+        "iri:lambda_m=0.3",
+        "--limit",
+        "12",
+        "--seed",
+        "4",
+        "--search",
+        "lambda_a=0.1|0.9",
+        "--out",
+        str(out),
+    ]
     assert cli.main(command) == 0
     text = capsys.readouterr().out
     assert "lambda_a=0.1 " in text and "iri: rr_attention = " in text and "held-out accuracy" in text
     made = Calibration.read(out)
     assert (
-        made.method == "iri" and made.command.startswith("vlm-fix calibrate iri --model picto-llava") and made.seed == 4
+        made.method == "iri"
+        and made.command.startswith("vlm-fix calibrate iri:lambda_m=0.3 --model")
+        and made.seed == 4
     )
-    assert made.found["lambda_a"] in (0.1, 0.9) and len(made.found["rr_attention"]) == len(made.found["rr_mlp"]) == 6
+    assert made.found["lambda_a"] in (0.1, 0.9) and made.found["lambda_m"] == 0.3, "what the user chose is kept"
+    assert len(made.found["rr_attention"]) == len(made.found["rr_mlp"]) == 6
     assert made.data["questions"] == [12, 12] and made.score["questions"] == 12 and made.model["depth"] == 6
     assert made.model["weights"].startswith("sha256:") and set(made.versions) >= {"torch", "transformers", "vlm_fix"}
     assert cli.main([*command[:-1], str(tmp_path / "again.json"), "--json"]) == 0
