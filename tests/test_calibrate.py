@@ -304,3 +304,15 @@ def test_halves_and_answer_tokens():
 def test_user_errors(command, sentence, capsys, tmp_path):
     assert cli.main(command.format(dir=tmp_path / "out").split()) == 2
     assert sentence in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", ["iri", "ad_hh", "head_pursuit"])
+def test_bundled_model_carries_what_these_methods_need(name, tmp_path, capsys):
+    from vlm_fix.eval import picto, runner
+
+    made = Calibration.read(picto.model_path() / "calibration" / f"{name}.json")
+    assert made.method == name and made.model["weights"] == runner._weights_id(str(picto.model_path()), None)
+    command = ["eval", "pope", "--method", name, "--limit", "2", "--split", "random", "--json"]
+    assert cli.main([*command, "--output", str(tmp_path / "run")]) == 0
+    results = json.loads(capsys.readouterr().out)
+    assert results["settings"]["calibration"][name] == made.found

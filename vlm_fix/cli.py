@@ -293,12 +293,10 @@ def _calibrate(args: argparse.Namespace) -> None:
         console=stderr,
         disable=not stderr.is_terminal,
     ) as bar:
-        jobs: dict[str, Any] = {}
+        job = bar.add_task("", total=1.0)
 
         def progress(label: str, share: float) -> None:
-            if label not in jobs:
-                jobs[label] = bar.add_task(label, total=1.0)
-            bar.update(jobs[label], completed=share)
+            bar.update(job, description=label, completed=share)
 
         result = calibrate(
             args.method, args.model, args.data, args.limit, args.seed, search, args.dtype, args.device, progress
@@ -320,6 +318,10 @@ def _calibrate(args: argparse.Namespace) -> None:
         f"yes-ratio {score['yes_ratio_before']:.3f} -> {score['yes_ratio_after']:.3f}, "
         f"log-probability of the right answer {score['sureness_before']:.4f} -> {score['sureness_after']:.4f}"
     )
+    if result.tried:
+        print(
+            "searched on yes/no questions alone: look at captions too (vlm-fix eval chair --calibration) before using it"
+        )
     print(f"written to {out}")
 
 
