@@ -5,13 +5,15 @@ from __future__ import annotations
 import copy
 import math
 
+import families
 import numpy as np
 import pytest
+import reference as ref
 import torch
-from conftest import make_inputs, single
+from conftest import IMAGE, make_inputs, single
 from PIL import Image
 from test_methods import error, greedy
-from test_pruning_methods import masked_logits
+from test_pruning_methods import divprune, masked_logits, uniform_grid
 
 import vlm_fix
 from vlm_fix.pruning import shrink
@@ -103,3 +105,120 @@ def test_downsampled_batch_equals_single(family, model):
         for row in range(3):
             alone, values, _ = greedy(model, single(family, [1, 2, 1], row))
             assert torch.equal(alone[0], tokens[row]) and error(values[0], logits[row].double()) < 1e-4
+
+
+# ---- images of several crops ----------------------------------------------------------------------------------------
+
+
+def packed(name, size, count):
+    """What each of an image's tokens shows: (crop, patch), or None for a newline. Counted by hand: 6 x 6 patches a crop."""
+    places = [(0, i) for i in range(36)]
+    if count == 1:
+        return [*places, None]
+    height, width = size
+    down, across = {3: (2, 1) if height > width else (1, 2), 5: (2, 2)}[count]
+    rows, columns, top, left = 6 * down, 6 * across, 0, 0
+    if width / height > columns / rows:
+        top = (rows - round(height * columns / width, 7) // 1) // 2
+    else:
+        left = (columns - round(width * rows / height, 7) // 1) // 2
+    for y in range(int(top), rows - int(top)):
+        for x in range(int(left), columns - int(left)):
+            places.append((1 + (y // 6) * across + x // 6, (y % 6) * 6 + x % 6))
+        places.append(None)
+    return places
+
+
+@torch.no_grad()
+def crops_of(name, twin, pixels):
+    """Float64: per crop its features and, for the two encoder layers of HiPrune, attention received by each patch."""
+    seen, blocks = (
+        {},
+        [m for m in twin.model.vision_tower.modules() if type(m).__name__ in ("CLIPAttention", "SiglipAttention")],
+    )
+    hooks = [
+        b.register_forward_pre_hook(
+            lambda m, a, k, i=i: seen.__setitem__(i, a[0] if a else k["hidden_states"]), with_kwargs=True
+        )
+        for i, b in enumerate(blocks)
+    ]
+    states = twin.model.vision_tower(pixels.double(), output_hidden_states=True).hidden_states
+    for hook in hooks:
+        hook.remove()
+    z = twin.model.multi_modal_projector(states[twin.config.vision_feature_layer][:, -36:])
+    scores = {}
+    for i, b in enumerate(blocks):
+        heads = [p(seen[i]).view(len(pixels), -1, 4, 8).transpose(1, 2) for p in (b.q_proj, b.k_proj)]
+        scores[i] = [ref.received(q, k, 8**-0.5)[-36:] for q, k in zip(*heads, strict=True)]
+    return z, scores
+
+
+def hiprune(z, scores, budget, twin):
+    return ref.hiprune_choice(*scores, (6, 6), budget, 0.7)
+
+
+CROPS = {
+    "uniform_grid": lambda z, scores, budget, twin: uniform_grid({"grid": (6, 6)}, budget, None),
+    "divprune": lambda z, scores, budget, twin: divprune({"z": z}, budget, None),
+    "hiprune:object_layer=2,alpha=0.7": hiprune,
+}
+
+
+@pytest.mark.parametrize("spec", CROPS)
+@pytest.mark.parametrize("name", ["llava_next", "llava_onevision"])
+def test_crops_equal_reference(name, spec):
+    """Each crop chooses on its own; padding is gone, a newline stays with its row: against a full-length masked prompt."""
+    model, inputs = families.build(name), families.prompt(name, [2])
+    with vlm_fix.wrapped(model, f"{spec}{',' if ':' in spec else ':'}keep=12"):
+        tokens, logits, _ = greedy(model, inputs, steps=4)
+    twin, ids = copy.deepcopy(model).double(), inputs["input_ids"]
+    visual, last = (ids[0] == IMAGE).nonzero()[:, 0].tolist(), twin.config.vision_feature_layer % 5 - 1
+    full = torch.cat([ids, tokens[:, :-1]], 1)
+    embeds, mask, at, dropped = twin.get_input_embeddings()(full).detach(), torch.ones_like(full), 0, 0
+    for image in range(2):
+        size, count = families.ANYRES[image], families._anyres(name, families.ANYRES[image])[0]
+        z, scores = crops_of(name, twin, inputs["pixel_values"][image][:count])
+        chosen = [CROPS[spec](z[c], [scores[1][c], scores[last][c]], 12 // count, twin) for c in range(count)]
+        places = packed(name, size, count)
+        for n, place in enumerate(places):
+            embeds[0, visual[at + n]] = twin.model.image_newline if place is None else z[place]
+            row, back = False, n - 1
+            while place is None and back >= (36 if count > 1 else 0) and places[back] is not None:
+                row |= places[back][1] in chosen[places[back][0]]
+                back -= 1
+            keep = row if place is None else place[1] in chosen[place[0]]
+            mask[0, visual[at + n]], dropped = int(keep), dropped + (not keep)
+        at += len(places)
+    assert at == len(visual) and dropped > 60 and mask[0, visual].sum() > 12
+    position = (mask.cumsum(-1) - 1).clamp(min=0)
+    hidden = twin.model.language_model(
+        inputs_embeds=embeds, position_ids=position, attention_mask=mask, use_cache=False
+    )
+    assert error(logits[0], twin.lm_head(hidden.last_hidden_state)[0, -4:].detach()) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["llava_next", "llava_onevision"])
+def test_crops_in_batches_and_untouched(name):
+    model, images = families.build(name), [1, 1, 0, 1] if name == "llava_next" else [1, 1]
+    inputs = families.prompt(name, images)
+    base = greedy(model, inputs, steps=4)[1]
+    with vlm_fix.wrapped(model, "hiprune:keep=1.0"):
+        assert torch.equal(greedy(model, inputs, steps=4)[1], base)
+    for spec in ("visionzip:keep=0.3", "downsample_image:keep=0.3", "fastv:keep=0.3"):
+        with vlm_fix.wrapped(model, [spec, "pai"]):
+            tokens, logits, _ = greedy(model, inputs, steps=4)
+            assert error(base, logits.double()) > 1e-3
+            for row in (r for r, n in enumerate(images) if n):
+                alone = greedy(model, families.prompt(name, images, rows=[row]), steps=4)
+                assert torch.equal(alone[0][0], tokens[row]) and error(alone[1][0], logits[row].double()) < 1e-4
+
+
+def test_crops_refusals():
+    model, inputs = families.build("llava_next"), families.prompt("llava_next", [1])
+    with vlm_fix.wrapped(model, "hiprune:keep=4"), pytest.raises(vlm_fix.VlmFixError, match="at least 6"):
+        greedy(model, inputs, steps=1)
+    with pytest.raises(vlm_fix.VlmFixError, match="give keep as a share"):
+        vlm_fix.wrap(model, "downsample_image:keep=9")
+    model, inputs = families.build("llava_onevision"), families.prompt("llava_onevision", [3])
+    with vlm_fix.wrapped(model, "uniform_grid"), pytest.raises(vlm_fix.VlmFixError, match="smaller image"):
+        greedy(model, inputs, steps=1)

@@ -53,8 +53,8 @@ FAMILIES = (
     Family("qwen3_vl", ("qwen3_vl",), vision="model.visual", image_tokens=VIDEO, mrope=True, cells="grid_thw"),
     Family("glm4v", ("glm4v",), vision="model.visual", image_tokens=VIDEO, mrope=True, cells="grid_thw"),
     Family("vipllava", ("vipllava",), cells="pixels"),
-    Family("llava_next", ("llava_next",), cells="anyres"),
-    Family("llava_onevision", ("llava_onevision",), image_tokens=VIDEO, cells="anyres"),
+    Family("llava_next", ("llava_next",), encoder="clip", cells="anyres"),
+    Family("llava_onevision", ("llava_onevision",), encoder="clip", image_tokens=VIDEO, cells="anyres"),
     Family("internvl", ("internvl",)),
     Family("gemma3", ("gemma3",)),
     Family("paligemma", ("paligemma",), first_position=1, causal=False),
@@ -223,29 +223,48 @@ def _rectangles(sizes: list[tuple[int, int]]) -> list[torch.Tensor]:
 
 
 def _anyres(base: Any, inputs: dict[str, Any]) -> list[torch.Tensor]:
-    """The model's own packing, run on features of 0 with newlines of 1, shows where rows end."""
-    config, cells, start = base.config, [], 0
-    side = config.vision_config.image_size // config.vision_config.patch_size
+    """Newlines in the packed image show where rows end."""
+    cells, start = [], 0
+    for index in anyres_index(base, inputs):
+        side, ends = anyres_side(base), int((index == -1).sum())
+        cells.append(torch.arange(start, start + side**2).view(side, side))
+        if len(index) > side**2 + 1:
+            cells.append(torch.arange(start + side**2, start + len(index)).view(ends, -1)[:, :-1])
+        start += len(index)
+    return cells
+
+
+def anyres_side(base: Any) -> int:
+    """Patches along one side of a crop."""
+    return base.config.vision_config.image_size // base.config.vision_config.patch_size
+
+
+def anyres_index(base: Any, inputs: dict[str, Any]) -> list[torch.Tensor]:
+    """Per image, for each of its tokens in the prompt: crop * patches + patch, -1 for a newline.
+
+    Crop 0 is the whole image. The model's own packing, run on numbers in place of features, tells; where it resizes the
+    packed image (LLaVA-OneVision beyond anyres_max) a token shows no single patch, and the index is -2.
+    """
+    from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+    config, found, size = base.config, [], anyres_side(base) ** 2
     options = {"vision_aspect_ratio": config.vision_aspect_ratio} if hasattr(config, "vision_aspect_ratio") else {}
     if "vision_feature_select_strategy" in inspect.signature(base.pack_image_features).parameters:
         options["vision_feature_select_strategy"] = config.vision_feature_select_strategy
     several = inputs.get("batch_num_images")
-    alone = (
-        [True] * len(inputs["image_sizes"]) if several is None else [n == 1 for n in several.tolist() for _ in range(n)]
-    )
-    for pixels, size, cut in zip(inputs["pixel_values"], inputs["image_sizes"], alone, strict=True):
-        tiles = len(pixels) if cut else 1
-        if cut:
-            from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
-
-            tiles = image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size)
-        features = torch.zeros(tiles, side * side, 1)
-        packed, _ = base.pack_image_features([features], size[None], image_newline=torch.ones(1), **options)
-        ends = packed[0][:, 0] == 1
-        cells.append(torch.arange(start, start + side * side).view(side, side))
-        rows = int(ends.sum())
-        if tiles > 1:
-            high = torch.arange(start + side * side, start + len(ends)).view(rows, -1)
-            cells.append(high[:, :-1])
-        start += len(ends)
-    return cells
+    sizes = inputs["image_sizes"]
+    cut = [True] * len(sizes) if several is None else [n == 1 for n in several.tolist() for _ in range(n)]
+    for image, alone in zip(sizes, cut, strict=True):
+        tiles = image_size_to_num_patches(image, config.image_grid_pinpoints, config.vision_config.image_size)
+        numbers = torch.arange((tiles if alone else 1) * size, dtype=torch.float64).view(-1, size, 1)
+        newline = torch.full((1,), -1, dtype=torch.float64)
+        packed = base.pack_image_features([numbers], image[None], image_newline=newline, **options)[0][0][:, 0]
+        if "vision_aspect_ratio" in options:
+            whole = {**options, "vision_aspect_ratio": "anyres_max_1000000"}
+            unresized = base.pack_image_features([numbers], image[None], image_newline=newline, **whole)[0][0]
+            if len(unresized) != len(packed):
+                newlines = packed == -1
+                packed[size:] = -2
+                packed[newlines] = -1
+        found.append(packed.long())
+    return found

@@ -73,6 +73,7 @@ class Session:
     tap: Callable[[int, torch.Tensor], None] | None = None  # sees the per-head outputs [B, H, q, D] of each layer
     plain: bool = False  # no edits: a pass that only observes
     embeds: list[torch.Tensor] | None = None  # main branch of a contrast: the prompt's embeddings [B', q, C], in chunks
+    newlines: list[list[tuple[int, int]]] = field(default_factory=list)  # per row: where image rows start and end
     features: torch.Tensor | None = None  # second branch: image embeddings [N, C] instead of a run of the vision tower
     change: Callable[[torch.Tensor], torch.Tensor] | None = None  # second branch: `Negative.features`
     answer: torch.Tensor | None = None  # second branch: [B', t] ids of the columns after the prompt

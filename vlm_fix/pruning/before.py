@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from ..errors import VlmFixError
-from ..families import FAMILIES, get_part
+from ..families import FAMILIES, anyres_index, anyres_side, get_part
 from ..session import PAD, VISUAL, Session, left_pack
 from . import shrink
-from .encoder import capture
+from .encoder import ImageTokens, capture
 from .merge import TokenMerger
 
 
@@ -58,6 +58,10 @@ def install(engine: Any) -> list[Any]:
             f"{pruners[0].name} cannot read the vision tower of {engine.family.name} models; pruning works with {known}."
         )
     if pruner and pruner.edits("shrink"):
+        if engine.family.cells == "anyres" and pruner.keep is not None and pruner.keep > 1:
+            raise VlmFixError(
+                f"{pruner.name}: {engine.family.name} cuts images into crops; give keep as a share, such as keep=0.33."
+            )
         handles = shrink.install(engine, pruner.shrink)
     else:
         layers = tuple({layer for m in pruners for layer in m.encoder_layers(engine.arch) or ()})
@@ -127,6 +131,9 @@ def match(engine: Any, session: Session) -> None:
     """Find each image's columns: session.images [B, n] numbers them by row, session.vision holds what the tower saw."""
     call, types = session.call, session.types
     assert types is not None
+    if engine.family.cells == "anyres":
+        match_crops(engine, session)
+        return
     encoded = sum(image.grid[0] * image.grid[1] for image in call.vision)
     # generate before transformers 5.18 runs the tower once per beam; later ones once per prompt, shared by its beams
     times = 1 if encoded == int((types == VISUAL).sum()) else types.shape[0] // call.batch
@@ -149,6 +156,51 @@ def match(engine: Any, session: Session) -> None:
     session.images, session.vision = numbers, rows
 
 
+def match_crops(engine: Any, session: Session) -> None:
+    """The same for images of several crops: each crop is an image of its own, `here` says which of its tokens are left.
+
+    Newline columns belong to no image; `session.newlines` says where their rows begin.
+    """
+    call, types, base = session.call, session.types, get_part(engine.model, engine.family.base)
+    assert types is not None
+    packed = anyres_index(base, call.inputs) if "image_sizes" in call.inputs else []
+    size = anyres_side(base) ** 2
+    tiles = [int(index.max()) // size + 1 for index in packed]
+    runs = max(1, len(call.vision) // max(1, sum(tiles)))  # generate before transformers 5.18: one for each beam
+    packed, times = [index for index in packed for _ in range(runs)], types.shape[0] // call.batch // runs
+    if any(bool((index == -2).any()) for index in packed):
+        raise VlmFixError(
+            f"{engine.shortens[0].name}: the image is larger than the model's {base.config.vision_aspect_ratio}, so that "
+            "its packed features are resized and belong to no patch; give the processor a smaller image."
+        )
+    pictures, crops = iter(packed), iter(call.vision)
+    numbers, rows, newlines = torch.zeros_like(types, dtype=torch.int16), [], []
+    for row in range(types.shape[0] // times):
+        columns, found, ends = (types[row * times] == VISUAL).nonzero()[:, 0], [], []
+        while len(columns):
+            index = next(pictures, None)
+            if index is None or len(index) > len(columns):
+                raise VlmFixError(
+                    f"{engine.shortens[0].name} could not match the image tokens to the vision tower's patches; pass the "
+                    "processor's whole output: pixel_values and image_sizes of images (no video)."
+                )
+            index = index.to(columns.device)
+            for crop in range(int(index.max()) // size + 1):
+                mine = index // size == crop
+                image = dataclasses.replace(next(crops), here=index[mine] - crop * size)
+                image.siblings = int(index.max()) // size + 1
+                found.append(image)
+                numbers[row * times : (row + 1) * times, columns[: len(index)][mine]] = len(found)
+            start = size if image.siblings > 1 else 0
+            for end in (index == -1).nonzero()[:, 0].tolist():
+                ends.append((int(columns[start]), int(columns[end])))
+                start = end + 1
+            columns = columns[len(index) :]
+        rows += [found] * times
+        newlines += [ends] * times
+    session.images, session.vision, session.newlines = numbers, rows, newlines
+
+
 @torch.no_grad()
 def choose(
     engine: Any, session: Session, types: torch.Tensor, embeds: torch.Tensor
@@ -164,10 +216,43 @@ def choose(
             continue
         for number, image in enumerate(images, 1):
             columns = (session.images[row] == number).nonzero()[:, 0]
-            image.features = embeds[row, columns.to(embeds.device)]
-            index, merged = pruner.reduce(image) if merges else (pruner.select(image), None)
-            chosen = columns[index.to(columns.device)]
+            image.features = features_of(image, embeds[row, columns.to(embeds.device)])
+            own = share(pruner, image.siblings)
+            index, merged = own.reduce(image) if merges else (own.select(image), None)
+            place = columns
+            if image.here is not None:
+                place = torch.full((image.grid[0] * image.grid[1],), -1, device=columns.device)
+                place[image.here] = columns
+            chosen = place[index.to(columns.device)]
+            left = chosen >= 0  # a crop's padding may be chosen too, but it is not in the prompt
+            chosen = chosen[left]
             keep[row, chosen] = True
             if merged is not None:
-                embeds[row, chosen.to(embeds.device)] = merged.to(embeds)
+                embeds[row, chosen.to(embeds.device)] = merged[left.to(merged.device)].to(embeds)
+        for start, end in session.newlines[row] if session.newlines else ():
+            keep[row, end] = keep[row, start:end].any()
     return keep, embeds
+
+
+def features_of(image: ImageTokens, embeds: torch.Tensor) -> torch.Tensor:
+    """[N, C] features of all tokens of an image or crop; those that the prompt leaves out are projected again."""
+    if image.here is None or image.chosen is not None:
+        return embeds
+    assert image.raw is not None and image.project is not None
+    if len(image.here) == image.grid[0] * image.grid[1]:
+        return embeds
+    features = image.project(image.raw()).to(embeds)
+    features[image.here.to(embeds.device)] = embeds
+    return features
+
+
+def share(pruner: Any, crops: int) -> Any:
+    """The pruner for one of an image's crops: a count is shared evenly, as HiPrune does."""
+    if crops == 1 or pruner.keep is None or pruner.keep <= 1:
+        return pruner
+    if pruner.keep < 2 * crops:
+        raise VlmFixError(
+            f"{pruner.name}: keep={pruner.keep:g} is too little for an image of {crops} crops; give at least {2 * crops}, "
+            "or a share such as keep=0.2."
+        )
+    return dataclasses.replace(pruner, keep=int(pruner.keep) // crops)

@@ -32,6 +32,8 @@ class ImageTokens:
     heads: dict[int, Heads] = field(default_factory=dict)  # vision layer -> queries and keys; in windows: of no use
     features: torch.Tensor | None = None  # [N, C] after the projector, as the language model gets them
     chosen: torch.Tensor | None = None  # the tokens that exist at all, when the image was shrunk before the tower
+    here: torch.Tensor | None = None  # one crop of an image: its tokens that the prompt shows; None: all N
+    siblings: int = 1  # crops of the same image, this one among them
     pixels: torch.Tensor | None = None  # the image as the tower gets it: the same bits alone and in a batch
     raw: Callable[[], torch.Tensor] | None = None  # -> [N, ..., Cv] before the projector (Qwen-VL: [N, merge^2, Cv])
     project: Callable[[torch.Tensor], torch.Tensor] | None = None  # [..., N, ..., Cv] -> [..., N, C], in float32
