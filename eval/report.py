@@ -205,7 +205,7 @@ def changed(
     }
 
 
-def _notes(results: Mapping[str, Any]) -> list[tuple[str, str]]:
+def notes(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(run, what a reader of the table must know about it)."""
     notes = [
         (run, f"warned in {batches} batches: {message}")
@@ -380,7 +380,7 @@ def show(results: Mapping[str, Any], folder: Path) -> None:
     console.width = min(console.width, WIDTH) if console.is_terminal else WIDTH
     console.print(tables(results))
     console.print(STAR, style="dim")
-    for run, note in _notes(results):
+    for run, note in notes(results):
         console.print(f"{escape(run)}: {escape(note)}", style="yellow")
     console.print(f"Results: {folder / 'results.json'}  table: {folder / 'table.md'}", soft_wrap=True)
     console.print(f"Figure: {folder / 'figure.png'}  answers: {folder / 'samples.jsonl'}", soft_wrap=True)
@@ -393,17 +393,17 @@ def markdown(results: Mapping[str, Any]) -> str:
         several = any(split for split, _, _ in grid.rows)
         lead = ["split", "method"] if several else ["method"]
         heads = [*lead, *(head.replace(">", "→").replace("\n", " ") for head in grid.heads)]
-        lines += [f"{grid.caption}.", "", _line(heads), _line(["---"] * len(lead) + ["---:"] * len(grid.heads))]
+        lines += [f"{grid.caption}.", "", line(heads), line(["---"] * len(lead) + ["---:"] * len(grid.heads))]
         for split, run, cells in grid.rows:
             lines.append(
-                _line([*([split] if several else []), f"`{run}`", *(str(c).replace("*", "\\*") for c in cells)])
+                line([*([split] if several else []), f"`{run}`", *(str(c).replace("*", "\\*") for c in cells)])
             )
         lines.append("")
-    lines += [f"`{run}`: {note}\n" for run, note in _notes(results)]
+    lines += [f"`{run}`: {note}\n" for run, note in notes(results)]
     return "\n".join([*lines, STAR.replace("below each value", "in brackets").replace("*", "\\*"), ""])
 
 
-def _line(cells: Sequence[str]) -> str:
+def line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 

@@ -32,6 +32,11 @@ data: picto | picto:test | picto:shift | picto:style (rendered on the fly), or c
   DIR/annotations/instances_*.json.
 
 DIR of --output gets results.json, table.md, figure.png and samples.jsonl, every answer on a line.""",
+    "report": """The page loads nothing from anywhere and holds tables, figures and answers side by side. A Markdown file
+with the lines <!-- leaderboard --> and <!-- /leaderboard --> keeps all else that is in it.
+
+  vlm-fix report runs/first runs/second --out report.html
+  vlm-fix report results/* --markdown docs/leaderboard.md""",
     "published": """the mark after a source says how the figure was read:
   C  in the official code's repository and its paper    P  in the paper's text
   N  in a table or note elsewhere: a lead, not a fact
@@ -164,6 +169,13 @@ def _parser() -> argparse.ArgumentParser:
     papers.add_argument("--method", default="", metavar="A,B", help="only these methods")
     papers.add_argument("--benchmark", default="", metavar="NAME", help="only this benchmark, such as pope or chair")
     papers.add_argument("--model", default="", metavar="TEXT", help="only models whose name contains this")
+    page = add(commands, "report", "make one HTML page, or a Markdown table, of evaluations", _report)
+    page.add_argument("folders", nargs="+", metavar="DIR", help="folders that `vlm-fix eval --output` made")
+    page.add_argument("--out", metavar="FILE", help="the page (report.html, unless --markdown is given alone)")
+    page.add_argument(
+        "--markdown", metavar="FILE", help="the short table; replaces what is between the marks, see below"
+    )
+    page.add_argument("--samples", type=int, default=6, metavar="N", help="captions and questions shown (%(default)s)")
     methods = add(commands, "methods", "list the methods, their papers and settings", _methods)
     models = add(commands, "models", "list the model families", _models)
     for each in (one, two, papers, methods, models):
@@ -266,6 +278,19 @@ def _eval(args: argparse.Namespace) -> None:
         print(
             "No paper's figure is kept for a method and benchmark of this run: `vlm-fix published` lists what there is."
         )
+
+
+def _report(args: argparse.Namespace) -> None:
+    from .eval import page
+    from .eval.store import write_atomic
+
+    if args.markdown:
+        page.save_markdown(page.leaderboard(args.folders), Path(args.markdown))
+        print(args.markdown)
+    if args.out or not args.markdown:
+        out = Path(args.out or "report.html")
+        write_atomic(out, page.page(args.folders, args.samples))
+        print(out)
 
 
 def _published(args: argparse.Namespace) -> None:

@@ -1,0 +1,437 @@
+"""One self-contained HTML page, and a short Markdown table, from the folders of one or more evaluations.
+
+The page has the tables, four figures drawn as inline SVG (accuracy against yes-ratio, CHAIR against recall, and what each
+gain costs), and answers side by side with every object word marked. It loads nothing from anywhere, follows the reader's
+light or dark setting, and prints. The samples shown are those on which the runs differ most, and the page says so.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import html
+import io
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from vlm_fix.errors import VlmFixError
+
+from . import chair, pope, report
+from .store import write_atomic
+
+COLOURS = ("#777", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#B8860B", "#3D9BD1", "#8C6BB1")  # on light and dark
+MARKS = "<!-- leaderboard -->", "<!-- /leaderboard -->"
+THUMB = 224  # pixels
+STYLE = """
+:root{color-scheme:light dark;--ink:#1b1f24;--soft:#5c6670;--line:#d9dee3;--page:#fff;--card:#f6f8fa;--good:#0b6b3a;
+--good-bg:#d8f3e3;--bad:#a3130b;--bad-bg:#fde0dd}
+@media (prefers-color-scheme:dark){:root{--ink:#e6e9ec;--soft:#9aa5b1;--line:#343b43;--page:#14171b;--card:#1d2228;
+--good:#8be0b0;--good-bg:#123524;--bad:#ffab9f;--bad-bg:#4a1713}}
+body{font:15px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--page);max-width:1180px;margin:2rem auto;
+padding:0 1rem}
+h1,h2,h3{line-height:1.25;text-wrap:balance}h2{margin-top:3rem;border-top:1px solid var(--line);padding-top:1.5rem}
+small,.soft,caption{color:var(--soft)}caption{text-align:left;font-size:.9em;padding:.4rem 0}
+.scroll{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.9em;margin:1rem 0}
+th,td{padding:.25rem .7rem;text-align:right;border-bottom:1px solid var(--line);vertical-align:top;white-space:nowrap}
+th{font-weight:600}td:first-child,th:first-child,tr.split td{text-align:left}tr.split td{font-weight:600;padding-top:.8rem}
+td small{display:block}td .star{color:var(--ink);font-weight:600}code{font-size:.95em}
+.figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,440px),1fr));gap:1rem}figure{margin:0}
+svg{width:100%;height:auto;background:var(--card);border-radius:8px}svg text{fill:var(--ink);font:11px system-ui,sans-serif}
+svg .soft{fill:var(--soft)}svg .grid{stroke:var(--line)}.legend{columns:3 220px;padding:0;list-style:none}
+.legend b{display:inline-block;min-width:1.5em;border-radius:1em;color:#fff;text-align:center;font-size:.8em}
+.sample{background:var(--card);border-radius:8px;padding:1rem;margin:1rem 0;break-inside:avoid}
+.sample img{float:left;width:150px;border-radius:6px;margin:0 1rem .5rem 0;image-rendering:auto}
+.answers{display:grid;grid-template-columns:repeat(auto-fit,minmax(260px,1fr));gap:.8rem;clear:both}
+.answers div{border-top:2px solid var(--line);padding-top:.3rem}.answers p{margin:.2rem 0;overflow-wrap:anywhere}
+mark{border-radius:3px;padding:0 .15em}mark.good{color:var(--good);background:var(--good-bg)}
+mark.bad{color:var(--bad);background:var(--bad-bg);text-decoration:underline wavy}
+"""
+
+
+def read(folders: Sequence[str | Path]) -> list[tuple[Path, dict[str, Any]]]:
+    """(folder, results) of finished evaluations. Raises VlmFixError for a folder without readable results.json."""
+    found = []
+    for folder in map(Path, folders):
+        path = folder / "results.json" if folder.is_dir() else folder
+        try:
+            results = json.loads(path.read_text(encoding="utf-8"))
+            found.append((path.parent, {**results, "runs": dict(results["runs"])}))
+        except (OSError, ValueError, KeyError, TypeError):
+            raise VlmFixError(
+                f"{path} is not the result of a finished evaluation: give folders that `vlm-fix eval --output` made, or "
+                "finish the run there with --resume."
+            ) from None
+    return found
+
+
+def page(folders: Sequence[str | Path], samples: int = 6) -> str:
+    """The HTML of all folders, one section each, with `samples` captions and as many questions side by side."""
+    sections = "".join(_section(folder, results, samples) for folder, results in read(folders))
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
+        f'content="width=device-width,initial-scale=1"><title>vlm-fix report</title><style>{STYLE}</style></head><body>'
+        f"<h1>Hallucination with and without methods</h1>{sections}</body></html>\n"
+    )
+
+
+def _section(folder: Path, results: Mapping[str, Any], samples: int) -> str:
+    settings = results["settings"]
+    sources = "; ".join(dict.fromkeys(data["source"] for data in settings["data"].values()))
+    model = settings["model"]
+    about = [
+        f"{model['parameters'] / 1e6:,.0f} M parameters, {model['dtype']}, weights {model['weights'][:23]}",
+        f"seed {settings['seed']}, scorer {settings['scorer']}, {results['hardware']}",
+        ", ".join(f"{name} {version}" for name, version in results["versions"].items()),
+        f"vlm-fix {results['vlm_fix']}, {results['date'][:10]}, settings {results['config_hash'][:12]}",
+    ]
+    notes = "".join(f"<li><code>{_text(run)}</code>: {_text(note)}</li>" for run, note in report.notes(results))
+    return (
+        f"<h2>{_text(Path(model['name']).name)} on {_text(sources)}</h2>"
+        f'<p class="soft">{"<br>".join(map(_text, about))}</p>'
+        f'<ul class="legend">{_legend(results)}</ul><div class="figures">{"".join(figures(results))}</div>'
+        f"{''.join(map(_grid, report.grids(results)))}"
+        f'<p class="soft">{_text(report.STAR)}</p><ul>{notes}</ul>{_samples(folder, results, samples)}'
+    )
+
+
+def _text(value: Any) -> str:
+    return html.escape(str(value))
+
+
+def _colour(i: int) -> str:
+    return COLOURS[0] if i == 0 else COLOURS[1 + (i - 1) % (len(COLOURS) - 1)]
+
+
+def _legend(results: Mapping[str, Any]) -> str:
+    return "".join(
+        f'<li><b style="background:{_colour(i)}">{i}</b> <code>{_text(run)}</code></li>'
+        for i, run in enumerate(results["runs"])
+    )
+
+
+def _grid(grid: report.Grid) -> str:
+    """A table; the method stands first and a split gets a row of its own."""
+    head = "".join(f"<th>{_text(head)}</th>" for head in ("method", *grid.heads))
+    rows, last = [], ""
+    for split, run, cells in grid.rows:
+        if split != last:
+            rows.append(f'<tr class="split"><td colspan="{len(cells) + 1}">{_text(split)}</td></tr>')
+        last = split
+        shown = "".join(
+            f"<td>{_text(c.text)}"
+            + (f"<small{' class=star' if c.star else ''}>{_text(c.change)}</small>" if c.change else "")
+            + "</td>"
+            for c in cells
+        )
+        rows.append(f"<tr><td><code>{_text(run)}</code></td>{shown}</tr>")
+    return (
+        f'<div class="scroll"><table><caption>{_text(grid.caption)}</caption><thead><tr>{head}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- figures
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """A run in a figure: its number and name, x and y, and the ends of their intervals (None: not drawn)."""
+
+    number: int
+    name: str
+    x: float
+    y: float
+    xs: tuple[float, float] | None = None
+    ys: tuple[float, float] | None = None
+
+
+def figures(results: Mapping[str, Any]) -> Iterator[str]:
+    """The SVG figures that these results have data for."""
+    runs, data = results["runs"], results["settings"]["data"]
+    if "pope" in data:
+        points = []
+        for i, (run, each) in enumerate(runs.items()):
+            x, y = (100 * fmean(split[name] for split in each["pope"].values()) for name in ("yes_ratio", "accuracy"))
+            points.append(Point(i, run, x, y))
+        yield scatter(
+            points, "POPE yes-ratio, %", "accuracy, %, mean over splits", "Is a gain only a shift to yes?", 50
+        )
+    if "chair" in data:
+        points = []
+        for i, (run, each) in enumerate(runs.items()):
+            scores = each["chair"]["captions"]
+            x, y = 100 * scores["recall"], 100 * scores["chair_i"]
+            points.append(Point(i, run, x, y, *(_ends(v, scores, n) for v, n in ((x, "recall"), (y, "chair_i")))))
+        yield scatter(points, "CHAIR recall, %", "CHAIR_i, % (lower is better)", "Is a gain only saying less?")
+    for benchmark, metric, sign, what in (
+        ("pope", "accuracy", 1, "POPE accuracy, points gained"),
+        ("chair", "chair_i", -1, "CHAIR_i, points fewer"),
+    ):
+        if benchmark not in data:
+            continue
+        base, points = next(iter(runs)), []
+        per_token = {run: results["speed"][run][benchmark]["tokens_per_second"] for run in runs}
+        for i, (run, each) in enumerate(runs.items()):
+            gain = fmean(s[metric] for s in each[benchmark].values()) - fmean(
+                s[metric] for s in runs[base][benchmark].values()
+            )
+            if per_token[run] and per_token[base]:
+                points.append(Point(i, run, per_token[base] / per_token[run], 100 * sign * gain))
+        if points:
+            yield scatter(points, "time per token, baseline = 1", what, "What does it cost?", 1)
+
+
+def _ends(value: float, scores: Mapping[str, Any], name: str) -> tuple[float, float] | None:
+    """The interval of a difference, drawn around the run's own value."""
+    delta = scores["delta"].get(name)
+    return delta and (value + 100 * (delta["low"] - delta["delta"]), value + 100 * (delta["high"] - delta["delta"]))
+
+
+def scatter(points: Sequence[Point], x: str, y: str, title: str, line: float | None = None) -> str:
+    """An SVG with numbered marks, their intervals, dashed lines through the baseline and a full one at x = `line`."""
+    width, height, left, bottom, top = 420, 310, 52, 44, 30
+    xs = [v for p in points for v in (p.x, *(p.xs or ()))] + ([line] if line is not None else [])
+    ys = [v for p in points for v in (p.y, *(p.ys or ()))]
+    xticks, yticks = _ticks(min(xs), max(xs)), _ticks(min(ys), max(ys))
+
+    def at_x(value: float) -> float:
+        return left + (value - xticks[0]) / (xticks[-1] - xticks[0]) * (width - left - 16)
+
+    def at_y(value: float) -> float:
+        return height - bottom - (value - yticks[0]) / (yticks[-1] - yticks[0]) * (height - bottom - top)
+
+    def stroke(x1: float, y1: float, x2: float, y2: float, extra: str) -> str:
+        return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" {extra}/>'
+
+    drawn = [f'<text x="{left}" y="18" style="font-weight:600">{_text(title)}</text>']
+    for tick in xticks:
+        drawn.append(stroke(at_x(tick), top, at_x(tick), height - bottom, 'class="grid"'))
+        drawn.append(
+            f'<text class="soft" x="{at_x(tick):.1f}" y="{height - bottom + 15}" text-anchor="middle">{tick:g}</text>'
+        )
+    for tick in yticks:
+        drawn.append(stroke(left, at_y(tick), width - 16, at_y(tick), 'class="grid"'))
+        drawn.append(f'<text class="soft" x="{left - 6}" y="{at_y(tick) + 4:.1f}" text-anchor="end">{tick:g}</text>')
+    drawn.append(f'<text x="{(left + width - 16) / 2}" y="{height - 10}" text-anchor="middle">{_text(x)}</text>')
+    middle = (top + height - bottom) / 2
+    drawn.append(
+        f'<text x="13" y="{middle}" text-anchor="middle" transform="rotate(-90 13 {middle})">{_text(y)}</text>'
+    )
+    if line is not None:
+        drawn.append(stroke(at_x(line), top, at_x(line), height - bottom, 'stroke="var(--soft)"'))
+    base, dashes = points[0], 'stroke="var(--soft)" stroke-dasharray="4 3"'
+    drawn.append(stroke(at_x(base.x), top, at_x(base.x), height - bottom, dashes))
+    drawn.append(stroke(left, at_y(base.y), width - 16, at_y(base.y), dashes))
+    for p in points:
+        bar = f'stroke="{_colour(p.number)}" stroke-width="1.3" stroke-opacity=".6"'
+        drawn += [stroke(at_x(p.xs[0]), at_y(p.y), at_x(p.xs[1]), at_y(p.y), bar)] if p.xs else []
+        drawn += [stroke(at_x(p.x), at_y(p.ys[0]), at_x(p.x), at_y(p.ys[1]), bar)] if p.ys else []
+    for p in reversed(points):
+        told = f"{p.name}: {x} {p.x:.1f}; {y} {p.y:.1f}"
+        drawn.append(
+            f'<g><title>{_text(told)}</title><circle cx="{at_x(p.x):.1f}" cy="{at_y(p.y):.1f}" r="8" '
+            f'fill="{_colour(p.number)}" stroke="var(--card)"/><text x="{at_x(p.x):.1f}" y="{at_y(p.y) + 3.5:.1f}" '
+            f'text-anchor="middle" style="fill:#fff;font-size:10px;font-weight:600">{p.number}</text></g>'
+        )
+    label = _text(f"{title} {y} against {x}")
+    return (
+        f'<figure><svg viewBox="0 0 {width} {height}" role="img" aria-label="{label}">{"".join(drawn)}</svg></figure>'
+    )
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Four to eight round numbers that enclose both ends."""
+    span = max(high - low, 1e-9 + abs(high) / 100)
+    power = 10 ** math.floor(math.log10(span / 4))
+    step = next(power * k for k in (1, 2, 2.5, 5, 10) if span / (power * k) <= 6)
+    first, last = math.floor(low / step), math.ceil(high / step)
+    return [round(i * step, 10) for i in range(first, max(last, first + 1) + 1)]
+
+
+# ------------------------------------------------------------------------------------------------------------- samples
+
+
+def _samples(folder: Path, results: Mapping[str, Any], limit: int) -> str:
+    """Captions and questions on which the runs differ most, side by side."""
+    file = folder / "samples.jsonl"
+    if not file.is_file() or limit < 1:
+        return ""
+    asked: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    for row in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
+        asked.setdefault((row["benchmark"], row["id"]), {}).setdefault(row["run"], row)  # the first seed
+    parts, images = [], _images(results)
+    for benchmark, judge, title in (
+        ("chair", _caption, "Captions with the widest spread of hallucinated words between the runs"),
+        ("pope", _answer, "Questions on which the runs disagree"),
+    ):
+        judged = []
+        for (kind, key), rows in asked.items():
+            if kind == benchmark and len(rows) > 1:
+                shown = {run: judge(row, results) for run, row in rows.items()}
+                spread = [wrong for _, wrong in shown.values()]
+                judged.append((max(spread) - min(spread), key, rows, shown))
+        judged = sorted((j for j in judged if j[0] > 0), key=lambda j: (-j[0], j[1]))[:limit]
+        if judged:
+            parts.append(
+                f'<h3>{title}</h3><p class="soft">Chosen because they differ: not a fair sample of the answers.</p>'
+            )
+        for _, _, rows, shown in judged:
+            first = next(iter(rows.values()))
+            answers = "".join(f"<div><code>{_text(run)}</code><p>{text}</p></div>" for run, (text, _) in shown.items())
+            parts.append(
+                f'<div class="sample">{images.get(first["image"], "")}<p><b>{_text(first["prompt"])}</b><br>'
+                f"<small>{_text(first['image'])}; in the image: {_text(_truth(first))}</small></p>"
+                f'<div class="answers">{answers}</div></div>'
+            )
+    return "".join(parts)
+
+
+def _truth(row: Mapping[str, Any]) -> str:
+    return ", ".join(row["ground_truth"]) or "none of the objects" if "ground_truth" in row else row["label"]
+
+
+def _caption(row: Mapping[str, Any], results: Mapping[str, Any]) -> tuple[str, int]:
+    """(HTML with object words marked, number of hallucinated mentions)."""
+    if row["answer"] is None:
+        return f'<mark class="bad">failed: {_text(row["error"])}</mark>', 0
+    variant: chair.Variant = results["settings"]["data"]["chair"]["variant"]
+    variant = variant if variant == "pattern" or chair.nltk_ready() else "pattern"
+    scored = chair.score([chair.Caption(0, row["answer"])], {0: row["ground_truth"]}, variant).captions[0]
+    marked = [(o, "good", "in the image") for o in scored.correct] + [
+        (o, "bad", "not there") for o in scored.hallucinated
+    ]
+    pieces, at = [], 0
+    for item, kind, told in sorted(marked, key=lambda m: m[0].start):
+        pieces.append(_text(scored.caption[at : item.start]))
+        word = _text(scored.caption[item.start : item.end])
+        pieces.append(f'<mark class="{kind}" title="{_text(item.node)}: {told}">{word}</mark>')
+        at = item.end
+    return "".join([*pieces, _text(scored.caption[at:])]), len(scored.hallucinated)
+
+
+def _answer(row: Mapping[str, Any], results: Mapping[str, Any]) -> tuple[str, int]:
+    """(HTML of a yes/no answer, 1 if it is wrong)."""
+    said = (
+        "failed" if row["answer"] is None else pope.verdict(row["answer"], row["label"], results["settings"]["scorer"])
+    )
+    wrong = said != row["label"]
+    text = _text(row["answer"] if row["answer"] is not None else f"failed: {row['error']}")
+    return f'<mark class="{"bad" if wrong else "good"}" title="{"wrong" if wrong else "right"}">{text}</mark>', int(
+        wrong
+    )
+
+
+def _images(results: Mapping[str, Any]) -> dict[str, str]:
+    """File name -> <img> with the image inside, as far as the data of the run is still there."""
+    from . import tasks
+    from .runner import Settings
+
+    config = results["settings"]
+    names = {field.name for field in dataclasses.fields(Settings)}
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in names}
+    try:
+        made = tasks.build(Settings(**given | {"model": config["model"]["name"], "data": config.get("source", "none")}))
+    except VlmFixError:
+        return {}
+    return _Thumbnails({sample.file: sample for task in made for sample in task.samples})
+
+
+class _Thumbnails(dict[str, str]):
+    """Makes the <img> of a file when it is asked for: a page shows a dozen of a thousand."""
+
+    def __init__(self, samples: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.samples = samples
+
+    def get(self, key: str, default: Any = "") -> Any:
+        from .tasks import load_image
+
+        if key not in self and key in self.samples:
+            try:
+                image = load_image(self.samples[key]).copy()
+            except VlmFixError:
+                return default
+            image.thumbnail((THUMB, THUMB))
+            packed = io.BytesIO()
+            image.save(packed, "JPEG", quality=85)
+            code = base64.b64encode(packed.getvalue()).decode()
+            self[key] = f'<img alt="{_text(key)}" src="data:image/jpeg;base64,{code}">'
+        return super().get(key, default)
+
+
+# ------------------------------------------------------------------------------------------------------------ Markdown
+
+
+def leaderboard(folders: Sequence[str | Path]) -> str:
+    """One short Markdown table per folder: accuracy per POPE split, CHAIR, recall, length and speed of every run."""
+    return "\n".join(_board(folder, results) for folder, results in read(folders))
+
+
+def _board(folder: Path, results: Mapping[str, Any]) -> str:
+    settings, runs = results["settings"], results["runs"]
+    base = next(iter(runs))
+    columns: list[tuple[str, str, str, str]] = []  # heading, benchmark, split, metric
+    for benchmark in settings["data"]:
+        names = ["chair_i", "recall", "length"] if benchmark == "chair" else report.LAYOUTS[benchmark].compared[:1]
+        for split in runs[base][benchmark]:
+            where = f"{benchmark.upper()} {split}" if len(runs[base][benchmark]) > 1 else benchmark.upper()
+            columns += [
+                ({"chair_i": "CHAIR_i ↓", "recall": "recall", "length": "words"}.get(n, where), benchmark, split, n)
+                for n in names
+            ]
+    last = list(settings["data"])[-1]
+    lines = [report.line(["method", *(c[0] for c in columns), "tokens/s"])]
+    lines.append(report.line(["---", *["---:"] * (len(columns) + 1)]))
+    for run in runs:
+        cells = [_change(runs[run][b][split], name, run == base) for _, b, split, name in columns]
+        speed = results["speed"][run][last]["tokens_per_second"]
+        lines.append(
+            report.line([run if run == base else f"`{run}`", *cells, "-" if speed is None else f"{speed:.0f}"])
+        )
+    model = settings["model"]
+    how = (
+        "sampling"
+        if settings["sample"]
+        else "greedy"
+        if settings["num_beams"] == 1
+        else f"{settings['num_beams']} beams"
+    )
+    sources = "; ".join(dict.fromkeys(data["source"] for data in settings["data"].values()))
+    variant = f", CHAIR variant {settings['data']['chair']['variant']}" if "chair" in settings["data"] else ""
+    return "\n".join(
+        [
+            f"### {Path(model['name']).name} on {sources}",
+            "",
+            *lines,
+            "",
+            f"{how}, {model['dtype']}, weights {model['weights'][:15]}, POPE scorer {settings['scorer']}{variant}; "
+            f"{results['hardware']}, {results['date'][:10]}, vlm-fix {results['vlm_fix']}. Baseline in percent (words: mean "
+            "length), below it differences in points with a paired bootstrap 95 % interval over images, bold where it "
+            f"excludes 0. All of it: `{folder.name}/results.json`.",
+            "",
+        ]
+    )
+
+
+def _change(scores: Mapping[str, Any], name: str, base: bool) -> str:
+    delta = scores["delta"].get(name)
+    if base or not delta:
+        return f"{scores[name]:.1f}" if name in report.PLAIN else f"{100 * scores[name]:.1f}"
+    change, low, high = (round(100 * delta[key], 1) + 0.0 for key in ("delta", "low", "high"))
+    return (f"**{change:+.1f}**" if delta["excludes_zero"] else f"{change:+.1f}") + f" [{low:.1f}, {high:.1f}]"
+
+
+def save_markdown(text: str, path: Path) -> None:
+    """Write the table: between `MARKS` where the file has them, else the whole file."""
+    old = path.read_text(encoding="utf-8") if path.is_file() else ""
+    if MARKS[0] not in old:
+        write_atomic(path, text)
+        return
+    start, _, rest = old.partition(MARKS[0])
+    if MARKS[1] not in rest:
+        raise VlmFixError(f"{path} has {MARKS[0]} but no {MARKS[1]} after it: add it where the table ends.")
+    write_atomic(path, f"{start}{MARKS[0]}\n{text}{MARKS[1]}{rest.partition(MARKS[1])[2]}")
