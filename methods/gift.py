@@ -58,9 +58,7 @@ class GIFT(AttentionEdit):
         assert isinstance(method, GIFT) and isinstance(method.layers, tuple) and method.source_layer is not None
         source = method.source_layer
         if source >= arch.depth:
-            raise VlmFixError(
-                f"gift: source_layer={source} does not exist; the model has layers 0 to {arch.depth - 1}."
-            )
+            raise VlmFixError(f"gift: source_layer={source} does not exist; there are layers 0 to {arch.depth - 1}.")
         edit = source in method.layers if method.edit_source is None else method.edit_source
         return dataclasses.replace(method, layers=tuple(sorted({*method.layers, source})), edit_source=edit)
 
@@ -131,8 +129,7 @@ class GIFT(AttentionEdit):
         new = torch.where(seeing, a * (self.alpha * rows.columns(rows.state["map"], self.source_layer)).exp(), a)
         tiny = torch.finfo(a.dtype).tiny
         before, after = ((x * seeing).sum(dim=(1, 3), keepdim=True) for x in (a, new))
-        grown = after / before.clamp(min=tiny)
-        new = torch.where(reading, new * grown, new)
+        new = torch.where(reading, new * after / before.clamp(min=tiny), new)
         return new / new.sum(dim=-1, keepdim=True).clamp(min=tiny)
 
     def calibrate(
@@ -150,5 +147,4 @@ class GIFT(AttentionEdit):
 
 def top_half(x: torch.Tensor) -> torch.Tensor:
     """x [B, H, ...] -> booleans that mark the largest H/2 heads."""
-    best = x.topk(max(1, x.shape[1] // 2), dim=1).indices
-    return torch.zeros_like(x, dtype=torch.bool).scatter(1, best, True)
+    return torch.zeros_like(x, dtype=torch.bool).scatter(1, x.topk(max(1, x.shape[1] // 2), dim=1).indices, True)

@@ -747,6 +747,24 @@ def test_stack_with_pruning_and_contrast(family, model):
             assert torch.equal(greedy(model, single(family, images, row))[0][0], tokens[row])
 
 
+@pytest.mark.parametrize("spec", ["cca", *CASES])
+def test_second_turn_on_a_kept_cache(models, spec):
+    """The next question, asked on the first turn's cache. CCA only changes inputs: the whole prompt gives the same."""
+    model, inputs = models["llava"], single("llava", [2], 0)
+    with vlm_fix.wrapped(model, spec):
+        first = model.generate(**inputs, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
+        ids = torch.cat([first.sequences, torch.tensor([[5, 6, 7, 8]])], 1)
+        options = {"max_new_tokens": 5, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+        turn = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        again = model.generate(**turn, past_key_values=first.past_key_values, **options)
+        whole = model.generate(**turn, pixel_values=inputs["pixel_values"], **options)
+    plain = model.generate(**turn, pixel_values=inputs["pixel_values"], **options)
+    logits, expected, before = (torch.stack(out.logits) for out in (again, whole, plain))
+    assert torch.isfinite(logits).all() and not torch.allclose(logits[0], before[0], atol=1e-3)
+    if spec == "cca":
+        assert torch.equal(again.sequences, whole.sequences) and torch.allclose(logits, expected, atol=2e-4)
+
+
 def test_paint_follows_the_kept_tokens(model, family):
     """With every token kept but re-packed by a pruner, PAINT's strengths stay on their tokens."""
     inputs = single(family, [1, 2], 1)
