@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from vlm_fix import AttentionEdit, param
+from vlm_fix import AttentionEdit, Columns, param
 from vlm_fix.session import Rows
 
 
@@ -37,5 +37,6 @@ class AVAR(AttentionEdit):
     def neutral(self) -> bool:
         return self.visual == 1 and self.system == 0
 
-    def logits(self, z: torch.Tensor, rows: Rows) -> torch.Tensor:
-        return torch.where(rows.visual, self.visual * z, torch.where(rows.before, (1 - self.system) * z, z))
+    def columns(self, rows: Rows) -> Columns:
+        visual = torch.full(rows.visual.shape, self.visual, device=rows.visual.device)
+        return Columns(torch.where(rows.visual, visual, torch.where(rows.before, 1 - self.system, 1.0)))

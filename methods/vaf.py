@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from vlm_fix import AttentionEdit, param
+from vlm_fix import AttentionEdit, Columns, param
 from vlm_fix.families import Arch
 from vlm_fix.session import Rows
 
@@ -42,5 +42,6 @@ class VAF(AttentionEdit):
     def neutral(self) -> bool:
         return self.enhance == 1 and self.suppress == 1
 
-    def logits(self, z: torch.Tensor, rows: Rows) -> torch.Tensor:
-        return torch.where(rows.visual, self.enhance * z, torch.where(rows.before, self.suppress * z, z))
+    def columns(self, rows: Rows) -> Columns:
+        enhance = torch.full(rows.visual.shape, self.enhance, device=rows.visual.device)
+        return Columns(torch.where(rows.visual, enhance, torch.where(rows.before, self.suppress, 1.0)))

@@ -108,15 +108,14 @@ class VAR(AttentionEdit):
 
     def weights(self, a: torch.Tensor, rows: Rows) -> torch.Tensor:
         sink = rows.columns(rows.state[rows.layer])
-        sink_visual, plain_visual = sink & rows.visual, rows.visual & ~sink
-        groups = torch.cat([sink_visual, plain_visual, sink], dim=2).squeeze(1).to(a.dtype)  # [B, 3, K]
-        in_sink, in_plain, removed = (a @ groups[:, None].transpose(2, 3)).split(1, dim=-1)  # [B, H, R, 1] each
+        plain = rows.visual & ~sink
+        groups = torch.cat([sink & rows.visual, plain, sink], dim=2).to(a.dtype)  # [B, 1, 3, K]
+        in_sink, in_plain, removed = (a @ groups.transpose(2, 3)).split(1, dim=-1)  # [B, H, R, 1] each
         image = in_sink + in_plain
         chosen = (in_sink / (image + 1e-6) <= 1 - self.rho) & (image >= self.min_visual_mass) & (in_plain > 0)
-        chosen = chosen & sink_visual.any(dim=-1, keepdim=True)
-        gain = 1 + self.p * removed / in_plain.clamp(min=torch.finfo(a.dtype).tiny)
-        edited = torch.where(sink, (1 - self.p) * a, torch.where(plain_visual, gain * a, a))
-        return torch.where(chosen, edited, a)
+        share = self.p * (chosen & groups[:, :, :1].any(dim=-1, keepdim=True))
+        gain = share * removed / in_plain.clamp(min=torch.finfo(a.dtype).tiny)
+        return a * (1 + torch.cat([gain, -share], dim=-1) @ groups[:, :, 1:])
 
     def calibrate(
         self, model: Any, samples: Sequence[Sample], seed: int, progress: Callable[[str, float], None]

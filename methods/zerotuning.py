@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from vlm_fix import AttentionEdit, VlmFixError, param, wrapped
+from vlm_fix import AttentionEdit, Columns, VlmFixError, param, wrapped
 from vlm_fix.calibration import Sample, answer_scores, sureness
 from vlm_fix.families import Arch
 from vlm_fix.session import PAD, Rows
@@ -54,17 +54,17 @@ class ZeroTuning(AttentionEdit):
     def neutral(self) -> bool:
         return self.rate == 1 or self.head_indices == ()
 
-    def logits(self, z: torch.Tensor, rows: Rows) -> torch.Tensor:
+    def columns(self, rows: Rows) -> Columns:
         types = rows.session.types
         assert types is not None
         first = (types != PAD).int().argmax(dim=1, keepdim=True)
         column = rows.columns(torch.zeros_like(types, dtype=torch.bool).scatter(1, first, True))
-        bias = z.new_full((z.shape[1], 1, 1), math.log(self.rate))
+        heads = None
         if self.head_indices is not None:
-            bias = torch.zeros_like(bias).index_fill(
-                0, torch.tensor(self.head_indices, device=z.device), math.log(self.rate)
-            )
-        return torch.where(column, z + bias, z)
+            count = rows.session.call.model.config.get_text_config().num_attention_heads
+            heads = torch.zeros(count, device=column.device)
+            heads[list(self.head_indices)] = 1
+        return Columns(bias=column * math.log(self.rate), heads=heads)
 
     def calibrate(
         self, model: Any, samples: Sequence[Sample], seed: int, progress: Callable[[str, float], None]

@@ -12,7 +12,18 @@ from .errors import VlmFixError
 
 if TYPE_CHECKING:
     from .engine import unwrap, wrap, wrapped
-    from .method import AttentionEdit, Contrast, HiddenEdit, Layers, LogitEdit, Method, Procedure, TokenPruner, param
+    from .method import (
+        AttentionEdit,
+        Columns,
+        Contrast,
+        HiddenEdit,
+        Layers,
+        LogitEdit,
+        Method,
+        Procedure,
+        TokenPruner,
+        param,
+    )
     from .observation import Observation, observe
     from .registry import list_methods, parse_spec
 
@@ -21,6 +32,7 @@ _HOMES = {  # imported on first use: scoring files and `--help` need no torch
     "engine": ("unwrap", "wrap", "wrapped"),
     "method": (
         "AttentionEdit",
+        "Columns",
         "Contrast",
         "HiddenEdit",
         "Layers",
@@ -35,6 +47,7 @@ _HOMES = {  # imported on first use: scoring files and `--help` need no torch
 }
 __all__ = [
     "AttentionEdit",
+    "Columns",
     "Contrast",
     "HiddenEdit",
     "Layers",

@@ -51,7 +51,8 @@ class Engine:
         check_combination(self.active)
         what = ("logits", "weights", "heads", "see")
         by_layer = [e for e in self.active if isinstance(e, AttentionEdit) and any(map(e.edits, what))]
-        self.edits = [[e for e in by_layer if i in (e.layers or ())] for i in range(self.arch.depth)]
+        stacks = [[e for e in by_layer if i in (e.layers or ())] for i in range(self.arch.depth)]
+        self.edits = [next(s for s in stacks if s == stack) for stack in stacks]  # equal stacks are one list
         self.hidden = [m for m in self.active if isinstance(m, HiddenEdit)]
         self.contrast = next((m for m in self.active if isinstance(m, Contrast) and m.contrasts), None)
         self.pruner = next((m for m in self.active if isinstance(m, TokenPruner)), None)
@@ -146,7 +147,7 @@ class Engine:
     def _enter(self, module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         """Before the multimodal model's forward: find or open the session and classify the new columns."""
         if self.session is not None and self.session.plain:  # a pass of `observe`
-            return
+            return None
         if kwargs.get("output_attentions") or module.config.output_attentions:
             raise VlmFixError(
                 "attention weights are never formed here: drop output_attentions=True, or unwrap the model first."

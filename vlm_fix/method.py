@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import re
 import types
@@ -206,12 +207,21 @@ class Baseline(Method):
         return True
 
 
+class Columns(typing.NamedTuple):
+    """A logit edit that is the same for all rows: z[b, h, r, j] <- scale[b, j] z[b, h, r, j] + bias[b, j] heads[h]."""
+
+    scale: torch.Tensor | None = None  # [B, 1, 1, K], None: 1
+    bias: torch.Tensor | None = None  # [B, 1, 1, K], None: 0
+    heads: torch.Tensor | None = None  # [H] 0 or 1, None: all 1
+
+
 @dataclass(frozen=True)
 class AttentionEdit(Method):
     """Changes attention in the language model, on the rows named by `rows`, in `layers`.
 
     Overwrite what you need; each gets float32 tensors for R edited rows over K columns, H query heads, D head size:
       logits(z [B,H,R,K], rows)  -> raw scores before the mask and softmax
+      columns(rows)              -> Columns, a logit edit that is the same for all rows: many rows then stay on SDPA
       weights(a [B,H,R,K], rows) -> post-softmax weights
       heads(o [B,H,R,D], rows)   -> per-head output before o_proj (needs no weights: stays on SDPA)
       scan(q [B,H,q,D], k [B,Hkv,K,D], allowed, scaling, rows) -> look at all queries and keys before rows are edited
@@ -235,8 +245,13 @@ class AttentionEdit(Method):
         """ "last": the last prompt row and decode rows; "after_image": also prompt rows after the images; "all"."""
         return "last"
 
+    def columns(self, rows: Rows) -> Columns:
+        return Columns()
+
     def logits(self, z: torch.Tensor, rows: Rows) -> torch.Tensor:
-        return z
+        scale, bias, heads = self.columns(rows)
+        z = z if scale is None else z * scale
+        return z if bias is None else z + (bias if heads is None else bias * heads[:, None, None])
 
     def weights(self, a: torch.Tensor, rows: Rows) -> torch.Tensor:
         return a
@@ -261,8 +276,11 @@ class AttentionEdit(Method):
         return True
 
     @classmethod
+    @functools.cache
     def edits(cls, what: str) -> bool:
         """True if the class overwrites `what` ("logits", "weights", "heads", "scan", "see", "watch", "begin")."""
+        if what == "logits" and cls.edits("columns"):
+            return True
         return getattr(cls, what) is not getattr(AttentionEdit, what)
 
 

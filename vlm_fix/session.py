@@ -17,6 +17,7 @@ from .errors import VlmFixError
 from .method import Method
 
 PAD, TEXT, VISUAL = 0, 1, 2
+SLACK = 256  # generated columns for which masks are made in advance
 
 
 @dataclass
@@ -77,7 +78,7 @@ class Session:
     features: torch.Tensor | None = None  # second branch: image embeddings [N, C] instead of a run of the vision tower
     change: Callable[[torch.Tensor], torch.Tensor] | None = None  # second branch: `Negative.features`
     answer: torch.Tensor | None = None  # second branch: [B', t] ids of the columns after the prompt
-    _masks: dict[tuple[int, torch.device], dict[str, torch.Tensor]] = field(default_factory=dict)
+    _masks: dict[Any, Any] = field(default_factory=dict)  # what this forward's layers share; "wide" masks last longer
 
     def state(self, method: Method) -> dict[Any, Any]:
         """What `method` remembers in this session."""
@@ -95,8 +96,9 @@ class Session:
         if not past:
             self.views.clear()
         self.types, self.start, self.length = types, past, types.shape[1] - past
-        self._masks.clear()
-        if past == 0 or bool((types[:, past:] == VISUAL).any()):
+        grown = past > 0 and bool((types[:, past:] == TEXT).all())
+        self._masks = {k: v for k, v in self._masks.items() if grown and k[0] == "wide"}
+        if past == 0 or not grown:
             columns = torch.arange(types.shape[1], device=types.device)
             self.last_visual = torch.where(types == VISUAL, columns, -1).amax(dim=1).tolist()
 
@@ -112,6 +114,7 @@ class Session:
         for session in {id(s): s for s in (self, *self.views.values())}.values():
             session.states = states
             session.types = grow(session.types)
+            session._masks = {}
             session.last_visual = [v for v in session.last_visual for _ in range(times)]
             if isinstance(session, View):
                 session.index = grow(session.index)
@@ -223,26 +226,26 @@ class Session:
 
     def masks(self, width: int, device: torch.device) -> dict[str, torch.Tensor]:
         """[B, 1, 1, width] boolean masks of the columns an attention layer sees: visual, before, after (text)."""
+        assert self.types is not None
+        total = self.types.shape[1]
         if (width, device) not in self._masks:
-            assert self.types is not None
-            total = self.types.shape[1]
+            wide = self._masks.get(("wide", device))
+            if wide is None or wide["visual"].shape[-1] < total or width > total:
+                # generated columns are text: masks of the next SLACK steps are made at once. A cache's unused end is not.
+                slack, kind = (SLACK, TEXT) if width <= total else (width - total, PAD)
+                types = torch.nn.functional.pad(self.types, (0, slack), value=kind)
+                visual, text = types == VISUAL, types == TEXT
+                later = torch.arange(types.shape[1], device=types.device) > torch.tensor(
+                    self.last_visual, device=types.device
+                ).unsqueeze(1)
+                any_image = torch.tensor([v >= 0 for v in self.last_visual], device=types.device)[:, None]
+                before = text & ~later & (visual.cumsum(1) == 0)
+                made = {"visual": visual, "before": before, "after": text & later & any_image}
+                wide = {k: v[:, None, None].to(device) for k, v in made.items()}
+                if width <= total:
+                    self._masks["wide", device] = wide
             offset = max(0, total - width)  # sliding-window layers keep only the newest columns
-            types = pad_to(self.types[:, offset:], width)
-            visual = types == VISUAL
-            columns = torch.arange(offset, offset + width, device=types.device)
-            last = torch.tensor(self.last_visual, device=types.device)[:, None]
-            after = (types == TEXT) & (columns > last) & (last >= 0)
-            before = (
-                (types == TEXT)
-                & ~(columns > last)
-                & (
-                    (self.types == VISUAL).cumsum(1).gather(1, columns.clamp(max=total - 1).expand(types.shape[0], -1))
-                    == 0
-                )
-            )
-            self._masks[width, device] = {
-                k: v[:, None, None].to(device) for k, v in {"visual": visual, "before": before, "after": after}.items()
-            }
+            self._masks[width, device] = {k: v[..., offset : offset + width] for k, v in wide.items()}
         return self._masks[width, device]
 
     def first_rows(self, rows: str) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,7 +11,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from ..method import AttentionEdit
 from ..session import Rows, Session
+from .columns import column_attention
 from .kernel import edited_heads, edited_rows
 
 NAME = "vlm_fix"  # must not contain "flash": transformers would take it for FlashAttention
@@ -46,30 +49,32 @@ def attention(
     if handle.engine.joint:
         return handle.engine.joint.attention(attention, module, query, dropout, scaling, **kwargs), None
     session = session.at(handle.layer)
-    edits, first = _active(handle, session, query, key)
-    whole = first == 0 and query.shape[2] == 1 and all(mask is None for _, _, mask in edits)
-    by_weights = any(any(map(edit.edits, ("logits", "weights", "see"))) for edit, _, _ in edits)
-    # under autograd the rows are written even if they are only seen, so that gradients reach the weights
-    writes = torch.is_grad_enabled() or any(
-        any(map(edit.edits, ("logits", "weights", "heads"))) for edit, _, _ in edits
-    )
+    plan = None if session.plain else _plan(handle, session, query, key)
     probe = None if session.plain else handle.engine.probe
-    if not (edits and whole and by_weights and writes) or session.tap:
+    if plan is None and probe is None and session.tap is None:
+        return plain()
+    first = plan.first if plan else 0
+    edits = (
+        [(e, Rows(handle.layer, session, e, plan.positions, **plan.masks), m) for e, m in plan.edits] if plan else []
+    )
+    # under autograd the rows are written even if they are only seen, so that gradients reach the weights
+    writes = plan is not None and (plan.changes or torch.is_grad_enabled())
+    output = None
+    if not (plan and plan.whole and plan.by_weights and writes) or session.tap:
         output = plain()[0]
         if session.tap:
             session.tap(handle.layer, output.transpose(1, 2))
-    else:
-        output = torch.empty(query.shape[0], 1, query.shape[1], value.shape[-1], dtype=query.dtype, device=query.device)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if probe and not by_weights:
+    if probe and not (plan and plan.by_weights):
         start = probe.first_row(session)
         note = functools.partial(probe.weights, handle.layer, session, start)
         edited_rows(query[:, :, start:], *_visible(key, value, query, attention_mask, start), scale, [], note)
-    if not edits:
-        if probe:
-            probe.heads(handle.layer, session, output)
-        return output, None
-    if by_weights:
+    rows = None
+    if plan and plan.by_weights and probe is None and _by_columns(plan, query.shape[2]):
+        forms = [e.columns(view) for e, view, _ in edits if e.edits("columns")]
+        rows = column_attention(module, query, key, value, attention_mask, scale, forms, dropout=dropout, **kwargs)
+        rows = edited_heads(rows[:, first:].transpose(1, 2), edits)
+    elif plan and plan.by_weights:
         see = functools.partial(probe.weights, handle.layer, session, first) if probe else None
         windowed = query.shape[2] > 1 and kwargs.get("sliding_window") is not None
         visible = _visible(key, value, query, attention_mask, first)
@@ -77,46 +82,99 @@ def attention(
             if edit.edits("scan"):
                 edit.scan(query[:, :, first:], key, visible[2], scale, view)
         rows = edited_rows(query[:, :, first:], *visible, scale, edits, see, windowed)
-    else:
+    elif plan:
+        assert output is not None
         rows = edited_heads(output[:, first:].transpose(1, 2), edits)
-    if writes:
-        rows = rows.transpose(1, 2).to(output.dtype)
-        touched = _union(edits)
-        if touched is not None:
-            rows = torch.where(touched[:, :, None, None], rows, output[:, first:])
-        output = output.clone() if output.requires_grad else output
-        output[:, first:] = rows
+    if plan and rows is not None and writes:
+        rows = rows.transpose(1, 2).to(query.dtype)
+        if output is None:
+            output = rows
+        else:
+            if plan.touched is not None:
+                rows = torch.where(plan.touched[:, :, None, None], rows, output[:, first:])
+            output = output.clone() if output.requires_grad else output
+            output[:, first:] = rows
+    assert output is not None
     if probe:
         probe.heads(handle.layer, session, output)
     return output, None
 
 
-def _active(handle: Any, session: Session, query: torch.Tensor, key: torch.Tensor) -> tuple[list[Any], int]:
-    """The edits of this layer that touch rows of this forward, with their views and row masks, and the first such row."""
-    chosen, count = [], query.shape[2]
-    for edit in () if session.plain else handle.engine.edits[handle.layer]:
-        if not edit.acts_in(session.branch):
-            continue
-        firsts = [
+@dataclass(frozen=True)
+class Plan:
+    """What a stack of edits does in one forward, shared by the layers that have it."""
+
+    edits: list[
+        tuple[AttentionEdit, torch.Tensor | None]
+    ]  # with the rows [B, R] each applies to, None: all from `first`
+    first: int
+    positions: torch.Tensor  # [R]
+    masks: dict[str, torch.Tensor]
+    touched: torch.Tensor | None  # [B, R] rows that any edit applies to, None: all
+    whole: bool  # every row is edited
+    by_weights: bool  # scores or weights are needed
+    changes: bool  # something is changed, not only looked at
+    linear: bool  # all that is done to scores and weights is `columns`, on the same rows
+
+
+def _plan(handle: Any, session: Session, query: torch.Tensor, key: torch.Tensor) -> Plan | None:
+    """The edits of this layer that touch rows of this forward; None without any."""
+    stack = handle.engine.edits[handle.layer]
+    if not stack:
+        return None
+    place = (id(stack), key.shape[2], query.device)  # a model may be spread over several devices
+    if place not in session._masks:
+        session._masks[place] = _made_plan(handle.engine, session, stack, query, key)
+    return session._masks[place]
+
+
+def _made_plan(
+    engine: Any, session: Session, stack: list[AttentionEdit], query: torch.Tensor, key: torch.Tensor
+) -> Plan | None:
+    chosen, count, device = [], query.shape[2], query.device
+    for edit in (e for e in stack if e.acts_in(session.branch)):
+        firsts = tuple(
             f if v >= 0 or not edit.needs_image else count
             for f, v in zip(session.first_rows(edit.rows), session.last_visual, strict=True)
-        ]
+        )
         if min(firsts) < count:
             chosen.append((edit, firsts))
     if not chosen:
-        return [], count
+        return None
     first = min(min(firsts) for _, firsts in chosen)
-    positions = torch.arange(session.start + first, session.start + count, device=query.device)
-    edits = []
-    for edit, firsts in chosen:
-        handle.engine.touched.add(edit)
-        mask = None
-        if max(firsts) > first:
-            rows = torch.arange(first, count, device=query.device)
-            mask = rows[None] >= torch.tensor(firsts, device=query.device)[:, None]
-        masks = session.masks(key.shape[2], query.device)  # a model may be spread over several devices
-        edits.append((edit, Rows(handle.layer, session, edit, positions, **masks), mask))
-    return edits, first
+    masks: dict[tuple[int, ...], torch.Tensor | None] = {}
+    for _, firsts in chosen:
+        rows = torch.arange(first, count, device=device)
+        masks[firsts] = rows[None] >= torch.tensor(firsts, device=device)[:, None] if max(firsts) > first else None
+    engine.touched.update(edit for edit, _ in chosen)
+    partial = [m for m in masks.values() if m is not None]
+    touched = torch.stack(partial).any(dim=0) if len(partial) == len(masks) else None
+    kinds = {what for edit, _ in chosen for what in ("logits", "weights", "heads", "see", "scan") if edit.edits(what)}
+    return Plan(
+        [(edit, masks[firsts]) for edit, firsts in chosen],
+        first,
+        torch.arange(session.start + first, session.start + count, device=device),
+        session.masks(key.shape[2], device),
+        touched,
+        whole=first == 0 and touched is None,
+        by_weights=bool(kinds & {"logits", "weights", "see"}),
+        changes=bool(kinds & {"logits", "weights", "heads"}),
+        linear=len(masks) == 1
+        and not kinds & {"weights", "see", "scan"}
+        and all(e.logits.__func__ is AttentionEdit.logits for e, _ in chosen),  # type: ignore[attr-defined]
+    )
+
+
+PATH = "auto"  # tests set "kernel" or "columns"
+
+
+def _by_columns(plan: Plan, count: int) -> bool:
+    """The chooser: SDPA over changed keys costs one more pass over all rows, the row kernel a few times its rows' share.
+
+    Edits that are no `columns` always go through the kernel, in chunks of rows.
+    """
+    rows = count - plan.first
+    return plan.linear and (PATH == "columns" if PATH != "auto" else rows > 1 and 4 * rows >= count)
 
 
 def _visible(
@@ -130,10 +188,3 @@ def _visible(
         return key, value, None
     columns = torch.arange(width, device=key.device)
     return key, value, (columns[None] <= torch.arange(first, count, device=key.device)[:, None])[None, None]
-
-
-def _union(edits: list[Any]) -> torch.Tensor | None:
-    masks = [mask for _, _, mask in edits]
-    if any(mask is None for mask in masks):
-        return None
-    return torch.stack(masks).any(dim=0)

@@ -10,7 +10,7 @@ import torch
 from ..method import AttentionEdit
 from ..session import Rows
 
-CHUNK_BYTES = 64 * 2**20  # float32 score memory per chunk of rows
+CHUNK_BYTES = 8 * 2**20  # float32 score memory per chunk of rows; an edit may hold a few times that
 
 
 def edited_rows(
@@ -34,12 +34,13 @@ def edited_rows(
     step = max(1, CHUNK_BYTES // (4 * query.shape[0] * query.shape[1] * key.shape[2]))
     parts = []
     for i in range(0, query.shape[2], step):
-        part = slice(i, i + step)
-        seen = [
-            (e, dataclasses.replace(r, positions=r.positions[part]), m if m is None else m[:, part])
-            for e, r, m in edits
-        ]
-        visible = allowed if allowed is None else allowed[:, :, part]
+        part, seen, visible = slice(i, i + step), edits, allowed
+        if step < query.shape[2]:
+            seen = [
+                (e, dataclasses.replace(r, positions=r.positions[part]), m if m is None else m[:, part])
+                for e, r, m in edits
+            ]
+            visible = allowed if allowed is None else allowed[:, :, part]
         a = _weights(query[:, :, part], key, visible, scaling, seen, windowed)
         if probe:
             probe(a, i)
@@ -60,8 +61,8 @@ def _weights(
 ) -> torch.Tensor:
     """The edited weights of one chunk of rows, [B, H, R, K]."""
     compute = torch.promote_types(query.dtype, torch.float32)
-    packed = _grouped(query.to(compute), key.shape[1])
-    z = (packed @ key.to(compute).transpose(2, 3)).view(*query.shape[:3], -1) * scaling
+    packed = _grouped(query.to(compute) * scaling, key.shape[1])
+    z = (packed @ key.to(compute).transpose(2, 3)).view(*query.shape[:3], -1)
     if windowed and allowed is not None:
         z = z.masked_fill(~allowed, 0) if allowed.dtype == torch.bool else z.masked_fill(allowed < 0, 0)
     for edit, rows, mask in edits:
