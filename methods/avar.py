@@ -20,7 +20,7 @@ class AVAR(AttentionEdit):
 
     Source: arXiv 2603.03825 (factors 1.15 for the image, 1 or .60 for the system prompt; Qwen2.5-VL-7B). AVAR itself is
     a way of training; only this intervention needs none. It is not in the official code, and its rows and layers are
-    not known: here the rows are VAF's and the layers all.
+    not known: here the rows are VAF's and the layers all. `vlm_fix.observe(model, inputs).vas` gives the score itself.
     """
 
     name: ClassVar[str] = "avar"

@@ -49,10 +49,10 @@ class PAINT(AttentionEdit):
         }
 
     def resolve(self, arch: Arch) -> PAINT:
-        if arch.family.encoder is None:
+        if arch.family.encoder is None or arch.family.cells == "anyres":
             raise VlmFixError(
-                f"paint needs the attention of the vision encoder, which is not read in {arch.family.name}; use it with llava "
-                "or qwen2_5_vl."
+                f"paint reads vision encoders that show an image as one grid of tokens, and cannot in {arch.family.name}; use "
+                "it with llava or qwen2_5_vl."
             )
         method = super().resolve(arch)
         assert isinstance(method, PAINT)

@@ -276,7 +276,7 @@ def test_gemma3_equals_reference(spec):
     assert float((expected - plain).abs().max()) > 1e-2 and getattr(run, "hits", 1)
     assert getattr(run, "margin", 1.0) > 1e-6, "pick another seed: a gate lies on its threshold"
     assert error(logits[0], expected) < 1e-5
-    with pytest.raises(vlm_fix.VlmFixError, match="not read in gemma3"):
+    with pytest.raises(vlm_fix.VlmFixError, match="cannot in gemma3"):
         vlm_fix.wrap(model, "paint")
     with vlm_fix.wrapped(model, "cca"), pytest.raises(vlm_fix.VlmFixError, match="cca:mask=false"):
         greedy(model, inputs)
@@ -668,6 +668,17 @@ def test_refusals(models):
         pytest.raises(vlm_fix.VlmFixError, match="two numbers"),
     ):
         greedy(models["llava"], single("llava", [1], 0))
+
+
+def test_crops_are_refused():
+    """LLaVA-NeXT shows an image as several grids with newlines between."""
+    model, inputs = families.build("llava_next"), families.prompt("llava_next", [1])
+    with pytest.raises(vlm_fix.VlmFixError, match="cannot in llava_next"):
+        vlm_fix.wrap(model, "paint")
+    with vlm_fix.wrapped(model, "cca"), pytest.raises(vlm_fix.VlmFixError, match="one grid in reading order"):
+        greedy(model, inputs)
+    with vlm_fix.wrapped(model, ["act", "tame"]):
+        greedy(model, inputs)
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 28, 32, 40])
