@@ -383,11 +383,18 @@ def _board(folder: Path, results: Mapping[str, Any]) -> str:
                 ({"chair_i": "CHAIR_i ↓", "recall": "recall", "length": "words"}.get(n, where), benchmark, split, n)
                 for n in names
             ]
+    if "pope" in settings["data"]:
+        columns.insert(len(runs[base]["pope"]), ("yes", "pope", "", "yes_ratio"))
     last = list(settings["data"])[-1]
     lines = [report.line(["method", *(c[0] for c in columns), "tokens/s"])]
     lines.append(report.line(["---", *["---:"] * (len(columns) + 1)]))
     for run in runs:
-        cells = [_change(runs[run][b][split], name, run == base) for _, b, split, name in columns]
+        cells = [
+            _change(runs[run][b][split], name, run == base)
+            if split
+            else f"{100 * fmean(each[name] for each in runs[run][b].values()):.1f}"
+            for _, b, split, name in columns
+        ]
         speed = results["speed"][run][last]["tokens_per_second"]
         lines.append(
             report.line([run if run == base else f"`{run}`", *cells, "-" if speed is None else f"{speed:.0f}"])
@@ -401,6 +408,13 @@ def _board(folder: Path, results: Mapping[str, Any]) -> str:
         else f"{settings['num_beams']} beams"
     )
     sources = "; ".join(dict.fromkeys(data["source"] for data in settings["data"].values()))
+    lost = "".join(
+        f" {run}: {unparsed} answers unparsed, {failed} failed."
+        for run, each in runs.items()
+        for scores in [[split for b in each.values() for split in b.values()]]
+        for unparsed, failed in [tuple(sum(s.get(k, 0) for s in scores) for k in ("unparsed", "failed"))]
+        if unparsed or failed
+    )
     variant = f", CHAIR variant {settings['data']['chair']['variant']}" if "chair" in settings["data"] else ""
     return "\n".join(
         [
@@ -410,8 +424,8 @@ def _board(folder: Path, results: Mapping[str, Any]) -> str:
             "",
             f"{how}, {model['dtype']}, weights {model['weights'][:15]}, POPE scorer {settings['scorer']}{variant}; "
             f"{results['hardware']}, {results['date'][:10]}, vlm-fix {results['vlm_fix']}. Baseline in percent (words: mean "
-            "length), below it differences in points with a paired bootstrap 95 % interval over images, bold where it "
-            f"excludes 0. All of it: `{folder.name}/results.json`.",
+            "length; yes: yes-ratio, mean over splits), below it differences in points with a paired bootstrap 95 % interval over images, bold where it "
+            f"excludes 0.{lost or ' Every answer was parsed, none failed.'} All of it: `{folder.name}/results.json`.",
             "",
         ]
     )

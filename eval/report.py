@@ -72,6 +72,15 @@ LAYOUTS = {
         _chair_caption,
     ),
 }
+COMMITS = {  # of the official script that a scorer or variant follows
+    "official": "RUCAIBox/POPE@3df3ba1",
+    "opera": "shikiw/OPERA@61426ef",
+    "vcd": "DAMO-NLP-SG/VCD@d6568ff",
+    "lmms": "lmms-eval 0.7.3",
+    "vlmevalkit": "open-compass/VLMEvalKit@e8e78f0",
+    "nltk": "shikiw/OPERA@61426ef",
+    "pattern": "LisaAnne/Hallucination@6e4d33c",
+}
 CHANGES = {
     "mended": "mended",
     "broken": "broken",
@@ -256,6 +265,12 @@ def _changes(scores: Mapping[str, Any]) -> dict[str, Cell]:
         for name in CHANGES
         if name in equal
     }
+
+
+def scorer_of(settings: Mapping[str, Any], benchmark: str) -> str:
+    """Which scorer judged a benchmark and the commit of its original, such as "official, RUCAIBox/POPE@3df3ba1"."""
+    name = settings["scorer"] if benchmark == "pope" else settings["data"][benchmark].get("variant", benchmark)
+    return f"{name}, {COMMITS[name]}" if name in COMMITS else name
 
 
 def _captions(results: Mapping[str, Any]) -> dict[str, str]:

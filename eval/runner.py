@@ -467,6 +467,7 @@ def _write(
         "config_hash": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in VERSIONS},
+        "scorers": {task.benchmark: report.scorer_of(config, task.benchmark) for task in tasks},
         "hardware": hardware(device),
         "processes": store.team.size,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

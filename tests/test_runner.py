@@ -55,6 +55,15 @@ def test_everything_is_written_and_counted(whole):
     assert json.loads((folder / "results.json").read_text()) == results
     assert Image.open(folder / "figure.png").getcolors(maxcolors=200) is None  # drawn on, not blank
     assert list(results["runs"]) == ["baseline", "pai:alpha=0.5", "vcd"]
+    assert results["scorers"] == {
+        "pope": "official, RUCAIBox/POPE@3df3ba1",
+        "chair": "pattern, LisaAnne/Hallucination@6e4d33c",
+    }
+    assert (
+        results["settings"]["model"]["weights"].startswith("sha256:")
+        and results["hardware"]
+        and results["processes"] == 1
+    )
     said = rows(folder)
     for name in results["runs"]:
         assert sum(r["run"] == name and r["benchmark"] == "chair" for r in said) == 6
@@ -349,3 +358,12 @@ def test_seeds_differ_by_batch_and_seed_but_not_by_run():
     samples = [tasks.Sample(str(i), i, "", Path(), "x", {}) for i in range(4)]
     seeds = {runner._seed(s, part) for s in (0, 1) for part in (samples[:2], samples[2:])}
     assert len(seeds) == 4 and all(0 <= s < math.pow(2, 32) for s in seeds)
+
+
+def test_a_device_map_gives_the_same_answers(loaded, tmp_path):
+    model, _, identity = runner.load_model(MODEL, device_map="auto")
+    assert identity["device"] == loaded[0].device.type
+    how = {"benchmark": "chair", "methods": (("vcd",),), "limit": 3}
+    plain, spread = run(tmp_path / "a", **how), run(tmp_path / "b", device_map="auto", **how)
+    assert [r["answer"] for r in rows(tmp_path / "a")] == [r["answer"] for r in rows(tmp_path / "b")]
+    assert plain["runs"] == spread["runs"]
