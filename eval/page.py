@@ -424,7 +424,8 @@ def _board(folder: Path, results: Mapping[str, Any]) -> str:
             "",
             f"{how}, {model['dtype']}, weights {model['weights'][:15]}, POPE scorer {settings['scorer']}{variant}; "
             f"{results['hardware']}, {results['date'][:10]}, vlm-fix {results['vlm_fix']}. Baseline in percent (words: mean "
-            "length; yes: yes-ratio, mean over splits), below it differences in points with a paired bootstrap 95 % interval over images, bold where it "
+            "length; yes: yes-ratio, mean over splits), below it differences in points with a paired bootstrap 95 % interval "
+            "over images, bold where it "
             f"excludes 0.{lost or ' Every answer was parsed, none failed.'} All of it: `{folder.name}/results.json`.",
             "",
         ]

@@ -6,7 +6,7 @@
     controls     apc_only and gaussian_logits at the methods' beta, yes_bias, yes_threshold (where questions are yes/no),
                  random_heads; random_tokens, uniform_grid, downsample_image at every budget of the pruning methods
     beams=k      with `equal_compute`: the unwrapped model with k beams, for each number k > 1 of forward passes per token
-                 that a stack takes (1 + one per contrast)
+                 that a stack takes (`Contrast.passes`)
 
 Controls are methods like any other: those that are not registered, or asked for already, are left out.
 Source: the critique of ustc-hyin/cd_rethink, and random selection in UniPruneBench.
@@ -77,7 +77,9 @@ def runs(settings: Settings, model: Any, tasks: Sequence[Task]) -> list[Run]:
     elif settings.controls:
         made["sampled"] = Run("sampled", (Baseline(),), (("sample", True),))
     if settings.equal_compute:
-        passes = {1 + sum(isinstance(m, Contrast) and m.contrasts for m in stack) for stack in stacks.values()} - {1}
+        passes = {max((m.passes for m in stack if isinstance(m, Contrast)), default=1) for stack in stacks.values()} - {
+            1
+        }
         if not passes:
             raise VlmFixError(
                 "--equal-compute: no method of this run takes a second forward pass, so the baseline is its own "

@@ -70,6 +70,10 @@ class CausalMM(AttentionEdit, Contrast):
     def rows(self) -> str:
         return "all"
 
+    @property
+    def passes(self) -> int:
+        return 1 if self.neutral else 1 + (self.vision != "none") + (self.language != "none")
+
     def acts_in(self, branch: str) -> bool:
         return branch == "language"
 

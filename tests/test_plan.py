@@ -52,6 +52,8 @@ def test_a_third_of_the_tokens_is_the_same_number_for_method_and_control(model):
 
 def test_equal_compute_counts_forward_passes(model):
     assert "beams=2" in made(model, methods=(("vcd",), ("pai",)), equal_compute=True)
+    both = made(model, methods=(("vcd",), ("causalmm",), ("causalmm:vision=none",)), equal_compute=True)
+    assert [name for name in both if name.startswith("beams")] == ["beams=2", "beams=3"]
     assert list(made(model, methods=(("vcd",),), equal_compute=True, sample=True))[:3] == [
         "baseline",
         "greedy",

@@ -348,6 +348,11 @@ class Contrast(Method):
         """False if these parameters need no second branch."""
         return not self.neutral
 
+    @property
+    def passes(self) -> int:
+        """Forward passes per generated token, the model's own included: what an equal-compute baseline may spend."""
+        return 2 if self.contrasts else 1
+
     def negative(self, call: Call) -> dict[str, torch.Tensor]:
         """Model inputs of the second branch's prompt: `call.inputs`, `call.without_images()`, `call.with_pixels(f)`, ..."""
         raise NotImplementedError
