@@ -18,15 +18,8 @@ from ..method import AttentionEdit, Contrast, LogitEdit
 from ..session import PAD, TEXT, Session
 
 JOINS = True  # tests switch it off to compare
-KNOWN = {
-    "input_ids",
-    "attention_mask",
-    "position_ids",
-    "past_key_values",
-    "mm_token_type_ids",
-    "use_cache",
-    "return_dict",
-}
+UNUSED = {"attention_mask", "mm_token_type_ids", "image_grid_thw", "video_grid_thw"}  # once positions are given
+KNOWN = {"input_ids", "position_ids", "past_key_values", "use_cache", "return_dict"} | UNUSED
 
 
 def joinable(engine: Any, session: Session, branches: list[Any], args: Any, kwargs: dict[str, Any]) -> bool:
@@ -91,7 +84,7 @@ class Joint:
         self.ids, self.engine.joint = ids, self
         positions = self.first + step
         return {
-            **{k: v for k, v in kwargs.items() if k not in ("attention_mask", "mm_token_type_ids")},
+            **{k: v for k, v in kwargs.items() if k not in UNUSED},
             "input_ids": ids.repeat(len(self.sessions), 1),
             "position_ids": positions.expand(3, -1, -1) if self.engine.family.mrope else positions,
             "past_key_values": JointCache(self.caches),
