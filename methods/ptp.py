@@ -21,7 +21,8 @@ class PTP(LayerPruner):
     the other tiles). c_j = max over the question's tokens of the head-mean attention in language-model layer `layer`.
     Kept after it: the top T_t of (1 - alpha) b_j + alpha c_j in each tile.
 
-    Source: arXiv 2509.15704 (alpha .5, layer 2); official code unknown. Here one image is one tile. Ambiguities:
+    Source: arXiv 2509.15704 (alpha .5, layer 2); official code unknown. A tile is an image, or a crop
+    of one where the model cuts images (LLaVA-NeXT, OneVision; the small whole image counts as one). Ambiguities:
     whether b and c are brought to one scale before they are mixed (`scale`: min-max over the tile, or none), the
     rounding of T_t (down, largest remainders first), and encoders without a class token (Qwen-VL: attention received,
     which has the same sum in every tile, so that T_t then follows 1 / its size). Positions stay. Ties: lower index.
@@ -52,7 +53,9 @@ class PTP(LayerPruner):
         relevance, keep = relevance.amax(dim=1), torch.zeros_like(tokens.images, dtype=torch.bool)
         for b, images in enumerate(tokens.session.whole.vision):
             saliency = [next(iter(image.first.values())).float() for image in images]
-            budgets = allot([float(s.mean()) for s in saliency], [len(s) for s in saliency], self.keep)
+            saliency = [s if i.here is None else s[i.here] for s, i in zip(saliency, images, strict=True)]
+            shares = [self.keep if self.keep <= 1 else self.keep / image.siblings for image in images]
+            budgets = allot([float(s.mean()) for s in saliency], [len(s) for s in saliency], shares)
             for number, (s, budget) in enumerate(zip(saliency, budgets, strict=True), 1):
                 columns = (tokens.images[b] == number).nonzero()[:, 0]
                 mixed = (1 - self.alpha) * self.scaled(s.to(relevance.device))
@@ -65,10 +68,10 @@ class PTP(LayerPruner):
         return x if self.scale == "none" else (x - x.min()) / span if span > 0 else torch.zeros_like(x)
 
 
-def allot(saliency: list[float], sizes: list[int], keep: float) -> list[int]:
+def allot(saliency: list[float], sizes: list[int], keep: list[float]) -> list[int]:
     """Budgets of tiles: the sum of their own budgets, shared by saliency, at most each tile's size."""
     saliency = saliency if sum(saliency) else [1.0] * len(sizes)
-    left, budgets = sum(share_of(keep, n) for n in sizes), [0] * len(sizes)
+    left, budgets = sum(share_of(k, n) for k, n in zip(keep, sizes, strict=True)), [0] * len(sizes)
     open_tiles = list(range(len(sizes)))
     while left and open_tiles:
         total = sum(saliency[i] for i in open_tiles)

@@ -462,10 +462,10 @@ def test_ties_go_to_the_lower_index():
 def test_tile_budgets():
     from vlm_fix.methods.ptp import allot
 
-    assert allot([1.0, 3.0], [10, 10], 4) == [2, 6]
-    assert allot([1.0, 9.0], [10, 10], 0.6) == [2, 10], "what does not fit goes to the other tile"
-    assert sum(allot([0.2, 0.3, 0.5], [7, 9, 8], 0.4)) == 3 + 4 + 3
-    assert allot([0.0, 0.0], [4, 4], 1.0) == [4, 4]
+    assert allot([1.0, 3.0], [10, 10], [4, 4]) == [2, 6]
+    assert allot([1.0, 9.0], [10, 10], [0.6, 0.6]) == [2, 10], "what does not fit goes to the other tile"
+    assert sum(allot([0.2, 0.3, 0.5], [7, 9, 8], [0.4] * 3)) == 3 + 4 + 3
+    assert allot([0.0, 0.0], [4, 4], [1.0, 1.0]) == [4, 4]
 
 
 def test_masks_move_between_views():
@@ -545,3 +545,40 @@ def test_models_with_windows_are_refused(family, monkeypatch):
     )
     with pytest.raises(vlm_fix.VlmFixError, match="sliding windows"):
         vlm_fix.wrap(model, "fastv")
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_top_of_random_scores(seed):
+    """Whole-number scores: nearly every choice is a tie."""
+    g = torch.Generator().manual_seed(seed)
+    images = torch.randint(3, (2, 30), generator=g).sort(dim=1).values
+    scores = torch.randint(4, (2, 30), generator=g).float()
+    kept = top_per_image(scores, images, images, lambda n: n // 2 + 1)
+    for row in range(2):
+        expected = []
+        for image in (1, 2):
+            columns = [j for j in range(30) if images[row, j] == image]
+            expected += ranked(scores[row], columns)[: len(columns) // 2 + 1] if columns else []
+        assert kept[row].nonzero()[:, 0].tolist() == sorted(expected)
+
+
+def test_gaps_are_not_packed_sequences(models):
+    """A pruner before the language model that keeps positions with gaps, without a cache: the same answer."""
+    options = {"max_new_tokens": STEPS, "do_sample": False, "suppress_tokens": [IMAGE]}
+    with vlm_fix.wrapped(models["llava"], "uniform_grid:keep=7,positions=original"):
+        inputs = single("llava", [1, 2], 1)
+        cached = models["llava"].generate(**inputs, **options)
+        assert torch.equal(models["llava"].generate(**inputs, use_cache=False, **options), cached)
+
+
+def test_flash_attention_is_refused(family, monkeypatch):
+    """FlashAttention-2 reads gapped positions as packed sequences; wrap builds on SDPA alone."""
+    model = BUILD[family]()
+    monkeypatch.setattr(model.config.get_text_config(), "_attn_implementation", "flash_attention_2")
+    with pytest.raises(vlm_fix.VlmFixError, match="'flash_attention_2' attention.*set_attn_implementation"):
+        vlm_fix.wrap(model, "fastv")
+
+
+def test_observation_needs_all_columns(family, model):
+    with vlm_fix.wrapped(model, "fastv:keep=5"), pytest.raises(vlm_fix.VlmFixError, match="drop tokens half-way"):
+        vlm_fix.observe(model, single(family, [1], 0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import families
 import pytest
 import torch
 from conftest import BUILD, IMAGE, make_inputs, single
@@ -243,3 +244,38 @@ def test_refused_calls(family, model):
             model.generate(**inputs, max_new_tokens=3, cache_implementation="static", do_sample=False)
     with vlm_fix.wrapped(model, ["a_vl", "opera"]), pytest.raises(vlm_fix.VlmFixError, match="a decoding loop"):
         model.generate(**inputs, max_new_tokens=3)
+
+
+CROPS = {"llava_next", "llava_onevision"}
+WINDOWS, PLACES = {"gemma3", "aya_vision", "cohere2_vision"}, {"paligemma", "qwen3_vl"}
+
+
+@pytest.mark.parametrize("name", families.TINY)
+def test_other_families(name):
+    """Towers that cannot be read: an image is a run of image tokens. Batches equal single rows, or one clear refusal."""
+    model, batch = families.build(name), families.prompt(name, [1, 2, 1])
+    plain = greedy(model, batch, 4)[1]
+    for spec in ("fastv:keep=0.2", "knorm:keep=0.2", *(["ptp:keep=0.2", "vscan"] if name in CROPS else [])):
+        if name in WINDOWS or (name in PLACES and "fastv" in spec):
+            with pytest.raises(vlm_fix.VlmFixError, match="does not work with this model's"):
+                vlm_fix.wrap(model, spec)
+            continue
+        with vlm_fix.wrapped(model, spec):
+            tokens, logits, _ = greedy(model, batch, 4)
+            assert float((logits - plain).abs().max()) > 1e-3
+            for row in range(3):
+                t, alone, _ = greedy(model, families.prompt(name, [1, 2, 1], rows=[row]), 4)
+                assert torch.equal(t[0], tokens[row]) and float((alone[0] - logits[row]).abs().max()) < 2e-4
+    if name not in CROPS:
+        with pytest.raises(vlm_fix.VlmFixError, match="ptp cannot read the vision tower"):
+            vlm_fix.wrap(model, "ptp")
+
+
+def test_images_whose_rows_end_in_a_token():
+    """Mistral 3 breaks an image after each row: its tokens are still one image with one budget."""
+    model, inputs = families.build("mistral3"), families.prompt("mistral3", [1])
+    with vlm_fix.wrapped(model, "knorm:keep=3"), torch.no_grad():
+        out = model(**inputs)
+    length = inputs["input_ids"].shape[1]
+    size = int((inputs["input_ids"] == model.config.image_token_id).sum())
+    assert out.past_key_values.layers[0].keys.shape[2] == length - size + 3

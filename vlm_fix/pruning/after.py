@@ -257,14 +257,15 @@ class ShortLayer(DynamicLayer):
         return length + self.dropped if length else 0
 
 
-def check_model(engine: Any, method: Method) -> None:
-    """Refuse decoders whose layers need all tokens in their places."""
+def check_model(engine: Any, method: Method, prompt: bool = True) -> None:
+    """Refuse decoders with sliding windows and, for what acts in the prompt, those that tie image tokens to their places."""
     config = engine.model.config.get_text_config()
-    windows = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
-    deep = getattr(getattr(engine.model.config, "vision_config", None), "deepstack_visual_indexes", None)
-    bidirectional = getattr(config, "use_bidirectional_attention", None) or "gemma" in config.model_type
-    if windows or deep or bidirectional:
-        reason = "sliding windows" if windows else "deep image features" if deep else "bidirectional image attention"
+    reason = "sliding windows" if set(getattr(config, "layer_types", None) or ()) - {"full_attention"} else ""
+    if prompt and getattr(getattr(engine.model.config, "vision_config", None), "deepstack_visual_indexes", None):
+        reason = "image features of several depths"
+    if prompt and (getattr(config, "use_bidirectional_attention", None) or "gemma" in config.model_type):
+        reason = reason or "bidirectional image attention"
+    if reason:
         raise VlmFixError(
             f"{method.name} does not work with this model's {reason}; use a pruner that acts before the language model."
         )
@@ -343,7 +344,7 @@ def drop(engine: Any, session: Session, i: int, stage: int, layer: Any, x: torch
     if i == dropper.stages[-1]:
         state.clear()
     types = before.types.to(x.device)
-    keep = (types != VISUAL) & (types != PAD) | (chosen & (types == VISUAL))
+    keep = (images == 0) & (types != PAD) | (chosen & (types == VISUAL))  # a newline of a cut image belongs to no image
     if bool((keep | (types == PAD)).all()):
         return hidden
     index, mask = left_pack(keep)

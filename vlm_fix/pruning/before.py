@@ -52,10 +52,12 @@ def install(engine: Any) -> list[Any]:
             f"{pruner.name}: positions=compact has no meaning for M-RoPE's 3-D positions; use positions=original."
         )
     pruners = engine.shortens
-    if engine.family.encoder is None:
+    layers = {layer for m in pruners for layer in m.encoder_layers(engine.arch) or ()}
+    handles: list[Any] = []
+    if engine.family.encoder is None and (pruner or layers):
         known = ", ".join(f.name for f in FAMILIES if f.encoder)
         raise VlmFixError(
-            f"{pruners[0].name} cannot read the vision tower of {engine.family.name} models; pruning works with {known}."
+            f"{pruners[0].name} cannot read the vision tower of {engine.family.name} models; it works with {known}."
         )
     if pruner and pruner.edits("shrink"):
         if engine.family.cells == "anyres" and pruner.keep is not None and pruner.keep > 1:
@@ -63,9 +65,8 @@ def install(engine: Any) -> list[Any]:
                 f"{pruner.name}: {engine.family.name} cuts images into crops; give keep as a share, such as keep=0.33."
             )
         handles = shrink.install(engine, pruner.shrink)
-    else:
-        layers = tuple({layer for m in pruners for layer in m.encoder_layers(engine.arch) or ()})
-        handles = capture(engine, get_part(engine.model, engine.family.vision), layers)
+    elif engine.family.encoder:
+        handles = capture(engine, get_part(engine.model, engine.family.vision), tuple(layers))
 
     def hook(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         session = engine.session
@@ -128,25 +129,37 @@ def follow(session: Session, kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def match(engine: Any, session: Session) -> None:
-    """Find each image's columns: session.images [B, n] numbers them by row, session.vision holds what the tower saw."""
-    call, types = session.call, session.types
+    """Find each image's columns: session.images [B, n] numbers them by row, session.vision holds what the tower saw.
+
+    Where the tower cannot be read, an image (or one of its tiles) is an unbroken run of image tokens.
+    """
+    call, types, family = session.call, session.types, engine.family
     assert types is not None
-    if engine.family.cells == "anyres":
+    if family.cells == "anyres":
         match_crops(engine, session)
         return
-    encoded = sum(image.grid[0] * image.grid[1] for image in call.vision)
+    seen: list[Any] = call.vision
+    sizes = [image.grid[0] * image.grid[1] for image in seen]
+    if family.encoder is None and family.cells == "sizes":  # rows of an image end in a token of their own
+        side = engine.model.config.vision_config.patch_size * engine.model.config.spatial_merge_size
+        sizes = [(h // side) * (w // side) for h, w in call.inputs["image_sizes"].tolist()]
+        seen = [None] * len(sizes)
+    elif family.encoder is None:
+        visual = types == VISUAL
+        begins = visual & ~torch.nn.functional.pad(visual, (1, 0))[:, :-1]
+        session.images = (begins.cumsum(dim=1) * visual).to(torch.int16)
+        return
     # generate before transformers 5.18 runs the tower once per beam; later ones once per prompt, shared by its beams
-    times = 1 if encoded == int((types == VISUAL).sum()) else types.shape[0] // call.batch
-    images, numbers, rows = iter(call.vision), torch.zeros_like(types, dtype=torch.int16), []
+    times = 1 if sum(sizes) == int((types == VISUAL).sum()) else types.shape[0] // call.batch
+    images, numbers, rows = iter(zip(seen, sizes, strict=True)), torch.zeros_like(types, dtype=torch.int16), []
     for row in range(types.shape[0] // times):
         columns, found = (types[row * times] == VISUAL).nonzero()[:, 0], []
         while len(columns):
-            image = next(images, None)
-            size = image.grid[0] * image.grid[1] if image else 0
-            if image is None or size > len(columns):
+            image, size = next(images, (None, 0))
+            if not 0 < size <= len(columns):
                 raise VlmFixError(
-                    f"{engine.shortens[0].name} could not match the image tokens to the vision tower's "
-                    "patches; pass pixel_values of images (no video, no pre-computed features) with "
+                    f"{engine.shortens[0].name} could not match the image tokens to the vision tower's patches; pass "
+                    "pixel_values of images (no video, no pre-computed features) with "
                     "vision_feature_select_strategy='default'."
                 )
             found.append(image)

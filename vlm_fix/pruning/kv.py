@@ -75,7 +75,7 @@ class CachePruner(Method):
 def install(engine: Any) -> list[Any]:
     """The hooks of engine.cacher."""
     cacher = engine.cacher
-    check_model(engine, cacher)
+    check_model(engine, cacher, prompt=False)
 
     def enter(i: int, module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         session = engine.session
@@ -96,7 +96,7 @@ def install(engine: Any) -> list[Any]:
         if session.start:
             view = session.at(i)
             if isinstance(view, View) and session.length == 1:
-                assert view.types is not None
+                assert view.types is not None and cache is not None
                 seen = (view.types != PAD).to(x.device)[:, None]
                 cacher.pick(session, i, lambda: _new_row(attn, x, kwargs, cache.layers[i].keys, seen))
             return
@@ -126,7 +126,7 @@ def prune(engine: Any, session: Session, i: int, cache: Any, seen: Seen) -> None
     cached = Cached(engine, i, session, seen, layer.keys, layer.values, types != PAD)
     scores = cacher.scores(cached)
     quota = functools.partial(share_of, cacher.keep)
-    stays = (types != VISUAL) & (types != PAD)
+    stays = (images == 0) & (types != PAD)
     keep = torch.stack([top_per_image(s, images, images, quota) | stays for s in scores.unbind(dim=1)], dim=1)
     index, mask = left_pack(keep.flatten(0, 1))  # every head keeps the same number of a row's columns
     index, mask = index.view(*keep.shape[:2], -1), mask.view(*keep.shape[:2], -1)
