@@ -131,11 +131,12 @@ def follow(session: Session, kwargs: dict[str, Any]) -> dict[str, Any]:
 def match(engine: Any, session: Session) -> None:
     """Find each image's columns: session.images [B, n] numbers them by row, session.vision holds what the tower saw.
 
-    Where the tower cannot be read, an image (or one of its tiles) is an unbroken run of image tokens.
+    Where nobody reads the tower's crops, an image (or one of its tiles) is an unbroken run of image tokens.
     """
     call, types, family = session.call, session.types, engine.family
     assert types is not None
-    if family.cells == "anyres":
+    reads = engine.pruner or any(m.encoder_layers(engine.arch) for m in engine.shortens)
+    if family.cells == "anyres" and reads:
         match_crops(engine, session)
         return
     seen: list[Any] = call.vision
@@ -144,7 +145,7 @@ def match(engine: Any, session: Session) -> None:
         side = engine.model.config.vision_config.patch_size * engine.model.config.spatial_merge_size
         sizes = [(h // side) * (w // side) for h, w in call.inputs["image_sizes"].tolist()]
         seen = [None] * len(sizes)
-    elif family.encoder is None:
+    elif family.encoder is None or family.cells == "anyres":
         visual = types == VISUAL
         begins = visual & ~torch.nn.functional.pad(visual, (1, 0))[:, :-1]
         session.images = (begins.cumsum(dim=1) * visual).to(torch.int16)

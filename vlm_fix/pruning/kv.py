@@ -14,7 +14,7 @@ import torch
 
 from ..errors import VlmFixError
 from ..method import Layers, Method, param
-from ..session import PAD, VISUAL, Session, View, left_pack
+from ..session import PAD, Session, View, left_pack
 from .after import Seen, ShortLayer, attention_of, check_model, rows_attention, share_of, top_per_image
 
 
