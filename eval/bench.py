@@ -115,6 +115,7 @@ HEADS = "1.0|2.3|3.5|4.1|4.6|5.2|6.0|6.7"  # layer.head
 SPECS = {
     "act": f"act:head_list={HEADS},threshold=0.001",
     "ad_hh": f"ad_hh:head_list={HEADS},threshold=0",
+    "head_pursuit": f"head_pursuit:head_list={HEADS}",
     "icd": "icd:tokens=11|12|13|14|15|16|17|18",
     "iri": "iri:rr_attention=RATES,rr_mlp=RATES",
     "var": "var:tau=2.5,min_visual_mass=0,rho=1",
@@ -346,7 +347,7 @@ def methods_of(kind: str, depth: int = 8) -> list[str]:
 
 def spec_of(name: str, depth: int = 8) -> str:
     """A spec under which the method does its usual work on a random-weight model of `depth` layers."""
-    rates = "|".join(f"{(i + 1) / depth:.3g}" for i in range(depth))
+    rates = "|".join(f"{(depth - i) / depth:.3g}" for i in range(depth))
     return SPECS.get(name, name).replace("RATES", rates)
 
 
@@ -382,7 +383,8 @@ def run(
     kinds = {"auto": torch.bfloat16 if where.type == "cuda" else torch.float32}
     weights = kinds.get(dtype) or getattr(torch, dtype)
     net, inputs = build(SHAPES[shape], where, weights, seed)
-    specs = methods or methods_of(kind, net.config.get_text_config().num_hidden_layers)
+    depth = net.config.get_text_config().num_hidden_layers
+    specs = [spec_of(spec, depth) for spec in methods] if methods else methods_of(kind, depth)
     if kind == "prune":
         specs = [_with_keep(spec, k) for k in keep for spec in specs]
     elif kind == "attention" and not methods:
