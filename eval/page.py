@@ -415,14 +415,15 @@ def _board(folder: Path, results: Mapping[str, Any]) -> str:
         for unparsed, failed in [tuple(sum(s.get(k, 0) for s in scores) for k in ("unparsed", "failed"))]
         if unparsed or failed
     )
-    variant = f", CHAIR variant {settings['data']['chair']['variant']}" if "chair" in settings["data"] else ""
+    how += f", seeds {', '.join(map(str, settings['seeds']))}" if settings.get("seeds") else ""
+    judges = "; ".join(f"{b.upper()} scorer {report.scorer_of(settings, b)}" for b in settings["data"])
     return "\n".join(
         [
             f"### {Path(model['name']).name} on {sources}",
             "",
             *lines,
             "",
-            f"{how}, {model['dtype']}, weights {model['weights'][:15]}, POPE scorer {settings['scorer']}{variant}; "
+            f"{how}, {model['dtype']}, weights {model['weights'][:15]}, {judges}; "
             f"{results['hardware']}, {results['date'][:10]}, vlm-fix {results['vlm_fix']}. Baseline in percent (words: mean "
             "length; yes: yes-ratio, mean over splits), below it differences in points with a paired bootstrap 95 % interval "
             "over images, bold where it "
