@@ -144,6 +144,7 @@ class Engine:
 
     # ---- hooks -------------------------------------------------------------------------------------------------------
 
+    @attention.uncompiled
     def _enter(self, module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         """Before the multimodal model's forward: find or open the session and classify the new columns."""
         if self.session is not None and self.session.plain:  # a pass of `observe`
@@ -207,6 +208,7 @@ class Engine:
             if isinstance(edit, AttentionEdit) and edit.edits("begin") and edit.acts_in(session.branch):
                 edit.begin(session, session.call)
 
+    @attention.uncompiled
     def _leave(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         """After the forward: remember a cache that the model made itself, for a caller's own decoding loop."""
         if self.session is not None and self.session.plain:
@@ -216,6 +218,7 @@ class Engine:
             self.sessions[cache] = self.session
         self.session = None
 
+    @attention.uncompiled
     def _prepare(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         if self.session is None or self.session.plain:
             return None
@@ -229,6 +232,7 @@ class Engine:
                 kwargs = method.prepare(session, kwargs)
         return kwargs
 
+    @attention.uncompiled
     def _watch(
         self, watchers: list[AttentionEdit], layer: int, module: nn.Module, args: Any, kwargs: dict[str, Any]
     ) -> None:

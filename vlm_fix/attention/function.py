@@ -25,6 +25,16 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
+def uncompiled(function: Any) -> Any:
+    """Under torch.compile, graphs end here: a session is Python state, which a graph would freeze."""
+    return torch.compiler.disable(
+        function,
+        reason="vlm-fix keeps the state of a call in Python, so graphs end at each attention layer; compile without "
+        "fullgraph=True.",
+    )
+
+
+@uncompiled
 def attention(
     module: torch.nn.Module,
     query: torch.Tensor,
