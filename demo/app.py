@@ -46,8 +46,7 @@ def build(models: Models, mcp: bool = False) -> gr.Blocks:
             name = gr.Dropdown(
                 models.names,
                 value=first.name,
-                label="Model",
-                info="Hugging Face name or folder" if models.any_name else None,
+                label="Model: a Hugging Face name or a folder" if models.any_name else "Model",
                 allow_custom_value=models.any_name,
                 filterable=models.any_name,
                 scale=1,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import html
+import inspect
 import itertools
 import typing
 from collections.abc import Callable, Iterator
@@ -64,6 +65,14 @@ def card(pane: Pane | None) -> str:
         lines.append(f"<small>{pane.state}{' for the model' if pane.state == 'waiting' else ''} …</small>")
     lines += [f'<div class="note">{html.escape(note)}</div>' for note in pane.notes]
     return f'<div class="card {pane.state}">{"".join(lines)}</div>'
+
+
+def about(cls: type[Method]) -> str:
+    """A method's docstring as HTML: its first line, its paper, and the rest to unfold."""
+    first, _, rest = inspect.cleandoc(cls.__doc__ or "").partition("\n")
+    paper = f' <a href="{html.escape(cls.paper, quote=True)}" target="_blank">Paper</a>' if cls.paper else ""
+    more = f"<details><summary>How it works</summary><pre>{html.escape(rest.strip())}</pre></details>" if rest else ""
+    return f'<div class="about">{html.escape(first)}{paper}{more}</div>'
 
 
 def control(cls: type[Method], field: dataclasses.Field[Any], text: str | None) -> Any:
@@ -210,13 +219,13 @@ def tab(models: Models, name: gr.Dropdown, asked: gr.State, page: gr.Blocks) -> 
                     count = gr.Radio([2, 3, 4], value=3, label="Panes", elem_id="count")
             said = gr.HTML("", elem_id="notice")
             cards, inputs, columns = [], [], []
-            with gr.Row():
-                with gr.Column(min_width=230):
+            with gr.Row(elem_id="panes"):
+                with gr.Column(min_width=190):
                     gr.Dropdown(["baseline"], value=["baseline"], multiselect=True, label="Baseline", interactive=False)
                     cards.append(gr.HTML(card(Pane(["baseline"])), js_on_load=CLICKS, elem_id="pane0"))
                     gr.HTML(LEGEND)
                 for number, start in enumerate(START, 1):
-                    with gr.Column(min_width=230, visible=number < 3) as column:
+                    with gr.Column(min_width=190, visible=number < 3) as column:
                         names = gr.Dropdown(
                             method_choices(),
                             value=start,
@@ -278,8 +287,7 @@ def _settings(page: gr.Blocks, names: gr.Dropdown, options: gr.State) -> None:
         for name in chosen:
             cls = get_method(name)
             with gr.Accordion(f"{name}: settings", open=False):
-                about = (cls.__doc__ or "").strip().splitlines()[0]
-                gr.Markdown(f"{about} [Paper]({cls.paper})" if cls.paper else about)
+                gr.HTML(about(cls))
                 for field in dataclasses.fields(cls):
                     made = control(cls, field, held.get(name, {}).get(field.name))
                     made.change(

@@ -5,6 +5,7 @@ import base64
 import contextlib
 import copy
 import dataclasses
+import html
 import io
 import itertools
 import json
@@ -33,11 +34,12 @@ gr = pytest.importorskip("gradio", reason="the demo needs gradio")
 import vlm_fix  # noqa: E402
 from vlm_fix import VlmFixError, cli, list_methods, parse_spec  # noqa: E402
 from vlm_fix.demo import app, benchmark, compare, examples, inside, look, models, tools  # noqa: E402
-from vlm_fix.demo.panes import card, control, remember  # noqa: E402
+from vlm_fix.demo.panes import about, card, control, remember  # noqa: E402
 from vlm_fix.eval import chair, picto, runner  # noqa: E402
 from vlm_fix.session import Call  # noqa: E402
 
 PROMPT = compare.CAPTION_PROMPT
+EXTRA: dict[str, str] = {}  # methods that need a parameter
 
 
 @pytest.fixture(scope="module")
@@ -331,6 +333,24 @@ def test_sinks_are_ringed_and_taken_out(views):
     assert "1 sink tokens (ringed) taken out" in look.figures(view, 0, None, None)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("cls", list_methods(), ids=lambda c: c.name)
+def test_every_method_answers_and_can_be_looked_into(loaded, cls):
+    """Or the page says in a sentence why not."""
+    image = examples.scenes()[0].image
+    stack = [EXTRA.get(cls.name, cls.name)] if cls.name != "baseline" else []
+    *_, pane = last(compare.compare(loaded, image, PROMPT, [stack] if stack else [], 12))
+    assert pane.state == "done" or len(pane.notes) == 1 and not pane.notes[0].partition(":")[0].endswith("Error")
+    if pane.state == "done":
+        try:
+            view = inside.look(loaded, image, PROMPT, pane)
+        except VlmFixError as error:
+            assert "\n" not in str(error)
+        else:
+            assert all(word.rows for word in view.words) and look.figures(view, 0, None, None)
+    assert not hasattr(loaded.model, "_vlm_fix_engine")
+
+
 def test_an_answer_that_was_stopped_cannot_be_looked_into(loaded, scene):
     with pytest.raises(VlmFixError, match="not finished"):
         inside.look(loaded, examples.scenes()[0].image, PROMPT, compare.Pane(["vcd"], "stopped", "a dog"))
@@ -489,6 +509,14 @@ def test_each_field_has_a_control_that_sets_it(cls):
             for end in (made.minimum, made.maximum):
                 spec = compare.stack_of([cls.name], remember({}, end, method=cls.name, field=field.name))[0]
                 assert getattr(parse_spec(spec), field.name) == end
+
+
+@pytest.mark.parametrize("cls", list_methods(), ids=lambda c: c.name)
+def test_each_method_is_explained(cls):
+    shown = html.unescape(about(cls))
+    for line in (cls.__doc__ or "").strip().splitlines():
+        assert line.strip() in shown
+    assert cls.paper in shown
 
 
 def test_the_kind_of_control():
@@ -834,9 +862,10 @@ def test_a_benchmark_in_a_browser(page, artifacts, tmp_path):
 @pytest.mark.slow
 def test_models_in_a_browser(page):
     box = page.locator("#model input")
-    box.fill("/nowhere/at/all")
+    box.fill("/nowhere/${1+1}{{name}}<b>")
     box.press("Enter")
     page.wait_for_selector("#model-notice .notice >> text=could not be loaded")
+    assert "/nowhere/${1+1}{{name}}<b>" in page.inner_text("#model-notice")
     page.click("#go")
     page.wait_for_selector("#notice .notice >> text=could not be loaded")
     box.fill(str(picto.model_path("picto-llava")))
