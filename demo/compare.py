@@ -137,13 +137,10 @@ class _Live(TextIteratorStreamer):
     def __init__(self, tokenizer: Any, stop: Stop) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.stop = stop
-        self.ids: list[int] = []
 
     def put(self, value: Any) -> None:
         if self.stop.is_set():
             raise Stopped
-        if not self.next_tokens_are_prompt:
-            self.ids += value.tolist()
         super().put(value)
 
 
@@ -212,12 +209,17 @@ def _answer(
             plain = pane.stack == runner.BASELINE
             runner.reset_peak(model.device)
             with contextlib.nullcontext() if plain else vlm_fix.wrapped(model, pane.stack):
-                batch = runner.generate(model, loaded.processor, [image], [prompt], seed, streamer=live, **options)
+                search = None if plain else model._vlm_fix_engine.procedure
+                streams = search is None or "streamer" not in search.refuses
+                more = {**options, "streamer": live} if streams else options
+                batch = runner.generate(model, loaded.processor, [image], [prompt], seed, **more)
+            if not streams:
+                live.text_queue.put(batch.texts[0])
             pane.peak_mb = runner.peak_mb(model.device)
         pane.notes += dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, UserWarning))
         if not batch.finished[0]:
             pane.notes.append("Cut off at the longest answer allowed.")
-        pane.ids, pane.tokens = live.ids, batch.tokens[0]
+        pane.ids, pane.tokens = batch.ids[0], batch.tokens[0]
         pane.seconds, pane.first_token = batch.seconds, batch.first_token
         pane.state = "done"
     except Stopped:

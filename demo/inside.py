@@ -16,11 +16,9 @@ from PIL import Image, ImageDraw
 
 import vlm_fix
 from vlm_fix import Contrast, Observation
-from vlm_fix.engine import Engine
 from vlm_fix.errors import VlmFixError
 from vlm_fix.eval import runner
 from vlm_fix.families import family_of
-from vlm_fix.registry import parse
 from vlm_fix.session import Call
 
 from .compare import Pane
@@ -50,6 +48,7 @@ class View:
     seen: Observation
     base: Observation | None
     others: list[tuple[str, Image.Image]]  # what a contrast's other branches see, with a caption
+    note: str = ""  # why `seen` is the model without methods, if it is
 
     @property
     def first(self) -> int:
@@ -87,9 +86,9 @@ class View:
         marked = self.seen.image_sinks.any(0) if layer is None else self.seen.image_sinks[layer]
         return self._patches(marked)
 
-    def dropped(self) -> torch.Tensor | None:
-        """[h, w] bool: patches that a pruner dropped; None if there is none."""
-        return None if self.seen.kept.all() else self._patches(~self.seen.kept)
+    def dropped(self, layer: int | None) -> torch.Tensor | None:
+        """[h, w] bool: patches that a pruner dropped before a layer (None: the last one); None if there is none."""
+        return None if self.seen.kept.all() else self._patches(~self.seen.kept[-1 if layer is None else layer])
 
     def _patches(self, tokens: torch.Tensor) -> torch.Tensor:
         cells = self.seen.cells[self.tile]
@@ -106,16 +105,20 @@ def look(loaded: Loaded, image: Image.Image, prompt: str, pane: Pane) -> View:
         inputs = dict(runner.encode(model, processor, [image], [prompt]))
         base = vlm_fix.observe(model, inputs, pane.ids)
         others: list[tuple[str, Image.Image]] = []
-        seen = base
+        seen, note = base, ""
         if not plain:
             with vlm_fix.wrapped(model, pane.stack):
-                seen = vlm_fix.observe(model, inputs, pane.ids)
-            others = _other_branches(loaded, pane, inputs)
+                others = _other_branches(model, processor, inputs)
+                try:
+                    seen = vlm_fix.observe(model, inputs, pane.ids)
+                except VlmFixError as error:
+                    note = f"This is the model without methods: {error}"
         picture, tile, cells = image, 0, family_of(model).cells
         if cells in ("pixels", "tiles"):  # cropped, perhaps, or cut up with the whole at the end: show what was left
             tile = -1
             picture = unpixel(processor, inputs["pixel_values"].flatten(0, -4))[tile]
-    return View(pane, words(processor.tokenizer, pane), picture, tile, seen, None if plain else base, others)
+    before = None if plain or note else base
+    return View(pane, words(processor.tokenizer, pane), picture, tile, seen, before, others, note)
 
 
 def words(tokenizer: Any, pane: Pane) -> list[Word]:
@@ -149,18 +152,18 @@ def unpatch(processor: Any, pixels: torch.Tensor, grid: torch.Tensor) -> list[Im
     return made
 
 
-def _other_branches(loaded: Loaded, pane: Pane, inputs: dict[str, Any]) -> list[tuple[str, Image.Image]]:
-    """Pictures of the pixels that a contrast gives its other branches, where they differ from the prompt's."""
-    engine = Engine(loaded.model, parse(pane.stack))
+def _other_branches(model: Any, processor: Any, inputs: dict[str, Any]) -> list[tuple[str, Image.Image]]:
+    """Pictures of the pixels that a contrast on the model gives its other branches, if they are not the prompt's."""
+    engine = model._vlm_fix_engine
     made: list[tuple[str, Image.Image]] = []
     for method in engine.active:
         if not isinstance(method, Contrast) or not method.contrasts:
             continue
-        for name, branch in method.branches(Call(loaded.model, engine.family, inputs)).items():
+        for name, branch in method.branches(Call(model, engine.family, inputs)).items():
             pixels, grid = branch.inputs.get("pixel_values"), inputs.get("image_grid_thw")
             if pixels is None or torch.equal(pixels, inputs["pixel_values"]):
                 continue
-            drawn = unpixel(loaded.processor, pixels) if grid is None else unpatch(loaded.processor, pixels, grid)
+            drawn = unpixel(processor, pixels) if grid is None else unpatch(processor, pixels, grid)
             made.append((f"{method.name}: what its {name} branch sees", drawn[0]))
     return made
 

@@ -64,7 +64,9 @@ def figures(view: View, chosen: int, layer: int | None, head: int | None) -> str
         made.append(figure(inside.overlay(view.picture, masked, float(masked.max())), "Without sinks", note))
     else:
         notes.append("No image token is an attention sink here.")
-    if view.base is None:
+    if view.note:
+        notes.append(view.note)
+    elif view.base is None:
         notes.append("Choose a method’s answer to see what it changes.")
     else:
         change = view.heatmap(chosen, layer, head, "change")
@@ -75,9 +77,10 @@ def figures(view: View, chosen: int, layer: int | None, head: int | None) -> str
             note = f"red: more, blue: less attention; {round(100 * float(change.sum()), 1) + 0.0:+} points in all"
             drawn = inside.overlay(view.picture, change, peak, signed=True)
             made.append(figure(drawn, f"{view.pane.title} minus baseline", note))
-    dropped = view.dropped()
+    dropped = view.dropped(layer)
     if dropped is not None:
-        note = f"{int((~dropped).sum())} of {dropped.numel()} patches kept"
+        where = "the last layer" if layer is None else f"layer {layer}"
+        note = f"{int((~dropped).sum())} of {dropped.numel()} patches reach {where}"
         made.append(figure(inside.pruned(view.picture, dropped), "What the pruner keeps", note))
     made += [figure(inside.canvas(image), title, "the answer is held against it") for title, image in view.others]
     said = html.escape(" ".join(notes))

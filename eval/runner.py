@@ -198,6 +198,7 @@ class Batch:
     finished: list[bool]
     seconds: float
     first_token: float | None
+    ids: list[list[int]] = dataclasses.field(repr=False, default_factory=list)  # of the new tokens
 
 
 def encode(model: Any, processor: Any, images: Sequence[Any], prompts: Sequence[str]) -> Any:
@@ -243,6 +244,7 @@ def generate(model: Any, processor: Any, images: Sequence[Any], prompts: Sequenc
         finished=finished.tolist(),
         seconds=seconds,
         first_token=clock.at - start if clock.at else None,
+        ids=[row[:n] for row, n in zip(new.tolist(), tokens.tolist(), strict=True)],
     )
 
 

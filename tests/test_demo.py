@@ -262,8 +262,8 @@ def test_what_a_method_changes(loaded, views):
 
 
 def test_pruned_patches_and_noised_images_are_the_methods_own(loaded, views):
-    dropped = views["hiprune"].dropped()
-    assert dropped.shape == (8, 8) and int((~dropped).sum()) == 24 and views["pai"].dropped() is None
+    dropped = views["hiprune"].dropped(None)
+    assert dropped.shape == (8, 8) and int((~dropped).sum()) == 24 and views["pai"].dropped(2) is None
     assert (views["hiprune"].heatmap(0, None, None)[dropped] == 0).all()
     ((title, image),) = views["vcd"].others
     pixels = runner.encode(loaded.model, loaded.processor, [examples.scenes()[0].image], [PROMPT])["pixel_values"]
@@ -312,7 +312,7 @@ def test_the_page_of_a_look(views):
         made = look.figures(view, view.first, None, None)
         assert made.count("<img") == made.count("<figcaption>") and 'alt=""' not in made
     assert "leaves this attention as it is" in look.figures(views["vcd"], 0, None, None)
-    assert "24 of 64 patches kept" in look.figures(views["hiprune"], 0, None, None)
+    assert "24 of 64 patches reach the last layer" in look.figures(views["hiprune"], 0, None, None)
     assert "pai:alpha=0.5 minus baseline" in look.figures(views["pai"], 0, 5, 2)
     grid = look.heads(view, 0, 3, None)
     assert grid.count("<i ") == 6 * 8 and grid.count("<button") == 8 and grid.count('class="on"') == 8
@@ -340,14 +340,15 @@ def test_every_method_answers_and_can_be_looked_into(loaded, cls):
     image = examples.scenes()[0].image
     stack = [EXTRA.get(cls.name, cls.name)] if cls.name != "baseline" else []
     *_, pane = last(compare.compare(loaded, image, PROMPT, [stack] if stack else [], 12))
-    assert pane.state == "done" or len(pane.notes) == 1 and not pane.notes[0].partition(":")[0].endswith("Error")
+    assert pane.state == "done" or (len(pane.notes) == 1 and not pane.notes[0].partition(":")[0].endswith("Error"))
     if pane.state == "done":
         try:
             view = inside.look(loaded, image, PROMPT, pane)
         except VlmFixError as error:
             assert "\n" not in str(error)
         else:
-            assert all(word.rows for word in view.words) and look.figures(view, 0, None, None)
+            assert all(word.rows for word in view.words)
+            assert view.note in html.unescape(look.figures(view, 0, None, None))
     assert not hasattr(loaded.model, "_vlm_fix_engine")
 
 

@@ -129,10 +129,43 @@ def test_head_methods_and_pruners_are_seen(family, model):
     assert sorted(ratio.tolist()) == [1, 1, 3, 3]
     with vlm_fix.wrapped(model, "hiprune:keep=4"):
         pruned = vlm_fix.observe(model, inputs, ANSWER)
-    assert int(pruned.kept.sum()) == 8 and pruned.kept.shape == plain.kept.shape
-    assert (pruned.weights_to_image[..., ~pruned.kept] == 0).all()
+    kept = pruned.kept[0]
+    assert int(kept.sum()) == 8 and pruned.kept.shape == plain.kept.shape and (pruned.kept == kept).all()
+    assert (pruned.weights_to_image[..., ~kept] == 0).all()
     assert torch.allclose(pruned.weights_to_image.sum(-1), pruned.visual_mass, atol=1e-6)
-    assert pruned.sinks.shape[1] == plain.sinks.shape[1] - int((~pruned.kept).sum())
+    assert pruned.sinks.shape[1] == plain.sinks.shape[1] - int((~kept).sum())
+
+
+def test_layers_behind_a_drop(family, model):
+    """FastV before layer 2: what layer 1 looks at least is gone, and the rest of layer 2's softmax grows by its share."""
+    inputs = single(family, [1, 2], 1)
+    plain = vlm_fix.observe(model, inputs, ANSWER)
+    with vlm_fix.wrapped(model, "fastv:keep=4,layer=2"):
+        seen = vlm_fix.observe(model, inputs, ANSWER)
+    expected = torch.zeros_like(plain.kept[0])
+    scores, first = plain.weights_to_image[1, :, 0].mean(0), plain.grids[0][0] * plain.grids[0][1]
+    for start, part in ((0, scores[:first]), (first, scores[first:])):
+        expected[start + part.topk(4).indices] = True
+    assert seen.kept.shape == plain.kept.shape and seen.kept[:2].all() and (seen.kept[2:] == expected).all()
+    assert torch.allclose(seen.weights_to_image[:2, :, 0], plain.weights_to_image[:2, :, 0], atol=1e-6)
+    row = plain.weights_to_image[2, :, 0]
+    rest = 1 - row[:, ~expected].sum(-1, keepdim=True)
+    assert error(seen.weights_to_image[2, :, 0][:, expected], row[:, expected] / rest) < 1e-5
+    assert (seen.weights_to_image[2:][..., ~expected] == 0).all()
+    assert torch.allclose(seen.weights_to_image.sum(-1), seen.visual_mass, atol=1e-6)
+    total = seen.visual_mass + seen.system_mass + seen.text_mass
+    assert (total <= 1 + 1e-5).all() and seen.phi.shape == plain.phi.shape
+    visual = [j for j, t in enumerate(inputs["input_ids"][0].tolist()) if t == IMAGE]
+    gone = torch.tensor(visual)[~expected]
+    assert (seen.phi[2:, gone] == 0).all() and torch.allclose(seen.phi[:2], plain.phi[:2], atol=1e-4)
+    others = [j for j in range(inputs["input_ids"].shape[1]) if j not in gone.tolist()]
+    assert torch.allclose(seen.phi[2][others], plain.phi[2][others], atol=1e-4)
+
+
+@pytest.mark.parametrize("spec", ["knorm:keep=4", "downsample_image:keep=4"])
+def test_what_cannot_be_followed_is_said(model, family, spec):
+    with vlm_fix.wrapped(model, spec), pytest.raises(vlm_fix.VlmFixError, match="observe"):
+        vlm_fix.observe(model, single(family, [1], 0), ANSWER)
 
 
 def test_chunks_change_nothing(model, family, monkeypatch):

@@ -14,7 +14,7 @@ from transformers import DynamicCache
 from .engine import Engine
 from .errors import VlmFixError
 from .families import image_cells, prompt_positions
-from .session import PAD, VISUAL, Call, Session
+from .session import PAD, VISUAL, Call, Session, View
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Observation:
     """Attention of the rows that predict an answer; all tensors lie on the CPU.
 
     Row r predicts `tokens[r]`: row 0 is the prompt's last, the last row predicts what would come next (rows = n + 1 for
-    n answer tokens). Columns are those the language model holds: with a pruner, fewer than the prompt had. Masses are
+    n answer tokens). Columns are those that enter the language model: with a pruner, fewer than the prompt had. Masses are
     sums of post-softmax weights as the wrapped methods left them; system is text before the first image, text is text
     after the last one, the answer included.
     """
@@ -32,7 +32,7 @@ class Observation:
     system_mass: torch.Tensor  # [layers, heads, rows]
     text_mass: torch.Tensor  # [layers, heads, rows]
     weights_to_image: torch.Tensor  # [layers, heads, rows, N]: the image tokens of the prompt; 0 where pruned
-    kept: torch.Tensor  # [N] bool, False where a pruner dropped the image token
+    kept: torch.Tensor  # [layers, N] bool, False where a pruner dropped the image token before this layer
     phi: torch.Tensor  # [layers, columns] largest |x_d| / rms(x) of a layer's input x, over all or the given dimensions
     sinks: torch.Tensor  # [layers, columns] bool, phi > tau
     image_sinks: torch.Tensor  # [layers, N] bool, the sinks among the image tokens
@@ -114,7 +114,11 @@ class Probe:
         masks = session.masks(a.shape[-1], a.device)
         for name in ("visual", "before", "after"):
             self.add(name, layer, (a * masks[name]).sum(dim=-1)[0].float())
-        self.add("image", layer, a[0][..., masks["visual"][0, 0, 0]].to(self.dtype))
+        image = a[0][..., masks["visual"][0, 0, 0]].to(self.dtype)
+        if isinstance(session, View):  # a layer with fewer columns
+            held = visual_of(session)
+            image = image.new_zeros(*image.shape[:2], len(held)).masked_scatter(held.to(image.device), image)
+        self.add("image", layer, image)
 
     def heads(self, layer: int, session: Session, output: torch.Tensor) -> None:
         """Head outputs [1, q, H, D] as o_proj gets them."""
@@ -127,7 +131,12 @@ class Probe:
             return
         x = (args[0] if args else kwargs["hidden_states"])[0].float()
         ratio = x.abs() / (x.square().mean(dim=-1, keepdim=True) + 1e-6).sqrt()
-        self.add("phi", layer, (ratio if self.dims is None else ratio[:, list(self.dims)]).amax(dim=-1))
+        phi = (ratio if self.dims is None else ratio[:, list(self.dims)]).amax(dim=-1)
+        session = engine.session.at(layer)
+        if isinstance(session, View) and not session.start:
+            index = session.index[0].to(phi.device)
+            phi = phi.new_zeros(len(index) + session.dropped).scatter(0, index, phi)
+        self.add("phi", layer, phi)
 
     def leave(self, engine: Engine, what: str, layer: int, module: Any, args: Any, output: Any) -> None:
         """Hook after an attention or MLP block."""
@@ -135,10 +144,10 @@ class Probe:
             return
         x = output[0] if isinstance(output, tuple) else output
         x = x.view(1, -1, x.shape[-1])  # some MLPs work on [tokens, C]
-        self.add(what, layer, x[0, self.first_row(engine.session) :].float().norm(dim=-1))
+        self.add(what, layer, x[0, self.first_row(engine.session.at(layer)) :].float().norm(dim=-1))
 
     def stack(self, what: str, depth: int, dim: int) -> torch.Tensor:
-        """[layers, ...], the forwards joined along `dim`; columns that a layer no longer holds are 0, on the left."""
+        """[layers, ...], the forwards joined along `dim`; columns outside a layer's window are 0, on the left."""
         whole = []
         for i in range(depth):
             parts = self.parts[what, i]
@@ -146,11 +155,16 @@ class Probe:
             if what == "image":
                 parts = [torch.nn.functional.pad(p, (width - p.shape[-1], 0)) for p in parts]
             whole.append(torch.cat(parts, dim=dim))
-        if len({tuple(w.shape) for w in whole}) > 1:
-            raise VlmFixError(
-                "observe needs the same columns in every layer; unwrap methods that drop tokens half-way."
-            )
         return torch.stack(whole)
+
+
+def visual_of(view: View) -> torch.Tensor:
+    """[N] bool: which of the image tokens that entered the language model the layers of `view` still have."""
+    assert view.whole.types is not None and view.types is not None
+    types = view.whole.types[0]
+    held = torch.zeros_like(types, dtype=torch.bool)
+    held[view.index[0][view.types[0, : view.index.shape[1]] == VISUAL]] = True
+    return held[types == VISUAL]
 
 
 @torch.no_grad()
@@ -170,7 +184,8 @@ def observe(
     are (teacher forcing), without their prompt. Every token is computed once; only the observed rows' weights are formed.
     On a wrapped model the edited weights are seen; a contrast's second branch and edits of the logits are not.
     tau and sink_dims: what counts as a sink (VAR's phi). text_only: also a pass without the images, for `divergence`.
-    dtype: of `weights_to_image` (float16 halves it). Raises VlmFixError for a batch, or a prompt without an image.
+    dtype: of `weights_to_image` (float16 halves it). Raises VlmFixError for a batch, a prompt without an
+    image, or a method that thins out the cache or shrinks the image.
     """
     given = {k: v for k, v in dict(inputs).items() if isinstance(v, torch.Tensor)}
     ids = given.get("input_ids")
@@ -181,6 +196,12 @@ def observe(
     given.setdefault("attention_mask", torch.ones_like(ids))
     answer = torch.as_tensor([] if answer_ids is None else answer_ids, dtype=torch.long, device=ids.device).flatten()
     with _engine(model) as engine, engine.lock, contextlib.ExitStack() as stack:
+        if engine.cacher:
+            raise VlmFixError(
+                f"{engine.cacher.name} keeps other columns in every head; observe cannot tell them apart."
+            )
+        if engine.pruner and engine.pruner.edits("shrink"):
+            raise VlmFixError(f"{engine.pruner.name} shows the model another image; observe knows this one's patches.")
         if sink_dims is not None and any(not 0 <= d < engine.arch.hidden for d in sink_dims):
             raise VlmFixError(f"sink_dims={tuple(sink_dims)} do not fit a model of hidden size {engine.arch.hidden}.")
         call, probe = Call(model, engine.family, given), Probe(tau, sink_dims, dtype)
@@ -249,15 +270,18 @@ def _collect(
     assert session.types is not None
     types = session.types[0].cpu()
     prompt = engine._classify(call.inputs["input_ids"], None)[0].cpu() == VISUAL
-    kept = torch.ones(int(prompt.sum()), dtype=torch.bool)
+    entered = torch.ones(int(prompt.sum()), dtype=torch.bool)
     if session.kept is not None:
         places = torch.zeros_like(prompt).index_fill(
             0, session.kept.index[0].cpu()[session.kept.mask[0].cpu() > 0], True
         )
-        kept = places[prompt]
+        entered = places[prompt]
 
     def spread(x: torch.Tensor) -> torch.Tensor:  # over all image tokens of the prompt
-        return x if kept.all() else x.new_zeros(*x.shape[:-1], len(kept)).masked_scatter(kept, x)
+        return x if entered.all() else x.new_zeros(*x.shape[:-1], len(entered)).masked_scatter(entered, x)
+
+    held = [session.at(i) for i in range(depth)]
+    count = int((types == VISUAL).sum())
 
     phi = probe.stack("phi", depth, 0)
     phi = phi.masked_fill(types == PAD, 0)
@@ -268,7 +292,9 @@ def _collect(
         system_mass=probe.stack("before", depth, 1),
         text_mass=probe.stack("after", depth, 1),
         weights_to_image=spread(probe.stack("image", depth, 1)),
-        kept=kept,
+        kept=spread(
+            torch.stack([visual_of(v).cpu() if isinstance(v, View) else torch.ones(count).bool() for v in held])
+        ),
         phi=phi,
         sinks=sinks,
         image_sinks=spread(sinks[:, types == VISUAL]),
