@@ -520,3 +520,29 @@ def test_causalmm_contrasts_every_token(family, model, spec):
         _, logits, scores = greedy(model, single(family, [1, 2], 1), 6)
     difference = (scores[0] - logits[0].log_softmax(-1)).abs().amax(-1)
     assert (difference > 1e-2).all(), difference
+
+
+@pytest.mark.parametrize("spec", [s for s in SPECS if not s.startswith("decore")])  # which needs no image
+def test_row_without_image(family, model, spec):
+    inputs = make_inputs(family, [1, 0, 2])
+    tokens = greedy(model, inputs, STEPS)[0]
+    with vlm_fix.wrapped(model, spec):
+        ours, _, scores = greedy(model, inputs, STEPS)
+    assert torch.equal(ours[1], tokens[1]) and not torch.isnan(scores).any()
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_half_precision(family, spec):
+    """bf16 scores stay near those of the same weights in fp32, on fp32's tokens."""
+    import conftest
+
+    half, inputs = conftest.BUILD[family](torch.bfloat16), single(family, [1, 2], 1, dtype=torch.bfloat16)
+    whole = conftest.BUILD[family]()
+    whole.load_state_dict({k: v.float() for k, v in half.state_dict().items()})
+    scores = []
+    for model in (whole, half):
+        inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+        with vlm_fix.wrapped(model, spec):
+            scores.append(greedy(model, inputs, 1)[2][0, 0])
+    both = torch.isfinite(scores[0]) & torch.isfinite(scores[1])
+    assert both.sum() > 3 and error(scores[1][both], scores[0][both].double()) < 0.1
