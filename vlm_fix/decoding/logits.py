@@ -45,8 +45,8 @@ class Step:
 
     def reached(self, layer: int) -> bool:
         """False for a token that the model has not seen yet: drafting tries its proposals on made-up scores first."""
-        rows, first = self.processor.seen[layer]
-        return self.index - first < rows.shape[1]
+        rows, first = self.processor.seen.get(layer, (None, 0))
+        return rows is not None and self.index - first < rows.shape[1]
 
     def exit(self, layer: int, norm: bool) -> torch.Tensor:
         """[B', V] float32 logits of the input of `layer`, through the final norm (if asked) and the language head."""
