@@ -21,9 +21,9 @@ class Beams:
 
     tokens: torch.Tensor  # [n, t]
     scores: torch.Tensor  # [n]
-    sums: torch.Tensor  # [n, t] log prod_{i >= j} (scale A[i, j]) of response columns j
     parents: torch.Tensor  # [n] beams of the state before
     done: list[tuple[float, torch.Tensor]]  # (score / length ** length_penalty, tokens), best first
+    sums: torch.Tensor  # [n, t] log prod_{i >= j} (scale A[i, j]) of response columns j
     place: list[int] = field(default_factory=list)  # per beam, the column that its candidates trust most
 
 
@@ -74,8 +74,7 @@ class OPERA(AttentionEdit, Procedure):
         return self.weight == 0
 
     def see(self, a: torch.Tensor, rows: Rows) -> None:
-        peak = a[:, :, -1].amax(dim=1)
-        peak = peak / peak.sum(dim=-1, keepdim=True)
+        peak = torch.nn.functional.normalize(a[:, :, -1].amax(dim=1), p=1, dim=-1)
         rows.state.update(row=peak, image=(peak * rows.visual[:, 0, 0]).sum(dim=-1))
 
     def search(self, run: Search) -> Any:
@@ -92,7 +91,7 @@ class OPERA(AttentionEdit, Procedure):
         """(score, tokens) of the best beam of one prompt [n, L] whose first token has `logits` [n, V]."""
         scores = torch.full((self.beams,), -1e9, device=logits.device)
         scores[0] = 0  # the beams are alike at first
-        beams = Beams(prompt[:, :0], scores, logits[:, :0], torch.arange(self.beams, device=logits.device), [])
+        beams = Beams(prompt[:, :0], scores, torch.arange(self.beams, device=logits.device), [], logits[:, :0])
         history: list[Beams] = []
         returns: Counter[int] = Counter()
         rejected: dict[int, list[torch.Tensor]] = {}
@@ -107,12 +106,12 @@ class OPERA(AttentionEdit, Procedure):
                 rejected.setdefault(position, []).append(last.parents * logits.shape[1] + last.tokens[:, -1])
                 seqs.crop(seqs.length)
                 z = seqs.forward(beams.tokens).clone()
-                lowest = z.amin(dim=-1).repeat_interleave(z.shape[1])
                 refused = torch.cat(rejected[position])
-                z.view(-1)[refused] = lowest[refused]
-            beams = self.chosen(run, prompt, beams, z)
+                z.view(-1)[refused] = z.amin(dim=-1)[refused // z.shape[1]]
+            beams = Beams(*run.beam_step(prompt, beams.tokens, beams.scores, z, beams.done), beams.sums)
             if not len(beams.tokens):
                 return beams.done[0]
+            beams.sums = beams.sums[beams.parents]
             seqs.reorder(beams.parents)
             logits = seqs.forward(beams.tokens[:, -1:])
             own = (self.scale * seqs.state(self)["row"][:, -beams.tokens.shape[1] :]).log()
@@ -144,26 +143,6 @@ class OPERA(AttentionEdit, Procedure):
                 returns[position] += 1
                 return position
         return None
-
-    def chosen(self, run: Search, prompt: torch.Tensor, beams: Beams, z: torch.Tensor) -> Beams:
-        """The next beams; none if the search is over."""
-        length, penalty = beams.tokens.shape[1] + 1, run.config.length_penalty
-        penalty = 1.0 if penalty is None else penalty
-        log_p = run.processors(torch.cat([prompt, beams.tokens], dim=1), z.log_softmax(dim=-1))
-        best, flat = (beams.scores[:, None] + log_p).view(-1).topk(2 * self.beams)
-        parents, new = flat // z.shape[1], flat % z.shape[1]
-        tokens = torch.cat([beams.tokens[parents], new[:, None]], dim=1)
-        ends = run.stopping(torch.cat([prompt[:1].expand(len(tokens), -1), tokens], dim=1), None).to(best.device)
-        finished = [(float(best[i]) / length**penalty, tokens[i]) for i in range(self.beams) if ends[i]]
-        done = sorted([*beams.done, *finished], key=lambda d: -d[0])[: self.beams]
-        attainable = float(best[0]) / length**penalty
-        full = len(done) == self.beams and (run.config.early_stopping is True or done[-1][0] >= attainable)
-        keep = (~ends).nonzero()[: 0 if full else self.beams, 0]
-        count = len(keep)
-        keep = keep[[min(i, count - 1) for i in range(self.beams if count else 0)]]
-        scores = best[keep]
-        scores[count:] = -1e9  # with several ends there may be too few that go on
-        return Beams(tokens[keep], scores, beams.sums[parents[keep]], parents[keep], done)
 
 
 def mode(values: list[int]) -> int:

@@ -65,6 +65,32 @@ class Search:
         mask = self.call.inputs["attention_mask"].to(self.prompt.device)
         return Sequences(self.engine, inputs["past_key_values"], mask, position), out.logits[:, -1].float()
 
+    def beam_step(
+        self, prompt: torch.Tensor, tokens: torch.Tensor, scores: torch.Tensor, z: torch.Tensor, done: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[tuple[float, torch.Tensor]]]:
+        """One step of beam search for one prompt: n beams tokens [n, t] with `scores` [n] and next logits z [n, V].
+
+        Returns tokens [n, t + 1], scores, the beams they come from (all empty if the search is over), and the up to n
+        finished answers, best first, as (score / length ** length_penalty, tokens).
+        """
+        count, length, penalty = len(tokens), tokens.shape[1] + 1, self.config.length_penalty
+        penalty = 1.0 if penalty is None else penalty
+        log_p = self.processors(torch.cat([prompt, tokens], dim=1), z.log_softmax(dim=-1))
+        best, flat = (scores[:, None] + log_p).view(-1).topk(2 * count)
+        parents, new = flat // z.shape[1], flat % z.shape[1]
+        tokens = torch.cat([tokens[parents], new[:, None]], dim=1)
+        ends = self.stopping(torch.cat([prompt[:1].expand(len(tokens), -1), tokens], dim=1), None).to(best.device)
+        finished = [(float(best[i]) / length**penalty, tokens[i]) for i in range(count) if ends[i]]
+        done = sorted([*done, *finished], key=lambda d: -d[0])[:count]
+        attainable = float(best[0]) / length**penalty
+        full = len(done) == count and (self.config.early_stopping is True or done[-1][0] >= attainable)
+        keep = (~ends).nonzero()[: 0 if full else count, 0]
+        left = len(keep)
+        keep = keep[[min(i, left - 1) for i in range(count if left else 0)]]
+        scores = best[keep]
+        scores[left:] = -1e9  # with several ends there may be too few that go on
+        return tokens[keep], scores, parents[keep], done
+
     @property
     def pad(self) -> int:
         """The id that fills up finished rows."""
