@@ -3,7 +3,7 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3; do $$p -c 'import sys;
 BIN := .venv/bin
 LIMIT ?= 300
 
-.PHONY: run test lint types leaderboard reproduce-picto clean
+.PHONY: run test lint types docs leaderboard reproduce-picto clean
 
 run: .venv/run  ## baseline and five methods on the bundled model: POPE x 3 and CHAIR, table and figure
 	$(BIN)/vlm-fix eval all --model picto-llava --data picto:shift --method var,vhr,pai,vcd,hiprune \
@@ -19,6 +19,10 @@ lint: .venv/dev
 types: .venv/dev  ## of the package as installed, not of the folders
 	rm -rf build/typed && $(BIN)/pip install -q --no-deps --no-build-isolation --target build/typed .
 	cd build/typed && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p vlm_fix
+
+docs: .venv/run  ## docs/methods.md from the classes and results/, and the pruning curves
+	$(BIN)/python -m vlm_fix.eval.methods_page docs/methods.md
+	$(BIN)/python -m vlm_fix.eval.curves results/pruning docs/pruning.md
 
 leaderboard: .venv/run  ## the tables of docs/leaderboard.md from the JSON in results/
 	$(BIN)/vlm-fix report $(sort $(dir $(wildcard results/*/results.json))) --markdown docs/leaderboard.md

@@ -115,10 +115,14 @@ HEADS = "1.0|2.3|3.5|4.1|4.6|5.2|6.0|6.7"  # layer.head
 SPECS = {
     "act": f"act:head_list={HEADS},threshold=0.001",
     "ad_hh": f"ad_hh:head_list={HEADS},threshold=0",
+    "decore": f"decore:head_list={HEADS}",
     "head_pursuit": f"head_pursuit:head_list={HEADS}",
+    "iava": "iava:tokens=11|12|13|14|15|16|17|18",
+    "layercake": "layercake:punctuation=11|12|13,concepts=14|15|16|17|18",
     "icd": "icd:tokens=11|12|13|14|15|16|17|18",
     "iri": "iri:rr_attention=RATES,rr_mlp=RATES",
     "var": "var:tau=2.5,min_visual_mass=0,rho=1",
+    "yes_threshold": "yes_threshold:yes=11,no=12",
     "yes_bias": "yes_bias:tokens=11|12|13|14",
 }
 

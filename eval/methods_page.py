@@ -1,4 +1,4 @@
-"""docs/methods.md, made from the method dataclasses and the results kept in results/.
+"""docs/methods.md, made from the method dataclasses, the published figures and the results kept in results/.
 
 `python -m vlm_fix.eval.methods_page docs/methods.md` (or `make docs`) writes the page. Cost is counted, not stated: one
 prompt with one image runs through a small random-weight LLaVA, and hooks count the rows that its decoder layers and its
@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -22,7 +23,7 @@ import vlm_fix
 from vlm_fix.errors import VlmFixError
 from vlm_fix.method import Method
 
-from . import bench
+from . import bench, published
 
 TITLES = {
     "attention": "Attention",
@@ -36,11 +37,13 @@ TITLES = {
 }
 HEAD = """# Methods
 
-Made by `make docs` from the method classes and the result files in `results/`: do not edit.
+Made by `make docs` from the method classes, `vlm-fix published` and the result files in `results/`: do not edit.
 
 - **Cost** is counted on a small random-weight LLaVA with one image (36 visual tokens, 47 in all) and 8 new tokens: rows
   that its decoder layers and its vision tower process, as multiples of the unwrapped model's. A contrast branch that
   shares what it can costs less than a second pass; a pruner less than one. Seconds are in `vlm-fix bench`.
+- **Published** figures are the papers' own, each beside its own baseline ([C] read in official code, [P] the paper, [N] a
+  lead); baselines differ between papers, so compare only within a line.
 - **Measured** is ours on the bundled Picto model: a world of pictographs and a model of 7 M parameters, not a claim about
   yours. Differences to the greedy baseline of the same run in points, with 95 % bootstrap intervals.
 """
@@ -61,9 +64,9 @@ TINY = bench.Shape(
 )
 
 
-def count(model: Any, inputs: dict[str, Any], spec: str, tokens: int = 8) -> tuple[float, float, float]:
-    """Rows through the decoder layers until the first token, and per later token; images through the vision tower."""
-    rows, images = [0.0], [0]
+def count(model: Any, inputs: dict[str, Any], spec: str, tokens: int = 8) -> tuple[float, float, float, float]:
+    """Rows through the decoder layers until the first token and per later token, images through the tower, backwards."""
+    rows, images = [0.0], [0.0]
 
     def decoder(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         x = args[0] if args else kwargs["hidden_states"]
@@ -73,7 +76,7 @@ def count(model: Any, inputs: dict[str, Any], spec: str, tokens: int = 8) -> tup
         images[0] += (args[0] if args else kwargs["pixel_values"]).shape[0]
 
     layers = model.model.language_model.layers
-    parts = []
+    parts, grad = [], mock.patch("torch.autograd.grad", wraps=torch.autograd.grad)
     for new in (1, 1 + tokens):
         rows[0], images[0] = 0.0, 0
         with warnings.catch_warnings(), vlm_fix.wrapped(model, spec.split("+")):
@@ -82,12 +85,13 @@ def count(model: Any, inputs: dict[str, Any], spec: str, tokens: int = 8) -> tup
             hooks.append(model.model.vision_tower.register_forward_pre_hook(tower, with_kwargs=True))
             try:
                 torch.manual_seed(0)
-                model.generate(**inputs, max_new_tokens=new, do_sample=False)
+                with grad as backward:
+                    model.generate(**inputs, max_new_tokens=new, do_sample=False)
             finally:
                 for hook in hooks:
                     hook.remove()
-        parts.append((rows[0], images[0]))
-    return parts[0][0], (parts[1][0] - parts[0][0]) / tokens, parts[0][1]
+        parts.append((rows[0], images[0], backward.call_count))
+    return parts[0][0], (parts[1][0] - parts[0][0]) / tokens, parts[0][1], parts[1][2] / (1 + tokens)
 
 
 def costs() -> dict[str, str]:
@@ -104,6 +108,8 @@ def costs() -> dict[str, str]:
         parts = [f"prompt {ours[0] / base[0]:.2f}x", f"each later token {ours[1] / base[1]:.2f}x"]
         if ours[2] != base[2]:
             parts.append(f"vision tower {ours[2] / base[2]:.0f}x")
+        if ours[3]:
+            parts.append(f"{ours[3]:.1f} backward passes for each token")
         told[method.name] = ", ".join(parts)
     return told
 
@@ -133,7 +139,8 @@ def _measurements(rows: list[tuple[str, dict[str, Any], str]]) -> Iterator[str]:
     yield "|---|---|---|---|---|---|---|---|"
     for spec, scores, folder in rows:
         pope, chair = scores.get("pope", {}), scores.get("chair", {})
-        caption = next(iter(chair.values()), {}).get("delta", {})
+        captions: dict[str, Any] = next(iter(chair.values()), {})
+        caption = captions.get("delta", {})
         splits = [_points(pope.get(s, {}).get("delta", {}), "accuracy") for s in ("random", "popular", "adversarial")]
         cells = [
             *splits,
@@ -146,7 +153,8 @@ def _measurements(rows: list[tuple[str, dict[str, Any], str]]) -> Iterator[str]:
 
 def _verdict(rows: list[tuple[str, dict[str, Any], str]]) -> str:
     """What the intervals say, in a sentence."""
-    better, worse = set(), set()
+    better: set[str] = set()
+    worse: set[str] = set()
     for _, scores, _ in rows:
         for benchmark, splits in scores.items():
             for split, values in splits.items():
@@ -190,11 +198,22 @@ def _section(method: type[Method], cost: str, rows: list[Any]) -> Iterator[str]:
     if len(lines) > 2:
         yield "\n".join(lines)
     yield f"Cost: {cost}."
+    papers = [row for row in published.table() if method.name in row["method"].split("+")]
+    if papers:
+        lines = ["| published | model | its baseline > method | source |", "|---|---|---|---|"]
+        for cells in map(published.cells, papers):
+            name, where, model, figures, source = (_flat(cell) for cell in cells)
+            lines.append(f"| `{name}`, {where} | {model} | {figures} | {source} |")
+        yield "\n".join(lines)
     if rows:
         yield f"Measured: {_verdict(rows)}"
         yield "\n".join(_measurements(rows))
     else:
         yield "Measured: not yet."
+
+
+def _flat(text: str) -> str:
+    return text.replace("\n", "; ").replace("|", "\\|")
 
 
 def _span(low: Any, high: Any) -> str:
