@@ -10,6 +10,7 @@ names the one it used:
     vcd          DAMO-NLP-SG/VCD@d6568ff             label yes: "yes" is no substring; label no: "no" is a substring
     lmms         lmms-eval 0.7.3                     the whole answer is "no"; the yes-ratio is that of the labels
     vlmevalkit   open-compass/VLMEvalKit@e8e78f0     the word no and not the word yes; neither or both is wrong
+    ours         -                                   the first of the words yes and no, in any case, is no; neither is wrong
 
 Worked example: the answer "No." to a question with label no is a true negative, except for lmms, which wants "no" and
 counts it wrong; "I cannot tell" is yes for official and opera, no for vcd where the label is no, and unparsed for us.
@@ -34,7 +35,7 @@ from .rows import DATA, one_of, read_rows
 from .stats import Metric, column_sums, harmonic, ratio
 
 Kind = Literal["random", "popular", "adversarial"]
-Scorer = Literal["official", "opera", "vcd", "lmms", "vlmevalkit"]
+Scorer = Literal["official", "opera", "vcd", "lmms", "vlmevalkit", "ours"]
 
 METRICS: dict[str, Metric] = {
     "accuracy": lambda s: ratio(s["tp"] + s["tn"], s["n"]),
@@ -66,7 +67,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class PopeResult:
-    """Counts and fractions (0 to 1) of one split. lmms and vlmevalkit can leave tp+fp+tn+fn below n: answers that are
+    """Counts and fractions (0 to 1) of one split. lmms, vlmevalkit and ours can leave tp+fp+tn+fn below n: answers that are
     neither. `unparsed` counts answers with no yes and no no word at all, whatever the scorer makes of them.
     `correct` and `rows` (counts with their image, for `stats.paired_bootstrap`) follow the order of the questions."""
 
@@ -185,7 +186,7 @@ def score(questions: Sequence[Question], answers: Sequence[Answer], scorer: Scor
         yes = question.label == "yes"
         row = {"tp": yes and said == "yes", "fp": not yes and said == "yes", "tn": not yes and said == "no"}
         # VLMEvalKit's recall is over all positives: an unknown answer is a miss there, and no answer for lmms-eval
-        row["fn"] = yes and (said in ("no", "failed") or (scorer == "vlmevalkit" and said == "unknown"))
+        row["fn"] = yes and (said in ("no", "failed") or (scorer in ("vlmevalkit", "ours") and said == "unknown"))
         row["yes"] = yes if scorer == "lmms" else said == "yes"
         rows.append({"image": question.image, "n": 1} | {name: int(value) for name, value in row.items()})
     sums = column_sums(rows, ["n", "tp", "fp", "tn", "fn", "yes"])
@@ -214,6 +215,9 @@ def verdict(reply: str, label: str, scorer: Scorer) -> str:
         return ("yes" if "yes" in text else "no") if label == "yes" else ("no" if "no" in text else "yes")
     if scorer == "lmms":
         return text if text in ("yes", "no") else "unknown"
+    if scorer == "ours":
+        first = re.search(r"\b(yes|no)\b", text)
+        return first[1] if first else "unknown"
     found = {"yes", "no"} & set(_vlmevalkit_words(reply.lower()))
     return found.pop() if len(found) == 1 else "unknown"
 

@@ -79,6 +79,15 @@ def find_objects(caption: str, variant: Variant = "nltk") -> tuple[int, list[Obj
     ]
 
 
+def noun_words(text: str, variant: Variant = "nltk") -> list[str]:
+    """Nouns of a text, in the case they are written in, as lemmas; for `pattern`, which has no tagger, the singular of
+    every token."""
+    tokens = _tokens(text, variant)
+    if variant == "pattern":
+        return [singularize(token) for token in tokens]
+    return [_lemma(token, "N") for token, tag in _nltk()[1].tag(tokens) if tag.startswith("NN")]
+
+
 def nltk_ready() -> bool:
     """Whether the nltk variant's data are on this machine (nothing is fetched)."""
     try:
@@ -180,7 +189,7 @@ def _nltk() -> tuple[Any, Any]:
             nltk.download(package, quiet=True, print_error_to=StringIO())
         if not nltk_ready():
             raise VlmFixError(
-                "The nltk variant of CHAIR needs NLTK data that are neither on this machine nor could be fetched: run "
+                "The nltk variant needs NLTK data that are neither on this machine nor could be fetched: run "
                 f"`python -m nltk.downloader {' '.join(NLTK_PACKAGES)}`, or use --variant pattern, which works now."
             )
     return _nltk_models()

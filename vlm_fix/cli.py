@@ -16,7 +16,7 @@ from typing import Any
 
 from .errors import VlmFixError
 
-SCORERS = ("official", "opera", "vcd", "lmms", "vlmevalkit")
+SCORERS = ("official", "opera", "vcd", "lmms", "vlmevalkit", "ours")
 EXAMPLES = {
     "vlm-fix": """examples:
   vlm-fix eval pope --method var                           bundled model and data: runs anywhere, on a CPU
@@ -165,6 +165,13 @@ def _parser() -> argparse.ArgumentParser:
     two.add_argument("--variant", choices=("nltk", "pattern"), default="nltk", help="(%(default)s)")
     two.add_argument("--ground-truth", metavar="FILE", help="objects per image; COCO train+val2014 is in the package")
 
+    three = add(kinds, "amber", "score AMBER answers", _score_amber)
+    three.add_argument("answers", metavar="ANSWERS", help="JSON array or lines: id, response")
+    three.add_argument("--scorer", choices=SCORERS, default="official", help="(%(default)s)")
+    three.add_argument(
+        "--variant", choices=("nltk", "pattern"), default="nltk", help="how nouns are found (%(default)s)"
+    )
+
     papers = add(commands, "published", "list what papers report, with sources and their own baselines", _published)
     papers.add_argument("--method", default="", metavar="A,B", help="only these methods")
     papers.add_argument("--benchmark", default="", metavar="NAME", help="only this benchmark, such as pope or chair")
@@ -178,7 +185,7 @@ def _parser() -> argparse.ArgumentParser:
     page.add_argument("--samples", type=int, default=6, metavar="N", help="captions and questions shown (%(default)s)")
     methods = add(commands, "methods", "list the methods, their papers and settings", _methods)
     models = add(commands, "models", "list the model families", _models)
-    for each in (one, two, papers, methods, models):
+    for each in (one, two, three, papers, methods, models):
         each.add_argument("--json", action="store_true", help="for machines")
 
     bench = add(commands, "bench", "time methods against the unwrapped model, on random weights", _bench)
@@ -362,6 +369,27 @@ def _score_chair(args: argparse.Namespace) -> None:
 
     truth = chair.ground_truth(args.ground_truth or "coco", args.variant)
     _print(args, "CHAIR", chair.score(chair.load_captions(args.captions), truth, args.variant))
+
+
+def _score_amber(args: argparse.Namespace) -> None:
+    from .eval import amber
+
+    found = amber.score_file(args.answers, args.scorer, args.variant)
+    whole = {"amber_score": amber.amber_score(found)} if {"captions", "questions"} <= found.keys() else {}
+    _print_parts(args, "AMBER", found, whole)
+
+
+def _print_parts(args: argparse.Namespace, title: str, found: dict[str, Any], whole: dict[str, float]) -> None:
+    """The scores of a benchmark's parts, and figures of the whole."""
+    if args.json:
+        print(json.dumps({part: result.to_dict() for part, result in found.items()} | whole, indent=2))
+        return
+    for part, result in found.items():
+        for name, value in result.to_dict().items():
+            text = f"{value:.5f}" if isinstance(value, float) else value
+            print(f"{title}  {part:<22} {name:<12} {text}")
+    for name, value in whole.items():
+        print(f"{title}  {name:<35} {value:.2f}")
 
 
 def _print(args: argparse.Namespace, title: str, result: Any) -> None:
