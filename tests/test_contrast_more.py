@@ -306,7 +306,7 @@ class Collect(BaseStreamer):
 
 MODES = {
     "greedy": ([1, 2, 1], {"do_sample": False}),
-    "sampling": ([2], {"do_sample": True, "temperature": 0.8, "top_k": 20}),
+    "sampling": ([2, 1], {"do_sample": True, "temperature": 0.8, "top_k": 20}),
     "beams": ([1], {"do_sample": False, "num_beams": 3}),
 }
 
@@ -315,10 +315,18 @@ MODES = {
 @pytest.mark.parametrize("spec", SPECS)
 def test_tokens_of_branches_from_scratch(family, model, spec, mode):
     images, options = MODES[mode]
-    inputs, options = make_inputs(family, images), {"max_new_tokens": STEPS, **options}
+    compare(family, model, spec, images, {"max_new_tokens": STEPS, **options})
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_streamed_tokens_of_branches_from_scratch(family, model, spec):
+    compare(family, model, spec, [2], {"max_new_tokens": STEPS, "do_sample": True}, Collect())
+
+
+def compare(family, model, spec, images, options, streamer=None):
+    inputs = make_inputs(family, images)
     torch.manual_seed(3)
     theirs = model.generate(**inputs, **options, logits_processor=[Scratch(model, spec, family, images), NoImages()])
-    streamer = Collect() if len(images) == 1 and mode != "beams" else None
     with vlm_fix.wrapped(model, spec):
         torch.manual_seed(3)
         ours = model.generate(**inputs, **options, streamer=streamer, logits_processor=[NoImages()])

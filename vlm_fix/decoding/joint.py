@@ -34,6 +34,8 @@ def joinable(engine: Any, session: Session, branches: list[Any], args: Any, kwar
         and not any(getattr(layer, "is_sliding", False) for layer in cache.layers)
         and not any(v is not None and v is not False for k, v in kwargs.items() if k not in KNOWN)
         and "position_ids" not in session.call.inputs
+        # one row twice is faster than two rows at once where a float32 vector product has its own kernel
+        and not (len(ids) == 1 and ids.device.type == "cpu" and engine.model.dtype == torch.float32)
         and all(isinstance(m, AttentionEdit | Contrast | LogitEdit) for m in engine.active)
         and all(
             b.tokens is not None
