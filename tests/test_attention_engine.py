@@ -227,3 +227,13 @@ def test_one_graph_is_refused_with_the_reason():
         with pytest.raises(torch._dynamo.exc.Unsupported, match="compile without fullgraph=True"):
             compiled(x, position_embeddings=rotary, attention_mask=None)
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize("spec", ["zerotuning:rate=0.1", "var:tau=1.7,min_visual_mass=0.05,rho=0.1,layers=1-", "pai"])
+def test_static_cache_knows_the_padding(family, model, spec):
+    """generate hands a static cache's masks over ready-made; padding is still no text and no first token."""
+    inputs = make_inputs(family, [1, 2, 1])
+    with vlm_fix.wrapped(model, spec):
+        expected = greedy(model, inputs, 5)
+        got = greedy(model, inputs, 5, cache_implementation="static")
+    assert torch.equal(got[0], expected[0]) and float((got[1] - expected[1]).abs().max()) < 2e-4

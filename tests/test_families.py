@@ -98,9 +98,20 @@ def test_cells_leave_out_newlines():
 
 def test_pruners_are_refused_where_the_tower_is_unknown():
     unknown = next(f.name for f in FAMILIES if f.encoder is None)
-    with pytest.raises(vlm_fix.VlmFixError, match="cannot read the vision tower of .*; pruning works with llava"):
+    with pytest.raises(vlm_fix.VlmFixError, match="cannot read the vision tower of .*; it works with llava"):
         vlm_fix.wrap(build(unknown), "hiprune:keep=4")
     assert "generate" not in build(unknown).__dict__
+
+
+def test_capped_scores_are_refused():
+    model = build("gemma3")
+    model.config.get_text_config().attn_logit_softcapping = 50.0
+    try:
+        with pytest.raises(vlm_fix.VlmFixError, match="gemma3_text caps its attention scores.*are not supported"):
+            vlm_fix.wrap(model, "pai")
+    finally:
+        model.config.get_text_config().attn_logit_softcapping = None
+    assert "generate" not in model.__dict__
 
 
 @pytest.mark.parametrize("kind", REFUSED)
@@ -159,3 +170,14 @@ def test_gemma3_equals_reference(spec, dtype):
 @functools.cache
 def gemma(dtype):
     return build("gemma3") if dtype == torch.float32 else families.build("gemma3", dtype)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "aya_vision"])
+@pytest.mark.parametrize("spec", [VAR, "pai:alpha=0.5", "zerotuning:rate=0.2", "avar:visual=1.5,system=0.4"])
+def test_sliding_static_cache(name, spec):
+    """A static cache rolls its windows in place: the same logits as from a growing cache, in a padded batch."""
+    model, batch = build(name), prompt(name, IMAGES)
+    with vlm_fix.wrapped(model, spec):
+        expected = greedy(model, batch, 6, suppress_tokens=[IMAGE])
+        got = greedy(model, batch, 6, suppress_tokens=[IMAGE], cache_implementation="static")
+    assert torch.equal(got[0], expected[0]) and float((got[1] - expected[1]).abs().max()) < 2e-4

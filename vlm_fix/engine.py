@@ -81,6 +81,11 @@ class Engine:
         """
         config = self.model.config.get_text_config()
         self.before = config._attn_implementation
+        if getattr(config, "attn_logit_softcapping", None):
+            raise VlmFixError(
+                f"{config.model_type} caps its attention scores (attn_logit_softcapping), which no fused kernel of SDPA does; "
+                "such models (PaliGemma 2) run eager attention only and are not supported."
+            )
         if self.before != "sdpa":
             raise VlmFixError(
                 f"the language model runs {self.before!r} attention; vlm-fix builds on SDPA (which uses flash kernels where "
@@ -177,8 +182,12 @@ class Engine:
             session.prompt_len = past + kinds.shape[1]
         if session.prompt_len is not None and past >= session.prompt_len:
             kinds = torch.full_like(kinds, TEXT)  # an image token that the model generates shows no image
-        elif isinstance(mask, torch.Tensor) and mask.dim() == 2:
-            kinds = torch.where(mask[:, past : past + kinds.shape[1]].to(kinds.device) == 0, PAD, kinds)
+        else:
+            if not isinstance(mask, torch.Tensor) or mask.dim() != 2:  # a static cache's masks come ready-made
+                mask = session.call.inputs.get("attention_mask")
+            if mask is not None and mask.dim() == 2 and mask.shape[1] >= past + kinds.shape[1]:
+                mask = mask.repeat_interleave(len(kinds) // len(mask), dim=0)
+                kinds = torch.where(mask[:, past : past + kinds.shape[1]].to(kinds.device) == 0, PAD, kinds)
         session.advance(past, kinds)
         if session.branch == "main" and self.call is not None:
             self.main = session
