@@ -40,7 +40,7 @@ from rich.table import Table
 import vlm_fix
 from vlm_fix import registry
 from vlm_fix.errors import VlmFixError
-from vlm_fix.method import AttentionEdit, Method, TokenPruner
+from vlm_fix.method import AttentionEdit, Method
 
 KINDS = ("attention", "decode", "prune")
 IMAGE, PAD = 3, 0
@@ -356,7 +356,7 @@ def spec_of(name: str, depth: int = 8) -> str:
 
 
 def _kind(method: type[Method]) -> str:
-    if issubclass(method, TokenPruner):
+    if method.kind == "pruning":
         return "prune"
     if issubclass(method, AttentionEdit) or method.kind == "hidden":
         return "attention"

@@ -23,7 +23,7 @@ import vlm_fix
 from vlm_fix import families, registry
 from vlm_fix.calibration import Calibration
 from vlm_fix.errors import VlmFixError
-from vlm_fix.method import Baseline, Contrast, Method, TokenPruner
+from vlm_fix.method import Baseline, Contrast, Method
 
 if TYPE_CHECKING:
     from .runner import Settings
@@ -105,8 +105,8 @@ def _seeds(settings: Settings, run: Run) -> tuple[int, ...]:
 def _controls(stacks: Sequence[Sequence[Method]], model: Any, yes_no: bool) -> list[str]:
     """Specs of the controls that suit these methods."""
     known = {method.name for method in registry.list_methods()}
-    pruners = [m for stack in stacks for m in stack if isinstance(m, TokenPruner)]
-    others = [m for stack in stacks for m in stack if not isinstance(m, TokenPruner)]
+    pruners = [m for stack in stacks for m in stack if m.kind == "pruning"]
+    others = [m for stack in stacks for m in stack if m.kind != "pruning"]
     wanted: list[str] = []
     if others or not pruners:
         betas = dict.fromkeys(m.beta for m in others if isinstance(m, Contrast) and hasattr(m, "beta"))
@@ -114,6 +114,7 @@ def _controls(stacks: Sequence[Sequence[Method]], model: Any, yes_no: bool) -> l
         wanted += [*(YES_NO if yes_no else ()), *HEADS]
     if pruners:
         arch = families.arch_of(model)
-        keeps = dict.fromkeys(getattr(pruner.resolve(arch), "keep", None) for pruner in pruners)
+        keeps = [getattr(pruner.resolve(arch), "keep", None) for pruner in pruners]
+        keeps = list(dict.fromkeys(k[-1] if isinstance(k, tuple) else k for k in keeps))  # stages: what the last leaves
         wanted += [f"{name}:keep={keep:.6g}" for name in PRUNING for keep in keeps if keep is not None]
     return [spec for spec in wanted if spec.partition(":")[0] in known]

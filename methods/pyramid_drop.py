@@ -25,9 +25,10 @@ class PyramidDrop(StagedPruner):
 
     name: ClassVar[str] = "pyramid_drop"
     paper: ClassVar[str] = "https://arxiv.org/abs/2410.17247"
+    shares: ClassVar[tuple[float, ...]] = (0.5, 0.25, 0.125)
 
     def defaults(self, arch: Arch) -> dict[str, Any]:
-        return schedule(self, arch, {max(1, round(arch.depth * i / 4)) for i in (1, 2, 3)}, (0.5, 0.25, 0.125))
+        return schedule(self, arch, {max(1, round(arch.depth * i / 4)) for i in (1, 2, 3)})
 
     def quota(self, stage: int, count: int) -> int:
         assert self.keep is not None

@@ -30,13 +30,14 @@ class SparseVLM(StagedPruner):
 
     name: ClassVar[str] = "sparsevlm"
     paper: ClassVar[str] = "https://arxiv.org/abs/2410.04417"
+    shares: ClassVar[tuple[float, ...]] = (300 / 576, 200 / 576, 110 / 576)
 
     recycled: float = param(0.3, "share of the dropped tokens that is clustered; 0: none", low=0, high=1)
     rank: float = param(0.0, "lambda of the adaptive number of dropped tokens; 0: as `keep` says", low=0)
 
     def defaults(self, arch: Arch) -> dict[str, Any]:
         layers = {min(arch.depth - 2, round(arch.depth * i / 32)) for i in (2, 6, 15)}
-        return schedule(self, arch, layers, (300 / 576, 200 / 576, 110 / 576))
+        return schedule(self, arch, layers)
 
     @property
     def neutral(self) -> bool:

@@ -468,6 +468,22 @@ def test_tile_budgets():
     assert allot([0.0, 0.0], [4, 4], [1.0, 1.0]) == [4, 4]
 
 
+def test_one_budget_for_all_stages():
+    """A single `keep` is what the last stage leaves; the stages before it keep in the paper's proportion."""
+    from vlm_fix.families import arch_of
+
+    arch = arch_of(BUILD["llava"]())
+    for spec, expected in {
+        "pyramid_drop:keep=4": (16, 8, 4),
+        "pyramid_drop:keep=0.5": (1, 1, 0.5),
+        "sparsevlm:keep=110": (300, 200, 110),
+    }.items():
+        assert vlm_fix.parse_spec(spec).resolve(arch).keep == pytest.approx(expected)
+    for value in (4, [9, 4]):
+        method = vlm_fix.methods.pyramid_drop.PyramidDrop(keep=value, layers=(1, 2))
+        assert method.resolve(arch).keep == pytest.approx((8, 4) if value == 4 else (9, 4))
+
+
 def test_masks_move_between_views():
     """A mask made in one layer's columns, read in another's: by the columns themselves."""
     g = torch.Generator().manual_seed(0)
@@ -502,7 +518,7 @@ def test_masks_move_between_views():
     "spec, sentence",
     [
         ("fastv:layer=9", "fastv drops tokens before layers 9; name layers between 0 and 3"),
-        ("pyramid_drop:keep=0.5", "must have one positive entry for each of layers=1|2|3"),
+        ("pyramid_drop:keep=0.5|0.3", "must have one positive entry for each of its 3 layers"),
         ("sparsevlm:layers=3,keep=4", "sparsevlm drops tokens before layers 4; name layers between 0 and 3"),
         (["fastv", "divprune"], "both prune tokens; use one of them at a time"),
         ("fastv:keep=-1", "fastv: keep=-1.0 must be a number at least 0"),

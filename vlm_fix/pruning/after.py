@@ -6,6 +6,7 @@ of each layer is as long as what reached it, and layer 0's keeps reporting the l
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import sys
@@ -193,22 +194,35 @@ class StagedPruner(LayerPruner):
     """A LayerPruner with several stages: `stages` follow from `layers`, and `keep` has one entry for each."""
 
     name: ClassVar[str] = "staged_pruner"
+    shares: ClassVar[tuple[float, ...]] = ()  # the paper's shares, stage by stage
 
     layers: Layers = param(None, "language-model layers of the stages")
     keep: tuple[float, ...] | None = param(
-        None, "image tokens kept per image at each stage: counts (> 1) or shares in (0, 1] of what the image had"
+        None,
+        "image tokens kept per image at each stage: counts (> 1) or shares in (0, 1] of what the image had; a single one "
+        "is the last stage's, the others in the paper's proportion",
     )
     positions: str | None = POSITIONS
 
     def resolve(self, arch: Arch) -> Method:
         method = super().resolve(arch)
-        assert isinstance(method, StagedPruner) and method.keep is not None and isinstance(method.layers, tuple)
-        if len(method.keep) != len(method.layers) or not all(0 < k < math.inf for k in method.keep):
+        assert isinstance(method, StagedPruner) and method.keep is not None
+        keep, layers = method.keep, method.stages
+        if len(keep) == 1 and 1 < len(layers) <= len(self.shares):
+            shares, limit = self.shares[: len(layers)], 1.0 if keep[0] <= 1 else math.inf
+            keep = tuple(min(limit, keep[0] * share / shares[-1]) for share in shares)
+            method = dataclasses.replace(method, keep=keep)
+        if len(keep) != len(layers) or not all(0 < k < math.inf for k in keep):
             raise VlmFixError(
-                f"{self.name}: keep={'|'.join(map(str, method.keep))} must have one positive entry for each of layers="
-                f"{'|'.join(map(str, method.layers))}."
+                f"{self.name}: keep={'|'.join(map(str, keep))} must have one positive entry for each of "
+                f"its {len(layers)} layers, or a single one for all."
             )
         return method
+
+    def __post_init__(self) -> None:
+        if isinstance(self.keep, int | float):
+            object.__setattr__(self, "keep", (float(self.keep),))
+        super().__post_init__()
 
     @property
     def neutral(self) -> bool:
@@ -224,10 +238,10 @@ class StagedPruner(LayerPruner):
         return share_of(self.keep[stage], count)
 
 
-def schedule(method: StagedPruner, arch: Arch, layers: set[int], keep: tuple[float, ...]) -> dict[str, Any]:
-    """Defaults of a method that re-numbers positions: its layers and as many entries of `keep` as it has layers."""
+def schedule(method: StagedPruner, arch: Arch, layers: set[int]) -> dict[str, Any]:
+    """Defaults of a method that re-numbers positions: its layers and as many of its `shares` as it has layers."""
     chosen = tuple(sorted(layers)) if method.layers is None else parse_layers(method.layers, arch.depth, method.name)
-    return {"layers": chosen, "keep": keep[: len(chosen)], **compact_unless_mrope(arch)}
+    return {"layers": chosen, "keep": method.shares[: len(chosen)], **compact_unless_mrope(arch)}
 
 
 def compact_unless_mrope(arch: Arch) -> dict[str, Any]:
