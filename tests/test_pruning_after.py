@@ -595,6 +595,10 @@ def test_flash_attention_is_refused(family, monkeypatch):
         vlm_fix.wrap(model, "fastv")
 
 
-def test_observation_needs_all_columns(family, model):
-    with vlm_fix.wrapped(model, "fastv:keep=5"), pytest.raises(vlm_fix.VlmFixError, match="drop tokens half-way"):
-        vlm_fix.observe(model, single(family, [1], 0))
+def test_observation_follows(family, model):
+    inputs = single(family, [1], 0)
+    with vlm_fix.wrapped(model, "fastv:keep=5"):
+        seen = vlm_fix.observe(model, inputs)
+    size = int((inputs["input_ids"] == IMAGE).sum())
+    assert seen.kept.sum(dim=1).tolist() == [size, size, 5, 5]
+    assert not seen.weights_to_image[2:].masked_select(~seen.kept[2:, None, None]).any()
