@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import zlib
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -16,7 +15,7 @@ from vlm_fix.decoding.contrast import plausible
 from vlm_fix.decoding.draw import hashed
 from vlm_fix.families import Arch
 from vlm_fix.method import Negative
-from vlm_fix.pruning.encoder import ImageTokens
+from vlm_fix.pruning.encoder import ImageTokens, views
 from vlm_fix.session import PAD, Call, Rows
 
 VISION = ("shuffle", "random", "uniform", "reversed", "none")
@@ -91,23 +90,13 @@ class CausalMM(AttentionEdit, Contrast):
     def branches(self, call: Call) -> dict[str, Negative]:
         branches = {"vision": Negative(call.inputs), "language": Negative(call.inputs)}
         if self.vision != "none":
-            images = self.images(call)
+            images = views(call)
             branches["vision"] = Negative(call.inputs, lambda x: self.counterfactual(x, images))
         return {name: branch for name, branch in branches.items() if getattr(self, name) != "none"}
 
     def combine(self, l: torch.Tensor, *negatives: torch.Tensor) -> torch.Tensor:
         k = len(negatives)
         return plausible((1 + k * self.gamma) * l - self.gamma * torch.stack(negatives).sum(dim=0), l, self.beta)
-
-    def images(self, call: Call) -> list[ImageTokens]:
-        """What the tower showed of the call's images; it runs again if that was once per beam, or not yet."""
-        engine = call.model.__dict__["_vlm_fix_engine"]
-        tokens = int(torch.isin(call.inputs["input_ids"].cpu(), engine.tokens).sum())
-        if sum(image.grid[0] * image.grid[1] for image in call.views) != tokens:
-            call.views.clear()
-            known = inspect.signature(engine.base.get_image_features).parameters
-            engine.base.get_image_features(**{k: v for k, v in call.inputs.items() if k in known})
-        return list(call.views)
 
     def counterfactual(self, features: torch.Tensor, images: list[ImageTokens]) -> torch.Tensor:
         """[N, C] embeddings of all images -> the same, weighted by the edited attention."""

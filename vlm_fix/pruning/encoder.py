@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -197,3 +198,14 @@ def capture(engine: Any, tower: nn.Module, layers: tuple[int, ...], into: str = 
         a.register_forward_pre_hook(note(i), with_kwargs=True) for i, a in zip(layers, attns, strict=True)
     ]
     return [*handles, tower.register_forward_hook(collect, with_kwargs=True)]
+
+
+def views(call: Any) -> list[ImageTokens]:
+    """`call.views` of the call's images, once each: the tower runs again if it ran once per beam, or not yet."""
+    engine = call.model.__dict__["_vlm_fix_engine"]
+    tokens = int(torch.isin(call.inputs["input_ids"].cpu(), engine.tokens).sum())
+    if sum(image.grid[0] * image.grid[1] for image in call.views) != tokens:
+        call.views.clear()
+        known = inspect.signature(engine.base.get_image_features).parameters
+        engine.base.get_image_features(**{k: v for k, v in call.inputs.items() if k in known})
+    return list(call.views)
