@@ -46,7 +46,8 @@ def build(models: Models, mcp: bool = False) -> gr.Blocks:
             name = gr.Dropdown(
                 models.names,
                 value=first.name,
-                label="Model: a Hugging Face name or a folder" if models.any_name else "Model",
+                label="Model",
+                info="Hugging Face name or folder" if models.any_name else None,
                 allow_custom_value=models.any_name,
                 filterable=models.any_name,
                 scale=1,

@@ -30,8 +30,8 @@ PROMPTS = [CAPTION_PROMPT, "Is there a person in the image?"]
 START = (["vcd"], ["vhr"], ["hiprune"])  # what the panes begin with
 LEGEND = (
     '<div class="legend"><mark class="grounded">grounded</mark> in the image &ensp; <mark class="hallucinated">'
-    "hallucinated</mark> not in the image<br>plain: names no object<br>Words are coloured where the truth is known: on "
-    "the example images. Speeds are of this one answer.</div>"
+    "hallucinated</mark> not in the image &ensp; plain: names no object. Words are coloured where the truth is known: on "
+    "the example images. Click a word to look inside. Speeds are of this one answer.</div>"
 )
 
 
@@ -100,8 +100,10 @@ def control(cls: type[Method], field: dataclasses.Field[Any], text: str | None) 
 
 
 def remember(options: dict[str, dict[str, str]], value: Any, *, method: str, field: str) -> dict[str, dict[str, str]]:
-    """The options with one more set; an emptied box goes back to the default."""
+    """The options with one more set; the default, or an emptied box, takes it out again."""
+    default = next(f.default for f in dataclasses.fields(get_method(method)) if f.name == field)
     text = f"{value:g}" if isinstance(value, float) else "" if value is None else str(value)
+    text = "" if value == default else text
     kept = {key: old for key, old in options.get(method, {}).items() if key != field}
     return {**options, method: {**kept, **({field: text} if text else {})}}
 
@@ -223,7 +225,6 @@ def tab(models: Models, name: gr.Dropdown, asked: gr.State, page: gr.Blocks) -> 
                 with gr.Column(min_width=190):
                     gr.Dropdown(["baseline"], value=["baseline"], multiselect=True, label="Baseline", interactive=False)
                     cards.append(gr.HTML(card(Pane(["baseline"])), js_on_load=CLICKS, elem_id="pane0"))
-                    gr.HTML(LEGEND)
                 for number, start in enumerate(START, 1):
                     with gr.Column(min_width=190, visible=number < 3) as column:
                         names = gr.Dropdown(
@@ -239,6 +240,7 @@ def tab(models: Models, name: gr.Dropdown, asked: gr.State, page: gr.Blocks) -> 
                         names.input(preview, [name, names], cards[-1], queue=False, **quiet)
                         inputs += [names, options]
                         columns.append(column)
+            gr.HTML(LEGEND)
             with gr.Accordion("Generation", open=False), gr.Row():
                 longest = gr.Slider(1, 512, 64, step=1, label="Longest answer", info="in tokens")
                 temperature = gr.Slider(0, 2, 0, step=0.05, label="Temperature", info="0: greedy")

@@ -509,7 +509,7 @@ def test_each_field_has_a_control_that_sets_it(cls):
             assert made.minimum == low and made.maximum == (5 * field.default if high is None else high)
             for end in (made.minimum, made.maximum):
                 spec = compare.stack_of([cls.name], remember({}, end, method=cls.name, field=field.name))[0]
-                assert getattr(parse_spec(spec), field.name) == end
+                assert getattr(parse_spec(spec), field.name) == pytest.approx(end, rel=1e-5)
 
 
 @pytest.mark.parametrize("cls", list_methods(), ids=lambda c: c.name)
@@ -760,7 +760,7 @@ def page(browser, site):
 
 
 @pytest.mark.slow
-def test_in_a_browser(page, site, loaded, scene):
+def test_in_a_browser(page, artifacts, loaded, scene):
     page.click("#go")
     page.wait_for_selector("#pane2 .card.done", timeout=60_000)
     panes = last(compare.compare(loaded, scene, PROMPT, [["vcd"], ["vhr"]]))
@@ -768,6 +768,7 @@ def test_in_a_browser(page, site, loaded, scene):
         assert page.inner_text(f"#pane{i} .said") == pane.text.strip()
     assert page.locator("mark.hallucinated").count() >= 1
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    page.screenshot(path=artifacts / "compare-phone.png", full_page=True)
 
     page.get_by_text("vcd: settings").click()
     number = page.get_by_label("number input for alpha").first
@@ -801,6 +802,43 @@ def test_two_sessions_in_a_browser(browser, site, loaded, tmp_path):
         panes = last(compare.compare(loaded, tmp_path / "scene.png", PROMPT, [["vcd"], ["vhr"]]))
         assert [page.inner_text(f"#pane{n} .said") for n in range(3)] == [pane.text.strip() for pane in panes]
         page.context.close()
+
+
+@pytest.mark.slow
+def test_pictures_of_the_tabs(browser, site, artifacts):
+    """As on a desk, light and dark; `docs/images` has some of them."""
+    page = browser.new_page(viewport={"width": 1360, "height": 900}, device_scale_factor=1.25)
+    page.goto(site)
+    page.wait_for_selector("#pane2")
+    page.locator("#count label").nth(2).click()
+    page.click("#go")
+    page.wait_for_selector("#pane3 .card.done", timeout=60_000)
+    tops = [page.locator(f"#pane{i}").bounding_box()["y"] for i in range(4)]
+    assert max(tops) - min(tops) < 5, "four panes stand beside each other"
+    take(page, artifacts / "demo.png")
+    page.locator("#pane3 mark.hallucinated").first.click()
+    page.wait_for_selector("#maps >> text=patches reach the last layer", timeout=60_000)
+    assert page.locator("#maps figure").count() == 4
+    take(page, artifacts / "demo-inside.png")
+    page.get_by_role("tab", name="Benchmark").click()
+    page.get_by_text("Open earlier results").click()
+    page.fill("#folder textarea, #folder input", str(ROOT / "results/picto-shift"))
+    page.press("#folder textarea, #folder input", "Enter")
+    page.wait_for_selector("#table table")
+    take(page, artifacts / "demo-benchmark.png")
+    page.close()
+
+
+def take(page, file):
+    """Two pictures of a page; dark must not show light cards, nor light dark ones."""
+    shades = []
+    for mode in ("dark", "light"):
+        page.evaluate(f"document.body.classList.toggle('dark', {str(mode == 'dark').lower()})")
+        page.wait_for_timeout(400)
+        path = file if mode == "light" else file.with_stem(f"{file.stem}-dark")
+        page.screenshot(path=path, full_page=True)
+        shades.append(np.asarray(Image.open(path).convert("L")))
+    assert np.median(shades[0]) < 80 and np.median(shades[1]) > 200
 
 
 @pytest.mark.slow
