@@ -36,12 +36,11 @@ Worked example:
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from vlm_fix.errors import VlmFixError
 
 from . import pope
-from .pope import verdict as pope_verdict
 from .result import Result, paired, tally
 from .rows import DATA, one_of, read_rows
 from .stats import Metric, harmonic, ratio
@@ -171,7 +170,7 @@ def score_questions(
 ) -> Result:
     """Accuracy, and precision, recall and F1 of "no"; None is an answer that failed, wrong like an unparsed one."""
     one_of(scorer, pope.Scorer, "scorer")
-    rows = []
+    rows: list[dict[str, Any]] = []
     for answer, question in zip(answers, questions, strict=True):
         said, yes = verdict(answer, question.label, scorer), question.label == "yes"
         row = {"tp": yes and said == "yes", "fp": not yes and said == "yes", "tn": not yes and said == "no"}
@@ -184,7 +183,7 @@ def verdict(answer: str | None, label: str, scorer: pope.Scorer) -> str:
     """yes, no or unknown."""
     if scorer == "official" or answer is None:
         return {"Yes": "yes", "No": "no"}.get(answer or "", "unknown")
-    return pope_verdict(answer, label, scorer)
+    return pope.verdict(answer, label, scorer)
 
 
 def printed(result: Result, small: float = 0.0001) -> dict[str, float]:

@@ -47,3 +47,17 @@ def paired(questions: Sequence[Any], answers: Mapping[Any, str | None], what: st
             "for each question that is to be scored, under its id."
         )
     return [answers[question.id] for question in questions]
+
+
+def all_right(name: str, keys: Sequence[Any], right: Sequence[bool]) -> list[dict[str, int]]:
+    """Counts of groups: at the first row of each key {name: 1, name_right: all rows of the key are right}, else zeros.
+
+    >>> all_right("pairs", ["a", "a", None], [True, False, True])  # None is in no group
+    [{'pairs': 1, 'pairs_right': 0}, {'pairs': 0, 'pairs_right': 0}, {'pairs': 0, 'pairs_right': 0}]
+    """
+    whole: dict[Any, bool] = {}
+    for key, one in zip(keys, right, strict=True):
+        whole[key] = whole.get(key, True) and one
+    first = {key: place for place, key in reversed(list(enumerate(keys)))}
+    marks = [key is not None and first[key] == place for place, key in enumerate(keys)]
+    return [{name: int(m), f"{name}_right": int(m and whole[k])} for m, k in zip(marks, keys, strict=True)]

@@ -172,6 +172,15 @@ def _parser() -> argparse.ArgumentParser:
         "--variant", choices=("nltk", "pattern"), default="nltk", help="how nouns are found (%(default)s)"
     )
 
+    four = add(kinds, "mme", "score MME answers", _score_mme)
+    four.add_argument("answers", metavar="DIR", help="folder with TASK.txt: image, question, truth, answer with tabs")
+    four.add_argument("--scorer", choices=SCORERS, default="official", help="(%(default)s)")
+    five = add(kinds, "hallusion", "score HallusionBench answers", _score_hallusion)
+    five.add_argument("answers", metavar="ANSWERS", help="HallusionBench.json with model_prediction in each row")
+    five.add_argument(
+        "--scorer", choices=SCORERS, default="vlmevalkit", help="%(default)s; official reads GPT-4's marks in the file"
+    )
+
     papers = add(commands, "published", "list what papers report, with sources and their own baselines", _published)
     papers.add_argument("--method", default="", metavar="A,B", help="only these methods")
     papers.add_argument("--benchmark", default="", metavar="NAME", help="only this benchmark, such as pope or chair")
@@ -185,7 +194,7 @@ def _parser() -> argparse.ArgumentParser:
     page.add_argument("--samples", type=int, default=6, metavar="N", help="captions and questions shown (%(default)s)")
     methods = add(commands, "methods", "list the methods, their papers and settings", _methods)
     models = add(commands, "models", "list the model families", _models)
-    for each in (one, two, three, papers, methods, models):
+    for each in (one, two, three, four, five, papers, methods, models):
         each.add_argument("--json", action="store_true", help="for machines")
 
     bench = add(commands, "bench", "time methods against the unwrapped model, on random weights", _bench)
@@ -377,6 +386,20 @@ def _score_amber(args: argparse.Namespace) -> None:
     found = amber.score_file(args.answers, args.scorer, args.variant)
     whole = {"amber_score": amber.amber_score(found)} if {"captions", "questions"} <= found.keys() else {}
     _print_parts(args, "AMBER", found, whole)
+
+
+def _score_mme(args: argparse.Namespace) -> None:
+    from .eval import mme
+
+    questions, answers = mme.load_results(args.answers)
+    _print_parts(args, "MME", mme.score(answers, questions, args.scorer), {})
+
+
+def _score_hallusion(args: argparse.Namespace) -> None:
+    from .eval import hallusion
+
+    questions, answers = hallusion.load_answers(args.answers, args.scorer)
+    _print_parts(args, "HallusionBench", hallusion.score(answers, questions, args.scorer), {})
 
 
 def _print_parts(args: argparse.Namespace, title: str, found: dict[str, Any], whole: dict[str, float]) -> None:
