@@ -31,7 +31,8 @@ START = (["vcd"], ["vhr"], ["hiprune"])  # what the panes begin with
 LEGEND = (
     '<div class="legend"><mark class="grounded">grounded</mark> in the image &ensp; <mark class="hallucinated">'
     "hallucinated</mark> not in the image &ensp; plain: names no object. Words are coloured where the truth is known: on "
-    "the example images. Click a word to look inside. Speeds are of this one answer.</div>"
+    "the example images. Click a word to look inside. Speeds are of this one answer; memory on a CPU is the whole "
+    "process.</div>"
 )
 
 

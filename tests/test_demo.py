@@ -784,6 +784,9 @@ def test_in_a_browser(page, artifacts, loaded, scene):
     page.wait_for_selector("#python >> text=vcd:alpha=2.0")
     assert 'find("scene:1")' in page.inner_text("#python")
     assert "--method vcd:alpha=2.0,vhr" in page.inner_text("#command")
+    page.locator("#m1 input").fill("icd")
+    page.locator("#m1 input").press("Enter")
+    page.wait_for_selector("#pane1 .card.failed >> text=vcd and icd both contrast")
 
 
 @pytest.mark.slow
