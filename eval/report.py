@@ -18,7 +18,7 @@ from rich.console import Console, Group
 from rich.markup import escape
 from rich.table import Table
 
-from . import chair, pope
+from . import amber, chair, hallusion, mme, pope
 from .stats import Metric, column_sums, outcomes, paired_bootstrap, spread, transitions
 
 if TYPE_CHECKING:
@@ -49,6 +49,10 @@ def _chair_caption(settings: Mapping[str, Any], data: Mapping[str, Any]) -> str:
     return text + "; lower C_S and C_I are better, lower recall is not"
 
 
+def _suite_caption(title: str) -> Callable[[Mapping[str, Any], Mapping[str, Any]], str]:
+    return lambda _, data: f"{title}: {data['source']}; {data['images']} images; scorer {data['variant']}"
+
+
 LAYOUTS = {
     "pope": Layout(
         {
@@ -70,6 +74,41 @@ LAYOUTS = {
         ("chair_s", "chair_i", "recall"),
         lambda row: not row["hallucinating"],
         _chair_caption,
+    ),
+    "amber": Layout(
+        {"chair": "CHAIR", "cover": "cover", "hal": "Hal", "cog": "Cog"},
+        amber.CAPTIONS,
+        ("chair", "cover", "hal", "cog"),
+        lambda row: not row["hallucinating"],
+        _suite_caption("AMBER captions (lower is better, but for cover)"),
+    ),
+    "amber-qa": Layout(
+        {
+            "accuracy": "acc",
+            "precision": "prec.",
+            "recall": "recall",
+            "f1": "F1",
+            "yes_ratio": "yes",
+            "unparsed": "unp.",
+        },
+        amber.QUESTIONS,
+        ("accuracy", "f1", "yes_ratio"),
+        lambda row: row["tp"] or row["tn"],
+        _suite_caption('AMBER questions; precision, recall and F1 are of "no"'),
+    ),
+    "mme": Layout(
+        {"score": "score", "accuracy": "acc", "accuracy_plus": "acc+", "yes_ratio": "yes", "unparsed": "unp."},
+        mme.METRICS,
+        ("score", "accuracy", "yes_ratio"),
+        lambda row: row["right"],
+        _suite_caption("MME; score in its points"),
+    ),
+    "hallusion": Layout(
+        {"aAcc": "aAcc", "qAcc": "qAcc", "fAcc": "fAcc", "yes_ratio": "yes", "unparsed": "unp."},
+        hallusion.METRICS,
+        ("aAcc", "qAcc", "fAcc", "yes_ratio"),
+        lambda row: row["right"],
+        _suite_caption("HallusionBench"),
     ),
 }
 COMMITS = {  # of the official script that a scorer or variant follows

@@ -4,6 +4,8 @@ A POPE question that several splits share (the three splits ask the same positiv
 Picto's questions come from the official algorithm over the scenes' own annotations. COCO images use the official
 question files and the ground truth that the package carries; where a folder holds other images, its annotations.
 
+`suite.py` builds the tasks of the other benchmarks.
+
 Every task has benchmark, samples, data, sizes, max_new_tokens and score(answers by sample id) -> {split: result}, whose
 result has n, rows (counts with their image) and to_dict(). An answer of None is a sample that failed: it stays in the
 score, as wrong. `report.LAYOUTS` says how a benchmark is compared and shown.
@@ -22,7 +24,7 @@ import random
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, TypeAlias, get_args
 
 from PIL import Image
 
@@ -32,6 +34,7 @@ from . import chair, picto, pope
 
 if TYPE_CHECKING:
     from .runner import Settings
+    from .suite import Items
 
 CAPTION_PROMPT = "Please describe this image in detail."
 IMAGES = 500  # the size of both benchmarks as published
@@ -104,7 +107,7 @@ class Chair:
         return {"captions": chair.score(captions, self.truth, self.variant)} if captions else {}
 
 
-Task = Pope | Chair
+Task: TypeAlias = "Pope | Chair | Items"
 
 
 def load_image(sample: Sample) -> Image.Image:
@@ -123,6 +126,10 @@ def load_image(sample: Sample) -> Image.Image:
 
 def build(settings: Settings) -> list[Task]:
     """The tasks that the settings ask for; every missing file is reported here, before a model is loaded."""
+    from . import suite  # which needs Sample from here
+
+    if settings.benchmark in suite.BENCHMARKS:
+        return [*suite.build(settings)]
     kind, _, where = settings.data.partition(":")
     wanted = ("pope", "chair") if settings.benchmark == "all" else (settings.benchmark,)
     if settings.prompt and settings.benchmark == "pope" and "{question}" not in settings.prompt:

@@ -29,7 +29,8 @@ EXAMPLES = {
 
 data: picto | picto:test | picto:shift | picto:style (rendered on the fly), or coco:DIR with DIR/val2014/*.jpg (or
   DIR/*.jpg); questions and ground truth of COCO images are in the package, other images need
-  DIR/annotations/instances_*.json.
+  DIR/annotations/instances_*.json. amber:DIR (amber runs on picto too), mme:DIR and hallusion:DIR hold the images of
+  these benchmarks; `--scorer official` is then the benchmark's own (hallusion: vlmevalkit).
 
 DIR of --output gets results.json, table.md, figure.png and samples.jsonl, every answer on a line.""",
     "report": """The page loads nothing from anywhere and holds tables, figures and answers side by side. A Markdown file
@@ -87,7 +88,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     evaluate = add(commands, "eval", "measure a model with and without methods", _eval)
-    evaluate.add_argument("benchmark", choices=("pope", "chair", "all"), help="yes/no questions, captions, or both")
+    evaluate.add_argument(
+        "benchmark", choices=("pope", "chair", "all", "amber", "mme", "hallusion"), help="all is pope and chair"
+    )
     asked = evaluate.add_argument_group("what to run")
     asked.add_argument(
         "--model", default="picto-llava", metavar="NAME", help="folder or Hugging Face name (%(default)s)"
@@ -99,12 +102,12 @@ def _parser() -> argparse.ArgumentParser:
     asked.add_argument("--limit", type=int, metavar="N", help="number of images (500)")
     asked.add_argument("--split", default="random,popular,adversarial", metavar="A,B", help="POPE splits (%(default)s)")
     asked.add_argument("--prompt", metavar="TEXT", help="other caption prompt, or POPE prompt around {question}")
-    asked.add_argument("--scorer", choices=SCORERS, default="official", help="POPE scorer (%(default)s)")
+    asked.add_argument("--scorer", choices=SCORERS, default="official", help="of yes/no answers (%(default)s)")
     asked.add_argument("--variant", choices=("nltk", "pattern"), help="CHAIR variant (nltk where its data are found)")
     how = evaluate.add_argument_group("how to generate")
     how.add_argument("--batch-size", type=int, default=8, metavar="B", help="samples per batch (%(default)s)")
     how.add_argument("--seed", type=int, default=0, metavar="S", help="of data, sampling and bootstrap (%(default)s)")
-    how.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer (POPE 16, CHAIR 512)")
+    how.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer (questions 16, captions 512)")
     how.add_argument("--sample", action="store_true", help="sample instead of greedy decoding")
     how.add_argument("--temperature", type=float, default=1.0, metavar="T", help="with --sample (%(default)s)")
     how.add_argument("--top-p", type=float, default=1.0, metavar="P", help="with --sample (%(default)s)")

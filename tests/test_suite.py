@@ -1,0 +1,144 @@
+"""AMBER, MME and HallusionBench through `vlm-fix eval`, on the bundled model and on folders made of Picto's scenes."""
+
+import os
+import shutil
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+
+from vlm_fix import cli
+from vlm_fix.errors import VlmFixError
+from vlm_fix.eval import amber, hallusion, picto, runner, suite, tasks
+from vlm_fix.eval.runner import Settings
+
+MODEL = os.environ.get("VLM_FIX_TEST_MODEL", "picto-llava")
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return runner.load_model(MODEL)
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return picto.scenes("test", 6, 0)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, scenes):
+    """Image folders of the three benchmarks in their own layouts: 4 images, 2 of each of two tasks, every figure."""
+    root = tmp_path_factory.mktemp("suite")
+    for kind in suite.BENCHMARKS:
+        (root / kind).mkdir()
+    for number, scene in enumerate(scenes[:4], 1):
+        scene.image.save(root / "amber" / f"AMBER_{number}.jpg")
+        task = root / "mme" / ("existence", "count")[number % 2]
+        task.mkdir(exist_ok=True)
+        scene.image.save(task / f"{number}.jpg")
+        there, absent = scene.objects[0][0], next(name for name in picto.CATEGORIES if name not in scene.names)
+        lines = [f"Is there a {there} in the image?\tYes\n", f"Is there a {absent} in the image?\tNo\n"]
+        (task / f"{number}.txt").write_text("".join(lines))
+    for question in hallusion.questions():
+        if question.image:
+            figure = root / "hallusion" / "hallusion_bench" / question.image
+            if not figure.is_file():
+                figure.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(root / "amber" / "AMBER_1.jpg", figure)
+    return root
+
+
+def run(folder, loaded, **settings):
+    given = {
+        "model": MODEL,
+        "methods": (("pai:alpha=0.5",),),
+        "variant": "pattern",
+        "batch_size": 8,
+        "max_new_tokens": 32,
+    }
+    return runner.evaluate(Settings(**given | settings), folder, console=QUIET, loaded=loaded)
+
+
+def test_amber_runs_on_the_bundled_world(tmp_path, loaded):
+    results = run(tmp_path / "a", loaded, benchmark="amber", data="picto:shift", limit=6)
+    assert list(results["settings"]["data"]) == ["amber", "amber-qa"]
+    assert results["scorers"] == {"amber": "picto, pattern words", "amber-qa": "ours"}
+    captions, asked = tasks.build(Settings(benchmark="amber", data="picto:shift", limit=6, variant="pattern"))
+    assert captions.sizes == {"captions": 6} and set(asked.sizes) == {"existence"}
+    for each in results["runs"].values():
+        assert each["amber"]["captions"]["n"] == 6 and each["amber"]["captions"]["cover"] > 0.3
+        assert each["amber-qa"]["existence"]["unparsed"] == 0
+        existence = each["amber-qa"]["existence"]  # every label is no
+        assert existence["accuracy"] == existence["recall"] == pytest.approx(1 - existence["yes_ratio"])
+    rows = [(s.reference, s.image_id) for s in captions.samples]
+    shown = {scene.image_id: scene for scene in picto.scenes("shift", 6, 0)}
+    for reference, image_id in rows:
+        assert set(reference["ground_truth"]) == shown[image_id].names
+        assert not set(reference["hallu"]) & shown[image_id].names
+    assert "Hal" in (tmp_path / "a" / "table.md").read_text()
+
+
+def test_a_caption_of_picto_is_judged_by_its_objects():
+    captions, _ = tasks.build(Settings(benchmark="amber", data="picto:shift", limit=3, variant="pattern"))
+    said = {
+        s.id: f"There is a {s.reference['ground_truth'][0]} and a {s.reference['hallu'][0]}." for s in captions.samples
+    }
+    figures = captions.score(said)["captions"].figures
+    truths = sum(len(s.reference["ground_truth"]) for s in captions.samples)
+    hallus = sum(len(s.reference["hallu"]) for s in captions.samples)
+    assert figures == {"chair": 1 / 2, "cover": 3 / truths, "hal": 1, "cog": 3 / hallus}
+
+
+def test_amber_reads_its_folder(folders, loaded, tmp_path):
+    settings = Settings(benchmark="amber", data=f"amber:{folders}/amber", limit=4, variant="pattern")
+    captions, asked = tasks.build(settings)
+    assert [s.file for s in captions.samples] == [f"AMBER_{i}.jpg" for i in range(1, 5)]
+    assert len(asked.samples) == sum(q.image in {s.file for s in captions.samples} for q in amber.questions())
+    assert set(asked.sizes) == {"existence", "attribute", "relation", "questions"}
+    right = {s.id: s.reference["label"].capitalize() for s in asked.samples}
+    assert {r.figures["accuracy"] for r in asked.score(right).values()} == {1}
+    (few,) = (t for t in tasks.build(replace(settings, limit=2, seed=1)) if t.benchmark == "amber")
+    assert len(few.samples) == 2
+    with pytest.raises(VlmFixError, match="1000 of 1004 images are missing"):
+        tasks.build(replace(settings, limit=None))
+
+
+def test_mme_and_hallusion_run_through_the_same_runner(folders, loaded, tmp_path):
+    results = run(tmp_path / "m", loaded, benchmark="mme", data=f"mme:{folders}/mme", scorer="ours")
+    scores = results["runs"]["baseline"]["mme"]
+    assert {task: each["n"] for task, each in scores.items()} == {"existence": 4, "count": 4}
+    assert scores["existence"]["score"] == scores["existence"]["accuracy"] + scores["existence"]["accuracy_plus"]
+    results = run(tmp_path / "h", loaded, benchmark="hallusion", data=f"hallusion:{folders}/hallusion", limit=2)
+    scores = results["runs"]["baseline"]["hallusion"]
+    assert scores["overall"]["n"] == sum(scores[kind]["n"] for kind in ("VD", "VS") if kind in scores)
+    assert results["scorers"]["hallusion"].startswith("vlmevalkit, groups of tianyi-lab/HallusionBench@744007c")
+    (whole,) = tasks.build(Settings(benchmark="hallusion", data=f"hallusion:{folders}/hallusion"))
+    assert len(whole.samples) == 951
+    (few,) = tasks.build(Settings(benchmark="mme", data=f"mme:{folders}/mme", limit=1))
+    assert few.sizes == {"existence": 2, "count": 2}
+
+
+def test_a_failed_answer_is_wrong(folders):
+    (task,) = tasks.build(Settings(benchmark="mme", data=f"mme:{folders}/mme"))
+    right = {s.id: s.reference["label"] for s in task.samples}
+    assert task.score(right)["count"].figures["score"] == 2
+    first = next(s.id for s in task.samples if s.id.startswith("count"))
+    lost = task.score({**right, first: None})["count"]
+    assert lost.figures["accuracy"] == 3 / 4 and lost.figures["accuracy_plus"] == 1 / 2 and lost.unparsed == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("eval mme", "eval mme reads --data mme:DIR, not 'picto': give that; its authors give the data on request"),
+        ("eval hallusion --data hallusion:/none", "346 of 346 images are missing in /none"),
+        ("eval amber --data coco:/none", "reads --data amber:DIR, not 'coco:/none': give that (or picto)"),
+        ("eval hallusion --data hallusion:/none --prompt Well?", "must hold {question}"),
+        ("eval mme --data mme:/none", "/none holds none of MME's tasks"),
+    ],
+)
+def test_bad_input_gets_one_sentence(command, words, capsys, tmp_path):
+    assert cli.main([*command.split(), "--output", str(tmp_path / "o")]) == 2
+    said = capsys.readouterr().err
+    assert words in said and said.count("\n") == 1
