@@ -61,13 +61,10 @@ class View:
 
     def heatmap(self, word: int, layer: int | None, head: int | None, what: str = "raw") -> torch.Tensor:
         """[h, w] of the whole image: "raw", "masked" (sink columns 0), or "change" (method minus baseline)."""
-        rows, layers, heads = (
-            self.words[word].rows,
-            None if layer is None else [layer],
-            None if head is None else [head],
-        )
+        layers, heads = (None if x is None else [x] for x in (layer, head))
 
         def mean(seen: Observation) -> torch.Tensor:
+            rows = self.words[word].rows
             maps = [seen.heatmap(row, layers, heads, sinks=what != "masked", image=self.tile) for row in rows]
             return torch.stack(maps).mean(0)
 
@@ -77,9 +74,11 @@ class View:
             raise VlmFixError("The baseline's answer has no method to hold against it: choose a method's answer.")
         return mean(self.seen) - mean(self.base)
 
-    def mass(self, word: int) -> torch.Tensor:
-        """[layers, heads] share of attention on the image."""
-        return self.seen.visual_mass[:, :, list(self.words[word].rows)].mean(-1)
+    def mass(self, word: int, layer: int | None = None, head: int | None = None) -> torch.Tensor:
+        """[layers, heads] share of attention on the image; [1, heads], [layers, 1] or [1, 1] of one of them."""
+        share = self.seen.visual_mass[:, :, list(self.words[word].rows)].mean(-1)
+        share = share if layer is None else share[layer : layer + 1]
+        return share if head is None else share[:, head : head + 1]
 
     def sinks(self, layer: int | None) -> torch.Tensor:
         """[h, w] bool: patches whose token is a sink, in that layer or in any."""

@@ -16,7 +16,7 @@ from .inside import View
 from .models import Models
 from .page import CLICKS, notice
 
-HEADS = 12  # in the gallery
+HEADS, THUMB = 12, 130  # heads in the gallery, and their pixels
 HINT = "Compare something first; then choose an answer and click one of its words."
 
 
@@ -56,7 +56,8 @@ def figures(view: View, chosen: int, layer: int | None, head: int | None) -> str
     (h, w), marked = raw.shape, int(sinks.sum())
     where = f"{'all layers' if layer is None else f'layer {layer}'}, {'all heads' if head is None else f'head {head}'}"
     made = [figure(inside.canvas(view.picture), "Image", f"as the model sees it, {h} × {w} patches")]
-    note = f"“{word.text}” puts {100 * float(raw.sum()):.0f} % of its attention on the image; {where}"
+    share = float(view.mass(chosen, layer, head).mean())
+    note = f"“{word.text}” puts {100 * share:.0f} % of its attention on the image; {where}"
     made.append(figure(inside.overlay(view.picture, raw, float(raw.max()), sinks=sinks), "Attention", note))
     notes = []
     if marked:
@@ -102,18 +103,13 @@ def heads(view: View, chosen: int, layer: int | None, head: int | None) -> str:
                 f'<i data-layer="{i}" data-head="{j}" class="{"on" if picked else ""}" style="--m:{share / top:.3f}" '
                 f'title="layer {i}, head {j}: {100 * share:.0f} % on the image"></i>'
             )
-    order = (
-        (mass if layer is None else mass[layer : layer + 1])
-        .flatten()
-        .topk(min(HEADS, count * (1 if layer is not None else depth)))
-    )
+    ranked = mass.flatten() if layer is None else mass[layer]
     thumbs = []
-    for place in order.indices.tolist():
-        i, j = divmod(place, count) if layer is None else (layer, place)
+    for number in ranked.topk(min(HEADS, len(ranked))).indices.tolist():
+        i, j = divmod(number, count) if layer is None else (layer, number)
         heat = view.heatmap(chosen, i, j)
-        small = inside.overlay(view.picture, heat, float(heat.max())).resize(
-            (120, round(120 * view.picture.height / view.picture.width))
-        )
+        small = inside.overlay(view.picture, heat, float(heat.max()))
+        small.thumbnail((THUMB, THUMB))
         about = f"layer {i}, head {j}: {100 * float(mass[i, j]):.0f} %"
         thumbs.append(
             f'<button type="button" data-layer="{i}" data-head="{j}">{picture(small, about, 80)}<span>{about}</span></button>'

@@ -242,6 +242,7 @@ def test_a_words_heatmap_is_the_attention_of_the_rows_that_predict_it(loaded, vi
         assert torch.allclose(view.heatmap(i, None, None), a.mean((0, 1)).view(8, 8), atol=1e-5)
         assert torch.allclose(view.heatmap(i, 2, 5), a[2, 5].view(8, 8), atol=1e-5)
         assert torch.allclose(view.mass(i), a.sum(-1), atol=1e-5)
+        assert torch.allclose(view.mass(i, 2, 5), a[2, 5].sum(), atol=1e-5) and view.mass(i, None, 5).shape == (6, 1)
     labels = [word.label for word in view.words]
     assert view.first == labels.index("hallucinated") and "grounded" in labels
     assert sorted(row for word in view.words for row in word.rows) == list(range(len(view.pane.ids) - 1))  # not the end
