@@ -12,10 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vlm_fix.engine import Engine
+from vlm_fix.engine import plan
 from vlm_fix.errors import VlmFixError
 from vlm_fix.eval import picto, runner
-from vlm_fix.registry import parse
 
 from .examples import scenes
 
@@ -65,7 +64,7 @@ class Loaded:
         """Why this stack of methods cannot run on this model; empty where it can."""
         try:
             if stack:
-                Engine(self.model, parse(list(stack)))
+                plan(self.model, list(stack))
         except VlmFixError as error:
             return str(error)
         return ""

@@ -413,14 +413,19 @@ def wrap(model: Model, spec: Spec, calibration: calibrations.Files = None) -> Mo
         raise VlmFixError(
             f"the model is already wrapped with {names}; call vlm_fix.unwrap(model) first, or pass a list of methods."
         )
+    engine = plan(model, spec, calibration)
+    engine.install()
+    model.__dict__["_vlm_fix_engine"] = engine
+    return model
+
+
+def plan(model: Model, spec: Spec, calibration: calibrations.Files = None) -> Engine:
+    """The engine that `wrap` would install; raises what it would say of the methods, and touches nothing."""
     methods = parse(spec)
     found = calibrations.choose(calibration, model, methods)
     if found:
         methods = calibrations.apply(found, methods, arch_of(model))
-    engine = Engine(model, methods)
-    engine.install()
-    model.__dict__["_vlm_fix_engine"] = engine
-    return model
+    return Engine(model, methods)
 
 
 def unwrap(model: Model) -> Model:
