@@ -210,7 +210,6 @@ def test_a_stack_is_refused_before_it_runs(loaded):
     assert loaded.refusal(["vcd", "vhr"]) == loaded.refusal([]) == ""
     assert loaded.refusal(["vcd", "pai:gamma=1.1"]) == "vcd and pai both contrast; use one of them at a time."
     assert loaded.refusal(["decore"]) == ""  # whose heads come with the model
-    assert loaded.refusal(["head_pursuit"]).startswith("head_pursuit: the concept's heads are unknown")
     assert loaded.refusal(["pai:layers=40-41"]).startswith("pai: layers='40-41' does not fit this model")
 
 
