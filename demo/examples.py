@@ -1,6 +1,6 @@
 """The images that the page offers, and what is in them: Picto scenes and photographs of COCO under CC BY 2.0.
 
-The photographs are in `examples/`, scaled down; `examples/ATTRIBUTION.json` says where each comes from. Their truth is
+The photographs are in `photographs/`, scaled down; `photographs/ATTRIBUTION.json` says where each comes from. Their truth is
 CHAIR's, by their COCO id. An example is known by its pixels, so that its truth cannot stick to another image.
 """
 
@@ -18,7 +18,7 @@ from vlm_fix.errors import VlmFixError
 from vlm_fix.eval import chair, picto
 
 SPLIT, SCENES = "test", 12  # the first scenes of the split in which Picto's prior holds
-FOLDER = Path(__file__).parent / "examples"
+FOLDER = Path(__file__).parent / "photographs"
 
 
 @dataclasses.dataclass(frozen=True)
