@@ -9,7 +9,8 @@ the rounds with their lowest and highest. Columns:
   tokens/s        after the first token, greedy, without an end token
   peak memory     of the allocator in a run of one new token: CUDA's own; on a CPU torch.profiler's memory events
   kept, KV MB     pruning: visual columns left in the cache, mean over layers, and the cache's bytes after the prefill
-  scoring         pruning: first token minus that of random_tokens, which keeps as many and scores nothing
+  scoring         first token minus that of random_tokens, which keeps as many and scores nothing; of the cache methods,
+                  minus the unwrapped one. Inside the language model scores and saved layers do not part: blank
 
 `attention` also times some edits on Hugging Face's eager attention in every layer, as the papers' own code runs them
 ("pai @ eager"); `decode` also times Hugging Face's own classifier-free-guidance processor ("hf-cfg").
@@ -40,7 +41,8 @@ from rich.table import Table
 import vlm_fix
 from vlm_fix import registry
 from vlm_fix.errors import VlmFixError
-from vlm_fix.method import AttentionEdit, Method
+from vlm_fix.method import AttentionEdit, Method, TokenPruner
+from vlm_fix.pruning.kv import CachePruner
 
 KINDS = ("attention", "decode", "prune")
 IMAGE, PAD = 3, 0
@@ -399,8 +401,13 @@ def run(
     if kind == "prune":
         controls = {_keep(r.spec): r.seconds for r in rows if r.spec.startswith("random_tokens")}
         for row in rows[1:]:
-            if not row.note and _keep(row.spec) in controls:
+            method = registry.get_method(row.spec.partition(":")[0])
+            if row.note or "+" in row.spec:
+                continue
+            if issubclass(method, TokenPruner) and not method.edits("shrink") and _keep(row.spec) in controls:
                 row.scoring = row.seconds - controls[_keep(row.spec)]
+            elif issubclass(method, CachePruner):
+                row.scoring = row.seconds - rows[0].seconds
     name = (
         torch.cuda.get_device_name(where)
         if where.type == "cuda"

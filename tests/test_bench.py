@@ -48,8 +48,10 @@ def test_peak_memory_counts_what_is_held_at_once():
 
 @pytest.mark.parametrize("shape", ["small", "small-qwen"])
 def test_pruning_figures(shape):
-    got = bench.run("prune", shape, ["hiprune", "random_tokens"], new_tokens=3, rounds=1, keep=(9,))
-    base, hiprune, control = got["rows"]
+    got = bench.run("prune", shape, ["hiprune", "random_tokens", "fastv", "knorm"], new_tokens=3, rounds=1, keep=(9,))
+    base, hiprune, control, fastv, knorm = got["rows"]
+    assert fastv["scoring"] is None and knorm["scoring"] == pytest.approx(knorm["seconds"] - base["seconds"])
+    assert 9 < fastv["kept"] < 36 and knorm["kept"] == 9
     assert (got["visual_tokens"], got["prompt_tokens"]) == (36, 47)
     assert (base["kept"], hiprune["kept"], control["kept"]) == (36, 9, 9)
     per_column = 3 * 2 * 2 * 8 * 4 / 1e6  # layers, keys and values, heads, head size, bytes
