@@ -46,6 +46,7 @@ __all__ = [
     "load_captions",
     "nltk_ready",
     "score",
+    "whole_sentences",
 ]
 
 GroundTruth = Mapping[int, Collection[str]]
@@ -168,6 +169,18 @@ def at_equal_length(base: ChairResult, method: ChairResult) -> tuple[list[dict[s
                 }
             )
     return sides
+
+
+def whole_sentences(text: str) -> str:
+    """The caption up to its last full stop, question or exclamation mark, for captions cut at a number of tokens.
+
+    A caption without any stays as it is: a description that names objects is not made to say nothing.
+
+    >>> whole_sentences("A dog on a sofa. It looks at a ca")
+    'A dog on a sofa.'
+    """
+    ends = [match.end() for match in re.finditer(r"[.!?](?=\s|$|[\"')])", text)]
+    return text[: ends[-1]] if ends else text
 
 
 def load_captions(path: str | Path) -> list[Caption]:

@@ -27,7 +27,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from vlm_fix.errors import VlmFixError
 
@@ -126,7 +126,7 @@ def load_answers(path: str | Path) -> list[Answer]:
 
 
 def make_questions(
-    instances: Any, kind: Kind = "random", images: int = 500, per_image: int = 6, seed: int = 0
+    instances: Any, kind: Kind = "random", images: int = 500, per_image: int = 6, seed: int = 0, quirks: bool = False
 ) -> list[Question]:
     """POPE questions by the official algorithm, on any COCO-format data.
 
@@ -135,6 +135,10 @@ def make_questions(
     every kind). Each gets its first per_image/2 objects, and after each a negative, not in the image and not asked
     before: drawn uniformly (random), the most frequent (popular), or the one seen most often with that positive
     (adversarial); the latter two fall back to random. Raises VlmFixError when there are too few images or objects.
+
+    With `quirks` the questions are those of RUCAIBox/POPE@3df3ba1 main.py after random.seed(seed), to the letter: random
+    negatives are redrawn until one is free, one stream of random numbers runs through the three kinds, and before a
+    vowel the template's every "a" becomes "an" ("Is there an apple in the imange?").
     """
     one_of(kind, Kind, "kind")
     half, rng = per_image // 2, random.Random(seed)
@@ -151,19 +155,28 @@ def make_questions(
             together[name].update(other for other in objects if other != name)
     ranking = {name: [other for other, _ in counts.most_common()] for name, counts in together.items()}
     popular = [name for name, _ in frequency.most_common()]
-    questions: list[Question] = []
-    for image, objects in sample:
-        free = dict.fromkeys(name for name in frequency if name not in objects)
-        for positive in objects[:half]:
-            ranked = {"random": [], "popular": popular, "adversarial": ranking[positive]}[kind]
-            negative = next((name for name in ranked if name in free), None)
-            if negative is None:
-                if not free:
-                    raise VlmFixError(f"{image} shows all but {half - 1} or fewer of the objects: no negative is left.")
-                negative = rng.choice(list(free))
-            del free[negative]
-            for name, label in ((positive, "yes"), (negative, "no")):
-                questions.append(Question(len(questions) + 1, image, question_text(name), label))
+    kinds: tuple[Kind, ...] = get_args(Kind)
+    for each in kinds[: kinds.index(kind) + 1] if quirks else (kind,):  # the stream has passed the kinds before
+        questions: list[Question] = []
+        for image, objects in sample:
+            free = dict.fromkeys(name for name in frequency if name not in objects)
+            for positive in objects[:half]:
+                ranked = {"random": [], "popular": popular, "adversarial": ranking[positive]}[each]
+                negative = next((name for name in ranked if name in free), "")
+                if not negative:
+                    if not free:
+                        raise VlmFixError(
+                            f"{image} shows all but {half - 1} or fewer of the objects: no negative is left."
+                        )
+                    names = list(frequency if quirks else free)
+                    while (negative := rng.choice(names)) not in free:
+                        pass
+                del free[negative]
+                for name, label in ((positive, "yes"), (negative, "no")):
+                    text = question_text(name)
+                    if quirks and text.startswith("Is there an "):
+                        text = text.replace("image", "imange")
+                    questions.append(Question(len(questions) + 1, image, text, label))
     return questions
 
 

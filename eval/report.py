@@ -46,6 +46,7 @@ def _pope_caption(settings: Mapping[str, Any], data: Mapping[str, Any]) -> str:
 def _chair_caption(settings: Mapping[str, Any], data: Mapping[str, Any]) -> str:
     how = " (works without NLTK data)" if data["variant"] == "pattern" else ""
     text = f"CHAIR: {data['source']}; {data['images']} captions; variant {data['variant']}{how}"
+    text += f"; {data['captions']}" if "captions" in data else ""
     return text + "; lower C_S and C_I are better, lower recall is not"
 
 

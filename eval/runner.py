@@ -60,6 +60,8 @@ class Settings:
 
     `seeds` are those of sampling and of methods that draw at random (default: `seed` alone, which also draws the data);
     `controls` and `equal_compute` add the runs of `plan.runs`; `device_map` spreads the model over devices.
+    `build` makes POPE's questions from a COCO folder's annotations even where there are official ones, `questions` are
+    POPE files about other images; `drop_incomplete` drops a cut-off last sentence before CHAIR is scored.
     `max_new_tokens` None means the benchmark's own (`tasks.MAX_NEW_TOKENS`); `dtype` "auto" is the checkpoint's on a
     GPU and float32 on a CPU.
     """
@@ -88,6 +90,9 @@ class Settings:
     seeds: tuple[int, ...] = ()
     controls: bool = False
     equal_compute: bool = False
+    build: bool = False
+    questions: tuple[str, ...] = ()
+    drop_incomplete: bool = False
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "num_beams", "limit", "max_new_tokens"):

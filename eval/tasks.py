@@ -11,7 +11,8 @@ result has n, rows (counts with their image) and to_dict(). An answer of None is
 score, as wrong. `report.LAYOUTS` says how a benchmark is compared and shown.
 
 Layout of coco:DIR: images in DIR, DIR/val2014 or DIR/images; annotations, if any, in DIR/annotations or DIR as
-instances_*.json and captions_*.json. Images with COCO's own names (000000000042.jpg, COCO_val2014_000000000042.jpg)
+instances_*.json and captions_*.json. POPE's question files of other data sets (`--questions`) need the images alone, by
+name. Images with COCO's own names (000000000042.jpg, COCO_val2014_000000000042.jpg)
 go by their number; images with other names need annotations that tell their ids.
 """
 
@@ -93,6 +94,7 @@ class Chair:
     samples: list[Sample]
     variant: chair.Variant
     data: dict[str, Any]
+    drop_incomplete: bool = False
     benchmark: str = "chair"
     max_new_tokens: int = MAX_NEW_TOKENS["chair"]
 
@@ -103,7 +105,9 @@ class Chair:
 
     def score(self, answers: Mapping[str, str | None]) -> dict[str, chair.ChairResult]:
         """Result under the name "captions" from captions by sample id; None is a caption that says nothing."""
-        captions = [chair.Caption(s.image_id, answers[s.id] or "") for s in self.samples if s.id in answers]
+        texts = [(s.image_id, answers[s.id] or "") for s in self.samples if s.id in answers]
+        cut = chair.whole_sentences if self.drop_incomplete else str
+        captions = [chair.Caption(image_id, cut(text)) for image_id, text in texts]
         return {"captions": chair.score(captions, self.truth, self.variant)} if captions else {}
 
 
@@ -137,6 +141,10 @@ def build(settings: Settings) -> list[Task]:
     unknown = [split for split in settings.splits if split not in POPE_SPLITS]
     if unknown or not settings.splits:
         raise VlmFixError(f"--split {','.join(unknown)!r} is unknown: choose from {', '.join(POPE_SPLITS)}.")
+    if settings.questions and (kind != "coco" or not where or settings.benchmark != "pope"):
+        raise VlmFixError("--questions needs --data coco:DIR with the images, and is for pope alone.")
+    if settings.questions:
+        return [_from_files(Path(where).expanduser(), settings)]
     if kind == "picto":
         make = _picto(where or "shift", settings)
     elif kind == "coco" and where:
@@ -195,7 +203,9 @@ def _chair(
         for file, (image_id, image) in images.items()
     ]
     data = {"source": source, "images": len(samples), "variant": variant, "sha256": _hash(mine)}
-    return Chair(mine, samples, variant, data)
+    if settings.drop_incomplete:
+        data["captions"] = "a cut-off last sentence dropped"
+    return Chair(mine, samples, variant, data, settings.drop_incomplete)
 
 
 def _hash(data: Any) -> str:
@@ -244,7 +254,7 @@ def _coco(folder: Path, settings: Settings) -> dict[str, Any]:
     def make_pope() -> Pope:
         official = {kind: pope.coco_questions(kind) for kind in settings.splits}
         names = list(dict.fromkeys(q.image for each in official.values() for q in each))
-        if not own and wanted is None and any(number_of(name) in found for name in names):
+        if not own and not settings.build and wanted is None and any(number_of(name) in found for name in names):
             names = names[:limit]
             lost = [name for name in names if number_of(name) not in found]
             if lost:
@@ -290,8 +300,23 @@ def _coco(folder: Path, settings: Settings) -> dict[str, Any]:
     return {"pope": make_pope, "chair": make_chair}
 
 
-def _find_images(folder: Path) -> tuple[dict[int, Path], bool]:
-    """(path by image id, whether the images are the folder's own and not COCO's)."""
+def _from_files(folder: Path, settings: Settings) -> Pope:
+    """The questions of --questions, a split per file; with a limit those about the first images that they name."""
+    paths, asked = _paths(folder), {Path(file).stem: pope.load_questions(file) for file in settings.questions}
+    names = list(dict.fromkeys(q.image for each in asked.values() for q in each))[: settings.limit]
+    lost = [name for name in names if name not in paths]
+    if lost:
+        raise VlmFixError(
+            f"{len(lost)} of {len(names)} images that the questions are about are missing in {folder}, first {lost[0]}: "
+            "put them there."
+        )
+    questions = {split: [q for q in each if q.image in names] for split, each in asked.items()}
+    images = {name: (number, paths[name]) for number, name in enumerate(names, 1)}
+    return _pope(questions, images, settings, f"{', '.join(questions)}, first {len(names)} images")
+
+
+def _paths(folder: Path) -> dict[str, Path]:
+    """File name -> path of the images of a folder."""
     if not folder.is_dir():
         raise VlmFixError(f"{folder} is not a folder: give coco:DIR with the images in DIR or DIR/val2014.")
     paths: dict[str, Path] = {}
@@ -301,6 +326,12 @@ def _find_images(folder: Path) -> tuple[dict[int, Path], bool]:
                 paths.setdefault(path.name, path)
     if not paths:
         raise VlmFixError(f"{folder} holds no images: put val2014's jpg files there or in {folder / 'val2014'}.")
+    return paths
+
+
+def _find_images(folder: Path) -> tuple[dict[int, Path], bool]:
+    """(path by image id, whether the images are the folder's own and not COCO's)."""
+    paths = _paths(folder)
     coco = {int(match[1]): path for path in paths.values() if (match := COCO_NAME.fullmatch(path.stem))}
     if coco:
         return coco, False

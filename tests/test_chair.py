@@ -221,3 +221,15 @@ def test_missing_nltk_data_are_named_and_the_pattern_variant_works(monkeypatch: 
         assert chair.caption_to_words("a dog", "pattern").node_words == ["dog"]
     finally:
         words._nltk_models.cache_clear()
+
+
+def test_a_cut_off_last_sentence_is_dropped_on_request() -> None:
+    cut = "A dog (brown.) sits on a 3.5 m couch. Is it asleep? There is a cat"
+    assert chair.whole_sentences(cut) == "A dog (brown.) sits on a 3.5 m couch. Is it asleep?"
+    for whole in ("A dog and a cat", "A dog.", "", 'It says "stop."'):
+        assert chair.whole_sentences(whole).strip('"') == whole.strip('"')
+    truth = {1: {"dog"}}
+    both = [
+        chair.Caption(1, text) for text in ("A dog sits. There is a cat", chair.whole_sentences("A dog sits. A cat"))
+    ]
+    assert [chair.score([each], truth, "pattern").chair_i for each in both] == [1 / 2, 0]

@@ -101,9 +101,12 @@ def _parser() -> argparse.ArgumentParser:
     asked.add_argument("--ids", metavar="FILE", help="image ids to use, one a line (coco)")
     asked.add_argument("--limit", type=int, metavar="N", help="number of images (500)")
     asked.add_argument("--split", default="random,popular,adversarial", metavar="A,B", help="POPE splits (%(default)s)")
+    asked.add_argument("--build", action="store_true", help="make POPE questions from the annotations of coco:DIR")
+    asked.add_argument("--questions", metavar="A,B", help="POPE files of other data, images by name in coco:DIR")
     asked.add_argument("--prompt", metavar="TEXT", help="other caption prompt, or POPE prompt around {question}")
     asked.add_argument("--scorer", choices=SCORERS, default="official", help="of yes/no answers (%(default)s)")
     asked.add_argument("--variant", choices=("nltk", "pattern"), help="CHAIR variant (nltk where its data are found)")
+    asked.add_argument("--drop-incomplete", action="store_true", help="CHAIR: drop a cut-off last sentence")
     how = evaluate.add_argument_group("how to generate")
     how.add_argument("--batch-size", type=int, default=8, metavar="B", help="samples per batch (%(default)s)")
     how.add_argument("--seed", type=int, default=0, metavar="S", help="of data, sampling and bootstrap (%(default)s)")
@@ -166,6 +169,7 @@ def _parser() -> argparse.ArgumentParser:
     two = add(kinds, "chair", "score captions with CHAIR", _score_chair)
     two.add_argument("captions", metavar="CAPTIONS", help="JSON lines or array: image_id, caption")
     two.add_argument("--variant", choices=("nltk", "pattern"), default="nltk", help="(%(default)s)")
+    two.add_argument("--drop-incomplete", action="store_true", help="drop a cut-off last sentence first")
     two.add_argument("--ground-truth", metavar="FILE", help="objects per image; COCO train+val2014 is in the package")
 
     three = add(kinds, "amber", "score AMBER answers", _score_amber)
@@ -271,6 +275,7 @@ def _eval(args: argparse.Namespace) -> None:
     names = {field.name for field in dataclasses.fields(Settings)}
     given = {key: value for key, value in vars(args).items() if key in names}
     given["calibration"] = tuple(args.calibration or ())
+    given["questions"] = tuple(part.strip() for part in (args.questions or "").split(",") if part.strip())
     try:
         given["seeds"] = tuple(int(part) for part in args.seeds.split(",") if part.strip())
     except ValueError:
@@ -380,7 +385,10 @@ def _score_chair(args: argparse.Namespace) -> None:
     from .eval import chair
 
     truth = chair.ground_truth(args.ground_truth or "coco", args.variant)
-    _print(args, "CHAIR", chair.score(chair.load_captions(args.captions), truth, args.variant))
+    captions = chair.load_captions(args.captions)
+    if args.drop_incomplete:
+        captions = [caption._replace(text=chair.whole_sentences(caption.text)) for caption in captions]
+    _print(args, "CHAIR", chair.score(captions, truth, args.variant))
 
 
 def _score_amber(args: argparse.Namespace) -> None:
