@@ -329,6 +329,23 @@ class Rows:
         full = pad_to(mask.to(self.visual.device), self.session.types.shape[1])
         return pad_to(full[:, max(0, full.shape[1] - width) :], width)[:, None, None]
 
+    def groups(self, mask: torch.Tensor, make: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """make(mask [B, n], visual [B, n]) -> [B, G, n], over the columns seen so far -> [B, G, K].
+
+        It is made once for `mask` (that very tensor) and kept while generated columns, 0 in every group, are added.
+        """
+        session, width = self.session, self.visual.shape[-1]
+        assert session.types is not None
+        place, total = ("wide", id(self.method), self.layer, self.visual.device), session.types.shape[1]
+        of, wide = session._masks.get(place, (None, self.visual))
+        if of is not mask or wide.shape[-1] < max(total, width):
+            device = self.visual.device
+            made = make(pad_to(mask, total).to(device), (session.types == VISUAL).to(device))
+            wide = torch.nn.functional.pad(made, (0, max(0, width - total) + SLACK))
+            session._masks[place] = mask, wide
+        offset = max(0, total - width)
+        return wide[..., offset : offset + width]
+
 
 def pad_to(x: torch.Tensor, width: int) -> torch.Tensor:
     """[B, n] -> [B, width], zeros at the end."""
