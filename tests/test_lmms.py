@@ -143,6 +143,34 @@ def test_the_entry_point_registers_the_models():
 
 
 @needs_lmms
+def test_the_official_tasks_load(monkeypatch):
+    """The group and its three splits, over a stand-in for the data set's download with the columns it has."""
+    import datasets
+    from lmms_eval.tasks import TaskManager, get_task_dict
+
+    asked = []
+
+    def load(path, name=None, **kwargs):
+        asked.append((path, name))
+        row = {"question_id": "1", "image": Image.new("L", (8, 8)), "question": "Is there a dog? ", "answer": "no"}
+        return datasets.DatasetDict(
+            {split: datasets.Dataset.from_list([row]) for split in ("random", "popular", "adversarial")}
+        )
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    manager = TaskManager(include_path=str(lmms.TASKS), include_defaults=False)
+    (members,) = get_task_dict(["pope_official"], manager).values()
+    assert sorted(members) == [f"pope_official_{split}" for split in ("adversarial", "popular", "random")]
+    assert set(asked) == {("lmms-lab-encoder/POPE", "Full")}
+    for task in members.values():
+        (doc,) = task.test_docs()
+        assert task.doc_to_text(doc) == "Is there a dog?" and task.doc_to_visual(doc)[0].mode == "RGB"
+        assert task.process_results(doc, ["No."])["pope_accuracy"]["score"] == 1
+        assert task.config.generation_kwargs["max_new_tokens"] == 16
+        assert task.aggregation()["pope_f1_score"] is not None
+
+
+@needs_lmms
 def test_lmms_eval_agrees_with_the_eval_command(tmp_path):
     """The same samples, model, method and scorer in both: the same answers and the same figures, in every split."""
     from vlm_fix.eval.picto import model_path
