@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,7 +13,7 @@ from vlm_fix import AttentionEdit, Contrast, VlmFixError, param
 from vlm_fix.decoding.contrast import plausible
 from vlm_fix.families import Arch
 from vlm_fix.method import Layers
-from vlm_fix.session import Call, Rows, pad_to
+from vlm_fix.session import Call, Rows, Session, pad_to
 
 
 @dataclass(frozen=True)
@@ -20,12 +21,13 @@ class SID(AttentionEdit, Contrast):
     """Contrasts with a branch that, from layer 2 on, sees only the image tokens that matter least.
 
     s_j = mean_h A[h, t, j] of the layer before the first masked one, t the row that predicts the next token; the `keep`
-    image tokens of the prompt with the lowest s stay, the other image columns get -inf in all rows of the branch.
+    image tokens of the prompt with the lowest s stay, no row of the branch sees the other image columns.
     z = (1 + alpha) log p - alpha log p', tokens with p < beta max p cut off.
 
     Source: arXiv 2408.02032; official code huofushuo/SID@127dd41 (masking variant; alpha .5, beta .1, k = 100 on POPE and
     50 on CHAIR of LLaVA's 576 tokens, here as a share). Like there, each new token ranks the image tokens anew and the
-    prompt's rows take the ranking of its last row; refresh=False keeps that one. Several images are ranked together.
+    prompt's rows take the ranking of its last row; refresh=False keeps that one, and the other columns leave the cache.
+    Several images are ranked together.
     """
 
     name: ClassVar[str] = "sid"
@@ -59,17 +61,38 @@ class SID(AttentionEdit, Contrast):
     def rows(self) -> str:
         return "all"
 
-    def weights(self, a: torch.Tensor, rows: Rows) -> torch.Tensor:
-        assert isinstance(self.layers, tuple) and rows.session.prompt_len is not None
+    @property
+    def fork(self) -> int | None:
+        assert isinstance(self.layers, tuple)
+        return self.layers[0] + 1
+
+    def hides(self, look: Callable[[int], torch.Tensor], rows: Rows) -> torch.Tensor | None:
+        session, state = rows.session, rows.state
+        assert isinstance(self.layers, tuple) and session.prompt_len is not None
+        last, start, stop = session.prompt_len - 1, session.start, session.start + session.length
         if rows.layer == self.layers[0]:
-            last = rows.session.prompt_len - 1
             if self.refresh:  # rankings of earlier forwards have been used
-                for old in [p for p in rows.state if p < rows.session.start]:
-                    del rows.state[old]
-            for i, p in enumerate(rows.positions.tolist()):
-                if p == last or (p > last and self.refresh):
-                    rows.state[p] = self.dropped(a[:, :, i].mean(dim=1), rows.visual[:, 0, 0])
-        return a
+                for old in [p for p in state if p < start]:
+                    del state[old]
+            ranks = range(max(start, last), stop if self.refresh else min(stop, last + 1))
+            if ranks:
+                a = look(ranks[0] - start).mean(dim=1)
+                for i, p in enumerate(ranks):
+                    state[p] = self.dropped(a[:, i], rows.visual[:, 0, 0])
+            return None
+        if session is not session.whole and not self.refresh:  # they are gone
+            return None
+        wanted = range(max(start, last), max(stop, last + 1)) if self.refresh else [last]
+        width = rows.visual.shape[-1]
+        before = [wanted[0]] * (stop - start - len(wanted))  # rows of the prompt
+        masks = [
+            pad_to(state[p].to(rows.visual.device), width) for p in ([*before, *wanted] if len(wanted) > 1 else wanted)
+        ]
+        return torch.stack(masks, dim=1)
+
+    def stays(self, session: Session) -> torch.Tensor | None:
+        assert session.prompt_len is not None
+        return None if self.refresh else ~session.state(self)[session.prompt_len - 1]
 
     def dropped(self, scores: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
         """Scores and image columns [B, K] -> [B, K] True for image columns that are masked; ties keep the lower index."""
@@ -80,15 +103,6 @@ class SID(AttentionEdit, Contrast):
             1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
         )
         return visual & (rank >= keep)
-
-    def logits(self, z: torch.Tensor, rows: Rows) -> torch.Tensor:
-        assert isinstance(self.layers, tuple) and rows.session.prompt_len is not None
-        if rows.layer == self.layers[0]:
-            return z
-        last, width = rows.session.prompt_len - 1, z.shape[-1]
-        wanted = [max(p, last) if self.refresh else last for p in rows.positions.tolist()]
-        masks = [pad_to(rows.state[p].to(z.device), width) for p in (wanted[:1] if len(set(wanted)) == 1 else wanted)]
-        return z.masked_fill(torch.stack(masks, dim=1)[:, None], -torch.inf)
 
     def negative(self, call: Call) -> dict[str, torch.Tensor]:
         return call.inputs
