@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from torch.nn.functional import pad
 
 from vlm_fix import AttentionEdit, Contrast, VlmFixError, param
 from vlm_fix.decoding.contrast import plausible
 from vlm_fix.families import Arch
 from vlm_fix.method import Layers
-from vlm_fix.session import Call, Rows, Session, pad_to
+from vlm_fix.session import Call, Rows, Session
 
 
 @dataclass(frozen=True)
@@ -67,32 +68,36 @@ class SID(AttentionEdit, Contrast):
         return self.layers[0] + 1
 
     def hides(self, look: Callable[[int], torch.Tensor], rows: Rows) -> torch.Tensor | None:
-        session, state = rows.session, rows.state
-        assert isinstance(self.layers, tuple) and session.prompt_len is not None
-        last, start, stop = session.prompt_len - 1, session.start, session.start + session.length
+        session, state = rows.session, rows.state  # rankings by generated token, -1: the prompt's
+        assert isinstance(self.layers, tuple) and session.prompt_len is not None and session.types is not None
+        stop = session.start + session.length - session.prompt_len
+        start = max(session.start - session.prompt_len, -1)
         if rows.layer == self.layers[0]:
-            if self.refresh:  # rankings of earlier forwards have been used
-                for old in [p for p in state if p < start]:
+            if self.refresh:  # those of earlier forwards have been used
+                for old in [t for t in state if t < start]:
                     del state[old]
-            ranks = range(max(start, last), stop if self.refresh else min(stop, last + 1))
-            if ranks:
-                a = look(ranks[0] - start).mean(dim=1)
-                for i, p in enumerate(ranks):
-                    state[p] = self.dropped(a[:, i], rows.visual[:, 0, 0])
+            new = [t for t in range(start, stop) if t == -1 or self.refresh]
+            if new:
+                visual = rows.visual[:, 0, 0]
+                past = max(0, session.types.shape[1] - visual.shape[1])  # what a sliding window has left behind
+                a = look(session.length - (stop - start)).mean(dim=1)
+                for i, t in enumerate(new):
+                    state[t] = pad(self.dropped(a[:, i], visual), (past, 0))
             return None
-        if session is not session.whole and not self.refresh:  # they are gone
+        if session is not session.whole and self.drops(session):  # they are gone
             return None
-        wanted = range(max(start, last), max(stop, last + 1)) if self.refresh else [last]
-        width = rows.visual.shape[-1]
-        before = [wanted[0]] * (stop - start - len(wanted))  # rows of the prompt
-        masks = [
-            pad_to(state[p].to(rows.visual.device), width) for p in ([*before, *wanted] if len(wanted) > 1 else wanted)
-        ]
-        return torch.stack(masks, dim=1)
+        wanted = list(range(start, stop)) if self.refresh else [-1]
+        if len(wanted) > 1:  # all rows of the prompt take its ranking
+            wanted = [wanted[0]] * (session.length - len(wanted)) + wanted
+        return torch.cat([rows.columns(state[t], self.layers[0])[:, 0] for t in wanted], dim=1)
+
+    def drops(self, session: Session) -> bool:
+        """True if no later token and no later layer looks at the masked columns again."""
+        depth = session.call.model.config.get_text_config().num_hidden_layers
+        return not self.refresh and len(self.layers or ()) == depth - self.layers[0]  # type: ignore[index]
 
     def stays(self, session: Session) -> torch.Tensor | None:
-        assert session.prompt_len is not None
-        return None if self.refresh else ~session.state(self)[session.prompt_len - 1]
+        return ~session.state(self)[-1] if self.drops(session) else None
 
     def dropped(self, scores: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
         """Scores and image columns [B, K] -> [B, K] True for image columns that are masked; ties keep the lower index."""

@@ -76,7 +76,9 @@ class Session:
     embeds: list[torch.Tensor] | None = None  # main branch of a contrast: the prompt's embeddings [B', q, C], in chunks
     newlines: list[list[tuple[int, int]]] = field(default_factory=list)  # per row: where image rows start and end
     hidden: list[torch.Tensor] | None = None  # main branch: inputs [B', q, C] of the contrast's `fork`, in chunks
-    taken: tuple[torch.Tensor, torch.Tensor] | None = None  # second branch: these [B, L, C], and the prompt's position ids
+    taken: tuple[torch.Tensor, torch.Tensor] | None = (
+        None  # second branch: these [B, L, C], and the prompt's position ids
+    )
     features: torch.Tensor | None = None  # second branch: image embeddings [N, C] instead of a run of the vision tower
     change: Callable[[torch.Tensor], torch.Tensor] | None = None  # second branch: `Negative.features`
     answer: torch.Tensor | None = None  # second branch: [B', t] ids of the columns after the prompt
