@@ -34,6 +34,7 @@ class SID(AttentionEdit, Contrast):
     name: ClassVar[str] = "sid"
     kind: ClassVar[str] = "contrast"
     paper: ClassVar[str] = "https://arxiv.org/abs/2408.02032"
+    marks: ClassVar[bool] = True
 
     layers: Layers = param(
         None, "layers that see only the least attended image tokens (2-); the layer before ranks them"

@@ -458,6 +458,17 @@ def test_fork_equals_whole_branch(family, model, spec, monkeypatch):
         assert torch.equal(torch.isinf(x), torch.isinf(y)) and torch.allclose(x, y, atol=1e-4), mode
 
 
+@pytest.mark.parametrize("pruner", ["fastv:keep=9,layer=3", "fastv:keep=9,layer=1"])
+def test_sid_beside_a_pruner(family, model, pruner):
+    """Rankings follow the columns that a pruner leaves in later layers."""
+    with vlm_fix.wrapped(model, ["sid:keep=5,beta=0", pruner]):
+        batch = greedy(model, make_inputs(family, [1, 2, 1]), 3)[2]
+        for row in range(3):
+            assert torch.allclose(batch[row], greedy(model, single(family, [1, 2, 1], row), 3)[2][0], atol=1e-4)
+    with pytest.raises(vlm_fix.VlmFixError, match="sid does not follow"):
+        vlm_fix.wrap(model, ["sid", "knorm:keep=9"])
+
+
 def test_edit_in_one_branch(family, model):
     """`branch` says where an attention edit of the stack acts."""
     inputs, twin = single(family, [1, 2], 1), ref.double(model)

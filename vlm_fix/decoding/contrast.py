@@ -228,10 +228,11 @@ class Branch:
     def _fork(self, session: Session, positions: torch.Tensor) -> int:
         """Take over the layers before the contrast's `fork`, for all columns but the last; returns how many columns."""
         engine, main, first = self.engine, self.engine.main, self.engine.contrast.fork
-        cache: Any = next((c for c, s in engine.sessions.items() if s is main), None) if main and main.hidden else None
+        cache = next((c for c, s in engine.sessions.items() if s is main), None) if main and main.hidden else None
         if first is None or self.inputs is not self.main.inputs or self.change is not None:
             return 0
-        if type(cache) is not DynamicCache or cache.offloading or any(layer.is_sliding for layer in cache.layers):
+        layers: Any = cache.layers if type(cache) is DynamicCache and not cache.offloading else None
+        if not layers or any(layer.is_sliding for layer in layers):
             return 0
         if engine.preparing or not all(m is engine.contrast or self._keeps_layers(m, first) for m in engine.active):
             return 0
@@ -240,7 +241,7 @@ class Branch:
         hidden = hidden[::times, :n]
         if hidden.shape[1] < n:
             return 0
-        for i, layer in enumerate(cache.layers[:first]):
+        for i, layer in enumerate(layers[:first]):
             self.cache.update(layer.keys[::times, :, :n], layer.values[::times, :, :n], i)
         if engine.family.mrope and positions.dim() == 2:
             positions = positions.expand(3, -1, -1)
