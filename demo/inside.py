@@ -47,8 +47,8 @@ class View:
     tile: int  # which of the observation's images that is
     seen: Observation
     base: Observation | None
-    others: list[tuple[str, Image.Image]]  # what a contrast's other branches see, with a caption
-    note: str = ""  # why `seen` is the model without methods, if it is
+    others: list[tuple[str, str, Image.Image]]  # further images: title, what it is, picture
+    note: str = ""  # why `seen` is the model without methods, or has no `base`, if so
 
     @property
     def first(self) -> int:
@@ -103,19 +103,29 @@ def look(loaded: Loaded, image: Image.Image, prompt: str, pane: Pane) -> View:
         model, processor = loaded.model, loaded.processor
         inputs = dict(runner.encode(model, processor, [image], [prompt]))
         base = vlm_fix.observe(model, inputs, pane.ids)
-        others: list[tuple[str, Image.Image]] = []
-        seen, note = base, ""
+        others: list[tuple[str, str, Image.Image]] = []
+        seen, note, changed = base, "", dict[str, Any]()
         if not plain:
             with vlm_fix.wrapped(model, pane.stack):
-                others = _other_branches(model, processor, inputs)
+                engine = model._vlm_fix_engine
+                call = Call(model, engine.family, dict(inputs))
+                changed = engine.refine(call)
+                others = _other_branches(processor, call)
                 try:
                     seen = vlm_fix.observe(model, inputs, pane.ids)
                 except VlmFixError as error:
-                    note = f"This is the model without methods: {error}"
+                    note, changed = f"This is the model without methods: {error}", {}
+        inputs.update(changed)
         picture, tile, cells = image, 0, family_of(model).cells
         if cells in ("pixels", "tiles"):  # cropped, perhaps, or cut up with the whole at the end: show what was left
             tile = -1
             picture = unpixel(processor, inputs["pixel_values"].flatten(0, -4))[tile]
+        elif changed:
+            picture = unpatch(processor, inputs["pixel_values"], inputs["image_grid_thw"])[0]
+        if changed:
+            name = engine.refiners[0].name
+            others.append((f"Before {name}", "the image as it was given", image))
+            note = f"{name} shows the model another image, whose patches are not those of the baseline's."
     before = None if plain or note else base
     return View(pane, words(processor.tokenizer, pane), picture, tile, seen, before, others, note)
 
@@ -151,19 +161,18 @@ def unpatch(processor: Any, pixels: torch.Tensor, grid: torch.Tensor) -> list[Im
     return made
 
 
-def _other_branches(model: Any, processor: Any, inputs: dict[str, Any]) -> list[tuple[str, Image.Image]]:
+def _other_branches(processor: Any, call: Call) -> list[tuple[str, str, Image.Image]]:
     """Pictures of the pixels that a contrast on the model gives its other branches, if they are not the prompt's."""
-    engine = model._vlm_fix_engine
-    made: list[tuple[str, Image.Image]] = []
-    for method in engine.active:
+    inputs, made = call.inputs, list[tuple[str, str, Image.Image]]()
+    for method in call.model._vlm_fix_engine.active:
         if not isinstance(method, Contrast) or not method.contrasts:
             continue
-        for name, branch in method.branches(Call(model, engine.family, inputs)).items():
+        for name, branch in method.branches(call).items():
             pixels, grid = branch.inputs.get("pixel_values"), inputs.get("image_grid_thw")
             if pixels is None or torch.equal(pixels, inputs["pixel_values"]):
                 continue
             drawn = unpixel(processor, pixels) if grid is None else unpatch(processor, pixels, grid)
-            made.append((f"{method.name}: what its {name} branch sees", drawn[0]))
+            made.append((f"{method.name}: what its {name} branch sees", "the answer is held against it", drawn[0]))
     return made
 
 

@@ -83,7 +83,7 @@ def figures(view: View, chosen: int, layer: int | None, head: int | None) -> str
         where = "the last layer" if layer is None else f"layer {layer}"
         note = f"{int((~dropped).sum())} of {dropped.numel()} patches reach {where}"
         made.append(figure(inside.pruned(view.picture, dropped), "What the pruner keeps", note))
-    made += [figure(inside.canvas(image), title, "the answer is held against it") for title, image in view.others]
+    made += [figure(inside.canvas(image), title, note) for title, note, image in view.others]
     said = html.escape(" ".join(notes))
     return f'<div class="figures">{"".join(made)}</div><p class="quiet">{said}</p>'
 

@@ -267,13 +267,30 @@ def test_pruned_patches_and_noised_images_are_the_methods_own(loaded, views):
     dropped = views["hiprune"].dropped(None)
     assert dropped.shape == (8, 8) and int((~dropped).sum()) == 24 and views["pai"].dropped(2) is None
     assert (views["hiprune"].heatmap(0, None, None)[dropped] == 0).all()
-    ((title, image),) = views["vcd"].others
+    ((title, _, image),) = views["vcd"].others
     pixels = runner.encode(loaded.model, loaded.processor, [examples.scenes()[0].image], [PROMPT])["pixel_values"]
     call = Call(loaded.model, None, {"pixel_values": pixels})
     expected = inside.unpixel(loaded.processor, vlm_fix.parse_spec("vcd").noised(pixels, call))[0]
     assert title.startswith("vcd: ") and image.tobytes() == expected.tobytes() != views["vcd"].picture.tobytes()
     seen, sent = (np.asarray(x, dtype=int) for x in (views["vcd"].picture, examples.scenes()[0].image))
     assert abs(seen - sent).max() <= 1
+
+
+def test_a_crop_takes_the_images_place(loaded):
+    image = examples.scenes()[0].image
+    *_, pane = last(compare.compare(loaded, image, PROMPT, [["carve"]], 12))
+    assert pane.state == "done"
+    view = inside.look(loaded, image, PROMPT, pane)
+    inputs = dict(runner.encode(loaded.model, loaded.processor, [image], [PROMPT]))
+    with vlm_fix.wrapped(loaded.model, "carve"):
+        call = Call(loaded.model, loaded.model._vlm_fix_engine.family, inputs)
+        crop = loaded.model._vlm_fix_engine.refine(call)["pixel_values"]
+    assert view.picture.tobytes() == inside.unpixel(loaded.processor, crop)[0].tobytes()
+    assert [(title, shown) for title, _, shown in view.others] == [("Before carve", image)]
+    plain = vlm_fix.observe(loaded.model, {**inputs, "pixel_values": crop}, pane.ids)
+    expected = torch.stack([plain.heatmap(row) for row in view.words[0].rows]).mean(0)
+    assert torch.allclose(view.heatmap(0, None, None), expected, atol=1e-6)
+    assert view.base is None and "shows the model another image" in look.figures(view, 0, None, None)
 
 
 def test_flattened_patches_become_the_image_again():

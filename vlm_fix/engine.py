@@ -49,14 +49,16 @@ class Engine:
         resolved = [m.resolve(self.arch) for m in methods]
         self.active = [m for m in resolved if not m.neutral]
         check_combination(self.active)
-        what = ("logits", "weights", "heads", "see", "hides")
+        what = ("logits", "weights", "heads", "see")
         by_layer = [e for e in self.active if isinstance(e, AttentionEdit) and any(map(e.edits, what))]
         stacks = [[e for e in by_layer if i in (e.layers or ())] for i in range(self.arch.depth)]
         self.edits = [next(s for s in stacks if s == stack) for stack in stacks]  # equal stacks are one list
         self.hidden = [m for m in self.active if isinstance(m, HiddenEdit)]
         self.contrast = next((m for m in self.active if isinstance(m, Contrast) and m.contrasts), None)
         self.pruner = next((m for m in self.active if isinstance(m, TokenPruner)), None)
-        self.procedure = next((m for m in self.active if isinstance(m, Procedure)), None)
+        procedures = [m for m in self.active if isinstance(m, Procedure)]
+        self.procedure = next((m for m in procedures if m.does("search")), None)
+        self.refiners = [m for m in procedures if m.does("refine")]
         self.dropper = next((m for m in self.active if isinstance(m, LayerPruner)), None)
         self.cacher = next((m for m in self.active if isinstance(m, CachePruner)), None)
         self.shortens = list(dict.fromkeys(m for m in (self.pruner, self.dropper, self.cacher) if m))
@@ -272,6 +274,15 @@ class Engine:
     # ---- passes of the methods' own ----------------------------------------------------------------------------------
 
     @torch.no_grad()
+    def refine(self, call: Call) -> dict[str, Any]:
+        """Let procedures change the call's inputs; what they changed."""
+        changed: dict[str, Any] = {}
+        for method in self.refiners:
+            changed.update(method.refine(call))
+            call.inputs.update(changed)
+        return changed
+
+    @torch.no_grad()
     def observe(self, inputs: dict[str, torch.Tensor], call: Call, tap: Any) -> None:
         """One cache-free forward of `inputs` without edits; `tap(layer, o [B, H, q, D])` sees per-head outputs."""
         from .families import prompt_positions
@@ -328,6 +339,11 @@ def _generate(engine: Engine, model: Any, inputs: torch.Tensor | None = None, **
         }.items():
             if used:
                 raise VlmFixError(f"{engine.shortens[0].name} does not work with {name}; drop that option.")
+    if engine.refiners and kwargs.get("past_key_values") is not None:
+        raise VlmFixError(
+            f"{engine.refiners[0].name} changes the images before they are read: drop past_key_values and pass the whole "
+            "conversation as one prompt."
+        )
     if engine.procedure:
         from .decoding import loops
 
@@ -342,6 +358,7 @@ def _generate(engine: Engine, model: Any, inputs: torch.Tensor | None = None, **
         own: list[Any] = []
         edits = [m for m in engine.active if isinstance(m, LogitEdit)]
         try:
+            kwargs.update(engine.refine(call))
             if engine.contrast:
                 from .decoding.contrast import PrefixContrast
 
@@ -385,7 +402,13 @@ def check_combination(methods: list[Method]) -> None:
     alone = [m.name for m in methods if isinstance(m, AttentionEdit) and m.branch == "negative"]
     if alone and not any(isinstance(m, Contrast) and m.contrasts for m in methods):
         raise VlmFixError(f"{alone[0]}: branch=negative needs a contrast method beside it, as in vcd.")
-    procedures = [m.name for m in methods if isinstance(m, Procedure)]
+    refiners = [m.name for m in methods if isinstance(m, Procedure) and m.does("refine")]
+    droppers = [m.name for m in methods if isinstance(m, TokenPruner | LayerPruner | CachePruner)]
+    if refiners and droppers:
+        raise VlmFixError(
+            f"{refiners[0]} looks at all image tokens, of which {droppers[0]} drops some; use one of them."
+        )
+    procedures = [m.name for m in methods if isinstance(m, Procedure) and m.does("search")]
     others = [m.name for m in methods if isinstance(m, LogitEdit) or (isinstance(m, Contrast) and m.contrasts)]
     if procedures and len(procedures + others) > 1:
         raise VlmFixError(

@@ -227,8 +227,6 @@ class AttentionEdit(Method):
       scan(q [B,H,q,D], k [B,Hkv,K,D], allowed, scaling, rows) -> look at all queries and keys before rows are edited
       see(a [B,H,R,K], rows)     -> look at the weights that all edits have left; the output stays SDPA's
       watch(x [B,q,C], layer, session) -> look at a layer's input before its norm
-      hides(look, rows)          -> [B, R or 1, K] columns to mask, if `rows` is "all": before SDPA and the other edits;
-                                    look(i): the unedited weights [B,H,R-i,K] of the rows from i on
       begin(session, call)       -> run once when a prompt starts (text-only passes and the like)
     """
 
@@ -267,9 +265,6 @@ class AttentionEdit(Method):
     def see(self, a: torch.Tensor, rows: Rows) -> None:
         return None
 
-    def hides(self, look: Callable[[int], torch.Tensor], rows: Rows) -> torch.Tensor | None:
-        return None
-
     def watch(self, x: torch.Tensor, layer: int, session: Session) -> None:
         return None
 
@@ -283,7 +278,7 @@ class AttentionEdit(Method):
     @classmethod
     @functools.cache
     def edits(cls, what: str) -> bool:
-        """True if the class overwrites `what` ("logits", "weights", "heads", "scan", "see", "hides", "watch", "begin")."""
+        """True if the class overwrites `what` ("logits", "weights", "heads", "scan", "see", "watch", "begin")."""
         if what == "logits" and cls.edits("columns"):
             return True
         return getattr(cls, what) is not getattr(AttentionEdit, what)
@@ -354,15 +349,6 @@ class Contrast(Method):
         return not self.neutral
 
     @property
-    def fork(self) -> int | None:
-        """The layer up to whose input a branch with the main branch's own prompt equals it; None: no such layer."""
-        return None
-
-    def stays(self, session: Session) -> torch.Tensor | None:
-        """[B, n] columns of a branch's prompt that its layers from `fork` on keep at all; None: every one."""
-        return None
-
-    @property
     def passes(self) -> int:
         """Forward passes per generated token, the model's own included: what an equal-compute baseline may spend."""
         return 2 if self.contrasts else 1
@@ -403,16 +389,28 @@ class LogitEdit(Method):
 
 @dataclass(frozen=True)
 class Procedure(Method):
-    """Chooses the tokens by a search of its own; `generate` still prepares inputs, processors and stopping."""
+    """A small program around `generate`: other inputs for it, or tokens chosen by a search of its own."""
 
     kind: ClassVar[str] = "procedure"
     needs_image: ClassVar[bool] = False
     refuses: ClassVar[dict[str, str]] = {}
     """Options of `generate` it cannot serve -> what to do instead, as the end of a sentence."""
 
-    def search(self, run: Search) -> Any:
-        """Prefill, choose the tokens, return `run.output(...)`: what `generate` returns."""
+    def refine(self, call: Call) -> dict[str, Any]:
+        """Inputs that take the place of those in `call.inputs` before anything is generated, such as pixel_values."""
         raise NotImplementedError
+
+    def search(self, run: Search) -> Any:
+        """Prefill, choose the tokens, return `run.output(...)`: what `generate` returns.
+
+        `generate` still prepares inputs, processors and stopping.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def does(cls, what: str) -> bool:
+        """True if the class overwrites `what` ("refine", "search")."""
+        return getattr(cls, what) is not getattr(Procedure, what)
 
 
 @dataclass(frozen=True)

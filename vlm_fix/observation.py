@@ -205,6 +205,7 @@ def observe(
         if sink_dims is not None and any(not 0 <= d < engine.arch.hidden for d in sink_dims):
             raise VlmFixError(f"sink_dims={tuple(sink_dims)} do not fit a model of hidden size {engine.arch.hidden}.")
         call, probe = Call(model, engine.family, given), Probe(tau, sink_dims, dtype)
+        engine.refine(call)
         for i, layer in enumerate(engine.language.layers):
             hooks = [
                 layer.register_forward_pre_hook(functools.partial(probe.enter, engine, i), with_kwargs=True),

@@ -97,17 +97,14 @@ class Qwen25VL:
         sizes = (kwargs[name] if name in kwargs else args[1]).tolist()
         if any(t != 1 for t, _, _ in sizes):
             raise VlmFixError("downsample_image works on images; for a video, pass fewer or smaller frames.")
-        merge, patch, deep = self.tower.spatial_merge_size, self.tower.patch_size, patches.shape[-1]
+        merge, patch = self.tower.spatial_merge_size, self.tower.patch_size
         self.grids = [(h // merge, w // merge) for _, h, w in sizes]
         self.smalls = [self.shrink(grid) for grid in self.grids]
         self.pixels, made = patches.split([t * h * w for t, h, w in sizes]), []
         for x, (h, w), (h2, w2) in zip(self.pixels, self.grids, self.smalls, strict=True):
             side = merge * patch
-            # [h, w, merge, merge, channels and frames, patch, patch] <-> [channels and frames, pixels, pixels]
-            image = x.view(h, w, merge, merge, -1, patch, patch).permute(4, 0, 2, 5, 1, 3, 6)
-            image = resize(image.reshape(1, -1, h * side, w * side), (h2 * side, w2 * side))
-            image = image.view(-1, h2, merge, patch, w2, merge, patch).permute(1, 4, 2, 5, 0, 3, 6)
-            made.append(image.reshape(-1, deep))
+            image = resize(to_image(x, (h, w), merge, patch)[None], (h2 * side, w2 * side))[0]
+            made.append(to_patches(image, merge, patch))
         grid_thw = torch.tensor([[1, h * merge, w * merge] for h, w in self.smalls], device=patches.device)
         return (torch.cat(made),), {**{k: v for k, v in kwargs.items() if k != "hidden_states"}, name: grid_thw}
 
@@ -127,3 +124,18 @@ def resize(pixels: torch.Tensor, size: Grid) -> torch.Tensor:
     if pixels.shape[-2:] == torch.Size(size):
         return pixels
     return interpolate(pixels.float(), size, mode="bicubic", antialias=True, align_corners=False).to(pixels.dtype)
+
+
+def to_image(patches: torch.Tensor, grid: Grid, merge: int, patch: int) -> torch.Tensor:
+    """Qwen-VL's packed patches of an image of h x w tokens -> [channels and frames, pixels, pixels]."""
+    h, w = grid
+    image = patches.view(h, w, merge, merge, -1, patch, patch).permute(4, 0, 2, 5, 1, 3, 6)
+    return image.reshape(-1, h * merge * patch, w * merge * patch)
+
+
+def to_patches(image: torch.Tensor, merge: int, patch: int) -> torch.Tensor:
+    """The inverse of `to_image`."""
+    depth, height, width = image.shape
+    h, w = height // (merge * patch), width // (merge * patch)
+    packed = image.view(depth, h, merge, patch, w, merge, patch).permute(1, 4, 2, 5, 0, 3, 6)
+    return packed.reshape(h * w * merge**2, -1)
