@@ -97,8 +97,13 @@ class ACT(AttentionEdit):
         return any(bool(value.any()) for value in session.state(self).values())
 
     def weights(self, a: torch.Tensor, rows: Rows) -> torch.Tensor:
+        return self.reweigh(a, self.apart(rows), rows)
+
+    def apart(self, rows: Rows) -> torch.Tensor:
         sinks = rows.state[rows.layer]
-        sink = rows.columns(sinks.flatten(0, 1)).view(*sinks.shape[:2], 1, -1)
+        return rows.columns(sinks.flatten(0, 1)).view(*sinks.shape[:2], 1, -1)
+
+    def reweigh(self, a: torch.Tensor, sink: torch.Tensor, rows: Rows) -> torch.Tensor:
         inside, outside = (a * sink).sum(dim=-1, keepdim=True), (a * ~sink).sum(dim=-1, keepdim=True)
         gain = 1 + (1 - self.beta) * inside / outside.clamp(min=torch.finfo(a.dtype).tiny)
         chosen = (outside > 0) & self.heads_of(rows.layer, a.shape[1])[:, None, None].to(a.device)

@@ -15,11 +15,12 @@ from families import prompt
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_attention_methods import CASES
+from test_attention_more import ACT
 from test_methods import error, greedy
 from transformers import LogitsProcessor
 
 import vlm_fix
-from vlm_fix.attention import function
+from vlm_fix.attention import apart, function
 from vlm_fix.attention.columns import column_attention
 from vlm_fix.method import Columns
 
@@ -30,7 +31,7 @@ STATIC = [s for s in CASES if s.startswith(("zerotuning", "vaf", "avar"))]
 def paths(monkeypatch):
     """Notes which path each layer takes; call it with "kernel" or "columns" to force one."""
     seen = []
-    for name in ("edited_rows", "column_attention"):
+    for name in ("edited_rows", "column_attention", "apart_attention"):
         original = getattr(function, name)
 
         def spy(*args, name=name, original=original, **kwargs):
@@ -72,6 +73,42 @@ def test_columns_equal_reference(name, spec, dtype, paths):
             }
             limit = max(3e-2, 1.5 * error(greedy(model, inputs, 4, **forced)[1][0], expected))
     assert error(logits[0], expected) < limit
+
+
+@pytest.mark.parametrize("beta,threshold", [(0.4, 0.06), (0.0, 0.07)])
+@pytest.mark.parametrize("name", [*BUILD, "gemma3"])
+def test_columns_apart_equal_reference(name, beta, threshold, paths):
+    """ACT's prompt rows on one pass of SDPA, its decode rows by the kernel, against loops over whole matrices."""
+    model = families.build(name) if name == "gemma3" else BUILD[name]()
+    inputs = prompt(name, [1, 2], rows=[1]) if name == "gemma3" else single(name, [1, 2], 1)
+    spec, length = f"act:beta={beta},threshold={threshold},layers=0-2", inputs["input_ids"].shape[1]
+    seen = paths("auto")
+    with vlm_fix.wrapped(model, spec):
+        tokens, logits, _ = greedy(model, inputs, 4, suppress_tokens=[90])
+    assert set(seen) == {("apart_attention", length), ("edited_rows", 1)}
+    twin = ref.double(model)
+    twin.set_attn_implementation({"text_config": "matrix_loops"})
+    run = ACT(ref.visual_columns(inputs["input_ids"]), length, [0, 1, 2], threshold=threshold, beta=beta)
+    expected = ref.teacher_forced(twin, run, inputs, tokens[0, :-1])
+    plain = ref.teacher_forced(twin, None, inputs, tokens[0, :-1])
+    assert run.margin > 1e-7 and float((expected - plain).abs().max()) > 1e-2
+    assert error(logits[0], expected) < 1e-5
+
+
+@torch.no_grad()
+def test_columns_apart_in_a_padded_batch(family, model, paths, monkeypatch):
+    """The same rows as the kernel's; more columns apart than MOST go to the kernel."""
+    inputs, logits = make_inputs(family, [1, 2, 0]), {}
+    real = inputs["attention_mask"].bool()
+    for path, most, used in (("kernel", 24, 0), ("auto", 24, 2), ("auto", 0, 2)):
+        seen = paths(path)
+        monkeypatch.setattr(apart, "MOST", most)
+        with vlm_fix.wrapped(model, "act:threshold=0.05,layers=1-2"):
+            logits[path, most] = model(**inputs).logits[real]
+        assert sum(name == "apart_attention" for name, _ in seen) == used
+    assert torch.equal(logits["kernel", 24], logits["auto", 0])
+    assert float((logits["kernel", 24] - logits["auto", 24]).abs().max()) < 1e-4
+    assert not torch.equal(logits["kernel", 24], logits["auto", 24])
 
 
 @torch.no_grad()

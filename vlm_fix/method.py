@@ -223,6 +223,7 @@ class AttentionEdit(Method):
       logits(z [B,H,R,K], rows)  -> raw scores before the mask and softmax
       columns(rows)              -> Columns, a logit edit that is the same for all rows: many rows then stay on SDPA
       weights(a [B,H,R,K], rows) -> post-softmax weights
+      apart(rows), reweigh(a, apart, rows) -> weights that multiply all columns but a few by one factor: rows stay on SDPA
       heads(o [B,H,R,D], rows)   -> per-head output before o_proj (needs no weights: stays on SDPA)
       scan(q [B,H,q,D], k [B,Hkv,K,D], allowed, scaling, rows) -> look at all queries and keys before rows are edited
       see(a [B,H,R,K], rows)     -> look at the weights that all edits have left; the output stays SDPA's
@@ -255,6 +256,14 @@ class AttentionEdit(Method):
 
     def weights(self, a: torch.Tensor, rows: Rows) -> torch.Tensor:
         return a
+
+    def apart(self, rows: Rows) -> torch.Tensor:
+        """[B, H, 1, K] booleans; `weights` must then be reweigh(a, apart(rows), rows)."""
+        raise NotImplementedError
+
+    def reweigh(self, a: torch.Tensor, apart: torch.Tensor, rows: Rows) -> torch.Tensor:
+        """[B, H, R, K] weights -> the same, edited; the columns not in `apart` may come as one, which holds their sum."""
+        raise NotImplementedError
 
     def heads(self, o: torch.Tensor, rows: Rows) -> torch.Tensor:
         return o

@@ -13,6 +13,7 @@ from transformers.masking_utils import sdpa_mask
 
 from ..method import AttentionEdit
 from ..session import Rows, Session
+from .apart import apart_attention
 from .columns import column_attention
 from .kernel import edited_heads, edited_rows
 
@@ -91,7 +92,10 @@ def attention(
         for edit, view, _ in edits:
             if edit.edits("scan"):
                 edit.scan(query[:, :, first:], key, visible[2], scale, view)
-        rows = edited_rows(query[:, :, first:], *visible, scale, edits, see, windowed)
+        if probe is None and _by_apart(plan, query):
+            rows = apart_attention(module, query, key, value, attention_mask, scale, *edits[0][:2], **kwargs)
+        if rows is None:
+            rows = edited_rows(query[:, :, first:], *visible, scale, edits, see, windowed)
     elif plan:
         assert output is not None
         rows = edited_heads(output[:, first:].transpose(1, 2), edits)
@@ -185,6 +189,13 @@ def _by_columns(plan: Plan, count: int) -> bool:
     """
     rows = count - plan.first
     return plan.linear and (PATH == "columns" if PATH != "auto" else rows > 1 and 4 * rows >= count)
+
+
+def _by_apart(plan: Plan, query: torch.Tensor) -> bool:
+    """One edit with `apart` on all rows of a prompt; not below float32, where the sums would be rounded."""
+    edit = plan.edits[0][0]
+    alone = plan.whole and len(plan.edits) == 1 and edit.edits("apart") and not any(map(edit.edits, ("heads", "see")))
+    return alone and query.shape[2] > 1 and torch.finfo(query.dtype).bits >= 32 and PATH != "kernel"
 
 
 def _visible(
