@@ -111,9 +111,8 @@ class CARVE(Procedure):
     def refined(self, image: torch.Tensor, s: torch.Tensor, black: torch.Tensor) -> torch.Tensor:
         """Image [C, H, W], or [C frames, H, W], by its map s [h, w] -> the same size; black [C]."""
         s = interpolate(s.double()[None, None], image.shape[-2:], mode="bilinear", align_corners=False)[0, 0]
-        mask = s >= s.flatten().topk(max(1, round(self.top * s.numel()))).values[-1]
-        regions = labelled(mask)
-        found = regions[mask].unique()
+        regions = labelled(s >= s.flatten().topk(max(1, round(self.top * s.numel()))).values[-1])
+        found = regions[regions > 0].unique()
         sums = torch.zeros(s.numel() + 1, dtype=s.dtype).index_add(0, regions.flatten(), s.flatten())
         best = found[sums[found].argsort(descending=True, stable=True)]
         kept = torch.isin(regions, best[: max(self.regions, int(self.share * len(found)))])
@@ -146,5 +145,6 @@ def labelled(mask: torch.Tensor) -> torch.Tensor:
     while labels is None or not torch.equal(new, labels):
         labels = new
         near = max_pool2d(labels.double()[None], 3, stride=1, padding=1)[0].long() * mask
-        new = torch.cat([near.new_zeros(1), near.flatten()])[near]  # jump to the number of the pixel it names
+        to = torch.cat([near.new_zeros(1), near.flatten()]).scatter_reduce(0, labels.flatten(), near.flatten(), "amax")
+        new = to[to[near]]  # numbers name pixels: all that bear one follow it, two jumps at a time
     return labels
