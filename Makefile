@@ -3,7 +3,7 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3; do $$p -c 'import sys;
 BIN := .venv/bin
 LIMIT ?= 300
 
-.PHONY: run test lint types docs leaderboard reproduce-picto clean
+.PHONY: run test test-lmms lint types docs leaderboard reproduce-picto clean
 
 run: .venv/run  ## baseline and five methods on the bundled model: POPE x 3 and CHAIR, table and figure
 	$(BIN)/vlm-fix eval all --model picto-llava --data picto:shift --method var,vhr,pai,vcd,hiprune \
@@ -11,6 +11,9 @@ run: .venv/run  ## baseline and five methods on the bundled model: POPE x 3 and 
 
 test: .venv/dev
 	$(BIN)/python -m pytest
+
+test-lmms: .venv-lmms/ready  ## lmms-eval itself, on the bundled model
+	.venv-lmms/bin/python -m pytest tests/test_lmms.py
 
 lint: .venv/dev
 	$(BIN)/ruff check .
@@ -44,5 +47,14 @@ reproduce-picto: .venv/run  ## train picto-llava again (about 45 minutes on two 
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
 	@touch $@
 
+# .venv and what lmms-eval imports on its way to a LLaVA, without the rest of its fifty requirements
+.venv-lmms/ready: .venv/dev tests/lmms.txt
+	rm -rf .venv-lmms
+	$(BIN)/python -m venv .venv-lmms
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+	  > $$(.venv-lmms/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/shared.pth
+	.venv-lmms/bin/pip install -q --no-deps -r tests/lmms.txt
+	@touch $@
+
 clean:
-	rm -rf .venv build runs *.egg-info
+	rm -rf .venv .venv-lmms build runs *.egg-info

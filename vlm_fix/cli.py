@@ -57,6 +57,16 @@ examples:
   vlm-fix calibrate zerotuning --limit 200
   vlm-fix calibrate pai --search "alpha=0.1|0.2|0.5" --search "layers=2-|3-" --data coco:/data/train2014
   vlm-fix eval pope --method iri --calibration iri.json""",
+    "lmms-tasks": """examples:
+  lmms-eval --model vlm_fix_llava_hf --model_args "pretrained=llava-hf/llava-1.5-7b-hf,method=pai:alpha=0.2;gamma=1.1" \\
+    --tasks pope_official --include_path $(vlm-fix lmms-tasks)
+  vlm-fix lmms-tasks --out tasks --data picto:shift --limit 100     # tasks pope_picto, pope_picto_random, ...
+  lmms-eval --model vlm_fix_llava_hf --model_args pretrained=picto-llava,method=var+vcd,dtype=float32 --device cpu \\
+    --tasks pope_picto --include_path tasks
+
+models: vlm_fix_llava_hf, vlm_fix_qwen2_5_vl, vlm_fix_qwen3_vl; in method, + stacks and ; stands for a comma.""",
+    "vlmevalkit": """examples:
+  vlm-fix vlmevalkit VLMEvalKit --method pai:alpha=0.2 --model llava_next_vicuna_7b --data POPE""",
     "picto": """examples:
   vlm-fix picto render picto-shift --scenes 500 --split shift --seed 0
   vlm-fix picto train --seed 0 --out my-picto""",
@@ -217,6 +227,18 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--output", metavar="FILE", help="also write the figures as JSON")
     bench.add_argument("--json", action="store_true", help="print the JSON instead of the table")
 
+    lmms = add(commands, "lmms-tasks", "print the folder of tasks for lmms-eval's --include_path", _lmms_tasks)
+    lmms.add_argument("--out", metavar="DIR", help="first write tasks there, over --data")
+    lmms.add_argument("--data", default="picto:shift", metavar="DATA", help="picto:SPLIT or coco:DIR (%(default)s)")
+    lmms.add_argument("--ids", metavar="FILE", help="image ids to use, one a line (coco)")
+    lmms.add_argument("--limit", type=int, metavar="N", help="number of images (500)")
+    lmms.add_argument("--seed", type=int, default=0, metavar="S", help="of the data (%(default)s)")
+
+    kit = add(commands, "vlmevalkit", "run VLMEvalKit with a method", _vlmevalkit)
+    kit.add_argument("folder", metavar="DIR", help="a clone of VLMEvalKit; all else goes to its run.py")
+    kit.add_argument("--method", required=True, metavar="A+B", help="one method or a stack")
+    kit.add_argument("--calibration", default="", metavar="FILE", help='of vlm-fix calibrate; several with ";" between')
+
     demo = add(commands, "demo", "compare methods side by side in a web page", _demo)
     demo.add_argument(
         "--model", default="picto-llava", metavar="NAME", help="folder or Hugging Face name (%(default)s)"
@@ -241,7 +263,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns 0, 2 after a user's error (one sentence on stderr) or 130 when interrupted."""
     args, rest = _parser().parse_known_args(argv)
-    if rest and args.run is not _train:
+    if rest and args.run not in (_train, _vlmevalkit):
         _parser().error(f"unrecognized arguments: {' '.join(rest)}")
     args.rest = rest
     try:
@@ -521,6 +543,24 @@ def _render(args: argparse.Namespace) -> None:
     if args.scenes < 1:
         raise VlmFixError(f"--scenes is {args.scenes}: give a whole number of at least 1.")
     print(picto.render(args.out, scenes=args.scenes, split=args.split, seed=args.seed))
+
+
+def _lmms_tasks(args: argparse.Namespace) -> None:
+    from .eval import lmms
+
+    if args.out:
+        from .eval.runner import Settings
+
+        settings = Settings("pope", data=args.data, ids=args.ids, limit=args.limit, seed=args.seed)
+        print(lmms.write_tasks(args.out, settings))
+    else:
+        print(lmms.TASKS)
+
+
+def _vlmevalkit(args: argparse.Namespace) -> None:
+    from .eval.vlmevalkit import launch
+
+    launch(args.folder, args.method, args.rest, args.calibration)
 
 
 def _demo(args: argparse.Namespace) -> None:
