@@ -211,6 +211,8 @@ def score_file(path: str | Path, scorer: pope.Scorer = "official", variant: Vari
     for number, row in enumerate(read_rows(path, "answer file"), 1):
         if not isinstance(row.get("id"), int) or not isinstance(row.get("response"), str):
             raise VlmFixError(f'{path}, row {number}: AMBER wants "id", a number, and "response", a text; add them.')
+        if row["id"] in said:
+            raise VlmFixError(f"{path}, row {number}: id {row['id']} comes twice; keep one answer.")
         said[row["id"]] = row["response"]
     found = {}
     every: list[Question] = []

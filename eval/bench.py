@@ -123,7 +123,7 @@ SPECS = {
     "layercake": "layercake:punctuation=11|12|13,concepts=14|15|16|17|18",
     "icd": "icd:tokens=11|12|13|14|15|16|17|18",
     "iri": "iri:rr_attention=RATES,rr_mlp=RATES",
-    "var": "var:tau=2.5,min_visual_mass=0,rho=1",
+    "var": "var:tau=2.5,min_visual_mass=0,rho=0",
     "yes_threshold": "yes_threshold:yes=11,no=12",
     "yes_bias": "yes_bias:tokens=11|12|13|14",
 }

@@ -9,7 +9,7 @@
 `--limit N` draws N images with the seed: of those found for AMBER, of each task for MME; of sets of figures for
 HallusionBench, whose pairs must stay whole. Without it every image must be there.
 
-AMBER in Picto's world: truth is what is in a scene, hallu the first five typical objects that are not, mentions are found
+AMBER in Picto's world: truth is what is in a scene, hallu what is typical of such a scene and is not, mentions are found
 as for CHAIR, and as in AMBER every question on existence is about a hallu object, so that "no" is right. Its model
 writes in lower case, which the official scorer would not read: answers are read by `ours` unless told otherwise.
 """
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from .runner import Settings
 
 BENCHMARKS = ("amber", "mme", "hallusion")
-HALLU = 5  # objects per Picto scene, as many as AMBER's images have in the middle
 
 
 @dataclasses.dataclass
@@ -90,7 +89,7 @@ def _picto_amber(split: str, settings: Settings) -> list[Items]:
     scenes: list[amber.Scene] = []
     questions: list[amber.Question] = []
     for scene in shown:
-        absent = [name for name in SCENE_TYPES[scene.scene_type].typical if name not in scene.names][:HALLU]
+        absent = [name for name in SCENE_TYPES[scene.scene_type].typical if name not in scene.names]
         there = tuple(dict.fromkeys(name for name, _ in scene.objects))
         scenes.append(amber.Scene(scene.image_id, scene.file_name, there, tuple(absent)))
         for name in absent:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from torch.nn.functional import pad
 
 from vlm_fix import AttentionEdit, Contrast, VlmFixError, param
 from vlm_fix.decoding.contrast import plausible
 from vlm_fix.families import Arch
 from vlm_fix.method import Layers
-from vlm_fix.session import Call, Rows, pad_to
+from vlm_fix.session import Call, Rows, Session
 
 
 @dataclass(frozen=True)
@@ -20,17 +22,19 @@ class SID(AttentionEdit, Contrast):
     """Contrasts with a branch that, from layer 2 on, sees only the image tokens that matter least.
 
     s_j = mean_h A[h, t, j] of the layer before the first masked one, t the row that predicts the next token; the `keep`
-    image tokens of the prompt with the lowest s stay, the other image columns get -inf in all rows of the branch.
+    image tokens of the prompt with the lowest s stay, no row of the branch sees the other image columns.
     z = (1 + alpha) log p - alpha log p', tokens with p < beta max p cut off.
 
     Source: arXiv 2408.02032; official code huofushuo/SID@127dd41 (masking variant; alpha .5, beta .1, k = 100 on POPE and
     50 on CHAIR of LLaVA's 576 tokens, here as a share). Like there, each new token ranks the image tokens anew and the
-    prompt's rows take the ranking of its last row; refresh=False keeps that one. Several images are ranked together.
+    prompt's rows take the ranking of its last row; refresh=False keeps that one, and the other columns leave the cache.
+    Several images are ranked together.
     """
 
     name: ClassVar[str] = "sid"
     kind: ClassVar[str] = "contrast"
     paper: ClassVar[str] = "https://arxiv.org/abs/2408.02032"
+    marks: ClassVar[bool] = True
 
     layers: Layers = param(
         None, "layers that see only the least attended image tokens (2-); the layer before ranks them"
@@ -59,17 +63,42 @@ class SID(AttentionEdit, Contrast):
     def rows(self) -> str:
         return "all"
 
-    def weights(self, a: torch.Tensor, rows: Rows) -> torch.Tensor:
-        assert isinstance(self.layers, tuple) and rows.session.prompt_len is not None
+    @property
+    def fork(self) -> int | None:
+        assert isinstance(self.layers, tuple)
+        return self.layers[0] + 1
+
+    def hides(self, look: Callable[[int], torch.Tensor], rows: Rows) -> torch.Tensor | None:
+        session, state = rows.session, rows.state  # rankings by generated token, -1: the prompt's
+        assert isinstance(self.layers, tuple) and session.prompt_len is not None and session.types is not None
+        stop = session.start + session.length - session.prompt_len
+        start = max(session.start - session.prompt_len, -1)
         if rows.layer == self.layers[0]:
-            last = rows.session.prompt_len - 1
-            if self.refresh:  # rankings of earlier forwards have been used
-                for old in [p for p in rows.state if p < rows.session.start]:
-                    del rows.state[old]
-            for i, p in enumerate(rows.positions.tolist()):
-                if p == last or (p > last and self.refresh):
-                    rows.state[p] = self.dropped(a[:, :, i].mean(dim=1), rows.visual[:, 0, 0])
-        return a
+            if self.refresh:  # those of earlier forwards have been used
+                for old in [t for t in state if t < start]:
+                    del state[old]
+            new = [t for t in range(start, stop) if t == -1 or self.refresh]
+            if new:
+                visual = rows.visual[:, 0, 0]
+                past = max(0, session.types.shape[1] - visual.shape[1])  # what a sliding window has left behind
+                a = look(session.length - (stop - start)).mean(dim=1)
+                for i, t in enumerate(new):
+                    state[t] = pad(self.dropped(a[:, i], visual), (past, 0))
+            return None
+        if session is not session.whole and self.drops(session):  # they are gone
+            return None
+        wanted = list(range(start, stop)) if self.refresh else [-1]
+        if len(wanted) > 1:  # all rows of the prompt take its ranking
+            wanted = [wanted[0]] * (session.length - len(wanted)) + wanted
+        return torch.cat([rows.columns(state[t], self.layers[0])[:, 0] for t in wanted], dim=1)
+
+    def drops(self, session: Session) -> bool:
+        """True if no later token and no later layer looks at the masked columns again."""
+        depth = session.call.model.config.get_text_config().num_hidden_layers
+        return not self.refresh and len(self.layers or ()) == depth - self.layers[0]  # type: ignore[index]
+
+    def stays(self, session: Session) -> torch.Tensor | None:
+        return ~session.state(self)[-1] if self.drops(session) else None
 
     def dropped(self, scores: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
         """Scores and image columns [B, K] -> [B, K] True for image columns that are masked; ties keep the lower index."""
@@ -80,15 +109,6 @@ class SID(AttentionEdit, Contrast):
             1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
         )
         return visual & (rank >= keep)
-
-    def logits(self, z: torch.Tensor, rows: Rows) -> torch.Tensor:
-        assert isinstance(self.layers, tuple) and rows.session.prompt_len is not None
-        if rows.layer == self.layers[0]:
-            return z
-        last, width = rows.session.prompt_len - 1, z.shape[-1]
-        wanted = [max(p, last) if self.refresh else last for p in rows.positions.tolist()]
-        masks = [pad_to(rows.state[p].to(z.device), width) for p in (wanted[:1] if len(set(wanted)) == 1 else wanted)]
-        return z.masked_fill(torch.stack(masks, dim=1)[:, None], -torch.inf)
 
     def negative(self, call: Call) -> dict[str, torch.Tensor]:
         return call.inputs

@@ -107,15 +107,17 @@ class VAR(AttentionEdit):
         )
 
     def weights(self, a: torch.Tensor, rows: Rows) -> torch.Tensor:
-        sink = rows.columns(rows.state[rows.layer])
-        plain = rows.visual & ~sink
-        groups = torch.cat([sink & rows.visual, plain, sink], dim=2).to(a.dtype)  # [B, 1, 3, K]
-        in_sink, in_plain, removed = (a @ groups.transpose(2, 3)).split(1, dim=-1)  # [B, H, R, 1] each
-        image = in_sink + in_plain
-        chosen = (in_sink / (image + 1e-6) <= 1 - self.rho) & (image >= self.min_visual_mass) & (in_plain > 0)
-        share = self.p * (chosen & groups[:, :, :1].any(dim=-1, keepdim=True))
-        gain = share * removed / in_plain.clamp(min=torch.finfo(a.dtype).tiny)
-        return a * (1 + torch.cat([gain, -share], dim=-1) @ groups[:, :, 1:])
+        groups, tiny = rows.groups(rows.state[rows.layer], self.groups).to(a.dtype), torch.finfo(a.dtype).tiny
+        mass = torch.bmm(a.flatten(1, 2), groups[:, :4].mT)  # sinks, V \ sink, V, and (1 - rho) A[V] - A[sink & V]
+        _, plain, image, gate = mass.split(1, dim=-1)
+        chosen = (plain >= tiny) & (image >= self.min_visual_mass) & (gate >= (self.rho - 1) * 1e-6)
+        return a.addcmul(a, torch.bmm(chosen * (mass[..., :2] / plain.clamp(min=tiny)), groups[:, 4:]).view_as(a))
+
+    def groups(self, sink: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
+        """[B, n] booleans -> [B, 6, n]: what is summed over columns, and what is added to them."""
+        visual = visual & (sink & visual).any(dim=1, keepdim=True)  # a row without a visual sink is not edited
+        plain, gate = visual & ~sink, (1 - self.rho) * visual - 1.0 * (visual & sink)
+        return torch.stack([sink, plain, visual, gate, self.p * plain, -self.p * sink], dim=1)
 
     def calibrate(
         self, model: Any, samples: Sequence[Sample], seed: int, progress: Callable[[str, float], None]

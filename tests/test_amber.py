@@ -122,8 +122,13 @@ def test_the_command_scores_a_file_and_wants_all_of_a_part(file, tmp_path, nltk_
     assert cli.main(["score", "amber", str(file), "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["captions"]["n"] == 1004 and said["amber_score"] == amber.amber_score(amber.score_file(file))
+    assert {part: said[part]["printed"] for part in OFFICIAL} == OFFICIAL
     rows = made_up()
-    for kept, words_ in ((rows[:-1], "no answer to 15220"), ([*rows, {"id": 0, "response": ""}], "an answer to 0")):
+    for kept, words_ in (
+        (rows[:-1], "no answer to 15220"),
+        ([*rows, {"id": 0, "response": ""}], "an answer to 0"),
+        ([*rows, rows[5]], "id 6 comes twice"),
+    ):
         (tmp_path / "bad.json").write_text(json.dumps(kept))
         with pytest.raises(VlmFixError, match=words_):
             amber.score_file(tmp_path / "bad.json", variant="pattern")

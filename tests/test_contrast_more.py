@@ -28,7 +28,8 @@ SPECS = [
     "iava:tokens=21|22|23,beta=0.01",
     "causalmm:beta=0.01",
 ]
-MORE = ["sid:keep=5,layers=3,refresh=false,alpha=2", "decore:head_list=0.1|3.1,normalised=true,cap=0.5,beta=0.1",
+MORE = ["sid:keep=5,layers=3,refresh=false,alpha=2", "sid:keep=5,refresh=false",
+        "decore:head_list=0.1|3.1,normalised=true,cap=0.5,beta=0.1",
         "iava:tokens=21|22,coverage=1,high=0.2,drop=-5,beta=0", "causalmm:vision=reversed,language=none",
         "causalmm:vision=uniform,language=uniform,gamma=2", "causalmm:vision=random,language=random,seed=3",
         "causalmm:vision=none,language=reverse,layers=1|3"]  # fmt: skip
@@ -385,7 +386,7 @@ def test_joined_steps_equal_separate_ones(family, model, spec, monkeypatch):
 
 @pytest.mark.parametrize(
     ("spec", "passes", "rows"),
-    [("icd:tokens=11|12|13", 1, "tail"), ("decore:head_list=1.0|3.1", 1, "last"), ("sid", 1, "all"),
+    [("icd:tokens=11|12|13", 1, "tail"), ("decore:head_list=1.0|3.1", 1, "last"), ("sid", 1, "last"),
      ("iava:tokens=21|22", 1, "all"), ("causalmm", 1, "all"), ("m3id", 1, "tail"), ("vcd", 2, "all")],
 )  # fmt: skip
 def test_what_branches_share(family, model, spec, passes, rows):
@@ -405,9 +406,67 @@ def test_what_branches_share(family, model, spec, passes, rows):
     whole, ids = inputs["input_ids"].shape[1], inputs["input_ids"][0].tolist()
     after = whole - max(i for i, t in enumerate(ids) if t == IMAGE) - 1
     before = ids.index(IMAGE)
-    expected = {"icd": after - (family != "llava") + 3, "decore": 1, "m3id": whole - before - ids.count(IMAGE)}
+    expected = {
+        "icd": after - (family != "llava") + 3,
+        "decore": 1,
+        "sid": 1,
+        "m3id": whole - before - ids.count(IMAGE),
+    }
     assert len(runs) == passes and lengths[0] == whole
     assert lengths[-1] == (whole if rows == "all" else expected[spec.partition(":")[0]])
+
+
+@pytest.mark.parametrize(
+    "spec", ["sid:beta=0.01", "sid:keep=5,refresh=false,beta=0", "sid:keep=5,layers=2,refresh=false"]
+)
+def test_fork_equals_whole_branch(family, model, spec, monkeypatch):
+    """Layers and columns that the branch does not compute change nothing; the later layers keep what they need."""
+    from vlm_fix.decoding import contrast
+
+    lengths, options = [], {"max_new_tokens": STEPS, "return_dict_in_generate": True, "output_scores": True}
+    modes = [([1, 2, 1], {}), ([1, 0, 2], {"num_return_sequences": 2, "do_sample": True}), ([2, 1], {"num_beams": 3}),
+             ([1], {"num_beams": 2}), ([1, 2], {"prefill_chunk_size": 40}), ([1], {"prompt_lookup_num_tokens": 2})]  # fmt: skip
+    hooks = [
+        layer.mlp.register_forward_hook(lambda m, a, o: lengths.append(o.shape[1]))
+        for layer in model.model.language_model.layers
+    ]
+
+    def run(images, mode):
+        torch.manual_seed(1)
+        lengths.clear()
+        inputs = make_inputs(family, images)
+        return model.generate(**inputs, **{"do_sample": False, **options, **mode}, logits_processor=[NoImages()])
+
+    try:
+        with vlm_fix.wrapped(model, [spec, "pai:branch=negative,layers=2-,alpha=0.5,gamma=1"]):
+            ours = [run(*mode) for mode in modes]
+            whole = make_inputs(family, [1])["input_ids"].shape[1]
+            visual = (make_inputs(family, [1])["input_ids"] == IMAGE).sum()
+            rows = whole - visual + 5 if spec.startswith("sid:keep=5,refresh") else whole
+            run([1], {})
+            assert lengths[:8] == [whole] * 4 + [1, 1, rows, rows]
+            monkeypatch.setattr(contrast.Branch, "_fork", lambda *args: 0)
+            theirs = [run(*mode) for mode in modes]
+            run([1], {})
+            assert lengths[:8] == [whole] * 8
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for a, b, (_, mode) in zip(ours, theirs, modes, strict=True):
+        assert torch.equal(a.sequences, b.sequences), mode
+        x, y = torch.stack(a.scores), torch.stack(b.scores)
+        assert torch.equal(torch.isinf(x), torch.isinf(y)) and torch.allclose(x, y, atol=1e-4), mode
+
+
+@pytest.mark.parametrize("pruner", ["fastv:keep=9,layer=3", "fastv:keep=9,layer=1"])
+def test_sid_beside_a_pruner(family, model, pruner):
+    """Rankings follow the columns that a pruner leaves in later layers."""
+    with vlm_fix.wrapped(model, ["sid:keep=5,beta=0", pruner]):
+        batch = greedy(model, make_inputs(family, [1, 2, 1]), 3)[2]
+        for row in range(3):
+            assert torch.allclose(batch[row], greedy(model, single(family, [1, 2, 1], row), 3)[2][0], atol=1e-4)
+    with pytest.raises(vlm_fix.VlmFixError, match="sid does not follow"):
+        vlm_fix.wrap(model, ["sid", "knorm:keep=9"])
 
 
 def test_edit_in_one_branch(family, model):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+from pathlib import Path
 
 import pytest
+import torch
 
+import vlm_fix
 from vlm_fix.errors import VlmFixError
-from vlm_fix.eval import curves
+from vlm_fix.eval import bench, curves, methods_page
 
 
 def scores(accuracy, chair_i, recall):
@@ -47,3 +51,30 @@ def test_table_marks_the_best_of_each_column(tmp_path):
     page.write_text("no markers")
     with pytest.raises(VlmFixError, match="once each"):
         curves.write(tmp_path, page)
+
+
+def test_the_page_of_methods_says_what_the_classes_say():
+    page = (Path(__file__).resolve().parents[1] / "docs" / "methods.md").read_text()
+    for method in vlm_fix.list_methods():
+        if method.name != "baseline":
+            assert f"### {method.name}\n" in page and inspect.cleandoc(method.__doc__) in page, "run `make docs`"
+
+
+def test_counted_cost_and_verdict():
+    model, inputs = bench.build(methods_page.TINY, torch.device("cpu"), torch.float32)
+    rows = {spec: methods_page.count(model, inputs, spec, 2) for spec in ("baseline", "vcd", "hiprune:keep=9", "vhr")}
+    assert rows["baseline"] == (47, 1, 1, 0)
+    assert rows["vcd"] == (94, 2, 2, 0), "two branches, two images"
+    assert rows["hiprune:keep=9"] == (20, 1, 1, 0), "27 of 36 image tokens never reach a layer"
+    assert rows["vhr"] == (47 + 11, 1, 1, 0), "one pass over the prompt without its image"
+    assert methods_page.count(model, inputs, "sgrs", 2)[3] > 0
+
+    def delta(**values):
+        named = {k: {"delta": v, "low": v, "high": v, "excludes_zero": True} for k, v in values.items()}
+        return {"delta": named}
+
+    both = {"pope": {"random": delta(accuracy=0.1)}, "chair": {"captions": delta(chair_i=0.2, recall=-0.1)}}
+    assert methods_page._verdict([("m", both, "f")]) == "Better on POPE random; worse on CHAIR_i, caption recall."
+    worse = {"pope": {"random": delta(accuracy=-0.1)}}
+    assert methods_page._verdict([("m", worse, "f")]).endswith("it does not help here.")
+    assert methods_page._verdict([]) == "Does not help here: no interval excludes zero."

@@ -418,30 +418,38 @@ def _score_amber(args: argparse.Namespace) -> None:
 
     found = amber.score_file(args.answers, args.scorer, args.variant)
     whole = {"amber_score": amber.amber_score(found)} if {"captions", "questions"} <= found.keys() else {}
-    _print_parts(args, "AMBER", found, whole)
+    figures = {part: result.to_dict() for part, result in found.items()}
+    if args.scorer == "official":
+        for part, result in found.items():
+            figures[part]["printed"] = amber.printed(result, 0.001 if part == "existence" else 0.0001)
+    _print_parts(args, "AMBER", figures, whole)
 
 
 def _score_mme(args: argparse.Namespace) -> None:
     from .eval import mme
 
     questions, answers = mme.load_results(args.answers)
-    _print_parts(args, "MME", mme.score(answers, questions, args.scorer), {})
+    found = mme.score(answers, questions, args.scorer)
+    _print_parts(args, "MME", {part: result.to_dict() for part, result in found.items()}, {})
 
 
 def _score_hallusion(args: argparse.Namespace) -> None:
     from .eval import hallusion
 
     questions, answers = hallusion.load_answers(args.answers, args.scorer)
-    _print_parts(args, "HallusionBench", hallusion.score(answers, questions, args.scorer), {})
+    found = hallusion.score(answers, questions, args.scorer)
+    _print_parts(args, "HallusionBench", {part: result.to_dict() for part, result in found.items()}, {})
 
 
 def _print_parts(args: argparse.Namespace, title: str, found: dict[str, Any], whole: dict[str, float]) -> None:
-    """The scores of a benchmark's parts, and figures of the whole."""
+    """The figures of a benchmark's parts, and of the whole."""
     if args.json:
-        print(json.dumps({part: result.to_dict() for part, result in found.items()} | whole, indent=2))
+        print(json.dumps(found | whole, indent=2))
         return
-    for part, result in found.items():
-        for name, value in result.to_dict().items():
+    for part, figures in found.items():
+        for name, value in figures.items():
+            if isinstance(value, dict):
+                value = ", ".join(f"{key} {figure}" for key, figure in value.items())
             text = f"{value:.5f}" if isinstance(value, float) else value
             print(f"{title}  {part:<22} {name:<12} {text}")
     for name, value in whole.items():

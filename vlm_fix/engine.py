@@ -49,7 +49,7 @@ class Engine:
         resolved = [m.resolve(self.arch) for m in methods]
         self.active = [m for m in resolved if not m.neutral]
         check_combination(self.active)
-        what = ("logits", "weights", "heads", "see")
+        what = ("logits", "weights", "heads", "see", "hides")
         by_layer = [e for e in self.active if isinstance(e, AttentionEdit) and any(map(e.edits, what))]
         stacks = [[e for e in by_layer if i in (e.layers or ())] for i in range(self.arch.depth)]
         self.edits = [next(s for s in stacks if s == stack) for stack in stacks]  # equal stacks are one list

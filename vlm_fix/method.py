@@ -228,6 +228,8 @@ class AttentionEdit(Method):
       scan(q [B,H,q,D], k [B,Hkv,K,D], allowed, scaling, rows) -> look at all queries and keys before rows are edited
       see(a [B,H,R,K], rows)     -> look at the weights that all edits have left; the output stays SDPA's
       watch(x [B,q,C], layer, session) -> look at a layer's input before its norm
+      hides(look, rows)          -> [B, R or 1, K] columns to mask, if `rows` is "all": before SDPA and the other edits;
+                                    look(i): the unedited weights [B,H,R-i,K] of the rows from i on
       begin(session, call)       -> run once when a prompt starts (text-only passes and the like)
     """
 
@@ -274,6 +276,9 @@ class AttentionEdit(Method):
     def see(self, a: torch.Tensor, rows: Rows) -> None:
         return None
 
+    def hides(self, look: Callable[[int], torch.Tensor], rows: Rows) -> torch.Tensor | None:
+        return None
+
     def watch(self, x: torch.Tensor, layer: int, session: Session) -> None:
         return None
 
@@ -287,7 +292,7 @@ class AttentionEdit(Method):
     @classmethod
     @functools.cache
     def edits(cls, what: str) -> bool:
-        """True if the class overwrites `what` ("logits", "weights", "heads", "scan", "see", "watch", "begin")."""
+        """True if the class overwrites `what` ("logits", "weights", "heads", "scan", "see", "hides", "watch", "begin")."""
         if what == "logits" and cls.edits("columns"):
             return True
         return getattr(cls, what) is not getattr(AttentionEdit, what)
@@ -356,6 +361,15 @@ class Contrast(Method):
     def contrasts(self) -> bool:
         """False if these parameters need no second branch."""
         return not self.neutral
+
+    @property
+    def fork(self) -> int | None:
+        """The layer up to whose input a branch with the main branch's own prompt equals it; None: no such layer."""
+        return None
+
+    def stays(self, session: Session) -> torch.Tensor | None:
+        """[B, n] columns of a branch's prompt that its layers from `fork` on keep at all; None: every one."""
+        return None
 
     @property
     def passes(self) -> int:

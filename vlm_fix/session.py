@@ -75,6 +75,10 @@ class Session:
     plain: bool = False  # no edits: a pass that only observes
     embeds: list[torch.Tensor] | None = None  # main branch of a contrast: the prompt's embeddings [B', q, C], in chunks
     newlines: list[list[tuple[int, int]]] = field(default_factory=list)  # per row: where image rows start and end
+    hidden: list[torch.Tensor] | None = None  # main branch: inputs [B', q, C] of the contrast's `fork`, in chunks
+    taken: tuple[torch.Tensor, torch.Tensor] | None = (
+        None  # second branch: these [B, L, C], and the prompt's position ids
+    )
     features: torch.Tensor | None = None  # second branch: image embeddings [N, C] instead of a run of the vision tower
     change: Callable[[torch.Tensor], torch.Tensor] | None = None  # second branch: `Negative.features`
     answer: torch.Tensor | None = None  # second branch: [B', t] ids of the columns after the prompt
@@ -328,6 +332,23 @@ class Rows:
         assert self.session.types is not None
         full = pad_to(mask.to(self.visual.device), self.session.types.shape[1])
         return pad_to(full[:, max(0, full.shape[1] - width) :], width)[:, None, None]
+
+    def groups(self, mask: torch.Tensor, make: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """make(mask [B, n], visual [B, n]) -> [B, G, n], over the columns seen so far -> [B, G, K].
+
+        It is made once for `mask` (that very tensor) and kept while generated columns, 0 in every group, are added.
+        """
+        session, width = self.session, self.visual.shape[-1]
+        assert session.types is not None
+        place, total = ("wide", id(self.method), self.layer, self.visual.device), session.types.shape[1]
+        of, wide = session._masks.get(place, (None, self.visual))
+        if of is not mask or wide.shape[-1] < max(total, width):
+            device = self.visual.device
+            made = make(pad_to(mask, total).to(device), (session.types == VISUAL).to(device))
+            wide = torch.nn.functional.pad(made, (0, max(0, width - total) + SLACK))
+            session._masks[place] = mask, wide
+        offset = max(0, total - width)
+        return wide[..., offset : offset + width]
 
 
 def pad_to(x: torch.Tensor, width: int) -> torch.Tensor:

@@ -15,7 +15,7 @@ from ..method import AttentionEdit
 from ..session import Rows, Session
 from .apart import apart_attention
 from .columns import column_attention
-from .kernel import edited_heads, edited_rows
+from .kernel import edited_heads, edited_rows, edited_weights
 
 NAME = "vlm_fix"  # must not contain "flash": transformers would take it for FlashAttention
 
@@ -68,6 +68,10 @@ def attention(
     edits = (
         [(e, Rows(handle.layer, session, e, plan.positions, **plan.masks), m) for e, m in plan.edits] if plan else []
     )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    for edit, view, _ in edits:
+        if edit.edits("hides"):
+            attention_mask = _without(edit, view, query, key, value, attention_mask, scale)
     # under autograd the rows are written even if they are only seen, so that gradients reach the weights
     writes = plan is not None and (plan.changes or torch.is_grad_enabled())
     output = None
@@ -75,7 +79,6 @@ def attention(
         output = plain()[0]
         if session.tap:
             session.tap(handle.layer, output.transpose(1, 2))
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if probe and not (plan and plan.by_weights):
         start = probe.first_row(session)
         note = functools.partial(probe.weights, handle.layer, session, start)
@@ -112,6 +115,29 @@ def attention(
     if probe:
         probe.heads(handle.layer, session, output)
     return output, None
+
+
+def _without(
+    edit: AttentionEdit,
+    rows: Rows,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+) -> torch.Tensor | None:
+    """The mask of all rows without the columns that `edit` hides."""
+
+    def look(i: int) -> torch.Tensor:
+        return edited_weights(query[:, :, i:], key, _visible(key, value, query, mask, i)[2], scale, [], False)
+
+    gone = edit.hides(look, rows)
+    if gone is None:
+        return mask
+    seen, allowed = ~gone[:, None], _visible(key, value, query, mask, 0)[2]
+    if allowed is None or allowed.dtype == torch.bool:
+        return seen if allowed is None else allowed & seen
+    return allowed.masked_fill(~seen, -torch.inf)
 
 
 @dataclass(frozen=True)

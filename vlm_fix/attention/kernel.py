@@ -41,7 +41,7 @@ def edited_rows(
                 for e, r, m in edits
             ]
             visible = allowed if allowed is None else allowed[:, :, part]
-        a = _weights(query[:, :, part], key, visible, scaling, seen, windowed)
+        a = edited_weights(query[:, :, part], key, visible, scaling, seen, windowed)
         if probe:
             probe(a, i)
         for edit, rows, _ in seen:
@@ -51,7 +51,7 @@ def edited_rows(
     return edited_heads(parts[0] if len(parts) == 1 else torch.cat(parts, dim=2), edits)
 
 
-def _weights(
+def edited_weights(
     query: torch.Tensor,
     key: torch.Tensor,
     allowed: torch.Tensor | None,
@@ -93,7 +93,7 @@ def column_means(
         rows = real[:, None, i : i + step, None]
         seen = rows if allowed is None else rows & _boolean(allowed[:, :, i : i + step])
         visible = allowed if allowed is None else allowed[:, :, i : i + step]
-        total += (_weights(query[:, :, i : i + step], key, visible, scaling, [], False) * rows).sum(dim=2)
+        total += (edited_weights(query[:, :, i : i + step], key, visible, scaling, [], False) * rows).sum(dim=2)
         count = count + seen.sum(dim=2)
     return total / count.clamp(min=1)
 

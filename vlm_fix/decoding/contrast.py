@@ -5,12 +5,13 @@ row of its own cache with the longest equal prefix (a beam may have moved), roll
 That makes it right under greedy, sampling, beam search, streaming and assisted decoding alike. Under greedy and sampling
 the branches join the main forward instead (joint.py); a branch that did not, or guessed wrong, catches up as above.
 
-What a branch has in common with the main prompt is not computed again: image features (unless its pixels differ), and
-the keys of the columns up to where the two prompts part.
+What a branch has in common with the main prompt is not computed again: image features (unless its pixels differ), the
+keys of the columns up to where the two prompts part, and the layers before `Contrast.fork` where they never part.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from transformers import DynamicCache, LogitsProcessor
 from ..errors import VlmFixError
 from ..families import prompt_positions
 from ..method import AttentionEdit, Contrast, LogitEdit, Negative
-from ..session import PAD, VISUAL, Call, Session
+from ..session import PAD, VISUAL, Call, Session, View, left_pack
 from . import joint
 
 
@@ -57,10 +58,48 @@ def install(engine: Any) -> list[Any]:
     def part(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         return engine.joint.part(output) if engine.joint else output
 
+    first, layers = engine.contrast.fork, engine.language.layers
+
+    def fork(i: int, module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        session = engine.session
+        if session is None or session.plain or engine.joint:
+            return None
+        x = args[0] if args else kwargs["hidden_states"]
+        if i == first and session.branch == "main" and session.embeds:
+            session.hidden = [*((session.hidden or []) if session.start else []), x.detach()]
+        if i == first and session.taken:
+            x = enter(engine, session, range(first, len(layers)), x)
+        view = session.at(i)
+        if not isinstance(view, View):
+            return None
+        tables = view._masks.get("rotary", kwargs["position_embeddings"])
+        changed = {"attention_mask": view.attention_mask(x.device), "position_embeddings": tables, "position_ids": None}
+        return (x, *args[1:]) if args else (), {**kwargs, **changed} | ({} if args else {"hidden_states": x})
+
     return [
         engine.language.register_forward_pre_hook(embeddings, with_kwargs=True),
         engine.model.register_forward_hook(part, with_kwargs=True),
+        *(
+            layer.register_forward_pre_hook(functools.partial(fork, i), with_kwargs=True)
+            for i, layer in enumerate(layers)
+            if first is not None and i >= first and not engine.shortens
+        ),
     ]
+
+
+def enter(engine: Any, session: Session, layers: range, x: torch.Tensor) -> torch.Tensor:
+    """The prompt's last row x [B, 1, C] -> all rows [B, n, C] of it that the branch's later `layers` have."""
+    assert session.taken and session.types is not None
+    (hidden, positions), types, stays = session.taken, session.types, engine.contrast.stays(session)
+    real = types != PAD
+    index = torch.arange(types.shape[1], device=types.device).expand_as(types)
+    if stays is not None:
+        index, real = left_pack(real & stays.to(real.device))
+    view, index = session.drop(layers, index, real), index.to(x.device)
+    x = torch.cat([hidden.to(x), x], dim=1).gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+    places = positions.to(x.device).gather(-1, index.expand(*positions.shape[:-1], -1))
+    view._masks["rotary"] = engine.language.rotary_emb(x, places)
+    return x
 
 
 class PrefixContrast(LogitsProcessor):
@@ -78,7 +117,7 @@ class PrefixContrast(LogitsProcessor):
         generated = input_ids[:, self.call.inputs["input_ids"].shape[1] :]
         negatives = [b.logits(generated).to(scores.device).float().log_softmax(dim=-1) for b in self.branches]
         if self.engine.main:
-            self.engine.main.embeds = None  # every branch has its prompt now
+            self.engine.main.embeds = self.engine.main.hidden = None  # every branch has its prompt now
         main = scores.float().log_softmax(dim=-1)
         combined = self.method.combine_at(generated.shape[1], main, *negatives)
         return combined.log_softmax(dim=-1).to(scores.dtype)  # type: ignore[return-value]
@@ -145,13 +184,15 @@ class Branch:
         positions, self.next_position = prompt_positions(self.engine.model, self.engine.family, self.inputs)
         session = Session(self.call, branch=self.name, prompt_len=self.inputs["input_ids"].shape[1], change=self.change)
         self.engine.sessions[self.cache] = session
-        inputs, start = self.inputs, self._adopt(session, positions)
+        inputs, start = self.inputs, self._fork(session, positions) or self._adopt(session, positions)
         if not start:
             session.features = self._features()
         if start or session.features is not None:
             inputs = {"input_ids": inputs["input_ids"][:, start:], "attention_mask": inputs["attention_mask"]}
         out = self._forward(inputs, positions[..., start:])
-        session.features = session.change = None
+        if session.taken and self.engine.contrast.stays(session) is None:  # the later layers have all columns
+            session.views.clear()
+        session.features = session.change = session.taken = None
         return out
 
     def _forward(self, inputs: dict[str, torch.Tensor], positions: torch.Tensor) -> torch.Tensor:
@@ -183,6 +224,38 @@ class Branch:
             return None
         self.call.vision, self.call.views = self.main.vision, self.main.views
         return embeds[:: len(embeds) // len(ids)][shown.to(embeds.device)]
+
+    def _fork(self, session: Session, positions: torch.Tensor) -> int:
+        """Take over the layers before the contrast's `fork`, for all columns but the last; returns how many columns."""
+        engine, main, first = self.engine, self.engine.main, self.engine.contrast.fork
+        cache = next((c for c, s in engine.sessions.items() if s is main), None) if main and main.hidden else None
+        if first is None or self.inputs is not self.main.inputs or self.change is not None:
+            return 0
+        layers: Any = cache.layers if type(cache) is DynamicCache and not cache.offloading else None
+        if not layers or any(layer.is_sliding for layer in layers):
+            return 0
+        if engine.preparing or not all(m is engine.contrast or self._keeps_layers(m, first) for m in engine.active):
+            return 0
+        ids, hidden = self.inputs["input_ids"], torch.cat(main.hidden, dim=1)
+        times, n = len(hidden) // len(ids), ids.shape[1] - 1
+        hidden = hidden[::times, :n]
+        if hidden.shape[1] < n:
+            return 0
+        for i, layer in enumerate(layers[:first]):
+            self.cache.update(layer.keys[::times, :, :n], layer.values[::times, :, :n], i)
+        if engine.family.mrope and positions.dim() == 2:
+            positions = positions.expand(3, -1, -1)
+        session.taken = hidden, positions
+        self.call.vision, self.call.views = self.main.vision, self.main.views
+        session.advance(0, torch.where(self.inputs["attention_mask"] == 0, PAD, engine._classify(ids, None))[:, :n])
+        return n
+
+    def _keeps_layers(self, method: Any, first: int) -> bool:
+        """True if the method leaves the layers before `first` as the unwrapped model makes them."""
+        if isinstance(method, AttentionEdit):
+            assert isinstance(method.layers, tuple)
+            return min(method.layers) >= first and not method.edits("begin") and not method.edits("watch")
+        return isinstance(method, LogitEdit)
 
     def _adopt(self, session: Session, positions: torch.Tensor) -> int:
         """Take over the keys of the main prompt's columns before the prompts part; returns how many."""

@@ -15,7 +15,7 @@ from transformers import Cache, DynamicCache
 
 from ..families import prompt_positions
 from ..method import AttentionEdit, Contrast, LogitEdit
-from ..session import PAD, TEXT, Session
+from ..session import PAD, TEXT, Session, View
 
 JOINS = True  # tests switch it off to compare
 UNUSED = {"attention_mask", "mm_token_type_ids", "image_grid_thw", "video_grid_thw"}  # once positions are given
@@ -113,6 +113,8 @@ class Joint:
         try:
             for engine.session, cache, mask, q in blocks:
                 layer = cache.layers[module.layer_idx]
+                view = engine.session.at(module.layer_idx)
+                mask = view.attention_mask(q.device) if isinstance(view, View) else mask
                 mask = mask if mask is None else mask.to(q.device)
                 outputs.append(function(module, q, layer.keys, layer.values, mask, *args, **kwargs)[0])
         finally:
