@@ -31,7 +31,7 @@ TITLES = {
     "hidden": "Hidden states",
     "contrast": "Contrastive decoding",
     "logits": "Logits of one branch",
-    "procedure": "Own decoding loops",
+    "procedure": "Programs around generate",
     "pruning": "Token pruning",
     "control": "Controls",
 }
