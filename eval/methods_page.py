@@ -45,7 +45,8 @@ Made by `make docs` from the method classes, `vlm-fix published` and the result 
 - **Published** figures are the papers' own, each beside its own baseline ([C] read in official code, [P] the paper, [N] a
   lead); baselines differ between papers, so compare only within a line.
 - **Measured** is ours on the bundled Picto model: a world of pictographs and a model of 7 M parameters, not a claim about
-  yours. Differences to the greedy baseline of the same run in points, with 95 % bootstrap intervals.
+  yours. Differences to the baseline of the same run in points, greedy unless it says sampled, with 95 % bootstrap
+  intervals, bold where they exclude 0 (one in twenty does by chance).
 """
 TINY = bench.Shape(
     "llava",
@@ -122,7 +123,8 @@ def measured(folder: Path) -> dict[str, list[tuple[str, dict[str, Any], str]]]:
         for run, scores in results["runs"].items():
             if run == "baseline" or "+" in run:
                 continue
-            found.setdefault(run.partition(":")[0], []).append((run, scores, path.parent.name))
+            told = f"{run} (sampled)" if results.get("settings", {}).get("sample") else run
+            found.setdefault(run.partition(":")[0], []).append((told, scores, path.parent.name))
     return found
 
 
