@@ -227,7 +227,8 @@ class Branch:
 
     def _fork(self, session: Session, positions: torch.Tensor) -> int:
         """Take over the layers before the contrast's `fork`, for all columns but the last; returns how many columns."""
-        engine, main, first = self.engine, self.engine.main, self.engine.contrast.fork
+        engine, main = self.engine, self.engine.main
+        first = engine.contrast.fork if engine.contrast else None  # other methods make branches too
         cache = next((c for c, s in engine.sessions.items() if s is main), None) if main and main.hidden else None
         if first is None or self.inputs is not self.main.inputs or self.change is not None:
             return 0
