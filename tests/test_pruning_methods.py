@@ -307,7 +307,13 @@ def test_merging_on_random_features(seed):
         for spec, (reduce, _) in MERGES.items():
             first = scores if "vscan" in spec else {3: scores[3]}
             image = ImageTokens(
-                (height, width), {}, first, {3: z}, z, raw=lambda: raw, project=lambda x: (x @ matrix).tanh()
+                (height, width),
+                {},
+                first,
+                keys={3: z},
+                features=z,
+                raw=lambda: raw,
+                project=lambda x: (x @ matrix).tanh(),
             )
             for budget in (2, 5, 9, n - 1, n):
                 method = vlm_fix.parse_spec(f"{spec},keep={budget}")
