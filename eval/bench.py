@@ -360,7 +360,8 @@ def spec_of(name: str, depth: int = 8) -> str:
 def _kind(method: type[Method]) -> str:
     if method.kind == "pruning":
         return "prune"
-    if issubclass(method, AttentionEdit) or method.kind == "hidden":
+    inside = issubclass(method, AttentionEdit) or method.kind == "hidden"
+    if inside and method.kind not in ("contrast", "logits", "procedure"):  # these only use an edit
         return "attention"
     return "decode" if method.name != "baseline" else ""
 

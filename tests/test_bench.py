@@ -96,6 +96,7 @@ def test_what_cannot_run_gets_a_note(capsys):
 def test_every_method_of_a_kind_is_listed():
     kinds = {kind: bench.methods_of(kind) for kind in bench.KINDS}
     assert "pai" in kinds["attention"] and "vcd" in kinds["decode"] and "hiprune" in kinds["prune"]
+    assert any(spec.startswith("sid") for spec in kinds["decode"]), "a contrast that uses an edit"
     from vlm_fix import list_methods
 
     names = {spec.partition(":")[0] for specs in kinds.values() for spec in specs}
