@@ -11,6 +11,7 @@ import reference as ref
 import torch
 from conftest import IMAGE, make_inputs, single
 from test_decoding_methods import second_prompt
+from test_decoding_more import Cake
 from test_methods import VAR_TINY, error, greedy
 from transformers import LogitsProcessor
 from transformers.generation.streamers import BaseStreamer
@@ -18,6 +19,9 @@ from transformers.generation.streamers import BaseStreamer
 import vlm_fix
 
 STEPS = 4
+CAKE = (
+    f"layercake:punctuation={'|'.join(map(str, range(3, 40)))},concepts={'|'.join(map(str, range(40, 60)))},beta=0.01"
+)
 SPECS = [
     "vcd:beta=0.01",
     "pai:alpha=0.5,gamma=1.3",
@@ -27,6 +31,7 @@ SPECS = [
     "decore:head_list=1.0|1.3|2.2|3.1",
     "iava:tokens=21|22|23,beta=0.01",
     "causalmm:beta=0.01",
+    CAKE,
 ]
 MORE = ["sid:keep=5,layers=3,refresh=false,alpha=2", "sid:keep=5,refresh=false",
         "decore:head_list=0.1|3.1,normalised=true,cap=0.5,beta=0.1",
@@ -40,6 +45,10 @@ NEUTRAL = [
     "causalmm:gamma=0",
     "causalmm:vision=none,language=none",
 ]
+
+
+def name(spec):
+    return spec if len(spec) < 80 else spec.partition(":")[0]
 
 
 @dataclass
@@ -238,6 +247,10 @@ def distribution(model, twin, spec, inputs, answer):
     elif method.name == "decore":
         heads = tuple(tuple(map(int, item.split("."))) for item in method.head_list)
         other = ref.teacher_forced(twin, DecoreReference(visual, n, [0, 1, 2, 3], heads=heads), inputs, answer)
+    elif method.name == "layercake":
+        m = method.resolve(vlm_fix.families.arch_of(model))
+        run = Cake(visual, n, list(m.layers), m.prompt_rows, ids=[*ids[0].tolist(), *answer.tolist()], method=m)
+        other = ref.teacher_forced(twin, run, inputs, answer)
     elif method.name == "iava":
         kept = iava_kept(twin, method, inputs)
         other = with_embeddings(twin, lambda x: x * kept[:, None], None, inputs, answer)
@@ -313,13 +326,13 @@ MODES = {
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", SPECS, ids=name)
 def test_tokens_of_branches_from_scratch(family, model, spec, mode):
     images, options = MODES[mode]
     compare(family, model, spec, images, {"max_new_tokens": STEPS, **options})
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", SPECS, ids=name)
 def test_streamed_tokens_of_branches_from_scratch(family, model, spec):
     compare(family, model, spec, [2], {"max_new_tokens": STEPS, "do_sample": True}, Collect())
 
@@ -335,7 +348,7 @@ def compare(family, model, spec, images, options, streamer=None):
     assert streamer is None or streamer.tokens == theirs[0].tolist()
 
 
-@pytest.mark.parametrize("spec", [*SPECS, *MORE])
+@pytest.mark.parametrize("spec", [*SPECS, *MORE], ids=name)
 def test_scores_of_branches_from_scratch(family, model, spec):
     inputs, twin = single(family, [1, 2], 1), ref.double(model)
     with vlm_fix.wrapped(model, spec):
@@ -357,7 +370,7 @@ def test_neutral_is_bit_identical(family, model, spec):
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", SPECS, ids=name)
 def test_joined_steps_equal_separate_ones(family, model, spec, monkeypatch):
     """The 2B batch gives the tokens and scores of one branch after the other, and the caller sees nothing of it."""
     from vlm_fix.decoding import joint
@@ -491,7 +504,7 @@ def test_edit_in_one_branch(family, model):
         vlm_fix.wrap(model, "pai:branch=negative")
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", SPECS, ids=name)
 def test_assisted_decoding(family, model, spec):
     """Drafted tokens are checked against the contrast: the tokens are those of greedy."""
     import conftest
@@ -598,7 +611,7 @@ def test_row_without_image(family, model, spec):
     assert torch.equal(ours[1], tokens[1]) and not torch.isnan(scores).any()
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", SPECS, ids=name)
 def test_half_precision(family, spec):
     """bf16 scores stay near those of the same weights in fp32, on fp32's tokens."""
     import conftest
