@@ -17,6 +17,7 @@ from transformers import LogitsProcessor
 from transformers.generation.streamers import BaseStreamer
 
 import vlm_fix
+from vlm_fix.registry import parse_spec
 
 STEPS = 4
 CAKE = (
@@ -602,7 +603,7 @@ def test_causalmm_contrasts_every_token(family, model, spec):
     assert (difference > 1e-2).all(), difference
 
 
-@pytest.mark.parametrize("spec", [s for s in SPECS if not s.startswith("decore")])  # which needs no image
+@pytest.mark.parametrize("spec", [s for s in SPECS if parse_spec(s).needs_image], ids=name)
 def test_row_without_image(family, model, spec):
     inputs = make_inputs(family, [1, 0, 2])
     tokens = greedy(model, inputs, STEPS)[0]
