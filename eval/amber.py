@@ -59,6 +59,7 @@ QUESTIONS: dict[str, Metric] = {
     "f1": lambda s: harmonic(QUESTIONS["precision"](s), QUESTIONS["recall"](s)),
     "yes_ratio": lambda s: ratio(s["yes"], s["n"]),
 }
+WHOLE: dict[str, Metric] = {"score": lambda s: (1 - CAPTIONS["chair"](s) + QUESTIONS["f1"](s)) / 2}
 KINDS = {  # type in annotations.json -> dimension; the script counts what it does not know as a relation
     "discriminative-hallucination": "existence",
     "discriminative-attribute-state": "attribute",
@@ -232,6 +233,13 @@ def score_file(path: str | Path, scorer: pope.Scorer = "official", variant: Vari
     return found
 
 
+def whole(captions: Result, questions: Result) -> Result:
+    """The AMBER score as a fraction; its rows are the counts of both parts, so that a bootstrap of images draws the
+    caption and the questions of an image together."""
+    none = dict.fromkeys([*captions.rows[0], *questions.rows[0]], 0)
+    return tally(captions.scorer, [none | row for row in (*captions.rows, *questions.rows)], WHOLE)
+
+
 def amber_score(found: Mapping[str, Result]) -> float:
     """(100 (1 - chair) + 100 F1) / 2 of the parts captions and questions, 0 to 100."""
-    return 50 * (1 - found["captions"].figures["chair"] + found["questions"].figures["f1"])
+    return 100 * whole(found["captions"], found["questions"]).figures["score"]

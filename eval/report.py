@@ -19,6 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from . import amber, chair, hallusion, mme, pope
+from .result import Result
 from .stats import Metric, column_sums, outcomes, paired_bootstrap, spread, transitions
 
 if TYPE_CHECKING:
@@ -27,8 +28,9 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How a benchmark is compared and shown: `columns` are the metrics of its table, with their headings; `compared`
-    get an interval against the baseline; `right` tells from a row's counts whether that sample is right (McNemar).
+    """How a benchmark is compared and shown: `columns` are the figures of its table, with their headings; `compared` are
+    the metrics that get an interval against the baseline (the AMBER score, of two tasks, gets it in `summarise`); `right`
+    tells from a row's counts whether that sample is right (McNemar).
     """
 
     columns: Mapping[str, str]
@@ -77,11 +79,13 @@ LAYOUTS = {
         _chair_caption,
     ),
     "amber": Layout(
-        {"chair": "CHAIR", "cover": "cover", "hal": "Hal", "cog": "Cog"},
+        {"chair": "CHAIR", "cover": "cover", "hal": "Hal", "cog": "Cog", "score": "AMBER score"},
         amber.CAPTIONS,
         ("chair", "cover", "hal", "cog"),
         lambda row: not row["hallucinating"],
-        _suite_caption("AMBER captions (lower is better, but for cover)"),
+        _suite_caption(
+            "AMBER captions (lower is better, but for cover and the score: half 100 - CHAIR, half F1 of all questions)"
+        ),
     ),
     "amber-qa": Layout(
         {
@@ -152,14 +156,31 @@ def summarise(
     """
     baseline = next(iter(runs))
     summary: dict[str, Any] = {run: {} for run in runs}
+    every: dict[str, dict[str, dict[int, _Scored]]] = {}
     for task in tasks:
-        scored = {run: _by_seed(task, rows_of(run, task.benchmark)) for run in runs}
+        scored = every[task.benchmark] = {run: _by_seed(task, rows_of(run, task.benchmark)) for run in runs}
         for run, ours in scored.items():
             summary[run][task.benchmark] = {
                 split: _summary(task, split, ours, {} if run == baseline else scored[baseline], seed)
                 for split in task.sizes
             }
+    if {"amber", "amber-qa"} <= {task.benchmark for task in tasks if task.sizes}:
+        whole = {run: _amber_whole(every["amber"][run], every["amber-qa"][run]) for run in runs}
+        for run, results in whole.items():
+            row, found = summary[run]["amber"]["captions"], _figures(amber.WHOLE, list(results.values()))
+            row["score"] = found["score"]
+            if "seeds" in found:
+                row["seeds"] |= found["seeds"]
+            if run != baseline:
+                row["delta"] |= _compared(amber.WHOLE, _rows(_pairs(results, whole[baseline])), seed)
     return summary
+
+
+def _amber_whole(captions: Mapping[int, _Scored], questions: Mapping[int, _Scored]) -> dict[int, Result]:
+    """By seed; the last part of the questions is all of them."""
+    return {
+        s: amber.whole(each.results["captions"], [*questions[s].results.values()][-1]) for s, each in captions.items()
+    }
 
 
 @dataclasses.dataclass
@@ -191,27 +212,12 @@ def _summary(
     """Metrics of one run and split; compared with `theirs`, the baseline, unless that is empty."""
     layout = LAYOUTS[task.benchmark]
     results = [scored.results[split] for scored in ours.values()]
-    figures = results[0].to_dict()
-    summary: dict[str, Any] = dict(figures)
-    if len(results) > 1:
-        rows = [row for result in results for row in result.rows]
-        sums = column_sums(rows, [name for name in rows[0] if name != "image"])
-        for name, value in figures.items():
-            if isinstance(value, int):
-                summary[name] = sum(result.to_dict()[name] for result in results)
-            elif name in layout.metrics:
-                summary[name] = float(layout.metrics[name](sums))
-        summary["seeds"] = {
-            name: spread([r.to_dict()[name] for r in results]) for name, v in figures.items() if isinstance(v, float)
-        }
+    summary = _figures(layout.metrics, results)
     summary |= {"failed": sum(scored.failed[split] for scored in ours.values()), "delta": {}}
     if not theirs:
         return summary
-    pairs = [
-        tuple((side[s] if s in side else next(iter(side.values()))).results[split] for side in (theirs, ours))
-        for s in sorted({*ours, *theirs})
-    ]
-    summary["delta"] = _compared(layout, [(base.rows, method.rows) for base, method in pairs], layout.compared, seed)
+    pairs = [(base.results[split], method.results[split]) for base, method in _pairs(ours, theirs)]
+    summary["delta"] = _compared({name: layout.metrics[name] for name in layout.compared}, _rows(pairs), seed)
     each = [outcomes(base.rows, method.rows, layout.right) for base, method in pairs]
     summary["outcomes"] = {name: sum(e[name] for e in each) for name in ("mended", "broken")}
     summary["outcomes"]["p"] = max(e["p"] for e in each)
@@ -220,18 +226,43 @@ def _summary(
         summary["transitions"] = {name: sum(move[name] for move in moves) for name in moves[0]}
     if isinstance(results[0], chair.ChairResult):
         cut = [chair.at_equal_length(base, method) for base, method in pairs]
-        summary["equal_length"] = _compared(layout, cut, ("chair_s", "chair_i", "recall"), seed)
+        summary["equal_length"] = _compared({name: layout.metrics[name] for name in layout.compared}, cut, seed)
     return summary
 
 
-def _compared(layout: Layout, pairs: Sequence[Any], names: Sequence[str], seed: int) -> dict[str, Any]:
+def _figures(metrics: Mapping[str, Metric], results: Sequence[Any]) -> dict[str, Any]:
+    """The figures of one seed, or those of all seeds' counts with `seeds`, their spread."""
+    figures = results[0].to_dict()
+    if len(results) == 1:
+        return figures
+    summary = dict(figures)
+    rows = [row for result in results for row in result.rows]
+    sums = column_sums(rows, [name for name in rows[0] if name != "image"])
+    for name, value in figures.items():
+        if isinstance(value, int):
+            summary[name] = sum(result.to_dict()[name] for result in results)
+        elif name in metrics:
+            summary[name] = float(metrics[name](sums))
+    spreads = {n: spread([r.to_dict()[n] for r in results]) for n, v in figures.items() if isinstance(v, float)}
+    return {**summary, "seeds": spreads}
+
+
+def _pairs(ours: Mapping[int, Any], theirs: Mapping[int, Any]) -> list[tuple[Any, Any]]:
+    """(baseline, method) per seed; a run with one seed stands beside each of the other's."""
+    base, method = ({s: side.get(s, next(iter(side.values()))) for s in {*ours, *theirs}} for side in (theirs, ours))
+    return [(base[s], method[s]) for s in sorted(base)]
+
+
+def _rows(pairs: Sequence[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
+    return [(base.rows, method.rows) for base, method in pairs]
+
+
+def _compared(metrics: Mapping[str, Metric], pairs: Sequence[Any], seed: int) -> dict[str, Any]:
     """metric -> Comparison of the paired rows, all seeds of an image moving together."""
     base, method = ([row for pair in pairs for row in pair[side]] for side in (0, 1))
     return {
         name: comparison.to_dict() | {"excludes_zero": comparison.excludes_zero}
-        for name, comparison in paired_bootstrap(
-            {name: layout.metrics[name] for name in names}, base, method, seed=seed
-        ).items()
+        for name, comparison in paired_bootstrap(metrics, base, method, seed=seed).items()
     }
 
 
@@ -363,17 +394,18 @@ def grids(results: Mapping[str, Any]) -> list[Grid]:
     captions, made = _captions(results), []
     for benchmark in results["settings"]["data"]:
         layout, found = LAYOUTS[benchmark], list(_scores(results, benchmark))
+        columns = {name: head for name, head in layout.columns.items() if all(name in scores for *_, scores in found)}
         several = len({split for split, _, _ in found}) > 1
         rows, changed = [], []
         for split, run, scores in found:
             cells = tuple(
                 Cell(_value(name, scores), _delta(scores["delta"], name), _star(scores["delta"], name))
-                for name in layout.columns
+                for name in columns
             )
             rows.append((split if several else "", run, cells))
             if changes := _changes(scores):
                 changed.append((split if several else "", run, changes))
-        made.append(Grid(captions[benchmark], tuple(layout.columns.values()), tuple(rows)))
+        made.append(Grid(captions[benchmark], tuple(columns.values()), tuple(rows)))
         names = [name for name in CHANGES if any(name in changes for _, _, changes in changed)]
         if names:
             filled = tuple((s, run, tuple(c.get(name, Cell("")) for name in names)) for s, run, c in changed)

@@ -1,15 +1,18 @@
 """AMBER, MME and HallusionBench through `vlm-fix eval`, on the bundled model and on folders made of Picto's scenes."""
 
 import os
+import random
+import re
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from rich.console import Console
 
 from vlm_fix import cli
 from vlm_fix.errors import VlmFixError
-from vlm_fix.eval import amber, hallusion, picto, runner, suite, tasks
+from vlm_fix.eval import amber, hallusion, picto, report, runner, suite, tasks
 from vlm_fix.eval.runner import Settings
 
 MODEL = os.environ.get("VLM_FIX_TEST_MODEL", "picto-llava")
@@ -76,7 +79,56 @@ def test_amber_runs_on_the_bundled_world(tmp_path, loaded):
     for reference, image_id in rows:
         assert set(reference["ground_truth"]) == shown[image_id].names
         assert not set(reference["hallu"]) & shown[image_id].names
-    assert "Hal" in (tmp_path / "a" / "table.md").read_text()
+    text = (tmp_path / "a" / "table.md").read_text()
+    head = next(row for row in text.splitlines() if "| Hal |" in row)
+    assert head == "| method | CHAIR | cover | Hal | Cog | AMBER score |"
+    row = next(row for row in text.splitlines() if row.startswith("| `pai:alpha=0.5` |"))
+    assert re.fullmatch(r" \d+\.\d \([+-]\d+\.\d \[-?\d+\.\d, -?\d+\.\d\](\\\*)?\) ", row.split("|")[-2])
+
+
+def test_the_amber_score_is_of_captions_and_questions_drawn_together():
+    """Figures, several seeds and the paired interval against loops over the images, from the counts of made-up answers."""
+    made = tasks.build(Settings(benchmark="amber", data="picto:shift", limit=5, variant="pattern"))
+    rng, counts, said = random.Random(0), {}, {}
+    for run, seeds in (("baseline", [1]), ("method", [1, 2])):
+        for seed in seeds:
+            for task in made:
+                for sample in task.samples:
+                    if task.benchmark == "amber":
+                        right, wrong = (rng.choice(sample.reference[k]) for k in ("ground_truth", "hallu"))
+                        n = rng.randint(0, 2)
+                        text, count = f"There is a {right}" + f" and a {wrong}" * n, (n, n + 1, 0, 0, 0)
+                    else:  # every label is no
+                        text = rng.choice(["Yes", "No", "No"])
+                        count = (0, 0, text == "No", text == "No", 1)
+                    row = {"id": sample.id, "seed": seed, "answer": text, "error": None}
+                    said.setdefault((run, task.benchmark), []).append(row)
+                    counts.setdefault((run, seed), {}).setdefault(sample.file, []).append(count)
+
+    def score(images):
+        wrong, mentions, right, said_no, no = (sum(c[i] for rows in images for c in rows) for i in range(5))
+        precision, recall = right / said_no if said_no else 0, right / no if no else 0
+        f1 = 2 * precision * recall / (precision + recall) if right else 0
+        return (1 - (wrong / mentions if mentions else 0) + f1) / 2
+
+    summary = report.summarise(["baseline", "method"], made, lambda run, benchmark: said[run, benchmark])
+    base, method = (summary[run]["amber"]["captions"] for run in ("baseline", "method"))
+    of = {key: score(list(images.values())) for key, images in counts.items()}
+    assert base["score"] == pytest.approx(of["baseline", 1]) and "score" not in base["delta"]
+    assert base["score"] == pytest.approx((1 - base["chair"] + summary["baseline"]["amber-qa"]["existence"]["f1"]) / 2)
+    assert method["seeds"]["score"]["values"] == pytest.approx([of["method", 1], of["method", 2]])
+    files = list(counts["baseline", 1])
+    both = {f: counts["method", 1][f] + counts["method", 2][f] for f in files}
+    assert method["score"] == pytest.approx(score(list(both.values())))
+    draws = np.random.default_rng(0)
+    differences = []
+    for _ in range(2000):
+        times = draws.multinomial(5, [0.2] * 5)
+        drawn = [f for f, k in zip(files, times, strict=True) for _ in range(k)]
+        differences.append(score([both[f] for f in drawn]) - score([counts["baseline", 1][f] * 2 for f in drawn]))
+    delta = method["delta"]["score"]
+    assert delta["delta"] == pytest.approx(method["score"] - base["score"]) and delta["low"] < delta["high"]
+    assert [delta["low"], delta["high"]] == pytest.approx(np.quantile(differences, [0.025, 0.975]).tolist())
 
 
 def test_a_caption_of_picto_is_judged_by_its_objects():
