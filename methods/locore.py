@@ -41,11 +41,13 @@ class LocoRE(AttentionEdit):
         return self.beta == 0 or self.window == 0
 
     def logits(self, z: torch.Tensor, rows: Rows) -> torch.Tensor:
-        session = rows.session
+        return z + rows.once(self.bias)
+
+    def bias(self, rows: Rows) -> torch.Tensor:
+        """[R, K]: log(1 + beta) on each row's most recent output columns, else 0."""
+        session, width = rows.session, rows.visual.shape[-1]
         assert session.types is not None and session.prompt_len is not None and self.beta is not None
-        width = z.shape[-1]
         offset = max(0, session.types.shape[1] - width)  # sliding-window layers keep only the newest columns
-        columns = torch.arange(offset, offset + width, device=z.device)
+        columns = torch.arange(offset, offset + width, device=rows.visual.device)
         age = rows.positions[:, None] - columns
-        recent = (age >= 0) & (age < self.window) & (columns >= session.prompt_len)
-        return torch.where(recent, z + math.log1p(self.beta), z)
+        return ((age >= 0) & (age < self.window) & (columns >= session.prompt_len)) * math.log1p(self.beta)

@@ -221,7 +221,7 @@ class AttentionEdit(Method):
 
     Overwrite what you need; each gets float32 tensors for R edited rows over K columns, H query heads, D head size:
       logits(z [B,H,R,K], rows)  -> raw scores before the mask and softmax
-      columns(rows)              -> Columns, a logit edit that is the same for all rows: many rows then stay on SDPA
+      columns(rows)              -> Columns, a logit edit that is the same for all rows and layers: many rows stay on SDPA
       weights(a [B,H,R,K], rows) -> post-softmax weights
       apart(rows), reweigh(a, apart, rows) -> weights that multiply all columns but a few by one factor: rows stay on SDPA
       heads(o [B,H,R,D], rows)   -> per-head output before o_proj (needs no weights: stays on SDPA)
@@ -252,7 +252,7 @@ class AttentionEdit(Method):
         return Columns()
 
     def logits(self, z: torch.Tensor, rows: Rows) -> torch.Tensor:
-        scale, bias, heads = self.columns(rows)
+        scale, bias, heads = rows.once(self.columns)
         z = z if scale is None else z * scale
         return z if bias is None else z + (bias if heads is None else bias * heads[:, None, None])
 

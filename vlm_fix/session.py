@@ -9,12 +9,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from .errors import VlmFixError
 from .method import Method
+
+T = TypeVar("T")
 
 PAD, TEXT, VISUAL = 0, 1, 2
 SLACK = 256  # generated columns for which masks are made in advance
@@ -319,6 +321,15 @@ class Rows:
         s = self.session
         assert s.prompt_len is not None
         return s.start < s.prompt_len <= s.start + s.length
+
+    def once(self, make: Callable[[Rows], T]) -> T:
+        """make(self), a method of the edit, made once in a forward and shared by the layers with the same columns."""
+        place = ("once", id(self.method), make.__name__, self.visual.shape[-1], self.visual.device)
+        of, made = self.session._masks.get(place, (None, None))
+        if of is not self.positions:  # the first layer, or another chunk of rows
+            made = make(self)
+            self.session._masks[place] = self.positions, made
+        return made
 
     def columns(self, mask: torch.Tensor, layer: int | None = None) -> torch.Tensor:
         """[B, n] booleans over the columns seen so far -> [B, 1, 1, K]; columns that came later are False.

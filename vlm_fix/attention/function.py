@@ -85,7 +85,7 @@ def attention(
         edited_rows(query[:, :, start:], *_visible(key, value, query, attention_mask, start), scale, [], note)
     rows = None
     if plan and plan.by_weights and probe is None and _by_columns(plan, query.shape[2]):
-        forms = [e.columns(view) for e, view, _ in edits if e.edits("columns")]
+        forms = [view.once(e.columns) for e, view, _ in edits if e.edits("columns")]
         rows = column_attention(module, query, key, value, attention_mask, scale, forms, dropout=dropout, **kwargs)
         rows = edited_heads(rows[:, first:].transpose(1, 2), edits)
     elif plan and plan.by_weights:
