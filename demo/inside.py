@@ -116,18 +116,20 @@ def look(loaded: Loaded, image: Image.Image, prompt: str, pane: Pane) -> View:
                 except VlmFixError as error:
                     note, changed = f"This is the model without methods: {error}", {}
         inputs.update(changed)
-        picture, tile, cells = image, 0, family_of(model).cells
+        pictures, tile, cells, second = [image], 0, family_of(model).cells, "input_ids" in changed
         if cells in ("pixels", "tiles"):  # cropped, perhaps, or cut up with the whole at the end: show what was left
-            tile = -1
-            picture = unpixel(processor, inputs["pixel_values"].flatten(0, -4))[tile]
+            tile = 0 if second else -1
+            pictures = unpixel(processor, inputs["pixel_values"].flatten(0, -4))
         elif changed:
-            picture = unpatch(processor, inputs["pixel_values"], inputs["image_grid_thw"])[0]
-        if changed:
-            name = engine.refiners[0].name
+            pictures = unpatch(processor, inputs["pixel_values"], inputs["image_grid_thw"])
+        name = engine.refiners[0].name if changed else ""
+        if second:
+            others.append((f"{name}: a second image", "the model sees it after the image", pictures[1]))
+        elif changed:
             others.append((f"Before {name}", "the image as it was given", image))
             note = f"{name} shows the model another image, whose patches are not those of the baseline's."
     before = None if plain or note else base
-    return View(pane, words(processor.tokenizer, pane), picture, tile, seen, before, others, note)
+    return View(pane, words(processor.tokenizer, pane), pictures[tile], tile, seen, before, others, note)
 
 
 def words(tokenizer: Any, pane: Pane) -> list[Word]:

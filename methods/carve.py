@@ -28,19 +28,19 @@ class CARVE(Procedure):
     question and to a general instruction. C = A_Q / (A_G + 1e-8), S = sum_t (t + 1) sum_l C over `layers` and the first
     `steps` tokens of both, bilinear to pixels [H, W]. Of the `top` share of pixels in S, the connected regions (8
     neighbours) with the largest sums of S stay, max(`regions`, floor(`share` n)) of n; other pixels turn black; the box
-    around what stays is enlarged (bicubic) to [H, W] and takes the image's place. generate does the rest, in any mode.
+    around what stays is enlarged (bicubic) to [H, W] and takes the image's place, or with images="both" comes right after it.
 
-    Source: arXiv 2509.06461; official code at a1f0442 (layers 20-25 of 32, scaled here to the depth).
-    Deviations: the official code passes [original, crop], this the crop alone, as the paper. The size of what the image
-    processor gave stays: a crop of another shape is stretched. The general instruction stands on a line of its own right
-    after the (last) image and ends that prompt, apart from the chat template. Several images are cropped each by its own
-    map. The default of `steps` and the 8 neighbours are this file's choice. top = 1 keeps the image.
+    Source: arXiv 2509.06461, crop alone; official code at a1f0442, both images (layers 20-25 of 32, scaled here to the depth).
+    Deviations: the size of what the image processor gave stays: a crop of another shape is stretched. The general instruction
+    stands on a line of its own right after the (last) image and ends that prompt, apart from the chat template. Each image has
+    a map of its own. The default of `steps` and the 8 neighbours are this file's choice. top = 1 leaves the prompt alone.
     """
 
     name: ClassVar[str] = "carve"
     paper: ClassVar[str] = "https://arxiv.org/abs/2509.06461"
     needs_image: ClassVar[bool] = True
 
+    images: str = param("crop", "what the model gets: the crop alone, or the image and it", choices=("crop", "both"))
     top: float = param(0.2, "share of the pixels that pass the threshold", low=0, high=1)
     regions: int = param(3, "least number of regions kept", low=1)
     share: float = param(0.2, "share of the regions kept, if that is more", low=0, high=1)
@@ -59,25 +59,25 @@ class CARVE(Procedure):
 
     def refine(self, call: Call) -> dict[str, Any]:
         pixels, cells = call.inputs.get("pixel_values"), call.family.cells
-        if pixels is None or cells not in ("pixels", "grid_thw"):
+        grids: Any = call.inputs.get("image_grid_thw")
+        if pixels is None or cells not in ("pixels", "grid_thw") or (grids is not None and any(grids[:, 0] != 1)):
             raise VlmFixError(
-                "carve needs pixel_values of whole images, not tiles: pass the processor's output, to a model such as llava "
-                f"or qwen2_5_vl (this is {call.family.name})."
+                "carve needs pixel_values of whole images, not of tiles or videos: pass the processor's output, to a model "
+                f"such as llava or qwen2_5_vl (this is {call.family.name})."
             )
         black = torch.tensor(self.black or black_of(call.model.config.name_or_path)).to(pixels)
         if len(black) != 3:
             raise VlmFixError(f"carve: black={self.black} must hold one number for each of the 3 channels.")
-        maps = self.maps(call)
+        maps, crops = self.maps(call), list[torch.Tensor]()
         if cells == "pixels":
-            return {"pixel_values": torch.stack([self.refined(*x, black) for x in zip(pixels, maps, strict=True)])}
-        grids, vision = call.inputs["image_grid_thw"].tolist(), call.model.config.vision_config
-        merge, patch, packed = vision.spatial_merge_size, vision.patch_size, []
-        for x, s, (t, h, w) in zip(pixels.split([t * h * w for t, h, w in grids]), maps, grids, strict=True):
-            if t != 1:
-                raise VlmFixError("carve works on images; leave videos out.")
-            image = to_image(x, (h // merge, w // merge), merge, patch)
-            packed.append(to_patches(self.refined(image, s, black), merge, patch))
-        return {"pixel_values": torch.cat(packed)}
+            crops = [self.refined(*x, black)[None] for x in zip(pixels, maps, strict=True)]
+        else:
+            merge, patch = (getattr(call.model.config.vision_config, n) for n in ("spatial_merge_size", "patch_size"))
+            for x, s, (_, h, w) in zip(pixels.split(grids.prod(-1).tolist()), maps, grids.tolist(), strict=True):
+                image = to_image(x, (h // merge, w // merge), merge, patch)
+                crops.append(to_patches(self.refined(image, s, black), merge, patch))
+        new = torch.cat(crops)
+        return {"pixel_values": new} if self.images == "crop" else call.with_images_after(new)
 
     def maps(self, call: Call) -> list[torch.Tensor]:
         """S [h, w] of each image of the batch, in tokens, on the CPU."""

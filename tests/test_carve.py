@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+import families
 import pytest
 import torch
-from conftest import GRIDS, IMAGE, make_inputs, single
+from conftest import GRIDS, IMAGE, PAD, make_inputs, single
 from reference import Reference, double, teacher_forced, visual_columns
+from transformers import GenerationConfig
 
 import vlm_fix
 from vlm_fix.errors import VlmFixError
@@ -17,6 +19,7 @@ from vlm_fix.session import Call
 
 BLACK, GENERAL = (-1.8, -1.75, -1.5), (11, 12, 13)
 METHOD = CARVE(tokens=GENERAL, black=BLACK, steps=3)
+BOTH = CARVE(tokens=GENERAL, black=BLACK, steps=3, images="both")
 
 
 def refined(model, inputs, method=METHOD):
@@ -257,15 +260,175 @@ def test_a_batch_equals_single_runs(model, family, ends):
             assert torch.equal(rows[i], one)
 
 
+# ---- image and crop -----------------------------------------------------------------------------------------------------
+
+
+def paired(inputs, crops):
+    """Inputs with each image's block of tokens once more behind it and `crops` as these images; rows padded to the longest."""
+    grids, pixels = inputs.get("image_grid_thw"), inputs["pixel_values"]
+    count = 0 if grids is None else len(grids)
+    sizes = [1] * len(pixels) if grids is None else [int(h * w) for _, h, w in grids]
+    sequence, number = [], 0
+    for ids, seen in zip(inputs["input_ids"].tolist(), inputs["attention_mask"].tolist(), strict=True):
+        old, new = [token for token, real in zip(ids, seen, strict=True) if real], []
+        while old:
+            if old[0] == 93 and count:
+                n = 2 + sizes[number] // 4
+            elif old[0] == IMAGE:
+                n = 36
+            else:
+                new.append(old.pop(0))
+                continue
+            new += old[:n] * 2
+            old, number = old[n:], number + 1
+        sequence.append(new)
+    length = max(map(len, sequence))
+    ids = torch.tensor([[PAD] * (length - len(row)) + row for row in sequence])
+    made = {"input_ids": ids, "attention_mask": (ids != PAD).long()}
+    images = [x for pair in zip(pixels.split(sizes), crops.split(sizes), strict=True) for x in pair]
+    made["pixel_values"] = torch.cat(images)
+    if "mm_token_type_ids" in inputs:
+        made["mm_token_type_ids"] = (ids == IMAGE).int()
+    if count:
+        made["image_grid_thw"] = torch.stack([grid for grid in grids for _ in range(2)])
+    return made
+
+
+HOW = {"max_new_tokens": 6, "do_sample": False, "suppress_tokens": [IMAGE]}
+
+
+@pytest.mark.parametrize("images", [[1], [2], [1, 2, 1], [1, 0, 2]])
+def test_image_and_crop_are_the_prompt_of_both(model, family, images):
+    """Tokens and logits of the prompt built by hand from what `images="crop"` puts in; the user's own ids stay in front."""
+    inputs = make_inputs(family, images)
+    by_hand, length = paired(inputs, refined(model, inputs)), inputs["input_ids"].shape[1]
+    full = {**HOW, "return_dict_in_generate": True, "output_logits": True}
+    for how in ({}, {"num_beams": 3}, {"do_sample": True, "num_return_sequences": 2}):
+        torch.manual_seed(0)
+        expected = model.generate(**by_hand, **{**full, **how})
+        with vlm_fix.wrapped(model, BOTH):
+            torch.manual_seed(0)
+            got = model.generate(**inputs, **{**full, **how})
+        times = len(got.sequences) // len(images)
+        assert torch.equal(got.sequences[:, :length], inputs["input_ids"].repeat_interleave(times, dim=0))
+        assert torch.equal(got.sequences[:, length:], expected.sequences[:, by_hand["input_ids"].shape[1] :])
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(got.logits, expected.logits, strict=True))
+    plain = model.generate(**inputs, **full)
+    assert not torch.allclose(plain.logits[0][0], got.logits[0][0], atol=1e-3)
+
+
+def test_a_batch_with_both_equals_single_runs(model, family):
+    images = [1, 2, 1]
+    with vlm_fix.wrapped(model, BOTH):
+        rows = model.generate(**make_inputs(family, images), **HOW)[:, -6:]
+        beams = model.generate(**make_inputs(family, images), **HOW, num_beams=3)[:, -6:]
+        for i in range(3):
+            inputs = single(family, images, i)
+            assert torch.equal(model.generate(**inputs, **HOW)[0, -6:], rows[i])
+            assert torch.equal(model.generate(**inputs, **HOW, num_beams=3)[0, -6:], beams[i])
+
+
+class Noting:
+    """A streamer, logits processor and stopping criterion that keeps what it is shown."""
+
+    def __init__(self, result=None):
+        self.seen, self.result = [], result
+
+    def __call__(self, ids, scores):
+        self.seen.append(ids.clone())
+        return scores if self.result is None else self.result(ids)
+
+    def put(self, value):
+        self.seen.append(value)
+
+    def end(self):
+        self.seen.append("end")
+
+
+def test_with_both_the_caller_sees_the_prompt_as_given(model, family):
+    """Streamer, processors, stopping criteria and lengths of the caller's speak of the prompt that the caller knows."""
+    inputs, batch = single(family, [1, 2], 1), make_inputs(family, [1, 2])
+    ids, more = inputs["input_ids"], {k: v for k, v in HOW.items() if k != "max_new_tokens"}
+    with vlm_fix.wrapped(model, BOTH):
+        expected = model.generate(**inputs, **HOW)
+        streamer = Noting()
+        assert torch.equal(model.generate(**inputs, **HOW, streamer=streamer), expected)
+        assert torch.equal(streamer.seen[0], ids) and streamer.seen[-1] == "end"
+        assert [int(token) for token in streamer.seen[1:-1]] == expected[0, -6:].tolist()
+        processor = Noting()
+        assert torch.equal(model.generate(**inputs, **HOW, logits_processor=[processor]), expected)
+        assert all(torch.equal(seen, expected[:, : ids.shape[1] + t]) for t, seen in enumerate(processor.seen))
+        stop = Noting(lambda seen: torch.full((len(seen),), seen.shape[1] >= ids.shape[1] + 3))
+        assert torch.equal(model.generate(**inputs, **HOW, stopping_criteria=[stop]), expected[:, :-3])
+        config = GenerationConfig(**more, pad_token_id=PAD, max_length=ids.shape[1] + 2)
+        for how in ({**more, "max_length": ids.shape[1] + 2}, {"generation_config": config}):
+            assert torch.equal(model.generate(**inputs, **how), expected[:, :-4])
+        for option in ({"cache_implementation": "static"}, {"prompt_lookup_num_tokens": 2}):
+            assert torch.equal(model.generate(**inputs, **HOW, **option), expected)
+        model.generation_config.eos_token_id = int(expected[0, -5])
+        try:
+            stopped = model.generate(**inputs, **HOW)
+            assert stopped.shape[1] <= ids.shape[1] + 2
+            assert model.generate(**inputs, **HOW, min_length=ids.shape[1] + 4).shape[1] >= ids.shape[1] + 4
+        finally:
+            model.generation_config.eos_token_id = None
+        seen = []
+        allowed = lambda row, sent: seen.append((row, sent.clone())) or [7, 8]  # noqa: E731
+        got = model.generate(**batch, **HOW, num_beams=2, prefix_allowed_tokens_fn=allowed)[:, -6:]
+        assert torch.isin(got, torch.tensor([7, 8])).all() and len(seen) == 24
+        width = batch["input_ids"].shape[1]
+        assert all(torch.equal(sent[:width], batch["input_ids"][row]) for row, sent in seen)
+        with pytest.raises(VlmFixError, match="leave position_ids out"):
+            model.generate(**inputs, **HOW, position_ids=torch.arange(ids.shape[1])[None])
+
+
+def test_with_both_other_methods_get_both(model, family):
+    """A contrast, edits and a search of their own, on the prompt built by hand."""
+    inputs = make_inputs(family, [1, 2])
+    for stack in (["vcd"], ["pai:alpha=0.3,gamma=1.1"], ["opera:beams=2"], ["deco", "vhr"]):
+        by_hand = paired(inputs, refined(model, inputs, [METHOD, *stack]))  # edits act in its looks too
+        with vlm_fix.wrapped(model, stack):
+            expected = model.generate(**by_hand, **HOW)[:, -6:]
+        with vlm_fix.wrapped(model, [BOTH, *stack]):
+            got = model.generate(**inputs, **HOW)
+        assert torch.equal(got[:, -6:], expected) and torch.equal(got[:, :-6], inputs["input_ids"]), stack
+
+
+@pytest.mark.parametrize("name", ["vipllava", "qwen3_vl", "glm4v"])
+def test_both_in_further_families(name):
+    """Other names of the markers, images side by side without any, and towers that pack them."""
+    model, inputs = families.build(name), families.prompt(name, [1, 2])
+    if name == "vipllava":  # the test prompts have words in the markers' place
+        keep = ~torch.isin(inputs["input_ids"], torch.tensor([93, 94]))
+        for row, real in zip(inputs["input_ids"], keep, strict=True):
+            row[~real] = PAD
+        order = (inputs["input_ids"] != PAD).int().argsort(dim=1, stable=True)
+        inputs["input_ids"] = inputs["input_ids"].gather(1, order)
+        inputs["attention_mask"] = (inputs["input_ids"] != PAD).long()
+    by_hand = paired(inputs, refined(model, inputs))
+    expected = model.generate(**by_hand, **HOW)[:, -6:]
+    with vlm_fix.wrapped(model, BOTH):
+        assert torch.equal(model.generate(**inputs, **HOW)[:, -6:], expected)
+
+
+def test_both_is_seen_by_observe(model, family):
+    inputs, answer = single(family, [1, 2], 1), [5, 6, 7]
+    by_hand = paired(inputs, refined(model, inputs))
+    expected = vlm_fix.observe(model, by_hand, answer)
+    with vlm_fix.wrapped(model, BOTH):
+        seen = vlm_fix.observe(model, inputs, answer)
+    assert len(seen.cells) == 4 and torch.allclose(seen.weights_to_image, expected.weights_to_image, atol=1e-6)
+
+
 def test_keeping_every_pixel_changes_nothing(model, family):
     inputs = single(family, [1, 2, 1], 1)
     options = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
     plain = model.generate(**inputs, **options)
-    keep = CARVE(top=1.0)
-    with vlm_fix.wrapped(model, keep):
-        same = model.generate(**inputs, **options)
-    assert torch.equal(plain.sequences, same.sequences)
-    assert all(torch.equal(a, b) for a, b in zip(plain.logits, same.logits, strict=True))
+    for keep in (CARVE(top=1.0), CARVE(top=1.0, images="both")):
+        with vlm_fix.wrapped(model, keep):
+            same = model.generate(**inputs, **options)
+        assert torch.equal(plain.sequences, same.sequences)
+        assert all(torch.equal(a, b) for a, b in zip(plain.logits, same.logits, strict=True))
     image = torch.randn(3, 8, 8)
     assert keep.refined(image, torch.rand(4, 4), torch.zeros(3)) is image
 

@@ -293,6 +293,25 @@ def test_a_crop_takes_the_images_place(loaded):
     assert view.base is None and "shows the model another image" in look.figures(view, 0, None, None)
 
 
+def test_a_crop_comes_after_the_image(loaded):
+    """The heatmap stays on the image, so that it can be held against the baseline's."""
+    image, methods = examples.scenes()[0].image, ["carve:images=both"]
+    *_, pane = last(compare.compare(loaded, image, PROMPT, [methods], 12))
+    assert pane.state == "done" and pane.tokens
+    view = inside.look(loaded, image, PROMPT, pane)
+    inputs = dict(runner.encode(loaded.model, loaded.processor, [image], [PROMPT]))
+    with vlm_fix.wrapped(loaded.model, methods):
+        call = Call(loaded.model, loaded.model._vlm_fix_engine.family, dict(inputs))
+        both = {**inputs, **loaded.model._vlm_fix_engine.refine(call)}
+    sent, crop = inside.unpixel(loaded.processor, both["pixel_values"])
+    assert view.picture.tobytes() == sent.tobytes() and not view.note
+    assert [(title, shown) for title, _, shown in view.others] == [("carve: a second image", crop)]
+    for seen, given in ((view.seen, both), (view.base, inputs)):
+        plain = vlm_fix.observe(loaded.model, given, pane.ids)
+        assert torch.allclose(seen.heatmap(0, image=0), plain.heatmap(0, image=0), atol=1e-6)
+    assert view.heatmap(0, None, None, "change").abs().max() > 0 and look.figures(view, 0, None, None)
+
+
 def test_flattened_patches_become_the_image_again():
     how = transformers.Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=56 * 84)
     image = examples.photographs()[0].image.resize((84, 56))

@@ -18,6 +18,7 @@ from transformers import LogitsProcessorList
 
 from . import attention
 from . import calibration as calibrations
+from .decoding.prompt import Prompt
 from .errors import VlmFixError
 from .families import Arch, arch_of, get_part, image_token_ids
 from .method import AttentionEdit, Contrast, HiddenEdit, LogitEdit, Method, Procedure, TokenPruner
@@ -277,6 +278,8 @@ class Engine:
     def refine(self, call: Call) -> dict[str, Any]:
         """Let procedures change the call's inputs; what they changed."""
         changed: dict[str, Any] = {}
+        if self.refiners and "position_ids" in call.inputs:
+            raise VlmFixError(f"{self.refiners[0].name} makes prompts of its own: leave position_ids out.")
         for method in self.refiners:
             changed.update(method.refine(call))
             call.inputs.update(changed)
@@ -359,6 +362,8 @@ def _generate(engine: Engine, model: Any, inputs: torch.Tensor | None = None, **
         edits = [m for m in engine.active if isinstance(m, LogitEdit)]
         try:
             kwargs.update(engine.refine(call))
+            prompt = Prompt(ids, call.inputs["input_ids"])
+            kwargs.update(prompt.keep(kwargs, setting) if prompt.longer else {})
             if engine.contrast:
                 from .decoding.contrast import PrefixContrast
 
@@ -377,9 +382,9 @@ def _generate(engine: Engine, model: Any, inputs: torch.Tensor | None = None, **
                 kwargs["custom_generate"] = loops.run(engine, engine.procedure, call, kwargs.get("streamer"))
             kwargs.setdefault("disable_compile", True)  # the session is Python state: a compiled graph would freeze it
             kwargs.pop("input_ids", None)
-            output = original(model, ids, **kwargs)
+            output = original(model, call.inputs["input_ids"], **kwargs)
             engine.report_idle()
-            return output
+            return prompt.restored(output)
         finally:
             engine.call = engine.session = engine.main = engine.contrasting = engine.joint = None
             for processor in own:

@@ -24,7 +24,8 @@ SLACK = 256  # generated columns for which masks are made in advance
 
 @dataclass
 class Call:
-    """One generate call: its inputs as the user gave them, and the encoder's scores waiting for the prefill."""
+    """One generate call: its inputs, as the user gave them or a Procedure refined them, and the encoder's scores waiting
+    for the prefill."""
 
     model: Any
     family: Any
@@ -55,6 +56,45 @@ class Call:
             return {**self.inputs, "pixel_values": change(pixels)}
         real = (pixels != 0).flatten(2).any(dim=2)  # [images, tiles, ...]: blank tiles are padding, and told by that
         return {**self.inputs, "pixel_values": pixels.index_put((real,), change(pixels[real]))}
+
+    def with_images_after(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The same prompt with another image of its size right after each image, left-padded again.
+
+        pixels: like pixel_values, of the images that are put in. Their tokens, and the markers around them, repeat those
+        of the image before. Raises VlmFixError where the image tokens do not fit the images.
+        """
+        from .families import image_cells, image_token_ids
+
+        ids, config, grids = self.inputs["input_ids"], self.model.config, self.inputs.get("image_grid_thw")
+        tokens = torch.tensor(image_token_ids(self.model, self.family), device=ids.device)
+        shown = torch.isin(ids, tokens)
+        cells = image_cells(self.model, self.family, {**self.inputs, "input_ids": ids[shown][None]})
+        ends = iter([int(grid.max()) + 1 for grid in cells])  # in the image tokens of the whole batch
+        start, end = (
+            getattr(config, f"vision_{side}_token_id", getattr(config, f"image_{side}_token_id", None))
+            for side in ("start", "end")
+        )
+        rows, passed = [], 0
+        for row, image, seen in zip(ids.tolist(), shown, self.inputs["attention_mask"].bool(), strict=True):
+            columns, done, places = list[int](), 0, image.nonzero()[:, 0].tolist()
+            while places:
+                count = next(ends) - passed
+                first, last, places, passed = places[0], places[count - 1] + 1, places[count:], passed + count
+                first -= row[:first][-1:] == [start]
+                last += row[last : last + 1] == [end]
+                columns, done = [*columns, *range(done, last), *range(first, last)], last
+            index = torch.tensor([*columns, *range(done, len(row))], device=ids.device)
+            rows.append(index[seen[index]])
+        width = max(map(len, rows))
+        index = torch.stack([torch.nn.functional.pad(row, (width - len(row), 0), value=-1) for row in rows])
+        new = dict(self.inputs)
+        for name in {"input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids"} & new.keys():
+            new[name] = new[name].gather(1, index.clamp(min=0)).masked_fill(index < 0, 0)
+        if grids is not None:
+            new["image_grid_thw"] = grids.repeat_interleave(2, dim=0)
+        sizes = [1] * len(pixels) if grids is None else grids.prod(dim=-1).tolist()
+        pairs = zip(self.inputs["pixel_values"].split(sizes), pixels.split(sizes), strict=True)
+        return {**new, "pixel_values": torch.cat([x for pair in pairs for x in pair])}
 
 
 @dataclass
