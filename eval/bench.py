@@ -12,8 +12,8 @@ the rounds with their lowest and highest. Columns:
   scoring         first token minus that of random_tokens, which keeps as many and scores nothing; of the cache methods,
                   minus the unwrapped one. Inside the language model scores and saved layers do not part: blank
 
-`attention` also times some edits on Hugging Face's eager attention in every layer, as the papers' own code runs them
-("pai @ eager"); `decode` also times Hugging Face's own classifier-free-guidance processor ("hf-cfg").
+`attention` also times every attention edit on Hugging Face's eager attention in all layers, as the papers' own code runs
+them ("pai @ eager"); `decode` also times Hugging Face's own classifier-free-guidance processor ("hf-cfg").
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import json
 import platform
 import statistics
 import time
+import unittest.mock
 import warnings
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -238,7 +239,7 @@ def eager() -> Iterator[None]:
     """Wrapped models compute every layer's attention as Hugging Face's eager code does, all weights formed."""
     from transformers.models.llama.modeling_llama import eager_attention_forward
 
-    from vlm_fix.attention import function
+    from vlm_fix.attention import apart, columns, function
 
     def attention(module: Any, query: Any, key: Any, value: Any, mask: Any, *args: Any, **kwargs: Any) -> Any:
         count, width = query.shape[2], key.shape[2]
@@ -249,12 +250,10 @@ def eager() -> Iterator[None]:
         scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
         return eager_attention_forward(module, query, key, value, mask, scaling=scaling)
 
-    fused = function.sdpa_attention_forward
-    function.sdpa_attention_forward = attention  # type: ignore[assignment]
-    try:
+    with contextlib.ExitStack() as patches:
+        for module in (function, columns, apart):
+            patches.enter_context(unittest.mock.patch.object(module, "sdpa_attention_forward", attention))
         yield
-    finally:
-        function.sdpa_attention_forward = fused
 
 
 @dataclasses.dataclass
@@ -395,7 +394,7 @@ def run(
     if kind == "prune":
         specs = [_with_keep(spec, k) for k in keep for spec in specs]
     elif kind == "attention" and not methods:
-        specs += [f"{spec} @ eager" for spec in specs if spec.partition(":")[0] in ("pai", "var", "vaf")]
+        specs += [f"{s} @ eager" for s in specs if issubclass(registry.get_method(s.partition(":")[0]), AttentionEdit)]
     elif kind == "decode" and not methods:
         specs.append("hf-cfg")
     rows = measure(net, inputs, specs, new_tokens, rounds, functools.partial(tick, len(specs)) if tick else None)

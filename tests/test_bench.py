@@ -64,12 +64,13 @@ def test_eager_forms_all_weights():
     shape = dataclasses.replace(bench.SHAPES["small"], after=400)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(bench.SHAPES, "small", shape)
-        got = bench.run("attention", "small", ["pai", "pai @ eager"], new_tokens=2, rounds=1)
-    _, fused, eager = got["rows"]
-    assert fused["memory"] < 1.05 and eager["memory"] > 1.5
-    from vlm_fix.attention import function
+        specs = ["pai", "pai @ eager", "zerotuning", "zerotuning @ eager"]
+        got = bench.run("attention", "small", specs, new_tokens=2, rounds=1)
+    memory = [row["memory"] for row in got["rows"]]
+    assert memory[1] < 1.05 and memory[2] > 1.5 and memory[4] - memory[3] > 0.4, memory
+    from vlm_fix.attention import apart, columns, function
 
-    assert function.sdpa_attention_forward.__name__ == "sdpa_attention_forward"
+    assert {m.sdpa_attention_forward.__name__ for m in (function, columns, apart)} == {"sdpa_attention_forward"}
 
 
 def test_decode_beside_hf_cfg(capsys, tmp_path):
