@@ -44,7 +44,7 @@ from . import pope
 from .result import Result, paired, tally
 from .rows import DATA, one_of, read_rows
 from .stats import Metric, harmonic, ratio
-from .words import Variant, noun_words
+from .words import Object, Variant, find_nouns, find_objects
 
 CAPTIONS: dict[str, Metric] = {
     "chair": lambda s: ratio(s["hallucinated"], s["mentions"]),
@@ -91,10 +91,11 @@ class Question(NamedTuple):
 
 
 class Lexicon(NamedTuple):
-    """How captions are read: nouns of a text, word -> words that stand for it, words never judged, similar pairs."""
+    """How captions are read: nouns of a text as nodes, word -> words that stand for it, words never judged, similar
+    pairs."""
 
     scorer: str
-    nouns: Callable[[str], Sequence[str]]
+    nouns: Callable[[str], Sequence[Object]]
     stand_for: Mapping[str, Sequence[str]]
     safe: Collection[str]
     similar: Collection[tuple[str, str]]
@@ -122,36 +123,55 @@ def lexicon(scorer: pope.Scorer = "official", variant: Variant = "nltk") -> Lexi
     pairs = [(a, b) for a, b, _ in map(str.split, lines)]
     return Lexicon(
         scorer if variant == "nltk" else f"{scorer}, {variant} nouns",
-        lambda text: [noun for noun in noun_words(text.lower() if ours else text, variant) if noun in known],
+        lambda text: [noun for noun in find_nouns(text.lower() if ours else text, variant) if noun.node in known],
         stand_for,
         {*(DATA / "amber/safe_words.txt").read_text().split()},
         {*pairs, *((b, a) for a, b in pairs)},
     )
 
 
+def picto_lexicon(variant: Variant = "nltk") -> Lexicon:
+    """Picto's words: the objects that CHAIR finds, each standing for itself alone."""
+    return Lexicon(f"picto, {variant} words", lambda text: find_objects(text, variant)[1], {}, (), ())
+
+
+class Mention(NamedTuple):
+    """A noun, the true object that it fits, the typical but absent ones that it names (both as places in the scene's
+    lists), and whether it is hallucinated."""
+
+    noun: Object
+    fits: int | None
+    imagined: frozenset[int]
+    wrong: bool
+
+
+def mentions(caption: str, scene: Scene, words: Lexicon) -> list[Mention]:
+    """What a caption mentions, in its order."""
+    truth, hallu = (_listed(objects, words) for objects in (scene.truth, scene.hallu))
+    found = []
+    for noun in words.nouns(caption):
+        name = noun.node
+        if name in words.safe or name in truth:
+            found.append(Mention(noun, None if name in words.safe else truth[name], frozenset(), False))
+            continue
+        # the script goes on after a hallu word, and a noun that is similar to a true object is forgiven
+        like = {name, *(other for other in (*hallu, *truth) if (name, other) in words.similar)}
+        imagined = {hallu[word] for word in (name, *[word for word in hallu if word in like][:1]) if word in hallu}
+        fits = next((truth[word] for word in truth if word in like), None)
+        found.append(Mention(noun, fits, frozenset(imagined), fits is None))
+    return found
+
+
 def score_captions(captions: Sequence[str | None], scenes: Sequence[Scene], words: Lexicon) -> Result:
     """CHAIR, Cover, Hal and Cog of one caption per scene; None is a caption that says nothing."""
     rows = []
     for caption, scene in zip(captions, scenes, strict=True):
-        nouns = words.nouns(caption or "")
-        truth, hallu = (_listed(objects, words) for objects in (scene.truth, scene.hallu))
-        covered, imagined, wrong = set(), set(), 0
-        for noun in nouns:
-            if noun in words.safe:
-                continue
-            if noun in truth:
-                covered.add(truth[noun])
-                continue
-            # the script goes on after a hallu word, and a noun that is similar to a true object is forgiven
-            like = {noun, *(other for other in (*hallu, *truth) if (noun, other) in words.similar)}
-            imagined |= {hallu[noun]} if noun in hallu else set()
-            imagined |= {*[hallu[word] for word in hallu if word in like][:1]}
-            fits = [truth[word] for word in truth if word in like][:1]
-            covered |= {*fits}
-            wrong += not fits
-        row = {"n": 1, "hallucinating": int(wrong > 0), "hallucinated": wrong, "mentions": len(nouns)}
-        row |= {"covered": len(covered), "truth": len(scene.truth)}
-        rows.append({"image": scene.image, **row, "imagined": len(imagined), "hallu": len(scene.hallu)})
+        found = mentions(caption or "", scene, words)
+        wrong = sum(mention.wrong for mention in found)
+        row = {"n": 1, "hallucinating": int(wrong > 0), "hallucinated": wrong, "mentions": len(found)}
+        row |= {"covered": len({m.fits for m in found} - {None}), "truth": len(scene.truth)}
+        row |= {"imagined": len({place for m in found for place in m.imagined}), "hallu": len(scene.hallu)}
+        rows.append({"image": scene.image, **row})
     return tally(words.scorer, rows, CAPTIONS)
 
 

@@ -7,10 +7,8 @@ light or dark setting, and prints. The samples shown are those on which the runs
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import html
-import io
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,12 +18,11 @@ from typing import Any
 
 from vlm_fix.errors import VlmFixError
 
-from . import chair, pope, report
+from . import report, side_by_side
 from .store import write_atomic
 
 COLOURS = ("#777", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#B8860B", "#3D9BD1", "#8C6BB1")  # on light and dark
 MARKS = "<!-- leaderboard -->", "<!-- /leaderboard -->"
-THUMB = 224  # pixels
 STYLE = """
 :root{color-scheme:light dark;--ink:#1b1f24;--soft:#5c6670;--line:#d9dee3;--page:#fff;--card:#f6f8fa;--good:#0b6b3a;
 --good-bg:#d8f3e3;--bad:#a3130b;--bad-bg:#fde0dd}
@@ -94,7 +91,7 @@ def _section(folder: Path, results: Mapping[str, Any], samples: int) -> str:
         f'<p class="soft">{"<br>".join(map(_text, about))}</p>'
         f'<ul class="legend">{_legend(results)}</ul><div class="figures">{"".join(figures(results))}</div>'
         f"{''.join(map(_grid, report.grids(results)))}"
-        f'<p class="soft">{_text(report.STAR)}</p><ul>{notes}</ul>{_samples(folder, results, samples)}'
+        f'<p class="soft">{_text(report.STAR)}</p><ul>{notes}</ul>{side_by_side.samples(folder, results, samples)}'
     )
 
 
@@ -250,117 +247,6 @@ def _ticks(low: float, high: float) -> list[float]:
     step = next(power * k for k in (1, 2, 2.5, 5, 10) if span / (power * k) <= 6)
     first, last = math.floor(low / step), math.ceil(high / step)
     return [round(i * step, 10) for i in range(first, max(last, first + 1) + 1)]
-
-
-# ------------------------------------------------------------------------------------------------------------- samples
-
-
-def _samples(folder: Path, results: Mapping[str, Any], limit: int) -> str:
-    """Captions and questions on which the runs differ most, side by side."""
-    file = folder / "samples.jsonl"
-    if not file.is_file() or limit < 1:
-        return ""
-    asked: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
-    for row in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
-        asked.setdefault((row["benchmark"], row["id"]), {}).setdefault(row["run"], row)  # the first seed
-    parts, images = [], _images(results)
-    for benchmark, judge, title in (
-        ("chair", _caption, "Captions with the widest spread of hallucinated words between the runs"),
-        ("pope", _answer, "Questions on which the runs disagree"),
-    ):
-        judged = []
-        for (kind, key), rows in asked.items():
-            if kind == benchmark and len(rows) > 1:
-                shown = {run: judge(row, results) for run, row in rows.items()}
-                spread = [wrong for _, wrong in shown.values()]
-                judged.append((max(spread) - min(spread), key, rows, shown))
-        judged = sorted((j for j in judged if j[0] > 0), key=lambda j: (-j[0], j[1]))[:limit]
-        if judged:
-            parts.append(
-                f'<h3>{title}</h3><p class="soft">Chosen because they differ: not a fair sample of the answers.</p>'
-            )
-        for _, _, rows, shown in judged:
-            first = next(iter(rows.values()))
-            answers = "".join(f"<div><code>{_text(run)}</code><p>{text}</p></div>" for run, (text, _) in shown.items())
-            parts.append(
-                f'<div class="sample">{images.get(first["image"], "")}<p><b>{_text(first["prompt"])}</b><br>'
-                f"<small>{_text(first['image'])}; in the image: {_text(_truth(first))}</small></p>"
-                f'<div class="answers">{answers}</div></div>'
-            )
-    return "".join(parts)
-
-
-def _truth(row: Mapping[str, Any]) -> str:
-    return ", ".join(row["ground_truth"]) or "none of the objects" if "ground_truth" in row else row["label"]
-
-
-def _caption(row: Mapping[str, Any], results: Mapping[str, Any]) -> tuple[str, int]:
-    """(HTML with object words marked, number of hallucinated mentions)."""
-    if row["answer"] is None:
-        return f'<mark class="bad">failed: {_text(row["error"])}</mark>', 0
-    variant: chair.Variant = results["settings"]["data"]["chair"]["variant"]
-    variant = variant if variant == "pattern" or chair.nltk_ready() else "pattern"
-    scored = chair.score([chair.Caption(0, row["answer"])], {0: row["ground_truth"]}, variant).captions[0]
-    marked = [(o, "good", "in the image") for o in scored.correct] + [
-        (o, "bad", "not there") for o in scored.hallucinated
-    ]
-    pieces, at = [], 0
-    for item, kind, told in sorted(marked, key=lambda m: m[0].start):
-        pieces.append(_text(scored.caption[at : item.start]))
-        word = _text(scored.caption[item.start : item.end])
-        pieces.append(f'<mark class="{kind}" title="{_text(item.node)}: {told}">{word}</mark>')
-        at = item.end
-    return "".join([*pieces, _text(scored.caption[at:])]), len(scored.hallucinated)
-
-
-def _answer(row: Mapping[str, Any], results: Mapping[str, Any]) -> tuple[str, int]:
-    """(HTML of a yes/no answer, 1 if it is wrong)."""
-    said = (
-        "failed" if row["answer"] is None else pope.verdict(row["answer"], row["label"], results["settings"]["scorer"])
-    )
-    wrong = said != row["label"]
-    text = _text(row["answer"] if row["answer"] is not None else f"failed: {row['error']}")
-    return f'<mark class="{"bad" if wrong else "good"}" title="{"wrong" if wrong else "right"}">{text}</mark>', int(
-        wrong
-    )
-
-
-def _images(results: Mapping[str, Any]) -> dict[str, str]:
-    """File name -> <img> with the image inside, as far as the data of the run is still there."""
-    from . import tasks
-    from .runner import Settings
-
-    config = results["settings"]
-    names = {field.name for field in dataclasses.fields(Settings)}
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in names}
-    try:
-        made = tasks.build(Settings(**given | {"model": config["model"]["name"], "data": config.get("source", "none")}))
-    except VlmFixError:
-        return {}
-    return _Thumbnails({sample.file: sample for task in made for sample in task.samples})
-
-
-class _Thumbnails(dict[str, str]):
-    """Makes the <img> of a file when it is asked for: a page shows a dozen of a thousand."""
-
-    def __init__(self, samples: Mapping[str, Any]) -> None:
-        super().__init__()
-        self.samples = samples
-
-    def get(self, key: str, default: Any = "") -> Any:
-        from .tasks import load_image
-
-        if key not in self and key in self.samples:
-            try:
-                image = load_image(self.samples[key]).copy()
-            except VlmFixError:
-                return default
-            image.thumbnail((THUMB, THUMB))
-            packed = io.BytesIO()
-            image.save(packed, "JPEG", quality=85)
-            code = base64.b64encode(packed.getvalue()).decode()
-            self[key] = f'<img alt="{_text(key)}" src="data:image/jpeg;base64,{code}">'
-        return super().get(key, default)
 
 
 # ------------------------------------------------------------------------------------------------------------ Markdown

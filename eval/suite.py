@@ -95,9 +95,7 @@ def _picto_amber(split: str, settings: Settings) -> list[Items]:
         for name in absent:
             text = pope.question_text(name)
             questions.append(amber.Question(len(questions) + 1, scene.file_name, text, "existence", "no"))
-    words = amber.Lexicon(
-        f"picto, {variant} words", lambda t: [o.node for o in chair.find_objects(t, variant)[1]], {}, (), ()
-    )
+    words = amber.picto_lexicon(variant)
     images = {scene.file_name: scene.image for scene in shown}
     if settings.scorer == "official":
         settings = dataclasses.replace(settings, scorer="ours")

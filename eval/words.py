@@ -64,13 +64,9 @@ def caption_to_words(caption: str, variant: Variant = "nltk") -> Words:
 
 def find_objects(caption: str, variant: Variant = "nltk") -> tuple[int, list[Object]]:
     """Length in merged tokens, and the same objects as `caption_to_words` with their true places in the caption."""
-    text, spans, at = caption.lower(), [], 0
+    text = caption.lower()
     tokens = _tokens(text, variant)
-    for token in tokens:
-        while text[at : at + 1].isspace():
-            at += 1
-        start, at = at, at + (len(token) if text.startswith(token, at) else 1)  # the tokenizer writes " as `` or ''
-        spans.append((start, at))
+    spans = _spans(text, tokens)
     merged, kept = _merge(_reduced(tokens, variant))
     return len(merged), [
         Object(word, nodes()[word], first, spans[first][0], spans[last][1])
@@ -79,13 +75,16 @@ def find_objects(caption: str, variant: Variant = "nltk") -> tuple[int, list[Obj
     ]
 
 
-def noun_words(text: str, variant: Variant = "nltk") -> list[str]:
-    """Nouns of a text, in the case they are written in, as lemmas; for `pattern`, which has no tagger, the singular of
-    every token."""
+def find_nouns(text: str, variant: Variant = "nltk") -> list[Object]:
+    """Nouns of a text, in the case they are written in, with their lemmas as nodes; for `pattern`, which has no tagger,
+    every token with its singular."""
     tokens = _tokens(text, variant)
     if variant == "pattern":
-        return [singularize(token) for token in tokens]
-    return [_lemma(token, "N") for token, tag in _nltk()[1].tag(tokens) if tag.startswith("NN")]
+        nodes = [singularize(token) for token in tokens]
+    else:
+        nodes = [_lemma(token, "N") if tag.startswith("NN") else "" for token, tag in _nltk()[1].tag(tokens)]
+    spans = _spans(text, tokens)
+    return [Object(tokens[i], node, i, *spans[i]) for i, node in enumerate(nodes) if node]
 
 
 def nltk_ready() -> bool:
@@ -135,6 +134,17 @@ def _tokens(text: str, variant: Variant) -> list[str]:
     one_of(variant, Variant, "variant")
     sentences = _plain_punkt() if variant == "pattern" else _nltk()[0]
     return [token for sentence in sentences.tokenize(text) for token in _WordTokenizer().tokenize(sentence)]
+
+
+def _spans(text: str, tokens: Sequence[str]) -> list[tuple[int, int]]:
+    """(start, end) of each token."""
+    spans, at = [], 0
+    for token in tokens:
+        while text[at : at + 1].isspace():
+            at += 1
+        start, at = at, at + (len(token) if text.startswith(token, at) else 1)  # the tokenizer writes " as `` or ''
+        spans.append((start, at))
+    return spans
 
 
 def _reduced(tokens: list[str], variant: Variant) -> list[str]:

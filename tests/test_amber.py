@@ -106,6 +106,27 @@ def test_each_rule_of_a_caption():
     assert figures(None, ("dog",), ("cat",)) == {"chair": 0, "cover": 0, "hal": 0, "cog": 0}
 
 
+def test_mentions_stand_where_they_are_written():
+    """Each with its place, what it fits and what it invents; the scores are their counts."""
+    scene = amber.Scene(1, "a.jpg", ("tree", "dog"), ("cat", "motorbike"))
+    text = 'A man\'s Dog, two "dogs", trees, an orange (bicycles) and a cat: wow!'
+    read = {}
+    for scorer in ("official", "ours"):
+        found = amber.mentions(text, scene, amber.lexicon(scorer, "pattern"))
+        read[scorer] = [(text[m.noun.start : m.noun.end], m.noun.node, m.fits, {*m.imagined}, m.wrong) for m in found]
+        figures = amber.score_captions([text], [scene], amber.lexicon(scorer, "pattern")).sums()
+        assert figures["hallucinated"] == sum(wrong for *_, wrong in read[scorer]) and figures["mentions"] == len(found)
+    man, dogs, trees = (
+        ("man", "man", None, set(), True),
+        ("dogs", "dog", 1, set(), False),
+        ("trees", "tree", 0, set(), False),
+    )
+    orange, bicycles = ("orange", "orange", None, set(), False), ("bicycles", "bicycle", None, {1}, True)
+    assert read["official"] == [man, dogs, trees, orange, bicycles, ("cat", "cat", 1, {0}, False)]
+    last = [("bicycles", "bicycle", None, set(), True), ("cat", "cat", None, {0}, True)]
+    assert read["ours"] == [man, ("Dog", "dog", 1, set(), False), dogs, trees, orange, *last]
+
+
 def test_yes_and_no():
     replies = ["Yes", "No", "yes", "No.", "No, it is.", "", None, "not"]
     read = {scorer: [amber.verdict(r, "no", scorer) for r in replies] for scorer in ("official", "ours", "vcd")}

@@ -1,5 +1,7 @@
 """AMBER, MME and HallusionBench through `vlm-fix eval`, on the bundled model and on folders made of Picto's scenes."""
 
+import html
+import json
 import os
 import random
 import re
@@ -12,7 +14,7 @@ from rich.console import Console
 
 from vlm_fix import cli
 from vlm_fix.errors import VlmFixError
-from vlm_fix.eval import amber, hallusion, picto, report, runner, suite, tasks
+from vlm_fix.eval import amber, hallusion, page, picto, report, runner, suite, tasks
 from vlm_fix.eval.runner import Settings
 
 MODEL = os.environ.get("VLM_FIX_TEST_MODEL", "picto-llava")
@@ -63,8 +65,73 @@ def run(folder, loaded, **settings):
     return runner.evaluate(Settings(**given | settings), folder, console=QUIET, loaded=loaded)
 
 
-def test_amber_runs_on_the_bundled_world(tmp_path, loaded):
-    results = run(tmp_path / "a", loaded, benchmark="amber", data="picto:shift", limit=6)
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, loaded):
+    """(folder, results) of AMBER on Picto."""
+    folder = tmp_path_factory.mktemp("world") / "a"
+    return folder, run(folder, loaded, benchmark="amber", data="picto:shift", limit=6)
+
+
+def rewritten(folder, answer):
+    """The rows of samples.jsonl with other answers."""
+    file = folder / "samples.jsonl"
+    rows = [row | {"answer": answer(row)} for row in map(json.loads, file.read_text().splitlines())]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return rows
+
+
+def marks(folder):
+    """(class, title, text) of the marked words of a report with every sample that differs."""
+    found = re.findall(r'<mark class="(\w+)" title="([^"]*)">([^<]*)</mark>', page.page([folder], 10_000))
+    return [tuple(map(html.unescape, each)) for each in found]
+
+
+def divided(rows):
+    """Of yes/no rows those to which the runs did not all give the right, or not all a wrong, answer."""
+    right = {}
+    for row in rows:
+        right.setdefault(row["id"], set()).add(row["answer"].lower() == row["label"])
+    return [row for row in rows if len(right[row["id"]]) == 2]
+
+
+def test_the_report_marks_the_words_of_amber_and_its_answers(world, tmp_path):
+    folder = shutil.copytree(world[0], tmp_path / "w")
+    rng = random.Random(0)
+
+    def answer(row):
+        if row["benchmark"] == "amber-qa":
+            return rng.choice(["yes", "no"])
+        right, wrong = row["ground_truth"][0], row["hallu"][0]
+        return (
+            f"There is a {right} & a {right}" if row["run"] == "baseline" else f"a {wrong}, <i> a {right} and a zebra"
+        )
+
+    rows = rewritten(folder, answer)
+    expected = []
+    for row in rows:
+        if row["benchmark"] == "amber":
+            right, wrong = row["ground_truth"][0], row["hallu"][0]
+            for name in (right, right) if row["run"] == "baseline" else (wrong, right, "zebra"):
+                there = name in row["ground_truth"]
+                title = f"in the image, as {name}" if there else "not there"
+                title = "typical, but not there" if name in row["hallu"] else title
+                expected.append(("good" if there else "bad", f"{name}: {title}", name))
+    asked = divided([row for row in rows if row["benchmark"] == "amber-qa"])
+    assert len(asked) > 4
+    signs = {True: ("good", "right", "✓"), False: ("bad", "wrong", "✗")}
+    seen = marks(folder)
+    answered = [mark for mark in seen if mark[1] in ("right", "wrong")]
+    told = [signs[row["answer"] == row["label"]] for row in asked]
+    assert sorted(answered) == sorted((k, t, f"{s} {r['answer']}") for (k, t, s), r in zip(told, asked, strict=True))
+    assert sorted(mark for mark in seen if mark not in answered) == sorted(expected)
+    assert len({title.split(": ")[1] for kind, title, _ in expected if kind == "bad"}) == 2
+    whole = page.page([folder], 2)
+    assert "&lt;i&gt;" in whole and "typical of it and not there: " in whole and whole.count("data:image/jpeg") == 4
+    assert "AMBER score" in whole and f"2 of {len(asked) // 2}, chosen" in whole
+
+
+def test_amber_runs_on_the_bundled_world(world):
+    folder, results = world
     assert list(results["settings"]["data"]) == ["amber", "amber-qa"]
     assert results["scorers"] == {"amber": "picto, pattern words", "amber-qa": "ours"}
     captions, asked = tasks.build(Settings(benchmark="amber", data="picto:shift", limit=6, variant="pattern"))
@@ -79,7 +146,7 @@ def test_amber_runs_on_the_bundled_world(tmp_path, loaded):
     for reference, image_id in rows:
         assert set(reference["ground_truth"]) == shown[image_id].names
         assert not set(reference["hallu"]) & shown[image_id].names
-    text = (tmp_path / "a" / "table.md").read_text()
+    text = (folder / "table.md").read_text()
     head = next(row for row in text.splitlines() if "| Hal |" in row)
     assert head == "| method | CHAIR | cover | Hal | Cog | AMBER score |"
     row = next(row for row in text.splitlines() if row.startswith("| `pai:alpha=0.5` |"))
@@ -163,6 +230,13 @@ def test_mme_and_hallusion_run_through_the_same_runner(folders, loaded, tmp_path
     assert scores["existence"]["score"] == scores["existence"]["accuracy"] + scores["existence"]["accuracy_plus"]
     results = run(tmp_path / "h", loaded, benchmark="hallusion", data=f"hallusion:{folders}/hallusion", limit=2)
     scores = results["runs"]["baseline"]["hallusion"]
+    for name in ("m", "h"):
+        rng = random.Random(0)
+        asked = divided(rewritten(tmp_path / name, lambda row, rng=rng: rng.choice(["Yes", "No"])))
+        found = sorted((kind, text) for kind, _, text in marks(tmp_path / name))
+        told = [("good", "✓") if row["answer"].lower() == row["label"] else ("bad", "✗") for row in asked]
+        assert found == sorted((kind, f"{sign} {row['answer']}") for (kind, sign), row in zip(told, asked, strict=True))
+        assert len(found) > 2
     assert scores["overall"]["n"] == sum(scores[kind]["n"] for kind in ("VD", "VS") if kind in scores)
     assert results["scorers"]["hallusion"].startswith("vlmevalkit, groups of tianyi-lab/HallusionBench@744007c")
     (whole,) = tasks.build(Settings(benchmark="hallusion", data=f"hallusion:{folders}/hallusion"))
