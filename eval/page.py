@@ -1,6 +1,6 @@
 """One self-contained HTML page, and a short Markdown table, from the folders of one or more evaluations.
 
-The page has the tables, four figures drawn as inline SVG (accuracy against yes-ratio, CHAIR against recall, and what each
+The page has the tables, figures drawn as inline SVG (accuracy against yes-ratio, CHAIR against recall or cover, what each
 gain costs), and answers side by side with every object word marked. It loads nothing from anywhere, follows the reader's
 light or dark setting, and prints. The samples shown are those on which the runs differ most, and the page says so.
 """
@@ -18,7 +18,7 @@ from typing import Any
 
 from vlm_fix.errors import VlmFixError
 
-from . import report, side_by_side
+from . import mme, report, side_by_side
 from .store import write_atomic
 
 COLOURS = ("#777", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#B8860B", "#3D9BD1", "#8C6BB1")  # on light and dark
@@ -41,8 +41,11 @@ svg{width:100%;height:auto;background:var(--card);border-radius:8px}svg text{fil
 svg .soft{fill:var(--soft)}svg .grid{stroke:var(--line)}.legend{columns:3 220px;padding:0;list-style:none}
 .legend b{display:inline-block;min-width:1.5em;border-radius:1em;color:#fff;text-align:center;font-size:.8em}
 .sample{background:var(--card);border-radius:8px;padding:1rem;margin:1rem 0;break-inside:avoid}
-.sample img{float:left;width:150px;border-radius:6px;margin:0 1rem .5rem 0;image-rendering:auto}
-.answers{display:grid;grid-template-columns:repeat(auto-fit,minmax(260px,1fr));gap:.8rem;clear:both}
+.sample:has(img){display:grid;grid-template-columns:150px 1fr;gap:.5rem 1rem}.sample p:first-of-type{margin:0}
+.sample img{grid-row:1/3;width:150px;border-radius:6px}
+.answers{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,230px),1fr));gap:.8rem;align-content:start}
+@media (max-width:640px){.sample img{grid-row:1}.sample:has(img) .answers{grid-column:1/3}
+.sample:has(img){grid-template-columns:min(150px,35%) 1fr}.sample img{width:100%}}
 .answers div{border-top:2px solid var(--line);padding-top:.3rem}.answers p{margin:.2rem 0;overflow-wrap:anywhere}
 mark{border-radius:3px;padding:0 .15em}mark.good{color:var(--good);background:var(--good-bg)}
 mark.bad{color:var(--bad);background:var(--bad-bg);text-decoration:underline wavy}
@@ -149,21 +152,34 @@ class Point:
 def figures(results: Mapping[str, Any]) -> Iterator[str]:
     """The SVG figures that these results have data for."""
     runs, data = results["runs"], results["settings"]["data"]
-    if "pope" in data:
+    for benchmark, metric, line in (
+        ("pope", "accuracy", 50),
+        ("amber-qa", "accuracy", None),
+        ("mme", "accuracy", 50),
+        ("hallusion", "aAcc", None),
+    ):
+        if benchmark not in data:
+            continue
         points = []
         for i, (run, each) in enumerate(runs.items()):
-            x, y = (100 * fmean(split[name] for split in each["pope"].values()) for name in ("yes_ratio", "accuracy"))
+            parts = _apart(each[benchmark])
+            x, y = (100 * fmean(part[name] for part in parts) for name in ("yes_ratio", metric))
             points.append(Point(i, run, x, y))
-        yield scatter(
-            points, "POPE yes-ratio, %", "accuracy, %, mean over splits", "Is a gain only a shift to yes?", 50
-        )
-    if "chair" in data:
+        over = f"{metric}, %" + (", mean over splits" if len(parts) > 1 else "")
+        yield scatter(points, f"{benchmark.upper()} yes-ratio, %", over, "Is a gain only a shift to yes?", line)
+    for benchmark, found, invented, what in (
+        ("chair", "recall", "chair_i", "CHAIR_i"),
+        ("amber", "cover", "chair", "CHAIR"),
+    ):
+        if benchmark not in data:
+            continue
         points = []
         for i, (run, each) in enumerate(runs.items()):
-            scores = each["chair"]["captions"]
-            x, y = 100 * scores["recall"], 100 * scores["chair_i"]
-            points.append(Point(i, run, x, y, *(_ends(v, scores, n) for v, n in ((x, "recall"), (y, "chair_i")))))
-        yield scatter(points, "CHAIR recall, %", "CHAIR_i, % (lower is better)", "Is a gain only saying less?")
+            scores = each[benchmark]["captions"]
+            x, y = 100 * scores[found], 100 * scores[invented]
+            points.append(Point(i, run, x, y, *(_ends(v, scores, n) for v, n in ((x, found), (y, invented)))))
+        title = "Is a gain only saying less?"
+        yield scatter(points, f"{benchmark.upper()} {found}, %", f"{what}, % (lower is better)", title)
     for benchmark, metric, sign, what in (
         ("pope", "accuracy", 1, "POPE accuracy, points gained"),
         ("chair", "chair_i", -1, "CHAIR_i, points fewer"),
@@ -180,6 +196,12 @@ def figures(results: Mapping[str, Any]) -> Iterator[str]:
                 points.append(Point(i, run, per_token[base] / per_token[run], 100 * sign * gain))
         if points:
             yield scatter(points, "time per token, baseline = 1", what, "What does it cost?", 1)
+
+
+def _apart(parts: Mapping[str, Any]) -> list[Any]:
+    """The part that has all answers, or else the parts that share none."""
+    whole = [parts[name] for name in ("questions", "overall") if name in parts]
+    return whole or [part for name, part in parts.items() if name not in mme.GROUPS]
 
 
 def _ends(value: float, scores: Mapping[str, Any], name: str) -> tuple[float, float] | None:
