@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 
 from vlm_fix import Method, VlmFixError, param
-from vlm_fix.families import Arch, image_cells
+from vlm_fix.families import image_cells
 from vlm_fix.session import PAD, VISUAL, Session
 
 
@@ -22,8 +22,9 @@ class CCA(Method):
 
     Source: arXiv 2410.15926; official code xing0047/cca-llava@8b5bb61. EXPERIMENTAL: the paper trains with these positions
     and this mask, an untrained model has never seen them, and nobody reports what they do to it. Here for any grid and
-    several images. The [L, L] boolean mask is formed once, as transformers does for a padded batch. Families with
-    3-D positions (M-RoPE) are refused: their image tokens are not numbered in reading order, which is what CCA undoes.
+    several images. The [L, L] boolean mask is formed once, as transformers does for a padded batch. The form for 3-D positions
+    (M-RoPE) is this project's extension: an image token is placed like a word, with p + r as its time, row and column, where
+    the model has (p, p + y, p + x) and goes on at p + max(h, w). Tokens of a ring then differ by content alone, as in the paper.
     """
 
     name: ClassVar[str] = "cca"
@@ -37,14 +38,6 @@ class CCA(Method):
     def neutral(self) -> bool:
         return not (self.positions or self.mask)
 
-    def resolve(self, arch: Arch) -> Method:
-        if arch.family.mrope:
-            raise VlmFixError(
-                f"cca re-numbers positions in reading order, but {arch.family.name} has 3-D positions (M-RoPE); use it with "
-                "a family such as llava."
-            )
-        return super().resolve(arch)
-
     def prepare(self, session: Session, kwargs: dict[str, Any]) -> dict[str, Any]:
         types, state = session.types, session.state(self)
         assert types is not None
@@ -54,14 +47,15 @@ class CCA(Method):
             shift = state.get("shift")
             if not self.positions or shift is None:
                 return kwargs
-            return {**kwargs, "position_ids": given_positions(session, kwargs) + shift}
+            return {**kwargs, "position_ids": moved(session, kwargs, shift)}
         session.need_whole_prompt(self.name)
         ring, image, shift = self.places(session)
         state["shift"] = shift[:, -1:]
         if self.mask:
             kwargs = {**kwargs, "attention_mask": self.allowed(session, kwargs, ring, image)}
         if self.positions:
-            kwargs = {**kwargs, "position_ids": given_positions(session, kwargs) + shift[:, session.start :]}
+            rows = slice(session.start, None)
+            kwargs = {**kwargs, "position_ids": moved(session, kwargs, shift[:, rows], image[:, rows])}
         return kwargs
 
     def places(self, session: Session) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -78,8 +72,9 @@ class CCA(Method):
             if places.min() < 0 or int(places[-1]) >= count or len(places) != int(places[-1] - places[0]) + 1:
                 raise VlmFixError("cca needs images whose tokens are one grid in reading order, as llava's.")
             ring[places], image[places] = border.flatten(), i + 1
-            ahead[places] = border.flatten() - torch.arange(len(places))
-            saved[places[-1]] = len(places) - (min(grid.shape) + 1) // 2
+            mrope = call.family.mrope
+            ahead[places] = border.flatten() - (0 if mrope else torch.arange(len(places)))
+            saved[places[-1]] = (max(grid.shape) if mrope else len(places)) - (min(grid.shape) + 1) // 2
         tokens = call.model.__dict__["_vlm_fix_engine"].tokens
         ring, image, ahead, saved = (session.on_images(v, tokens) for v in (ring, image, ahead, saved))
         return ring, image, ahead - (saved.cumsum(dim=1) - saved)
@@ -91,9 +86,8 @@ class CCA(Method):
         types, cache = session.types, kwargs.get("past_key_values")
         assert types is not None
         text = session.call.model.config.get_text_config()
-        if not isinstance(kwargs.get("attention_mask"), torch.Tensor | None) or set(
-            getattr(text, "layer_types", None) or ["full_attention"]
-        ) != {"full_attention"}:
+        full = set(getattr(text, "layer_types", None) or ["full_attention"]) == {"full_attention"}
+        if not (full and session.call.family.causal):
             raise VlmFixError(
                 "cca's mask needs full causal attention in every layer; use cca:mask=false on this model."
             )
@@ -106,9 +100,22 @@ class CCA(Method):
         return torch.nn.functional.pad(allowed, (0, max(0, width - types.shape[1])))[:, None]
 
 
-def given_positions(session: Session, kwargs: dict[str, Any]) -> torch.Tensor:
-    """[B or 1, q] position ids of this forward, as the model would count them."""
-    if kwargs.get("position_ids") is not None:
-        return kwargs["position_ids"]
-    assert session.types is not None
-    return torch.arange(session.start, session.types.shape[1], device=session.types.device)[None]
+def moved(
+    session: Session, kwargs: dict[str, Any], shift: torch.Tensor, image: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Position ids [B or 1, q] or, with M-RoPE, [3 or 4, B, q] of this forward, with `shift` [B, q or 1] added.
+
+    image [B, q]: in the prompt, > 0 for image tokens, whose three components all become the first, the image's place.
+    """
+    places = kwargs.get("position_ids")
+    if places is None:
+        assert session.types is not None
+        places = torch.arange(session.start, session.types.shape[1], device=session.types.device)[None]
+    if session.call.family.mrope and places.dim() == 3:
+        axes = places[-3:] if image is None else torch.where(image > 0, places[-3:-2], places[-3:])
+        return torch.cat([places[:-3], axes + shift])  # transformers puts the columns' own numbers first, for its masks
+    if session.call.family.mrope and image is not None:
+        raise VlmFixError(
+            "cca needs the prompt's 3-D positions: pass the processor's mm_token_type_ids, no position_ids."
+        )
+    return places + shift
