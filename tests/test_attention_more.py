@@ -664,13 +664,14 @@ def test_official_var_leak(family, model):
 
         def note(self, x, layer, session, original=VAR.watch):
             original(self, x, layer, session)
-            sinks.setdefault(id(session), {})[layer] = session.state(self)[layer].clone()
+            own = sinks.setdefault(id(session), (session, {}))[1]  # held: the next session may take a freed one's id
+            own[layer] = session.state(self)[layer].clone()
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(VAR, "watch", note)
             greedy(model, first)
             after = greedy(model, second)[1]
-        old, new = sinks.values()
+        (_, old), (_, new) = sinks.values()
         width = second["input_ids"].shape[1]
         assert any(not torch.equal(old[i][:, :width], new[i][:, :width]) for i in new), (
             "the samples must differ in sinks"
