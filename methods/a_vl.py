@@ -1,4 +1,4 @@
-"""A-VL: of the image's keys, many are stored and few are computed (Zhang et al., AAAI 2025)."""
+"""A-VL: of the image's keys, many are stored and few are computed; of the text's, few are kept (Zhang et al., AAAI 2025)."""
 
 from __future__ import annotations
 
@@ -8,77 +8,136 @@ from typing import Any, ClassVar
 import torch
 
 from vlm_fix import param
-from vlm_fix.families import Arch
-from vlm_fix.pruning.after import share_of
-from vlm_fix.pruning.kv import Cached, CachePruner
-from vlm_fix.session import TEXT, VISUAL, Session, View
+from vlm_fix.pruning.after import received, share_of
+from vlm_fix.pruning.kv import Cached, CachePruner, SplitLayer, lay_aside, shorten, take_back
+from vlm_fix.session import PAD, VISUAL, Session
 
 
 @dataclass(frozen=True)
 class AVL(CachePruner):
-    """Each layer stores the image keys that the prompt's last token looks at most, and mostly computes the best of them.
+    """Each layer stores the image keys it looks at most, mostly computes the best of them, and forgets text unlooked at.
 
-    With a_j the head-mean attention of a layer's newest row to image column j: after the prompt the top `keep` of each
-    image are stored (the secondary cache), the rest is deleted. Of the stored ones, the top `core` share (the core
-    cache) takes part in attention; every `every`-th step all of them do, and the core is picked anew from that row.
+    Image: a_j is a layer's head-mean attention from its newest row to image column j of N. After the prompt the top `keep`
+    of each image are stored (the secondary cache), the rest is deleted. The top `core` N of those (the core cache) take
+    part in attention; every `every`-th step all that are stored do, and the core is picked anew from that row. The others
+    lie beside the cache meanwhile: no step reads them.
 
-    Source: arXiv 2409.14846; the released README's flags (half deleted, 60 % skipped, from layer 3 on); its forward pass
-    was not at hand. Ambiguities, hence parameters: whether 60 % is of the stored or of all tokens (here: stored), how
-    often the core is refreshed, the layers. Not done: the paper's adaptive text attention. Skipped columns are masked:
-    the answer is the method's, but without the paper's CUDA operator no arithmetic is saved, only memory.
+    Text after the last image, on by default: r_hj is the attention that column j got in key-value head h since it was
+    there, from the prompt's text rows and the answer's. After the prompt and every `text_every`-th step, if a layer holds
+    more than n = max(text_start, text_keep T) of the T text columns so far, each head keeps the newest n - [heavy n] and,
+    of those before, the [heavy n] with the highest r (H2O, arXiv 2306.14048). Columns between refreshes of the core count
+    as read, so r stands still for none.
+
+    Source: arXiv 2409.14846; 2147483647-2/A-VL@8932507 (run with its flags' defaults: half deleted, 60 % not computed,
+    half of the text, at least 20, 70 % of it heavy; refresh 3 as in its README and scripts). There `core` is of all image
+    tokens, as here; all layers take part; prompt rows count; r is summed in each head. Deviations: `text_every` 8 is its
+    flag's value, but its forward evicts at every step (text_every=1); it masks what the paper's CUDA operator skips; shares
+    are rounded, its are cut off; with several images text between them stays. Its other option, dropping image tokens in
+    the prompt after layer 3, is `fastv`'s. Ties go to the lower index.
     """
 
     name: ClassVar[str] = "a_vl"
     paper: ClassVar[str] = "https://arxiv.org/abs/2409.14846"
 
-    core: float = param(0.4, "share of the stored image columns that a step computes", low=0, high=1)
-    every: int = param(8, "steps after which all stored columns are computed once and the core is picked anew", low=1)
+    core: float = param(0.4, "share of the image columns that a step computes, of those stored", low=0, high=1)
+    every: int = param(3, "steps after which all stored columns are computed once and the core is picked anew", low=1)
+    text_keep: float = param(0.5, "share of the text after the image that is kept; 1 keeps all", low=0, high=1)
+    text_start: int = param(20, "text columns that are always kept", low=1)
+    text_every: int = param(8, "steps from one eviction of text to the next", low=1)
+    heavy: float = param(0.7, "share of the kept text that is chosen by attention; the rest is the newest", low=0, high=1)
 
-    def defaults(self, arch: Arch) -> dict[str, Any]:
-        return {"layers": f"{min(3, arch.depth - 1)}-"}
+    @property
+    def splits(self) -> bool:
+        """True if some steps compute less than is stored."""
+        return self.every > 1 and not (self.core == 1 or self.core >= self.keep)
 
     @property
     def neutral(self) -> bool:
-        return self.keep == 1 and (self.core == 1 or self.every == 1)
+        return self.keep == 1 and not self.wanders
 
     @property
     def wanders(self) -> bool:
-        return not (self.core == 1 or self.every == 1)
+        return self.splits or self.text_keep < 1
 
     def scores(self, cached: Cached) -> torch.Tensor:
         return cached.last_row()[:, None]
 
-    def first_pick(self, cached: Cached, scores: torch.Tensor, view: View) -> None:
-        self.choose(cached.session, cached.layer, scores)
-
-    def picked(self, session: Session, layer: int) -> torch.Tensor | None:
-        core = session.state(self).get(layer)
+    def step(self, session: Session) -> int:
+        """1 for the first step after the prompt."""
         assert session.prompt_len is not None
-        if (
-            core is None
-            or not self.wanders
-            or session.length > 1
-            or (session.start - session.prompt_len + 1) % self.every == 0
-        ):
-            return None
-        types = session.at(layer).types
-        assert types is not None
-        core = torch.nn.functional.pad(core, (0, types.shape[1] - core.shape[1]))
-        return core | (types.to(core.device) == TEXT)
+        return session.start - session.prompt_len + 1
 
-    def pick(self, session: Session, layer: int, weights: Any) -> None:
-        assert session.prompt_len is not None
-        if (session.start - session.prompt_len + 1) % self.every == 0:
-            self.choose(session, layer, weights())
+    def state(self, session: Session, i: int) -> dict[str, Any]:
+        return session.state(self).setdefault(i, {})
 
-    def choose(self, session: Session, layer: int, weights: torch.Tensor) -> None:
-        """state[layer] = [B, m] the core among the image columns, by `weights` [B, m]; all images together."""
-        types = session.at(layer).types
-        assert types is not None
+    def whole(self, session: Session) -> bool:
+        """True if this forward computes all that is stored: a refresh, or several rows at once."""
+        return self.step(session) % self.every == 0 or session.length > 1
+
+    def before_step(self, session: Session, i: int, layer: SplitLayer) -> None:
+        if self.whole(session):
+            take_back(session, i, layer, self.state(session, i))
+
+    def after_prompt(self, cached: Cached, scores: torch.Tensor, layer: SplitLayer) -> None:
+        session, state = cached.session, self.state(cached.session, cached.layer)
+        if self.splits:
+            self.lay_aside(session, cached.layer, layer, scores)
+        if self.text_keep < 1:
+            texts, n = torch.tensor(self.texts(session)), cached.valid.shape[1]
+            rows = (torch.arange(n) >= n - texts[:, None]).to(cached.valid.device)
+            state["received"] = received(cached.seen, rows, cached.valid)[..., n - int(texts.max()) :]
+            state["gone"] = torch.zeros_like(texts)
+            self.evict(session, cached.layer, layer, state)
+
+    def after_step(self, cached: Cached, layer: SplitLayer) -> None:
+        session, state = cached.session, self.state(cached.session, cached.layer)
+        whole = self.splits and self.whole(session)
+        if not whole and self.text_keep == 1:
+            return
+        rows = cached.step_rows()
+        if whole:
+            self.lay_aside(session, cached.layer, layer, rows[:, :, -1].mean(dim=1))
+        if self.text_keep < 1:
+            count, heads = rows.shape[2], layer.keys.shape[1]
+            before = torch.nn.functional.pad(state["received"], (0, count))
+            state["received"] = before + rows.unflatten(1, (heads, -1)).sum(dim=(2, 3))[..., -before.shape[2] :]
+            if self.step(session) % self.text_every == 0:
+                self.evict(session, cached.layer, layer, state)
+
+    def texts(self, session: Session) -> list[int]:
+        """Text columns after each row's last image so far, evicted or not; 0 for a row without an image."""
+        assert session.types is not None
+        return [session.types.shape[1] - 1 - last if last >= 0 else 0 for last in session.last_visual]
+
+    def lay_aside(self, session: Session, i: int, layer: SplitLayer, weights: torch.Tensor) -> None:
+        """Pick the core among the image columns that layer i holds by `weights` [B, m], all images together."""
+        types = session.at(i).types
+        assert types is not None and session.types is not None
         visual = (types == VISUAL).to(weights.device)
         core = torch.zeros_like(visual)
-        for row in range(len(visual)):
+        for row, total in enumerate((session.types == VISUAL).sum(dim=1).tolist()):
             columns = visual[row].nonzero()[:, 0]
             order = weights[row, columns].sort(descending=True, stable=True).indices
-            core[row, columns[order[: share_of(self.core, len(columns))]]] = True
-        session.state(self)[layer] = core
+            core[row, columns[order[: share_of(self.core, total)]]] = True
+        lay_aside(session, i, layer, core, self.state(session, i))
+
+    def evict(self, session: Session, i: int, layer: SplitLayer, state: dict[str, torch.Tensor]) -> None:
+        """Drop the text columns that were looked at least; state["received"] [B, Hkv, t] ends where layer i's columns do."""
+        got, texts = state["received"], self.texts(session)
+        budgets = [max(round(self.text_keep * t), self.text_start) for t in texts]
+        count, budget = torch.tensor(texts) - state["gone"], torch.tensor(budgets)
+        heavy = torch.tensor([int(self.heavy * b) for b in budgets])
+        if bool((count <= budget).all()):
+            return
+        age = torch.arange(got.shape[2], 0, -1)
+        old = (age > (budget - heavy)[:, None]) & (age <= count[:, None]) & (count > budget)[:, None]
+        old, heavy = old[:, None].to(got.device), heavy[:, None, None].to(got.device)
+        rank = got.masked_fill(~old, -torch.inf).argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+        types = session.at(i).types
+        assert types is not None
+        ahead = (types.shape[1] - got.shape[2], 0)
+        gone = torch.nn.functional.pad(old & (rank >= heavy), ahead)
+        index = shorten(session, i, layer, (types.to(got.device) != PAD)[:, None] & ~gone)
+        count = torch.minimum(count, budget)
+        state["gone"] = torch.tensor(texts) - count
+        state["received"] = torch.nn.functional.pad(got, ahead).gather(2, index)[..., -int(count.max()) :]

@@ -230,21 +230,35 @@ class Session:
         """The session as `layer` sees it: other columns, if tokens were dropped before it; the same states."""
         return self.views.get(layer, self)
 
-    def drop(self, layers: Iterable[int], index: torch.Tensor, mask: torch.Tensor) -> View:
-        """From now on `layers` have only the columns `index` [B, n] of what the first of them had (mask: not padding)."""
+    def drop(self, layers: Iterable[int], index: torch.Tensor, mask: torch.Tensor, rows: bool = True) -> View:
+        """From now on `layers` have only the columns `index` [B, n] of what the first of them had (mask: not padding).
+
+        rows: this forward's hidden states lose them too, not only the cache.
+        """
         layers = list(layers)
         before = self.at(layers[0])
-        assert before.types is not None and before.prompt_len is not None and self.types is not None
+        assert before.types is not None
         types = torch.where(mask, before.types.gather(1, index), PAD).to(before.types.dtype)
-        whole = before.index.gather(1, index) if isinstance(before, View) else index
-        dropped = self.types.shape[1] - index.shape[1]
+        return self.show(layers, before.places().gather(1, index), types, rows)
+
+    def show(self, layers: Iterable[int], places: torch.Tensor, types: torch.Tensor, rows: bool = True) -> View:
+        """From now on `layers` have the columns `places` [B, n] of the whole session, with `types` [B, n]; see `drop`."""
+        assert self.types is not None
+        dropped = self.types.shape[1] - places.shape[1]
         view = View(
-            self.call, self.branch, states=self.states, parent=self, index=whole, dropped=dropped, plain=self.plain
+            self.call, self.branch, states=self.states, parent=self, index=places, dropped=dropped, plain=self.plain
         )
         view.prompt_len = self.prompt_len - dropped if self.prompt_len is not None else None
         view.advance(0, types)
+        if not rows:
+            view.start, view.length = self.start - dropped, self.length
         self.views.update(dict.fromkeys(layers, view))
         return view
+
+    def places(self) -> torch.Tensor:
+        """[B, n] the whole session's column that each column is."""
+        assert self.types is not None
+        return torch.arange(self.types.shape[1], device=self.types.device).expand_as(self.types)
 
     def translate(self, mask: torch.Tensor, made: Session) -> torch.Tensor:
         """[B, m] over the columns of `made` -> over this session's columns; 0 for those that `made` does not have."""
@@ -316,6 +330,9 @@ class View(Session):
     def whole(self) -> Session:
         assert self.parent is not None
         return self.parent
+
+    def places(self) -> torch.Tensor:
+        return torch.cat([self.index, super().places()[:, self.index.shape[1] :] + self.dropped], dim=1)
 
     def attention_mask(self, device: torch.device) -> torch.Tensor | None:
         """[B, 1, q, K] True where this forward's rows may look; None if that is plain causal attention."""

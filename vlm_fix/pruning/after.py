@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -87,35 +87,49 @@ def rows_attention(seen: Seen, rows: torch.Tensor, valid: torch.Tensor) -> torch
 
     rows, valid [B, n]. Only the chosen rows are ever formed, in chunks; shorter samples end in rows of zeros.
     """
+    return torch.cat([a.mean(dim=1) for a in attention_chunks(seen.attn, *_chosen(seen, rows, valid))], dim=1)
+
+
+def received(seen: Seen, rows: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """[B, Hkv, n] causal softmax attention that columns get from chosen rows: summed over them and a key head's queries.
+
+    rows, valid [B, n]; float32, in chunks as in `rows_attention`.
+    """
+    chosen = _chosen(seen, rows, valid)
+    heads = chosen[3].shape[1]
+    parts = [a.unflatten(1, (heads, -1)).sum(dim=(2, 3)) for a in attention_chunks(seen.attn, *chosen)]
+    return torch.stack(parts).sum(dim=0)
+
+
+def _chosen(seen: Seen, rows: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What `attention_chunks` takes for chosen rows; the rows that a sample has less than others may look nowhere."""
     attn, x = seen.attn, seen.x
-    count = int(rows.sum(dim=1).max())
+    count = max(1, int(rows.sum(dim=1).max()))
     index = rows.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :count]  # [B, R], chosen ones first
     real = rows.gather(1, index)
     cos, sin = (t.expand(len(x), -1, -1) for t in seen.rotary)
     keys = rotated(attn, unrotated(attn, x, "k"), cos, sin) if seen.keys is None else seen.keys
     picked, cos, sin = (t.gather(1, index[..., None].expand(-1, -1, t.shape[-1])) for t in (x, cos, sin))
     columns = torch.arange(x.shape[1], device=x.device)
-    allowed = (columns <= index[..., None]) & valid[:, None]
-    return attention_of(attn, picked, cos, sin, keys, allowed) * real[..., None]
+    return picked, cos, sin, keys, (columns <= index[..., None]) & valid[:, None] & real[..., None]
 
 
-def attention_of(
+def attention_chunks(
     attn: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, keys: torch.Tensor, allowed: torch.Tensor
-) -> torch.Tensor:
-    """Softmax attention of rows x [B, R, C], with their rotary tables, to keys [B, Hkv, n, D]: mean over heads [B, R, n].
+) -> Iterator[torch.Tensor]:
+    """Softmax attention of rows x [B, R, C], with their rotary tables, to keys [B, Hkv, n, D]: [B, H, r, n] at a time.
 
     allowed [B, R, n]. In float32, chunk by chunk of rows; a row without any allowed column is zero.
     """
     query = rotated(attn, unrotated(attn, x), cos, sin)
     batch, heads, count, dim = query.shape
-    keys, parts = keys.float().transpose(2, 3), []
+    keys = keys.float().transpose(2, 3)
     step = max(1, CHUNK_BYTES // (4 * batch * heads * keys.shape[-1]))
     for i in range(0, count, step):
         part = query[:, :, i : i + step].float().reshape(batch, keys.shape[1], -1, dim)
         z = (part @ keys).view(batch, heads, -1, keys.shape[-1]) * attn.scaling
         z = z.masked_fill(~allowed[:, None, i : i + step], -torch.inf)
-        parts.append(z.softmax(dim=-1).nan_to_num(0.0).mean(dim=1))
-    return torch.cat(parts, dim=1)
+        yield z.softmax(dim=-1).nan_to_num(0.0)
 
 
 def unrotated(attn: Any, x: torch.Tensor, what: str = "q") -> torch.Tensor:

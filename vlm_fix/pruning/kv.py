@@ -1,7 +1,8 @@
 """Dropping the keys and values of visual tokens, layer by layer and head by head, once the prompt has been read.
 
 The prompt itself is computed in full; a hook on each self-attention then thins out its cache, and later steps get a mask
-of their own. Every layer keeps reporting the sequence's length, so that generate counts as before.
+of their own. Every layer keeps reporting the sequence's length, so that generate counts as before. A method may thin out
+further as the answer grows, and lay columns aside that only some steps compute.
 """
 
 from __future__ import annotations
@@ -14,18 +15,21 @@ import torch
 
 from ..errors import VlmFixError
 from ..method import Layers, Method, param
-from ..session import PAD, Session, View, left_pack
-from .after import Seen, ShortLayer, attention_of, check_model, rows_attention, share_of, top_per_image
+from ..session import PAD, VISUAL, Session, View, left_pack
+from .after import Seen, ShortLayer, attention_chunks, check_model, rows_attention, share_of, top_per_image
 
 
 @dataclass
 class Cached:
-    """One layer after the prompt, as a CachePruner sees it: n columns, left-padded; keys are rotated."""
+    """One layer after its self-attention, as a CachePruner sees it: n columns, left-padded; keys are rotated.
+
+    After the prompt `keys` and `values` are all of it, whatever was dropped since; after a later step what it computed.
+    """
 
     engine: Any
     layer: int
     session: Session
-    seen: Seen  # seen.x [B, n, C]: what went into self-attention
+    seen: Seen  # seen.x [B, q, C]: what went into self-attention; after the prompt q = n
     keys: torch.Tensor  # [B, Hkv, n, D]
     values: torch.Tensor  # [B, Hkv, n, D]
     valid: torch.Tensor  # [B, n] False on padding
@@ -36,6 +40,14 @@ class Cached:
         assert self.session.prompt_len is not None
         rows[:, self.session.prompt_len - 1] = True
         return rows_attention(self.seen, rows, self.valid)[:, 0]
+
+    def step_rows(self) -> torch.Tensor:
+        """[B, H, q, n] softmax attention of the rows of a step after the prompt."""
+        cos, sin = (t.expand(len(self.seen.x), -1, -1) for t in self.seen.rotary)
+        count, n = self.seen.x.shape[1], self.valid.shape[1]
+        columns = torch.arange(n, device=self.valid.device)
+        allowed = self.valid[:, None] & (columns <= columns[n - count :, None])
+        return torch.cat([*attention_chunks(self.seen.attn, self.seen.x, cos, sin, self.keys, allowed)], dim=2)
 
 
 @dataclass(frozen=True)
@@ -61,15 +73,42 @@ class CachePruner(Method):
         """[B, Hkv, n] or [B, 1, n] (the same choice in all heads); the highest of each image's columns are kept."""
         raise NotImplementedError
 
-    def first_pick(self, cached: Cached, scores: torch.Tensor, view: View) -> None:
-        """After a layer's cache was pruned to the columns of `view`; scores are those columns' [B, m]."""
+    def before_step(self, session: Session, i: int, layer: SplitLayer) -> None:
+        """If it wanders: before layer i computes a step after the prompt."""
 
-    def picked(self, session: Session, layer: int) -> torch.Tensor | None:
-        """[B, m] which columns of session.at(layer) this decode step computes; None: all."""
-        return None
+    def after_prompt(self, cached: Cached, scores: torch.Tensor, layer: SplitLayer) -> None:
+        """If it wanders: `layer` was pruned to the columns of session.at(i), whose scores are [B, m]."""
 
-    def pick(self, session: Session, layer: int, weights: Any) -> None:
-        """After a decode step; weights() -> [B, m] attention of the new row, mean over heads."""
+    def after_step(self, cached: Cached, layer: SplitLayer) -> None:
+        """If it wanders: after a step's self-attention over the columns of session.at(i)."""
+
+
+class SplitLayer(ShortLayer):
+    """A ShortLayer that can lay columns aside: `keys` and `values` are what a step computes, the rest stays stored."""
+
+    aside: tuple[torch.Tensor, torch.Tensor] | None = None  # keys, values [B, Hkv, r, D]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        if self.aside:
+            keys, values = (t.repeat_interleave(repeats, dim=0) for t in self.aside)
+            self.aside = keys, values
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove:
+            raise VlmFixError(_ONE_WAY)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:  # type: ignore[override]
+        raise VlmFixError(_ONE_WAY)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        raise VlmFixError(_ONE_WAY)
+
+
+_ONE_WAY = (
+    "this pruner chooses what a step computes by the steps before it, so that its cache cannot be rolled back, nor its "
+    "rows moved: decode greedily or by sampling, or take another pruner."
+)
 
 
 def install(engine: Any) -> list[Any]:
@@ -78,31 +117,31 @@ def install(engine: Any) -> list[Any]:
     check_model(engine, cacher, prompt=False)
 
     def enter(i: int, module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-        session = engine.session
+        session, cache = engine.session, kwargs.get("past_key_values")
         if session is None or session.plain or not session.start or not isinstance(session.at(i), View):
             return None
-        view, x = session.at(i), args[0] if args else kwargs["hidden_states"]
-        mask, chosen = view.attention_mask(x.device), cacher.picked(session, i)
-        if chosen is not None:
-            chosen = chosen.to(x.device)[:, None, None]
-            mask = chosen if mask is None else mask & chosen
-        return args, {**kwargs, "attention_mask": mask, "position_ids": None}
+        if cacher.wanders:
+            cacher.before_step(session, i, cache.layers[i])
+        x = args[0] if args else kwargs["hidden_states"]
+        return args, {**kwargs, "attention_mask": session.at(i).attention_mask(x.device), "position_ids": None}
 
     def leave(i: int, attn: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         session, cache = engine.session, kwargs.get("past_key_values")
         if session is None or session.plain or max(session.last_visual) < 0:
             return
-        x = args[0] if args else kwargs["hidden_states"]
-        if session.start:
-            view = session.at(i)
-            if isinstance(view, View) and session.length == 1:
-                assert view.types is not None and cache is not None
-                seen = (view.types != PAD).to(x.device)[:, None]
-                cacher.pick(session, i, lambda: _new_row(attn, x, kwargs, cache.layers[i].keys, seen))
+        if session.start and not (cacher.wanders and isinstance(session.at(i), View)):
             return
         if cache is None:
             raise VlmFixError(f"{cacher.name} prunes the cache, but this call has none: drop use_cache=False.")
-        prune(engine, session, i, cache, Seen(attn, x, kwargs["position_embeddings"], cache.layers[i].keys))
+        x, layer = args[0] if args else kwargs["hidden_states"], cache.layers[i]
+        types = session.at(i).types if session.start else session.types
+        seen = Seen(attn, x, kwargs["position_embeddings"], layer.keys)
+        cached = Cached(engine, i, session, seen, layer.keys, layer.values, types.to(x.device) != PAD)
+        with torch.no_grad():
+            if session.start:
+                cacher.after_step(cached, layer)
+            else:
+                cache.layers[i] = prune(cached, layer)
 
     layers = [(i, engine.language.layers[i]) for i in cacher.layers]
     return [
@@ -111,30 +150,68 @@ def install(engine: Any) -> list[Any]:
     ]
 
 
-def _new_row(attn: Any, x: torch.Tensor, kwargs: Any, keys: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
-    cos, sin = (t.expand(len(x), -1, -1) for t in kwargs["position_embeddings"])
-    return attention_of(attn, x, cos, sin, keys, allowed)[:, 0]
-
-
-@torch.no_grad()
-def prune(engine: Any, session: Session, i: int, cache: Any, seen: Seen) -> None:
-    """Thin out layer `i` of the cache; session.views[i] tells its columns from then on."""
-    cacher, layer = engine.cacher, cache.layers[i]
-    assert session.types is not None and session.images is not None
-    ShortLayer.of(layer, 0)  # refuses what cannot be thinned out, before anything is
-    types, images = session.types.to(seen.x.device), session.images.to(seen.x.device)
-    cached = Cached(engine, i, session, seen, layer.keys, layer.values, types != PAD)
+def prune(cached: Cached, layer: Any) -> ShortLayer:
+    """The cache layer after the prompt, thinned out; session.views[i] tells its columns from then on."""
+    cacher, session = cached.engine.cacher, cached.session
+    short = (SplitLayer if cacher.wanders else ShortLayer).of(layer, 0)  # refuses what cannot be thinned out
+    assert session.images is not None
+    images = session.images.to(cached.valid.device)
     scores = cacher.scores(cached)
     quota = functools.partial(share_of, cacher.keep)
-    stays = (images == 0) & (types != PAD)
+    stays = (images == 0) & cached.valid
     keep = torch.stack([top_per_image(s, images, images, quota) | stays for s in scores.unbind(dim=1)], dim=1)
-    index, mask = left_pack(keep.flatten(0, 1))  # every head keeps the same number of a row's columns
-    index, mask = index.view(*keep.shape[:2], -1), mask.view(*keep.shape[:2], -1)
-    view = session.drop([i], index[:, 0].to(session.types.device), mask[:, 0].to(session.types.device))
-    cacher.first_pick(cached, scores[:, 0].gather(1, index[:, 0]), view)
-    if not view.dropped:
+    index = shorten(session, cached.layer, short, keep)
+    if cacher.wanders:
+        cacher.after_prompt(cached, scores[:, 0].gather(1, index[:, 0]), short)
+    return short
+
+
+def shorten(session: Session, i: int, layer: ShortLayer, keep: torch.Tensor) -> torch.Tensor:
+    """Leave layer i the columns `keep` [B, Hkv or 1, n] of those it has, as many of a row in every head.
+
+    -> [B, Hkv or 1, m] which these were; session.at(i) tells the first head's.
+    """
+    index, mask = (t.view(*keep.shape[:2], -1) for t in left_pack(keep.flatten(0, 1)))
+    device = session.at(i).places().device
+    layer.dropped = session.drop([i], index[:, 0].to(device), mask[:, 0].to(device), rows=False).dropped
+    if not torch.equal(index, torch.arange(keep.shape[2], device=index.device).expand_as(keep)):
+        layer.keys, layer.values = take(layer.keys, index), take(layer.values, index)
+    return index
+
+
+def take(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Columns `index` [B, Hkv or 1, m] of x [B, Hkv, n, D]."""
+    return x.gather(2, index.expand(-1, x.shape[1], -1)[..., None].expand(-1, -1, -1, x.shape[-1]))
+
+
+def lay_aside(session: Session, i: int, layer: SplitLayer, core: torch.Tensor, state: dict[str, torch.Tensor]) -> None:
+    """The next steps compute text and the visual columns `core` [B, m] alone; `state` remembers what else is stored."""
+    view = session.at(i)
+    assert view.types is not None
+    types = view.types.to(core.device)
+    away = (types == VISUAL) & ~core
+    if not away.any():
         return
-    index = index.expand(-1, layer.keys.shape[1], -1)[..., None]
-    short = ShortLayer.of(layer, view.dropped)
-    short.keys, short.values = (t.gather(2, index.expand(-1, -1, -1, t.shape[-1])) for t in (layer.keys, layer.values))
-    cache.layers[i] = short
+    index, state["real"] = left_pack(away)
+    state["places"] = view.places().to(core.device).gather(1, index)
+    layer.aside = take(layer.keys, index[:, None]), take(layer.values, index[:, None])
+    shorten(session, i, layer, ((types != PAD) & ~away)[:, None])
+
+
+def take_back(session: Session, i: int, layer: SplitLayer, state: dict[str, torch.Tensor]) -> None:
+    """The coming step computes all that is stored, in order again."""
+    if layer.aside is None:
+        return
+    view = session.at(i)
+    assert view.types is not None
+    device, types = view.types.device, view.types
+    stored = state.pop("real").to(device)
+    real = torch.cat([stored, types != PAD], dim=1)
+    types = torch.cat([stored.to(types.dtype) * VISUAL, types], dim=1)
+    places = torch.cat([state.pop("places").to(device), view.places()], dim=1)
+    order = torch.where(real, places, -1).argsort(dim=1, stable=True)[:, -int(real.sum(dim=1).max()) :]
+    layer.dropped = session.show([i], places.gather(1, order), types.gather(1, order), rows=False).dropped
+    order = order[:, None, : -session.length].to(layer.keys.device)  # the new columns are not in the cache yet
+    parts = zip(layer.aside, (layer.keys, layer.values), strict=True)
+    layer.keys, layer.values = (take(torch.cat(part, dim=2), order) for part in parts)
+    layer.aside = None
