@@ -44,6 +44,7 @@ from vlm_fix import registry
 from vlm_fix.errors import VlmFixError
 from vlm_fix.method import AttentionEdit, Method, TokenPruner
 from vlm_fix.pruning.kv import CachePruner
+from vlm_fix.session import VISUAL
 
 KINDS = ("attention", "decode", "prune")
 IMAGE, PAD = 3, 0
@@ -335,14 +336,20 @@ def measure(
 
 
 def _cache(model: Any, inputs: dict[str, Any], extra: dict[str, Any]) -> tuple[float | None, float | None]:
-    """Visual columns in the cache after the prefill, mean over layers, and its size in MB."""
+    """Visual columns stored after the prefill, mean over layers, and the cache's size in MB, columns laid aside included."""
     out = model.generate(**inputs, max_new_tokens=1, do_sample=False, return_dict_in_generate=True, **extra)
     layers = getattr(getattr(out, "past_key_values", None), "layers", None)
     if not layers or not all(isinstance(layer.keys, torch.Tensor) for layer in layers):
         return None, None
-    text = int((inputs["input_ids"] != IMAGE).sum())
-    kept = statistics.mean(layer.keys.shape[-2] - text for layer in layers)
-    return kept, sum(x.numel() * x.element_size() for layer in layers for x in (layer.keys, layer.values)) / 1e6
+    engine, aside = model.__dict__.get("_vlm_fix_engine"), [getattr(layer, "aside", None) or () for layer in layers]
+    session = engine and engine.sessions.get(out.past_key_values)
+    if session:
+        visual = [int((session.at(i).types == VISUAL).sum()) for i in range(len(layers))]
+    else:
+        visual = [layer.keys.shape[-2] - int((inputs["input_ids"] != IMAGE).sum()) for layer in layers]
+    kept = statistics.mean(n + (parts[0].shape[-2] if parts else 0) for n, parts in zip(visual, aside, strict=True))
+    tensors = [x for layer, parts in zip(layers, aside, strict=True) for x in (layer.keys, layer.values, *parts)]
+    return kept, sum(x.numel() * x.element_size() for x in tensors) / 1e6
 
 
 def methods_of(kind: str, depth: int = 8) -> list[str]:

@@ -44,7 +44,9 @@ class AVL(CachePruner):
     text_keep: float = param(0.5, "share of the text after the image that is kept; 1 keeps all", low=0, high=1)
     text_start: int = param(20, "text columns that are always kept", low=1)
     text_every: int = param(8, "steps from one eviction of text to the next", low=1)
-    heavy: float = param(0.7, "share of the kept text that is chosen by attention; the rest is the newest", low=0, high=1)
+    heavy: float = param(
+        0.7, "share of the kept text that is chosen by attention; the rest is the newest", low=0, high=1
+    )
 
     @property
     def splits(self) -> bool:
@@ -98,7 +100,7 @@ class AVL(CachePruner):
         if whole:
             self.lay_aside(session, cached.layer, layer, rows[:, :, -1].mean(dim=1))
         if self.text_keep < 1:
-            count, heads = rows.shape[2], layer.keys.shape[1]
+            count, heads = rows.shape[2], cached.keys.shape[1]
             before = torch.nn.functional.pad(state["received"], (0, count))
             state["received"] = before + rows.unflatten(1, (heads, -1)).sum(dim=(2, 3))[..., -before.shape[2] :]
             if self.step(session) % self.text_every == 0:

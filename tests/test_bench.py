@@ -48,14 +48,16 @@ def test_peak_memory_counts_what_is_held_at_once():
 
 @pytest.mark.parametrize("shape", ["small", "small-qwen"])
 def test_pruning_figures(shape):
-    got = bench.run("prune", shape, ["hiprune", "random_tokens", "fastv", "knorm"], new_tokens=3, rounds=1, keep=(9,))
-    base, hiprune, control, fastv, knorm = got["rows"]
+    specs = ["hiprune", "random_tokens", "fastv", "knorm", "a_vl:core=0.1,text_start=3"]
+    got = bench.run("prune", shape, specs, new_tokens=3, rounds=1, keep=(9,))
+    base, hiprune, control, fastv, knorm, a_vl = got["rows"]
     assert fastv["scoring"] is None and knorm["scoring"] == pytest.approx(knorm["seconds"] - base["seconds"])
     assert 9 < fastv["kept"] < 36 and knorm["kept"] == 9
     assert (got["visual_tokens"], got["prompt_tokens"]) == (36, 47)
     assert (base["kept"], hiprune["kept"], control["kept"]) == (36, 9, 9)
     per_column = 3 * 2 * 2 * 8 * 4 / 1e6  # layers, keys and values, heads, head size, bytes
     assert base["kv_mb"] == pytest.approx(47 * per_column) and hiprune["kv_mb"] == pytest.approx(20 * per_column)
+    assert a_vl["kept"] == 9 and a_vl["kv_mb"] == pytest.approx(17 * per_column), "laid aside is stored, evicted is not"
     assert control["scoring"] == 0 and hiprune["scoring"] == pytest.approx(hiprune["seconds"] - control["seconds"])
     assert all(row["speed"] > 0 and row["peak_mb"] > 0 for row in got["rows"])
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import ClassVar
 
 import families
 import pytest
@@ -13,6 +15,8 @@ from test_pruning_after import STEPS, Slow, quota
 from test_pruning_methods import ranked
 
 import vlm_fix
+from vlm_fix.attention import function
+from vlm_fix.method import HiddenEdit
 from vlm_fix.pruning.after import ShortLayer
 
 
@@ -21,7 +25,7 @@ class SlowCache(Slow):
 
     def __init__(self, family, model, inputs, method, choose):
         super().__init__(family, model, inputs, (), choose)
-        self.method, self.normed = method, {}
+        self.method, self.normed, self.kv_heads = method, {}, model.config.get_text_config().num_key_value_heads
         self.visual = {j for image in self.images for j in image}
 
     def hook(self, i):
@@ -44,15 +48,47 @@ class SlowCache(Slow):
         return z
 
     def wander(self, layer, z, stored):
-        """A-VL: most answer rows see the core alone; every `every`-th sees all that is stored and picks the core anew."""
-        count = quota(self.method.core, len(stored))
-        core = ranked(self.seen_by(layer, self.last), sorted(stored))[:count]
-        for r in range(self.last + 1, z.shape[2]):
-            if (r - self.last) % self.method.every:
+        """A-VL, row by row of the answer: most see the core of the image alone, and each head forgets text of its own."""
+        m, last = self.method, self.last
+        core = ranked(self.seen_by(layer, last), sorted(stored))[: quota(m.core, len(self.visual))]
+        text = [list(self.question) for _ in range(self.kv_heads)]
+        got = [[0.0] * z.shape[-1] for _ in text]
+        groups = z.shape[1] // len(text)
+
+        def look(r, g):
+            for h in range(g * groups, (g + 1) * groups):
+                for j, w in enumerate(z[0, h, r, : r + 1].softmax(-1).tolist()):
+                    got[g][j] += w
+
+        def forget(r):
+            total = r + 1 - self.question[0]
+            n = max(round(m.text_keep * total), m.text_start)
+            newest = n - int(m.heavy * n)
+            for g in range(len(text)):
+                if len(text[g]) > n:
+                    old, recent = text[g][: len(text[g]) - newest], text[g][len(text[g]) - newest :]
+                    text[g] = sorted(ranked(got[g], old)[: n - newest]) + recent
+
+        for g in range(len(text)):
+            for r in self.question:
+                look(r, g)
+        if m.text_keep < 1:
+            forget(last)
+        for r in range(last + 1, z.shape[2]):
+            for g in range(len(text)):
+                text[g].append(r)
+                gone = [j for j in range(self.question[0], r) if j not in text[g]]
+                z[0, g * groups : (g + 1) * groups, r, gone] = -torch.inf
+            whole = m.core >= 1 or (r - last) % m.every == 0
+            if not whole:
                 z[0, :, r, sorted(self.visual - set(core))] = -torch.inf
-            else:
+            for g in range(len(text)):
+                look(r, g)
+            if whole:
                 row = z[0, :, r, : r + 1].softmax(-1).mean(0)
-                core = ranked(row, sorted(stored))[:count]
+                core = ranked(row, sorted(stored))[: quota(m.core, len(self.visual))]
+            if m.text_keep < 1 and (r - last) % m.text_every == 0:
+                forget(r)
 
 
 def per_image(run, scores):
@@ -122,10 +158,12 @@ SPECS = {
     "expected_attention:keep=3": expected_attention,
     "expected_attention:keep=0.2,heads=mean,future=7,sinks=6,epsilon=0.1,covariance=false": expected_attention,
     "expected_attention:keep=4,value_norm=false,layers=0": expected_attention,
-    "a_vl:keep=6,every=2,layers=0-": a_vl,
-    "a_vl:core=1,keep=0.2": a_vl,
+    "a_vl:core=0.1,every=2,text_keep=1": a_vl,
+    "a_vl:core=1,keep=0.2,text_keep=1,layers=1|3": a_vl,
+    "a_vl:core=1,keep=6,text_start=3,text_every=1": a_vl,
+    "a_vl:keep=0.5,core=0.2,every=3,text_keep=0.4,text_start=2,text_every=2,heavy=0.5": a_vl,
 }
-EVERY = ["knorm:keep=3", "expected_attention:keep=3", "a_vl:keep=6,every=2"]
+EVERY = ["knorm:keep=3", "expected_attention:keep=3", "a_vl:core=0.2,text_start=3,text_every=2"]
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -165,7 +203,14 @@ def test_batch_equals_single(family, model, spec, others):
 
 
 @pytest.mark.parametrize(
-    "spec", ["knorm:keep=99", "expected_attention:keep=99", "a_vl:keep=99,core=1", "knorm:keep=1.0"]
+    "spec",
+    [
+        "knorm:keep=99",
+        "expected_attention:keep=99",
+        "a_vl:keep=99,core=1,text_keep=1",
+        "a_vl:keep=1,every=1,text_start=99",
+        "knorm:keep=1.0",
+    ],
 )
 def test_keeping_all_is_bit_identical(family, model, spec):
     inputs = make_inputs(family, [1, 2, 0])
@@ -216,6 +261,108 @@ def test_short_layer_rolls_back_and_moves_rows():
     assert torch.equal(cache.layers[0].keys[0, :, :5], keys[1])
     cache.batch_repeat_interleave(2)
     assert cache.layers[0].keys.shape[0] == 4 and cache.get_seq_length() == 10
+
+
+def widths(model, inputs, steps, layer=1):
+    """[columns that attention of `layer` computed], step by step after the prompt, and the run's output."""
+    seen = []
+    module = model.model.language_model.layers[layer].self_attn
+
+    def spy(*args, **kwargs):
+        seen.append(args[2].shape[2]) if args[0] is module else None
+        return sdpa(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        sdpa = function.sdpa_attention_forward
+        patch.setattr(function, "sdpa_attention_forward", spy)
+        out = model.generate(**inputs, max_new_tokens=steps, do_sample=False, return_dict_in_generate=True)
+    return seen[1:], out
+
+
+def test_a_vl_computes_the_core_alone(family, model):
+    """What attention is given is as short as the core and the text; what is stored is not, and no column is lost."""
+    inputs = single(family, [1], 0)
+    length, size = inputs["input_ids"].shape[1], int((inputs["input_ids"] == IMAGE).sum())
+    after = length - 1 - int((inputs["input_ids"][0] == IMAGE).nonzero().max())
+    stored, core = round(0.5 * size), round(0.2 * size)
+    with vlm_fix.wrapped(model, "a_vl:core=0.2,every=4,text_keep=1"):
+        got, out = widths(model, inputs, 10)
+    text = [length - size + i for i in range(1, 10)]
+    assert got == [n + (core if i % 4 else stored) for i, n in enumerate(text, 1)]
+    layer = out.past_key_values.layers[1]
+    assert (
+        layer.keys.shape[2] == text[-1] + core and layer.aside[0].shape[2] == layer.aside[1].shape[2] == stored - core
+    )
+    assert out.past_key_values.get_seq_length() == length + 9
+    with vlm_fix.wrapped(model, "a_vl:keep=1,core=1,text_start=3,text_every=1"):
+        got, _ = widths(model, inputs, 10)
+    assert got == [length - after + max(3, round(0.5 * (after + i))) + 1 for i in range(9)], (
+        "a step adds its own column"
+    )
+
+
+@torch.no_grad()
+def test_a_vl_in_an_own_loop(family, model):
+    """Several rows at once see all that is stored; a row can become several, but none is rolled back or moved."""
+    words = torch.tensor([[5, 6]])
+
+    def loop(spec, *steps):
+        with vlm_fix.wrapped(model, spec):
+            out = model(**single(family, [1], 0))
+            for ids in steps:
+                if len(ids) > len(out.logits):
+                    out.past_key_values.batch_repeat_interleave(len(ids))
+                out = model(input_ids=ids, past_key_values=out.past_key_values)
+        return out
+
+    spec = "a_vl:core=0.1,every=3,text_start=3,text_every=1"
+    whole, some = loop("a_vl:core=1,text_start=3,text_every=1", words), loop(spec, words)
+    assert torch.equal(whole.logits, some.logits)
+    split = loop(spec, words[:, :1]).past_key_values
+    assert (
+        split.layers[1].aside is not None
+        and split.layers[1].keys.shape[2] < whole.past_key_values.layers[1].keys.shape[2]
+    )
+    both = loop(spec, words[:, :1], words.T, words.T, words.T)
+    for row in range(2):
+        word = words[:, row : row + 1]
+        alone = loop(spec, words[:, :1], word, word, word)
+        assert error(alone.logits[0], both.logits[row].double()) < 1e-5
+    for change in (lambda: split.crop(-1), lambda: split.reorder_cache(torch.tensor([0]))):
+        with pytest.raises(vlm_fix.VlmFixError, match="cannot be rolled back, nor its rows moved"):
+            change()
+
+
+@pytest.mark.parametrize("spec", ["knorm:keep=10", "a_vl:keep=10,text_start=3"])
+def test_longest_row_loses_nothing(spec):
+    """Row 0's two images are below the budget and it stays as long as it was; row 1 loses columns all the same."""
+    model, images = BUILD["qwen2_5_vl"](), [2, 1, 1]
+    with vlm_fix.wrapped(model, spec):
+        tokens, logits, _ = greedy(model, make_inputs("qwen2_5_vl", images), STEPS)
+        for row in range(3):
+            t, alone, _ = greedy(model, single("qwen2_5_vl", images, row), STEPS)
+            assert torch.equal(t[0], tokens[row]) and float((alone[0] - logits[row]).abs().max()) < 2e-4
+
+
+def test_hidden_edits_of_the_prompt_are_the_same(family, model):
+    """The prompt's rows are computed before anything is dropped: an edit finds its rows among all of them."""
+    inputs, edit = make_inputs(family, [1, 2, 1]), Louder()
+    with vlm_fix.wrapped(model, edit):
+        alone = greedy(model, inputs, 2)[1][:, 0]
+    for spec in EVERY:
+        with vlm_fix.wrapped(model, [edit, spec]):
+            assert torch.equal(greedy(model, inputs, 2)[1][:, 0], alone)
+
+
+@dataclass(frozen=True)
+class Louder(HiddenEdit):
+    name: ClassVar[str] = "louder"
+
+    def attention_output(self, x, rows):
+        return x + 0.5
+
+    def mlp_output(self, x, rows):
+        return 1.1 * x
 
 
 @pytest.mark.parametrize(

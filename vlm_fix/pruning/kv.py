@@ -120,7 +120,7 @@ def install(engine: Any) -> list[Any]:
         session, cache = engine.session, kwargs.get("past_key_values")
         if session is None or session.plain or not session.start or not isinstance(session.at(i), View):
             return None
-        if cacher.wanders:
+        if cacher.wanders and cache is not None:
             cacher.before_step(session, i, cache.layers[i])
         x = args[0] if args else kwargs["hidden_states"]
         return args, {**kwargs, "attention_mask": session.at(i).attention_mask(x.device), "position_ids": None}
@@ -175,13 +175,16 @@ def shorten(session: Session, i: int, layer: ShortLayer, keep: torch.Tensor) -> 
     device = session.at(i).places().device
     layer.dropped = session.drop([i], index[:, 0].to(device), mask[:, 0].to(device), rows=False).dropped
     if not torch.equal(index, torch.arange(keep.shape[2], device=index.device).expand_as(keep)):
-        layer.keys, layer.values = take(layer.keys, index), take(layer.values, index)
+        layer.keys, layer.values = take((layer.keys, layer.values), index)
     return index
 
 
-def take(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Columns `index` [B, Hkv or 1, m] of x [B, Hkv, n, D]."""
-    return x.gather(2, index.expand(-1, x.shape[1], -1)[..., None].expand(-1, -1, -1, x.shape[-1]))
+def take(parts: Any, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Columns `index` [B, Hkv or 1, m] of keys and values [B, Hkv, n, D]."""
+    keys, values = (
+        x.gather(2, index.expand(-1, x.shape[1], -1)[..., None].expand(-1, -1, -1, x.shape[-1])) for x in parts
+    )
+    return keys, values
 
 
 def lay_aside(session: Session, i: int, layer: SplitLayer, core: torch.Tensor, state: dict[str, torch.Tensor]) -> None:
@@ -194,7 +197,7 @@ def lay_aside(session: Session, i: int, layer: SplitLayer, core: torch.Tensor, s
         return
     index, state["real"] = left_pack(away)
     state["places"] = view.places().to(core.device).gather(1, index)
-    layer.aside = take(layer.keys, index[:, None]), take(layer.values, index[:, None])
+    layer.aside = take((layer.keys, layer.values), index[:, None])
     shorten(session, i, layer, ((types != PAD) & ~away)[:, None])
 
 
@@ -211,7 +214,7 @@ def take_back(session: Session, i: int, layer: SplitLayer, state: dict[str, torc
     places = torch.cat([state.pop("places").to(device), view.places()], dim=1)
     order = torch.where(real, places, -1).argsort(dim=1, stable=True)[:, -int(real.sum(dim=1).max()) :]
     layer.dropped = session.show([i], places.gather(1, order), types.gather(1, order), rows=False).dropped
-    order = order[:, None, : -session.length].to(layer.keys.device)  # the new columns are not in the cache yet
-    parts = zip(layer.aside, (layer.keys, layer.values), strict=True)
-    layer.keys, layer.values = (take(torch.cat(part, dim=2), order) for part in parts)
+    order = order[:, None, : -session.length].to(layer.aside[0].device)  # the new columns are not in the cache yet
+    parts: Any = zip(layer.aside, (layer.keys, layer.values), strict=True)
+    layer.keys, layer.values = take([torch.cat(part, dim=2) for part in parts], order)
     layer.aside = None
