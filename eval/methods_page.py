@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -124,7 +125,7 @@ def measured(folder: Path) -> dict[str, list[tuple[str, dict[str, Any], str]]]:
             if run == "baseline" or "+" in run:
                 continue
             told = f"{run} (sampled)" if results.get("settings", {}).get("sample") else run
-            found.setdefault(run.partition(":")[0], []).append((told, scores, path.parent.name))
+            found.setdefault(re.split("[: ]", run)[0], []).append((told, scores, path.parent.name))
     return found
 
 

@@ -324,6 +324,7 @@ def _board(folder: Path, results: Mapping[str, Any]) -> str:
         if unparsed or failed
     )
     how += f", seeds {', '.join(map(str, settings['seeds']))}" if settings.get("seeds") else ""
+    how += "; `gaussian_logits as M`: noise of the size of M's term (`specs`)" if results.get("specs") else ""
     judges = "; ".join(f"{b.upper()} scorer {report.scorer_of(settings, b)}" for b in settings["data"])
     return "\n".join(
         [

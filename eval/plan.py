@@ -3,8 +3,11 @@
     baseline     the model as it is, decoded as asked; every difference is against it
     greedy       beside a baseline that samples or searches beams: gains over sampling alone are often only near-greediness
     sampled      with `controls`, beside a greedy baseline
-    controls     apc_only and gaussian_logits at the methods' beta, yes_bias, yes_threshold (where questions are yes/no),
-                 random_heads; random_tokens, uniform_grid, downsample_image at every budget of the pruning methods
+    controls     apc_only at the methods' beta, yes_bias, yes_threshold (where questions are yes/no), random_heads;
+                 random_tokens, uniform_grid, downsample_image at every budget of the pruning methods
+    gaussian_logits as METHOD   with `controls`, for each stack that contrasts: its contrast replaced by noise of the
+                 standard deviation that the contrast's term was measured to have on each benchmark (`Term`), 3 digits,
+                 at its beta; where no step left it two tokens, no size of noise would change anything and there is none
     beams=k      with `equal_compute`: the unwrapped model with k beams, for each number k > 1 of forward passes per token
                  that a stack takes (`Contrast.passes`)
 
@@ -21,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import vlm_fix
 from vlm_fix import families, registry
-from vlm_fix.calibration import Calibration
+from vlm_fix.calibration import Calibration, apply
 from vlm_fix.errors import VlmFixError
 from vlm_fix.method import Baseline, Contrast, Method
 
@@ -29,7 +32,8 @@ if TYPE_CHECKING:
     from .runner import Settings
     from .tasks import Task
 
-AT_BETA = ("apc_only", "gaussian_logits")
+AT_BETA = "apc_only"
+NOISE = "gaussian_logits"
 YES_NO = ("yes_bias", "yes_threshold")
 HEADS = ("random_heads",)
 PRUNING = ("random_tokens", "uniform_grid", "downsample_image")
@@ -37,12 +41,28 @@ PRUNING = ("random_tokens", "uniform_grid", "downsample_image")
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A row of the results: a stack of methods, what of the decoding differs from the settings, and its seeds."""
+    """A row of the results: a stack of methods, what of the decoding differs from the settings, and its seeds.
+
+    `imitates` names the row to whose term the noise of this one is matched: `sized` has to be asked before it can run.
+    """
 
     name: str
     stack: tuple[Method, ...]
     decoding: tuple[tuple[str, Any], ...] = ()
     seeds: tuple[int, ...] = (0,)
+    imitates: str = ""
+
+    @property
+    def spec(self) -> str:
+        """The stack as `--method` takes it."""
+        return "+".join(method.spec() for method in self.stack)
+
+    def sized(self, sd: float | None) -> Run:
+        """This row with noise of the standard deviation `sd`, to 3 significant digits; None: without."""
+        noise, *others = self.stack
+        return dataclasses.replace(
+            self, stack=(dataclasses.replace(noise, **{"sigma": float(f"{sd or 0:.3g}")}), *others)
+        )
 
     @contextlib.contextmanager
     def applied(self, model: Any, calibration: Sequence[Calibration] = (), seed: int | None = None) -> Iterator[None]:
@@ -67,7 +87,7 @@ def _draws(method: Method) -> bool:
     return own is not None and getattr(method, "seed", None) == own.default
 
 
-def runs(settings: Settings, model: Any, tasks: Sequence[Task]) -> list[Run]:
+def runs(settings: Settings, model: Any, tasks: Sequence[Task], calibration: Sequence[Calibration] = ()) -> list[Run]:
     """All runs, the baseline first. Raises VlmFixError for a method that does not exist or does not fit the model."""
     stacks = {"+".join(specs): registry.parse(list(specs)) for specs in settings.methods}
     made = {"baseline": Run("baseline", (Baseline(),))}
@@ -90,8 +110,11 @@ def runs(settings: Settings, model: Any, tasks: Sequence[Task]) -> list[Run]:
     made |= {name: Run(name, tuple(stack)) for name, stack in stacks.items()}
     if settings.controls:
         yes_no = any("label" in task.samples[0].reference for task in tasks if task.samples)
-        for spec in _controls(list(stacks.values()), model, yes_no):
+        exact = {name: apply(calibration, stack, families.arch_of(model)) for name, stack in stacks.items()}
+        for spec in _controls(list(exact.values()), model, yes_no):
             made.setdefault(spec, Run(spec, (registry.parse_spec(spec),)))
+        for run in [_noise(name, stacks[name], stack) for name, stack in exact.items()]:
+            made |= {run.name: run} if run else {}
     return [dataclasses.replace(run, seeds=_seeds(settings, run)) for run in made.values()]
 
 
@@ -110,7 +133,7 @@ def _controls(stacks: Sequence[Sequence[Method]], model: Any, yes_no: bool) -> l
     wanted: list[str] = []
     if others or not pruners:
         betas = dict.fromkeys(m.beta for m in others if isinstance(m, Contrast) and hasattr(m, "beta"))
-        wanted += [f"{name}:beta={beta:g}" for name in AT_BETA for beta in betas] or list(AT_BETA)
+        wanted += [f"{AT_BETA}:beta={beta:g}" for beta in betas] or [AT_BETA]
         wanted += [*(YES_NO if yes_no else ()), *HEADS]
     if pruners:
         arch = families.arch_of(model)
@@ -118,3 +141,13 @@ def _controls(stacks: Sequence[Sequence[Method]], model: Any, yes_no: bool) -> l
         keeps = list(dict.fromkeys(k[-1] if isinstance(k, tuple) else k for k in keeps))  # stages: what the last leaves
         wanted += [f"{name}:keep={keep:.6g}" for name in PRUNING for keep in keeps if keep is not None]
     return [spec for spec in wanted if spec.partition(":")[0] in known]
+
+
+def _noise(name: str, stack: Sequence[Method], exact: Sequence[Method]) -> Run | None:
+    """The stack of that name with noise in place of its contrast; `exact` is the stack with its calibration."""
+    contrast = next((m for m in exact if isinstance(m, Contrast) and m.contrasts), None)
+    if contrast is None or contrast.kind == "control" or any(m.name == NOISE for m in stack):
+        return None
+    noise = registry.parse_spec(f"{NOISE}:beta={getattr(contrast, 'beta', 0)}")
+    others = [m for m in stack if m.name != contrast.name and getattr(m, "branch", "") != "negative"]
+    return Run(f"{NOISE} as {name}", (noise, *others), imitates=name)

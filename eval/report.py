@@ -292,6 +292,15 @@ def notes(results: Mapping[str, Any]) -> list[tuple[str, str]]:
         for run, messages in results["warnings"].items()
         for message, batches in messages.items()
     ]
+    for run, specs in results.get("specs", {}).items():
+        told = ", ".join(f"{benchmark.upper()} as {spec}" for benchmark, spec in specs.items())
+        notes.append((run, f"ran {told}: noise of the size of {results['settings']['runs'][run]['imitates']}'s term"))
+    for run, sds in results.get("term_sd", {}).items():
+        none = [benchmark.upper() for benchmark, sd in sds.items() if sd is None]
+        if none:
+            notes.append(
+                (run, f"no step of {', '.join(none)} left it two tokens: it has no term there to match noise to")
+            )
     for run, count in list(results["changed"].items())[1:]:
         if not count["changed"]:
             notes.append((run, f"every one of its {count['answers']} answers is the baseline's"))
@@ -366,6 +375,7 @@ STAR = (
     "* = the interval excludes 0, not corrected for the number of comparisons. Mended: only the method is right (captions: "
     "free of hallucination), broken: only the baseline; FN>TP with TN>FP is a shift to yes."
 )
+TERM = "What a contrast adds to the log-probabilities: standard deviation over the tokens it leaves uncut, in nats"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -390,7 +400,7 @@ class Grid:
 
 
 def grids(results: Mapping[str, Any]) -> list[Grid]:
-    """Per benchmark its scores and what changed against the baseline; then the speed of all runs."""
+    """Per benchmark its scores and what changed against the baseline; the size of contrasts; the speed of all runs."""
     captions, made = _captions(results), []
     for benchmark in results["settings"]["data"]:
         layout, found = LAYOUTS[benchmark], list(_scores(results, benchmark))
@@ -411,6 +421,12 @@ def grids(results: Mapping[str, Any]) -> list[Grid]:
             filled = tuple((s, run, tuple(c.get(name, Cell("")) for name in names)) for s, run, c in changed)
             title = f"{benchmark.upper()}, what changed against the baseline"
             made.append(Grid(title, tuple(CHANGES[name] for name in names), filled))
+    benchmarks = tuple(results["settings"]["data"])
+    sizes = []
+    for run, sds in results.get("term_sd", {}).items():
+        sizes.append(("", run, tuple(Cell("-" if sds.get(b) is None else f"{sds[b]:.3g}") for b in benchmarks)))
+    if sizes:
+        made.append(Grid(TERM, tuple(b.upper() for b in benchmarks), tuple(sizes)))
     speeds = tuple(("", run, tuple(_speed_cells(results, each))) for run, each in results["speed"].items())
     units = ("tok/s", "first token s", "peak MB")
     heads = tuple(f"{b.upper()}\n{unit}" for b in results["settings"]["data"] for unit in units)

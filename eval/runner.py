@@ -18,6 +18,7 @@ import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -204,6 +205,7 @@ class Batch:
     seconds: float
     first_token: float | None
     ids: list[list[int]] = dataclasses.field(repr=False, default_factory=list)  # of the new tokens
+    term: tuple[float, int] | None = None  # sum of squares and degrees of freedom of a contrast's `Term`
 
 
 def encode(model: Any, processor: Any, images: Sequence[Any], prompts: Sequence[str]) -> Any:
@@ -243,6 +245,7 @@ def generate(model: Any, processor: Any, images: Sequence[Any], prompts: Sequenc
     is_end = torch.isin(new, torch.tensor(ends if isinstance(ends, list) else [ends]))
     finished = is_end.any(dim=1)
     tokens = torch.where(finished, is_end.int().argmax(dim=1) + 1, new.shape[1])
+    term = vlm_fix.contrast_term(model)
     return Batch(
         texts=[text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)],
         tokens=tokens.tolist(),
@@ -250,6 +253,7 @@ def generate(model: Any, processor: Any, images: Sequence[Any], prompts: Sequenc
         seconds=seconds,
         first_token=clock.at - start if clock.at else None,
         ids=[row[:n] for row, n in zip(new.tolist(), tokens.tolist(), strict=True)],
+        term=(term.squares, term.dof) if term else None,
     )
 
 
@@ -288,6 +292,7 @@ def _answer(model: Any, processor: Any, samples: Sequence[Sample], seed: int, **
     pending = [ready] if ready else []
     seconds, first_token = 0.0, None
     notes: dict[str, None] = {}
+    terms = []
     while pending:
         part = pending.pop(0)
         try:
@@ -307,9 +312,12 @@ def _answer(model: Any, processor: Any, samples: Sequence[Sample], seed: int, **
             continue
         seconds += batch.seconds
         first_token = first_token or batch.first_token
+        terms += [batch.term] if batch.term else []
         for sample, text, tokens, finished in zip(part, batch.texts, batch.tokens, batch.finished, strict=True):
             rows[sample.id] = {"answer": text, "tokens": tokens, "finished": finished, "error": None}
-    batch_wide = {"batch_seconds": seconds, "batch_first_token": first_token, "batch_warnings": list(notes)}
+    term = [math.fsum(t[0] for t in terms), sum(t[1] for t in terms)] if terms else None
+    batch_wide: dict[str, Any] = {"batch_seconds": seconds, "batch_first_token": first_token}
+    batch_wide |= {"batch_warnings": list(notes), "batch_term": term}
     return [{**{"answer": None, "tokens": 0, "finished": False}, **rows[s.id], **batch_wide} for s in samples]
 
 
@@ -419,7 +427,7 @@ def evaluate(
         settings.model, settings.dtype, settings.device, settings.device_map
     )
     calibration = choose(settings.calibration, model, methods)
-    plan = runs(settings, model, tasks)
+    plan = runs(settings, model, tasks, calibration)
     for run in plan:  # a bad value or combination must not surface after an hour of baseline
         with run.applied(model, calibration):
             pass
@@ -431,18 +439,29 @@ def evaluate(
                 "source": settings.data,
                 "data": {task.benchmark: task.data for task in tasks},
                 "calibration": {c.method: c.found for c in calibration},
-                "runs": {run.name: {"decoding": dict(run.decoding), "seeds": run.seeds} for run in plan},
+                "runs": {
+                    run.name: {"decoding": dict(run.decoding), "seeds": run.seeds}
+                    | ({"imitates": run.imitates} if run.imitates else {})
+                    for run in plan
+                },
             }
         )
     )
     store = Store(folder, config, resume, team)
+    specs: dict[str, dict[str, str]] = {}
     for run in plan:
         done, samples = 0, sum(len(task.samples) for task in tasks) * len(run.seeds)
+        parts = [(run, tasks)]
+        if run.imitates:
+            mine = [{k: row.get(k) for k in TERM} for t in tasks for row in store.of(run.imitates, t.benchmark)]
+            sds = term_sds([row for share in team.gather(mine) for row in share])
+            parts = [(run.sized(sds.get(task.benchmark)), [task]) for task in tasks]
+            specs[run.name] = {task.benchmark: part.spec for part, (task,) in parts}
         with _progress(console, run.name, samples) as advance:
-            for seed in run.seeds:
-                with run.applied(model, calibration, seed if settings.seeds else None):
-                    for task in tasks:
-                        for n in _run(model, processor, run, seed, task, settings, store):
+            for seed, (part, its) in itertools.product(run.seeds, parts):
+                with part.applied(model, calibration, seed if settings.seeds else None):
+                    for task in its:
+                        for n in _run(model, processor, part, seed, task, settings, store):
                             advance(n)
                             done += n
                             if watch:
@@ -458,13 +477,18 @@ def evaluate(
             for i in range(-(-len(t.samples) // size))
         ]
         store.merge(order)
-        _write(config, plan, tasks, store, model.device)
+        _write(config, plan, specs, tasks, store, model.device)
     team.wait()
     return report.load(folder)
 
 
 def _write(
-    config: dict[str, Any], plan: Sequence[Run], tasks: Sequence[Task], store: Store, device: torch.device
+    config: dict[str, Any],
+    plan: Sequence[Run],
+    specs: dict[str, dict[str, str]],
+    tasks: Sequence[Task],
+    store: Store,
+    device: torch.device,
 ) -> None:
     """results.json, table.md and figure.png from the answers in the store."""
     names = [run.name for run in plan]
@@ -482,6 +506,10 @@ def _write(
         "runs": report.summarise(names, tasks, store.of, config["seed"]),
         "changed": report.changed(names, tasks, store.of),
         "warnings": {run: _warnings([r for t in tasks for r in store.of(run, t.benchmark)]) for run in names},
+        "term_sd": {
+            run: sds for run in names if (sds := term_sds([r for t in tasks for r in store.of(run, t.benchmark)]))
+        },
+        "specs": specs,  # of the runs whose name is not their spec
         "speed": {run: {t.benchmark: speed(store.of(run, t.benchmark)) for t in tasks} for run in names},
     }
     write_atomic(store.folder / "results.json", json.dumps(results, indent=2) + "\n")
@@ -517,6 +545,19 @@ def speed(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
         "first_token_seconds": statistics.median(waits) if waits else None,
         "peak_mb": max((row["peak_mb"] for row in rows), default=None),
     }
+
+
+TERM = ("benchmark", "seed", "batch", "batch_term")
+
+
+def term_sds(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
+    """benchmark -> standard deviation of the contrast's term over all batches and seeds (see `Term`); {} without one."""
+    terms: dict[str, dict[Any, Any]] = {}
+    for row in rows:
+        if row.get("batch_term"):
+            terms.setdefault(row["benchmark"], {})[row["seed"], row["batch"]] = row["batch_term"]
+    sums = {name: [math.fsum(part) for part in zip(*each.values(), strict=True)] for name, each in terms.items()}
+    return {name: math.sqrt(squares / dof) if dof else None for name, (squares, dof) in sums.items()}
 
 
 def _warnings(rows: Sequence[dict[str, Any]]) -> dict[str, int]:

@@ -48,6 +48,14 @@ class Team:
             torch.distributed.broadcast_object_list(values, src=0)
         return values[0]
 
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's value, in every process, in the order of the processes."""
+        values = [value]
+        if self.size > 1:
+            values = [None] * self.size
+            torch.distributed.all_gather_object(values, value)
+        return values
+
 
 class Store:
     """DIR with `config.json` and the answers so far. Raises VlmFixError if DIR holds a run of other settings."""

@@ -1,13 +1,19 @@
 """Which runs an evaluation has: controls at the methods' budget, beams for equal compute, seeds only where they matter."""
 
+import json
+import math
 import os
 
 import pytest
+from rich.console import Console
 
+import vlm_fix
 from vlm_fix import registry
+from vlm_fix.calibration import Calibration, sizes
 from vlm_fix.errors import VlmFixError
-from vlm_fix.eval import plan, runner, tasks
-from vlm_fix.eval.runner import Settings
+from vlm_fix.eval import methods_page, page, plan, published, report, runner, tasks
+from vlm_fix.eval.runner import Settings, evaluate
+from vlm_fix.families import arch_of
 
 MODEL = os.environ.get("VLM_FIX_TEST_MODEL", "picto-llava")
 
@@ -32,12 +38,14 @@ def test_a_plain_evaluation_is_the_baseline_and_the_methods(model):
 def test_controls_share_the_budget_and_the_cut_off_of_the_methods(model):
     names = list(made(model, methods=(("vcd:beta=0.2",), ("hiprune:keep=16",), ("hiprune",)), controls=True))
     assert names[:2] == ["baseline", "sampled"] and names[2:5] == ["vcd:beta=0.2", "hiprune:keep=16", "hiprune"]
-    assert {"apc_only:beta=0.2", "gaussian_logits:beta=0.2", "yes_bias", "random_heads"} <= set(names)
+    assert {"apc_only:beta=0.2", "yes_bias", "random_heads"} <= set(names)
     assert {"random_tokens:keep=16", "random_tokens:keep=0.333333", "uniform_grid:keep=16"} <= set(names)
-    for name in names[2:]:
+    assert names[-1] == "gaussian_logits as vcd:beta=0.2" and sum("gaussian" in name for name in names) == 1
+    for name in names[2:-1]:
         registry.parse_spec(name)
     only_pruning = made(model, methods=(("hiprune:keep=16",),), controls=True)
     assert "apc_only" not in only_pruning and "random_tokens:keep=16" in only_pruning
+    assert not any("gaussian" in name for name in only_pruning)
     captions = made(model, methods=(("vcd",),), controls=True, benchmark="chair", variant="pattern")
     assert "yes_bias" not in captions and "apc_only:beta=0.1" in captions
     once = made(model, methods=(("apc_only:beta=0.1",), ("vcd",)), controls=True)
@@ -89,3 +97,83 @@ def test_a_run_seeds_its_methods_unless_the_user_did(model):
     assert not hasattr(model, "_vlm_fix_engine")
     with made(model)["baseline"].applied(model, seed=1):
         assert not hasattr(model, "_vlm_fix_engine")
+
+
+def test_noise_takes_the_place_of_the_contrast_and_of_what_acts_in_its_branch_alone(model):
+    asked = (("pai", "vcd", "var:branch=negative"), ("hiprune:keep=16", "icd:beta=0.3"), ("pai",), ("m3id",),
+             ("vcd:alpha=0",), ("vcd", "gaussian_logits:sigma=2"), ("yes_bias",), ("pai:gamma=1.1",))  # fmt: skip
+    noise = {run.imitates: run for run in made(model, methods=asked, controls=True).values() if run.imitates}
+    assert {name: [m.spec() for m in run.sized(1.23456).stack] for name, run in noise.items()} == {
+        "pai+vcd+var:branch=negative": ["gaussian_logits:sigma=1.23,beta=0.1", "pai"],
+        "hiprune:keep=16+icd:beta=0.3": ["gaussian_logits:sigma=1.23,beta=0.3", "hiprune:keep=16.0"],
+        "m3id": ["gaussian_logits:sigma=1.23,beta=0.1"],
+        "pai:gamma=1.1": ["gaussian_logits:sigma=1.23,beta=0.1"],
+    }
+    assert noise["m3id"].sized(0.00012349).spec == "gaussian_logits:sigma=0.000123,beta=0.1"
+    assert noise["m3id"].sized(None).spec == "gaussian_logits:sigma=0.0,beta=0.1"
+    assert all(run.name == f"gaussian_logits as {name}" for name, run in noise.items())
+    found = Calibration("vcd", {"beta": 0.25}, {"name": "m", **sizes(arch_of(model))})
+    settings = Settings(model=MODEL, benchmark="pope", limit=2, methods=(("vcd",),), controls=True)
+    runs = {run.name: run for run in plan.runs(settings, model, tasks.build(settings), [found])}
+    assert "apc_only:beta=0.25" in runs and runs["gaussian_logits as vcd"].stack[0].beta == 0.25
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Controls of a contrast, and of one that leaves a single token at every step."""
+    folder = tmp_path_factory.mktemp("noise") / "out"
+    settings = Settings(model=MODEL, methods=(("vcd",), ("pai", "vcd:beta=1")), controls=True, limit=2, batch_size=4,
+                        splits=("random",), max_new_tokens=12, variant="pattern")  # fmt: skip
+    evaluate(settings, folder, console=Console(quiet=True))
+    return folder
+
+
+def test_noise_has_the_size_that_the_contrast_was_measured_to_have_on_each_benchmark(model, folder):
+    results = report.load(folder)
+    rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    sigma, several = {}, 0
+    for benchmark in ("pope", "chair"):
+        squares, dof, seen = 0.0, 0, set()
+        for row in rows:
+            if (row["run"], row["benchmark"]) == ("vcd", benchmark) and row["batch"] not in seen:
+                seen.add(row["batch"])
+                squares, dof = squares + row["batch_term"][0], dof + row["batch_term"][1]
+        several += len(seen) > 1
+        assert results["term_sd"]["vcd"][benchmark] == pytest.approx(math.sqrt(squares / dof), rel=1e-12)
+        sigma[benchmark] = float(f"{math.sqrt(squares / dof):.3g}")
+    assert several and sigma["pope"] != sigma["chair"]
+    specs = {b: f"gaussian_logits:sigma={sigma[b]},beta=0.1" for b in sigma}
+    assert results["specs"]["gaussian_logits as vcd"] == specs
+    assert not any(row["batch_term"] for row in rows if row["run"].split(":")[0] in ("baseline", "apc_only"))
+    asked = Settings(limit=2, variant="pattern", splits=("random",))
+    loaded, name = runner.load_model(MODEL)[:2], "gaussian_logits as vcd"
+    for task in tasks.build(asked):
+        answers = {row["id"]: row["answer"] for row in rows if (row["run"], row["benchmark"]) == (name, task.benchmark)}
+        with vlm_fix.wrapped(loaded[0], specs[task.benchmark]):
+            for batch in runner.batches(task.samples, 4):
+                images, prompts = [tasks.load_image(s) for s in batch], [s.prompt for s in batch]
+                alone = runner.generate(*loaded, images, prompts, 0, **asked.generate_kwargs(12))
+                assert alone.texts == [answers[s.id] for s in batch]
+
+
+def test_a_contrast_without_a_term_is_told_and_gets_no_noise(folder):
+    results, name = report.load(folder), "pai+vcd:beta=1"
+    assert results["term_sd"][name] == {"pope": None, "chair": None}
+    spec = "gaussian_logits:sigma=0.0,beta=1.0+pai"
+    assert results["specs"][f"gaussian_logits as {name}"] == {"pope": spec, "chair": spec}
+    text = (folder / "table.md").read_text()
+    assert f"`{name}`: no step of POPE, CHAIR left it two tokens: it has no term there" in text
+    assert f"`gaussian_logits as {name}`: ran POPE as {spec}, CHAIR as {spec}: noise of the size" in text
+
+
+def test_tables_and_pages_show_the_sizes_and_the_control(folder):
+    results = report.load(folder)
+    grid = next(g for g in report.grids(results) if g.caption == report.TERM)
+    assert [(run, [c.text for c in cells]) for _, run, cells in grid.rows] == [
+        ("vcd", [f"{results['term_sd']['vcd'][b]:.3g}" for b in ("pope", "chair")]),
+        ("pai+vcd:beta=1", ["-", "-"]),
+        ("yes_bias", [f"{results['term_sd']['yes_bias'][b]:.3g}" for b in ("pope", "chair")]),
+    ]
+    assert "gaussian_logits as vcd" in page.page([folder]) and "noise of the size of M" in page.leaderboard([folder])
+    assert {line["method"] for line in published.compare(results)} == {"vcd"}
+    assert [run for run, _, _ in methods_page.measured(folder.parent)["gaussian_logits"]] == ["gaussian_logits as vcd"]

@@ -18,14 +18,15 @@ from vlm_fix.eval.store import Store, Team
 MODEL = os.environ.get("VLM_FIX_TEST_MODEL", "picto-llava")
 SETTINGS = {
     "model": MODEL,
-    "methods": [["vcd"], ["random_tokens:keep=32"]],
+    "methods": [["vcd"]],
+    "controls": True,
     "limit": 3,
     "batch_size": 3,
     "max_new_tokens": 12,
     "variant": "pattern",
     "sample": True,
     "seeds": [0, 1],
-    "splits": ["random", "adversarial"],
+    "splits": ["random"],
 }
 TIMED = ("batch_seconds", "batch_first_token", "peak_mb")
 
@@ -114,8 +115,8 @@ def test_two_processes_equal_one(whole, tmp_path):
         "no",
     ]
     asked = shlex.split(
-        "eval all --method vcd,random_tokens:keep=32 --limit 3 --batch-size 3 --max-new-tokens 12 --sample --seeds 0,1"
-        f" --variant pattern --split random,adversarial --device cpu --json --model {MODEL}"
+        "eval all --method vcd --controls --limit 3 --batch-size 3 --max-new-tokens 12 --sample --seeds 0,1"
+        f" --variant pattern --split random --device cpu --json --model {MODEL}"
     )
     done = started([*launch, *command, "-m", "vlm_fix.cli", *asked, "--output", str(tmp_path / "out")])
     results, rows = content(tmp_path / "out")
@@ -123,6 +124,7 @@ def test_two_processes_equal_one(whole, tmp_path):
     for each in (results, expected):  # --device cpu is asked for above
         each["settings"].pop("device"), each.pop("config_hash")
     assert rows == single and results == expected
+    assert results["specs"]["gaussian_logits as vcd"].keys() == {"pope", "chair"}  # of the terms that both had measured
     printed = json.loads(done.stdout)  # by the first process alone
     assert printed["processes"] == 2 and printed["runs"] == expected["runs"]
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import VlmFixError
 
 if TYPE_CHECKING:
-    from .engine import unwrap, wrap, wrapped
+    from .engine import contrast_term, unwrap, wrap, wrapped
     from .method import (
         AttentionEdit,
         Columns,
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 _HOMES = {  # imported on first use: scoring files and `--help` need no torch
-    "engine": ("unwrap", "wrap", "wrapped"),
+    "engine": ("contrast_term", "unwrap", "wrap", "wrapped"),
     "method": (
         "AttentionEdit",
         "Columns",
@@ -57,6 +57,7 @@ __all__ = [
     "Procedure",
     "TokenPruner",
     "VlmFixError",
+    "contrast_term",
     "list_methods",
     "observe",
     "param",

@@ -10,7 +10,7 @@ import warnings
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
@@ -26,6 +26,9 @@ from .pruning.after import LayerPruner
 from .pruning.kv import CachePruner
 from .registry import Spec, parse
 from .session import PAD, TEXT, VISUAL, Call, Session
+
+if TYPE_CHECKING:
+    from .decoding.term import Term
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -73,6 +76,7 @@ class Engine:
         self.tokens = torch.tensor(image_token_ids(model, self.family))
         self.contrasting: Any = None  # decoding.contrast.PrefixContrast of the running call
         self.joint: Any = None  # decoding.joint.Joint, while one forward runs all branches
+        self.term: Term | None = None  # decoding.term.Term of the last call
         self.probe: Any = None  # observation.Probe of an observing pass
         self.lock = threading.RLock()
         self.handles: list[Any] = []
@@ -357,7 +361,7 @@ def _generate(engine: Engine, model: Any, inputs: torch.Tensor | None = None, **
     given = {k: v for k, v in kwargs.items() if isinstance(v, torch.Tensor)}
     with engine.lock:
         call = Call(model, engine.family, {**given, "input_ids": ids, "attention_mask": mask})
-        engine.call, engine.touched = call, set()
+        engine.call, engine.touched, engine.term = call, set(), None
         own: list[Any] = []
         edits = [m for m in engine.active if isinstance(m, LogitEdit)]
         try:
@@ -366,10 +370,13 @@ def _generate(engine: Engine, model: Any, inputs: torch.Tensor | None = None, **
             kwargs.update(prompt.keep(kwargs, setting) if prompt.longer else {})
             if engine.contrast:
                 from .decoding.contrast import PrefixContrast
+                from .decoding.term import Term
 
                 plain = setting("num_beams") in (None, 1) and kwargs.get("custom_generate") is None
                 assisted = kwargs.get("assistant_model") is not None or setting("prompt_lookup_num_tokens")
-                engine.contrasting = PrefixContrast(engine, engine.contrast, call, joins=plain and not assisted)
+                engine.term = None if assisted else Term(setting("eos_token_id"))  # drafts come with made-up scores
+                joins = plain and not assisted
+                engine.contrasting = PrefixContrast(engine, engine.contrast, call, joins, engine.term)
                 own.append(engine.contrasting)
             if edits:
                 from .decoding.logits import LogitEdits
@@ -462,6 +469,16 @@ def unwrap(model: Model) -> Model:
     if engine:
         engine.remove()
     return model
+
+
+def contrast_term(model: Any) -> Term | None:
+    """How large the term was that the contrast of a wrapped model added in its last `generate` call.
+
+    `.sd` is its standard deviation in nats over the tokens left uncut, None where no step left two; `.squares` and `.dof`
+    add up over calls. None without a contrast, before the first call, and after assisted decoding.
+    """
+    engine = model.__dict__.get("_vlm_fix_engine")
+    return engine.term if engine else None
 
 
 @contextlib.contextmanager

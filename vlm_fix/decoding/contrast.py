@@ -22,6 +22,7 @@ from ..families import prompt_positions
 from ..method import AttentionEdit, Contrast, LogitEdit, Negative
 from ..session import PAD, VISUAL, Call, Session, View, left_pack
 from . import joint
+from .term import Term
 
 
 def plausible(scores: torch.Tensor, log_probs: torch.Tensor, beta: float) -> torch.Tensor:
@@ -105,8 +106,9 @@ def enter(engine: Any, session: Session, layers: range, x: torch.Tensor) -> torc
 class PrefixContrast(LogitsProcessor):
     """Replaces the scores [B, V] by `method.combine_at(step, main, *negatives)`, renormalised (beam search adds them up)."""
 
-    def __init__(self, engine: Any, method: Contrast, call: Call, joins: bool = False):
+    def __init__(self, engine: Any, method: Contrast, call: Call, joins: bool = False, term: Term | None = None):
         self.engine, self.method, self.call, self.joins = engine, method, call, joins and joint.JOINS
+        self.term = term
         self.branches: list[Branch] = []
         self.joint: joint.Joint | None = None
 
@@ -120,6 +122,8 @@ class PrefixContrast(LogitsProcessor):
             self.engine.main.embeds = self.engine.main.hidden = None  # every branch has its prompt now
         main = scores.float().log_softmax(dim=-1)
         combined = self.method.combine_at(generated.shape[1], main, *negatives)
+        if self.term:
+            self.term.add(main, combined, generated)
         return combined.log_softmax(dim=-1).to(scores.dtype)  # type: ignore[return-value]
 
     def join(self, session: Session, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
