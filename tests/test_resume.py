@@ -20,7 +20,7 @@ SETTINGS = {
     "model": MODEL,
     "methods": [["vcd"]],
     "controls": True,
-    "limit": 3,
+    "limit": 2,
     "batch_size": 3,
     "max_new_tokens": 12,
     "variant": "pattern",
@@ -115,7 +115,7 @@ def test_two_processes_equal_one(whole, tmp_path):
         "no",
     ]
     asked = shlex.split(
-        "eval all --method vcd --controls --limit 3 --batch-size 3 --max-new-tokens 12 --sample --seeds 0,1"
+        "eval all --method vcd --controls --limit 2 --batch-size 3 --max-new-tokens 12 --sample --seeds 0,1"
         f" --variant pattern --split random --device cpu --json --model {MODEL}"
     )
     done = started([*launch, *command, "-m", "vlm_fix.cli", *asked, "--output", str(tmp_path / "out")])
