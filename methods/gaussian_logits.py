@@ -1,8 +1,4 @@
-"""Gaussian noise on the next-token distribution. A control.
-
-The size of a contrast's term is measured as it runs: `vlm_fix.contrast_term(model).sd` tells it after a call of `generate`,
-`vlm-fix eval --controls` takes it, on each benchmark, as sigma of the row `gaussian_logits as METHOD`.
-"""
+"""Gaussian noise on the next-token distribution. A control."""
 
 from __future__ import annotations
 
@@ -22,7 +18,8 @@ class GaussianLogits(LogitEdit):
     """Control: adds noise to the log-probabilities where a contrast method adds alpha (log p - log p').
 
     z = log p + sigma N(0, 1), independent per token of the vocabulary and per step, tokens with p < beta max p cut off.
-    For a fair comparison take sigma as the standard deviation of the method's term, and the method's beta.
+    For a fair comparison take the method's beta, and as sigma the standard deviation of its term over the tokens left uncut:
+    `vlm_fix.contrast_term(model).sd` after a call. `vlm-fix eval --controls` measures it on each benchmark and runs this so.
 
     The noise is seeded by `seed` and the row's images, prompt and answer so far, so that batching does not change it.
     Source: a control of this project.
