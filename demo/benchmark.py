@@ -29,7 +29,7 @@ from vlm_fix.registry import split_methods
 
 from .compare import Stop, Stopped, command, sentence
 from .models import Loaded, Models
-from .page import method_choices, notice
+from .page import method_choices, notice, stop_with
 
 BATCH, MOST = 16, 500
 KINDS = {"POPE: yes/no questions": "pope", "CHAIR: captions": "chair", "both": "all"}
@@ -227,13 +227,7 @@ def tab(models: Models, name: gr.Dropdown, page: gr.Blocks) -> None:
         finally:
             stop.set()
 
-    def halt(request: gr.Request) -> None:
-        if request.session_hash in stops:
-            stops[request.session_hash].set()
-
     def leave(request: gr.Request) -> None:
-        halt(request)
-        stops.pop(request.session_hash or "", None)
         if request.session_hash in places:
             places.pop(request.session_hash).cleanup()
 
@@ -293,7 +287,7 @@ def tab(models: Models, name: gr.Dropdown, page: gr.Blocks) -> None:
         trigger_mode="once",
         **private,
     )
-    end.click(halt, queue=False, **private)
+    stop_with(page, end, stops)
     page.unload(leave)
     upload.upload(show, upload, outputs, **private)
     if models.any_name:

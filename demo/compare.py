@@ -243,45 +243,36 @@ def how(max_new_tokens: int, temperature: float) -> dict[str, Any]:
     return runner.Settings(**sample).generate_kwargs(int(max_new_tokens))
 
 
-def as_python(
+def recipes(
     model: str,
     image: str | Path | Image.Image,
     prompt: str,
     stacks: Sequence[Sequence[str]],
     options: dict[str, Any],
     seed: int,
-) -> str:
-    """A script that gives the same answers."""
-    example = examples.recognise(read_image(image))
+) -> tuple[str, str]:
+    """A Python script that gives the same answers; the same runs as a benchmark on the examples, on the command line.
+
+    For an example, the benchmark's samples.jsonl then holds the same answers.
+    """
+    example, prompt = examples.recognise(read_image(image)), prompt.strip()
     if example:
         lead, source = "", f'find("{example.name}").image'
     else:
         lead = "from PIL import Image, ImageOps\n\n"
         source = 'ImageOps.exif_transpose(Image.open("image.png")).convert("RGB")  # your image'
     settings = ", ".join(f"{key}={value!r}" for key, value in options.items() if value is not None)
-    return (
+    python = (
         f"{lead}import vlm_fix\n{'from vlm_fix.demo.examples import find' + chr(10) if example else ''}"
         f"from vlm_fix.eval import runner\n\n"
         f"model, processor, _ = runner.load_model({model!r})\n"
         f"image = {source}\n"
         f"for methods in {[runner.BASELINE, *map(list, stacks)]!r}:\n"
         "    with vlm_fix.wrapped(model, methods):\n"
-        f"        answer = runner.generate(\n            model, processor, [image], [{prompt.strip()!r}],\n"
+        f"        answer = runner.generate(\n            model, processor, [image], [{prompt!r}],\n"
         f"            seed={int(seed)}, {settings},\n        )\n"
         '    print(" + ".join(methods), answer.texts[0], sep="\\n")\n'
     )
-
-
-def as_command(
-    model: str,
-    image: str | Path | Image.Image,
-    prompt: str,
-    stacks: Sequence[Sequence[str]],
-    options: dict[str, Any],
-    seed: int,
-) -> str:
-    """The same runs as a benchmark on the examples; for an example, samples.jsonl then holds the same answers."""
-    example = examples.recognise(read_image(image))
     kind, _, number = example.name.partition(":") if example else ("scene", "", str(examples.SCENES - 1))
     words = {
         "model": model,
@@ -290,12 +281,12 @@ def as_command(
         "limit": "" if kind == "coco" else int(number) + 1,
         "batch-size": 1,
         "variant": "pattern",
-        "prompt": prompt.strip(),
+        "prompt": prompt,
         "max-new-tokens": options["max_new_tokens"],
     }
     if options["do_sample"]:
         words["temperature"] = options["temperature"]
-    return command("chair", words, ["--sample"] if options["do_sample"] else [])
+    return python, command("chair", words, ["--sample"] if options["do_sample"] else [])
 
 
 def command(benchmark: str, options: dict[str, Any], flags: Sequence[str] = ()) -> str:

@@ -24,7 +24,7 @@ from vlm_fix.registry import get_method
 from . import compare, examples
 from .compare import Asked, Pane, Stop, read_image, stack_of
 from .models import Models
-from .page import CLICKS, method_choices, notice
+from .page import CLICKS, method_choices, notice, stop_with
 
 PROMPTS = [CAPTION_PROMPT, "Is there a person in the image?"]
 START = (["vcd"], ["vhr"], ["hiprune"])  # what the panes begin with
@@ -135,7 +135,7 @@ def tab(models: Models, name: gr.Dropdown, asked: gr.State, page: gr.Blocks) -> 
             picture = read_image(image)
             what = (model, picture, prompt, used, compare.how(longest, temperature), seed)
             loaded = models.get(model)
-            yield ["", *shown[1:-3], compare.as_python(*what), compare.as_command(*what), None]
+            yield ["", *shown[1:-3], *compare.recipes(*what), None]
             panes: list[Pane] = []
             for panes in compare.compare(loaded, picture, prompt, used, longest, temperature, seed, stop):
                 rest = iter(panes[1:])
@@ -147,15 +147,6 @@ def tab(models: Models, name: gr.Dropdown, asked: gr.State, page: gr.Blocks) -> 
             yield [notice(str(error)), *shown[1:]]
         finally:
             stop.set()
-
-    def halt(request: gr.Request) -> None:
-        """Stop what this visitor runs."""
-        if request.session_hash in stops:
-            stops[request.session_hash].set()
-
-    def leave(request: gr.Request) -> None:
-        halt(request)
-        stops.pop(request.session_hash or "", None)
 
     def check(image: str | None) -> tuple[str, str]:
         try:
@@ -263,8 +254,7 @@ def tab(models: Models, name: gr.Dropdown, asked: gr.State, page: gr.Blocks) -> 
         trigger_mode="once",
         **quiet,
     )
-    end.click(halt, queue=False, api_visibility="private")
-    page.unload(leave)
+    stop_with(page, end, stops)
     count.input(
         lambda n: [gr.Column(visible=i < n) for i in range(1, len(START) + 1)], count, columns, queue=False, **quiet
     )

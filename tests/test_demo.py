@@ -34,6 +34,7 @@ gr = pytest.importorskip("gradio", reason="the demo needs gradio")
 import vlm_fix  # noqa: E402
 from vlm_fix import VlmFixError, cli, list_methods, parse_spec  # noqa: E402
 from vlm_fix.demo import app, benchmark, compare, examples, inside, look, models, tools  # noqa: E402
+from vlm_fix.demo.page import stop_with  # noqa: E402
 from vlm_fix.demo.panes import about, card, control, remember  # noqa: E402
 from vlm_fix.eval import chair, picto, runner  # noqa: E402
 from vlm_fix.session import Call  # noqa: E402
@@ -666,7 +667,7 @@ def test_the_python_copy_gives_the_same_answers(loaded, scene, temperature, whic
     examples.find(which).image.save(scene)
     stacks = [["vcd"], ["vhr", "hiprune:keep=32"]]
     panes = last(compare.compare(loaded, scene, PROMPT, stacks, 24, temperature, seed=3))
-    exec(compare.as_python(loaded.name, scene, PROMPT, stacks, compare.how(24, temperature), 3), {})
+    exec(compare.recipes(loaded.name, scene, PROMPT, stacks, compare.how(24, temperature), 3)[0], {})
     expected = [line for pane in panes for line in (pane.title, pane.text.strip())]
     assert capsys.readouterr().out.splitlines() == expected
 
@@ -675,7 +676,7 @@ def test_the_python_copy_of_an_upload_runs(loaded, tmp_path, monkeypatch, capsys
     Image.new("RGB", (99, 60), "green").save(tmp_path / "image.png")
     monkeypatch.chdir(tmp_path)
     panes = last(compare.compare(loaded, "image.png", 'say "hi"', [], 8))
-    exec(compare.as_python(loaded.name, "image.png", 'say "hi"', [], compare.how(8, 0), 0), {})
+    exec(compare.recipes(loaded.name, "image.png", 'say "hi"', [], compare.how(8, 0), 0)[0], {})
     assert capsys.readouterr().out.splitlines() == ["baseline", panes[0].text.strip()]
 
 
@@ -685,7 +686,7 @@ def test_the_command_copy_gives_the_same_answers(loaded, tmp_path, which, capsys
     stacks = [["pai:alpha=0.5,gamma=1.1", "vhr"]]
     what = (tmp_path / "1.png", PROMPT, stacks)
     panes = last(compare.compare(loaded, *what, 16))
-    words = shlex.split(compare.as_command(loaded.name, *what, compare.how(16, 0), 0).replace("\\\n", ""))
+    words = shlex.split(compare.recipes(loaded.name, *what, compare.how(16, 0), 0)[1].replace("\\\n", ""))
     assert words[0] == "vlm-fix" and cli.main([*words[1:], "--output", str(tmp_path / "out")]) == 0
     rows = [json.loads(line) for line in (tmp_path / "out/samples.jsonl").read_text().splitlines()]
     wanted = 126107 if "coco" in which else picto.scene(examples.SPLIT, 0, 1).image_id
@@ -702,6 +703,19 @@ def test_the_page_is_built(catalogue):
     assert {"Image", "Prompt", "Baseline", "Methods 1", "Methods 3", "As Python", "Number of scenes"} <= labels
     folders = [block for block in page.blocks.values() if getattr(block, "elem_id", None) == "folder"]
     assert [block.visible for block in folders] == [False]  # others may reach this page
+
+
+def test_each_visitor_stops_their_own_run():
+    stops = {"me": compare.Stop(), "you": compare.Stop()}
+    mine, yours = stops.values()
+    with gr.Blocks() as page:
+        stop_with(page, gr.Button(), stops)
+    press, leave = (event.fn for event in page.fns.values())
+    press(types.SimpleNamespace(session_hash="nobody"))
+    press(types.SimpleNamespace(session_hash="me"))
+    assert mine.is_set() and not yours.is_set() and len(stops) == 2
+    leave(types.SimpleNamespace(session_hash="you"))
+    assert yours.is_set() and list(stops) == ["me"]
 
 
 def test_without_gradio_one_sentence(monkeypatch, capsys):
