@@ -15,7 +15,7 @@ from pathlib import Path
 from PIL import Image
 
 from vlm_fix.errors import VlmFixError
-from vlm_fix.eval import chair, picto
+from vlm_fix.eval import chair_data, picto
 
 SPLIT, SCENES = "test", 12  # the first scenes of the split in which Picto's prior holds
 FOLDER = Path(__file__).parent / "photographs"
@@ -86,11 +86,11 @@ def _pixels(image: Image.Image) -> str:
 
 @cache
 def _coco_truth() -> dict[int, frozenset[str]]:
-    return chair.ground_truth("coco", "pattern")
+    return chair_data.ground_truth("coco", "pattern")
 
 
 @cache
 def _scene_truth() -> dict[int, frozenset[str]]:
     made = picto.scenes(SPLIT, SCENES)
-    truth = chair.build_ground_truth(*picto.coco_annotations(made), "pattern")
+    truth = chair_data.build_ground_truth(*picto.coco_annotations(made), "pattern")
     return {i: truth[scene.image_id] for i, scene in enumerate(made)}

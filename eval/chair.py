@@ -2,7 +2,8 @@
 
 Source: A. Rohrbach et al., Object Hallucination in Image Captioning, EMNLP 2018, arXiv:1809.02156. There are
 two scorers whose numbers do not compare, each with its own truth: `nltk` (shikiw/OPERA@61426ef chair.py, the default)
-and `pattern` (LisaAnne/Hallucination@6e4d33c utils/chair.py); `words.py` tells how they read a caption.
+and `pattern` (LisaAnne/Hallucination@6e4d33c utils/chair.py); `words.py` tells how they read a caption,
+`chair_data.py` where captions and truth come from.
 
 Every word that names one of COCO's 80 objects is a mention. An object outside the image's ground truth, that is its
 instance categories and what its five reference captions mention, is hallucinated.
@@ -17,37 +18,14 @@ Worked example, ground truth {dog, sports ball}: "A dog and two cats." mentions 
 chair_s = 1, chair_i = 1/2, recall = 1/2, precision = 1/2, length = 6.
 """
 
-import json
-import re
-import warnings
-from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from vlm_fix.errors import VlmFixError
 
-from .rows import DATA, one_of, read_rows, read_text
 from .stats import Metric, column_sums, harmonic, ratio
-from .words import Object, Variant, caption_to_words, find_objects, nltk_ready, nodes
-
-__all__ = [
-    "METRICS",
-    "Caption",
-    "CaptionScore",
-    "ChairResult",
-    "GroundTruth",
-    "Variant",
-    "at_equal_length",
-    "build_ground_truth",
-    "caption_to_words",
-    "ground_truth",
-    "load_captions",
-    "nltk_ready",
-    "score",
-    "whole_sentences",
-]
+from .words import Object, Variant, find_objects
 
 GroundTruth = Mapping[int, Collection[str]]
 """Image id -> the objects in it (COCO names)."""
@@ -169,67 +147,3 @@ def at_equal_length(base: ChairResult, method: ChairResult) -> tuple[list[dict[s
                 }
             )
     return sides
-
-
-def whole_sentences(text: str) -> str:
-    """The caption up to its last full stop, question or exclamation mark, for captions cut at a number of tokens.
-
-    A caption without any stays as it is: a description that names objects is not made to say nothing.
-
-    >>> whole_sentences("A dog on a sofa. It looks at a ca")
-    'A dog on a sofa.'
-    """
-    ends = [match.end() for match in re.finditer(r"[.!?](?=\s|$|[\"')])", text)]
-    return text[: ends[-1]] if ends else text
-
-
-def load_captions(path: str | Path) -> list[Caption]:
-    """Captions from JSON lines or a JSON array with image_id (a number or a name such as COCO_val2014_000000000123.jpg)
-    and caption (or text, or answer). Warns of images that come twice; raises VlmFixError naming a bad row."""
-    captions = []
-    for number, row in enumerate(read_rows(path, "caption file"), 1):
-        text = next((row[key] for key in ("caption", "text", "answer") if key in row), None)
-        digits = re.search(r"(\d+)(\.\w+)?$", str(row.get("image_id", row.get("image", ""))))
-        if not isinstance(text, str) or not digits:
-            what = '"image_id" with a number' if isinstance(text, str) else '"caption" with a text'
-            raise VlmFixError(f"{path}, row {number}: no {what} (its keys are {', '.join(row)}); add it.")
-        captions.append(Caption(int(digits[1]), text))
-    twice = [image for image, times in Counter(caption.image_id for caption in captions).items() if times > 1]
-    if twice:
-        text = f"{path} has several captions of {len(twice)} images, the first is {twice[0]}; each of them counts."
-        warnings.warn(text, stacklevel=2)
-    return captions
-
-
-def ground_truth(source: str | Path = "coco", variant: Variant = "nltk") -> dict[int, frozenset[str]]:
-    """The map in the package ("coco": the 123,287 images of train and val 2014, those of 2017 among them), or that of a
-    JSON file {"image id": ["object", ...]}, gzip or not."""
-    one_of(variant, Variant, "variant")
-    path = DATA / f"chair/gt_objects_{variant}_trainval2014.json.gz" if source == "coco" else source
-    try:
-        return {int(image): frozenset(nodes) for image, nodes in json.loads(read_text(path, "ground truth")).items()}
-    except (ValueError, AttributeError, TypeError) as error:
-        if isinstance(error, VlmFixError):
-            raise
-        raise VlmFixError(f'The ground truth {path} is not of the form {{"image id": ["object", ...]}}.') from None
-
-
-def build_ground_truth(instances: Any, captions: Any, variant: Variant = "nltk") -> dict[int, frozenset[str]]:
-    """The same map from COCO-format instances and captions (dictionaries or pycocotools COCO objects).
-
-    Raises VlmFixError for a category that is not one of COCO's 80 or a word of the synonym list, which no caption could
-    be matched with.
-    """
-    boxes, references = (getattr(data, "dataset", data) for data in (instances, captions))
-    strange = [category["name"] for category in boxes["categories"] if category["name"] not in nodes()]
-    if strange:
-        raise VlmFixError(
-            f"CHAIR knows COCO's 80 objects and their synonyms, not the category {strange[0]!r}; rename it."
-        )
-    node = {category["id"]: nodes()[category["name"]] for category in boxes["categories"]}
-    truth: dict[int, set[str]] = {image["id"]: set() for image in [*boxes["images"], *references["images"]]}
-    for annotation in boxes["annotations"]:
-        truth[annotation["image_id"]].add(node[annotation["category_id"]])
-    for annotation in references["annotations"]:
-        truth[annotation["image_id"]].update(caption_to_words(annotation["caption"], variant).node_words)
-    return {image: frozenset(nodes) for image, nodes in truth.items()}

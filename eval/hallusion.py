@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 
 from vlm_fix.errors import VlmFixError
 
-from . import pope
+from . import yesno
 from .result import Result, all_right, tally
 from .rows import DATA, one_of, read_rows
 from .stats import Metric, ratio
@@ -69,7 +69,7 @@ def questions(path: str | Path = DATA / "hallusion/hallusionbench.jsonl.gz") -> 
     return [_question(row, path, number) for number, row in enumerate(read_rows(path, "HallusionBench file"), 1)]
 
 
-def load_answers(path: str | Path, scorer: pope.Scorer = "vlmevalkit") -> tuple[list[Question], list[str | None]]:
+def load_answers(path: str | Path, scorer: yesno.Scorer = "vlmevalkit") -> tuple[list[Question], list[str | None]]:
     """Questions and answers of a file as the official script reads it: HallusionBench.json with model_prediction in each
     row; for scorer official with GPT-4's mark too, which then is the answer."""
     found: list[Question] = []
@@ -87,12 +87,10 @@ def load_answers(path: str | Path, scorer: pope.Scorer = "vlmevalkit") -> tuple[
 def _question(row: dict[str, Any], path: Any, number: int) -> Question:
     try:
         place = [str(row[key]) for key in ("category", "subcategory", "set_id", "figure_id", "question_id")]
-        category, subcategory, group, figure, question = place
         visual = str(row["visual_input"])
-        image = "" if visual == "0" else f"{category}/{subcategory}/{group}_{figure}.png"
+        image = "" if visual == "0" else "{}/{}/{}_{}.png".format(*place)
         label = {"0": "no", "1": "yes"}[str(row["gt_answer"])]
-        text = row["question"]
-        return Question("_".join(place), image, text, category, subcategory, group, figure, question, visual, label)
+        return Question._make(("_".join(place), image, row["question"], *place, visual, label))
     except KeyError as error:
         raise VlmFixError(
             f"{path}, row {number}: {error} is missing or unknown; rows are those of HallusionBench.json."
@@ -100,10 +98,10 @@ def _question(row: dict[str, Any], path: Any, number: int) -> Question:
 
 
 def score(
-    answers: Sequence[str | None], questions: Sequence[Question], scorer: pope.Scorer = "vlmevalkit"
+    answers: Sequence[str | None], questions: Sequence[Question], scorer: yesno.Scorer = "vlmevalkit"
 ) -> dict[str, Result]:
     """Results by part: overall, VD and VS where there are any. None is an answer that failed, wrong in any case."""
-    one_of(scorer, pope.Scorer, "scorer")
+    one_of(scorer, yesno.Scorer, "scorer")
     twice = len(questions) - len({question.id for question in questions})
     if twice:
         raise VlmFixError(f"{twice} questions come twice: give each (category, set, figure, question) once.")
@@ -135,12 +133,12 @@ def score(
     return {part: tally(scorer, each, METRICS, sum(row["unparsed"] for row in each)) for part, each in parts.items()}
 
 
-def verdict(answer: str | None, label: str, scorer: pope.Scorer) -> str:
+def verdict(answer: str | None, label: str, scorer: yesno.Scorer) -> str:
     """yes, no or unknown; for official from GPT-4's mark: 1 is the truth, 0 its opposite, 2 unknown."""
     if answer is None:
         return "unknown"
     if scorer != "official":
-        return pope.verdict(answer, label, scorer)
+        return yesno.verdict(answer, label, scorer)
     if answer not in ("0", "1", "2"):
         raise VlmFixError(
             f"{answer[:20]!r} is no mark of GPT-4 (0, 1 or 2): use --scorer vlmevalkit for plain answers."

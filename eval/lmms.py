@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from . import pope
+from . import pope, yesno
 from .rows import DATA
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def pope_text(doc: Mapping[str, Any], lmms_eval_specific_kwargs: Mapping[str, st
 def pope_results(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, dict[str, Any]]:
     """One row per metric, with the keys that lmms-eval's own POPE task has."""
     label = doc["answer"].lower().strip()
-    said = pope.verdict(results[0], label, "official")
+    said = yesno.verdict(results[0], label, "official")
     row = {"question_id": doc["question_id"], "prediction": results[0], "ground_truth": label}
     scored = row | {"score": float(said == label)}  # lmms-eval prints the standard error of "score" beside the metric
     return {f"pope_{name}": scored if name == "accuracy" else row for name in METRICS}

@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 
 from vlm_fix.errors import VlmFixError
 
-from . import pope
+from . import yesno
 from .result import Result, all_right, tally
 from .rows import one_of, read_text
 from .stats import Metric, ratio
@@ -118,10 +118,10 @@ def _in_pairs(questions: list[Question]) -> list[Question]:
 
 
 def score(
-    answers: Sequence[str | None], questions: Sequence[Question], scorer: pope.Scorer = "official"
+    answers: Sequence[str | None], questions: Sequence[Question], scorer: yesno.Scorer = "official"
 ) -> dict[str, Result]:
     """Results by task, and by group of tasks where each of its tasks is there. None is wrong."""
-    one_of(scorer, pope.Scorer, "scorer")
+    one_of(scorer, yesno.Scorer, "scorer")
     said = [verdict(answer, q.label, scorer) for answer, q in zip(answers, questions, strict=True)]
     right = [one == question.label for one, question in zip(said, questions, strict=True)]
     pairs = all_right("images", [(question.task, question.image) for question in questions], right)
@@ -140,11 +140,11 @@ def score(
     return {part: tally(scorer, each, METRICS, sum(row["unparsed"] for row in each)) for part, each in parts.items()}
 
 
-def verdict(answer: str | None, label: str, scorer: pope.Scorer) -> str:
+def verdict(answer: str | None, label: str, scorer: yesno.Scorer) -> str:
     """yes, no or unknown."""
     if answer is None:
         return "unknown"
     if scorer != "official":
-        return pope.verdict(answer, label, scorer)
+        return yesno.verdict(answer, label, scorer)
     text = answer.lower()
     return text if text in ("yes", "no") else next((word for word in ("yes", "no") if word in text[:4]), "unknown")

@@ -45,7 +45,7 @@ from vlm_fix import registry
 from vlm_fix.calibration import choose, read_all
 from vlm_fix.errors import VlmFixError
 
-from . import chair, picto, pope, report
+from . import picto, pope, report, words, yesno
 from .plan import Run, runs
 from .store import Store, Team, write_atomic
 from .tasks import Sample, Task, build, load_image
@@ -75,8 +75,8 @@ class Settings:
     batch_size: int = 8
     seed: int = 0
     splits: tuple[pope.Kind, ...] = ("random", "popular", "adversarial")
-    scorer: pope.Scorer = "official"
-    variant: chair.Variant | None = None
+    scorer: yesno.Scorer = "official"
+    variant: words.Variant | None = None
     prompt: str | None = None
     ids: str | None = None
     max_new_tokens: int | None = None

@@ -19,12 +19,12 @@ from typing import Any
 
 from vlm_fix.errors import VlmFixError
 
-from . import amber, chair, hallusion, mme, pope
+from . import amber, amber_data, chair, hallusion, mme, yesno
 from .words import Object, Variant, nltk_ready
 
 THUMB = 224  # pixels
 VERDICTS = {
-    "pope": pope.verdict,
+    "pope": yesno.verdict,
     "amber-qa": amber.verdict,
     "mme": mme.verdict,
     "hallusion": hallusion.verdict,
@@ -100,7 +100,7 @@ def _amber(row: Mapping[str, Any], results: Mapping[str, Any]) -> tuple[str, int
     """The same by AMBER's rules; words that are never judged stay unmarked."""
     data = results["settings"]["data"]["amber"]
     words = _lexicon(data["variant"].split(",")[0], _variant(data))
-    scene = amber.Scene(0, "", tuple(row["ground_truth"]), tuple(row["hallu"]))
+    scene = amber_data.Scene(0, "", tuple(row["ground_truth"]), tuple(row["hallu"]))
     marks, wrong = [], 0
     for noun, fits, imagined, hallucinated in amber.mentions(row["answer"], scene, words):
         if hallucinated:
@@ -112,8 +112,8 @@ def _amber(row: Mapping[str, Any], results: Mapping[str, Any]) -> tuple[str, int
 
 
 @cache
-def _lexicon(scorer: Any, variant: Variant) -> amber.Lexicon:
-    return amber.picto_lexicon(variant) if scorer == "picto" else amber.lexicon(scorer, variant)
+def _lexicon(scorer: Any, variant: Variant) -> amber_data.Lexicon:
+    return amber_data.picto_lexicon(variant) if scorer == "picto" else amber_data.lexicon(scorer, variant)
 
 
 def _variant(data: Mapping[str, Any]) -> Variant:

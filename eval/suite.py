@@ -26,10 +26,11 @@ from typing import TYPE_CHECKING, Any
 
 from vlm_fix.errors import VlmFixError
 
-from . import amber, chair, hallusion, mme, picto, pope
+from . import amber, amber_data, hallusion, mme, picto, pope_data, yesno
 from .picto.world import SCENE_TYPES
 from .result import Result
 from .tasks import IMAGES, Sample
+from .words import Variant, nltk_ready
 
 if TYPE_CHECKING:
     from .runner import Settings
@@ -75,27 +76,27 @@ def build(settings: Settings) -> list[Items]:
 
 
 def _amber(folder: Path, settings: Settings) -> list[Items]:
-    paths = {scene.image: _place(folder, scene.image, ("image", "images")) for scene in amber.scenes()}
+    paths = {scene.image: _place(folder, scene.image, ("image", "images")) for scene in amber_data.scenes()}
     kept = _drawn(list(paths), paths, settings)
-    scenes = [scene for scene in amber.scenes() if scene.image in kept]
-    questions = [question for question in amber.questions() if question.image in kept]
-    words = amber.lexicon(settings.scorer, settings.variant or "nltk")
+    scenes = [scene for scene in amber_data.scenes() if scene.image in kept]
+    questions = [question for question in amber_data.questions() if question.image in kept]
+    words = amber_data.lexicon(settings.scorer, settings.variant or "nltk")
     return _amber_tasks(scenes, questions, {name: paths[name] for name in kept}, words, settings, folder.name)
 
 
 def _picto_amber(split: str, settings: Settings) -> list[Items]:
     shown = picto.scenes(split, settings.limit or IMAGES, settings.seed)
-    variant: chair.Variant = settings.variant or ("nltk" if chair.nltk_ready() else "pattern")
-    scenes: list[amber.Scene] = []
-    questions: list[amber.Question] = []
+    variant: Variant = settings.variant or ("nltk" if nltk_ready() else "pattern")
+    scenes: list[amber_data.Scene] = []
+    questions: list[amber_data.Question] = []
     for scene in shown:
         absent = [name for name in SCENE_TYPES[scene.scene_type].typical if name not in scene.names]
         there = tuple(dict.fromkeys(name for name, _ in scene.objects))
-        scenes.append(amber.Scene(scene.image_id, scene.file_name, there, tuple(absent)))
+        scenes.append(amber_data.Scene(scene.image_id, scene.file_name, there, tuple(absent)))
         for name in absent:
-            text = pope.question_text(name)
-            questions.append(amber.Question(len(questions) + 1, scene.file_name, text, "existence", "no"))
-    words = amber.picto_lexicon(variant)
+            text = pope_data.question_text(name)
+            questions.append(amber_data.Question(len(questions) + 1, scene.file_name, text, "existence", "no"))
+    words = amber_data.picto_lexicon(variant)
     images = {scene.file_name: scene.image for scene in shown}
     if settings.scorer == "official":
         settings = dataclasses.replace(settings, scorer="ours")
@@ -103,10 +104,10 @@ def _picto_amber(split: str, settings: Settings) -> list[Items]:
 
 
 def _amber_tasks(
-    scenes: Sequence[amber.Scene],
-    questions: Sequence[amber.Question],
+    scenes: Sequence[amber_data.Scene],
+    questions: Sequence[amber_data.Question],
     images: Mapping[str, Any],
-    words: amber.Lexicon,
+    words: amber_data.Lexicon,
     settings: Settings,
     source: str,
 ) -> list[Items]:
@@ -122,7 +123,7 @@ def _amber_tasks(
         for q in questions
     ]
 
-    def judge(answers: Sequence[str | None], items: Sequence[amber.Question]) -> dict[str, Result]:
+    def judge(answers: Sequence[str | None], items: Sequence[amber_data.Question]) -> dict[str, Result]:
         parts = {}
         for kind in ("existence", "attribute", "relation"):
             both = [(a, q) for a, q in zip(answers, items, strict=True) if q.kind == kind]
@@ -178,7 +179,7 @@ def _hallusion(folder: Path, settings: Settings) -> list[Items]:
         for q in questions
     ]
     # the official judge, GPT-4, cannot be asked
-    scorer: pope.Scorer = "vlmevalkit" if settings.scorer == "official" else settings.scorer
+    scorer: yesno.Scorer = "vlmevalkit" if settings.scorer == "official" else settings.scorer
     data = _data(folder.name, questions, f"{scorer}, groups of {hallusion.SOURCE}, figures only")
     return [Items("hallusion", questions, samples, lambda a, q: hallusion.score(a, q, scorer), data)]
 

@@ -31,7 +31,7 @@ from PIL import Image
 
 from vlm_fix.errors import VlmFixError
 
-from . import chair, picto, pope
+from . import chair, chair_data, picto, pope, pope_data, words, yesno
 
 if TYPE_CHECKING:
     from .runner import Settings
@@ -65,7 +65,7 @@ class Pope:
 
     questions: dict[str, list[pope.Question]]
     samples: list[Sample]
-    scorer: pope.Scorer
+    scorer: yesno.Scorer
     data: dict[str, Any]
     benchmark: str = "pope"
     max_new_tokens: int = MAX_NEW_TOKENS["pope"]
@@ -92,7 +92,7 @@ class Chair:
 
     truth: dict[int, list[str]]
     samples: list[Sample]
-    variant: chair.Variant
+    variant: words.Variant
     data: dict[str, Any]
     drop_incomplete: bool = False
     benchmark: str = "chair"
@@ -106,7 +106,7 @@ class Chair:
     def score(self, answers: Mapping[str, str | None]) -> dict[str, chair.ChairResult]:
         """Result under the name "captions" from captions by sample id; None is a caption that says nothing."""
         texts = [(s.image_id, answers[s.id] or "") for s in self.samples if s.id in answers]
-        cut = chair.whole_sentences if self.drop_incomplete else str
+        cut = chair_data.whole_sentences if self.drop_incomplete else str
         captions = [chair.Caption(image_id, cut(text)) for image_id, text in texts]
         return {"captions": chair.score(captions, self.truth, self.variant)} if captions else {}
 
@@ -193,9 +193,9 @@ def _pope(
 
 
 def _chair(
-    images: Mapping[str, Any], truth: Mapping[int, Any], variant: chair.Variant, settings: Settings, source: str
+    images: Mapping[str, Any], truth: Mapping[int, Any], variant: words.Variant, settings: Settings, source: str
 ) -> Chair:
-    chair.caption_to_words("a dog", variant)  # missing NLTK data must be told now, not after the captions are made
+    words.caption_to_words("a dog", variant)  # missing NLTK data must be told now, not after the captions are made
     prompt = settings.prompt if settings.prompt and "{question}" not in settings.prompt else CAPTION_PROMPT
     mine = {image_id: sorted(truth[image_id]) for image_id, _ in images.values()}
     samples = [
@@ -221,14 +221,14 @@ def _picto(split: str, settings: Settings) -> dict[str, Any]:
     def make_pope() -> Pope:
         instances, _ = picto.coco_annotations(scenes)
         questions = {
-            kind: pope.make_questions(instances, kind, images=n, seed=settings.seed) for kind in settings.splits
+            kind: pope_data.make_questions(instances, kind, images=n, seed=settings.seed) for kind in settings.splits
         }
         return _pope(questions, {s.file_name: (s.image_id, s.image) for s in scenes}, settings, source)
 
     def make_chair() -> Chair:
         # the default variant must work on a machine that never downloads anything
-        variant: chair.Variant = settings.variant or ("nltk" if chair.nltk_ready() else "pattern")
-        truth = chair.build_ground_truth(*picto.coco_annotations(scenes[:n]), variant)
+        variant: words.Variant = settings.variant or ("nltk" if words.nltk_ready() else "pattern")
+        truth = chair_data.build_ground_truth(*picto.coco_annotations(scenes[:n]), variant)
         return _chair({s.file_name: (s.image_id, s.image) for s in scenes[:n]}, truth, variant, settings, source)
 
     return {"pope": make_pope, "chair": make_chair}
@@ -252,7 +252,7 @@ def _coco(folder: Path, settings: Settings) -> dict[str, Any]:
     limit = settings.limit or IMAGES
 
     def make_pope() -> Pope:
-        official = {kind: pope.coco_questions(kind) for kind in settings.splits}
+        official = {kind: pope_data.coco_questions(kind) for kind in settings.splits}
         names = list(dict.fromkeys(q.image for each in official.values() for q in each))
         if not own and not settings.build and wanted is None and any(number_of(name) in found for name in names):
             names = names[:limit]
@@ -271,7 +271,8 @@ def _coco(folder: Path, settings: Settings) -> dict[str, Any]:
                 kinds.setdefault(row["image_id"], set()).add(row["category_id"])
             n = min(limit, sum(len(each) > 2 for each in kinds.values()) or limit)  # POPE asks for three objects
             questions = {
-                kind: pope.make_questions(instances, kind, images=n, seed=settings.seed) for kind in settings.splits
+                kind: pope_data.make_questions(instances, kind, images=n, seed=settings.seed)
+                for kind in settings.splits
             }
             names = list(dict.fromkeys(q.image for each in questions.values() for q in each))
             source = f"{folder.name}, questions made from annotations, {len(names)} images, seed {settings.seed}"
@@ -279,15 +280,15 @@ def _coco(folder: Path, settings: Settings) -> dict[str, Any]:
         return _pope(questions, {name: (n, found[n]) for name, n in ids.items() if n is not None}, settings, source)
 
     def make_chair() -> Chair:
-        variant: chair.Variant = settings.variant or "nltk"
+        variant: words.Variant = settings.variant or "nltk"
         ids = wanted or sorted(found)
         if wanted is None and len(ids) > limit:
             ids = sorted(random.Random(settings.seed).sample(ids, limit))
         ids = ids[:limit]
-        truth: Mapping[int, Any] = {} if own else chair.ground_truth("coco", variant)
+        truth: Mapping[int, Any] = {} if own else chair_data.ground_truth("coco", variant)
         if any(number not in truth for number in ids):
             instances, captions = (_restrict(_annotations(folder, k), set(ids)) for k in ("instances", "captions"))
-            truth = chair.build_ground_truth(instances, captions, variant)
+            truth = chair_data.build_ground_truth(instances, captions, variant)
             bare = [number for number in ids if number not in truth]
             if bare:
                 raise VlmFixError(
@@ -302,7 +303,7 @@ def _coco(folder: Path, settings: Settings) -> dict[str, Any]:
 
 def _from_files(folder: Path, settings: Settings) -> Pope:
     """The questions of --questions, a split per file; with a limit those about the first images that they name."""
-    paths, asked = _paths(folder), {Path(file).stem: pope.load_questions(file) for file in settings.questions}
+    paths, asked = _paths(folder), {Path(file).stem: pope_data.load_questions(file) for file in settings.questions}
     names = list(dict.fromkeys(q.image for each in asked.values() for q in each))[: settings.limit]
     lost = [name for name in names if name not in paths]
     if lost:

@@ -1,5 +1,6 @@
 """CHAIR: both variants against the numbers of the official scripts, word by word and caption by caption."""
 
+import doctest
 import json
 import tarfile
 from functools import cache
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlm_fix.errors import VlmFixError
-from vlm_fix.eval import chair, words
+from vlm_fix.eval import chair, chair_data, words
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 ORACLE = DATA / "oracle"
@@ -21,7 +22,7 @@ needs_data = pytest.mark.skipif(not ORACLE.exists(), reason=f"the official scrip
 
 @cache
 def coco_truth(variant: words.Variant) -> chair.GroundTruth:
-    return chair.ground_truth("coco", variant)
+    return chair_data.ground_truth("coco", variant)
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
@@ -43,13 +44,13 @@ def variant(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 @needs_data
 def test_words_of_tricky_sentences_equal_the_official_functions(variant: words.Variant) -> None:
     for unit in json.loads((ORACLE / "chair_caption_to_words_unit.json").read_text()):
-        assert chair.caption_to_words(unit["text"], variant)._asdict() == unit[variant], unit["text"]
+        assert words.caption_to_words(unit["text"], variant)._asdict() == unit[variant], unit["text"]
 
 
 @needs_data
 @pytest.mark.parametrize("run", ["greedy", "beam5", "ours"])
 def test_opera_captions_score_as_in_the_official_scripts(run: str, variant: words.Variant) -> None:
-    captions = chair.load_captions(DATA / "captions" / "opera_llava15" / f"{run}.jsonl")
+    captions = chair_data.load_captions(DATA / "captions" / "opera_llava15" / f"{run}.jsonl")
     result = chair.score(captions, coco_truth(variant), variant)
     overall = json.loads((ORACLE / "chair_overall_opera_llava15.json").read_text())[f"opera/llava-1.5/{run}.jsonl"]
     tokens = sum(row["tokens"] for row in result.rows)
@@ -80,25 +81,25 @@ def test_ground_truth_built_from_annotations_equals_the_packaged_map(variant: wo
     coco = pytest.importorskip("pycocotools.coco")
     paths = [DATA / "coco" / "mini" / f"{part}_val2017.json" for part in ("instances", "captions")]
     instances, captions = (json.loads(path.read_text()) for path in paths)
-    built = chair.build_ground_truth(instances, captions, variant)
+    built = chair_data.build_ground_truth(instances, captions, variant)
     packaged = coco_truth(variant)
     assert len(built) == 79
     assert built == {image: packaged[image] for image in built}
-    assert built == chair.build_ground_truth(*(coco.COCO(str(path)) for path in paths), variant)
+    assert built == chair_data.build_ground_truth(*(coco.COCO(str(path)) for path in paths), variant)
 
 
 @needs_data
 def test_objects_are_found_at_their_place_in_the_caption(variant: words.Variant) -> None:
-    for caption in chair.load_captions(DATA / "captions" / "opera_llava15" / "ours.jsonl")[:150]:
+    for caption in chair_data.load_captions(DATA / "captions" / "opera_llava15" / "ours.jsonl")[:150]:
         tokens, objects = words.find_objects(caption.text, variant)
-        official = chair.caption_to_words(caption.text, variant)
+        official = words.caption_to_words(caption.text, variant)
         assert tokens == len(official.raw_words)
         assert [(o.word, o.node) for o in objects] == list(zip(official.words, official.node_words, strict=True))
         cut = words._tokens(caption.text.lower(), variant)
         for found in objects:
             piece = words._tokens(caption.text[found.start : found.end].lower(), variant)
             assert piece == cut[found.token : found.token + len(piece)]
-            assert variant == "nltk" or [found.word] == chair.caption_to_words(" ".join(piece), variant).words
+            assert variant == "nltk" or [found.word] == words.caption_to_words(" ".join(piece), variant).words
 
 
 def test_places_survive_quotes_and_newlines() -> None:
@@ -112,7 +113,7 @@ def test_places_survive_quotes_and_newlines() -> None:
 
 
 def test_an_em_dash_does_not_cut_a_token_on_any_nltk_version() -> None:
-    assert chair.caption_to_words("a cat—dog on a bed", "pattern").raw_words == ["a", "cat—dog", "on", "a", "bed"]
+    assert words.caption_to_words("a cat—dog on a bed", "pattern").raw_words == ["a", "cat—dog", "on", "a", "bed"]
 
 
 def test_worked_examples_of_the_docstrings() -> None:
@@ -147,7 +148,7 @@ TRUTH = st.fixed_dictionaries({i: st.sets(st.sampled_from(NODES)) for i in range
 def test_score_agrees_with_a_count_over_sets(pairs: list, truth: dict, extra: str) -> None:
     captions = [chair.Caption(image, text) for image, text in pairs]
     result = chair.score(captions, truth, "pattern")
-    mentioned = [(i, chair.caption_to_words(text, "pattern").node_words) for i, text in pairs]
+    mentioned = [(i, words.caption_to_words(text, "pattern").node_words) for i, text in pairs]
     wrong = [[node for node in nodes if node not in truth[i]] for i, nodes in mentioned]
     total = sum(len(nodes) for _, nodes in mentioned)
     assert result.chair_s == sum(map(bool, wrong)) / len(pairs)
@@ -162,10 +163,10 @@ def test_score_agrees_with_a_count_over_sets(pairs: list, truth: dict, extra: st
 def test_captions_load_from_the_usual_forms(tmp_path: Path) -> None:
     path = tmp_path / "captions.json"
     path.write_text('[{"image_id": "COCO_val2014_000000000042.jpg", "text": "a"}, {"image_id": 7, "answer": "b"}]')
-    assert chair.load_captions(path) == [chair.Caption(42, "a"), chair.Caption(7, "b")]
+    assert chair_data.load_captions(path) == [chair.Caption(42, "a"), chair.Caption(7, "b")]
     path.write_text('{"image": "000000000042.png", "caption": "a\\u2028b"}\n\n{"image_id": 42, "caption": ""}\n')
     with pytest.warns(UserWarning, match="several captions of 1 images, the first is 42"):
-        assert chair.load_captions(path) == [chair.Caption(42, "a\u2028b"), chair.Caption(42, "")]
+        assert chair_data.load_captions(path) == [chair.Caption(42, "a\u2028b"), chair.Caption(42, "")]
 
 
 @pytest.mark.parametrize(
@@ -180,7 +181,7 @@ def test_bad_caption_files_get_one_sentence(tmp_path: Path, content: str, messag
     path = tmp_path / "captions.jsonl"
     path.write_text(content)
     with pytest.raises(VlmFixError, match=message):
-        chair.load_captions(path)
+        chair_data.load_captions(path)
 
 
 def test_bad_ground_truth_gets_one_sentence(tmp_path: Path) -> None:
@@ -189,19 +190,19 @@ def test_bad_ground_truth_gets_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(VlmFixError, match="no captions"):
         chair.score([], {1: []}, "pattern")
     with pytest.raises(VlmFixError, match="Cannot read the ground truth"):
-        chair.ground_truth(tmp_path / "none.json")
+        chair_data.ground_truth(tmp_path / "none.json")
     (tmp_path / "list.json").write_text("[1]")
     with pytest.raises(VlmFixError, match="is not of the form"):
-        chair.ground_truth(tmp_path / "list.json")
+        chair_data.ground_truth(tmp_path / "list.json")
     with pytest.raises(VlmFixError, match="Unknown variant 'spacy'; choose one of nltk, pattern"):
-        chair.ground_truth("coco", "spacy")  # type: ignore[arg-type]
+        chair_data.ground_truth("coco", "spacy")  # type: ignore[arg-type]
     with pytest.raises(VlmFixError, match="not the category 'unicorn'; rename it"):
-        chair.build_ground_truth({"categories": [{"id": 1, "name": "unicorn"}]}, {}, "pattern")
+        chair_data.build_ground_truth({"categories": [{"id": 1, "name": "unicorn"}]}, {}, "pattern")
 
 
 def test_ground_truth_from_a_file(tmp_path: Path) -> None:
     (tmp_path / "truth.json").write_text('{"3": ["dog"], "4": []}')
-    truth = chair.ground_truth(tmp_path / "truth.json", "pattern")
+    truth = chair_data.ground_truth(tmp_path / "truth.json", "pattern")
     assert truth == {3: {"dog"}, 4: set()}
     assert chair.score([chair.Caption(4, "a tree")], truth, "pattern").to_dict() == {
         "variant": "pattern", "n": 1, "chair_s": 0, "chair_i": 0, "recall": 0, "precision": 0, "f1": 0, "length": 2
@@ -216,20 +217,26 @@ def test_missing_nltk_data_are_named_and_the_pattern_variant_works(monkeypatch: 
     try:
         assert not words.nltk_ready()
         with pytest.raises(VlmFixError, match=r"nltk\.downloader punkt_tab .* use --variant pattern, which works now"):
-            chair.caption_to_words("a dog", "nltk")
+            words.caption_to_words("a dog", "nltk")
         assert asked == list(words.NLTK_PACKAGES)
-        assert chair.caption_to_words("a dog", "pattern").node_words == ["dog"]
+        assert words.caption_to_words("a dog", "pattern").node_words == ["dog"]
     finally:
         words._nltk_models.cache_clear()
 
 
 def test_a_cut_off_last_sentence_is_dropped_on_request() -> None:
     cut = "A dog (brown.) sits on a 3.5 m couch. Is it asleep? There is a cat"
-    assert chair.whole_sentences(cut) == "A dog (brown.) sits on a 3.5 m couch. Is it asleep?"
+    assert chair_data.whole_sentences(cut) == "A dog (brown.) sits on a 3.5 m couch. Is it asleep?"
     for whole in ("A dog and a cat", "A dog.", "", 'It says "stop."'):
-        assert chair.whole_sentences(whole).strip('"') == whole.strip('"')
+        assert chair_data.whole_sentences(whole).strip('"') == whole.strip('"')
     truth = {1: {"dog"}}
     both = [
-        chair.Caption(1, text) for text in ("A dog sits. There is a cat", chair.whole_sentences("A dog sits. A cat"))
+        chair.Caption(1, text)
+        for text in ("A dog sits. There is a cat", chair_data.whole_sentences("A dog sits. A cat"))
     ]
     assert [chair.score([each], truth, "pattern").chair_i for each in both] == [1 / 2, 0]
+
+
+def test_worked_example_of_the_ground_truth():
+    run = doctest.testmod(chair_data)
+    assert run.failed == 0 and run.attempted == 4

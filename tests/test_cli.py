@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from vlm_fix import cli, list_methods
-from vlm_fix.eval import pope
+from vlm_fix.eval import yesno
 
 MODEL = os.environ.get("VLM_FIX_TEST_MODEL", "picto-llava")
 
@@ -164,4 +164,4 @@ def test_help_version_and_module_entry(capsys):
 
 
 def test_all_scorers_are_offered():
-    assert set(cli.SCORERS) == set(pope.Scorer.__args__)
+    assert set(cli.SCORERS) == set(yesno.Scorer.__args__)

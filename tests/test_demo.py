@@ -36,7 +36,7 @@ from vlm_fix import VlmFixError, cli, list_methods, parse_spec  # noqa: E402
 from vlm_fix.demo import app, benchmark, compare, examples, inside, look, models, tools  # noqa: E402
 from vlm_fix.demo.page import stop_with  # noqa: E402
 from vlm_fix.demo.panes import about, card, control, remember  # noqa: E402
-from vlm_fix.eval import chair, picto, runner  # noqa: E402
+from vlm_fix.eval import chair_data, picto, runner  # noqa: E402
 from vlm_fix.session import Call  # noqa: E402
 
 PROMPT = compare.CAPTION_PROMPT
@@ -100,7 +100,7 @@ def test_truth_belongs_to_the_pixels(loaded, scene, tmp_path):
 
 
 def test_photographs_are_known_by_their_coco_id_and_credited(loaded):
-    truth = chair.ground_truth("coco", "pattern")
+    truth = chair_data.ground_truth("coco", "pattern")
     rows = {f"coco:{row['coco_id']}": row for row in json.loads((examples.FOLDER / "ATTRIBUTION.json").read_text())}
     files = {path.name for path in examples.FOLDER.glob("*.jpg")}
     assert {row["file"] for row in rows.values()} == files and len(examples.photographs()) == len(files) >= 8

@@ -1,5 +1,6 @@
 """POPE: every scorer against the numbers of the official scripts on real answers, and the question maker's rules."""
 
+import doctest
 import json
 import re
 from collections import Counter
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlm_fix.errors import VlmFixError
-from vlm_fix.eval import pope
+from vlm_fix.eval import pope, pope_data, yesno
 from vlm_fix.eval.stats import column_sums
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -36,10 +37,10 @@ TEXTS = st.one_of(
 @pytest.mark.parametrize("scorer", SCRIPTS)
 def test_scores_of_real_answers_equal_the_official_scripts(kind: str, scorer: str) -> None:
     expected = json.loads(ORACLE.read_text())["files"][f"answers_shield_llava15/coco_{kind}.jsonl"][SCRIPTS[scorer]]
-    answers = pope.load_answers(DATA / "pope" / "answers_llava15" / f"coco_{kind}.jsonl")
-    questions = pope.coco_questions(kind)
+    answers = pope_data.load_answers(DATA / "pope" / "answers_llava15" / f"coco_{kind}.jsonl")
+    questions = pope_data.coco_questions(kind)
     got = {name.lower(): value for name, value in pope.score(questions, answers, scorer).to_dict().items()}
-    verdicts = [pope.verdict(a.text, q.label, scorer) for q, a in zip(questions, answers, strict=True)]
+    verdicts = [yesno.verdict(a.text, q.label, scorer) for q, a in zip(questions, answers, strict=True)]
     got["n_unknown"] = verdicts.count("unknown")
     assert {name: got[name.lower()] for name in expected} == expected
 
@@ -50,17 +51,17 @@ def test_every_reply_is_read_as_the_official_scripts_read_it() -> None:
         for scorer in SCRIPTS:
             for label in ("yes", "no"):
                 expected = row[f"vcd_when_gt_{label}" if scorer == "vcd" else scorer].lower()
-                said = pope.verdict(row["text"], label, scorer)
+                said = yesno.verdict(row["text"], label, scorer)
                 assert said == expected.replace("neither", "unknown"), (row["text"], scorer, label)
 
 
 @needs_data
 def test_the_packaged_questions_are_the_official_files() -> None:
     for kind in KINDS:
-        assert pope.coco_questions(kind) == pope.load_questions(DATA / "pope" / f"coco_pope_{kind}.json")
-    hashed = pope.questions_sha256(pope.coco_questions("random"))
+        assert pope_data.coco_questions(kind) == pope_data.load_questions(DATA / "pope" / f"coco_pope_{kind}.json")
+    hashed = pope.questions_sha256(pope_data.coco_questions("random"))
     assert hashed == "ac25245170b975a5bdf9080b23fd431dfe6be458bc038259c1f4f09a6bef7994"  # sha256sum of the file
-    assert len(pope.load_questions(DATA / "pope" / "aokvqa_pope_seem_random.json")) == 3000  # a JSON array
+    assert len(pope_data.load_questions(DATA / "pope" / "aokvqa_pope_seem_random.json")) == 3000  # a JSON array
 
 
 @given(st.lists(st.tuples(st.sampled_from(["yes", "no"]), TEXTS), min_size=1, max_size=30), st.randoms())
@@ -107,8 +108,8 @@ def expected_negative(kind: str, images: list[list[str]], positive: str, taken: 
 @settings(max_examples=80, deadline=None)
 def test_made_questions_follow_the_official_rules(instances: list, kind: str, seed: int) -> None:
     objects = {image: names for image, names in instances if len(names) >= 3}
-    questions = pope.make_questions(instances, kind, images=len(objects), seed=seed)
-    assert questions == pope.make_questions(instances, kind, images=len(objects), seed=seed)
+    questions = pope_data.make_questions(instances, kind, images=len(objects), seed=seed)
+    assert questions == pope_data.make_questions(instances, kind, images=len(objects), seed=seed)
     assert [q.question_id for q in questions] == list(range(1, 6 * len(objects) + 1))
     assert [q.label for q in questions] == ["yes", "no"] * 3 * len(objects)
     images = list(dict.fromkeys(q.image for q in questions))
@@ -126,10 +127,12 @@ def test_made_questions_follow_the_official_rules(instances: list, kind: str, se
 
 def test_one_seed_samples_the_same_images_for_every_kind() -> None:
     instances = [(f"{i}.jpg", [f"thing{(i + j) % 20}" for j in range(4)]) for i in range(40)]
-    made = {kind: pope.make_questions(instances, kind, images=40, seed=3) for kind in KINDS}
+    made = {kind: pope_data.make_questions(instances, kind, images=40, seed=3) for kind in KINDS}
     assert len({tuple(q.image for q in questions) for questions in made.values()}) == 1
-    assert made["random"] != pope.make_questions(instances, "random", images=40, seed=4)
-    drawn = Counter(q.text for seed in range(50) for q in pope.make_questions(instances, images=40, seed=seed)[1::2])
+    assert made["random"] != pope_data.make_questions(instances, "random", images=40, seed=4)
+    drawn = Counter(
+        q.text for seed in range(50) for q in pope_data.make_questions(instances, images=40, seed=seed)[1::2]
+    )
     assert len(drawn) == 20  # 6000 uniform negatives: 300 of each of the 20 objects, standard deviation about 17
     assert all(200 < times < 400 for times in drawn.values())
 
@@ -144,8 +147,8 @@ def test_coco_dictionaries_and_pycocotools_give_the_same_questions() -> None:
     }
     loaded = coco.COCO()
     loaded.dataset = data
-    questions = pope.make_questions(data, images=4)
-    assert questions == pope.make_questions(loaded, images=4)
+    questions = pope_data.make_questions(data, images=4)
+    assert questions == pope_data.make_questions(loaded, images=4)
     first = [q.text for q in questions if q.image == "1.jpg" and q.label == "yes"]
     assert first == [f"Is there {name} in the image?" for name in ("an apple", "a dog", "a 4object")]
 
@@ -164,17 +167,17 @@ def test_bad_question_files_get_one_sentence(tmp_path: Path, content: str, words
     path = tmp_path / "questions.json"
     path.write_text(content)
     with pytest.raises(VlmFixError, match=words) as error:
-        pope.load_questions(path)
+        pope_data.load_questions(path)
     assert "\n" not in str(error.value)
 
 
 def test_bad_answers_get_one_sentence(tmp_path: Path) -> None:
     questions = [pope.Question(i, "a.jpg", "Is there a dog in the image?", "yes") for i in (1, 2)]
     with pytest.raises(VlmFixError, match="Cannot read the answer file"):
-        pope.load_answers(tmp_path / "nothing.jsonl")
+        pope_data.load_answers(tmp_path / "nothing.jsonl")
     (tmp_path / "bad.jsonl").write_text('{"question_id": 1, "reply": "Yes"}')
     with pytest.raises(VlmFixError, match='row 1: no "text" or "answer"'):
-        pope.load_answers(tmp_path / "bad.jsonl")
+        pope_data.load_answers(tmp_path / "bad.jsonl")
     with pytest.raises(VlmFixError, match="no answers"):
         pope.score(questions, [])
     with pytest.raises(VlmFixError, match="2 questions, 1 answers, first mismatch at question_id 2"):
@@ -189,6 +192,12 @@ def test_bad_answers_get_one_sentence(tmp_path: Path) -> None:
 
 def test_too_few_images_or_objects_get_one_sentence() -> None:
     with pytest.raises(VlmFixError, match="Only 1 images have 3 or more objects; ask for images=1 or fewer"):
-        pope.make_questions([("a.jpg", ["cat", "dog", "cup"]), ("b.jpg", ["cat"])], images=2)
+        pope_data.make_questions([("a.jpg", ["cat", "dog", "cup"]), ("b.jpg", ["cat"])], images=2)
     with pytest.raises(VlmFixError, match="no negative is left"):
-        pope.make_questions([("a.jpg", ["cat", "dog", "cup"])], images=1)
+        pope_data.make_questions([("a.jpg", ["cat", "dog", "cup"])], images=1)
+
+
+@pytest.mark.parametrize("module", [yesno, pope_data])
+def test_worked_examples(module):
+    run = doctest.testmod(module)
+    assert run.failed == 0 and run.attempted >= 3

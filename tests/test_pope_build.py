@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from vlm_fix import cli
-from vlm_fix.eval import picto, pope, runner, tasks
+from vlm_fix.eval import picto, pope, pope_data, runner, tasks
 from vlm_fix.eval.runner import Settings
 
 KINDS = ("random", "popular", "adversarial")
@@ -59,14 +59,14 @@ OFFICIAL = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_questions_are_those_of_the_official_script(kind, seed):
     """sha256 of the files that main.py of RUCAIBox/POPE@3df3ba1 writes after random.seed(seed), 40 images."""
-    made = pope.make_questions(segments(), kind, images=40, seed=seed, quirks=True)
+    made = pope_data.make_questions(segments(), kind, images=40, seed=seed, quirks=True)
     assert pope.questions_sha256(made) == OFFICIAL[seed, kind]
     assert any("an apple in the imange?" in question.text for question in made)
 
 
 def test_without_quirks_only_random_draws_and_the_typo_differ():
     for kind in KINDS:
-        quirky, plain = (pope.make_questions(segments(), kind, images=40, seed=0, quirks=q) for q in (True, False))
+        quirky, plain = (pope_data.make_questions(segments(), kind, images=40, seed=0, quirks=q) for q in (True, False))
         same = [a.text.replace("imange", "image") == b.text for a, b in zip(quirky, plain, strict=True)]
         assert [a.label for a in quirky] == [b.label for b in plain] and all(same[::2])  # the same images and positives
         assert kind != "popular" or all(same)  # popular never had to fall back here
@@ -77,9 +77,9 @@ def test_published_files_have_the_properties_of_the_algorithm(source):
     """Balance, images, and how concentrated the negatives are; aokvqa and gqa are read too, where they are at hand."""
     files = {k: POPE / (f"coco_pope_{k}.json" if source == "coco" else f"{source}_pope_seem_{k}.json") for k in KINDS}
     if source == "coco":
-        asked = {kind: pope.coco_questions(kind) for kind in KINDS}
+        asked = {kind: pope_data.coco_questions(kind) for kind in KINDS}
     elif all(path.exists() for path in files.values()):
-        asked = {kind: pope.load_questions(path) for kind, path in files.items()}
+        asked = {kind: pope_data.load_questions(path) for kind, path in files.items()}
     else:
         pytest.skip(f"the question files of {source} are not in {POPE}")
     negatives = {}
@@ -103,7 +103,7 @@ def folder(tmp_path_factory):
 
 def test_build_asks_new_questions_about_coco_images(tmp_path):
     """Images with COCO's own names: the official questions, unless --build asks for questions from the annotations."""
-    official = list(dict.fromkeys(q.image for q in pope.coco_questions("random")))[:3]
+    official = list(dict.fromkeys(q.image for q in pope_data.coco_questions("random")))[:3]
     scenes = picto.scenes("test", 8, 0)
     scenes = [scene for scene in scenes if len(scene.names) >= 3][:3]
     assert len(scenes) == 3
@@ -116,16 +116,16 @@ def test_build_asks_new_questions_about_coco_images(tmp_path):
     (tmp_path / "instances_val2014.json").write_text(json.dumps(instances))
     given = Settings(benchmark="pope", data=f"coco:{tmp_path}", limit=3)
     (asked,) = tasks.build(given)
-    assert asked.questions["random"] == [q for q in pope.coco_questions("random") if q.image in official]
+    assert asked.questions["random"] == [q for q in pope_data.coco_questions("random") if q.image in official]
     (built,) = tasks.build(Settings(benchmark="pope", data=f"coco:{tmp_path}", limit=3, build=True, seed=2))
     for kind in KINDS:
-        assert built.questions[kind] == pope.make_questions(instances, kind, images=3, seed=2)
+        assert built.questions[kind] == pope_data.make_questions(instances, kind, images=3, seed=2)
 
 
 def test_question_files_are_asked_about_the_images_of_a_folder(folder, tmp_path, capsys):
     instances, _ = picto.coco_annotations(picto.scenes("test", 20, 0))
     for kind in ("random", "popular"):
-        rows = [vars(q) for q in pope.make_questions(instances, kind, images=6, seed=0)]
+        rows = [vars(q) for q in pope_data.make_questions(instances, kind, images=6, seed=0)]
         (tmp_path / f"gqa_{kind}.json").write_text(json.dumps(rows))
     files = tuple(str(tmp_path / f"gqa_{kind}.json") for kind in ("random", "popular"))
     given = Settings(benchmark="pope", data=f"coco:{folder}", questions=files, limit=4, max_new_tokens=4)

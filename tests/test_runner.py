@@ -14,7 +14,7 @@ from PIL import Image
 from rich.console import Console
 
 from vlm_fix.errors import VlmFixError
-from vlm_fix.eval import pope, report, runner, tasks
+from vlm_fix.eval import pope_data, report, runner, tasks, yesno
 from vlm_fix.eval.runner import Settings, evaluate
 
 MODEL = os.environ.get("VLM_FIX_TEST_MODEL", "picto-llava")
@@ -83,7 +83,7 @@ def test_numbers_follow_from_the_answers(whole):
     accuracy = {}
     for name in ("baseline", "vcd"):
         asked = [r for r in rows(folder) if r["run"] == name and "random" in r.get("splits", ())]
-        right = [pope.verdict(r["answer"], r["label"], "official") == r["label"] for r in asked]
+        right = [yesno.verdict(r["answer"], r["label"], "official") == r["label"] for r in asked]
         accuracy[name] = sum(right) / len(right)
         assert results["runs"][name]["pope"]["random"]["accuracy"] == pytest.approx(accuracy[name])
     delta = results["runs"]["vcd"]["pope"]["random"]["delta"]["accuracy"]
@@ -171,7 +171,7 @@ def test_a_batch_answers_as_its_samples_alone(loaded):
 
 def official(folder, n):
     """The images of POPE's first questions, as one-coloured files, and their paths in order."""
-    names = list(dict.fromkeys(q.image for q in pope.coco_questions("random")))[:n]
+    names = list(dict.fromkeys(q.image for q in pope_data.coco_questions("random")))[:n]
     (folder / "val2014").mkdir(parents=True)
     for i, name in enumerate(names):
         Image.new("RGB", (64, 48), (40 * i, 90, 120)).save(folder / "val2014" / name)

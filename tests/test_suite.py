@@ -14,7 +14,7 @@ from rich.console import Console
 
 from vlm_fix import cli
 from vlm_fix.errors import VlmFixError
-from vlm_fix.eval import amber, hallusion, page, picto, report, runner, suite, tasks
+from vlm_fix.eval import amber_data, hallusion, page, picto, report, runner, suite, tasks
 from vlm_fix.eval.runner import Settings
 
 MODEL = os.environ.get("VLM_FIX_TEST_MODEL", "picto-llava")
@@ -214,7 +214,7 @@ def test_amber_reads_its_folder(folders, loaded, tmp_path):
     settings = Settings(benchmark="amber", data=f"amber:{folders}/amber", limit=4, variant="pattern")
     captions, asked = tasks.build(settings)
     assert [s.file for s in captions.samples] == [f"AMBER_{i}.jpg" for i in range(1, 5)]
-    assert len(asked.samples) == sum(q.image in {s.file for s in captions.samples} for q in amber.questions())
+    assert len(asked.samples) == sum(q.image in {s.file for s in captions.samples} for q in amber_data.questions())
     assert set(asked.sizes) == {"existence", "attribute", "relation", "questions"}
     right = {s.id: s.reference["label"].capitalize() for s in asked.samples}
     assert {r.figures["accuracy"] for r in asked.score(right).values()} == {1}

@@ -397,31 +397,31 @@ def _calibrate(args: argparse.Namespace) -> None:
 
 
 def _score_pope(args: argparse.Namespace) -> None:
-    from .eval import pope
+    from .eval import pope, pope_data
 
-    result = pope.score(pope.load_questions(args.questions), pope.load_answers(args.answers), args.scorer)
+    result = pope.score(pope_data.load_questions(args.questions), pope_data.load_answers(args.answers), args.scorer)
     _print(args, "POPE", result)
 
 
 def _score_chair(args: argparse.Namespace) -> None:
-    from .eval import chair
+    from .eval import chair, chair_data
 
-    truth = chair.ground_truth(args.ground_truth or "coco", args.variant)
-    captions = chair.load_captions(args.captions)
+    truth = chair_data.ground_truth(args.ground_truth or "coco", args.variant)
+    captions = chair_data.load_captions(args.captions)
     if args.drop_incomplete:
-        captions = [caption._replace(text=chair.whole_sentences(caption.text)) for caption in captions]
+        captions = [caption._replace(text=chair_data.whole_sentences(caption.text)) for caption in captions]
     _print(args, "CHAIR", chair.score(captions, truth, args.variant))
 
 
 def _score_amber(args: argparse.Namespace) -> None:
-    from .eval import amber
+    from .eval import amber, amber_file
 
-    found = amber.score_file(args.answers, args.scorer, args.variant)
+    found = amber_file.score_file(args.answers, args.scorer, args.variant)
     whole = {"amber_score": amber.amber_score(found)} if {"captions", "questions"} <= found.keys() else {}
     figures = {part: result.to_dict() for part, result in found.items()}
     if args.scorer == "official":
         for part, result in found.items():
-            figures[part]["printed"] = amber.printed(result, 0.001 if part == "existence" else 0.0001)
+            figures[part]["printed"] = amber_file.printed(result, 0.001 if part == "existence" else 0.0001)
     _print_parts(args, "AMBER", figures, whole)
 
 
