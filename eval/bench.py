@@ -46,6 +46,8 @@ from vlm_fix.method import AttentionEdit, Method, TokenPruner
 from vlm_fix.pruning.kv import CachePruner
 from vlm_fix.session import VISUAL
 
+from .runner import check_device
+
 KINDS = ("attention", "decode", "prune")
 IMAGE, PAD = 3, 0
 
@@ -390,6 +392,10 @@ def run(
         raise VlmFixError(f"--shape {shape!r} is not one of {', '.join(SHAPES)}.")
     if new_tokens < 2 or rounds < 1:
         raise VlmFixError("--new-tokens must be at least 2 and --rounds at least 1.")
+    check_device(device)
+    for spec in methods or []:
+        if spec != "hf-cfg":
+            registry.parse(spec.partition(" @ ")[0].split("+"))
     where = torch.device(
         "cuda" if device == "auto" and torch.cuda.is_available() else "cpu" if device == "auto" else device
     )
@@ -464,7 +470,7 @@ def table(results: dict[str, Any]) -> Table:
         f"{results['shape']}, {results['dtype']}, {results['prompt_tokens']} prompt tokens "
         f"({results['visual_tokens']} visual), {results['new_tokens']} new, {results['rounds']} rounds, {results['hardware']}"
     )
-    out.caption = "ratios to the unwrapped model in the same round: median [lowest, highest]"
+    out.caption = escape("ratios to the unwrapped model in the same round: median [lowest, highest]")
     out.columns[0].overflow = "fold"
     for column in out.columns[1:]:
         column.justify, column.no_wrap = "right", True
@@ -474,6 +480,8 @@ def table(results: dict[str, Any]) -> Table:
             continue
         cells = (
             [f"{row['seconds']:.3f} s", f"{row['speed']:.1f}", f"{row['peak_mb']:.0f} MB"]
+            if i == 0 and row["seconds"]
+            else ["not timed", "", f"{row['peak_mb']:.0f} MB"]
             if i == 0
             else [_ratio(row["first_token"]), _ratio(row["tokens_per_second"]), f"{row['memory']:.2f}"]
         )

@@ -155,6 +155,8 @@ def render(heads: Sequence[str], lines: Sequence[Sequence[str]], title: str) -> 
     shown = Table(
         *heads, box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="italic", padding=(0, 1, 0, 0)
     )
+    shown.columns[0].overflow = "fold"
+    shown.columns[0].min_width = min(24, max((len(line[0]) for line in lines), default=0))
     for line in lines:
         shown.add_row(*map(escape, line))
     return shown

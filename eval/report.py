@@ -358,7 +358,11 @@ def _captions(results: Mapping[str, Any]) -> dict[str, str]:
     settings, out = results["settings"], {}
     for benchmark, data in settings["data"].items():
         failed = sum(scores["failed"] for _, _, scores in _scores(results, benchmark))
-        lost = f"; {failed} answers failed and count as wrong or empty (see samples.jsonl)" if failed else ""
+        lost = (
+            f"; {failed} answer{'s' * (failed > 1)} failed and count as wrong or empty (see samples.jsonl)"
+            if failed
+            else ""
+        )
         seeds = settings.get("seeds") or []
         many = f"; sums over the seeds {', '.join(map(str, seeds))}, ± their sd" if len(seeds) > 1 else ""
         out[benchmark] = LAYOUTS[benchmark].caption(settings, data) + many + lost

@@ -125,6 +125,16 @@ class Settings:
 # ---------------------------------------------------------------------------------------------------------- the model
 
 
+def check_device(device: str) -> None:
+    """VlmFixError for a --device that is not known or not there."""
+    kind, _, number = device.partition(":")
+    if device not in ("auto", "cpu", "cuda") and not (kind == "cuda" and number.isdigit()):
+        raise VlmFixError(f"--device {device} is unknown: give auto, cpu, cuda or cuda:N.")
+    seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if kind == "cuda" and int(number or 0) >= seen:
+        raise VlmFixError(f"--device {device} was asked for but torch sees {seen or 'no'} CUDA GPU: use --device cpu.")
+
+
 def load_model(
     name: str, dtype: str = "auto", device: str = "auto", device_map: str | None = None
 ) -> tuple[Any, Any, dict[str, Any]]:
@@ -132,12 +142,16 @@ def load_model(
 
     `device` "auto" is every GPU that the model needs, or the process's own GPU under a launcher, else the CPU.
     """
+    check_device(device)
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
     path = str(picto.model_path(name)) if name.startswith("picto-") and not Path(name).exists() else name
+    remedy = "give a directory with a checkpoint, a Hugging Face name that this machine can download, or picto-llava."
+    if name.startswith(("/", ".", "~")) and not Path(path).exists():
+        raise VlmFixError(f"model {name!r} could not be loaded (there is no such folder): {remedy}")
     cuda = device != "cpu" and torch.cuda.is_available()
     if device == "auto" and cuda and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
-    if device.startswith("cuda") and not cuda:
-        raise VlmFixError(f"--device {device} was asked for but torch sees no CUDA GPU: use --device cpu.")
     try:
         processor = AutoProcessor.from_pretrained(path)
         model = AutoModelForImageTextToText.from_pretrained(
@@ -147,10 +161,7 @@ def load_model(
         ).eval()
     except (OSError, ValueError, ImportError) as error:
         cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise VlmFixError(
-            f"model {name!r} could not be loaded ({cause.rstrip('.')}): give a directory with a checkpoint, a Hugging "
-            "Face name that this machine can download, or picto-llava."
-        ) from error
+        raise VlmFixError(f"model {name!r} could not be loaded ({cause.rstrip('.')}): {remedy}") from error
     if not getattr(processor, "chat_template", None) or not hasattr(processor, "tokenizer"):
         raise VlmFixError(f"the processor of {name!r} has no chat template: add chat_template.jinja to the checkpoint.")
     processor.tokenizer.padding_side = "left"
@@ -413,8 +424,6 @@ def evaluate(
     """
     team = Team()
     console = console or Console(stderr=True, quiet=not team.first)
-    if not console.is_terminal:
-        transformers.utils.logging.disable_progress_bar()
     folder = Path(output)
     methods = [method for stack in settings.methods for method in registry.parse(list(stack))]
     read_all(settings.calibration)

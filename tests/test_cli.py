@@ -66,6 +66,18 @@ BAD = {
     "no ground truth file": ("score chair {captions} --variant pattern --ground-truth {dir}/none", "none"),
     "scenes": ("picto render {dir}/out --scenes 0", "--scenes is 0"),
     "render split": ("picto render {dir}/out --split dev", "dev"),
+    "no tokens": ("eval pope --method hiprune:keep=0", "keep=0.0 must be a number above 0"),
+    "unknown device": ("eval pope --limit 2 --device mps --output {dir}/o", "--device mps is unknown"),
+    "no such checkpoint": ("calibrate iri --model /none/here", "there is no such folder"),
+    "bench of what is unknown": ("bench attention --method pia", "did you mean 'pai'"),
+    "bench device": ("bench attention --device tpu", "--device tpu is unknown"),
+    "page in a file": ("report {dir}/no-images --out {captions}/page.html", "cannot be written"),
+    "page over a folder": ("report {dir}/no-images --out {dir}", "is a folder: give a file in it"),
+    "calibration in a file": ("calibrate iri --out {captions}/iri.json", "cannot be written"),
+    "figures in a file": ("bench attention --output {captions}/bench.json", "cannot be written"),
+    "results in a file": ("eval pope --output {captions}/out", "cannot be written"),
+    "scenes in a file": ("picto render {captions}/out", "cannot be written"),
+    "tell of an unknown method": ("methods vdc", "did you mean 'vcd'"),
 }
 
 
@@ -97,14 +109,21 @@ def test_score_prints_every_figure_once(files, capsys):
 
 
 def test_methods_and_models(capsys):
-    for command in ("methods", "models"):
+    for command in ("models", "methods"):
         assert cli.main([command]) == 0
-        assert max(map(len, capsys.readouterr().out.splitlines())) <= 100
+        short = capsys.readouterr().out
+        assert max(map(len, short.splitlines())) <= 100
     assert cli.main(["methods", "--json"]) == 0
     listed = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
     assert set(listed) == {method.name for method in list_methods()} >= {"var", "vhr", "pai", "vcd", "hiprune"}
     assert {p["name"] for p in listed["vcd"]["parameters"]} >= {"alpha", "beta", "noise_step"}
     assert all(row["about"] and row["kind"] for row in listed.values())
+    ranges = {p["name"]: p["range"] for p in listed["hiprune"]["parameters"]}
+    assert ranges["keep"] == "above 0" and ranges["alpha"] == "0 to 1" and ranges["positions"] == "compact, original"
+    assert cli.main(["methods", "pai", "hiprune"]) == 0
+    told = capsys.readouterr().out
+    assert max(map(len, told.splitlines())) <= 100 and "gamma=1 " in told and "arxiv.org/abs/2508.00553" in told
+    assert "arxiv.org" not in short and all(name in short for name in listed)
     assert cli.main(["models", "--json"]) == 0
     assert {"llava", "qwen2_5_vl"} <= {row["name"] for row in json.loads(capsys.readouterr().out)}
 
@@ -131,6 +150,41 @@ def test_eval_prints_tables_within_100_columns_and_where_things_lie(tmp_path, ca
     assert (out / "table.md").read_text().count(
         "\n| `baseline` |"
     ) == 2  # CHAIR and speed; POPE rows begin with the split
+
+
+def test_a_disk_that_refuses_is_a_sentence(tmp_path, capsys, monkeypatch):
+    from vlm_fix.eval import store
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(store.Store, "add", full)
+    assert cli.main(["eval", "pope", "--model", MODEL, "--limit", "2", "--output", str(tmp_path / "out")]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: ") and "No space left on device" in last and "--resume" in last
+    assert cli.main(["picto", "render", "/proc/none/here", "--scenes", "1"]) == 2
+    assert capsys.readouterr().err.startswith("error: /proc/none")
+
+
+def test_a_warning_is_a_sentence(files, tmp_path, capsys):
+    twice = write(tmp_path / "t.jsonl", [{"image_id": 9, "caption": "A dog."}] * 2)
+    assert cli.main(["score", "chair", twice, "--variant", "pattern"]) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: ") and "several captions" in line
+
+
+def test_bench_prints_what_its_brackets_are():
+    from rich.console import Console
+
+    from vlm_fix.eval import bench
+
+    row = {"spec": "baseline", "seconds": 0.0, "speed": 0.0, "peak_mb": 1.0, "note": ""}
+    what = dict.fromkeys(("shape", "dtype", "prompt_tokens", "visual_tokens", "new_tokens", "rounds", "hardware"), "x")
+    console = Console(width=100, record=True, quiet=True)
+    with console.capture() as caught:
+        console.quiet = False
+        console.print(bench.table({"bench": "decode", **what, "rows": [row]}))
+    assert "median [lowest, highest]" in caught.get() and "not timed" in caught.get()
 
 
 def test_interrupt_says_how_to_go_on(tmp_path, capsys, monkeypatch):

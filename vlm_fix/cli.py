@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
+import os
 import sys
+import warnings
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from .errors import VlmFixError
 
@@ -37,7 +40,10 @@ DIR of --output gets results.json, table.md, figure.png and samples.jsonl, every
 with the lines <!-- leaderboard --> and <!-- /leaderboard --> keeps all else that is in it.
 
   vlm-fix report runs/first runs/second --out report.html
-  vlm-fix report results/* --markdown docs/leaderboard.md""",
+  vlm-fix report results/*/results.json --markdown docs/leaderboard.md""",
+    "methods": """examples:
+  vlm-fix methods              every method in a line
+  vlm-fix methods pai vcd      paper, settings with defaults and ranges""",
     "published": """the mark after a source says how the figure was read:
   C  in the official code's repository and its paper    P  in the paper's text
   N  in a table or note elsewhere: a lead, not a fact
@@ -73,8 +79,17 @@ models: vlm_fix_llava_hf, vlm_fix_qwen2_5_vl, vlm_fix_qwen3_vl; in method, + sta
 }
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the whole usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; see `{self.prog} --help`.\n")
+
+
 def _parser() -> argparse.ArgumentParser:
     from . import __version__
+
+    layout = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=28)
 
     def add(group: Any, name: str, help: str, run: Any = None) -> argparse.ArgumentParser:
         made = group.add_parser(
@@ -82,17 +97,17 @@ def _parser() -> argparse.ArgumentParser:
             help=help,
             description=help[0].upper() + help[1:] + ".",
             epilog=EXAMPLES.get(name),
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=layout,
         )
         if run:
             made.set_defaults(run=run)
         return made
 
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         "vlm-fix",
         description="Make pretrained vision-language models hallucinate less, without training, and measure it.",
         epilog=EXAMPLES["vlm-fix"],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=layout,
     )
     parser.add_argument("--version", action="version", version=f"vlm-fix {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -209,7 +224,8 @@ def _parser() -> argparse.ArgumentParser:
         "--markdown", metavar="FILE", help="the short table; replaces what is between the marks, see below"
     )
     page.add_argument("--samples", type=int, default=6, metavar="N", help="captions and questions shown (%(default)s)")
-    methods = add(commands, "methods", "list the methods, their papers and settings", _methods)
+    methods = add(commands, "methods", "list the methods, or what is known of some: paper and settings", _methods)
+    methods.add_argument("names", nargs="*", metavar="NAME", help="methods to tell more of (all, a line each)")
     models = add(commands, "models", "list the model families", _models)
     for each in (one, two, three, four, five, papers, methods, models):
         each.add_argument("--json", action="store_true", help="for machines")
@@ -267,7 +283,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         _parser().error(f"unrecognized arguments: {' '.join(rest)}")
     args.rest = rest
     try:
-        args.run(args)
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn
+            for name in ("out", "markdown", "output"):
+                _check_place(getattr(args, name, None), args)
+            args.run(args)
     except VlmFixError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -280,7 +300,35 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:  # `vlm-fix methods | head`
         sys.stderr.close()
+    except OSError as error:
+        if error.errno is None:
+            raise
+        place = error.filename or getattr(args, "output", None) or "output"
+        rest = "; what is done can be continued with --resume" if args.run is _eval else ""
+        print(f"error: {place}: {error.strerror}: give a place that can be written{rest}.", file=sys.stderr)
+        return 2
     return 0
+
+
+def _warn(message: Warning | str, category: type[Warning], filename: str, lineno: int, *rest: Any) -> None:
+    """What the package itself warns of, as a sentence; a library's warning with where it comes from."""
+    if category is UserWarning and "vlm_fix" in Path(filename).parts:
+        print(f"warning: {message}", file=sys.stderr)
+    else:
+        sys.stderr.write(warnings.formatwarning(message, category, filename, lineno))
+
+
+def _check_place(place: str | None, args: argparse.Namespace) -> None:
+    """A result that cannot be written must not surface after the work is done."""
+    if not place:
+        return
+    path = Path(place)
+    existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    folder = existing if existing.is_dir() else existing.parent
+    if (existing != path and not existing.is_dir()) or not os.access(folder, os.W_OK):
+        raise VlmFixError(f"{place} cannot be written: give a place in a folder that you may write to.")
+    if path.is_dir() and args.run in (_calibrate, _bench, _report):
+        raise VlmFixError(f"{place} is a folder: give a file in it.")
 
 
 def _eval(args: argparse.Namespace) -> None:
@@ -335,6 +383,7 @@ def _report(args: argparse.Namespace) -> None:
         print(args.markdown)
     if args.out or not args.markdown:
         out = Path(args.out or "report.html")
+        out.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(out, page.page(args.folders, args.samples))
         print(out)
 
@@ -474,13 +523,26 @@ def _settings(method: Any) -> list[dict[str, Any]]:
     rows = []
     for field in dataclasses.fields(method):
         default = None if field.default is dataclasses.MISSING else field.default
-        rows.append({"name": field.name, "default": default, "help": field.metadata.get("help", "")})
+        meta = field.metadata
+        low, high = ("" if meta.get(end) is None else f"{meta[end]:g}" for end in ("low", "high"))
+        span = f"above {low}" if meta.get("open") and low else f"{low} to {high}" if low and high else ""
+        span = span or (f"at least {low}" if low else f"at most {high}" if high else "")
+        rows.append(
+            {
+                "name": field.name,
+                "default": default,
+                "help": meta.get("help", ""),
+                "range": ", ".join(map(str, meta.get("choices") or ())) or span,
+            }
+        )
     return rows
 
 
 def _methods(args: argparse.Namespace) -> None:
     from . import list_methods
+    from .registry import get_method
 
+    chosen = [get_method(name) for name in args.names] or list_methods()
     rows: list[dict[str, Any]] = [
         {
             "name": method.name,
@@ -489,20 +551,27 @@ def _methods(args: argparse.Namespace) -> None:
             "about": (method.__doc__ or "").strip().splitlines()[0],
             "parameters": _settings(method),
         }
-        for method in list_methods()
+        for method in chosen
     ]
     if args.json:
         print(json.dumps(rows, indent=2, default=str))
         return
     from rich.markup import escape
 
+    if not args.names:
+        table = _table("kind", "method", "what it does", gap=0)
+        for row, before in zip(rows, [{"kind": ""}, *rows], strict=False):
+            kind = row["kind"] if row["kind"] != before["kind"] else ""
+            table.add_row(f"[dim]{kind}[/dim]", f"[bold]{row['name']}[/bold]", escape(row["about"]))
+        _console().print(table)
+        print("vlm-fix methods NAME: paper and settings; docs/methods.md: formula, cost and what it does on Picto")
+        return
     table = _table("method", "what it does, paper, settings with defaults")
     for row in rows:
-        lines = [f"{escape(row['about'])}", f"[dim]{escape(str(row['paper']))}[/dim]"]
-        lines += [
-            f"[cyan]{escape(p['name'])}[/cyan]={escape(_value(p['default']))}  [dim]{escape(p['help'])}[/dim]"
-            for p in row["parameters"]
-        ]
+        lines = [escape(row["about"])] + [f"[dim]{escape(row['paper'])}[/dim]"] * bool(row["paper"])
+        for p in row["parameters"]:
+            told = " ".join(filter(None, (p["help"].replace("None:", "auto:"), p["range"] and f"({p['range']})")))
+            lines.append(f"[cyan]{escape(p['name'])}[/cyan]={escape(_value(p['default']))}  [dim]{escape(told)}[/dim]")
         table.add_row(f"[bold]{row['name']}[/bold]\n[dim]{row['kind']}[/dim]", "\n".join(lines))
     _console().print(table)
 
@@ -511,6 +580,8 @@ def _value(value: Any) -> str:
     """A default as it is written in a spec."""
     if value is None:
         return "auto"
+    if isinstance(value, float):
+        return f"{value:.6g}"
     return "|".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
 
 
@@ -523,17 +594,17 @@ def _models(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(rows, indent=2, default=str))
         return
-    table = _table("family", "model_type in config.json", "tested")
+    table = _table("family", "model_type in config.json", "tested", gap=0)
     for row in rows:
         table.add_row(row["name"], ", ".join(row["model_types"]), str(row["tested"]))
     _console().print(table)
 
 
-def _table(*columns: str) -> Any:
+def _table(*columns: str, gap: int = 1) -> Any:
     from rich import box
     from rich.table import Table
 
-    return Table(*columns, box=box.SIMPLE_HEAD, show_lines=False, padding=(0, 2, 1, 0))
+    return Table(*columns, box=box.SIMPLE_HEAD, show_lines=False, padding=(0, 2, gap, 0))
 
 
 def _console() -> Any:

@@ -32,9 +32,19 @@ Layers = str | tuple[int, ...] | None
 """0-based layer indices: "2-31", "1|18-31", "2-" (to the last), or a tuple; None = the method's default."""
 
 
-def param(default: Any, help: str, *, low: float | None = None, high: float | None = None, choices: Any = None) -> Any:
-    """A dataclass field with its help text and legal range (inclusive); shown by `vlm-fix methods` and the demo."""
-    return dataclasses.field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices})
+def param(
+    default: Any,
+    help: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    choices: Any = None,
+    above: float | None = None,
+) -> Any:
+    """A dataclass field with its help text and legal range, `low` and `high` included, `above` not; shown by
+    `vlm-fix methods` and the demo."""
+    meta = {"help": help, "low": low if above is None else above, "high": high, "choices": choices}
+    return dataclasses.field(default=default, metadata={**meta, "open": above is not None})
 
 
 @dataclass(frozen=True)
@@ -63,13 +73,17 @@ class Method:
             if (low is not None or high is not None) and (
                 not number
                 or not math.isfinite(value)
-                or (low is not None and value < low)
+                or (low is not None and (value < low or (meta.get("open") and value == low)))
                 or (high is not None and value > high)
             ):
                 span = (
                     f"between {low} and {high}"
                     if high is not None and low is not None
-                    else (f"at least {low}" if low is not None else f"at most {high}")
+                    else f"at most {high}"
+                    if low is None
+                    else f"above {low}"
+                    if meta.get("open")
+                    else f"at least {low}"
                 )
                 raise VlmFixError(f"{self.name}: {f.name}={value!r} must be a number {span}.")
 
@@ -441,7 +455,7 @@ class TokenPruner(Method):
     """Drops visual tokens before the language model."""
 
     kind: ClassVar[str] = "pruning"
-    keep: float | None = param(None, "visual tokens kept per image: a count (> 1) or a share in (0, 1]", low=0)
+    keep: float | None = param(None, "visual tokens kept per image: a count (> 1) or a share in (0, 1]", above=0)
     positions: str | None = param(
         None, "position ids of what is kept: re-numbered or as before (family default)", choices=("compact", "original")
     )

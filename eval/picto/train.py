@@ -475,7 +475,9 @@ def train(
 
 def main(argv: list[str] | None = None) -> None:
     """The command line: `vlm-fix picto train` and `python -m vlm_fix.eval.picto.train`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "vlm-fix picto train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--vision-steps", type=int, default=2400)

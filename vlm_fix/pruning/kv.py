@@ -57,7 +57,7 @@ class CachePruner(Method):
     name: ClassVar[str] = "cache_pruner"
     kind: ClassVar[str] = "pruning"
 
-    keep: float = param(0.5, "keys kept per image and layer: a count (> 1) or a share in (0, 1]", low=0)
+    keep: float = param(0.5, "keys kept per image and layer: a count (> 1) or a share in (0, 1]", above=0)
     layers: Layers = param(None, "language-model layers whose cache is pruned")
 
     @property
