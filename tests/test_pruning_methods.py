@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 
 import pytest
 import reference as ref
@@ -358,6 +359,21 @@ def test_neutral_is_bit_identical(family, model, spec, keep):
     with vlm_fix.wrapped(model, f"{spec}{',' if ':' in spec else ':'}keep={keep}"):
         t, raw, _ = greedy(model, inputs)
     assert torch.equal(t, tokens) and torch.equal(raw, logits)
+
+
+@pytest.mark.parametrize("spec", ["hiprune", "visionzip", "fastv", "knorm", "a_vl:core=1", "vscan:llm_keep=1"])
+def test_a_budget_that_covers_all_is_told_once(models, spec):
+    inputs, join = make_inputs("llava", [1, 2]), "," if ":" in spec else ":"
+    for keep, told in (("1000", 1), ("1.0", 0), ("0.5", 0)):
+        with (
+            vlm_fix.wrapped(models["llava"], f"{spec}{join}keep={keep}"),
+            warnings.catch_warnings(record=True) as caught,
+        ):
+            warnings.simplefilter("always")
+            greedy(models["llava"], inputs)
+            greedy(models["llava"], inputs)
+        idle = [str(w.message) for w in caught if "changed nothing" in str(w.message)]
+        assert len(idle) == told and all(f"{spec.partition(':')[0]} changed nothing" in line for line in idle)
 
 
 @pytest.mark.parametrize("spec", EVERY)

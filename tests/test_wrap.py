@@ -214,3 +214,12 @@ def test_every_method_is_documented():
         assert cls.__doc__ and cls.kind
         if cls.paper:
             assert "Source:" in cls.__doc__, cls.name
+
+
+@pytest.mark.parametrize(
+    ("target", "spec"), [("name", "pai"), (None, 3), (None, None), (None, ["pai", 3]), (None, {"pai"})]
+)
+def test_what_is_no_model_or_no_method(models, target, spec):
+    with pytest.raises(vlm_fix.VlmFixError, match="wrap takes a loaded model" if target else "is no method"):
+        vlm_fix.wrap(target or models["llava"], spec)
+    assert "_vlm_fix_engine" not in models["llava"].__dict__

@@ -304,13 +304,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.errno is None:
             raise
         place = error.filename or getattr(args, "output", None) or "output"
-        rest = "; what is done can be continued with --resume" if args.run is _eval else ""
-        print(f"error: {place}: {error.strerror}: give a place that can be written{rest}.", file=sys.stderr)
+        hint = "; what is done can be continued with --resume" if args.run is _eval else ""
+        print(f"error: {place}: {error.strerror}: give a place that can be written{hint}.", file=sys.stderr)
         return 2
     return 0
 
 
-def _warn(message: Warning | str, category: type[Warning], filename: str, lineno: int, *rest: Any) -> None:
+def _warn(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
+) -> None:
     """What the package itself warns of, as a sentence; a library's warning with where it comes from."""
     if category is UserWarning and "vlm_fix" in Path(filename).parts:
         print(f"warning: {message}", file=sys.stderr)

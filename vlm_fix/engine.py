@@ -275,6 +275,26 @@ class Engine:
             if self.main and edit not in self.warned and not (edit in self.touched and edit.acted(self.main)):
                 self.warned.add(edit)
                 warnings.warn(f"{edit.name} changed nothing in this call: {edit.idle_reason}", stacklevel=4)
+        for pruner in self.shortens:
+            if self.main and getattr(pruner, "keep", 1) != 1 and pruner not in self.warned and not self._drops(pruner):
+                self.warned.add(pruner)
+                warnings.warn(
+                    f"{pruner.name} changed nothing in this call: its keep covers every image token; lower it.",
+                    stacklevel=4,
+                )
+
+    def _drops(self, pruner: Method) -> bool:
+        """False if the finished call still has all the image tokens that `pruner` may drop (True without an image)."""
+        main = self.main
+        assert main is not None and main.types is not None
+        images = int((main.types == VISUAL).sum())
+        if not images:
+            return True
+        if pruner is self.pruner and (main.kept is not None or self.pruner.edits("shrink")):
+            return True
+        if pruner not in (self.dropper, self.cacher):
+            return False
+        return any(int((view.types == VISUAL).sum()) < images for view in main.views.values() if view.types is not None)
 
     # ---- passes of the methods' own ----------------------------------------------------------------------------------
 
@@ -442,6 +462,8 @@ def wrap(model: Model, spec: Spec, calibration: calibrations.Files = None) -> Mo
     Raises VlmFixError for an unknown method or value, an unsupported or already wrapped model, a senseless stack, a
     calibration of another method or model.
     """
+    if not isinstance(model, torch.nn.Module):
+        raise VlmFixError(f"wrap takes a loaded model, not {model!r}: load it with AutoModelForImageTextToText.")
     current = model.__dict__.get("_vlm_fix_engine")
     if current:
         names = "+".join(m.name for m in current.methods)

@@ -63,7 +63,10 @@ def parse_spec(spec: str) -> Method:
 
 def parse(spec: Spec) -> list[Method]:
     """A spec string, a Method or a list of either -> methods, in the given order."""
-    items = [spec] if isinstance(spec, str | Method) else list(spec)
+    items: list[str | Method] = list(spec) if isinstance(spec, list | tuple) else [spec]  # type: ignore[list-item]
+    for item in items:
+        if not isinstance(item, str | Method):
+            raise VlmFixError(f'{item!r} is no method: pass a name such as "var", a Method, or a list of them.')
     if not items:
         raise VlmFixError('no method was given; pass a name such as "var", or "baseline".')
     return [item if isinstance(item, Method) else parse_spec(item) for item in items]
