@@ -521,7 +521,7 @@ def test_masks_move_between_views():
         ("pyramid_drop:keep=0.5|0.3", "must have one positive entry for each of its 3 layers"),
         ("sparsevlm:layers=3,keep=4", "sparsevlm drops tokens before layers 4; name layers between 0 and 3"),
         (["fastv", "divprune"], "both prune tokens; use one of them at a time"),
-        ("fastv:keep=-1", "fastv: keep=-1.0 must be a number at least 0"),
+        ("fastv:keep=-1", "fastv: keep=-1.0 must be a number above 0"),
     ],
 )
 def test_refusals(models, spec, sentence):
