@@ -24,7 +24,7 @@ from transformers import TextIteratorStreamer
 import vlm_fix
 from vlm_fix.errors import VlmFixError
 from vlm_fix.eval import chair, runner
-from vlm_fix.eval.tasks import CAPTION_PROMPT
+from vlm_fix.eval.tasks.sample import CAPTION_PROMPT
 from vlm_fix.registry import get_method
 
 from . import examples

@@ -18,7 +18,7 @@ import gradio as gr
 
 from vlm_fix import Method
 from vlm_fix.errors import VlmFixError
-from vlm_fix.eval.tasks import CAPTION_PROMPT
+from vlm_fix.eval.tasks.sample import CAPTION_PROMPT
 from vlm_fix.registry import get_method
 
 from . import compare, examples

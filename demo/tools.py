@@ -15,7 +15,7 @@ from PIL import Image
 
 from vlm_fix.errors import VlmFixError
 from vlm_fix.eval import runner
-from vlm_fix.eval.tasks import CAPTION_PROMPT
+from vlm_fix.eval.tasks.sample import CAPTION_PROMPT
 from vlm_fix.registry import split_methods
 
 from . import compare, examples

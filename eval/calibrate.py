@@ -87,7 +87,7 @@ def calibrate(
     first, second = samples[: len(halves[0])], samples[len(halves[0]) :]
     shown = first
     if own and method.calibrates_on == "captions":
-        images = {s.file: dataclasses.replace(s, prompt=tasks.CAPTION_PROMPT) for s in halves[0]}
+        images = {s.file: dataclasses.replace(s, prompt=tasks.sample.CAPTION_PROMPT) for s in halves[0]}
         shown = [Sample(x, yes, no, words) for x in _encoded(net, processor, list(images.values()), progress)]
     given = {f.name: v for f in dataclasses.fields(method) if (v := getattr(method, f.name)) != f.default}
     found = {**given, **(method.calibrate(net, shown, seed, progress) if own else {})}
@@ -146,20 +146,22 @@ def _command(spec: str, model: str, data: str, limit: int, seed: int, search: An
     return shlex.join([*words, *options])
 
 
-def _questions(data: str, limit: int, seed: int) -> tasks.Pope:
+def _questions(data: str, limit: int, seed: int) -> tasks.pope.Pope:
     settings = runner.Settings(
         benchmark="pope", data=data, limit=math.ceil(2 * limit / 6) + 1, seed=seed, splits=("adversarial",)
     )
     (task,) = tasks.build(settings)
-    assert isinstance(task, tasks.Pope)
+    assert isinstance(task, tasks.pope.Pope)
     return task
 
 
-def _hash(task: tasks.Pope) -> str:
+def _hash(task: tasks.pope.Pope) -> str:
     return hashlib.sha256(json.dumps(task.data["sha256"], sort_keys=True).encode()).hexdigest()
 
 
-def _halves(task: tasks.Pope, limit: int, seed: int) -> tuple[list[tasks.Sample], list[tasks.Sample]]:
+def _halves(
+    task: tasks.pope.Pope, limit: int, seed: int
+) -> tuple[list[tasks.sample.Sample], list[tasks.sample.Sample]]:
     """At most `limit` questions each, without a common image."""
     images = sorted({s.file for s in task.samples})
     random.Random(seed).shuffle(images)
@@ -170,10 +172,12 @@ def _halves(task: tasks.Pope, limit: int, seed: int) -> tuple[list[tasks.Sample]
     return first, second
 
 
-def _encoded(model: Any, processor: Any, asked: Sequence[tasks.Sample], progress: Progress) -> list[dict[str, Any]]:
+def _encoded(
+    model: Any, processor: Any, asked: Sequence[tasks.sample.Sample], progress: Progress
+) -> list[dict[str, Any]]:
     inputs = []
     for i, s in enumerate(asked):
-        inputs.append(dict(runner.encode(model, processor, [tasks.load_image(s)], [s.prompt])))
+        inputs.append(dict(runner.encode(model, processor, [tasks.sample.load_image(s)], [s.prompt])))
         progress("images", (i + 1) / len(asked))
     return inputs
 

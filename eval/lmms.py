@@ -103,7 +103,8 @@ def write_tasks(folder: str | Path, settings: Settings) -> Path:
     Questions and images are those of `vlm-fix eval pope` with the same data, limit, seed and splits. Returns the folder,
     for --include_path. Raises VlmFixError for data that are not there.
     """
-    from .tasks import Pope, build
+    from .tasks import build
+    from .tasks.pope import Pope
 
     folder = Path(folder).resolve()
     (task,) = build(settings)

@@ -20,7 +20,7 @@ from vlm_fix.errors import VlmFixError
 from vlm_fix.registry import parse_spec
 
 from .rows import DATA
-from .tasks import MAX_NEW_TOKENS
+from .tasks.sample import MAX_NEW_TOKENS
 
 NAMES = {"accuracy": "accuracy", "f1": "F1", "yes_ratio": "yes", "chair_s": "C_S", "chair_i": "C_I", "score": "score"}
 HEADS = ("method", "benchmark", "model", "its baseline > method", "source")

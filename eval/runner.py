@@ -1,6 +1,6 @@
 """Ask a vision-language model a benchmark's questions, with and without methods, and keep every answer.
 
-`evaluate` makes the runs of `plan.py` over the tasks of `tasks.py`, in left-padded batches through `generate`, in one
+`evaluate` makes the runs of `plan.py` over the tasks of `tasks/`, in left-padded batches through `generate`, in one
 process or, under `accelerate launch` or `torchrun`, in several that share the batches. DIR holds `config.json` (what was
 asked), `samples.jsonl` (one line per answer, flushed to disk after every batch, see `store.py`), `results.json`,
 `table.md` and `figure.png`. Batches and their random seeds depend only on the settings, so a run that was killed and
@@ -48,7 +48,8 @@ from vlm_fix.errors import VlmFixError
 from . import picto, pope, report, words, yesno
 from .plan import Run, runs
 from .store import Store, Team, write_atomic
-from .tasks import Sample, Task, build, load_image
+from .tasks import Task, build
+from .tasks.sample import Sample, load_image
 
 BASELINE = ["baseline"]
 VERSIONS = ("torch", "transformers", "accelerate", "numpy", "pillow", "nltk")
@@ -63,7 +64,7 @@ class Settings:
     `controls` and `equal_compute` add the runs of `plan.runs`; `device_map` spreads the model over devices.
     `build` makes POPE's questions from a COCO folder's annotations even where there are official ones, `questions` are
     POPE files about other images; `drop_incomplete` drops a cut-off last sentence before CHAIR is scored.
-    `max_new_tokens` None means the benchmark's own (`tasks.MAX_NEW_TOKENS`); `dtype` "auto" is the checkpoint's on a
+    `max_new_tokens` None means the benchmark's own (`tasks.sample.MAX_NEW_TOKENS`); `dtype` "auto" is the checkpoint's on a
     GPU and float32 on a CPU.
     """
 

@@ -164,7 +164,7 @@ class _Thumbnails(dict[str, str]):
         self.samples = samples
 
     def get(self, key: str, default: Any = "") -> Any:
-        from .tasks import load_image
+        from .tasks.sample import load_image
 
         if key not in self and key in self.samples:
             try:

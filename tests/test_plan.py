@@ -151,7 +151,7 @@ def test_noise_has_the_size_that_the_contrast_was_measured_to_have_on_each_bench
         answers = {row["id"]: row["answer"] for row in rows if (row["run"], row["benchmark"]) == (name, task.benchmark)}
         with vlm_fix.wrapped(loaded[0], specs[task.benchmark]):
             for batch in runner.batches(task.samples, 4):
-                images, prompts = [tasks.load_image(s) for s in batch], [s.prompt for s in batch]
+                images, prompts = [tasks.sample.load_image(s) for s in batch], [s.prompt for s in batch]
                 alone = runner.generate(*loaded, images, prompts, 0, **asked.generate_kwargs(12))
                 assert alone.texts == [answers[s.id] for s in batch]
 

@@ -147,7 +147,7 @@ def test_resume_refuses_other_settings_and_a_new_run_an_old_folder(whole):
 
 
 def test_batches_partition_the_samples():
-    samples = [tasks.Sample(str(i), i, "", Path(), "x " * (i % 7), {}) for i in range(23)]
+    samples = [tasks.sample.Sample(str(i), i, "", Path(), "x " * (i % 7), {}) for i in range(23)]
     made = runner.batches(samples, 5)
     assert sorted(s.id for b in made for s in b) == sorted(s.id for s in samples)
     assert [len(b) for b in made] == [5, 5, 5, 5, 3]
@@ -157,7 +157,7 @@ def test_batches_partition_the_samples():
 def test_a_batch_answers_as_its_samples_alone(loaded):
     (task,) = tasks.build(Settings(**SMALL, benchmark="chair"))
     prompts = [s.prompt if i % 2 else f"{s.prompt} Is there a dog in the image?" for i, s in enumerate(task.samples)]
-    images = [tasks.load_image(s) for s in task.samples]
+    images = [tasks.sample.load_image(s) for s in task.samples]
     how = Settings(**SMALL).generate_kwargs(24)
     together = runner.generate(*loaded, images, prompts, 0, **how)
     alone = [runner.generate(*loaded, [i], [p], 0, **how) for i, p in zip(images, prompts, strict=True)]
@@ -213,7 +213,7 @@ def test_other_images_with_their_own_annotations(tmp_path):
     (read,) = tasks.build(Settings(benchmark="chair", data=f"coco:{folder}", limit=12, variant="pattern"))
     (made,) = tasks.build(Settings(benchmark="chair", data="picto:shift", limit=12, variant="pattern", seed=3))
     assert read.truth == made.truth
-    assert [list(tasks.load_image(s).getdata()) for s in read.samples] == [
+    assert [list(tasks.sample.load_image(s).getdata()) for s in read.samples] == [
         list(s.image.getdata()) for s in made.samples
     ]
     (questions,) = tasks.build(Settings(benchmark="pope", data=f"coco:{folder}"))
@@ -355,7 +355,7 @@ def test_tables_fit_100_columns(whole):
 
 
 def test_seeds_differ_by_batch_and_seed_but_not_by_run():
-    samples = [tasks.Sample(str(i), i, "", Path(), "x", {}) for i in range(4)]
+    samples = [tasks.sample.Sample(str(i), i, "", Path(), "x", {}) for i in range(4)]
     seeds = {runner._seed(s, part) for s in (0, 1) for part in (samples[:2], samples[2:])}
     assert len(seeds) == 4 and all(0 <= s < math.pow(2, 32) for s in seeds)
 

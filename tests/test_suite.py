@@ -14,7 +14,7 @@ from rich.console import Console
 
 from vlm_fix import cli
 from vlm_fix.errors import VlmFixError
-from vlm_fix.eval import amber_data, hallusion, page, picto, report, runner, suite, tasks
+from vlm_fix.eval import amber_data, hallusion, page, picto, report, runner, tasks
 from vlm_fix.eval.runner import Settings
 
 MODEL = os.environ.get("VLM_FIX_TEST_MODEL", "picto-llava")
@@ -35,7 +35,7 @@ def scenes():
 def folders(tmp_path_factory, scenes):
     """Image folders of the three benchmarks in their own layouts: 4 images, 2 of each of two tasks, every figure."""
     root = tmp_path_factory.mktemp("suite")
-    for kind in suite.BENCHMARKS:
+    for kind in tasks.SUITE:
         (root / kind).mkdir()
     for number, scene in enumerate(scenes[:4], 1):
         scene.image.save(root / "amber" / f"AMBER_{number}.jpg")

@@ -1,0 +1,103 @@
+"""AMBER in `vlm-fix eval`: captions ("amber") and yes/no questions ("amber-qa") about amber:DIR, whose AMBER_1.jpg and so
+on are in DIR or DIR/image, or about Picto's scenes. --limit draws images of those found.
+
+In Picto's world truth is what is in a scene, hallu what is typical of such a scene and is not, mentions are found as for
+CHAIR, and as in AMBER every question on existence is about a hallu object, so that "no" is right. Its model writes in
+lower case, which the official scorer would not read: answers are read by `ours` unless told otherwise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import amber, amber_data, picto, pope_data
+from ..picto.world import SCENE_TYPES
+from ..result import Result
+from ..words import Variant, nltk_ready
+from .sample import IMAGES, Items, Sample, caption_prompt, complete, data_of, draw, place, question_prompt
+
+if TYPE_CHECKING:
+    from ..runner import Settings
+
+
+def build(folder: Path, settings: Settings) -> list[Items]:
+    """Both tasks about the images of a folder; without a limit every image must be there."""
+    paths = {scene.image: place(folder, scene.image, ("image", "images")) for scene in amber_data.scenes()}
+    there = [name for name, path in paths.items() if path.is_file()]
+    if settings.limit and len(there) >= settings.limit:
+        kept = draw(there, settings)
+    else:
+        wanted = list(paths)[: settings.limit]
+        complete({name: paths[name] for name in wanted}, paths[wanted[0]].parent)
+        kept = {*wanted}
+    scenes = [scene for scene in amber_data.scenes() if scene.image in kept]
+    questions = [question for question in amber_data.questions() if question.image in kept]
+    lexicon = amber_data.lexicon(settings.scorer, settings.variant or "nltk")
+    return _tasks(scenes, questions, {name: paths[name] for name in kept}, lexicon, settings, folder.name)
+
+
+def of_picto(split: str, settings: Settings) -> list[Items]:
+    """Both tasks about Picto's scenes."""
+    shown = picto.scenes(split, settings.limit or IMAGES, settings.seed)
+    variant: Variant = settings.variant or ("nltk" if nltk_ready() else "pattern")
+    scenes: list[amber_data.Scene] = []
+    questions: list[amber_data.Question] = []
+    for scene in shown:
+        absent = [name for name in SCENE_TYPES[scene.scene_type].typical if name not in scene.names]
+        there = tuple(dict.fromkeys(name for name, _ in scene.objects))
+        scenes.append(amber_data.Scene(scene.image_id, scene.file_name, there, tuple(absent)))
+        for name in absent:
+            text = pope_data.question_text(name)
+            questions.append(amber_data.Question(len(questions) + 1, scene.file_name, text, "existence", "no"))
+    images = {scene.file_name: scene.image for scene in shown}
+    if settings.scorer == "official":
+        settings = dataclasses.replace(settings, scorer="ours")
+    source = f"picto:{split}, seed {settings.seed}"
+    return _tasks(scenes, questions, images, amber_data.picto_lexicon(variant), settings, source)
+
+
+def _tasks(
+    scenes: Sequence[amber_data.Scene],
+    questions: Sequence[amber_data.Question],
+    images: Mapping[str, Any],
+    lexicon: amber_data.Lexicon,
+    settings: Settings,
+    source: str,
+) -> list[Items]:
+    lexicon.nouns("a dog")  # missing NLTK data must be told now
+    number = {scene.image: scene.id for scene in scenes}
+    prompt = caption_prompt(settings, "Describe this image.")
+    described = [
+        Sample(str(s.id), s.id, s.image, images[s.image], prompt, {"ground_truth": [*s.truth], "hallu": [*s.hallu]})
+        for s in scenes
+    ]
+    asked = [
+        Sample(
+            str(q.id), number[q.image], q.image, images[q.image], question_prompt(settings, q.text), {"label": q.label}
+        )
+        for q in questions
+    ]
+    scorer = settings.scorer
+
+    def judge(answers: Sequence[str | None], items: Sequence[amber_data.Question]) -> dict[str, Result]:
+        parts = {}
+        for kind in ("existence", "attribute", "relation"):
+            both = [(a, q) for a, q in zip(answers, items, strict=True) if q.kind == kind]
+            if both:
+                parts[kind] = amber.score_questions([a for a, _ in both], [q for _, q in both], scorer)
+        return parts | ({"questions": amber.score_questions(answers, items, scorer)} if len(parts) > 1 else {})
+
+    return [
+        Items(
+            "amber",
+            scenes,
+            described,
+            lambda texts, shown: {"captions": amber.score_captions(texts, shown, lexicon)},
+            data_of(source, scenes, lexicon.scorer, amber.SOURCE),
+            512,
+        ),
+        Items("amber-qa", questions, asked, judge, data_of(source, questions, scorer, amber.SOURCE)),
+    ]

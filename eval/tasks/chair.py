@@ -1,0 +1,90 @@
+"""CHAIR in `vlm-fix eval`: captions of Picto's scenes or of COCO's images, against the ground truth of the package or,
+where a folder holds other images, of its annotations."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from vlm_fix.errors import VlmFixError
+
+from .. import chair, chair_data, picto
+from ..words import Variant, caption_to_words, nltk_ready
+from .coco import Folder
+from .sample import IMAGES, MAX_NEW_TOKENS, Sample, caption_prompt, digest
+
+if TYPE_CHECKING:
+    from ..runner import Settings
+
+
+@dataclasses.dataclass
+class Chair:
+    """Captions; `truth` maps image ids to the objects that are there."""
+
+    truth: dict[int, list[str]]
+    samples: list[Sample]
+    variant: Variant
+    data: dict[str, Any]
+    drop_incomplete: bool = False
+    benchmark: str = "chair"
+    max_new_tokens: int = MAX_NEW_TOKENS["chair"]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Captions, under the one split's name."""
+        return {"captions": len(self.samples)}
+
+    def score(self, answers: Mapping[str, str | None]) -> dict[str, chair.ChairResult]:
+        """Result under the name "captions" from captions by sample id; None is a caption that says nothing."""
+        texts = [(s.image_id, answers[s.id] or "") for s in self.samples if s.id in answers]
+        cut = chair_data.whole_sentences if self.drop_incomplete else str
+        captions = [chair.Caption(image_id, cut(text)) for image_id, text in texts]
+        return {"captions": chair.score(captions, self.truth, self.variant)} if captions else {}
+
+
+def of_picto(scenes: Sequence[picto.Scene], source: str, settings: Settings) -> Chair:
+    """Captions of every scene; the default variant must work on a machine that never downloads anything."""
+    variant: Variant = settings.variant or ("nltk" if nltk_ready() else "pattern")
+    truth = chair_data.build_ground_truth(*picto.coco_annotations(scenes), variant)
+    return _task({s.file_name: (s.image_id, s.image) for s in scenes}, truth, variant, settings, source)
+
+
+def of_folder(folder: Folder, settings: Settings) -> Chair:
+    """Captions of the images that --ids names, or of as many as the limit says, drawn with the seed."""
+    variant: Variant = settings.variant or "nltk"
+    limit, wanted = settings.limit or IMAGES, folder.wanted(settings.ids)
+    ids = wanted or sorted(folder.images)
+    if wanted is None and len(ids) > limit:
+        ids = sorted(random.Random(settings.seed).sample(ids, limit))
+    ids = ids[:limit]
+    truth: Mapping[int, Any] = {} if folder.own else chair_data.ground_truth("coco", variant)
+    if any(number not in truth for number in ids):
+        instances, captions = (folder.annotations(kind, ids) for kind in ("instances", "captions"))
+        truth = chair_data.build_ground_truth(instances, captions, variant)
+        bare = [number for number in ids if number not in truth]
+        if bare:
+            raise VlmFixError(
+                f"image {bare[0]} has no annotation in {folder.path}: add it to instances_*.json or leave the id out "
+                "with --ids."
+            )
+    images = {folder.images[number].name: (number, folder.images[number]) for number in ids}
+    return _task(images, truth, variant, settings, f"{folder.path.name}, {len(ids)} images, seed {settings.seed}")
+
+
+def _task(
+    images: Mapping[str, Any], truth: Mapping[int, Any], variant: Variant, settings: Settings, source: str
+) -> Chair:
+    """`images` maps file names to (id, image or path)."""
+    caption_to_words("a dog", variant)  # missing NLTK data must be told now, not after the captions are made
+    prompt = caption_prompt(settings)
+    mine = {image_id: sorted(truth[image_id]) for image_id, _ in images.values()}
+    samples = [
+        Sample(str(image_id), image_id, file, image, prompt, {"ground_truth": mine[image_id]})
+        for file, (image_id, image) in images.items()
+    ]
+    data = {"source": source, "images": len(samples), "variant": variant, "sha256": digest(mine)}
+    if settings.drop_incomplete:
+        data["captions"] = "a cut-off last sentence dropped"
+    return Chair(mine, samples, variant, data, settings.drop_incomplete)

@@ -1,0 +1,106 @@
+"""A folder of images with COCO annotations.
+
+Images are in DIR, DIR/val2014 or DIR/images; annotations, if any, in DIR/annotations or DIR as instances_*.json and
+captions_*.json. Images with COCO's own names (000000000042.jpg, COCO_val2014_000000000042.jpg) go by their number; images
+with other names need annotations that tell their ids. VlmFixErrors name what is missing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Collection
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from vlm_fix.errors import VlmFixError
+
+NAME = re.compile(r"(?:COCO_(?:train|val)20\d\d_)?(\d{12})")
+
+
+@dataclasses.dataclass
+class Folder:
+    """`images` maps ids to files; `own` if these are the folder's own images and not COCO's."""
+
+    path: Path
+    images: dict[int, Path]
+    own: bool
+
+    @classmethod
+    def open(cls, path: Path) -> Folder:
+        """Find the images and their ids."""
+        paths = paths_in(path)
+        coco = {int(match[1]): file for file in paths.values() if (match := NAME.fullmatch(file.stem))}
+        if coco:
+            return cls(path, coco, False)
+        images = _annotations(path, "instances")["images"]
+        own = {image["id"]: paths[image["file_name"]] for image in images if image["file_name"] in paths}
+        if not own:
+            raise VlmFixError(f"no image in {path} is named as its instances_*.json says: mend file_name there.")
+        return cls(path, own, True)
+
+    @cached_property
+    def _numbers(self) -> dict[str, int]:
+        return {file.name: number for number, file in self.images.items()}
+
+    def number_of(self, name: str) -> int | None:
+        """The id of an image by its file name; of COCO's images also of those that are not here."""
+        match = NAME.fullmatch(Path(name).stem)
+        return self._numbers.get(name, int(match[1]) if match and not self.own else None)
+
+    def wanted(self, ids: str | None) -> list[int] | None:
+        """Image ids of --ids, a file with one a line: numbers or file names."""
+        if ids is None:
+            return None
+        path = Path(ids)
+        if not path.is_file():
+            raise VlmFixError(f"--ids {path} does not exist: give a text file with one image id a line.")
+        lines = list(dict.fromkeys(line.strip() for line in path.read_text().splitlines() if line.strip()))
+        if not lines:
+            raise VlmFixError(f"--ids {path} is empty: give one image id (a number or a file name) a line.")
+        numbers = [int(line) if line.isdigit() else self.number_of(line) for line in lines]
+        lost = [line for line, number in zip(lines, numbers, strict=True) if number not in self.images]
+        if lost:
+            raise VlmFixError(
+                f"{len(lost)} of {len(lines)} ids in {path} (first {lost[0]}) have no image in {self.path}: add the "
+                "files or take the ids out."
+            )
+        return [number for number in numbers if number is not None]
+
+    def annotations(self, kind: str, ids: Collection[int]) -> dict[str, Any]:
+        """instances_*.json or captions_*.json, for these images alone."""
+        whole, ids = _annotations(self.path, kind), {*ids}
+        images = [image for image in whole["images"] if image["id"] in ids]
+        rows = [row for row in whole["annotations"] if row["image_id"] in ids]
+        return {**whole, "images": images, "annotations": rows}
+
+
+def paths_in(folder: Path) -> dict[str, Path]:
+    """File name -> path of the images of a folder."""
+    if not folder.is_dir():
+        raise VlmFixError(f"{folder} is not a folder: give coco:DIR with the images in DIR or DIR/val2014.")
+    paths: dict[str, Path] = {}
+    for place in (folder / "val2014", folder / "images", folder):
+        for path in sorted(place.glob("*")) if place.is_dir() else []:
+            if path.suffix.lower() in {".jpg", ".jpeg", ".png"}:
+                paths.setdefault(path.name, path)
+    if not paths:
+        raise VlmFixError(f"{folder} holds no images: put val2014's jpg files there or in {folder / 'val2014'}.")
+    return paths
+
+
+def _annotations(folder: Path, kind: str) -> dict[str, Any]:
+    places = [folder / "annotations" / f"{kind}_val2014.json"]
+    places += [*sorted((folder / "annotations").glob(f"{kind}_*.json")), *sorted(folder.glob(f"{kind}_*.json"))]
+    path = next((place for place in places if place.is_file()), None)
+    if path is None:
+        raise VlmFixError(
+            f"{places[0]} is missing: these images are not covered by the questions and ground truth of the package, "
+            "so put COCO's annotation file there."
+        )
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise VlmFixError(f"{path} is not JSON (line {error.lineno}): fetch the annotation file again.") from error

@@ -1,0 +1,33 @@
+"""MME in `vlm-fix eval`: the questions of mme:DIR, its folder MME_Benchmark_release_version. --limit draws images of each
+task."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .. import mme
+from .sample import Items, Sample, data_of, draw, question_prompt
+
+if TYPE_CHECKING:
+    from ..runner import Settings
+
+
+def build(folder: Path, settings: Settings) -> list[Items]:
+    """The task, its images numbered in the order of the questions."""
+    questions = mme.load(folder)
+    if settings.limit:
+        tasks: dict[str, dict[str, None]] = {}
+        for question in questions:
+            tasks.setdefault(question.task, {})[question.image] = None
+        kept = {name for images in tasks.values() for name in draw([*images], settings)}
+        questions = [question for question in questions if question.image in kept]
+    numbers = {image: number for number, image in enumerate(dict.fromkeys(q.image for q in questions), 1)}
+    samples = []
+    for q in questions:
+        path = Path(q.image)
+        file, prompt = f"{q.task}/{path.name}", question_prompt(settings, q.text)
+        samples.append(Sample(q.id, numbers[q.image], file, path, prompt, {"label": q.label}))
+    named = [q._replace(image=Path(q.image).name) for q in questions]
+    data = data_of(folder.name, named, settings.scorer, mme.SOURCE)
+    return [Items("mme", questions, samples, lambda a, q: mme.score(a, q, settings.scorer), data)]

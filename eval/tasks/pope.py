@@ -1,0 +1,135 @@
+"""POPE in `vlm-fix eval`: questions about Picto's scenes, about COCO's images, or from files about any images.
+
+A question that several splits share (the three splits ask the same positives) is asked once and counted in each. COCO
+images get the official questions; where a folder holds other images, and for Picto, they are made from the annotations.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+from vlm_fix.errors import VlmFixError
+
+from .. import picto, pope, pope_data, yesno
+from .coco import Folder, paths_in
+from .sample import IMAGES, MAX_NEW_TOKENS, Sample, question_prompt
+
+if TYPE_CHECKING:
+    from ..runner import Settings
+
+SPLITS = get_args(pope.Kind)
+
+
+@dataclasses.dataclass
+class Pope:
+    """Yes/no questions; `questions` by split, scored per split."""
+
+    questions: dict[str, list[pope.Question]]
+    samples: list[Sample]
+    scorer: yesno.Scorer
+    data: dict[str, Any]
+    benchmark: str = "pope"
+    max_new_tokens: int = MAX_NEW_TOKENS["pope"]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Questions per split."""
+        return {split: len(questions) for split, questions in self.questions.items()}
+
+    def score(self, answers: Mapping[str, str | None]) -> dict[str, pope.PopeResult]:
+        """Result per split from answers by sample id; None is wrong, questions that are not in `answers` are left out."""
+        results = {}
+        for split, questions in self.questions.items():
+            asked = [q for q in questions if _id(q) in answers]
+            if asked:
+                given = [pope.Answer(q.question_id, answers[_id(q)]) for q in asked]
+                results[split] = pope.score(asked, given, self.scorer)
+        return results
+
+
+def of_picto(scenes: Sequence[picto.Scene], images: int, source: str, settings: Settings) -> Pope:
+    """Questions about `images` of the scenes, which may be more: those with fewer than three objects are left out."""
+    instances, _ = picto.coco_annotations(scenes)
+    questions = _made(instances, images, settings)
+    return _task(questions, {s.file_name: (s.image_id, s.image) for s in scenes}, settings, source)
+
+
+def of_folder(folder: Folder, settings: Settings) -> Pope:
+    """The official questions where the folder's images are COCO's, else questions made from its annotations."""
+    limit, wanted = settings.limit or IMAGES, folder.wanted(settings.ids)
+    official = {kind: pope_data.coco_questions(kind) for kind in settings.splits}
+    names = list(dict.fromkeys(q.image for each in official.values() for q in each))
+    have = any(folder.number_of(name) in folder.images for name in names)
+    if not folder.own and not settings.build and wanted is None and have:
+        names = names[:limit]
+        lost = [name for name in names if folder.number_of(name) not in folder.images]
+        if lost:
+            raise VlmFixError(
+                f"{len(lost)} of POPE's {len(names)} images are missing in {folder.path}, first {lost[0]}: put val2014 "
+                "there, or list the ids you have in --ids FILE (needs annotations/instances_val2014.json)."
+            )
+        questions: dict[Any, list[pope.Question]] = {
+            kind: [q for q in each if q.image in names] for kind, each in official.items()
+        }
+        source = f"coco, official questions, first {len(names)} images"
+    else:
+        instances = folder.annotations("instances", wanted or folder.images)
+        kinds: dict[int, set[int]] = {}
+        for row in instances["annotations"]:
+            kinds.setdefault(row["image_id"], set()).add(row["category_id"])
+        n = min(limit, sum(len(each) > 2 for each in kinds.values()) or limit)  # POPE asks for three objects
+        questions = _made(instances, n, settings)
+        names = list(dict.fromkeys(q.image for each in questions.values() for q in each))
+        source = f"{folder.path.name}, questions made from annotations, {len(names)} images, seed {settings.seed}"
+    ids = {name: folder.number_of(name) for name in names}
+    return _task(questions, {name: (n, folder.images[n]) for name, n in ids.items() if n is not None}, settings, source)
+
+
+def of_files(folder: Path, settings: Settings) -> Pope:
+    """The questions of --questions, a split per file; with a limit those about the first images that they name."""
+    paths, asked = paths_in(folder), {Path(file).stem: pope_data.load_questions(file) for file in settings.questions}
+    names = list(dict.fromkeys(q.image for each in asked.values() for q in each))[: settings.limit]
+    lost = [name for name in names if name not in paths]
+    if lost:
+        raise VlmFixError(
+            f"{len(lost)} of {len(names)} images that the questions are about are missing in {folder}, first {lost[0]}: "
+            "put them there."
+        )
+    questions = {split: [q for q in each if q.image in names] for split, each in asked.items()}
+    images = {name: (number, paths[name]) for number, name in enumerate(names, 1)}
+    return _task(questions, images, settings, f"{', '.join(questions)}, first {len(names)} images")
+
+
+def _made(instances: Any, images: int, settings: Settings) -> dict[Any, list[pope.Question]]:
+    return {k: pope_data.make_questions(instances, k, images=images, seed=settings.seed) for k in settings.splits}
+
+
+def _id(question: pope.Question) -> str:
+    return f"{question.image}|{question.text}"
+
+
+def _task(
+    questions: Mapping[Any, list[pope.Question]], images: Mapping[str, Any], settings: Settings, source: str
+) -> Pope:
+    """`images` maps the questions' file names to (id, image or path)."""
+    splits: dict[str, list[str]] = {}
+    first: dict[str, pope.Question] = {}
+    for split, each in questions.items():
+        for question in each:
+            splits.setdefault(_id(question), []).append(split)
+            first.setdefault(_id(question), question)
+    samples = []
+    for key, q in first.items():
+        number, image = images[q.image]
+        reference = {"label": q.label, "splits": splits[key]}
+        samples.append(Sample(key, number, q.image, image, question_prompt(settings, q.text), reference))
+    data = {
+        "source": source,
+        "images": len({q.image for q in first.values()}),
+        "questions": {split: len(each) for split, each in questions.items()},
+        "sha256": {split: pope.questions_sha256(each) for split, each in questions.items()},
+    }
+    return Pope(dict(questions), samples, settings.scorer, data)
