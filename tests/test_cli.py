@@ -219,3 +219,14 @@ def test_help_version_and_module_entry(capsys):
 
 def test_all_scorers_are_offered():
     assert set(cli.SCORERS) == set(yesno.Scorer.__args__)
+
+
+def test_places_that_nobody_named_are_checked_too(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").write_text("")
+    (tmp_path / "iri.json").mkdir()
+    (tmp_path / "report.html").mkdir()
+    for command in ("eval pope --limit 2", "calibrate iri:noise=2 --limit 2", "report none"):
+        assert cli.main(command.split()) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ") and ("cannot be written" in line or "is a folder" in line)

@@ -656,7 +656,7 @@ def test_the_server_for_programs(catalogue):
 def test_without_mcp_one_sentence(monkeypatch, capsys):
     monkeypatch.setattr(app.importlib.util, "find_spec", lambda name: None)
     assert cli.main(["demo", "--mcp"]) == 2
-    assert "pip install 'vlm-fix[mcp]'" in capsys.readouterr().err
+    assert "pip install '.[mcp]'" in capsys.readouterr().err
 
 
 # --------------------------------------------------------------------------------------------------------------- copies
@@ -722,7 +722,7 @@ def test_without_gradio_one_sentence(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gradio", None)
     monkeypatch.delitem(sys.modules, "vlm_fix.demo.app")
     assert cli.main(["demo"]) == 2
-    assert "pip install 'vlm-fix[demo]'" in capsys.readouterr().err
+    assert "pip install '.[demo]'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("where", [["--port", "99999"], ["--host", "203.0.113.9"]])

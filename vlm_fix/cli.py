@@ -292,7 +292,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
-        print(f"error: {error.name} is not installed: pip install 'vlm-fix[eval]'.", file=sys.stderr)
+        print(f"error: {error.name} is not installed: pip install '.[eval]' in the clone of vlm-fix.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         where = getattr(args, "output", None)
@@ -343,6 +343,7 @@ def _eval(args: argparse.Namespace) -> None:
 
     team = Team()
     args.output = args.output or str(team.share(Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")))
+    _check_place(args.output, args)
 
     names = {field.name for field in dataclasses.fields(Settings)}
     given = {key: value for key, value in vars(args).items() if key in names}
@@ -385,6 +386,7 @@ def _report(args: argparse.Namespace) -> None:
         print(args.markdown)
     if args.out or not args.markdown:
         out = Path(args.out or "report.html")
+        _check_place(str(out), args)
         out.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(out, page.page(args.folders, args.samples))
         print(out)
@@ -407,6 +409,8 @@ def _calibrate(args: argparse.Namespace) -> None:
 
     from .eval.calibrate import calibrate, parse_search
 
+    out = Path(args.out or f"{args.method.partition(':')[0]}.json")
+    _check_place(str(out), args)
     search, stderr = parse_search(args.search), Console(stderr=True)
     with Progress(
         TextColumn("{task.description:<20}"),
@@ -424,7 +428,6 @@ def _calibrate(args: argparse.Namespace) -> None:
             args.method, args.model, args.data, args.limit, args.seed, search, args.dtype, args.device, progress
         )
     made = result.calibration
-    out = Path(args.out or f"{made.method}.json")
     made.write(out)
     if args.json:
         print(out.read_text(), end="")
@@ -648,7 +651,7 @@ def _demo(args: argparse.Namespace) -> None:
     try:
         from .demo.app import launch
     except ModuleNotFoundError as error:
-        raise VlmFixError(f"the demo needs {error.name}: pip install 'vlm-fix[demo]'.") from None
+        raise VlmFixError(f"the demo needs {error.name}: pip install '.[demo]' in the clone of vlm-fix.") from None
     launch(args.model, args.host, args.port, args.share, args.mcp)
 
 
