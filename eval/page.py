@@ -19,6 +19,7 @@ from typing import Any
 from vlm_fix.errors import VlmFixError
 
 from . import mme, report, side_by_side
+from .layouts import LAYOUTS, PLAIN, scorer_of
 from .store import write_atomic
 
 COLOURS = ("#777", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#B8860B", "#3D9BD1", "#8C6BB1")  # on light and dark
@@ -284,7 +285,7 @@ def _board(folder: Path, results: Mapping[str, Any]) -> str:
     base = next(iter(runs))
     columns: list[tuple[str, str, str, str]] = []  # heading, benchmark, split, metric
     for benchmark in settings["data"]:
-        names = ["chair_i", "recall", "length"] if benchmark == "chair" else report.LAYOUTS[benchmark].compared[:1]
+        names = ["chair_i", "recall", "length"] if benchmark == "chair" else LAYOUTS[benchmark].compared[:1]
         for split in runs[base][benchmark]:
             where = f"{benchmark.upper()} {split}" if len(runs[base][benchmark]) > 1 else benchmark.upper()
             columns += [
@@ -325,7 +326,7 @@ def _board(folder: Path, results: Mapping[str, Any]) -> str:
     )
     how += f", seeds {', '.join(map(str, settings['seeds']))}" if settings.get("seeds") else ""
     how += "; `gaussian_logits as M`: noise of the size of M's term (`specs`)" if results.get("specs") else ""
-    judges = "; ".join(f"{b.upper()} scorer {report.scorer_of(settings, b)}" for b in settings["data"])
+    judges = "; ".join(f"{b.upper()} scorer {scorer_of(settings, b)}" for b in settings["data"])
     return "\n".join(
         [
             f"### {Path(model['name']).name} on {sources}",
@@ -345,7 +346,7 @@ def _board(folder: Path, results: Mapping[str, Any]) -> str:
 def _change(scores: Mapping[str, Any], name: str, base: bool) -> str:
     delta = scores["delta"].get(name)
     if base or not delta:
-        return f"{scores[name]:.1f}" if name in report.PLAIN else f"{100 * scores[name]:.1f}"
+        return f"{scores[name]:.1f}" if name in PLAIN else f"{100 * scores[name]:.1f}"
     change, low, high = (round(100 * delta[key], 1) + 0.0 for key in ("delta", "low", "high"))
     return (f"**{change:+.1f}**" if delta["excludes_zero"] else f"{change:+.1f}") + f" [{low:.1f}, {high:.1f}]"
 

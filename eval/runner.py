@@ -45,7 +45,7 @@ from vlm_fix import registry
 from vlm_fix.calibration import choose, read_all
 from vlm_fix.errors import VlmFixError
 
-from . import picto, pope, report, words, yesno
+from . import layouts, picto, pope, report, summary, words, yesno
 from .plan import Run, runs
 from .store import Store, Team, write_atomic
 from .tasks import Task, build
@@ -508,13 +508,13 @@ def _write(
         "config_hash": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in VERSIONS},
-        "scorers": {task.benchmark: report.scorer_of(config, task.benchmark) for task in tasks},
+        "scorers": {task.benchmark: layouts.scorer_of(config, task.benchmark) for task in tasks},
         "hardware": hardware(device),
         "processes": store.team.size,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "peak_memory_of": "CUDA allocator" if device.type == "cuda" else "process, resident (CPU)",
-        "runs": report.summarise(names, tasks, store.of, config["seed"]),
-        "changed": report.changed(names, tasks, store.of),
+        "runs": summary.summarise(names, tasks, store.of, config["seed"]),
+        "changed": summary.changed(names, tasks, store.of),
         "warnings": {run: _warnings([r for t in tasks for r in store.of(run, t.benchmark)]) for run in names},
         "term_sd": {
             run: sds for run in names if (sds := term_sds([r for t in tasks for r in store.of(run, t.benchmark)]))

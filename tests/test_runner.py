@@ -14,7 +14,7 @@ from PIL import Image
 from rich.console import Console
 
 from vlm_fix.errors import VlmFixError
-from vlm_fix.eval import pope_data, report, runner, tasks, yesno
+from vlm_fix.eval import pope_data, report, runner, summary, tasks, yesno
 from vlm_fix.eval.runner import Settings, evaluate
 
 MODEL = os.environ.get("VLM_FIX_TEST_MODEL", "picto-llava")
@@ -280,7 +280,7 @@ def test_a_failed_sample_is_wrong_and_stays():
     def rows_of(name, benchmark):
         return [{"id": k, "answer": text, "error": None if text else "lost"} for k, text in answers[name].items()]
 
-    out = report.summarise(("baseline", "method"), [task], rows_of)
+    out = summary.summarise(("baseline", "method"), [task], rows_of)
     base, method = (out[name]["pope"]["random"] for name in ("baseline", "method"))
     assert (base["n"], base["failed"], base["fp"]) == (24, 0, 1)
     assert (method["n"], method["failed"], method["unparsed"], method["fn"], method["tp"]) == (24, 1, 1, 1, 11)
@@ -304,7 +304,7 @@ def test_seeds_are_summed_and_their_spread_is_told():
             for k, v in say.items()
         ]
 
-    out = report.summarise(("baseline", "method"), [task], rows_of)
+    out = summary.summarise(("baseline", "method"), [task], rows_of)
     base, method = (out[name]["pope"]["random"] for name in ("baseline", "method"))
     assert base["n"] == 72 and base["accuracy"] == pytest.approx(66 / 72)
     assert base["seeds"]["accuracy"]["values"] == pytest.approx([23 / 24, 22 / 24, 21 / 24])

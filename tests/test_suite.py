@@ -14,7 +14,7 @@ from rich.console import Console
 
 from vlm_fix import cli
 from vlm_fix.errors import VlmFixError
-from vlm_fix.eval import amber_data, hallusion, page, picto, report, runner, tasks
+from vlm_fix.eval import amber_data, hallusion, page, picto, runner, summary, tasks
 from vlm_fix.eval.runner import Settings
 
 MODEL = os.environ.get("VLM_FIX_TEST_MODEL", "picto-llava")
@@ -179,11 +179,11 @@ def test_the_amber_score_is_of_captions_and_questions_drawn_together():
         f1 = 2 * precision * recall / (precision + recall) if right else 0
         return (1 - (wrong / mentions if mentions else 0) + f1) / 2
 
-    summary = report.summarise(["baseline", "method"], made, lambda run, benchmark: said[run, benchmark])
-    base, method = (summary[run]["amber"]["captions"] for run in ("baseline", "method"))
+    found = summary.summarise(["baseline", "method"], made, lambda run, benchmark: said[run, benchmark])
+    base, method = (found[run]["amber"]["captions"] for run in ("baseline", "method"))
     of = {key: score(list(images.values())) for key, images in counts.items()}
     assert base["score"] == pytest.approx(of["baseline", 1]) and "score" not in base["delta"]
-    assert base["score"] == pytest.approx((1 - base["chair"] + summary["baseline"]["amber-qa"]["existence"]["f1"]) / 2)
+    assert base["score"] == pytest.approx((1 - base["chair"] + found["baseline"]["amber-qa"]["existence"]["f1"]) / 2)
     assert method["seeds"]["score"]["values"] == pytest.approx([of["method", 1], of["method", 2]])
     files = list(counts["baseline", 1])
     both = {f: counts["method", 1][f] + counts["method", 2][f] for f in files}

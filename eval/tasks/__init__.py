@@ -6,7 +6,7 @@
     mme          mme:DIR                       the questions of DIR, MME_Benchmark_release_version
     hallusion    hallusion:DIR                 the 951 questions about figures
 
-`sample.py` says what a task has; `report.LAYOUTS` how a benchmark is compared and shown.
+`sample.py` says what a task has; `layouts.py` how a benchmark is compared and shown.
 """
 
 from __future__ import annotations

@@ -1,0 +1,97 @@
+"""figure.png: what changed against the baseline, for a paper or a terminal that shows images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .layouts import LAYOUTS
+from .summary import by_split
+
+COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6BB1")  # Okabe and Ito
+MARKERS = ("D", "o", "s", "^", "v", "P", "X", "<")
+
+
+def draw(results: Mapping[str, Any], path: Path) -> None:
+    """Differences per split with 95 % intervals and McNemar's p, and for captions CHAIR_i over recall."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    runs = list(results["runs"])
+    looks = {
+        run: (COLOURS[i % len(COLOURS)], MARKERS[(i + i // len(COLOURS)) % len(MARKERS)]) for i, run in enumerate(runs)
+    }
+    panels = list(results["settings"]["data"])
+    style: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
+    with plt.rc_context(style):
+        drawn, axes = plt.subplots(
+            1, len(panels), figsize=(5.2 * len(panels), 3.9), layout="constrained", squeeze=False
+        )
+        for panel, ax in zip(panels, axes[0], strict=True):
+            if panel == "chair":
+                _chair_panel(ax, results, looks)
+            else:
+                _delta_panel(ax, results, looks, panel)
+        handles = [
+            plt.Line2D(
+                [], [], color=colour, marker=marker, linestyle="", label=run if len(run) < 40 else run[:39] + "…"
+            )
+            for run, (colour, marker) in looks.items()
+        ]
+        drawn.legend(handles=handles, loc="outside lower center", ncols=min(len(runs), 6 if len(panels) > 1 else 3))
+        name, source = Path(results["settings"]["model"]["name"]).name, results["settings"]["data"][panels[0]]["source"]
+        drawn.suptitle(f"{name} on {source}; bars: 95 % interval of the difference, open marks: it includes 0", size=9)
+        drawn.savefig(path, dpi=160, metadata={"Software": None})
+        plt.close(drawn)
+
+
+def _delta_panel(ax: Any, results: Mapping[str, Any], looks: Mapping[str, tuple[str, str]], benchmark: str) -> None:
+    """Splits on the vertical axis, one row per method, difference of the first compared metric to the right."""
+    layout, rows = LAYOUTS[benchmark], list(by_split(results, benchmark))
+    name = layout.compared[0]
+    splits = list(dict.fromkeys(split for split, _, _ in rows))
+    methods = list(looks)[1:]
+    step = 0.7 / max(len(methods), 1)
+    for split, run, scores in rows:
+        if name not in scores["delta"]:
+            continue
+        change, low, high = (100 * scores["delta"][name][key] for key in ("delta", "low", "high"))
+        y = splits.index(split) + (methods.index(run) - (len(methods) - 1) / 2) * step
+        colour, marker = looks[run]
+        face = colour if scores["delta"][name]["excludes_zero"] else "white"
+        bars = [[change - low], [high - change]]
+        ax.errorbar(change, y, xerr=bars, fmt=marker, color=colour, mfc=face, ms=5, lw=1.3, capsize=2)
+        if "outcomes" in scores:
+            p = scores["outcomes"]["p"]
+            ax.text(1.01, y, f"p {p:.2g}", transform=ax.get_yaxis_transform(), size=6, va="center", color=colour)
+    baseline = next(iter(looks))
+    base = {split: scores[name] for split, run, scores in rows if run == baseline}
+    ax.set_yticks(range(len(splits)), [f"{s}\n(baseline {100 * base[s]:.1f})" if s in base else s for s in splits])
+    ax.set_ylim(len(splits) - 0.5, -0.5)
+    for edge in range(1, len(splits)):
+        ax.axhline(edge - 0.5, color="#dddddd", lw=0.8, zorder=0)
+    ax.axvline(0, color="#777777", lw=1, zorder=0)
+    ax.set_xlabel(f"{benchmark.upper()} {layout.columns.get(name, name)}, points above the baseline; p: McNemar")
+
+
+def _chair_panel(ax: Any, results: Mapping[str, Any], looks: Mapping[str, tuple[str, str]]) -> None:
+    """Recall to the right, hallucinated mentions upwards; bars are the paired intervals around the baseline."""
+    for _, run, scores in by_split(results, "chair"):
+        colour, marker = looks[run]
+        x, y = 100 * scores["recall"], 100 * scores["chair_i"]
+        bars: dict[str, Any] = {}
+        for axis, name in (("xerr", "recall"), ("yerr", "chair_i")):
+            if name in scores["delta"]:
+                change, low, high = (100 * scores["delta"][name][key] for key in ("delta", "low", "high"))
+                bars[axis] = [[change - low], [high - change]]
+        if not bars:  # the baseline: the cross that the others are read against
+            ax.axvline(x, color="#bbbbbb", lw=0.9, ls="--", zorder=0)
+            ax.axhline(y, color="#bbbbbb", lw=0.9, ls="--", zorder=0)
+        full = not bars or scores["delta"]["chair_i"]["excludes_zero"]
+        face = colour if full else "white"
+        ax.errorbar(x, y, fmt=marker, color=colour, mfc=face, ms=6, lw=1.1, capsize=2, **bars)
+    ax.set_xlabel("CHAIR recall, % of the objects (right is better)")
+    ax.set_ylabel("CHAIR_i, % of the mentions (lower is better)")
