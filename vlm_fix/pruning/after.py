@@ -87,7 +87,7 @@ def rows_attention(seen: Seen, rows: torch.Tensor, valid: torch.Tensor) -> torch
 
     rows, valid [B, n]. Only the chosen rows are ever formed, in chunks; shorter samples end in rows of zeros.
     """
-    return torch.cat([a.mean(dim=1) for a in attention_chunks(seen.attn, *_chosen(seen, rows, valid))], dim=1)
+    return torch.cat([a.mean(dim=1) for a in attention_chunks(*_chosen(seen, rows, valid))], dim=1)
 
 
 def received(seen: Seen, rows: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
@@ -95,13 +95,12 @@ def received(seen: Seen, rows: torch.Tensor, valid: torch.Tensor) -> torch.Tenso
 
     rows, valid [B, n]; float32, in chunks as in `rows_attention`.
     """
-    chosen = _chosen(seen, rows, valid)
-    heads = chosen[3].shape[1]
-    parts = [a.unflatten(1, (heads, -1)).sum(dim=(2, 3)) for a in attention_chunks(seen.attn, *chosen)]
+    query, keys, *rest = _chosen(seen, rows, valid)
+    parts = [a.unflatten(1, (keys.shape[1], -1)).sum(dim=(2, 3)) for a in attention_chunks(query, keys, *rest)]
     return torch.stack(parts).sum(dim=0)
 
 
-def _chosen(seen: Seen, rows: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def _chosen(seen: Seen, rows: torch.Tensor, valid: torch.Tensor) -> tuple[Any, ...]:
     """What `attention_chunks` takes for chosen rows; the rows that a sample has less than others may look nowhere."""
     attn, x = seen.attn, seen.x
     count = max(1, int(rows.sum(dim=1).max()))
@@ -111,30 +110,35 @@ def _chosen(seen: Seen, rows: torch.Tensor, valid: torch.Tensor) -> tuple[torch.
     keys = rotated(attn, unrotated(attn, x, "k"), cos, sin) if seen.keys is None else seen.keys
     picked, cos, sin = (t.gather(1, index[..., None].expand(-1, -1, t.shape[-1])) for t in (x, cos, sin))
     columns = torch.arange(x.shape[1], device=x.device)
-    return picked, cos, sin, keys, (columns <= index[..., None]) & valid[:, None] & real[..., None]
+    allowed = (columns <= index[..., None]) & valid[:, None] & real[..., None]
+    return rotated(attn, unrotated(attn, picked), cos, sin), keys, allowed, attn.scaling
 
 
 def attention_chunks(
-    attn: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, keys: torch.Tensor, allowed: torch.Tensor
+    query: torch.Tensor, keys: torch.Tensor, allowed: torch.Tensor, scaling: float
 ) -> Iterator[torch.Tensor]:
-    """Softmax attention of rows x [B, R, C], with their rotary tables, to keys [B, Hkv, n, D]: [B, H, r, n] at a time.
+    """Softmax attention of rotated queries [B, H, R, D] to keys [B, Hkv, n, D]: [B, H, r, n], chunk by chunk of rows.
 
-    allowed [B, R, n]. In float32, chunk by chunk of rows; a row without any allowed column is zero.
+    allowed [B, R, n]. In float32; a row without any allowed column is zero.
     """
-    query = rotated(attn, unrotated(attn, x), cos, sin)
     batch, heads, count, dim = query.shape
     keys = keys.float().transpose(2, 3)
     step = max(1, CHUNK_BYTES // (4 * batch * heads * keys.shape[-1]))
     for i in range(0, count, step):
         part = query[:, :, i : i + step].float().reshape(batch, keys.shape[1], -1, dim)
-        z = (part @ keys).view(batch, heads, -1, keys.shape[-1]) * attn.scaling
+        z = (part @ keys).view(batch, heads, -1, keys.shape[-1]) * scaling
         z = z.masked_fill(~allowed[:, None, i : i + step], -torch.inf)
         yield z.softmax(dim=-1).nan_to_num(0.0)
 
 
 def unrotated(attn: Any, x: torch.Tensor, what: str = "q") -> torch.Tensor:
     """Inputs of self-attention [B, n, C] -> queries or keys [B, H, n, D], normalised where the model does so."""
-    y = getattr(attn, f"{what}_proj")(x).view(*x.shape[:2], -1, attn.head_dim)
+    return by_head(attn, getattr(attn, f"{what}_proj")(x), what)
+
+
+def by_head(attn: Any, y: torch.Tensor, what: str = "q") -> torch.Tensor:
+    """What `q_proj` or `k_proj` made [B, n, H D] -> [B, H, n, D], normalised where the model does so."""
+    y = y.view(*y.shape[:2], -1, attn.head_dim)
     return getattr(attn, f"{what}_norm", torch.nn.Identity())(y).transpose(1, 2)
 
 

@@ -16,7 +16,17 @@ import torch
 from ..errors import VlmFixError
 from ..method import Layers, Method, param
 from ..session import PAD, VISUAL, Session, View, left_pack
-from .after import Seen, ShortLayer, attention_chunks, check_model, rows_attention, share_of, top_per_image
+from .after import (
+    Seen,
+    ShortLayer,
+    attention_chunks,
+    by_head,
+    check_model,
+    rotated,
+    rows_attention,
+    share_of,
+    top_per_image,
+)
 
 
 @dataclass
@@ -33,6 +43,7 @@ class Cached:
     keys: torch.Tensor  # [B, Hkv, n, D]
     values: torch.Tensor  # [B, Hkv, n, D]
     valid: torch.Tensor  # [B, n] False on padding
+    projected: torch.Tensor | None = None  # after a step: [B, q, H D] what q_proj made of seen.x
 
     def last_row(self) -> torch.Tensor:
         """[B, n] causal softmax attention of the prompt's last token, mean over heads."""
@@ -43,11 +54,13 @@ class Cached:
 
     def step_rows(self) -> torch.Tensor:
         """[B, H, q, n] softmax attention of the rows of a step after the prompt."""
-        cos, sin = (t.expand(len(self.seen.x), -1, -1) for t in self.seen.rotary)
-        count, n = self.seen.x.shape[1], self.valid.shape[1]
+        assert self.projected is not None
+        attn, count, n = self.seen.attn, self.projected.shape[1], self.valid.shape[1]
+        cos, sin = (t.expand(len(self.projected), -1, -1) for t in self.seen.rotary)
         columns = torch.arange(n, device=self.valid.device)
         allowed = self.valid[:, None] & (columns <= columns[n - count :, None])
-        return torch.cat([*attention_chunks(self.seen.attn, self.seen.x, cos, sin, self.keys, allowed)], dim=2)
+        query = rotated(attn, by_head(attn, self.projected), cos, sin)
+        return torch.cat([*attention_chunks(query, self.keys, allowed, attn.scaling)], dim=2)
 
 
 @dataclass(frozen=True)
@@ -115,6 +128,11 @@ def install(engine: Any) -> list[Any]:
     """The hooks of engine.cacher."""
     cacher = engine.cacher
     check_model(engine, cacher, prompt=False)
+    projected: dict[int, torch.Tensor] = {}  # from q_proj to the end of the same self-attention
+
+    def note(i: int, module: Any, args: Any, output: torch.Tensor) -> None:
+        if engine.session is not None and not engine.session.plain and engine.session.start:
+            projected[i] = output
 
     def enter(i: int, module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         session, cache = engine.session, kwargs.get("past_key_values")
@@ -136,7 +154,9 @@ def install(engine: Any) -> list[Any]:
         x, layer = args[0] if args else kwargs["hidden_states"], cache.layers[i]
         types = session.at(i).types if session.start else session.types
         seen = Seen(attn, x, kwargs["position_embeddings"], layer.keys)
-        cached = Cached(engine, i, session, seen, layer.keys, layer.values, types.to(x.device) != PAD)
+        cached = Cached(
+            engine, i, session, seen, layer.keys, layer.values, types.to(x.device) != PAD, projected.pop(i, None)
+        )
         with torch.no_grad():
             if session.start:
                 cacher.after_step(cached, layer)
@@ -147,6 +167,7 @@ def install(engine: Any) -> list[Any]:
     return [
         *(m.register_forward_pre_hook(functools.partial(enter, i), with_kwargs=True) for i, m in layers),
         *(m.self_attn.register_forward_hook(functools.partial(leave, i), with_kwargs=True) for i, m in layers),
+        *(m.self_attn.q_proj.register_forward_hook(functools.partial(note, i)) for i, m in layers if cacher.wanders),
     ]
 
 
@@ -180,10 +201,10 @@ def shorten(session: Session, i: int, layer: ShortLayer, keep: torch.Tensor) -> 
 
 
 def take(parts: Any, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Columns `index` [B, Hkv or 1, m] of keys and values [B, Hkv, n, D]."""
-    keys, values = (
-        x.gather(2, index.expand(-1, x.shape[1], -1)[..., None].expand(-1, -1, -1, x.shape[-1])) for x in parts
-    )
+    """Columns `index` [B, Hkv or 1, m] of keys and values [B, Hkv, n, D]: row by row, far faster than gather on a CPU."""
+    batch, heads, n, _ = parts[0].shape
+    first = n * torch.arange(batch * heads, device=index.device).view(batch, heads, 1)
+    keys, values = (torch.nn.functional.embedding(first + index, x.flatten(0, 2)) for x in parts)
     return keys, values
 
 
