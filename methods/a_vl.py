@@ -18,35 +18,32 @@ class AVL(CachePruner):
     """Each layer stores the image keys it looks at most, mostly computes the best of them, and forgets text unlooked at.
 
     Image: a_j is a layer's head-mean attention from its newest row to image column j of N. After the prompt the top `keep`
-    of each image are stored (the secondary cache), the rest is deleted. The top `core` N of those (the core cache) take
-    part in attention; every `every`-th step all that are stored do, and the core is picked anew from that row. The others
-    lie beside the cache meanwhile: no step reads them.
+    of each image are stored (the secondary cache), the rest is deleted. The top core N of those stored (the core cache)
+    take part in attention; every `every`-th step all that are stored do, and the core is picked anew from that row. In
+    between the others lie beside the cache, in order and unread.
 
     Text after the last image, on by default: r_hj is the attention that column j got in key-value head h since it was
     there, from the prompt's text rows and the answer's. After the prompt and every `text_every`-th step, if a layer holds
     more than n = max(text_start, text_keep T) of the T text columns so far, each head keeps the newest n - [heavy n] and,
-    of those before, the [heavy n] with the highest r (H2O, arXiv 2306.14048). Columns between refreshes of the core count
-    as read, so r stands still for none.
+    of those before, the [heavy n] with the highest r (H2O, arXiv 2306.14048).
 
-    Source: arXiv 2409.14846; 2147483647-2/A-VL@8932507 (run with its flags' defaults: half deleted, 60 % not computed,
-    half of the text, at least 20, 70 % of it heavy; refresh 3 as in its README and scripts). There `core` is of all image
-    tokens, as here; all layers take part; prompt rows count; r is summed in each head. Deviations: `text_every` 8 is its
-    flag's value, but its forward evicts at every step (text_every=1); it masks what the paper's CUDA operator skips; shares
-    are rounded, its are cut off; with several images text between them stays. Its other option, dropping image tokens in
-    the prompt after layer 3, is `fastv`'s. Ties go to the lower index.
+    Source: arXiv 2409.14846; 2147483647-2/A-VL@8932507 with its flags' defaults: half deleted, 60 % of all image tokens
+    not computed, half of the text but at least 20 columns kept, 70 % of them heavy; all layers; 3 steps as in its README
+    and scripts (the flag itself is off). Deviations: its forward never reads the flag `text_every` and evicts at every step
+    (text_every=1); shares are rounded, its are cut off; with several images the text between them stays and the core is
+    picked from all together. It masks what the paper's CUDA operator skips; here attention is given shorter keys. Its
+    option to drop image tokens in the prompt, after layer 3, is `fastv`'s. Ties go to the lower index.
     """
 
     name: ClassVar[str] = "a_vl"
     paper: ClassVar[str] = "https://arxiv.org/abs/2409.14846"
 
-    core: float = param(0.4, "share of the image columns that a step computes, of those stored", low=0, high=1)
+    core: float = param(0.4, "share of all image columns that most steps compute", low=0, high=1)
     every: int = param(3, "steps after which all stored columns are computed once and the core is picked anew", low=1)
     text_keep: float = param(0.5, "share of the text after the image that is kept; 1 keeps all", low=0, high=1)
     text_start: int = param(20, "text columns that are always kept", low=1)
     text_every: int = param(8, "steps from one eviction of text to the next", low=1)
-    heavy: float = param(
-        0.7, "share of the kept text that is chosen by attention; the rest is the newest", low=0, high=1
-    )
+    heavy: float = param(0.7, "share of the kept text that attention chooses; the rest is the newest", low=0, high=1)
 
     @property
     def splits(self) -> bool:

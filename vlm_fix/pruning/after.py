@@ -115,11 +115,11 @@ def _chosen(seen: Seen, rows: torch.Tensor, valid: torch.Tensor) -> tuple[Any, .
 
 
 def attention_chunks(
-    query: torch.Tensor, keys: torch.Tensor, allowed: torch.Tensor, scaling: float
+    query: torch.Tensor, keys: torch.Tensor, allowed: torch.Tensor | None, scaling: float
 ) -> Iterator[torch.Tensor]:
     """Softmax attention of rotated queries [B, H, R, D] to keys [B, Hkv, n, D]: [B, H, r, n], chunk by chunk of rows.
 
-    allowed [B, R, n]. In float32; a row without any allowed column is zero.
+    allowed [B, R, n], None: all. In float32; a row without any allowed column is zero.
     """
     batch, heads, count, dim = query.shape
     keys = keys.float().transpose(2, 3)
@@ -127,8 +127,10 @@ def attention_chunks(
     for i in range(0, count, step):
         part = query[:, :, i : i + step].float().reshape(batch, keys.shape[1], -1, dim)
         z = (part @ keys).view(batch, heads, -1, keys.shape[-1]) * scaling
-        z = z.masked_fill(~allowed[:, None, i : i + step], -torch.inf)
-        yield z.softmax(dim=-1).nan_to_num(0.0)
+        if allowed is None:
+            yield z.softmax(dim=-1)
+        else:
+            yield z.masked_fill(~allowed[:, None, i : i + step], -torch.inf).softmax(dim=-1).nan_to_num(0.0)
 
 
 def unrotated(attn: Any, x: torch.Tensor, what: str = "q") -> torch.Tensor:

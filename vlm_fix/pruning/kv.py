@@ -55,12 +55,13 @@ class Cached:
     def step_rows(self) -> torch.Tensor:
         """[B, H, q, n] softmax attention of the rows of a step after the prompt."""
         assert self.projected is not None
-        attn, count, n = self.seen.attn, self.projected.shape[1], self.valid.shape[1]
+        attn, view = self.seen.attn, self.session.at(self.layer)
+        assert isinstance(view, View)
         cos, sin = (t.expand(len(self.projected), -1, -1) for t in self.seen.rotary)
-        columns = torch.arange(n, device=self.valid.device)
-        allowed = self.valid[:, None] & (columns <= columns[n - count :, None])
+        mask = view.attention_mask(self.keys.device)
         query = rotated(attn, by_head(attn, self.projected), cos, sin)
-        return torch.cat([*attention_chunks(query, self.keys, allowed, attn.scaling)], dim=2)
+        chunks = [*attention_chunks(query, self.keys, None if mask is None else mask[:, 0], attn.scaling)]
+        return torch.cat(chunks, dim=2) if len(chunks) > 1 else chunks[0]
 
 
 @dataclass(frozen=True)
