@@ -27,8 +27,9 @@ docs: .venv/run  ## docs/methods.md from the classes and results/, and the pruni
 	$(BIN)/python -m vlm_fix.eval.methods_page docs/methods.md
 	$(BIN)/python -m vlm_fix.eval.curves results/pruning docs/pruning.md
 
-leaderboard: .venv/run  ## the tables of docs/leaderboard.md from the JSON in results/
+leaderboard: .venv/run  ## the tables of README and docs/leaderboard.md from the JSON in results/
 	$(BIN)/vlm-fix report $(sort $(dir $(wildcard results/*/results.json))) --markdown docs/leaderboard.md
+	$(BIN)/vlm-fix report results/picto-shift --markdown README.md
 
 reproduce-picto: .venv/run  ## train picto-llava again (about 45 minutes on two cores)
 	$(BIN)/vlm-fix picto train --seed 0 --out runs/picto-llava

@@ -12,6 +12,7 @@ evaluate() { # FOLDER ARGUMENT...
 
 picto-shift() { # what `make run` runs
   evaluate picto-shift --method var,vhr,pai,vcd,hiprune --limit 300 --batch-size 32
+  cp runs/picto-shift/figure.png docs/images/picto-shift.png
 }
 
 attention() {
