@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ WIDTH = 100
 def notes(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(run, what a reader of the table must know about it)."""
     notes = [
-        (run, f"warned in {batches} batches: {message}")
+        (run, f"warned in {batches} batch{'es' * (batches > 1)}: {message}")
         for run, messages in results["warnings"].items()
         for message, batches in messages.items()
     ]
@@ -191,7 +192,8 @@ def tables(results: Mapping[str, Any]) -> Group:
             for cell in cells:
                 style = "bold" if cell.star else "dim"
                 shown.append(escape(cell.text) + (f"\n[{style}]{escape(cell.change)}[/{style}]" if cell.change else ""))
-            table.add_row(escape(run), *shown)
+            label = run if len(run) <= 16 else re.sub("(?=[:+])", "\n", run, count=1)  # beside value and change
+            table.add_row(escape(label), *shown)
         made.append(table)
     return Group(*made)
 

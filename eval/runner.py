@@ -291,6 +291,13 @@ def _seed(seed: int, samples: Sequence[Sample]) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4])
 
 
+def _warn_anew(model: Any) -> None:
+    """A wrapped model warns once; here every batch tells, also after the warm-up, which nobody hears."""
+    engine = getattr(model, "_vlm_fix_engine", None)
+    if engine:
+        engine.warned.clear()
+
+
 def _answer(model: Any, processor: Any, samples: Sequence[Sample], seed: int, **how: Any) -> list[dict[str, Any]]:
     """One row per sample, in order; a sample that cannot be answered carries its `error` instead of an answer."""
     rows: dict[str, dict[str, Any]] = {}
@@ -310,6 +317,7 @@ def _answer(model: Any, processor: Any, samples: Sequence[Sample], seed: int, **
         try:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", UserWarning)
+                _warn_anew(model)
                 batch = generate(
                     model, processor, [images[s.id] for s in part], [s.prompt for s in part], _seed(seed, part), **how
                 )

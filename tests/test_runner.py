@@ -252,6 +252,13 @@ def test_warnings_are_kept_with_the_results(tmp_path, monkeypatch):
     assert "`baseline`: warned in 2 batches: edited no row" in (tmp_path / "table.md").read_text()
 
 
+def test_an_idle_method_is_told_after_the_warm_up(tmp_path):
+    results = run(tmp_path, benchmark="chair", methods=(("hiprune:keep=192",),))  # the model has 64 image tokens
+    (message,) = results["warnings"]["hiprune:keep=192"]
+    assert message.startswith("hiprune changed nothing in this call") and not results["warnings"]["baseline"]
+    assert results["warnings"]["hiprune:keep=192"][message] == 2  # a batch of 5 and one of 1
+
+
 def test_a_method_that_changes_nothing_is_named(tmp_path):
     results = run(tmp_path, benchmark="chair", methods=(("pai:alpha=0",), ("pai:alpha=2",)))
     assert results["changed"]["pai:alpha=0"] == {"answers": 6, "changed": 0}
