@@ -25,6 +25,7 @@ from rich.console import Console
 
 from vlm_fix.errors import VlmFixError
 from vlm_fix.eval import report, runner
+from vlm_fix.eval.store import write_atomic
 from vlm_fix.registry import split_methods
 
 from .compare import Stop, Stopped, command, sentence
@@ -178,7 +179,7 @@ def keep(results: dict[str, Any], folder: Path) -> tuple[str, str]:
     """(path of the figure, path of a zip with everything) of results; writes what `folder` lacks."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "results.json").exists():
-        runner.write_atomic(folder / "results.json", json.dumps(results, indent=2) + "\n")
+        write_atomic(folder / "results.json", json.dumps(results, indent=2) + "\n")
         report.write(results, folder)
     name = f"vlm-fix-{Path(results['settings']['model']['name']).name}-{results['config_hash'][:8]}"
     return str(folder / "figure.png"), shutil.make_archive(str(folder.parent / name), "zip", folder)

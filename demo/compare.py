@@ -1,6 +1,6 @@
 """What the demo does, without its page: one image, one prompt, the baseline and stacks of methods, live.
 
-Answers go through `eval.runner.generate`, so that speed means here what it means in a benchmark. A model answers one
+Answers go through `eval.generation.generate`, so that speed means here what it means in a benchmark. A model answers one
 call at a time, pane after pane: nothing else slows the figures down, and a method never meets another one's model.
 """
 
@@ -23,7 +23,7 @@ from transformers import TextIteratorStreamer
 
 import vlm_fix
 from vlm_fix.errors import VlmFixError
-from vlm_fix.eval import chair, runner
+from vlm_fix.eval import chair, generation, runner
 from vlm_fix.eval.tasks.sample import CAPTION_PROMPT
 from vlm_fix.registry import get_method
 
@@ -207,15 +207,15 @@ def _answer(
             warnings.simplefilter("always", UserWarning)
             pane.state = "running"
             plain = pane.stack == runner.BASELINE
-            runner.reset_peak(model.device)
+            generation.reset_peak(model.device)
             with contextlib.nullcontext() if plain else vlm_fix.wrapped(model, pane.stack):
                 search = None if plain else model._vlm_fix_engine.procedure
                 streams = search is None or "streamer" not in search.refuses
                 more = {**options, "streamer": live} if streams else options
-                batch = runner.generate(model, loaded.processor, [image], [prompt], seed, **more)
+                batch = generation.generate(model, loaded.processor, [image], [prompt], seed, **more)
             if not streams:
                 live.text_queue.put(batch.texts[0])
-            pane.peak_mb = runner.peak_mb(model.device)
+            pane.peak_mb = generation.peak_mb(model.device)
         pane.notes += dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, UserWarning))
         if not batch.finished[0]:
             pane.notes.append("Cut off at the longest answer allowed.")
@@ -264,12 +264,12 @@ def recipes(
     settings = ", ".join(f"{key}={value!r}" for key, value in options.items() if value is not None)
     python = (
         f"{lead}import vlm_fix\n{'from vlm_fix.demo.examples import find' + chr(10) if example else ''}"
-        f"from vlm_fix.eval import runner\n\n"
-        f"model, processor, _ = runner.load_model({model!r})\n"
+        f"from vlm_fix.eval import generation, loading\n\n"
+        f"model, processor, _ = loading.load_model({model!r})\n"
         f"image = {source}\n"
         f"for methods in {[runner.BASELINE, *map(list, stacks)]!r}:\n"
         "    with vlm_fix.wrapped(model, methods):\n"
-        f"        answer = runner.generate(\n            model, processor, [image], [{prompt!r}],\n"
+        f"        answer = generation.generate(\n            model, processor, [image], [{prompt!r}],\n"
         f"            seed={int(seed)}, {settings},\n        )\n"
         '    print(" + ".join(methods), answer.texts[0], sep="\\n")\n'
     )

@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 import vlm_fix
 from vlm_fix import Contrast, Observation
 from vlm_fix.errors import VlmFixError
-from vlm_fix.eval import runner
+from vlm_fix.eval import generation, runner
 from vlm_fix.families import family_of
 from vlm_fix.session import Call
 
@@ -101,7 +101,7 @@ def look(loaded: Loaded, image: Image.Image, prompt: str, pane: Pane) -> View:
     plain = pane.stack == runner.BASELINE
     with loaded.turn:
         model, processor = loaded.model, loaded.processor
-        inputs = dict(runner.encode(model, processor, [image], [prompt]))
+        inputs = dict(generation.encode(model, processor, [image], [prompt]))
         base = vlm_fix.observe(model, inputs, pane.ids)
         others: list[tuple[str, str, Image.Image]] = []
         seen, note, changed = base, "", dict[str, Any]()

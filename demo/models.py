@@ -14,7 +14,7 @@ from typing import Any
 
 from vlm_fix.engine import plan
 from vlm_fix.errors import VlmFixError
-from vlm_fix.eval import picto, runner
+from vlm_fix.eval import generation, loading, picto
 
 from .examples import scenes
 
@@ -51,9 +51,9 @@ class Loaded:
 
     def __init__(self, name: str, device: str = "auto") -> None:
         self.name, self.turn = name, Turn()
-        self.model, self.processor, self.identity = runner.load_model(name, device=device)
+        self.model, self.processor, self.identity = loading.load_model(name, device=device)
         with contextlib.suppress(Exception):  # the first call is slow; what fails here will say so in its pane
-            runner.generate(self.model, self.processor, [scenes()[0].image], ["hello"], 0, max_new_tokens=2)
+            generation.generate(self.model, self.processor, [scenes()[0].image], ["hello"], 0, max_new_tokens=2)
 
     def twin(self) -> Any:
         """The same model with the same weights in memory, to wrap without touching this one."""

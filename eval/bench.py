@@ -46,7 +46,7 @@ from vlm_fix.method import AttentionEdit, Method, TokenPruner
 from vlm_fix.pruning.kv import CachePruner
 from vlm_fix.session import VISUAL
 
-from .runner import check_device
+from .loading import check_device
 
 KINDS = ("attention", "decode", "prune")
 IMAGE, PAD = 3, 0

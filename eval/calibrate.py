@@ -31,7 +31,7 @@ from vlm_fix.families import arch_of
 from vlm_fix.method import Method
 from vlm_fix.registry import parse_spec
 
-from . import runner, tasks
+from . import generation, loading, runner, tasks
 from .picto.world import COCO_IDS
 from .stats import mcnemar
 
@@ -62,7 +62,7 @@ def calibrate(
     """Calibrate the method `spec` with `limit` questions to find parameters and as many to score them.
 
     What spec sets is kept in the result. search: option -> values to try, all combinations. loaded: (model, processor,
-    identity) of `runner.load_model`.
+    identity) of `loading.load_model`.
     Raises VlmFixError for bad input and where nothing is found.
     """
     method = parse_spec(spec)
@@ -75,7 +75,7 @@ def calibrate(
     if not own and not search:
         method.calibrate(None, (), seed, progress)
     task = _questions(data, limit, seed)
-    net, processor, identity = loaded or runner.load_model(model, dtype, device)
+    net, processor, identity = loaded or loading.load_model(model, dtype, device)
     halves = _halves(task, limit, seed)
     inputs = _encoded(net, processor, [*halves[0], *halves[1]], progress)
     yes, no = _answer_ids(net, processor, inputs[:8])
@@ -177,7 +177,7 @@ def _encoded(
 ) -> list[dict[str, Any]]:
     inputs = []
     for i, s in enumerate(asked):
-        inputs.append(dict(runner.encode(model, processor, [tasks.sample.load_image(s)], [s.prompt])))
+        inputs.append(dict(generation.encode(model, processor, [tasks.sample.load_image(s)], [s.prompt])))
         progress("images", (i + 1) / len(asked))
     return inputs
 

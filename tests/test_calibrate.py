@@ -274,9 +274,9 @@ def test_calibrate_and_evaluate(tmp_path, capsys):
 
 def test_halves_and_answer_tokens():
     from vlm_fix.eval import calibrate as module
-    from vlm_fix.eval import runner
+    from vlm_fix.eval import loading
 
-    model, processor, _ = runner.load_model("picto-llava")
+    model, processor, _ = loading.load_model("picto-llava")
     first, second = module._halves(module._questions("picto:train", 20, 1), 20, 1)
     assert len(first) == len(second) == 20 and not {s.file for s in first} & {s.file for s in second}
     yes, no = module._answer_ids(model, processor, module._encoded(model, processor, first[:8], lambda *_: None))
@@ -308,10 +308,10 @@ def test_user_errors(command, sentence, capsys, tmp_path):
 
 @pytest.mark.parametrize("name", ["iri", "ad_hh", "head_pursuit"])
 def test_bundled_model_carries_what_these_methods_need(name, tmp_path, capsys):
-    from vlm_fix.eval import picto, runner
+    from vlm_fix.eval import loading, picto
 
     made = Calibration.read(picto.model_path() / "calibration" / f"{name}.json")
-    assert made.method == name and made.model["weights"] == runner._weights_id(str(picto.model_path()), None)
+    assert made.method == name and made.model["weights"] == loading._weights_id(str(picto.model_path()), None)
     command = ["eval", "pope", "--method", name, "--limit", "2", "--split", "random", "--json"]
     assert cli.main([*command, "--output", str(tmp_path / "run")]) == 0
     results = json.loads(capsys.readouterr().out)

@@ -36,7 +36,7 @@ from vlm_fix import VlmFixError, cli, list_methods, parse_spec  # noqa: E402
 from vlm_fix.demo import app, benchmark, compare, examples, inside, look, models, tools  # noqa: E402
 from vlm_fix.demo.page import stop_with  # noqa: E402
 from vlm_fix.demo.panes import about, card, control, remember  # noqa: E402
-from vlm_fix.eval import chair_data, picto, runner  # noqa: E402
+from vlm_fix.eval import chair_data, generation, picto, runner  # noqa: E402
 from vlm_fix.session import Call  # noqa: E402
 
 PROMPT = compare.CAPTION_PROMPT
@@ -71,7 +71,7 @@ def test_panes_equal_the_runner_and_the_truth(loaded, scene):
         with vlm_fix.wrapped(loaded.model, pane.stack):
             how = {"do_sample": False, "max_new_tokens": 64}
             images = [examples.scenes()[0].image]
-            expected = runner.generate(loaded.model, loaded.processor, images, [PROMPT], 0, **how)
+            expected = generation.generate(loaded.model, loaded.processor, images, [PROMPT], 0, **how)
         assert pane.state == "done" and pane.text.strip() == expected.texts[0] and pane.tokens == expected.tokens[0]
         assert 0 < pane.first_token < pane.seconds
         assert "".join(text for text, _, _ in pane.words()) == pane.text
@@ -230,7 +230,7 @@ def test_a_words_heatmap_is_the_attention_of_the_rows_that_predict_it(loaded, vi
     """Against the weights of an eager copy of the model, over the whole sequence at once."""
     view, twin = views["baseline"], copy.deepcopy(loaded.model)
     twin.set_attn_implementation("eager")
-    inputs = runner.encode(twin, loaded.processor, [examples.scenes()[0].image], [PROMPT])
+    inputs = generation.encode(twin, loaded.processor, [examples.scenes()[0].image], [PROMPT])
     prompt = inputs["input_ids"][0].tolist()
     whole = torch.tensor([prompt + view.pane.ids])
     with torch.no_grad():
@@ -252,7 +252,7 @@ def test_a_words_heatmap_is_the_attention_of_the_rows_that_predict_it(loaded, vi
 
 def test_what_a_method_changes(loaded, views):
     view = views["pai"]
-    inputs = runner.encode(loaded.model, loaded.processor, [examples.scenes()[0].image], [PROMPT])
+    inputs = generation.encode(loaded.model, loaded.processor, [examples.scenes()[0].image], [PROMPT])
     plain = vlm_fix.observe(loaded.model, inputs, view.pane.ids)
     rows = view.words[3].rows
     expected = sum(view.seen.heatmap(row, [4]) - plain.heatmap(row, [4]) for row in rows) / len(rows)
@@ -269,7 +269,7 @@ def test_pruned_patches_and_noised_images_are_the_methods_own(loaded, views):
     assert dropped.shape == (8, 8) and int((~dropped).sum()) == 24 and views["pai"].dropped(2) is None
     assert (views["hiprune"].heatmap(0, None, None)[dropped] == 0).all()
     ((title, _, image),) = views["vcd"].others
-    pixels = runner.encode(loaded.model, loaded.processor, [examples.scenes()[0].image], [PROMPT])["pixel_values"]
+    pixels = generation.encode(loaded.model, loaded.processor, [examples.scenes()[0].image], [PROMPT])["pixel_values"]
     call = Call(loaded.model, None, {"pixel_values": pixels})
     expected = inside.unpixel(loaded.processor, vlm_fix.parse_spec("vcd").noised(pixels, call))[0]
     assert title.startswith("vcd: ") and image.tobytes() == expected.tobytes() != views["vcd"].picture.tobytes()
@@ -282,7 +282,7 @@ def test_a_crop_takes_the_images_place(loaded):
     *_, pane = last(compare.compare(loaded, image, PROMPT, [["carve"]], 12))
     assert pane.state == "done"
     view = inside.look(loaded, image, PROMPT, pane)
-    inputs = dict(runner.encode(loaded.model, loaded.processor, [image], [PROMPT]))
+    inputs = dict(generation.encode(loaded.model, loaded.processor, [image], [PROMPT]))
     with vlm_fix.wrapped(loaded.model, "carve"):
         call = Call(loaded.model, loaded.model._vlm_fix_engine.family, inputs)
         crop = loaded.model._vlm_fix_engine.refine(call)["pixel_values"]
@@ -300,7 +300,7 @@ def test_a_crop_comes_after_the_image(loaded):
     *_, pane = last(compare.compare(loaded, image, PROMPT, [methods], 12))
     assert pane.state == "done" and pane.tokens
     view = inside.look(loaded, image, PROMPT, pane)
-    inputs = dict(runner.encode(loaded.model, loaded.processor, [image], [PROMPT]))
+    inputs = dict(generation.encode(loaded.model, loaded.processor, [image], [PROMPT]))
     with vlm_fix.wrapped(loaded.model, methods):
         call = Call(loaded.model, loaded.model._vlm_fix_engine.family, dict(inputs))
         both = {**inputs, **loaded.model._vlm_fix_engine.refine(call)}

@@ -11,7 +11,7 @@ import vlm_fix
 from vlm_fix import registry
 from vlm_fix.calibration import Calibration, sizes
 from vlm_fix.errors import VlmFixError
-from vlm_fix.eval import methods_page, page, plan, published, report, runner, tasks
+from vlm_fix.eval import generation, loading, methods_page, page, plan, published, report, tasks
 from vlm_fix.eval.runner import Settings, evaluate
 from vlm_fix.families import arch_of
 
@@ -20,7 +20,7 @@ MODEL = os.environ.get("VLM_FIX_TEST_MODEL", "picto-llava")
 
 @pytest.fixture(scope="module")
 def model():
-    return runner.load_model(MODEL)[0]
+    return loading.load_model(MODEL)[0]
 
 
 def made(model, **settings):
@@ -146,13 +146,13 @@ def test_noise_has_the_size_that_the_contrast_was_measured_to_have_on_each_bench
     assert results["specs"]["gaussian_logits as vcd"] == specs
     assert not any(row["batch_term"] for row in rows if row["run"].split(":")[0] in ("baseline", "apc_only"))
     asked = Settings(limit=2, variant="pattern", splits=("random",))
-    loaded, name = runner.load_model(MODEL)[:2], "gaussian_logits as vcd"
+    loaded, name = loading.load_model(MODEL)[:2], "gaussian_logits as vcd"
     for task in tasks.build(asked):
         answers = {row["id"]: row["answer"] for row in rows if (row["run"], row["benchmark"]) == (name, task.benchmark)}
         with vlm_fix.wrapped(loaded[0], specs[task.benchmark]):
-            for batch in runner.batches(task.samples, 4):
+            for batch in generation.batches(task.samples, 4):
                 images, prompts = [tasks.sample.load_image(s) for s in batch], [s.prompt for s in batch]
-                alone = runner.generate(*loaded, images, prompts, 0, **asked.generate_kwargs(12))
+                alone = generation.generate(*loaded, images, prompts, 0, **asked.generate_kwargs(12))
                 assert alone.texts == [answers[s.id] for s in batch]
 
 

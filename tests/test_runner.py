@@ -14,7 +14,7 @@ from PIL import Image
 from rich.console import Console
 
 from vlm_fix.errors import VlmFixError
-from vlm_fix.eval import pope_data, report, runner, summary, tasks, yesno
+from vlm_fix.eval import generation, loading, pope_data, report, runner, summary, tasks, yesno
 from vlm_fix.eval.runner import Settings, evaluate
 
 MODEL = os.environ.get("VLM_FIX_TEST_MODEL", "picto-llava")
@@ -47,7 +47,7 @@ def whole(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def loaded():
-    return runner.load_model(MODEL)[:2]
+    return loading.load_model(MODEL)[:2]
 
 
 def test_everything_is_written_and_counted(whole):
@@ -128,7 +128,7 @@ def test_a_watched_run_can_be_ended_and_continued(whole, tmp_path):
         if len(seen) == 3:
             raise Enough
 
-    seen, loaded = [], runner.load_model(MODEL)
+    seen, loaded = [], loading.load_model(MODEL)
     settings = Settings(**SMALL, methods=(("pai:alpha=0.5",), ("vcd",)))
     with pytest.raises(Enough):
         evaluate(settings, tmp_path, console=QUIET, loaded=loaded, watch=watch)
@@ -148,7 +148,7 @@ def test_resume_refuses_other_settings_and_a_new_run_an_old_folder(whole):
 
 def test_batches_partition_the_samples():
     samples = [tasks.sample.Sample(str(i), i, "", Path(), "x " * (i % 7), {}) for i in range(23)]
-    made = runner.batches(samples, 5)
+    made = generation.batches(samples, 5)
     assert sorted(s.id for b in made for s in b) == sorted(s.id for s in samples)
     assert [len(b) for b in made] == [5, 5, 5, 5, 3]
     assert all(len(a[-1].prompt) <= len(b[0].prompt) for a, b in itertools.pairwise(made))
@@ -159,8 +159,8 @@ def test_a_batch_answers_as_its_samples_alone(loaded):
     prompts = [s.prompt if i % 2 else f"{s.prompt} Is there a dog in the image?" for i, s in enumerate(task.samples)]
     images = [tasks.sample.load_image(s) for s in task.samples]
     how = Settings(**SMALL).generate_kwargs(24)
-    together = runner.generate(*loaded, images, prompts, 0, **how)
-    alone = [runner.generate(*loaded, [i], [p], 0, **how) for i, p in zip(images, prompts, strict=True)]
+    together = generation.generate(*loaded, images, prompts, 0, **how)
+    alone = [generation.generate(*loaded, [i], [p], 0, **how) for i, p in zip(images, prompts, strict=True)]
     assert together.texts == [a.texts[0] for a in alone]
     assert together.tokens == [a.tokens[0] for a in alone]
     for text, tokens, finished in zip(together.texts, together.tokens, together.finished, strict=True):
@@ -222,7 +222,7 @@ def test_other_images_with_their_own_annotations(tmp_path):
 
 
 def test_one_bad_sample_does_not_take_its_batch_along(tmp_path, monkeypatch):
-    real = runner.generate
+    real = generation.generate
     (task,) = tasks.build(Settings(**SMALL, benchmark="pope"))
     poison = task.samples[7].prompt
 
@@ -231,7 +231,7 @@ def test_one_bad_sample_does_not_take_its_batch_along(tmp_path, monkeypatch):
             raise RuntimeError("no memory left")
         return real(model, processor, images, prompts, seed, **how)
 
-    monkeypatch.setattr(runner, "generate", generate)
+    monkeypatch.setattr(generation, "generate", generate)
     run(tmp_path, benchmark="pope")
     said = rows(tmp_path)
     assert len(said) == len(task.samples)
@@ -240,13 +240,13 @@ def test_one_bad_sample_does_not_take_its_batch_along(tmp_path, monkeypatch):
 
 
 def test_warnings_are_kept_with_the_results(tmp_path, monkeypatch):
-    real = runner.generate
+    real = generation.generate
 
     def generate(*args, **how):
         warnings.warn("edited no row", stacklevel=2)
         return real(*args, **how)
 
-    monkeypatch.setattr(runner, "generate", generate)
+    monkeypatch.setattr(generation, "generate", generate)
     results = run(tmp_path, benchmark="chair")  # 6 captions: a batch of 5 and one of 1
     assert results["warnings"] == {"baseline": {"edited no row": 2}}
     assert "`baseline`: warned in 2 batches: edited no row" in (tmp_path / "table.md").read_text()
@@ -271,7 +271,7 @@ def test_a_run_without_any_answer_gives_up_in_one_sentence(tmp_path, monkeypatch
     def broken(*args, **how):
         raise RuntimeError("no memory left")
 
-    monkeypatch.setattr(runner, "generate", broken)
+    monkeypatch.setattr(generation, "generate", broken)
     with pytest.raises(VlmFixError, match=r"baseline: no answer in 3 batches .*no memory left"):
         run(tmp_path, benchmark="pope")
     assert len(rows(tmp_path)) == 15  # what was tried is on disk
@@ -363,12 +363,12 @@ def test_tables_fit_100_columns(whole):
 
 def test_seeds_differ_by_batch_and_seed_but_not_by_run():
     samples = [tasks.sample.Sample(str(i), i, "", Path(), "x", {}) for i in range(4)]
-    seeds = {runner._seed(s, part) for s in (0, 1) for part in (samples[:2], samples[2:])}
+    seeds = {generation._seed(s, part) for s in (0, 1) for part in (samples[:2], samples[2:])}
     assert len(seeds) == 4 and all(0 <= s < math.pow(2, 32) for s in seeds)
 
 
 def test_a_device_map_gives_the_same_answers(loaded, tmp_path):
-    identity = runner.load_model(MODEL, device_map="auto")[2]
+    identity = loading.load_model(MODEL, device_map="auto")[2]
     assert identity["device"] == loaded[0].device.type
     how = {"benchmark": "chair", "methods": (("vcd",),), "limit": 3}
     plain, spread = run(tmp_path / "a", **how), run(tmp_path / "b", device_map="auto", **how)

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from vlm_fix import cli
 from vlm_fix.errors import VlmFixError
-from vlm_fix.eval import amber_data, hallusion, page, picto, runner, summary, tasks
+from vlm_fix.eval import amber_data, hallusion, loading, page, picto, runner, summary, tasks
 from vlm_fix.eval.runner import Settings
 
 MODEL = os.environ.get("VLM_FIX_TEST_MODEL", "picto-llava")
@@ -23,7 +23,7 @@ QUIET = Console(quiet=True)
 
 @pytest.fixture(scope="module")
 def loaded():
-    return runner.load_model(MODEL)
+    return loading.load_model(MODEL)
 
 
 @pytest.fixture(scope="module")
