@@ -223,3 +223,14 @@ def test_what_is_no_model_or_no_method(models, target, spec):
     with pytest.raises(vlm_fix.VlmFixError, match="wrap takes a loaded model" if target else "is no method"):
         vlm_fix.wrap(target or models["llava"], spec)
     assert "_vlm_fix_engine" not in models["llava"].__dict__
+
+
+def test_attention_set_after_wrap_is_refused(family, model):
+    inputs = make_inputs(family, [1])
+    before = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+    with vlm_fix.wrapped(model, "pai"):
+        model.set_attn_implementation({"text_config": "eager"})
+        with pytest.raises(vlm_fix.VlmFixError, match="set to 'eager' after wrap.*unwrap the model, then wrap it"):
+            model.generate(**inputs, max_new_tokens=3)
+    assert model.config.get_text_config()._attn_implementation == "sdpa"
+    assert torch.equal(model.generate(**inputs, max_new_tokens=3, do_sample=False), before)

@@ -169,6 +169,11 @@ class Engine:
             raise VlmFixError(
                 "packed sequences (cu_seq_lens) are not supported; pass a padded batch with its attention_mask."
             )
+        now = module.config.get_text_config()._attn_implementation
+        if now != attention.NAME:
+            raise VlmFixError(
+                f"attention was set to {now!r} after wrap, past every method: unwrap the model, then wrap it."
+            )
         cache = kwargs.get("past_key_values")
         past = 0 if cache is None else int(cache.get_seq_length())
         self.session = self.joint = None  # if anything below fails, the next forward must not see an old one
