@@ -467,7 +467,7 @@ def wrap(model: Model, spec: Spec, calibration: calibrations.Files = None) -> Mo
     Raises VlmFixError for an unknown method or value, an unsupported or already wrapped model, a senseless stack, a
     calibration of another method or model.
     """
-    if not isinstance(model, torch.nn.Module):
+    if not isinstance(model, torch.nn.Module) and not hasattr(model, "config"):
         raise VlmFixError(f"wrap takes a loaded model, not {model!r}: load it with AutoModelForImageTextToText.")
     current = model.__dict__.get("_vlm_fix_engine")
     if current:
