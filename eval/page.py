@@ -7,10 +7,7 @@ light or dark setting, and prints. The samples shown are those on which the runs
 
 from __future__ import annotations
 
-import dataclasses
-import html
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -21,8 +18,8 @@ from vlm_fix.errors import VlmFixError
 from . import mme, report, side_by_side
 from .layouts import LAYOUTS, PLAIN, scorer_of
 from .store import write_atomic
+from .svg import Point, colour, scatter, text_of
 
-COLOURS = ("#777", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#B8860B", "#3D9BD1", "#8C6BB1")  # on light and dark
 MARKS = "<!-- leaderboard -->", "<!-- /leaderboard -->"
 STYLE = """
 :root{color-scheme:light dark;--ink:#1b1f24;--soft:#5c6670;--line:#d9dee3;--page:#fff;--card:#f6f8fa;--good:#0b6b3a;
@@ -89,65 +86,45 @@ def _section(folder: Path, results: Mapping[str, Any], samples: int) -> str:
         ", ".join(f"{name} {version}" for name, version in results["versions"].items()),
         f"vlm-fix {results['vlm_fix']}, {results['date'][:10]}, settings {results['config_hash'][:12]}",
     ]
-    notes = "".join(f"<li><code>{_text(run)}</code>: {_text(note)}</li>" for run, note in report.notes(results))
+    notes = "".join(f"<li><code>{text_of(run)}</code>: {text_of(note)}</li>" for run, note in report.notes(results))
     return (
-        f"<h2>{_text(Path(model['name']).name)} on {_text(sources)}</h2>"
-        f'<p class="soft">{"<br>".join(map(_text, about))}</p>'
+        f"<h2>{text_of(Path(model['name']).name)} on {text_of(sources)}</h2>"
+        f'<p class="soft">{"<br>".join(map(text_of, about))}</p>'
         f'<ul class="legend">{_legend(results)}</ul><div class="figures">{"".join(figures(results))}</div>'
         f"{''.join(map(_grid, report.grids(results)))}"
-        f'<p class="soft">{_text(report.STAR)}</p><ul>{notes}</ul>{side_by_side.samples(folder, results, samples)}'
+        f'<p class="soft">{text_of(report.STAR)}</p><ul>{notes}</ul>{side_by_side.samples(folder, results, samples)}'
     )
-
-
-def _text(value: Any) -> str:
-    return html.escape(str(value))
-
-
-def _colour(i: int) -> str:
-    return COLOURS[0] if i == 0 else COLOURS[1 + (i - 1) % (len(COLOURS) - 1)]
 
 
 def _legend(results: Mapping[str, Any]) -> str:
     return "".join(
-        f'<li><b style="background:{_colour(i)}">{i}</b> <code>{_text(run)}</code></li>'
+        f'<li><b style="background:{colour(i)}">{i}</b> <code>{text_of(run)}</code></li>'
         for i, run in enumerate(results["runs"])
     )
 
 
 def _grid(grid: report.Grid) -> str:
     """A table; the method stands first and a split gets a row of its own."""
-    head = "".join(f"<th>{_text(head)}</th>" for head in ("method", *grid.heads))
+    head = "".join(f"<th>{text_of(head)}</th>" for head in ("method", *grid.heads))
     rows, last = [], ""
     for split, run, cells in grid.rows:
         if split != last:
-            rows.append(f'<tr class="split"><td colspan="{len(cells) + 1}">{_text(split)}</td></tr>')
+            rows.append(f'<tr class="split"><td colspan="{len(cells) + 1}">{text_of(split)}</td></tr>')
         last = split
         shown = "".join(
-            f"<td>{_text(c.text)}"
-            + (f"<small{' class=star' if c.star else ''}>{_text(c.change)}</small>" if c.change else "")
+            f"<td>{text_of(c.text)}"
+            + (f"<small{' class=star' if c.star else ''}>{text_of(c.change)}</small>" if c.change else "")
             + "</td>"
             for c in cells
         )
-        rows.append(f"<tr><td><code>{_text(run)}</code></td>{shown}</tr>")
+        rows.append(f"<tr><td><code>{text_of(run)}</code></td>{shown}</tr>")
     return (
-        f'<div class="scroll"><table><caption>{_text(grid.caption)}</caption><thead><tr>{head}</tr></thead>'
+        f'<div class="scroll"><table><caption>{text_of(grid.caption)}</caption><thead><tr>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
 
 
 # ------------------------------------------------------------------------------------------------------------- figures
-
-
-@dataclasses.dataclass(frozen=True)
-class Point:
-    """A run in a figure: its number and name, x and y, and the ends of their intervals (None: not drawn)."""
-
-    number: int
-    name: str
-    x: float
-    y: float
-    xs: tuple[float, float] | None = None
-    ys: tuple[float, float] | None = None
 
 
 def figures(results: Mapping[str, Any]) -> Iterator[str]:
@@ -209,67 +186,6 @@ def _ends(value: float, scores: Mapping[str, Any], name: str) -> tuple[float, fl
     """The interval of a difference, drawn around the run's own value."""
     delta = scores["delta"].get(name)
     return delta and (value + 100 * (delta["low"] - delta["delta"]), value + 100 * (delta["high"] - delta["delta"]))
-
-
-def scatter(points: Sequence[Point], x: str, y: str, title: str, line: float | None = None) -> str:
-    """An SVG with numbered marks, their intervals, dashed lines through the baseline and a full one at x = `line`."""
-    width, height, left, bottom, top = 420, 310, 52, 44, 30
-    xs = [v for p in points for v in (p.x, *(p.xs or ()))] + ([line] if line is not None else [])
-    ys = [v for p in points for v in (p.y, *(p.ys or ()))]
-    xticks, yticks = _ticks(min(xs), max(xs)), _ticks(min(ys), max(ys))
-
-    def at_x(value: float) -> float:
-        return left + (value - xticks[0]) / (xticks[-1] - xticks[0]) * (width - left - 16)
-
-    def at_y(value: float) -> float:
-        return height - bottom - (value - yticks[0]) / (yticks[-1] - yticks[0]) * (height - bottom - top)
-
-    def stroke(x1: float, y1: float, x2: float, y2: float, extra: str) -> str:
-        return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" {extra}/>'
-
-    drawn = [f'<text x="{left}" y="18" style="font-weight:600">{_text(title)}</text>']
-    for tick in xticks:
-        drawn.append(stroke(at_x(tick), top, at_x(tick), height - bottom, 'class="grid"'))
-        drawn.append(
-            f'<text class="soft" x="{at_x(tick):.1f}" y="{height - bottom + 15}" text-anchor="middle">{tick:g}</text>'
-        )
-    for tick in yticks:
-        drawn.append(stroke(left, at_y(tick), width - 16, at_y(tick), 'class="grid"'))
-        drawn.append(f'<text class="soft" x="{left - 6}" y="{at_y(tick) + 4:.1f}" text-anchor="end">{tick:g}</text>')
-    drawn.append(f'<text x="{(left + width - 16) / 2}" y="{height - 10}" text-anchor="middle">{_text(x)}</text>')
-    middle = (top + height - bottom) / 2
-    drawn.append(
-        f'<text x="13" y="{middle}" text-anchor="middle" transform="rotate(-90 13 {middle})">{_text(y)}</text>'
-    )
-    if line is not None:
-        drawn.append(stroke(at_x(line), top, at_x(line), height - bottom, 'stroke="var(--soft)"'))
-    base, dashes = points[0], 'stroke="var(--soft)" stroke-dasharray="4 3"'
-    drawn.append(stroke(at_x(base.x), top, at_x(base.x), height - bottom, dashes))
-    drawn.append(stroke(left, at_y(base.y), width - 16, at_y(base.y), dashes))
-    for p in points:
-        bar = f'stroke="{_colour(p.number)}" stroke-width="1.3" stroke-opacity=".6"'
-        drawn += [stroke(at_x(p.xs[0]), at_y(p.y), at_x(p.xs[1]), at_y(p.y), bar)] if p.xs else []
-        drawn += [stroke(at_x(p.x), at_y(p.ys[0]), at_x(p.x), at_y(p.ys[1]), bar)] if p.ys else []
-    for p in reversed(points):
-        told = f"{p.name}: {x} {p.x:.1f}; {y} {p.y:.1f}"
-        drawn.append(
-            f'<g><title>{_text(told)}</title><circle cx="{at_x(p.x):.1f}" cy="{at_y(p.y):.1f}" r="8" '
-            f'fill="{_colour(p.number)}" stroke="var(--card)"/><text x="{at_x(p.x):.1f}" y="{at_y(p.y) + 3.5:.1f}" '
-            f'text-anchor="middle" style="fill:#fff;font-size:10px;font-weight:600">{p.number}</text></g>'
-        )
-    label = _text(f"{title} {y} against {x}")
-    return (
-        f'<figure><svg viewBox="0 0 {width} {height}" role="img" aria-label="{label}">{"".join(drawn)}</svg></figure>'
-    )
-
-
-def _ticks(low: float, high: float) -> list[float]:
-    """Four to eight round numbers that enclose both ends."""
-    span = max(high - low, 1e-9 + abs(high) / 100)
-    power = 10 ** math.floor(math.log10(span / 4))
-    step = next(power * k for k in (1, 2, 2.5, 5, 10) if span / (power * k) <= 6)
-    first, last = math.floor(low / step), math.ceil(high / step)
-    return [round(i * step, 10) for i in range(first, max(last, first + 1) + 1)]
 
 
 # ------------------------------------------------------------------------------------------------------------ Markdown

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-import html
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +19,7 @@ from typing import Any
 from vlm_fix.errors import VlmFixError
 
 from . import amber, amber_data, chair, hallusion, mme, yesno
+from .svg import text_of
 from .words import Object, Variant, nltk_ready
 
 THUMB = 224  # pixels
@@ -61,10 +61,12 @@ def samples(folder: Path, results: Mapping[str, Any], limit: int) -> str:
             )
         for _, _, rows, shown in chosen:
             first = next(iter(rows.values()))
-            answers = "".join(f"<div><code>{_text(run)}</code><p>{text}</p></div>" for run, (text, _) in shown.items())
+            answers = "".join(
+                f"<div><code>{text_of(run)}</code><p>{text}</p></div>" for run, (text, _) in shown.items()
+            )
             parts.append(
-                f'<div class="sample">{images.get(first["image"], "")}<p><b>{_text(first["prompt"])}</b><br>'
-                f"<small>{_text(first['image'])}; {_text(_truth(first))}</small></p>"
+                f'<div class="sample">{images.get(first["image"], "")}<p><b>{text_of(first["prompt"])}</b><br>'
+                f"<small>{text_of(first['image'])}; {text_of(_truth(first))}</small></p>"
                 f'<div class="answers">{answers}</div></div>'
             )
     return "".join(parts)
@@ -76,7 +78,7 @@ def _judged(
     """(HTML of an answer, what is wrong with it); a failed one says so."""
     if row["answer"] is not None:
         return judge(row, results)
-    return f'<mark class="bad">failed: {_text(row["error"])}</mark>', 0 if judge is not _answer else 1
+    return f'<mark class="bad">failed: {text_of(row["error"])}</mark>', 0 if judge is not _answer else 1
 
 
 def _truth(row: Mapping[str, Any]) -> str:
@@ -124,12 +126,12 @@ def _variant(data: Mapping[str, Any]) -> Variant:
 def _marked(text: str, marks: Sequence[tuple[Object, str, str]]) -> str:
     pieces, at = [], 0
     for item, kind, told in sorted(marks, key=lambda mark: mark[0].start):
-        word = _text(text[item.start : item.end])
+        word = text_of(text[item.start : item.end])
         pieces.append(
-            f'{_text(text[at : item.start])}<mark class="{kind}" title="{_text(item.node)}: {told}">{word}</mark>'
+            f'{text_of(text[at : item.start])}<mark class="{kind}" title="{text_of(item.node)}: {told}">{word}</mark>'
         )
         at = item.end
-    return "".join([*pieces, _text(text[at:])])
+    return "".join([*pieces, text_of(text[at:])])
 
 
 def _answer(row: Mapping[str, Any], results: Mapping[str, Any]) -> tuple[str, int]:
@@ -138,7 +140,7 @@ def _answer(row: Mapping[str, Any], results: Mapping[str, Any]) -> tuple[str, in
     scorer = settings["scorer"] if benchmark == "pope" else settings["data"][benchmark]["variant"].split(",")[0]
     wrong = VERDICTS[benchmark](row["answer"], row["label"], scorer) != row["label"]
     kind, told, sign = ("bad", "wrong", "✗") if wrong else ("good", "right", "✓")
-    return f'<mark class="{kind}" title="{told}">{sign} {_text(row["answer"])}</mark>', int(wrong)
+    return f'<mark class="{kind}" title="{told}">{sign} {text_of(row["answer"])}</mark>', int(wrong)
 
 
 def _images(results: Mapping[str, Any]) -> dict[str, str]:
@@ -175,9 +177,5 @@ class _Thumbnails(dict[str, str]):
             packed = io.BytesIO()
             image.save(packed, "JPEG", quality=85)
             code = base64.b64encode(packed.getvalue()).decode()
-            self[key] = f'<img alt="{_text(key)}" src="data:image/jpeg;base64,{code}">'
+            self[key] = f'<img alt="{text_of(key)}" src="data:image/jpeg;base64,{code}">'
         return super().get(key, default)
-
-
-def _text(value: Any) -> str:
-    return html.escape(str(value))

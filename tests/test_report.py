@@ -13,7 +13,7 @@ from rich.console import Console
 
 from vlm_fix import cli
 from vlm_fix.errors import VlmFixError
-from vlm_fix.eval import chair, page
+from vlm_fix.eval import chair, page, svg
 from vlm_fix.eval.runner import Settings, evaluate
 
 MODEL = os.environ.get("VLM_FIX_TEST_MODEL", "picto-llava")
@@ -96,7 +96,7 @@ def test_marked_words_are_those_that_the_scorer_finds(folder):
 
 @pytest.mark.parametrize("low, high", [(0, 100), (92.1, 92.1), (-0.3, 0.4), (0.001, 0.0011), (55, 1600), (0, 0)])
 def test_ticks_enclose_the_data_and_are_few(low, high):
-    ticks = page._ticks(low, high)
+    ticks = svg.ticks(low, high)
     assert ticks[0] <= low and ticks[-1] >= high and ticks[0] < ticks[-1] and 2 <= len(ticks) <= 9
     steps = {round((b - a) / (ticks[1] - ticks[0]), 6) for a, b in itertools.pairwise(ticks)}
     assert steps == {1.0}
@@ -104,8 +104,8 @@ def test_ticks_enclose_the_data_and_are_few(low, high):
 
 def test_points_stand_where_their_numbers_say():
     """Two corners of the axes: pixels follow linearly from the tick labels of the same picture."""
-    drawn = page.scatter(
-        [page.Point(0, "baseline", 10, 1), page.Point(1, "x<y", 20, 2, (15, 25), (1.5, 2.5))], "X", "Y", "T"
+    drawn = svg.scatter(
+        [svg.Point(0, "baseline", 10, 1), svg.Point(1, "x<y", 20, 2, (15, 25), (1.5, 2.5))], "X", "Y", "T"
     )
     circles = [tuple(map(float, c)) for c in re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"', drawn)]
     (x1, y1), (x0, y0) = circles  # the baseline is drawn last, on top
