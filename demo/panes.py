@@ -95,7 +95,8 @@ def control(cls: type[Method], field: dataclasses.Field[Any], text: str | None) 
             high = 5 * value
         if low is None or high is None:
             return gr.Number(value=now, minimum=low, maximum=high, precision=0 if kind is int else None, **common)
-        return gr.Slider(low, high, value=now, step=1 if kind is int else (high - low) / 100, **common)
+        step = 1 if kind is int else (high - low) / 100
+        return gr.Slider(low + step if meta.get("open") else low, high, value=now, step=step, **common)
     shown = "|".join(map(str, value)) if isinstance(value, tuple) else value
     return gr.Textbox(value=text or shown or "", placeholder="auto", max_lines=1, **common)
 
