@@ -160,7 +160,9 @@ def grids(results: Mapping[str, Any]) -> list[Grid]:
         names = [name for name in CHANGES if any(name in changes for _, _, changes in changed)]
         if names:
             filled = tuple((s, run, tuple(c.get(name, Cell("")) for name in names)) for s, run, c in changed)
+            many = len(results["settings"].get("seeds") or ()) > 1
             title = f"{benchmark.upper()}, what changed against the baseline"
+            title += "; counts are sums over the seeds, p their largest" if many else ""
             made.append(Grid(title, tuple(CHANGES[name] for name in names), filled))
     benchmarks = tuple(results["settings"]["data"])
     sizes = []
