@@ -97,15 +97,13 @@ def runs(settings: Settings, model: Any, tasks: Sequence[Task], calibration: Seq
     elif settings.controls:
         made["sampled"] = Run("sampled", (Baseline(),), (("sample", True),))
     if settings.equal_compute:
-        passes = {max((m.passes for m in stack if isinstance(m, Contrast)), default=1) for stack in stacks.values()} - {
-            1
-        }
-        if not passes:
+        passes = {max((m.passes for m in stack if isinstance(m, Contrast)), default=1) for stack in stacks.values()}
+        if passes <= {1}:
             raise VlmFixError(
                 "--equal-compute: no method of this run takes a second forward pass, so the baseline is its own "
                 "equal-compute row; drop the option or add a contrast method such as vcd."
             )
-        for k in sorted(passes):
+        for k in sorted(passes - {1}):
             made[f"beams={k}"] = Run(f"beams={k}", (Baseline(),), (("sample", False), ("num_beams", k)))
     made |= {name: Run(name, tuple(stack)) for name, stack in stacks.items()}
     if settings.controls:
@@ -132,7 +130,7 @@ def _controls(stacks: Sequence[Sequence[Method]], model: Any, yes_no: bool) -> l
     others = [m for stack in stacks for m in stack if m.kind != "pruning"]
     wanted: list[str] = []
     if others or not pruners:
-        betas = dict.fromkeys(m.beta for m in others if isinstance(m, Contrast) and hasattr(m, "beta"))
+        betas = dict.fromkeys(m.beta for m in others if isinstance(m, Contrast) and getattr(m, "beta", 0))
         wanted += [f"{AT_BETA}:beta={beta:g}" for beta in betas] or [AT_BETA]
         wanted += [*(YES_NO if yes_no else ()), *HEADS]
     if pruners:

@@ -50,6 +50,8 @@ def test_controls_share_the_budget_and_the_cut_off_of_the_methods(model):
     assert "yes_bias" not in captions and "apc_only:beta=0.1" in captions
     once = made(model, methods=(("apc_only:beta=0.1",), ("vcd",)), controls=True)
     assert sum(name.startswith("apc_only") for name in once) == 1
+    uncut = made(model, methods=(("vcd",), ("vcd:beta=0",)), controls=True)
+    assert [name for name in uncut if name.startswith("apc_only")] == ["apc_only:beta=0.1"], "no cut-off is the baseline"
 
 
 def test_a_third_of_the_tokens_is_the_same_number_for_method_and_control(model):
