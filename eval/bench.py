@@ -121,6 +121,7 @@ HEADS = "1.0|2.3|3.5|4.1|4.6|5.2|6.0|6.7"  # layer.head
 SPECS = {
     "act": f"act:head_list={HEADS},threshold=0.001",
     "ad_hh": f"ad_hh:head_list={HEADS},threshold=0",
+    "carve": "carve:tokens=11|12|13,black=-1.79|-1.75|-1.48",
     "decore": f"decore:head_list={HEADS}",
     "head_pursuit": f"head_pursuit:head_list={HEADS}",
     "iava": "iava:tokens=11|12|13|14|15|16|17|18",

@@ -42,7 +42,7 @@ pruning() {
 
 bench() { # ratios in one run, on one thread
   export OMP_NUM_THREADS=1
-  "$vlm_fix" bench attention --new-tokens 32 --rounds 5 --output results/bench/attention-small-cpu.json
+  "$vlm_fix" bench attention --new-tokens 32 --rounds 3 --output results/bench/attention-small-cpu.json
   "$vlm_fix" bench decode --new-tokens 16 --rounds 3 --output results/bench/decode-small-cpu.json
   "$vlm_fix" bench prune --new-tokens 16 --rounds 3 --output results/bench/prune-small-cpu.json
 }
