@@ -130,8 +130,8 @@ def _controls(stacks: Sequence[Sequence[Method]], model: Any, yes_no: bool) -> l
     others = [m for stack in stacks for m in stack if m.kind != "pruning"]
     wanted: list[str] = []
     if others or not pruners:
-        betas = dict.fromkeys(m.beta for m in others if isinstance(m, Contrast) and getattr(m, "beta", 0))
-        wanted += [f"{AT_BETA}:beta={beta:g}" for beta in betas] or [AT_BETA]
+        betas = dict.fromkeys(getattr(m, "beta", 0.0) for m in others if isinstance(m, Contrast))
+        wanted += [f"{AT_BETA}:beta={beta:g}" for beta in betas if beta] or [AT_BETA]
         wanted += [*(YES_NO if yes_no else ()), *HEADS]
     if pruners:
         arch = families.arch_of(model)
