@@ -40,16 +40,10 @@ def _suite_caption(title: str) -> Callable[[Mapping[str, Any], Mapping[str, Any]
     return lambda _, data: f"{title}: {data['source']}; {data['images']} images; scorer {data['variant']}"
 
 
+_YES_NO = {"precision": "prec.", "recall": "recall", "f1": "F1", "yes_ratio": "yes", "unparsed": "unp."}
 LAYOUTS = {
     "pope": Layout(
-        {
-            "accuracy": "accuracy",
-            "precision": "prec.",
-            "recall": "recall",
-            "f1": "F1",
-            "yes_ratio": "yes",
-            "unparsed": "unp.",
-        },
+        {"accuracy": "accuracy", **_YES_NO},
         pope.METRICS,
         ("accuracy", "f1", "yes_ratio"),
         lambda row: row["tp"] or row["tn"],
@@ -72,14 +66,7 @@ LAYOUTS = {
         ),
     ),
     "amber-qa": Layout(
-        {
-            "accuracy": "acc",
-            "precision": "prec.",
-            "recall": "recall",
-            "f1": "F1",
-            "yes_ratio": "yes",
-            "unparsed": "unp.",
-        },
+        {"accuracy": "acc", **_YES_NO},
         amber.QUESTIONS,
         ("accuracy", "f1", "yes_ratio"),
         lambda row: row["tp"] or row["tn"],

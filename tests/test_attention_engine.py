@@ -23,6 +23,7 @@ import vlm_fix
 from vlm_fix.attention import apart, function
 from vlm_fix.attention.columns import column_attention
 from vlm_fix.method import Columns
+from vlm_fix.registry import get_method
 
 STATIC = [s for s in CASES if s.startswith(("zerotuning", "vaf", "avar"))]
 
@@ -274,3 +275,19 @@ def test_static_cache_knows_the_padding(family, model, spec):
         expected = greedy(model, inputs, 5)
         got = greedy(model, inputs, 5, cache_implementation="static")
     assert torch.equal(got[0], expected[0]) and float((got[1] - expected[1]).abs().max()) < 2e-4
+
+
+@pytest.mark.parametrize("name, made", [("avar", "columns"), ("locore", "bias")])
+def test_what_layers_share_is_made_once_in_a_forward(model, family, monkeypatch, name, made):
+    method, calls = get_method(name), []
+    original = getattr(method, made)
+
+    def spy(self, rows):
+        calls.append(rows.layer)
+        return original(self, rows)
+
+    spy.__name__ = made
+    monkeypatch.setattr(method, made, spy)
+    with vlm_fix.wrapped(model, name):
+        greedy(model, single(family, [1], 0), 4)
+    assert len(calls) == 4, "one for the prompt and one for each step, not one for each layer"
