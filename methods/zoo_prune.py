@@ -10,7 +10,7 @@ import torch
 from vlm_fix import TokenPruner, param
 from vlm_fix.families import Arch
 from vlm_fix.pruning.diversity import spread
-from vlm_fix.pruning.encoder import CHUNK_BYTES, ImageTokens
+from vlm_fix.pruning.encoder import ImageTokens, chunk_bytes
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class ZooPrune(TokenPruner):
         unit = torch.randn((self.directions, x[0].numel()), generator=torch.Generator().manual_seed(self.seed))
         unit = (unit / unit.norm(dim=-1, keepdim=True)).view(-1, 1, *x.shape[1:]).to(x.device)
         total, each = torch.zeros(len(x), device=x.device), 8 * len(x) * max(x[0].numel(), image.features.shape[-1])
-        for u in unit.split(max(1, CHUNK_BYTES // each)):
+        for u in unit.split(max(1, chunk_bytes(x) // each)):
             change = image.project(x + self.step * u) - image.project(x - self.step * u)
             total += change.norm(dim=-1).sum(dim=0)
         return total / (2 * self.step * self.directions)

@@ -13,6 +13,8 @@ from conftest import BUILD, IMAGE, make_inputs, single
 from test_methods import STEPS, error, greedy, window_order
 
 import vlm_fix
+from eval.bench import peak_mb
+from vlm_fix.pruning import encoder
 from vlm_fix.pruning.encoder import ImageTokens
 
 # ---- slow choices: loops over Python floats -------------------------------------------------------------------------
@@ -260,6 +262,26 @@ def test_original_positions_equal_reference(models):
     kept = [36 * n + i for n in range(2) for i in uniform_grid({"grid": (6, 6)}, 7, None)]
     expected = masked_logits("llava", copy.deepcopy(model).double(), inputs, kept, tokens[0])
     assert error(logits[0], expected) < 1e-5
+
+
+@pytest.mark.parametrize("chunk", [1, 2000, 2**20])
+def test_column_scores_equal_loops_in_any_chunks(monkeypatch, chunk):
+    g = torch.Generator().manual_seed(chunk)
+    q, k = (3 * torch.randn(2, 3, 11, 8, generator=g) for _ in range(2))
+    monkeypatch.setattr(encoder, "chunk_bytes", lambda x: chunk)
+    scores = encoder.column_means(q, k, 8**-0.5)
+    for image in range(2):
+        expected = ref.received(q[image].double(), k[image].double(), 8**-0.5)
+        assert float((scores[image] - expected).abs().max() / expected.max()) < 1e-6
+
+
+def test_column_scores_hold_no_square_of_the_patches():
+    q, k = (torch.randn(1, 4, 1500, 8, generator=torch.Generator().manual_seed(i)) for i in range(2))
+    scores: list[torch.Tensor] = []
+    held = peak_mb(lambda: scores.append(encoder.column_means(q, k, 8**-0.5)), q.device)
+    assert 2 < held < 9  # the scores of all heads and patches would be 36 MB
+    expected = (q.double() @ k.double().mT * 8**-0.5).softmax(dim=-1).mean(dim=(1, 2))
+    assert float((scores[0] - expected).abs().max() / expected.max()) < 1e-6
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -22,7 +22,7 @@ from ..errors import VlmFixError
 from ..families import Arch
 from ..method import Layers, Method, param, parse_layers
 from ..session import PAD, VISUAL, Session, View, left_pack
-from .encoder import CHUNK_BYTES
+from .encoder import chunk_bytes
 
 
 @dataclass
@@ -123,7 +123,7 @@ def attention_chunks(
     """
     batch, heads, count, dim = query.shape
     keys = keys.float().transpose(2, 3)
-    step = max(1, CHUNK_BYTES // (4 * batch * heads * keys.shape[-1]))
+    step = max(1, chunk_bytes(query) // (4 * batch * heads * keys.shape[-1]))
     for i in range(0, count, step):
         part = query[:, :, i : i + step].float().reshape(batch, keys.shape[1], -1, dim)
         z = (part @ keys).view(batch, heads, -1, keys.shape[-1]) * scaling

@@ -15,9 +15,6 @@ from transformers.vision_utils import get_vision_window_index
 from ..errors import VlmFixError
 from ..families import vision_blocks
 
-CHUNK_BYTES = 64 * 2**20
-
-
 Heads = tuple[torch.Tensor, torch.Tensor, float]
 """Queries and keys [H, S, D] of one image in the tower's own order of its S columns, and the scale of their product."""
 
@@ -50,15 +47,20 @@ class Seen:
     first: torch.Tensor | None = None  # [..., S] attention of the first column's query, mean over heads
 
 
+def chunk_bytes(x: torch.Tensor) -> int:
+    """Bytes of float32 to form at once where `x` lives: on a CPU what its cache holds, on CUDA enough to fill it."""
+    return (64 if x.is_cuda else 2) * 2**20
+
+
 def column_means(query: torch.Tensor, key: torch.Tensor, scaling: float) -> torch.Tensor:
     """[n, H, S, D] x2 -> [n, S]: softmax attention that each column receives, mean over heads and queries. Chunked."""
-    count = query.shape[2]
-    step = max(1, CHUNK_BYTES // (4 * query.shape[0] * query.shape[1] * count))
-    total = torch.zeros(query.shape[0], count, device=query.device)
-    for i in range(0, count, step):
-        z = query[:, :, i : i + step].float() @ key.float().transpose(2, 3) * scaling
-        total += z.softmax(dim=-1).mean(dim=1).sum(dim=1)
-    return total / count
+    images, heads, count, _ = query.shape
+    step = max(1, chunk_bytes(query) // (4 * images * heads * count))
+    query, key = query.float() * scaling, key.float().transpose(2, 3)
+    total = torch.zeros(images, count, device=query.device)
+    for part in query.split(step, dim=2):
+        total += (part @ key).softmax(dim=-1).sum(dim=(1, 2))
+    return total / (heads * count)
 
 
 def in_float32(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
