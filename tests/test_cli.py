@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from vlm_fix import cli, list_methods
+from vlm_fix.cli.common import SCORERS
 from vlm_fix.eval import yesno
 
 MODEL = os.environ.get("VLM_FIX_TEST_MODEL", "picto-llava")
@@ -218,7 +219,7 @@ def test_help_version_and_module_entry(capsys):
 
 
 def test_all_scorers_are_offered():
-    assert set(cli.SCORERS) == set(yesno.Scorer.__args__)
+    assert set(SCORERS) == set(yesno.Scorer.__args__)
 
 
 def test_places_that_nobody_named_are_checked_too(tmp_path, capsys, monkeypatch):

@@ -1,0 +1,83 @@
+"""The command `vlm-fix`, one file per command: each adds its parser and runs it.
+
+Everything heavy is imported inside the command that needs it, so that `--help` and `score` start at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import VlmFixError
+from . import bench, calibrate, demo, eval, lmms_tasks, methods, models, picto, published, report, score, vlmevalkit
+from .common import LAYOUT, Parser
+
+COMMANDS = (eval, calibrate, score, published, report, methods, models, bench, lmms_tasks, vlmevalkit, demo, picto)
+EXAMPLES = """examples:
+  vlm-fix eval pope --method var                           bundled model and data: runs anywhere, on a CPU
+  vlm-fix eval all --method var,vhr,pai,vcd,hiprune --limit 50 --output runs/first
+  vlm-fix eval chair --model llava-hf/llava-1.5-7b-hf --data coco:/data/coco --method pai,vcd
+  vlm-fix score chair captions.jsonl --variant pattern
+  vlm-fix methods"""
+
+
+def _parser() -> argparse.ArgumentParser:
+    from .. import __version__
+
+    parser = Parser(
+        "vlm-fix",
+        description="Make pretrained vision-language models hallucinate less, without training, and measure it.",
+        epilog=EXAMPLES,
+        formatter_class=LAYOUT,
+    )
+    parser.add_argument("--version", action="version", version=f"vlm-fix {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        command.add_to(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Returns 0, 2 after a user's error (one sentence on stderr) or 130 when interrupted."""
+    args, rest = _parser().parse_known_args(argv)
+    if rest and "rest" not in args:
+        _parser().error(f"unrecognized arguments: {' '.join(rest)}")
+    args.rest = rest
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn
+            args.run(args)
+    except VlmFixError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        print(f"error: {error.name} is not installed: pip install '.[eval]' in the clone of vlm-fix.", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        where = getattr(args, "output", None)
+        print(f"stopped; continue with --resume --output {where}" if where else "stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `vlm-fix methods | head`
+        sys.stderr.close()
+    except OSError as error:
+        if error.errno is None:
+            raise
+        place = error.filename or getattr(args, "output", None) or "output"
+        hint = "; what is done can be continued with --resume" if "resume" in args else ""
+        print(f"error: {place}: {error.strerror}: give a place that can be written{hint}.", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _warn(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
+) -> None:
+    """What the package itself warns of, as a sentence; a library's warning with where it comes from."""
+    if category is UserWarning and "vlm_fix" in Path(filename).parts:
+        print(f"warning: {message}", file=sys.stderr)
+    else:
+        sys.stderr.write(warnings.formatwarning(message, category, filename, lineno))

@@ -1,0 +1,63 @@
+"""vlm-fix bench: time methods against the unwrapped model, on random weights."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from ..errors import VlmFixError
+from .common import DTYPES, add, add_json, check_place, console
+
+
+def add_to(commands: Any) -> None:
+    parser = add(commands, "bench", "time methods against the unwrapped model, on random weights", run)
+    parser.add_argument("kind", choices=("attention", "decode", "prune"), help="which methods")
+    parser.add_argument("--shape", default="small", metavar="S", help="small, small-qwen, llava-1.5-7b, qwen2.5-vl-7b")
+    parser.add_argument("--method", default="", metavar="A,B+C", help="only these (all of the kind)")
+    parser.add_argument("--new-tokens", type=int, default=32, metavar="N", help="tokens to time (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="(%(default)s)")
+    parser.add_argument("--keep", default="192,64", metavar="N,M", help="visual tokens kept, prune only (%(default)s)")
+    parser.add_argument("--device", default="auto", metavar="DEV", help="auto, cpu or cuda (%(default)s)")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the weights and the prompt (%(default)s)")
+    parser.add_argument("--output", metavar="FILE", help="also write the figures as JSON")
+    add_json(parser, "print the JSON instead of the table")
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.output:
+        check_place(args.output)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler announces itself otherwise
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from ..eval import bench
+    from ..registry import split_methods
+
+    try:
+        keep = tuple(float(part) for part in args.keep.split(","))
+    except ValueError:
+        raise VlmFixError(f"--keep {args.keep!r} is not a list of counts or shares such as 192,64.") from None
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(f"bench {args.kind}", total=None)
+        results = bench.run(
+            args.kind,
+            args.shape,
+            ["+".join(stack) for stack in split_methods(args.method)],
+            device=args.device,
+            dtype=args.dtype,
+            new_tokens=args.new_tokens,
+            rounds=args.rounds,
+            keep=keep,
+            seed=args.seed,
+            tick=lambda total: progress.update(task, total=total, advance=1),
+        )
+    if args.output:
+        bench.write(results, Path(args.output))
+    if args.json:
+        print(json.dumps(results, indent=2))
+    else:
+        console().print(bench.table(results))

@@ -1,0 +1,96 @@
+"""What commands share: making a parser, options that several have, places to write to, tables for the terminal."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ..errors import VlmFixError
+
+LAYOUT = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=28)
+SCORERS = ("official", "opera", "vcd", "lmms", "vlmevalkit", "ours")
+VARIANTS = ("nltk", "pattern")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the whole usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; see `{self.prog} --help`.\n")
+
+
+def add(
+    group: Any,
+    name: str,
+    help: str,
+    run: Callable[[argparse.Namespace], None] | None = None,
+    epilog: str | None = None,
+) -> argparse.ArgumentParser:
+    """A parser of the command `name` in `group`; what it has parsed goes to `run`."""
+    made = group.add_parser(
+        name, help=help, description=f"{help[0].upper()}{help[1:]}.", epilog=epilog, formatter_class=LAYOUT
+    )
+    if run:
+        made.set_defaults(run=run)
+    return made
+
+
+def add_model(parser: Any) -> None:
+    parser.add_argument(
+        "--model", default="picto-llava", metavar="NAME", help="folder or Hugging Face name (%(default)s)"
+    )
+
+
+def add_weights(parser: Any) -> None:
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights")
+    parser.add_argument("--device", default="auto", metavar="DEV", help="auto, cpu, cuda or cuda:N (%(default)s)")
+
+
+def add_images(parser: Any) -> None:
+    parser.add_argument("--ids", metavar="FILE", help="image ids to use, one a line (coco)")
+    parser.add_argument("--limit", type=int, metavar="N", help="number of images (500)")
+
+
+def add_json(parser: Any, help: str = "for machines") -> None:
+    parser.add_argument("--json", action="store_true", help=help)
+
+
+def check_place(place: str, folder: bool = False) -> None:
+    """A result that cannot be written, to a file or into a folder, must not surface after the work is done."""
+    path = Path(place)
+    existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    within = existing if existing.is_dir() else existing.parent
+    if (existing != path and not existing.is_dir()) or not os.access(within, os.W_OK):
+        raise VlmFixError(f"{place} cannot be written: give a place in a folder that you may write to.")
+    if not folder and path.is_dir():
+        raise VlmFixError(f"{place} is a folder: give a file in it.")
+
+
+def written(value: Any) -> str:
+    """A setting's value as it is written in a spec."""
+    if value is None:
+        return "auto"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return "|".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
+
+
+def table(*columns: str, gap: int = 1) -> Any:
+    from rich import box
+    from rich.table import Table
+
+    return Table(*columns, box=box.SIMPLE_HEAD, show_lines=False, padding=(0, 2, gap, 0))
+
+
+def console() -> Any:
+    """As wide as the terminal, at most 100 columns."""
+    from rich.console import Console
+
+    made = Console(highlight=False)
+    made.width = min(made.width, 100) if made.is_terminal else 100
+    return made

@@ -1,0 +1,124 @@
+"""vlm-fix eval: measure a model with and without methods."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from ..errors import VlmFixError
+from .common import SCORERS, VARIANTS, add, add_images, add_json, add_model, add_weights, check_place, console
+
+ABOUT = """methods: names from `vlm-fix methods`, with settings; commas separate runs, + stacks methods in one run:
+  --method pai:alpha=0.2,gamma=1.1,hiprune:keep=32+vcd     two runs: pai, and hiprune together with vcd
+
+data: picto | picto:test | picto:shift | picto:style (rendered on the fly), or coco:DIR with DIR/val2014/*.jpg (or
+  DIR/*.jpg); questions and ground truth of COCO images are in the package, other images need
+  DIR/annotations/instances_*.json. amber:DIR (amber runs on picto too), mme:DIR and hallusion:DIR hold the images of
+  these benchmarks; `--scorer official` is then the benchmark's own (hallusion: vlmevalkit).
+
+DIR of --output gets results.json, table.md, figure.png and samples.jsonl, every answer on a line."""
+
+
+def add_to(commands: Any) -> None:
+    parser = add(commands, "eval", "measure a model with and without methods", run, ABOUT)
+    parser.add_argument(
+        "benchmark", choices=("pope", "chair", "all", "amber", "mme", "hallusion"), help="all is pope and chair"
+    )
+    what = parser.add_argument_group("what to run")
+    add_model(what)
+    what.add_argument("--method", default="", metavar="A,B+C", help="runs beside the baseline, see below")
+    what.add_argument("--calibration", action="append", metavar="FILE", help="of vlm-fix calibrate; may be repeated")
+    what.add_argument("--data", default="picto", metavar="DATA", help="picto[:SPLIT] or coco:DIR (picto:shift)")
+    add_images(what)
+    what.add_argument("--split", default="random,popular,adversarial", metavar="A,B", help="POPE splits (%(default)s)")
+    what.add_argument("--build", action="store_true", help="make POPE questions from the annotations of coco:DIR")
+    what.add_argument("--questions", metavar="A,B", help="POPE files of other data, images by name in coco:DIR")
+    what.add_argument("--prompt", metavar="TEXT", help="other caption prompt, or POPE prompt around {question}")
+    what.add_argument("--scorer", choices=SCORERS, default="official", help="of yes/no answers (%(default)s)")
+    what.add_argument("--variant", choices=VARIANTS, help="CHAIR variant (nltk where its data are found)")
+    what.add_argument("--drop-incomplete", action="store_true", help="CHAIR: drop a cut-off last sentence")
+
+    how = parser.add_argument_group("how to generate")
+    how.add_argument("--batch-size", type=int, default=8, metavar="B", help="samples per batch (%(default)s)")
+    how.add_argument("--seed", type=int, default=0, metavar="S", help="of data, sampling and bootstrap (%(default)s)")
+    how.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer (questions 16, captions 512)")
+    how.add_argument("--sample", action="store_true", help="sample instead of greedy decoding")
+    how.add_argument("--temperature", type=float, default=1.0, metavar="T", help="with --sample (%(default)s)")
+    how.add_argument("--top-p", type=float, default=1.0, metavar="P", help="with --sample (%(default)s)")
+    how.add_argument("--num-beams", type=int, default=1, metavar="N", help="beam search (%(default)s = greedy)")
+    add_weights(how)
+    how.add_argument("--device-map", choices=("auto", "balanced", "sequential"), help="spread the model over all GPUs")
+
+    honest = parser.add_argument_group("what keeps it honest")
+    honest.add_argument(
+        "--seeds", default="", metavar="A,B,C", help="seeds of sampling and of random methods: mean and sd (--seed)"
+    )
+    honest.add_argument(
+        "--controls", action="store_true", help="runs that a method has to beat, at the methods' budget"
+    )
+    honest.add_argument(
+        "--equal-compute", action="store_true", help="beams for as many passes per token as a contrast method takes"
+    )
+    honest.add_argument(
+        "--compare-published",
+        action="store_true",
+        help="set what papers report beside this run, and where setups differ",
+    )
+
+    kept = parser.add_argument_group("what to keep")
+    kept.add_argument("--output", metavar="DIR", help="folder for the results (runs/DATE-TIME)")
+    kept.add_argument("--resume", action="store_true", help="continue a killed run in --output")
+    add_json(kept, "print results.json instead of tables")
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.resume and not args.output:
+        raise VlmFixError("--resume needs --output DIR, the folder of the run to continue.")
+    from datetime import datetime
+
+    from ..eval import published, report
+    from ..eval.runner import Team, evaluate
+
+    team = Team()
+    args.output = args.output or str(team.share(Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")))
+    check_place(args.output, folder=True)
+    results = evaluate(_settings(args), args.output, resume=args.resume)
+    if not team.first:
+        return
+    beside = published.compare(results) if args.compare_published else []
+    if args.json:
+        print(json.dumps(results | ({"published": beside} if args.compare_published else {}), indent=2))
+        return
+    report.show(results, Path(args.output))
+    if beside:
+        lines = [list(line.values()) for line in beside]
+        console().print(published.render(published.COMPARED, lines, "Beside what papers report (baseline > method)"))
+    elif args.compare_published:
+        print(
+            "No paper's figure is kept for a method and benchmark of this run: `vlm-fix published` lists what there is."
+        )
+
+
+def _settings(args: argparse.Namespace) -> Any:
+    """The options as `eval.runner.Settings`."""
+    import dataclasses
+
+    from ..eval.runner import Settings
+    from ..registry import split_methods
+
+    names = {field.name for field in dataclasses.fields(Settings)}
+    given = {key: value for key, value in vars(args).items() if key in names}
+    given["calibration"] = tuple(args.calibration or ())
+    given["questions"] = _parts(args.questions)
+    given["splits"] = _parts(args.split)
+    try:
+        given["seeds"] = tuple(map(int, _parts(args.seeds)))
+    except ValueError:
+        raise VlmFixError(f"--seeds {args.seeds!r} must be whole numbers, such as 0,1,2.") from None
+    return Settings(**given, methods=tuple(tuple(stack) for stack in split_methods(args.method)))
+
+
+def _parts(text: str | None) -> tuple[str, ...]:
+    return tuple(part.strip() for part in (text or "").split(",") if part.strip())

@@ -1,0 +1,82 @@
+"""vlm-fix methods: the methods, or what is known of some: paper and settings."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from .common import add, add_json, console, table, written
+
+EXAMPLES = """examples:
+  vlm-fix methods              every method in a line
+  vlm-fix methods pai vcd      paper, settings with defaults and ranges"""
+
+
+def add_to(commands: Any) -> None:
+    parser = add(commands, "methods", "list the methods, or what is known of some: paper and settings", run, EXAMPLES)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="methods to tell more of (all, a line each)")
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    from ..registry import get_method, list_methods
+
+    chosen = [get_method(name) for name in args.names] or list_methods()
+    rows: list[dict[str, Any]] = [
+        {
+            "name": method.name,
+            "kind": method.kind,
+            "paper": method.paper,
+            "about": (method.__doc__ or "").strip().splitlines()[0],
+            "parameters": _settings(method),
+        }
+        for method in chosen
+    ]
+    if args.json:
+        print(json.dumps(rows, indent=2, default=str))
+    elif args.names:
+        _tell(rows)
+    else:
+        _list(rows)
+
+
+def _list(rows: list[dict[str, Any]]) -> None:
+    from rich.markup import escape
+
+    short = table("kind", "method", "what it does", gap=0)
+    for row, before in zip(rows, [{"kind": ""}, *rows], strict=False):
+        kind = row["kind"] if row["kind"] != before["kind"] else ""
+        short.add_row(f"[dim]{kind}[/dim]", f"[bold]{row['name']}[/bold]", escape(row["about"]))
+    console().print(short)
+    print("vlm-fix methods NAME: paper and settings; docs/methods.md: formula, cost and what it does on Picto")
+
+
+def _tell(rows: list[dict[str, Any]]) -> None:
+    from rich.markup import escape
+
+    long = table("method", "what it does, paper, settings with defaults")
+    for row in rows:
+        lines = [escape(row["about"])] + [f"[dim]{escape(row['paper'])}[/dim]"] * bool(row["paper"])
+        for p in row["parameters"]:
+            told = " ".join(filter(None, (p["help"].replace("None:", "auto:"), p["range"] and f"({p['range']})")))
+            default = escape(written(p["default"]))
+            lines.append(f"[cyan]{escape(p['name'])}[/cyan]={default}  [dim]{escape(told)}[/dim]")
+        long.add_row(f"[bold]{row['name']}[/bold]\n[dim]{row['kind']}[/dim]", "\n".join(lines))
+    console().print(long)
+
+
+def _settings(method: Any) -> list[dict[str, Any]]:
+    """The settings of a method class: its dataclass fields."""
+    import dataclasses
+
+    rows = []
+    for field in dataclasses.fields(method):
+        default = None if field.default is dataclasses.MISSING else field.default
+        meta = field.metadata
+        low, high = ("" if meta.get(end) is None else f"{meta[end]:g}" for end in ("low", "high"))
+        span = f"above {low}" if meta.get("open") and low else f"{low} to {high}" if low and high else ""
+        span = span or (f"at least {low}" if low else f"at most {high}" if high else "")
+        span = ", ".join(map(str, meta.get("choices") or ())) or span
+        rows.append({"name": field.name, "default": default, "help": meta.get("help", ""), "range": span})
+    return rows

@@ -1,0 +1,41 @@
+"""vlm-fix picto: render or train the bundled world."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from ..errors import VlmFixError
+from .common import add, check_place
+
+EXAMPLES = """examples:
+  vlm-fix picto render picto-shift --scenes 500 --split shift --seed 0
+  vlm-fix picto train --seed 0 --out my-picto"""
+
+
+def add_to(commands: Any) -> None:
+    jobs = add(commands, "picto", "render or train the bundled world", epilog=EXAMPLES).add_subparsers(
+        metavar="JOB", required=True
+    )
+    render = add(jobs, "render", "write scenes as a COCO-format folder", _render)
+    render.add_argument("out", metavar="OUT")
+    render.add_argument("--scenes", type=int, default=500, metavar="N", help="(%(default)s)")
+    render.add_argument("--split", default="test", metavar="SPLIT", help="train, test, shift or style (%(default)s)")
+    render.add_argument("--seed", type=int, default=0, metavar="S", help="(%(default)s)")
+    train = jobs.add_parser("train", help="train picto-llava again (vlm-fix picto train --help)", add_help=False)
+    train.set_defaults(run=_train, rest=[])
+
+
+def _render(args: argparse.Namespace) -> None:
+    check_place(args.out, folder=True)
+    from ..eval import picto
+
+    if args.scenes < 1:
+        raise VlmFixError(f"--scenes is {args.scenes}: give a whole number of at least 1.")
+    print(picto.render(args.out, scenes=args.scenes, split=args.split, seed=args.seed))
+
+
+def _train(args: argparse.Namespace) -> None:
+    from ..eval.picto.train import main as train
+
+    train(args.rest)

@@ -1,0 +1,43 @@
+"""vlm-fix report: one HTML page, or a Markdown table, of evaluations."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from .common import add, check_place
+
+ABOUT = """The page loads nothing from anywhere and holds tables, figures and answers side by side. A Markdown file
+with the lines <!-- leaderboard --> and <!-- /leaderboard --> keeps all else that is in it.
+
+  vlm-fix report runs/first runs/second --out report.html
+  vlm-fix report results/*/results.json --markdown docs/leaderboard.md"""
+
+
+def add_to(commands: Any) -> None:
+    parser = add(commands, "report", "make one HTML page, or a Markdown table, of evaluations", run, ABOUT)
+    parser.add_argument("folders", nargs="+", metavar="DIR", help="folders that `vlm-fix eval --output` made")
+    parser.add_argument("--out", metavar="FILE", help="the page (report.html, unless --markdown is given alone)")
+    parser.add_argument(
+        "--markdown", metavar="FILE", help="the short table; replaces what is between the marks, see below"
+    )
+    parser.add_argument(
+        "--samples", type=int, default=6, metavar="N", help="captions and questions shown (%(default)s)"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    out = args.out or ("" if args.markdown else "report.html")
+    for place in filter(None, (out, args.markdown)):
+        check_place(place)
+    from ..eval import page
+    from ..eval.store import write_atomic
+
+    if args.markdown:
+        page.save_markdown(page.leaderboard(args.folders), Path(args.markdown))
+        print(args.markdown)
+    if out:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(Path(out), page.page(args.folders, args.samples))
+        print(Path(out))
