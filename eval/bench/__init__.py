@@ -1,0 +1,101 @@
+"""Speed and memory of methods, as ratios to the unwrapped model, in one run on one machine.
+
+`vlm-fix bench attention|decode|prune` builds a model of a known shape with random weights (speed does not depend on
+the values) and times every method of a kind in interleaved rounds: in each round the
+unwrapped model runs right before the method, and the round's ratio is taken between these two. Printed is the median of
+the rounds with their lowest and highest. Columns:
+
+  first token     seconds from the call of generate to its first token: vision tower, pruning scores and prefill
+  tokens/s        after the first token, greedy, without an end token
+  peak memory     of the allocator in a run of one new token: CUDA's own; on a CPU torch.profiler's memory events
+  kept, KV MB     pruning: visual columns left in the cache, mean over layers, and the cache's bytes after the prefill
+  scoring         first token minus that of random_tokens, which keeps as many and scores nothing; of the cache methods,
+                  minus the unwrapped one. Inside the language model scores and saved layers do not part: blank
+
+`attention` also times every attention edit on Hugging Face's eager attention in all layers, as the papers' own code runs
+them ("pai @ eager"); `decode` also times Hugging Face's own classifier-free-guidance processor ("hf-cfg").
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import platform
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+import transformers
+
+import vlm_fix
+from vlm_fix import registry
+from vlm_fix.errors import VlmFixError
+
+from ..loading import check_device
+from .clock import peak_mb
+from .measuring import add_scoring, measure
+from .models import IMAGE, SHAPES, Shape, build
+from .output import table, write
+from .specs import KINDS, chosen, methods_of, spec_of
+
+__all__ = ["KINDS", "SHAPES", "Shape", "build", "methods_of", "peak_mb", "run", "spec_of", "table", "write"]
+
+
+def run(
+    kind: str,
+    shape: str = "small",
+    methods: list[str] | None = None,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    new_tokens: int = 32,
+    rounds: int = 3,
+    keep: tuple[float, ...] = (192, 64),
+    seed: int = 0,
+    tick: Callable[[int], Any] | None = None,
+) -> dict[str, Any]:
+    """Measure one kind -> what was run, on what, and the rows. `tick(total)` is called after each method."""
+    if shape not in SHAPES:
+        raise VlmFixError(f"--shape {shape!r} is not one of {', '.join(SHAPES)}.")
+    if new_tokens < 2 or rounds < 1:
+        raise VlmFixError("--new-tokens must be at least 2 and --rounds at least 1.")
+    check_device(device)
+    for spec in methods or []:
+        if spec != "hf-cfg":
+            registry.parse(spec.partition(" @ ")[0].split("+"))
+    where = torch.device(
+        "cuda" if device == "auto" and torch.cuda.is_available() else "cpu" if device == "auto" else device
+    )
+    kinds = {"auto": torch.bfloat16 if where.type == "cuda" else torch.float32}
+    weights = kinds.get(dtype) or getattr(torch, dtype)
+    net, inputs = build(SHAPES[shape], where, weights, seed)
+    depth = net.config.get_text_config().num_hidden_layers
+    specs = chosen(kind, methods or [], depth, keep)
+    rows = measure(net, inputs, specs, new_tokens, rounds, functools.partial(tick, len(specs)) if tick else None)
+    if kind == "prune":
+        add_scoring(rows)
+    name = (
+        torch.cuda.get_device_name(where)
+        if where.type == "cuda"
+        else f"{platform.processor() or platform.machine()} CPU"
+    )
+    return {
+        "bench": kind,
+        "shape": shape,
+        "dtype": str(weights).removeprefix("torch."),
+        "prompt_tokens": inputs["input_ids"].shape[1],
+        "visual_tokens": int((inputs["input_ids"] == IMAGE).sum()),
+        "new_tokens": new_tokens,
+        "rounds": rounds,
+        "seed": seed,
+        "hardware": name,
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "vlm-fix": vlm_fix.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "rows": [dataclasses.asdict(row) for row in rows],
+    }

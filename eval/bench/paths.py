@@ -1,0 +1,46 @@
+"""The model as a spec says: with methods, on Hugging Face's eager attention, or with its classifier-free guidance."""
+
+from __future__ import annotations
+
+import contextlib
+import unittest.mock
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+import vlm_fix
+
+
+@contextlib.contextmanager
+def running(model: Any, spec: str) -> Iterator[dict[str, Any]]:
+    """The model as `spec` says, and generate's extra arguments."""
+    if spec == "hf-cfg":
+        words = list(range(10, 20))
+        yield {"guidance_scale": 1.1, "negative_prompt_ids": torch.tensor([words], device=model.device)}
+        return
+    name, _, edited = spec.partition(" @ ")
+    with eager() if edited == "eager" else contextlib.nullcontext(), vlm_fix.wrapped(model, name.split("+")):
+        yield {}
+
+
+@contextlib.contextmanager
+def eager() -> Iterator[None]:
+    """Wrapped models compute every layer's attention as Hugging Face's eager code does, all weights formed."""
+    from transformers.models.llama.modeling_llama import eager_attention_forward
+
+    from vlm_fix.attention import apart, columns, function
+
+    def attention(module: Any, query: Any, key: Any, value: Any, mask: Any, *args: Any, **kwargs: Any) -> Any:
+        count, width = query.shape[2], key.shape[2]
+        if mask is None and count > 1:
+            mask = torch.ones(count, width, dtype=torch.bool, device=key.device).tril(width - count)[None, None]
+        if mask is not None and mask.dtype == torch.bool:
+            mask = torch.zeros(mask.shape, dtype=query.dtype, device=key.device).masked_fill(~mask, -torch.inf)
+        scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
+        return eager_attention_forward(module, query, key, value, mask, scaling=scaling)
+
+    with contextlib.ExitStack() as patches:
+        for module in (function, columns, apart):
+            patches.enter_context(unittest.mock.patch.object(module, "sdpa_attention_forward", attention))
+        yield

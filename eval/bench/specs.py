@@ -1,0 +1,69 @@
+"""Which methods a kind of bench has, and the settings under which each does its usual work on random weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from vlm_fix import registry
+from vlm_fix.method import AttentionEdit, Method
+
+KINDS = ("attention", "decode", "prune")
+# Random weights pass no gate and come with no calibration and no tokenizer: settings that make a method do its work.
+HEADS = "1.0|2.3|3.5|4.1|4.6|5.2|6.0|6.7"  # layer.head
+SPECS = {
+    "act": f"act:head_list={HEADS},threshold=0.001",
+    "ad_hh": f"ad_hh:head_list={HEADS},threshold=0",
+    "carve": "carve:tokens=11|12|13,black=-1.79|-1.75|-1.48",
+    "decore": f"decore:head_list={HEADS}",
+    "head_pursuit": f"head_pursuit:head_list={HEADS}",
+    "iava": "iava:tokens=11|12|13|14|15|16|17|18",
+    "layercake": "layercake:punctuation=11|12|13,concepts=14|15|16|17|18",
+    "icd": "icd:tokens=11|12|13|14|15|16|17|18",
+    "iri": "iri:rr_attention=RATES,rr_mlp=RATES",
+    "var": "var:tau=2.5,min_visual_mass=0,rho=0",
+    "yes_threshold": "yes_threshold:yes=11,no=12",
+    "yes_bias": "yes_bias:tokens=11|12|13|14",
+}
+
+
+def chosen(kind: str, methods: Sequence[str], depth: int, keep: Sequence[float]) -> list[str]:
+    """The specs to time: `methods`, or all of the kind and what they are set beside; pruners at each budget of `keep`."""
+    specs = [spec_of(spec, depth) for spec in methods] if methods else methods_of(kind, depth)
+    if kind == "prune":
+        return [_with_keep(spec, k) for k in keep for spec in specs]
+    if methods:
+        return specs
+    if kind == "decode":
+        return [*specs, "hf-cfg"]
+    return specs + [
+        f"{s} @ eager" for s in specs if issubclass(registry.get_method(s.partition(":")[0]), AttentionEdit)
+    ]
+
+
+def methods_of(kind: str, depth: int = 8) -> list[str]:
+    """Specs of all registered methods of a bench kind, each doing its usual work on a random-weight model."""
+    return [spec_of(m.name, depth) for m in registry.list_methods() if _kind(m) == kind]
+
+
+def spec_of(name: str, depth: int = 8) -> str:
+    """A spec under which the method does its usual work on a random-weight model of `depth` layers."""
+    rates = "|".join(f"{(depth - i) / depth:.3g}" for i in range(depth))
+    return SPECS.get(name, name).replace("RATES", rates)
+
+
+def _kind(method: type[Method]) -> str:
+    if method.kind == "pruning":
+        return "prune"
+    inside = issubclass(method, AttentionEdit) or method.kind == "hidden"
+    if inside and method.kind not in ("contrast", "logits", "procedure"):  # these only use an edit
+        return "attention"
+    return "decode" if method.name != "baseline" else ""
+
+
+def keep_of(spec: str) -> str:
+    """The budget as it stands in a spec, such as keep=64."""
+    return next((p for p in spec.replace(":", ",").split(",") if p.startswith("keep=")), "")
+
+
+def _with_keep(spec: str, keep: float) -> str:
+    return spec if "keep=" in spec else f"{spec}{',' if ':' in spec else ':'}keep={keep:g}"
