@@ -72,8 +72,12 @@ class ACT(AttentionEdit):
     def neutral(self) -> bool:
         return self.beta == 1 or self.head_list == () or (self.threshold == 1 and self.sinks == "mass")
 
+    @property
+    def prepares(self) -> bool:
+        return self.sinks == "secondary"
+
     def prepare(self, session: Session, kwargs: dict[str, Any]) -> dict[str, Any]:
-        if self.sinks == "secondary" and session.start == 0:
+        if session.start == 0:
             found = secondary_sinks(session, kwargs, self.life, self.name)
             session.state(self).update({i: found[i][:, None] for i in range(len(found)) if i in (self.layers or ())})
         return kwargs

@@ -73,8 +73,12 @@ class VAR(AttentionEdit):
     def neutral(self) -> bool:
         return self.p == 0
 
+    @property
+    def prepares(self) -> bool:
+        return self.detector == "secondary"
+
     def prepare(self, session: Session, kwargs: dict[str, Any]) -> dict[str, Any]:
-        if self.detector == "secondary" and session.start == 0:
+        if session.start == 0:
             found = secondary_sinks(session, kwargs, self.life, self.name)
             session.state(self).update({i: found[i] for i in range(len(found)) if i in (self.layers or ())})
         return kwargs

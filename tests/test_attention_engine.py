@@ -9,7 +9,6 @@ import families
 import pytest
 import reference as ref
 import torch
-import torch._dynamo.testing
 from conftest import BUILD, make_inputs, single
 from families import prompt
 from hypothesis import given, settings
@@ -17,7 +16,6 @@ from hypothesis import strategies as st
 from test_attention_methods import CASES
 from test_attention_more import ACT
 from test_methods import error, greedy
-from transformers import LogitsProcessor
 
 import vlm_fix
 from vlm_fix.attention import apart, function
@@ -232,39 +230,6 @@ def test_prefill_memory_at_2900_tokens():
     ratios = {s: peak(s)[1] / plain for s in ("zerotuning", "var:tau=1,min_visual_mass=0,layers=0-")}
     print({k: round(v, 3) for k, v in ratios.items()})
     assert max(ratios.values()) <= 1.2, ratios
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("option", [{}, {"cache_implementation": "static"}], ids=["dynamic", "static"])
-def test_torch_compile_keeps_tokens_and_stops_compiling(option):
-    """A compiled forward gives the uncompiled tokens; after the third token no graph is made any more."""
-    counter = torch._dynamo.testing.CompileCounter()
-    graphs: list[int] = []
-
-    class Count(LogitsProcessor):
-        def __call__(self, input_ids, scores):
-            graphs.append(counter.frame_count)
-            return scores
-
-    model, inputs = BUILD["llava"](depth=1), single("llava", [1], 0)
-    with vlm_fix.wrapped(model, ["pai:alpha=0.5,layers=0-", "vhr:layers=0-"]):
-        expected = model.generate(**inputs, max_new_tokens=6, do_sample=False, **option)
-        model.forward = torch.compile(model.forward, backend=counter)
-        got = model.generate(**inputs, max_new_tokens=6, do_sample=False, logits_processor=[Count()], **option)
-    assert torch.equal(got, expected) and graphs[0] > 0 and graphs[3] == graphs[-1], graphs
-    torch.compiler.reset()
-
-
-@torch.no_grad()
-def test_one_graph_is_refused_with_the_reason():
-    model = BUILD["llava"](depth=1)
-    with vlm_fix.wrapped(model, "pai:layers=0"):
-        compiled = torch.compile(model.model.language_model.layers[0].self_attn, backend="eager", fullgraph=True)
-        x = torch.zeros(1, 3, 64)
-        rotary = model.model.language_model.rotary_emb(x, torch.arange(3)[None])
-        with pytest.raises(torch._dynamo.exc.Unsupported, match="compile without fullgraph=True"):
-            compiled(x, position_embeddings=rotary, attention_mask=None)
-    torch.compiler.reset()
 
 
 @pytest.mark.parametrize("spec", ["zerotuning:rate=0.1", "var:tau=1.7,min_visual_mass=0.05,rho=0.1,layers=1-", "pai"])

@@ -8,7 +8,7 @@ import threading
 import types
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -18,6 +18,7 @@ from transformers import LogitsProcessorList
 
 from . import attention
 from . import calibration as calibrations
+from .attention import graph
 from .decoding.prompt import Prompt
 from .errors import VlmFixError
 from .families import Arch, arch_of, get_part, image_token_ids
@@ -54,9 +55,9 @@ class Engine:
         self.active = [m for m in resolved if not m.neutral]
         check_combination(self.active)
         what = ("logits", "weights", "heads", "see", "hides")
-        by_layer = [e for e in self.active if isinstance(e, AttentionEdit) and any(map(e.edits, what))]
-        stacks = [[e for e in by_layer if i in (e.layers or ())] for i in range(self.arch.depth)]
+        stacks = self._by_layer(lambda e: any(map(e.edits, what)))
         self.edits = [next(s for s in stacks if s == stack) for stack in stacks]  # equal stacks are one list
+        self.watchers = self._by_layer(lambda e: e.edits("watch"))
         self.hidden = [m for m in self.active if isinstance(m, HiddenEdit)]
         self.contrast = next((m for m in self.active if isinstance(m, Contrast) and m.contrasts), None)
         self.pruner = next((m for m in self.active if isinstance(m, TokenPruner)), None)
@@ -66,6 +67,10 @@ class Engine:
         self.dropper = next((m for m in self.active if isinstance(m, LayerPruner)), None)
         self.cacher = next((m for m in self.active if isinstance(m, CachePruner)), None)
         self.shortens = list(dict.fromkeys(m for m in (self.pruner, self.dropper, self.cacher) if m))
+        self.preparing = [m for m in self.active if m.prepares]
+        others = self.shortens or self.contrast or self.procedure
+        self.one_graph = not others and not any(isinstance(m, LogitEdit) and m.exits for m in self.active)
+        self.looks: dict[tuple[str, int], Callable[[torch.Tensor], torch.Tensor | None]] = {}  # see graph.through
         self.installed = False
         self.session: Session | None = None
         self.call: Call | None = None
@@ -78,6 +83,7 @@ class Engine:
         self.joint: Any = None  # decoding.joint.Joint, while one forward runs all branches
         self.term: Term | None = None  # decoding.term.Term of the last call
         self.probe: Any = None  # observation.Probe of an observing pass
+        self.key = graph.number(self)
         self.lock = threading.RLock()
         self.handles: list[Any] = []
 
@@ -114,13 +120,9 @@ class Engine:
                 self.handles += kv.install(self) if self.cacher else []
             for i, layer in enumerate(self.language.layers):
                 layer.self_attn._vlm_fix = LayerHandle(self, i)
-                watchers = [
-                    e
-                    for e in self.active
-                    if isinstance(e, AttentionEdit) and e.edits("watch") and i in (e.layers or ())
-                ]
-                if watchers:
-                    hook = functools.partial(self._watch, watchers, i)
+                if self.watchers[i]:
+                    self.looks["watch", i] = functools.partial(self._look, i)
+                    hook = functools.partial(self._watch, i)
                     self.handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
             if self.hidden:
                 from . import hidden
@@ -136,8 +138,9 @@ class Engine:
 
                 wanted = tuple(sorted({i for layers in looks for i in layers or ()}))
                 self.handles += capture(self, get_part(self.model, self.family.vision), wanted, into="views")
-            self.preparing = [m for m in self.active if type(m).prepare is not Method.prepare]
-            if self.preparing:  # after the pruner's hook: methods see what it left
+            if self.preparing:
+                self.looks["prepare", 0] = self._moved
+                # after the pruner's hook: methods see what it left
                 self.handles.append(self.language.register_forward_pre_hook(self._prepare, with_kwargs=True))
             self.model.generate = types.MethodType(functools.partial(_generate, self), self.model)
         except BaseException:
@@ -154,11 +157,22 @@ class Engine:
             self.model.set_attn_implementation({"text_config": self.before})
         self.model.__dict__.pop("generate", None)
 
+    def _by_layer(self, wanted: Callable[[AttentionEdit], bool]) -> list[list[AttentionEdit]]:
+        """The active attention edits of each layer that are `wanted`."""
+        edits = [e for e in self.active if isinstance(e, AttentionEdit) and wanted(e)]
+        return [[e for e in edits if i in (e.layers or ())] for i in range(self.arch.depth)]
+
     # ---- hooks -------------------------------------------------------------------------------------------------------
 
-    @attention.uncompiled
     def _enter(self, module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         """Before the multimodal model's forward: find or open the session and classify the new columns."""
+        ids = args[0] if args else kwargs.get("input_ids")
+        if ids is not None and graph.tracing(self, ids.shape[1]):
+            return graph.enter(self, args, kwargs)
+        return self._entered(module, args, kwargs)
+
+    @graph.uncompiled
+    def _entered(self, module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         if self.session is not None and self.session.plain:  # a pass of `observe`
             return None
         if kwargs.get("output_attentions") or module.config.output_attentions:
@@ -178,15 +192,34 @@ class Engine:
         past = 0 if cache is None else int(cache.get_seq_length())
         self.session = self.joint = None  # if anything below fails, the next forward must not see an old one
         session = self.sessions.get(cache) if cache is not None else None
-        kinds = self._classify(args[0] if args else kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
-        mask = kwargs.get("attention_mask")
         if session is None and past:
             raise VlmFixError("the cache was filled while the model was not wrapped; start from the whole prompt.")
-        fresh = session is None or session.types is None
         if session is None:
             session = Session(self.call or self._bare_call(args, kwargs))
             if cache is not None:
                 self.sessions[cache] = session
+        ids, mask = args[0] if args else kwargs.get("input_ids"), kwargs.get("attention_mask")
+        self._advance(session, past, self._classify(ids, kwargs.get("inputs_embeds")), mask)
+        if self.contrasting and session is self.main:
+            return self.contrasting.join(session, args, kwargs)
+        return None
+
+    def resume(self, ids: torch.Tensor, mask: torch.Tensor | None, past: int) -> None:
+        """`_enter` when a graph runs: `generate` has one session, and it is the main one."""
+        self.session = None
+        assert self.call is not None
+        session = self.main
+        if not past:
+            session = Session(self.call)
+        elif session is None and self.call.cache is not None:  # the next turn on a kept cache
+            session = self.sessions.get(self.call.cache)
+        if session is None:
+            raise VlmFixError("the cache was filled while the model was not wrapped; start from the whole prompt.")
+        self._advance(session, past, self._classify(ids, None), mask)
+
+    def _advance(self, session: Session, past: int, kinds: torch.Tensor, mask: Any) -> None:
+        """The session of this forward with its new columns, of `kinds` [B, q]; a new prompt begins."""
+        fresh = session.types is None
         if session.branch == "main" and self.call is not None and (fresh or session.call is not self.call):
             fresh, session.call = True, self.call  # a new prompt, or the next turn on a kept cache
             session.prompt_len = self.call.inputs["input_ids"].shape[1]
@@ -206,9 +239,6 @@ class Engine:
         if fresh:
             self._begin(session)
         self.session = session
-        if self.contrasting and session is self.main:
-            return self.contrasting.join(session, args, kwargs)
-        return None
 
     def _bare_call(self, args: Any, kwargs: dict[str, Any]) -> Call:
         """The call of a forward outside `generate`."""
@@ -229,9 +259,13 @@ class Engine:
             if isinstance(edit, AttentionEdit) and edit.edits("begin") and edit.acts_in(session.branch):
                 edit.begin(session, session.call)
 
-    @attention.uncompiled
     def _leave(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         """After the forward: remember a cache that the model made itself, for a caller's own decoding loop."""
+        if not graph.tracing(self, output[0].shape[1]):
+            self._left(output)
+
+    @graph.uncompiled
+    def _left(self, output: Any) -> None:
         if self.session is not None and self.session.plain:
             return
         cache = getattr(output, "past_key_values", None)
@@ -239,13 +273,24 @@ class Engine:
             self.sessions[cache] = self.session
         self.session = None
 
-    @attention.uncompiled
     def _prepare(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        places = kwargs.get("position_ids")
+        if places is not None and graph.tracing(self, places.shape[-1]):
+            return args, {**kwargs, "position_ids": graph.through(self, "prepare", 0, places, places.shape[-1])}
+        return self._prepared_inputs(args, kwargs)
+
+    @graph.uncompiled
+    def _prepared_inputs(self, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         if self.session is None or self.session.plain:
             return None
         if self.joint:
             return args, self.joint.prepare(kwargs)
         return args, self._prepared(self.session, kwargs)
+
+    def _moved(self, places: torch.Tensor) -> torch.Tensor:
+        """The position ids of one row: all that methods change in a graph's forward."""
+        assert self.session is not None
+        return self._prepared(self.session, {"position_ids": places})["position_ids"]
 
     def _prepared(self, session: Session, kwargs: dict[str, Any]) -> dict[str, Any]:
         for method in self.preparing:
@@ -253,16 +298,22 @@ class Engine:
                 kwargs = method.prepare(session, kwargs)
         return kwargs
 
-    @attention.uncompiled
     def _watch(
-        self, watchers: list[AttentionEdit], layer: int, module: nn.Module, args: Any, kwargs: dict[str, Any]
-    ) -> None:
+        self, layer: int, module: nn.Module, args: Any, kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]] | None:
+        x = args[0] if args else kwargs["hidden_states"]
+        new = graph.through(self, "watch", layer, x, x.shape[1])
+        if new is None:
+            return None
+        return ((new, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": new})
+
+    def _look(self, layer: int, x: torch.Tensor) -> None:
+        """Show a layer's input [B, q, C] to the edits that ask for it."""
         if self.session is None or self.session.plain:
             return
-        x = args[0] if args else kwargs["hidden_states"]
         sessions = self.joint.sessions if self.joint else [self.session]
         for session, rows in zip(sessions, x.chunk(len(sessions)), strict=True):
-            for edit in (e for e in watchers if e.acts_in(session.branch)):
+            for edit in (e for e in self.watchers[layer] if e.acts_in(session.branch)):
                 edit.watch(rows, layer, session.at(layer))
 
     def _classify(self, ids: torch.Tensor | None, embeds: torch.Tensor | None) -> torch.Tensor:
@@ -385,7 +436,8 @@ def _generate(engine: Engine, model: Any, inputs: torch.Tensor | None = None, **
         kwargs["attention_mask"] = mask = torch.ones_like(ids)
     given = {k: v for k, v in kwargs.items() if isinstance(v, torch.Tensor)}
     with engine.lock:
-        call = Call(model, engine.family, {**given, "input_ids": ids, "attention_mask": mask})
+        inputs = {**given, "input_ids": ids, "attention_mask": mask}
+        call = Call(model, engine.family, inputs, kwargs.get("past_key_values"))
         engine.call, engine.touched, engine.term = call, set(), None
         own: list[Any] = []
         edits = [m for m in engine.active if isinstance(m, LogitEdit)]
@@ -412,10 +464,16 @@ def _generate(engine: Engine, model: Any, inputs: torch.Tensor | None = None, **
                 kwargs["logits_processor"] = LogitsProcessorList([*own, *user])
             if engine.procedure:
                 kwargs["custom_generate"] = loops.run(engine, engine.procedure, call, kwargs.get("streamer"))
-            kwargs.setdefault("disable_compile", True)  # the session is Python state: a compiled graph would freeze it
+            if (
+                setting("compile_config") is None
+            ):  # CUDA graphs, which a static cache starts by itself, replay no Python
+                kwargs.setdefault("disable_compile", True)
             kwargs.pop("input_ids", None)
             output = original(model, call.inputs["input_ids"], **kwargs)
             engine.report_idle()
+            cache = getattr(output, "past_key_values", None)
+            if cache is not None and engine.main and cache not in engine.sessions:  # a compiled prefill shows no cache
+                engine.sessions[cache] = engine.main
             return prompt.restored(output)
         finally:
             engine.call = engine.session = engine.main = engine.contrasting = engine.joint = None

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .attention import graph
 from .method import HiddenEdit
 from .session import Rows, Session
 
@@ -32,20 +33,26 @@ def install(engine: Engine) -> list[Any]:
         for what, module in writers(layer).items():
             edits = [e for e in engine.hidden if i in (e.layers or ()) and e.edits(what)]
             if edits:
-                hook = functools.partial(_edit, engine, edits, what, i)
-                handles.append(module.register_forward_hook(hook))
+                engine.looks[what, i] = functools.partial(_edit, engine, edits, what, i)
+                handles.append(module.register_forward_hook(functools.partial(_write, engine, what, i)))
     return handles
 
 
-def _edit(
-    engine: Engine, edits: list[HiddenEdit], what: str, layer: int, module: Any, args: Any, output: Any
+def _write(
+    engine: Engine, what: str, layer: int, module: Any, args: Any, output: Any
 ) -> torch.Tensor | tuple[Any, ...] | None:
-    """The module's output [B, q, C], or a tuple that begins with it, with the edited rows written over a copy."""
+    """The module's output [B, q, C], or a tuple that begins with it, with the edited rows in it."""
+    x = output[0] if isinstance(output, tuple) else output
+    new = graph.through(engine, what, layer, x, x.shape[1])
+    return (new, *output[1:]) if new is not None and isinstance(output, tuple) else new
+
+
+def _edit(engine: Engine, edits: list[HiddenEdit], what: str, layer: int, x: torch.Tensor) -> torch.Tensor | None:
+    """x [B, q, C] with the edited rows written over a copy; None: there is none."""
     session = engine.session
     if session is None or session.plain:
         return None
     session = session.at(layer)
-    x = output[0] if isinstance(output, tuple) else output
     new = x
     for edit in edits:
         seen = _rows(edit, session, layer, x)
@@ -57,9 +64,7 @@ def _edit(
         part = getattr(edit, what)(old.float(), rows).to(x.dtype)
         part = part if mask is None else torch.where(mask[..., None], part, old)
         new = part if first == 0 else torch.cat([new[:, :first], part], dim=1)
-    if new is x:
-        return None
-    return (new, *output[1:]) if isinstance(output, tuple) else new
+    return None if new is x else new
 
 
 def _rows(

@@ -108,6 +108,11 @@ class Method:
         """Look at or change the language model's inputs (`inputs_embeds`, `position_ids`, ...) before each forward."""
         return kwargs
 
+    @property
+    def prepares(self) -> bool:
+        """True if `prepare` does something with these parameters."""
+        return type(self).prepare is not Method.prepare
+
     def calibrate(
         self, model: Any, samples: Sequence[Sample], seed: int, progress: Callable[[str, float], None]
     ) -> dict[str, Any]:

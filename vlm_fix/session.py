@@ -30,6 +30,7 @@ class Call:
     model: Any
     family: Any
     inputs: dict[str, Any]  # input_ids [B, L], attention_mask [B, L], pixel_values, image_grid_thw, ...
+    cache: Any = None  # of an earlier turn, as the user passed it
     vision: list[Any] = field(default_factory=list)  # pruning.encoder.ImageTokens, in image order
     views: list[Any] = field(default_factory=list)  # the same with the encoder layers that other methods ask for
 

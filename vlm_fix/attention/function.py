@@ -13,6 +13,7 @@ from transformers.masking_utils import sdpa_mask
 
 from ..method import AttentionEdit
 from ..session import Rows, Session
+from . import graph
 from .apart import apart_attention
 from .columns import column_attention
 from .kernel import edited_heads, edited_rows, edited_weights
@@ -26,16 +27,6 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
-def uncompiled(function: Any) -> Any:
-    """Under torch.compile, graphs end here: a session is Python state, which a graph would freeze."""
-    return torch.compiler.disable(
-        function,
-        reason="vlm-fix keeps the state of a call in Python, so graphs end at each attention layer; compile without "
-        "fullgraph=True.",
-    )
-
-
-@uncompiled
 def attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -47,15 +38,37 @@ def attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: query [B, H, q, D], key and value [B, Hkv, K, D] -> [B, q, H, D]."""
+    handle = getattr(module, "_vlm_fix", None)  # absent on attention modules outside the language model
+    if handle is None:
+        function: Any = sdpa_attention_forward
+    elif graph.tracing(handle.engine, query.shape[2]):
+        return graph.attention(handle, query, key, value, attention_mask, scaling, kwargs), None
+    else:
+        function = edited_attention
+    return function(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+
+
+@graph.uncompiled
+def edited_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """`attention` of a layer of the language model."""
 
     def plain() -> tuple[torch.Tensor, None]:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
 
-    handle = getattr(module, "_vlm_fix", None)  # absent on attention modules outside the language model
-    session: Session | None = handle.engine.session if handle else None
-    if handle is None or session is None:
+    handle: Any = module._vlm_fix
+    session: Session | None = handle.engine.session
+    if session is None:
         return plain()
     if handle.engine.joint:
         return handle.engine.joint.attention(attention, module, query, dropout, scaling, **kwargs), None
