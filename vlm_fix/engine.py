@@ -436,8 +436,8 @@ def _generate(engine: Engine, model: Any, inputs: torch.Tensor | None = None, **
         kwargs["attention_mask"] = mask = torch.ones_like(ids)
     given = {k: v for k, v in kwargs.items() if isinstance(v, torch.Tensor)}
     with engine.lock:
-        inputs = {**given, "input_ids": ids, "attention_mask": mask}
-        call = Call(model, engine.family, inputs, kwargs.get("past_key_values"))
+        given |= {"input_ids": ids, "attention_mask": mask}
+        call = Call(model, engine.family, given, cache=kwargs.get("past_key_values"))
         engine.call, engine.touched, engine.term = call, set(), None
         own: list[Any] = []
         edits = [m for m in engine.active if isinstance(m, LogitEdit)]
