@@ -22,12 +22,14 @@ from .rows import read_rows
 from .words import Variant
 from .yesno import Scorer
 
+ANSWER = '{"id": 1, "response": "A tree in a park."}'
+
 
 def score_file(path: str | Path, scorer: Scorer = "official", variant: Variant = "nltk") -> dict[str, Result]:
     """Results of an official answer file, rows with id and response, by part: captions, existence, attribute, relation
     and, where these three are there, questions. A part is scored if it has answers, and then needs all of them."""
     said: dict[int, str | None] = {}
-    for number, row in enumerate(read_rows(path, "answer file"), 1):
+    for number, row in enumerate(read_rows(path, "answer file", ANSWER), 1):
         if not isinstance(row.get("id"), int) or not isinstance(row.get("response"), str):
             raise VlmFixError(f'{path}, row {number}: AMBER wants "id", a number, and "response", a text; add them.')
         if row["id"] in said:

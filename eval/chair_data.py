@@ -24,12 +24,14 @@ from .chair import Caption
 from .rows import DATA, one_of, read_rows, read_text
 from .words import Variant, caption_to_words, nodes
 
+CAPTION = '{"image_id": 310196, "caption": "A man on a snowboard."}'
+
 
 def load_captions(path: str | Path) -> list[Caption]:
     """Captions from JSON lines or a JSON array with image_id (a number or a name such as COCO_val2014_000000000123.jpg)
     and caption (or text, or answer). Warns of images that come twice; raises VlmFixError naming a bad row."""
     captions = []
-    for number, row in enumerate(read_rows(path, "caption file"), 1):
+    for number, row in enumerate(read_rows(path, "caption file", CAPTION), 1):
         text = next((row[key] for key in ("caption", "text", "answer") if key in row), None)
         digits = re.search(r"(\d+)(\.\w+)?$", str(row.get("image_id", row.get("image", ""))))
         if not isinstance(text, str) or not digits:

@@ -45,6 +45,10 @@ METRICS: dict[str, Metric] = {
     "yes_ratio": lambda s: ratio(s["yes"], s["n"]),
 }
 MARK = "gpt4v_output_gpt_check"
+ROW = (
+    '"category": "VD", "subcategory": "map", "set_id": "0", "figure_id": "1", "question_id": "0", "visual_input": "2", '
+    '"question": "Is it a river?", "gt_answer": "0"'
+)
 SOURCE = "tianyi-lab/HallusionBench@744007c"
 
 
@@ -66,7 +70,8 @@ class Question(NamedTuple):
 
 def questions(path: str | Path = DATA / "hallusion/hallusionbench.jsonl.gz") -> list[Question]:
     """The 1129 questions of the package, or those of another file in the form of HallusionBench.json."""
-    return [_question(row, path, number) for number, row in enumerate(read_rows(path, "HallusionBench file"), 1)]
+    rows = read_rows(path, "HallusionBench file", f"{{{ROW}}}")
+    return [_question(row, path, number) for number, row in enumerate(rows, 1)]
 
 
 def load_answers(path: str | Path, scorer: yesno.Scorer = "vlmevalkit") -> tuple[list[Question], list[str | None]]:
@@ -75,7 +80,8 @@ def load_answers(path: str | Path, scorer: yesno.Scorer = "vlmevalkit") -> tuple
     found: list[Question] = []
     answers: list[str | None] = []
     key = MARK if scorer == "official" else "model_prediction"
-    for number, row in enumerate(read_rows(path, "HallusionBench answers"), 1):
+    example = f'{{{ROW}, "{key}": "{"1" if key == MARK else "No."}"}}'
+    for number, row in enumerate(read_rows(path, "HallusionBench answers", example), 1):
         if key not in row:
             judged = "; the official scorer needs GPT-4's marks, --scorer vlmevalkit does not" if key == MARK else ""
             raise VlmFixError(f'{path}, row {number}: no "{key}" in its keys {", ".join(row)}{judged}.')

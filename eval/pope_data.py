@@ -21,11 +21,14 @@ from vlm_fix.errors import VlmFixError
 from .pope import Answer, Kind, Question
 from .rows import DATA, one_of, read_rows
 
+QUESTION = '{"question_id": 1, "image": "COCO_val2014_000000310196.jpg", "text": "Is there a dog?", "label": "no"}'
+ANSWER = '{"question_id": 1, "text": "No."}'
+
 
 def load_questions(path: str | Path) -> list[Question]:
     """Questions of a POPE file: JSON lines or a JSON array, gzip or not. Raises VlmFixError naming line and key."""
     questions = []
-    for number, row in enumerate(read_rows(path, "POPE question file"), 1):
+    for number, row in enumerate(read_rows(path, "POPE question file", QUESTION), 1):
         for key in ("question_id", "image", "text", "label"):
             if key not in row:
                 raise VlmFixError(f'{path}, row {number}: no "{key}" in its keys {", ".join(row)}; rename or add it.')
@@ -44,7 +47,7 @@ def coco_questions(kind: Kind) -> list[Question]:
 def load_answers(path: str | Path) -> list[Answer]:
     """Answers as LLaVA writes them (question_id, prompt, text) or POPE (question, answer; numbered by line then)."""
     answers = []
-    for number, row in enumerate(read_rows(path, "answer file"), 1):
+    for number, row in enumerate(read_rows(path, "answer file", ANSWER), 1):
         text = row.get("text", row.get("answer"))
         prompt = row.get("prompt", row.get("question", ""))
         if not isinstance(text, str):

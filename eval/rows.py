@@ -19,18 +19,21 @@ def read_text(path: str | Path, what: str) -> str:
         raise VlmFixError(f"Cannot read the {what} {path}: {getattr(error, 'strerror', None) or error}.") from None
 
 
-def read_rows(path: str | Path, what: str) -> list[dict[str, Any]]:
-    """Rows of a JSON-lines file or JSON array, gzip or not; one sentence if it is missing, empty or broken."""
+def read_rows(path: str | Path, what: str, example: str = "{...}") -> list[dict[str, Any]]:
+    """Rows of a JSON-lines file or JSON array, gzip or not; one sentence, with `example` of a row, if it is missing, empty
+    or broken."""
     text = read_text(path, what)
     lines = [line for line in text.split("\n") if line.strip()]
     try:
         rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in lines]
     except json.JSONDecodeError as error:
-        raise VlmFixError(f"The {what} {path} is neither JSON lines nor a JSON array: {error}.") from None
-    if not rows:
-        raise VlmFixError(f"The {what} {path} is empty.")
-    if not all(isinstance(row, dict) for row in rows):
-        raise VlmFixError(f"The {what} {path} must hold one JSON object per row.")
+        wrong = f"is neither JSON lines nor a JSON array ({error})"
+    else:
+        wrong = (
+            "is empty" if not rows else "" if all(isinstance(row, dict) for row in rows) else "has rows of another kind"
+        )
+    if wrong:
+        raise VlmFixError(f"The {what} {path} {wrong}: write one JSON object per row, such as {example}.")
     return rows
 
 

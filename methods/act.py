@@ -15,6 +15,7 @@ from vlm_fix.attention.kernel import column_means
 from vlm_fix.attention.sinks import secondary_sinks
 from vlm_fix.calibration import Sample, answer_scores
 from vlm_fix.families import Arch
+from vlm_fix.method import parse_heads
 from vlm_fix.session import PAD, Rows, Session
 
 
@@ -52,16 +53,11 @@ class ACT(AttentionEdit):
         return {"layers": f"{min(2, arch.depth - 1)}-{max(min(2, arch.depth - 1), arch.depth - 2)}"}
 
     def resolve(self, arch: Arch) -> ACT:
-        heads = [item.partition(".") for item in self.head_list or ()]
-        for layer, dot, head in heads:
-            if not (layer.isdecimal() and head.isdecimal() and int(layer) < arch.depth and int(head) < arch.heads):
-                raise VlmFixError(
-                    f"act: {layer + dot + head!r} is not layer.head; layers end at {arch.depth - 1}, heads at {arch.heads - 1}."
-                )
+        heads = parse_heads(self.name, self.head_list or (), arch)
         base = self if self.layers is not None or not heads else dataclasses.replace(self, layers="0-")
         method = super(ACT, base).resolve(arch)
         assert isinstance(method, ACT) and isinstance(method.layers, tuple)
-        listed = {int(layer) for layer, _, _ in heads} if self.head_list is not None else set(method.layers)
+        listed = {layer for layer, _ in heads} if self.head_list is not None else set(method.layers)
         return dataclasses.replace(method, layers=tuple(i for i in method.layers if i in listed))
 
     @property

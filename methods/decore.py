@@ -15,6 +15,7 @@ from vlm_fix.calibration import Sample
 from vlm_fix.decoding.contrast import plausible
 from vlm_fix.engine import Engine
 from vlm_fix.families import Arch, prompt_positions
+from vlm_fix.method import parse_heads
 from vlm_fix.session import Call, Rows, Session
 
 
@@ -50,13 +51,7 @@ class DeCoRe(AttentionEdit, Contrast):
                 "decore: the retrieval heads of this model are unknown; find them with `vlm-fix calibrate decore` and pass "
                 "its file as calibration, or name them, as in decore:head_list=16.29|26.9."
             )
-        for item in method.head_list:
-            layer, _, head = item.partition(".")
-            if not (layer.isdecimal() and head.isdecimal() and int(layer) < arch.depth and int(head) < arch.heads):
-                raise VlmFixError(
-                    f"decore: {item!r} is not layer.head; layers end at {arch.depth - 1}, heads at {arch.heads - 1}."
-                )
-        listed = {int(item.partition(".")[0]) for item in method.head_list}
+        listed = {layer for layer, _ in parse_heads(self.name, method.head_list, arch)}
         return dataclasses.replace(method, layers=tuple(i for i in method.layers if i in listed))
 
     @property

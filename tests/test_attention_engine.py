@@ -137,6 +137,7 @@ def test_paths_agree_in_a_padded_batch(family, model, spec, paths):
             assert all(torch.equal(o[row, : end + 1], outputs[0][row, : end + 1]) for o in outputs[1:])
 
 
+@pytest.mark.filterwarnings("ignore:var changed nothing in this call")
 def test_the_choice(models, paths):
     """A quarter of the rows or more: columns; fewer, decode rows and edits that need weights: the row kernel."""
     model, short, long = models["llava"], single("llava", [1], 0), single("llava", [1], 0, text=40)

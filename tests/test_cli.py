@@ -28,8 +28,10 @@ def files(tmp_path):
     ]
     (tmp_path / "empty").write_text("")
     (tmp_path / "no-images").mkdir()
+    (tmp_path / "readme").write_text("Answers of our model")
     return {
         "dir": str(tmp_path),
+        "readme": str(tmp_path / "readme"),
         "questions": write(tmp_path / "q.jsonl", asked),
         "answers": write(tmp_path / "a.jsonl", [{"question_id": i, "text": "Yes" if i else "No"} for i in range(4)]),
         "short": write(tmp_path / "s.jsonl", [{"question_id": i, "text": "Yes"} for i in range(3)]),
@@ -60,6 +62,10 @@ BAD = {
     "unknown bundled model": ("eval pope --limit 2 --model picto-bloom --output {dir}/o", "picto-bloom"),
     "output is a file": ("eval pope --limit 2 --output {dir}/empty", "is a file: give a folder"),
     "no question file": ("score pope {dir}/none {answers}", "none"),
+    "amber answers of another kind": ("score amber {readme}", 'such as {{"id": 1, "response": "A tree in a park."}}.'),
+    "hallusion answers of another kind": ("score hallusion {readme}", '"model_prediction": "No."}}.'),
+    "answers of another kind": ("score pope {questions} {readme}", 'such as {{"question_id": 1, "text": "No."}}.'),
+    "captions of another kind": ("score chair {readme} --variant pattern", 'such as {{"image_id": 310196, "caption": '),
     "not lined up": ("score pope {questions} {short}", "do not line up: 4 questions, 3 answers"),
     "empty answers": ("score pope {questions} {dir}/empty", "is empty"),
     "empty captions": ("score chair {dir}/empty --variant pattern", "is empty"),

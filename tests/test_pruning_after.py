@@ -374,6 +374,7 @@ def test_attention_edit_sees_what_is_left(family, model):
 
 @pytest.mark.parametrize("spec", EVERY)
 @pytest.mark.parametrize("others", [[], ["var:" + VAR_TINY, "gift:layers=1-3,source_layer=1", "vcd:beta=0.01", "deco"]])
+@pytest.mark.filterwarnings("ignore:var changed nothing in this call")
 def test_batch_equals_single(family, model, spec, others):
     """Left-padded rows with 1, 2 and 1 images, alone and in a stack: greedy and beams."""
     images = [1, 2, 1]
@@ -404,6 +405,7 @@ def test_without_a_cache(family, model, spec):
 @pytest.mark.parametrize(
     "spec", ["fastv:keep=1.0", "fastv:keep=99", "pyramid_drop:keep=99|99|99", "sparsevlm:keep=1|99|1", "ptp:keep=99"]
 )
+@pytest.mark.filterwarnings("ignore:.* changed nothing in this call. its keep covers every image token")
 def test_keeping_all_is_bit_identical(family, model, spec):
     inputs = make_inputs(family, [1, 2, 0])
     tokens, logits, _ = greedy(model, inputs, STEPS, suppress_tokens=[IMAGE])

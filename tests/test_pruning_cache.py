@@ -212,6 +212,7 @@ def test_batch_equals_single(family, model, spec, others):
         "knorm:keep=1.0",
     ],
 )
+@pytest.mark.filterwarnings("ignore:.* changed nothing in this call. its keep covers every image token")
 def test_keeping_all_is_bit_identical(family, model, spec):
     inputs = make_inputs(family, [1, 2, 0])
     tokens, logits, _ = greedy(model, inputs, STEPS)
@@ -334,6 +335,7 @@ def test_a_vl_in_an_own_loop(family, model):
 
 
 @pytest.mark.parametrize("spec", ["knorm:keep=10", "a_vl:keep=10,text_start=3"])
+@pytest.mark.filterwarnings("ignore:.* changed nothing in this call. its keep covers every image token")
 def test_longest_row_loses_nothing(spec):
     """Row 0's two images are below the budget and it stays as long as it was; row 1 loses columns all the same."""
     model, images = BUILD["qwen2_5_vl"](), [2, 1, 1]

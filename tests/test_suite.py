@@ -258,9 +258,21 @@ def test_a_failed_answer_is_wrong(folders):
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        ("eval mme", "eval mme reads --data mme:DIR, not 'picto': give that; its authors give the data on request"),
+        (
+            "eval mme",
+            "eval mme reads --data mme:DIR, not 'picto': give the folder of its images, MME_Benchmark_release",
+        ),
+        (
+            "eval hallusion",
+            "not 'picto': give the folder of its images, as in hallusion_bench.zip, linked on github.com/",
+        ),
         ("eval hallusion --data hallusion:/none", "346 of 346 images are missing in /none"),
-        ("eval amber --data coco:/none", "reads --data amber:DIR, not 'coco:/none': give that (or picto)"),
+        ("eval hallusion --data hallusion:/none", "put them there, as in hallusion_bench.zip, linked on github.com/"),
+        (
+            "eval amber --data coco:/none",
+            "reads --data amber:DIR, not 'coco:/none': give the folder of its images, as linked ",
+        ),
+        ("eval amber --data amber:/none", "1004 of 1004 images are missing in /none"),
         ("eval hallusion --data hallusion:/none --prompt Well?", "must hold {question}"),
         ("eval mme --data mme:/none", "/none holds none of MME's tasks"),
     ],

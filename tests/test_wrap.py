@@ -28,6 +28,7 @@ from vlm_fix.session import Call, Rows, Session, left_pack
         ("var:p=1.5", "var: p=1.5 must be a number between 0 and 1"),
         ("vhr:prompt_rows=some", "prompt_rows='some' is not one of last, all"),
         ("pai:layers=2-99", "pai: layers='2-99' does not fit this model, which has layers 0 to 3"),
+        ("pai:layers=1|3-2", "pai: 3-2 in layers='1|3-2' is reversed; write 2-3"),
         ("var:sink_dims=3|640", "var: sink_dims=3|640 do not fit this model, which has dimensions 0 to 63"),
         ("pai:layers=x", "pai: layers='x' is not of the form \"2-31\""),
         ("pai:alpha", "'alpha' in 'pai:alpha' is not of the form name=value"),

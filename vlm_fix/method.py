@@ -191,6 +191,8 @@ def parse_layers(value: Layers, depth: int, where: str) -> tuple[int, ...]:
                 raise VlmFixError(f'{where}: layers={value!r} is not of the form "2-31", "1|18-31" or "2-".')
             first = int(match[1])
             last = first if match[2] is None else depth - 1 if match[3] is None else int(match[3])
+            if match[3] and last < first:
+                raise VlmFixError(f"{where}: {part.strip()} in layers={value!r} is reversed; write {last}-{first}.")
             indices += range(first, last + 1)
     else:
         indices = [int(i) for i in value]

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ..runner import Settings
 
 Task: TypeAlias = pope.Pope | chair.Chair | Items
-SUITE = {"amber": amber.build, "mme": mme.build, "hallusion": hallusion.build}
+SUITE = {"amber": amber, "mme": mme, "hallusion": hallusion}
 
 
 def build(settings: Settings) -> list[Task]:
@@ -68,6 +68,8 @@ def _suite(name: str, kind: str, where: str, settings: Settings) -> list[Items]:
     if name == "amber" and kind == "picto":
         return amber.of_picto(where or "shift", settings)
     if kind != name or not where:
-        source = {"amber": " (or picto)", "mme": "; its authors give the data on request", "hallusion": ""}[name]
-        raise VlmFixError(f"eval {name} reads --data {name}:DIR, not {settings.data!r}: give that{source}.")
-    return SUITE[name](Path(where).expanduser(), settings)
+        raise VlmFixError(
+            f"eval {name} reads --data {name}:DIR, not {settings.data!r}: give the folder of its images, "
+            f"{SUITE[name].IMAGES_FROM}{', or picto' if name == 'amber' else ''}."
+        )
+    return SUITE[name].build(Path(where).expanduser(), settings)

@@ -22,6 +22,8 @@ from .sample import IMAGES, Items, Sample, caption_prompt, complete, data_of, dr
 if TYPE_CHECKING:
     from ..runner import Settings
 
+IMAGES_FROM = "as linked on github.com/junyangwang0410/AMBER"
+
 
 def build(folder: Path, settings: Settings) -> list[Items]:
     """Both tasks about the images of a folder; without a limit every image must be there."""
@@ -31,7 +33,7 @@ def build(folder: Path, settings: Settings) -> list[Items]:
         kept = draw(there, settings)
     else:
         wanted = list(paths)[: settings.limit]
-        complete({name: paths[name] for name in wanted}, paths[wanted[0]].parent)
+        complete({name: paths[name] for name in wanted}, paths[wanted[0]].parent, IMAGES_FROM)
         kept = {*wanted}
     scenes = [scene for scene in amber_data.scenes() if scene.image in kept]
     questions = [question for question in amber_data.questions() if question.image in kept]

@@ -80,14 +80,18 @@ class Folder:
 def paths_in(folder: Path) -> dict[str, Path]:
     """File name -> path of the images of a folder."""
     if not folder.is_dir():
-        raise VlmFixError(f"{folder} is not a folder: give coco:DIR with the images in DIR or DIR/val2014.")
+        raise VlmFixError(
+            f"{folder} is not a folder: give coco:DIR with val2014 of cocodataset.org in DIR or DIR/val2014."
+        )
     paths: dict[str, Path] = {}
     for place in (folder / "val2014", folder / "images", folder):
         for path in sorted(place.glob("*")) if place.is_dir() else []:
             if path.suffix.lower() in {".jpg", ".jpeg", ".png"}:
                 paths.setdefault(path.name, path)
     if not paths:
-        raise VlmFixError(f"{folder} holds no images: put val2014's jpg files there or in {folder / 'val2014'}.")
+        raise VlmFixError(
+            f"{folder} holds no images: put the jpg files of cocodataset.org's val2014.zip there or in {folder / 'val2014'}."
+        )
     return paths
 
 

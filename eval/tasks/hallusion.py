@@ -12,6 +12,8 @@ from .sample import Items, Sample, complete, data_of, draw, place, question_prom
 if TYPE_CHECKING:
     from ..runner import Settings
 
+IMAGES_FROM = "as in hallusion_bench.zip, linked on github.com/tianyi-lab/HallusionBench"
+
 
 def build(folder: Path, settings: Settings) -> list[Items]:
     """The task. The official judge, GPT-4, cannot be asked: vlmevalkit stands in for it."""
@@ -21,7 +23,7 @@ def build(folder: Path, settings: Settings) -> list[Items]:
         kept = draw(sets, settings)
         questions = [q for q in questions if (q.category, q.subcategory, q.set) in kept]
     paths = {q.image: place(folder, q.image, ("hallusion_bench",)) for q in questions}
-    complete(paths, folder)
+    complete(paths, folder, IMAGES_FROM)
     numbers = {image: number for number, image in enumerate(paths, 1)}
     samples = [
         Sample(q.id, numbers[q.image], q.image, paths[q.image], question_prompt(settings, q.text), {"label": q.label})

@@ -12,6 +12,8 @@ from .sample import Items, Sample, data_of, draw, question_prompt
 if TYPE_CHECKING:
     from ..runner import Settings
 
+IMAGES_FROM = "MME_Benchmark_release_version, which its authors send on request"
+
 
 def build(folder: Path, settings: Settings) -> list[Items]:
     """The task, its images numbered in the order of the questions."""

@@ -112,13 +112,13 @@ def place(folder: Path, name: str, inside: Sequence[str]) -> Path:
     return next((path for path in places if path.is_file()), places[0])
 
 
-def complete(paths: Mapping[str, Path], folder: Path) -> None:
-    """Raise VlmFixError if a file is missing."""
+def complete(paths: Mapping[str, Path], folder: Path, source: str) -> None:
+    """Raise VlmFixError if a file is missing; `source` says where the files come from."""
     lost = [path for path in paths.values() if not path.is_file()]
     if lost:
         raise VlmFixError(
-            f"{len(lost)} of {len(paths)} images are missing in {folder}, first {lost[0]}: put them there, or ask for "
-            "fewer with --limit."
+            f"{len(lost)} of {len(paths)} images are missing in {folder}, first {lost[0]}: put them there, {source}, or ask "
+            "for fewer with --limit."
         )
 
 
