@@ -23,7 +23,8 @@ class TAME(AttentionEdit):
     gamma .8 in every layer. Uncertain: the paper intervenes in the eigenspectrum of W_Q W_K, and the code takes the
     traces of activations instead; that its tables come from this formula is not known. Deviations: the code averages
     the traces over the batch, here each sample has its own, without padding; a decode row has its own query trace however
-    many rows run at once; traces below e count as e, since the factor has a pole at 1.
+    many rows run at once; traces below e count as e, since the factor has a pole at 1. A later turn on a kept cache has the
+    query trace of its own rows alone, as earlier turns' queries are gone.
     """
 
     name: ClassVar[str] = "tame"

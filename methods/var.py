@@ -14,7 +14,7 @@ from vlm_fix.attention.sinks import secondary_sinks
 from vlm_fix.calibration import Sample, hooked
 from vlm_fix.families import Arch, arch_of, get_part
 from vlm_fix.method import parse_layers
-from vlm_fix.session import PAD, VISUAL, Rows, Session
+from vlm_fix.session import PAD, VISUAL, Rows, Session, pad_to
 
 # (family, text model, hidden size, layers) -> massive-activation dimensions; LLaVA from the official code
 SINK_DIMS = {("llava", "llama", 4096, 32): (1415, 2533), ("llava", "llama", 5120, 40): (2100, 4743)}
@@ -33,8 +33,9 @@ class VAR(AttentionEdit):
     Source: arXiv 2503.03321; official code seilk/VisAttnSink@98e62d6, whose rho_c = 1 - rho and p_c = 1 - p.
     sink_dims: known for LLaVA-1.5; otherwise detected per call and layer as the dimensions in which the first real token
     (BOS, the best-known sink) exceeds tau. Deviations: the official code leaks the sinks of one sample into the next;
-    here they live in the session of one call. A prompt with several images is edited after the last one.
-    detector="secondary" takes the columns of `attention.sinks` as sinks instead: no dimensions to know, one more prefill.
+    here they live with their cache. A prompt with several images is edited after the last one. Generated tokens are never
+    tested: on a kept cache earlier answers have no sinks. detector="secondary" takes the columns of `attention.sinks`
+    instead (a later turn keeps the first one's): no dimensions to know, one more prefill.
     """
 
     name: ClassVar[str] = "var"
@@ -101,7 +102,7 @@ class VAR(AttentionEdit):
         new = torch.arange(session.start, types.shape[1], device=x.device)
         real = (types[:, session.start :] != PAD) & (new < session.prompt_len)  # assisted decoding adds guesses at once
         sinks = (phi > self.tau) & real
-        state[layer] = torch.cat([state[layer][:, : session.start], sinks], dim=1) if session.start else sinks
+        state[layer] = torch.cat([pad_to(state[layer], session.start), sinks], dim=1) if session.start else sinks
 
     def acted(self, session: Session) -> bool:
         return any(

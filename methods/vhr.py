@@ -74,9 +74,10 @@ class VHR(AttentionEdit):
         return divergence > divergence.quantile(0.5, dim=1, keepdim=True)
 
     def heads(self, o: torch.Tensor, rows: Rows) -> torch.Tensor:
-        state = rows.state
-        if rows.ends_prompt:
-            state[rows.layer] = self.choose(o[:, :, -1].float(), state["text", rows.layer].to(o.device))
-        if rows.layer not in state:  # an earlier chunk of the prompt: no heads are known yet
-            return o
+        state, session = rows.state, rows.session
+        assert session.prompt_len is not None
+        if rows.prefill:
+            session.need_whole_prompt(f"{self.name}:prompt_rows={self.prompt_rows}")
+            last = session.prompt_len - 1 - (session.start + session.length)  # assisted decoding adds guesses behind it
+            state[rows.layer] = self.choose(o[:, :, last].float(), state["text", rows.layer].to(o.device))
         return o * (1 + (self.alpha - 1) * state[rows.layer].to(o.dtype))[:, :, None, None]

@@ -373,13 +373,6 @@ class Rows:
         assert self.session.prompt_len is not None
         return self.session.start < self.session.prompt_len
 
-    @property
-    def ends_prompt(self) -> bool:
-        """True in the forward that holds the prompt's last row."""
-        s = self.session
-        assert s.prompt_len is not None
-        return s.start < s.prompt_len <= s.start + s.length
-
     def once(self, make: Callable[[Rows], T]) -> T:
         """make(self), a method of the edit, made once in a forward and shared by the layers with the same columns."""
         place = ("once", id(self.method), make.__name__, self.visual.shape[-1], self.visual.device)
