@@ -119,12 +119,12 @@ def score_questions(
         row = {"tp": yes and said == "yes", "fp": not yes and said == "yes", "tn": not yes and said == "no"}
         row |= {"fn": yes and said == "no", "no": not yes, "yes": said == "yes", "unparsed": said == "unknown"}
         rows.append({"image": question.image, "n": 1} | {name: int(value) for name, value in row.items()})
-    return tally(scorer, rows, QUESTIONS, sum(row["unparsed"] for row in rows))
+    return tally(scorer, rows, QUESTIONS)
 
 
 def verdict(answer: str | None, label: str, scorer: Scorer) -> str:
     """yes, no or unknown."""
-    if scorer == "official" or answer is None:
+    if scorer == "official":
         return {"Yes": "yes", "No": "no"}.get(answer or "", "unknown")
     return yesno.verdict(answer, label, scorer)
 

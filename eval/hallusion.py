@@ -81,7 +81,7 @@ def load_answers(path: str | Path, scorer: yesno.Scorer = "vlmevalkit") -> tuple
     answers: list[str | None] = []
     key = MARK if scorer == "official" else "model_prediction"
     example = f'{{{ROW}, "{key}": "{"1" if key == MARK else "No."}"}}'
-    for number, row in enumerate(read_rows(path, "HallusionBench answers", example), 1):
+    for number, row in enumerate(read_rows(path, "HallusionBench answer file", example), 1):
         if key not in row:
             judged = "; the official scorer needs GPT-4's marks, --scorer vlmevalkit does not" if key == MARK else ""
             raise VlmFixError(f'{path}, row {number}: no "{key}" in its keys {", ".join(row)}{judged}.')
@@ -136,14 +136,12 @@ def score(
     parts = {"overall": rows} | {
         kind: [row for row, k in zip(rows, kinds, strict=True) if k == kind] for kind in ("VD", "VS") if kind in kinds
     }
-    return {part: tally(scorer, each, METRICS, sum(row["unparsed"] for row in each)) for part, each in parts.items()}
+    return {part: tally(scorer, each, METRICS) for part, each in parts.items()}
 
 
 def verdict(answer: str | None, label: str, scorer: yesno.Scorer) -> str:
     """yes, no or unknown; for official from GPT-4's mark: 1 is the truth, 0 its opposite, 2 unknown."""
-    if answer is None:
-        return "unknown"
-    if scorer != "official":
+    if answer is None or scorer != "official":
         return yesno.verdict(answer, label, scorer)
     if answer not in ("0", "1", "2"):
         raise VlmFixError(

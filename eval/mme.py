@@ -137,14 +137,12 @@ def score(
                 for task in tasks
                 for row in rows[task]
             ]
-    return {part: tally(scorer, each, METRICS, sum(row["unparsed"] for row in each)) for part, each in parts.items()}
+    return {part: tally(scorer, each, METRICS) for part, each in parts.items()}
 
 
 def verdict(answer: str | None, label: str, scorer: yesno.Scorer) -> str:
     """yes, no or unknown."""
-    if answer is None:
-        return "unknown"
-    if scorer != "official":
+    if answer is None or scorer != "official":
         return yesno.verdict(answer, label, scorer)
     text = answer.lower()
     return text if text in ("yes", "no") else next((word for word in ("yes", "no") if word in text[:4]), "unknown")

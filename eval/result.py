@@ -28,12 +28,13 @@ class Result:
         return column_sums(self.rows, [name for name in self.rows[0] if name != "image"])
 
 
-def tally(scorer: str, rows: list[dict[str, Any]], metrics: Mapping[str, Metric], unparsed: int = 0) -> Result:
-    """The metrics of the summed rows; VlmFixError if there are none."""
+def tally(scorer: str, rows: list[dict[str, Any]], metrics: Mapping[str, Metric]) -> Result:
+    """The metrics of the summed rows, and how many are `unparsed`; VlmFixError if there are no rows."""
     if not rows:
         raise VlmFixError("There are no answers to score.")
     sums = column_sums(rows, [name for name in rows[0] if name != "image"])
-    return Result(scorer, len(rows), {name: float(metric(sums)) for name, metric in metrics.items()}, unparsed, rows)
+    figures = {name: float(metric(sums)) for name, metric in metrics.items()}
+    return Result(scorer, len(rows), figures, int(sums.get("unparsed", 0)), rows)
 
 
 def paired(questions: Sequence[Any], answers: Mapping[Any, str | None], what: str) -> list[str | None]:

@@ -25,8 +25,10 @@ from typing import Literal
 Scorer = Literal["official", "opera", "vcd", "lmms", "vlmevalkit", "ours"]
 
 
-def verdict(reply: str, label: str, scorer: Scorer) -> str:
-    """How `scorer` reads a reply: yes, no or unknown (only vcd looks at the label)."""
+def verdict(reply: str | None, label: str, scorer: Scorer) -> str:
+    """How `scorer` reads a reply: yes, no or unknown, as None always is (only vcd looks at the label)."""
+    if reply is None:
+        return "unknown"
     if scorer == "official":
         words = reply.split(".")[0].replace(",", "").split(" ")
         return "no" if {"No", "no", "not"} & set(words) else "yes"

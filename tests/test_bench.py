@@ -48,9 +48,10 @@ def test_peak_memory_counts_what_is_held_at_once():
 
 @pytest.mark.parametrize("shape", ["small", "small-qwen"])
 def test_pruning_figures(shape):
-    specs = ["hiprune", "random_tokens", "fastv", "knorm", "a_vl:core=0.1,text_start=3"]
+    specs = ["hiprune", "random_tokens", "fastv", "knorm", "a_vl:core=0.1,text_start=3", "hiprune+pai"]
     got = bench.run("prune", shape, specs, new_tokens=3, rounds=1, keep=(9,))
-    base, hiprune, control, fastv, knorm, a_vl = got["rows"]
+    base, hiprune, control, fastv, knorm, a_vl, stack = got["rows"]
+    assert stack["spec"] == "hiprune:keep=9+pai" and stack["kept"] == 9 and stack["scoring"] is None
     assert fastv["scoring"] is None and knorm["scoring"] == pytest.approx(knorm["seconds"] - base["seconds"])
     assert 9 < fastv["kept"] < 36 and knorm["kept"] == 9
     assert (got["visual_tokens"], got["prompt_tokens"]) == (36, 47)

@@ -87,9 +87,9 @@ def add_scoring(rows: list[Row]) -> None:
     """Fills in `scoring` of pruners, whose control is random_tokens of the same budget, and of cache methods."""
     controls = {keep_of(row.spec): row.seconds for row in rows if row.spec.startswith("random_tokens")}
     for row in rows[1:]:
-        method = registry.get_method(row.spec.partition(":")[0])
         if row.note or "+" in row.spec:
             continue
+        method = registry.get_method(row.spec.partition(":")[0])
         if issubclass(method, TokenPruner) and not method.edits("shrink") and keep_of(row.spec) in controls:
             row.scoring = row.seconds - controls[keep_of(row.spec)]
         elif issubclass(method, CachePruner):

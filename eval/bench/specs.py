@@ -30,7 +30,7 @@ def chosen(kind: str, methods: Sequence[str], depth: int, keep: Sequence[float])
     """The specs to time: `methods`, or all of the kind and what they are set beside; pruners at each budget of `keep`."""
     specs = [spec_of(spec, depth) for spec in methods] if methods else methods_of(kind, depth)
     if kind == "prune":
-        return [_with_keep(spec, k) for k in keep for spec in specs]
+        return ["+".join(_with_keep(part, k) for part in spec.split("+")) for k in keep for spec in specs]
     if methods:
         return specs
     if kind == "decode":
@@ -66,4 +66,6 @@ def keep_of(spec: str) -> str:
 
 
 def _with_keep(spec: str, keep: float) -> str:
-    return spec if "keep=" in spec else f"{spec}{',' if ':' in spec else ':'}keep={keep:g}"
+    if "keep=" in spec or registry.get_method(spec.partition(":")[0]).kind != "pruning":
+        return spec
+    return f"{spec}{',' if ':' in spec else ':'}keep={keep:g}"
