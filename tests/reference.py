@@ -100,9 +100,10 @@ def teacher_forced(twin, run, inputs, generated):
         suffix = torch.full_like(generated[None], int(twin.config.model_type == "paligemma"))
         full["token_type_ids"] = torch.cat([full["token_type_ids"], suffix.to(full["token_type_ids"])], 1)
     if "mm_token_type_ids" in full:
-        full["mm_token_type_ids"] = (full["input_ids"] == IMAGE).int()
-    if "pixel_values" in full:
-        full["pixel_values"] = full["pixel_values"].to(next(twin.parameters()).dtype)
+        types = full["mm_token_type_ids"]
+        full["mm_token_type_ids"] = torch.cat([types, torch.zeros_like(generated[None]).to(types)], 1)
+    for key in {"pixel_values", "pixel_values_videos"} & full.keys():
+        full[key] = full[key].to(next(twin.parameters()).dtype)
     hooks = []
     for i, layer in enumerate(decoder(twin).layers):
 

@@ -213,9 +213,38 @@ def image_cells(model: Any, family: Family, inputs: dict[str, Any]) -> list[torc
     return cells
 
 
-def _rectangles(sizes: list[tuple[int, int]]) -> list[torch.Tensor]:
-    """Images of (h, w) tokens, one after the other."""
-    cells, start = [], 0
+def visual_cells(model: Any, family: Family, inputs: dict[str, Any]) -> list[torch.Tensor]:
+    """`image_cells`, and [h, w] of each frame (two frames, where a model merges them) of videos, in the prompt's order."""
+    if inputs.get("pixel_values_videos") is None:
+        return image_cells(model, family, inputs)
+    ids, types = inputs["input_ids"], inputs.get("mm_token_type_ids")
+    moving = (ids == model.config.video_token_id if types is None else types == 2)[0]
+    video = moving[torch.isin(ids[0], torch.tensor(image_token_ids(model, family)).to(ids))].cpu()
+    if family.cells == "grid_thw" and inputs.get("video_grid_thw") is not None:
+        merge = model.config.vision_config.spatial_merge_size
+        grids = inputs["video_grid_thw"].tolist()
+        found = _rectangles([(h // merge, w // merge) for t, h, w in grids for _ in range(t)])
+    elif family.cells == "anyres":  # pooled 2 x 2, one newline at the end of a video
+        videos, frames = inputs["pixel_values_videos"].shape[:2]
+        side = math.ceil(anyres_side(get_part(model, family.base)) / 2)
+        found = [c + i for i in range(videos) for c in _rectangles([(side, side)] * frames, i * frames * side**2)]
+    else:
+        found = []
+    if not found or int(found[-1].max()) >= int(video.sum()):
+        raise VlmFixError(
+            f"the prompt holds {int(video.sum())} video tokens, which the videos given with it do not explain; pass the "
+            "processor's whole output."
+        )
+    places = [video.nonzero()[:, 0][c] for c in found]
+    if not video.all():
+        still = image_cells(model, family, {**inputs, "input_ids": ids[:, ~moving]})
+        places += [(~video).nonzero()[:, 0][c] for c in still]
+    return sorted(places, key=lambda c: int(c[0, 0]))
+
+
+def _rectangles(sizes: list[tuple[int, int]], start: int = 0) -> list[torch.Tensor]:
+    """Images of (h, w) tokens, one after the other from token `start` on."""
+    cells = []
     for h, w in sizes:
         cells.append(torch.arange(start, start + h * w).view(h, w))
         start += h * w

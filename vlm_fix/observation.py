@@ -13,8 +13,9 @@ from transformers import DynamicCache
 
 from .engine import Engine
 from .errors import VlmFixError
-from .families import image_cells, prompt_positions
-from .session import PAD, VISUAL, Call, Session, View
+from .families import prompt_positions, visual_cells
+from .hidden import writers
+from .session import PAD, VISUAL, Call, Session, View, pad_to
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,17 @@ class Observation:
     phi: torch.Tensor  # [layers, columns] largest |x_d| / rms(x) of a layer's input x, over all or the given dimensions
     sinks: torch.Tensor  # [layers, columns] bool, phi > tau
     image_sinks: torch.Tensor  # [layers, N] bool, the sinks among the image tokens
-    cells: tuple[torch.Tensor, ...]  # per image [h, w]: which of the N image tokens shows this patch, -1 for none
+    cells: tuple[torch.Tensor, ...]  # per image or video frame [h, w]: which of the N tokens shows this patch, -1: none
     heads: torch.Tensor  # [layers, heads, D] head outputs before o_proj on the prompt's last row
     heads_text: torch.Tensor | None  # [layers, heads, D] the same without the images, methods off; if asked for
     attention_norm: torch.Tensor  # [layers, rows] norm of what attention adds to the residual stream
     mlp_norm: torch.Tensor  # [layers, rows] the same of the MLP
+    attention_output: torch.Tensor | None  # [layers, rows, C] what attention adds; if asked for
+    mlp_output: torch.Tensor | None  # [layers, rows, C] the same of the MLP
+    question_to_image: (
+        torch.Tensor | None
+    )  # [layers, heads, Q, N] of the prompt's Q rows after the images; if asked for
+    column_sums: torch.Tensor | None  # [layers, heads, columns] what all rows, the prompt's too, give; if asked for
 
     @property
     def grids(self) -> list[tuple[int, int]]:
@@ -49,8 +56,17 @@ class Observation:
 
     @property
     def vas(self) -> float:
-        """AVAR's visual attention score (arXiv 2603.03825): mean over layers, heads and rows of sum A[V] / sum A[S]."""
-        return float((self.visual_mass / self.system_mass.clamp(min=torch.finfo(torch.float32).tiny)).mean())
+        """AVAR's visual attention score (arXiv 2603.03825): mean over layers, heads and rows of sum A[V] / sum A[S].
+
+        Rows of a layer whose sliding window has passed S are left out. Raises VlmFixError where no row sees any.
+        """
+        seen = self.system_mass > 0
+        if not seen.any():
+            raise VlmFixError(
+                "VAS compares the image with the text before it, of which no row sees any here: put text before the image, "
+                "or use visual_mass."
+            )
+        return float((self.visual_mass[seen] / self.system_mass[seen]).mean())
 
     @property
     def divergence(self) -> torch.Tensor:
@@ -94,36 +110,66 @@ class Observation:
 class Probe:
     """Gathers an Observation layer by layer, called by the attention function and by hooks on the layers."""
 
-    def __init__(self, tau: float, dims: Sequence[int] | None, dtype: torch.dtype):
+    def __init__(
+        self, tau: float, dims: Sequence[int] | None, dtype: torch.dtype, outputs: bool, question: bool, columns: bool
+    ):
         self.tau, self.dims, self.dtype = tau, dims, dtype
+        self.outputs, self.question, self.columns = outputs, question, columns
         self.parts: dict[tuple[str, int], list[torch.Tensor]] = {}
+        self.sums: dict[int, torch.Tensor] = {}  # per layer [H, columns so far]
 
     def add(self, what: str, layer: int, x: torch.Tensor) -> None:
         self.parts.setdefault((what, layer), []).append(x.detach().cpu())
 
     def first_row(self, session: Session) -> int:
-        """The first observed query row of this forward."""
+        """The first query row of this forward whose weights are wanted."""
+        first = self.first_answering(session)
+        if self.question and session.start == 0:
+            first = min(first, session.last_visual[0] + 1)
+        return 0 if self.columns else first
+
+    def first_answering(self, session: Session) -> int:
+        """The first query row of this forward that predicts the answer."""
         assert session.prompt_len is not None
         return max(session.prompt_len - 1 - session.start, 0)
 
     def weights(self, layer: int, session: Session, first: int, a: torch.Tensor, i: int) -> None:
         """Edited weights [1, H, r, K] of the query rows from first + i on."""
-        a = a[:, :, max(self.first_row(session) - first - i, 0) :]
-        if not a.shape[2]:
+        masks, first = session.masks(a.shape[-1], a.device), first + i
+        if self.columns:
+            self.tally(layer, session, a[0], session.start + first)
+        if self.question and session.start == 0:
+            asking = a[0, :, max(session.last_visual[0] + 1 - first, 0) :]
+            self.add("question", layer, self.on_image(asking, session, masks["visual"]))
+        a = a[0, :, max(self.first_answering(session) - first, 0) :]
+        if not a.shape[1]:
             return
-        masks = session.masks(a.shape[-1], a.device)
         for name in ("visual", "before", "after"):
-            self.add(name, layer, (a * masks[name]).sum(dim=-1)[0].float())
-        image = a[0][..., masks["visual"][0, 0, 0]].to(self.dtype)
+            self.add(name, layer, (a * masks[name][0]).sum(dim=-1).float())
+        self.add("image", layer, self.on_image(a, session, masks["visual"]))
+
+    def on_image(self, a: torch.Tensor, session: Session, visual: torch.Tensor) -> torch.Tensor:
+        """a [H, r, K] -> [H, r, N], 0 on image tokens that the layer no longer has."""
+        image = a[..., visual[0, 0, 0]].to(self.dtype)
         if isinstance(session, View):  # a layer with fewer columns
-            held = visual_of(session)
-            image = image.new_zeros(*image.shape[:2], len(held)).masked_scatter(held.to(image.device), image)
-        self.add("image", layer, image)
+            held = visual_of(session).to(image.device)
+            image = torch.nn.functional.pad(image, (int(held.sum()) - image.shape[-1], 0))  # a window has passed some
+            image = image.new_zeros(*image.shape[:2], len(held)).masked_scatter(held, image)
+        return image
+
+    def tally(self, layer: int, session: Session, a: torch.Tensor, row: int) -> None:
+        """Add the weights a [H, r, K] of the rows from `row` on to the layer's column sums; padding counts for nothing."""
+        assert session.types is not None and session.whole.types is not None
+        real = (session.types[0, row : row + a.shape[1]] != PAD).to(a)
+        places = session.places()[0, -a.shape[-1] :].to(a.device)
+        old = self.sums.get(layer, a.new_zeros(len(a), 0))
+        new = pad_to(old, session.whole.types.shape[1])
+        self.sums[layer] = new.index_add(1, places, (a * real[:, None]).sum(dim=1))
 
     def heads(self, layer: int, session: Session, output: torch.Tensor) -> None:
         """Head outputs [1, q, H, D] as o_proj gets them."""
         if ("heads", layer) not in self.parts:
-            self.add("heads", layer, output[0, self.first_row(session)].float())
+            self.add("heads", layer, output[0, self.first_answering(session)].float())
 
     def enter(self, engine: Engine, layer: int, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         """Hook before a layer."""
@@ -139,12 +185,15 @@ class Probe:
         self.add("phi", layer, phi)
 
     def leave(self, engine: Engine, what: str, layer: int, module: Any, args: Any, output: Any) -> None:
-        """Hook after an attention or MLP block."""
+        """Hook after the module that writes attention's or the MLP's output."""
         if engine.session is None or engine.session.plain:
             return
         x = output[0] if isinstance(output, tuple) else output
         x = x.view(1, -1, x.shape[-1])  # some MLPs work on [tokens, C]
-        self.add(what, layer, x[0, self.first_row(engine.session.at(layer)) :].float().norm(dim=-1))
+        x = x[0, self.first_answering(engine.session.at(layer)) :].float()
+        self.add(f"{what}_norm", layer, x.norm(dim=-1))
+        if self.outputs:
+            self.add(what, layer, x.to(self.dtype))
 
     def stack(self, what: str, depth: int, dim: int) -> torch.Tensor:
         """[layers, ...], the forwards joined along `dim`; columns outside a layer's window are 0, on the left."""
@@ -176,16 +225,22 @@ def observe(
     tau: float = 20.0,
     sink_dims: Sequence[int] | None = None,
     text_only: bool = False,
+    outputs: bool = False,
+    question: bool = False,
+    columns: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> Observation:
     """Run the prompt and a given answer through `model` and note what each answer token looked at.
 
-    inputs: the processor's output for one prompt with at least one image. answer_ids [n]: generated tokens, fed as they
-    are (teacher forcing), without their prompt. Every token is computed once; only the observed rows' weights are formed.
+    inputs: the processor's output for one prompt with at least one image or video. answer_ids [n]: generated tokens, fed
+    as they are (teacher forcing), without their prompt. Every token is computed once; only the observed rows' weights are
+    formed.
     On a wrapped model the edited weights are seen; a contrast's second branch and edits of the logits are not.
     tau and sink_dims: what counts as a sink (VAR's phi). text_only: also a pass without the images, for `divergence`.
-    dtype: of `weights_to_image` (float16 halves it). Raises VlmFixError for a batch, a prompt without an
-    image, or a method that thins out the cache or shrinks the image.
+    outputs: keep `attention_output` and `mlp_output`. question: also the rows after the images, for `question_to_image`.
+    columns: also all other rows, a chunk at a time, for `column_sums`. dtype: of the weights on image tokens and of outputs
+    (float16 halves them). Raises VlmFixError for a batch, a prompt without an image, or a method that thins out the cache
+    or shrinks the image.
     """
     given = {k: v for k, v in dict(inputs).items() if isinstance(v, torch.Tensor)}
     ids = given.get("input_ids")
@@ -204,13 +259,19 @@ def observe(
             raise VlmFixError(f"{engine.pruner.name} shows the model another image; observe knows this one's patches.")
         if sink_dims is not None and any(not 0 <= d < engine.arch.hidden for d in sink_dims):
             raise VlmFixError(f"sink_dims={tuple(sink_dims)} do not fit a model of hidden size {engine.arch.hidden}.")
-        call, probe = Call(model, engine.family, given), Probe(tau, sink_dims, dtype)
+        call, probe = Call(model, engine.family, given), Probe(tau, sink_dims, dtype, outputs, question, columns)
+        if not bool(torch.isin(ids, engine.tokens.to(ids.device)).any()):
+            raise VlmFixError(
+                "observe needs an image, but the prompt contains no image token: pass images to the processor."
+            )
         engine.refine(call)
+        cells = visual_cells(model, engine.family, call.inputs)
         for i, layer in enumerate(engine.language.layers):
-            hooks = [
-                layer.register_forward_pre_hook(functools.partial(probe.enter, engine, i), with_kwargs=True),
-                layer.self_attn.register_forward_hook(functools.partial(probe.leave, engine, "attention", i)),
-                layer.mlp.register_forward_hook(functools.partial(probe.leave, engine, "mlp", i)),
+            written = writers(layer)
+            hooks = [layer.register_forward_pre_hook(functools.partial(probe.enter, engine, i), with_kwargs=True)]
+            hooks += [
+                written[what].register_forward_hook(functools.partial(probe.leave, engine, what, i))
+                for what in ("attention_output", "mlp_output")
             ]
             for hook in hooks:
                 stack.callback(hook.remove)
@@ -218,7 +279,7 @@ def observe(
         text: dict[int, torch.Tensor] = {}
         if text_only:
             engine.observe(call.without_images(), call, lambda i, o: text.__setitem__(i, o[0, :, -1].float().cpu()))
-        return _collect(engine, call, probe, session, answer, text)
+        return _collect(engine, call, probe, session, answer, cells, text)
 
 
 @contextlib.contextmanager
@@ -245,10 +306,6 @@ def _run(engine: Engine, call: Call, probe: Probe, answer: torch.Tensor) -> Sess
     try:
         model(**call.inputs, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
         session = engine.sessions[cache]
-        if max(session.last_visual) < 0:
-            raise VlmFixError(
-                "observe needs an image, but the prompt contains no image token: pass images to the processor."
-            )
         if len(answer):
             mask = call.inputs["attention_mask"]
             positions = (following[:, None] + torch.arange(len(answer), device=mask.device)).to(positions)
@@ -265,7 +322,13 @@ def _run(engine: Engine, call: Call, probe: Probe, answer: torch.Tensor) -> Sess
 
 
 def _collect(
-    engine: Engine, call: Call, probe: Probe, session: Session, answer: torch.Tensor, text: dict[int, torch.Tensor]
+    engine: Engine,
+    call: Call,
+    probe: Probe,
+    session: Session,
+    answer: torch.Tensor,
+    cells: list[torch.Tensor],
+    text: dict[int, torch.Tensor],
 ) -> Observation:
     depth = engine.arch.depth
     assert session.types is not None
@@ -299,9 +362,13 @@ def _collect(
         phi=phi,
         sinks=sinks,
         image_sinks=spread(sinks[:, types == VISUAL]),
-        cells=tuple(image_cells(engine.model, engine.family, call.inputs)),
+        cells=tuple(cells),
         heads=probe.stack("heads", depth, 0),
         heads_text=torch.stack([text[i] for i in range(depth)]) if text else None,
-        attention_norm=probe.stack("attention", depth, 0),
-        mlp_norm=probe.stack("mlp", depth, 0),
+        attention_norm=probe.stack("attention_output_norm", depth, 0),
+        mlp_norm=probe.stack("mlp_output_norm", depth, 0),
+        attention_output=probe.stack("attention_output", depth, 0) if probe.outputs else None,
+        mlp_output=probe.stack("mlp_output", depth, 0) if probe.outputs else None,
+        question_to_image=spread(probe.stack("question", depth, 1)) if probe.question else None,
+        column_sums=torch.stack([probe.sums[i].cpu() for i in range(depth)]) if probe.columns else None,
     )

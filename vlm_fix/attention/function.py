@@ -92,10 +92,12 @@ def edited_attention(
         output = plain()[0]
         if session.tap:
             session.tap(handle.layer, output.transpose(1, 2))
-    if probe and not (plan and plan.by_weights):
-        start = probe.first_row(session)
+    start, end = probe.first_row(session) if probe else 0, first if plan and plan.by_weights else query.shape[2]
+    if probe and start < end:  # rows that are looked at, but not edited
         note = functools.partial(probe.weights, handle.layer, session, start)
-        edited_rows(query[:, :, start:], *_visible(key, value, query, attention_mask, start), scale, [], note)
+        allowed = _visible(key, value, query, attention_mask, start)[2]
+        allowed = allowed if allowed is None else allowed[:, :, : end - start]
+        edited_rows(query[:, :, start:end], key, value, allowed, scale, [], note)
     rows = None
     if plan and plan.by_weights and probe is None and _by_columns(plan, query.shape[2]):
         forms = [view.once(e.columns) for e, view, _ in edits if e.edits("columns")]
