@@ -40,8 +40,8 @@ class LocoRE(AttentionEdit):
     def neutral(self) -> bool:
         return self.beta == 0 or self.window == 0
 
-    def logits(self, z: torch.Tensor, rows: Rows) -> torch.Tensor:
-        return z + rows.once(self.bias)
+    def log_weights(self, rows: Rows) -> torch.Tensor:
+        return rows.once(self.bias)
 
     def bias(self, rows: Rows) -> torch.Tensor:
         """[R, K]: log(1 + beta) on each row's most recent output columns, else 0."""

@@ -44,8 +44,10 @@ class SPIN(AttentionEdit):
         assert self.keep is not None
         kept = (z * rows.visual).sum(dim=-1).topk(max(1, int(self.keep * z.shape[1])), dim=1).indices
         factor = torch.full(z.shape[:3], self.epsilon, dtype=z.dtype, device=z.device)
-        rows.state[rows.layer] = factor.scatter(1, kept, 1.0)  # for `heads`, which follows on the same rows
+        rows.state.setdefault(rows.layer, []).append(
+            factor.scatter(1, kept, 1.0)
+        )  # for `heads`, after all chunks of rows
         return z
 
     def heads(self, o: torch.Tensor, rows: Rows) -> torch.Tensor:
-        return o * rows.state[rows.layer][..., None].to(o.dtype)
+        return o * torch.cat(rows.state.pop(rows.layer), dim=2)[..., None].to(o.dtype)

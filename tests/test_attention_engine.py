@@ -190,6 +190,7 @@ def test_column_attention_equals_softmax(batch, kv_heads, groups, rows, seed, ma
                         for form in forms:
                             if form.scale is not None:
                                 z[j] *= float(form.scale[b, 0, 0, j])
+                        for form in forms:  # log-weights follow
                             if form.bias is not None and (form.heads is None or form.heads[h]):
                                 z[j] += float(form.bias[b, 0, 0, j])
                 a = torch.tensor(list(z.values()), dtype=torch.float64).softmax(0)

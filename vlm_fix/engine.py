@@ -54,7 +54,7 @@ class Engine:
         resolved = [m.resolve(self.arch) for m in methods]
         self.active = [m for m in resolved if not m.neutral]
         check_combination(self.active)
-        what = ("logits", "weights", "heads", "see", "hides")
+        what = ("logits", "log_weights", "weights", "heads", "see", "hides")
         stacks = self._by_layer(lambda e: any(map(e.edits, what)))
         self.edits = [next(s for s in stacks if s == stack) for stack in stacks]  # equal stacks are one list
         self.watchers = self._by_layer(lambda e: e.edits("watch"))

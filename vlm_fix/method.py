@@ -229,7 +229,10 @@ class Baseline(Method):
 
 
 class Columns(typing.NamedTuple):
-    """A logit edit that is the same for all rows: z[b, h, r, j] <- scale[b, j] z[b, h, r, j] + bias[b, j] heads[h]."""
+    """A change of scores that is the same for all rows: z[b, h, r, j] <- scale[b, j] z[b, h, r, j] + bias[b, j] heads[h].
+
+    The bias is a log-weight: it is added after all logit edits of a stack.
+    """
 
     scale: torch.Tensor | None = None  # [B, 1, 1, K], None: 1
     bias: torch.Tensor | None = None  # [B, 1, 1, K], None: 0
@@ -242,7 +245,8 @@ class AttentionEdit(Method):
 
     Overwrite what you need; each gets float32 tensors for R edited rows over K columns, H query heads, D head size:
       logits(z [B,H,R,K], rows)  -> raw scores before the mask and softmax
-      columns(rows)              -> Columns, a logit edit that is the same for all rows and layers: many rows stay on SDPA
+      log_weights(rows)          -> [.., R or 1, K] logarithms of factors on the weights: added after all edits' `logits`
+      columns(rows)              -> Columns, both in a form that is the same for all rows and layers: many rows stay on SDPA
       weights(a [B,H,R,K], rows) -> post-softmax weights
       apart(rows), reweigh(a, apart, rows) -> weights that multiply all columns but a few by one factor: rows stay on SDPA
       heads(o [B,H,R,D], rows)   -> per-head output before o_proj (needs no weights: stays on SDPA)
@@ -273,9 +277,13 @@ class AttentionEdit(Method):
         return Columns()
 
     def logits(self, z: torch.Tensor, rows: Rows) -> torch.Tensor:
-        scale, bias, heads = rows.once(self.columns)
-        z = z if scale is None else z * scale
-        return z if bias is None else z + (bias if heads is None else bias * heads[:, None, None])
+        scale = rows.once(self.columns).scale
+        return z if scale is None else z * scale
+
+    def log_weights(self, rows: Rows) -> torch.Tensor | None:
+        """Broadcasts to [B, H, R, K]: what is added to the scores that all logit edits have left; None: nothing."""
+        _, bias, heads = rows.once(self.columns)
+        return bias if bias is None or heads is None else bias * heads[:, None, None]
 
     def weights(self, a: torch.Tensor, rows: Rows) -> torch.Tensor:
         return a
@@ -313,8 +321,8 @@ class AttentionEdit(Method):
     @classmethod
     @functools.cache
     def edits(cls, what: str) -> bool:
-        """True if the class overwrites `what` ("logits", "weights", "heads", "scan", "see", "hides", "watch", "begin")."""
-        if what == "logits" and cls.edits("columns"):
+        """True if the class overwrites `what`, the name of a hook above."""
+        if what in ("logits", "log_weights") and cls.edits("columns"):
             return True
         return getattr(cls, what) is not getattr(AttentionEdit, what)
 

@@ -21,7 +21,7 @@ def column_attention(
     forms: list[Columns],
     **kwargs: Any,
 ) -> torch.Tensor:
-    """Attention of all rows with z <- scale z + bias per column, forms in order. Shapes as `attention`: -> [B, q, H, D].
+    """Attention of all rows with z <- scale z + bias per column, scales first. Shapes as `attention`: -> [B, q, H, D].
 
     scale (q . k) = q . (scale k), and scaling [q, 1] . [k, bias / scaling] = scaling q . k + bias: the matrix of scores
     is never formed and the causal kernels stay. Below float32 the bias is split in two parts, high and low.
@@ -31,7 +31,6 @@ def column_attention(
     for scale, bias, heads in forms:
         if scale is not None:
             key = (key * scale.transpose(2, 3)).to(key.dtype)
-            biases = [(b * scale, h) for b, h in biases]
         if bias is not None:
             biases.append((bias, heads))
     for bias, heads in biases:

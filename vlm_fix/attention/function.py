@@ -204,7 +204,8 @@ def _made_plan(
     engine.touched.update(edit for edit, _ in chosen)
     partial = [m for m in masks.values() if m is not None]
     touched = torch.stack(partial).any(dim=0) if len(partial) == len(masks) else None
-    kinds = {what for edit, _ in chosen for what in ("logits", "weights", "heads", "see", "scan") if edit.edits(what)}
+    scores = {"logits", "log_weights"}
+    kinds = {w for edit, _ in chosen for w in (*scores, "weights", "heads", "see", "scan") if edit.edits(w)}
     return Plan(
         [(edit, masks[firsts]) for edit, firsts in chosen],
         first,
@@ -212,11 +213,11 @@ def _made_plan(
         session.masks(key.shape[2], device),
         touched,
         whole=first == 0 and touched is None,
-        by_weights=bool(kinds & {"logits", "weights", "see"}),
-        changes=bool(kinds & {"logits", "weights", "heads"}),
+        by_weights=bool(kinds & {*scores, "weights", "see"}),
+        changes=bool(kinds & {*scores, "weights", "heads"}),
         linear=len(masks) == 1
         and not kinds & {"weights", "see", "scan"}
-        and all(e.logits.__func__ is AttentionEdit.logits for e, _ in chosen),  # type: ignore[attr-defined]
+        and all(getattr(type(e), w) is getattr(AttentionEdit, w) for e, _ in chosen for w in scores),
     )
 
 

@@ -27,15 +27,18 @@ def edited_rows(
 
     query [B, H, R, D], key and value [B, Hkv, K, D] (grouped-query heads are not repeated), allowed [B or 1, 1 or H, R, K]
     booleans or an additive float mask, or None. Each edit comes with what it sees and the rows [B, R] it applies to
-    (None: all). Returns float32 [B, H, R, D]: logit edits, mask, softmax, weight edits, value product, head edits.
+    (None: all). Returns float32 [B, H, R, D]: logit edits, log-weights, mask, softmax, weight edits, value product, head
+    edits.
     `probe(a [B, H, r, K], i)` sees the edited weights of rows i to i + r, chunk by chunk. `windowed`: logit edits see 0 in
     the columns a row may not see, as if a sliding window had dropped them already.
     """
     step = max(1, CHUNK_BYTES // (4 * query.shape[0] * query.shape[1] * key.shape[2]))
-    parts = []
+    whole = step >= query.shape[2]
+    shape, compute = (*query.shape[:3], value.shape[-1]), torch.promote_types(query.dtype, torch.float32)
+    out = query.new_empty(shape, dtype=compute) if not whole else None  # before any chunk, whose memory is used again
     for i in range(0, query.shape[2], step):
         part, seen, visible = slice(i, i + step), edits, allowed
-        if step < query.shape[2]:
+        if not whole:
             seen = [
                 (e, dataclasses.replace(r, positions=r.positions[part]), m if m is None else m[:, part])
                 for e, r, m in edits
@@ -47,8 +50,12 @@ def edited_rows(
         for edit, rows, _ in seen:
             if edit.edits("see"):
                 edit.see(a, rows)
-        parts.append((_grouped(a, key.shape[1]) @ value.to(a.dtype)).view(*a.shape[:3], -1))
-    return edited_heads(parts[0] if len(parts) == 1 else torch.cat(parts, dim=2), edits)
+        mixed = (_grouped(a, key.shape[1]) @ value.to(a.dtype)).view(*a.shape[:3], -1)
+        if out is None:
+            return edited_heads(mixed, edits)
+        out[:, :, part] = mixed
+    assert out is not None
+    return edited_heads(out, edits)
 
 
 def edited_weights(
@@ -68,6 +75,10 @@ def edited_weights(
     for edit, rows, mask in edits:
         if edit.edits("logits"):
             z = _where(mask, edit.logits(z, rows), z)
+    for edit, rows, mask in edits:  # log-weights multiply what the scores became, in whatever order edits are listed
+        if edit.edits("log_weights"):
+            bias = edit.log_weights(rows)
+            z = z if bias is None else _where(mask, z + bias, z)
     if allowed is not None:
         z = z.masked_fill(~allowed, -torch.inf) if allowed.dtype == torch.bool else z + allowed
     a = z.softmax(dim=-1)
