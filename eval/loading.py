@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import platform
 import sys
@@ -14,6 +13,7 @@ import torch
 import transformers
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from vlm_fix.calibration import weights_id
 from vlm_fix.errors import VlmFixError
 
 from . import picto
@@ -65,22 +65,11 @@ def load_model(
         "name": name,
         "type": model.config.model_type,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "weights": _weights_id(path, model),
+        "weights": weights_id(model),
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": model.device.type,
     }
     return model, processor, identity
-
-
-def _weights_id(path: str, model: Any) -> str:
-    """The hub revision, or for a directory the sha256 over its weight files."""
-    if not Path(path).is_dir():
-        return f"revision:{getattr(model.config, '_commit_hash', None) or 'unknown'}"
-    digest = hashlib.sha256()
-    for file in sorted([*Path(path).glob("*.safetensors"), *Path(path).glob("*.bin")]):
-        with file.open("rb") as handle:
-            digest.update(hashlib.file_digest(handle, "sha256").digest())
-    return f"sha256:{digest.hexdigest()}"
 
 
 def hardware(device: torch.device) -> str:

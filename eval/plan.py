@@ -78,7 +78,7 @@ class Run:
 
 
 def _seeded(method: Method, seed: int) -> Method:
-    return dataclasses.replace(method, **{"seed": seed}) if _draws(method) else method
+    return method.but(seed=seed) if _draws(method) else method
 
 
 def _draws(method: Method) -> bool:

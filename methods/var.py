@@ -16,8 +16,14 @@ from vlm_fix.families import Arch, arch_of, get_part
 from vlm_fix.method import parse_layers
 from vlm_fix.session import PAD, VISUAL, Rows, Session, pad_to
 
-# (family, text model, hidden size, layers) -> massive-activation dimensions; LLaVA from the official code
-SINK_DIMS = {("llava", "llama", 4096, 32): (1415, 2533), ("llava", "llama", 5120, 40): (2100, 4743)}
+# (family, text model, hidden size, layers, words of the tokenizer) -> massive-activation dimensions: LLaVA-1.5-7B and 13B
+# by the official code, Qwen2-VL-7B and InternVL2-8B by a table elsewhere
+SINK_DIMS = {
+    ("llava", "llama", 4096, 32, 32000): (1415, 2533),
+    ("llava", "llama", 5120, 40, 32000): (2100, 4743),
+    ("qwen2_vl", "qwen2_vl_text", 3584, 28, 151643): (458, 2570),
+    ("internvl", "llama", 4096, 32, 92544): (3584,),
+}
 
 
 @dataclass(frozen=True)
@@ -31,11 +37,11 @@ class VAR(AttentionEdit):
     Row sums stay 1. Nothing happens in a layer without a visual sink.
 
     Source: arXiv 2503.03321; official code seilk/VisAttnSink@98e62d6, whose rho_c = 1 - rho and p_c = 1 - p.
-    sink_dims: known for LLaVA-1.5; otherwise detected per call and layer as the dimensions in which the first real token
-    (BOS, the best-known sink) exceeds tau. Deviations: the official code leaks the sinks of one sample into the next;
-    here they live with their cache. A prompt with several images is edited after the last one. Generated tokens are never
-    tested: on a kept cache earlier answers have no sinks. detector="secondary" takes the columns of `attention.sinks`
-    instead (a later turn keeps the first one's): no dimensions to know, one more prefill.
+    sink_dims: known for LLaVA-1.5, Qwen2-VL-7B and InternVL2-8B; otherwise detected per call and layer as the dimensions
+    in which the first real token (BOS, the best-known sink) exceeds tau. Deviations: the official code leaks the sinks of
+    one sample into the next; here they live with their cache. A prompt with several images is edited after the last one.
+    Generated tokens are never tested: on a kept cache earlier answers have no sinks. detector="secondary" takes the columns
+    of `attention.sinks` instead (a later turn keeps the first one's): no dimensions to know, one more prefill.
     """
 
     name: ClassVar[str] = "var"
@@ -54,8 +60,11 @@ class VAR(AttentionEdit):
     min_visual_mass: float = param(0.2, "least attention on the image for a head to be edited", low=0, high=1)
 
     def defaults(self, arch: Arch) -> dict[str, Any]:
-        key = (arch.family.name, arch.text_type, arch.hidden, arch.depth)
-        known = SINK_DIMS.get(key) if arch.vocab in range(32000, 32128) else None  # Vicuna's vocabulary
+        sizes = (arch.family.name, arch.text_type, arch.hidden, arch.depth)
+        fits = (
+            d for (*key, words), d in SINK_DIMS.items() if (*key,) == sizes and 0 <= arch.vocab - words < 512
+        )  # padded
+        known = next(fits, None)
         return {"layers": f"{min(2, arch.depth - 1)}-", "sink_dims": known}
 
     def resolve(self, arch: Arch) -> Method:

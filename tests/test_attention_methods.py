@@ -340,6 +340,26 @@ def test_text_only_row(family, model):
         assert not torch.equal(got[0], plain[0])
 
 
+def test_known_sink_dimensions():
+    def dims(family, **sizes):
+        arch = replace(vlm_fix.families.arch_of(BUILD["llava"]()), family=family, **sizes)
+        return vlm_fix.parse_spec("var").resolve(arch).sink_dims
+
+    by_name = {f.name: f for f in vlm_fix.families.FAMILIES}
+    llama = {"text_type": "llama", "hidden": 4096, "depth": 32}
+    qwen = {"text_type": "qwen2_vl_text", "hidden": 3584, "depth": 28}
+    assert dims(by_name["llava"], **llama, vocab=32064) == (1415, 2533)
+    assert dims(by_name["llava"], text_type="llama", hidden=5120, depth=40, vocab=32000) == (2100, 4743)
+    assert dims(by_name["qwen2_vl"], **qwen, vocab=152064) == (458, 2570)
+    assert dims(by_name["internvl"], **llama, vocab=92553) == (3584,)
+    for unknown in (
+        dims(by_name["llava"], **llama, vocab=128256),
+        dims(by_name["qwen2_5_vl"], **qwen, vocab=152064),
+        dims(by_name["internvl"], **llama, vocab=151674),
+    ):
+        assert unknown is None
+
+
 def test_known_heads_are_those_of_llava():
     arch = replace(vlm_fix.families.arch_of(BUILD["llava"]()), depth=32, heads=32, vocab=32064)
     method: Any = vlm_fix.parse_spec("ad_hh").resolve(arch)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import json
 import math
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import pytest
 import reference as ref
@@ -13,7 +17,7 @@ from conftest import BUILD, make_inputs, single
 
 import vlm_fix
 from vlm_fix import cli
-from vlm_fix.calibration import Calibration, Sample, answer_scores, sizes
+from vlm_fix.calibration import Calibration, Sample, answer_scores, sizes, weights_id
 from vlm_fix.families import arch_of
 
 
@@ -54,6 +58,57 @@ def test_calibrated_values_fill_what_is_left_at_default(family, model, tmp_path)
 
 
 PLAIN = {"do_sample": False, "return_dict_in_generate": True}
+
+
+def test_what_is_given_wins_even_at_its_default(models):
+    from vlm_fix.methods.zerotuning import ZeroTuning
+
+    made = Calibration("zerotuning", {"rate": 3.0, "head_indices": [0], "layers": "1-"}, {})
+    assert made.fill(vlm_fix.parse_spec("zerotuning:rate=0.6")).rate == 0.6
+    assert made.fill(ZeroTuning(rate=0.6)).rate == 0.6 and made.fill(ZeroTuning(None, "both", 0.6)).rate == 0.6
+    left = made.fill(vlm_fix.parse_spec("zerotuning:rate=0.6,head_indices=auto"))
+    assert (left.rate, left.head_indices, left.layers) == (0.6, (0,), "1-")
+    assert made.fill(ZeroTuning()) == ZeroTuning(rate=3.0, head_indices=(0,), layers="1-")
+    assert made.fill(ZeroTuning().but(head_indices=(2,))) == ZeroTuning(rate=3.0, head_indices=(2,), layers="1-")
+    assert made.fill(replace(ZeroTuning(), head_indices=(2,))).rate == 0.6, "replace gives every field"
+    assert copy.deepcopy(ZeroTuning(rate=0.6)).given == {"rate"} and ZeroTuning(rate=0.6) == ZeroTuning()
+    assert hash(ZeroTuning(rate=0.6)) == hash(ZeroTuning())
+
+
+def test_a_seed_leaves_the_rest_to_the_calibration(models):
+    from vlm_fix.eval.plan import _seeded
+
+    method = _seeded(vlm_fix.parse_spec("random_heads:alpha=3"), 3)
+    assert method.seed == 3 and method.given == {"alpha", "seed"}
+
+
+def test_other_weights_are_warned_of(models, tmp_path, monkeypatch):
+    """By the sha256 over a folder's files, by the hub's revision; nothing where one of them is unknown."""
+    model, found = models["llava"], {"rate": 0.3}
+
+    def made(weights):
+        return Calibration("zerotuning", found, {"name": "twin", "weights": weights, **sizes(arch_of(model))})
+
+    def warned(weights):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            with vlm_fix.wrapped(model, "zerotuning", calibration=made(weights)):
+                pass
+        return [str(w.message) for w in caught]
+
+    monkeypatch.setattr(model, "name_or_path", "", raising=False)
+    assert not warned("revision:abc") and not warned("sha256:abc")
+    monkeypatch.setattr(model.config, "_commit_hash", "abc", raising=False)
+    assert not warned("revision:abc") and not warned("revision:unknown") and not warned("sha256:abc")
+    assert (
+        "made on other weights (twin, revision:abd) than this model's (revision:abc): run" in warned("revision:abd")[0]
+    )
+    monkeypatch.setattr(model, "name_or_path", str(tmp_path), raising=False)
+    (tmp_path / "model.safetensors").write_bytes(b"first")
+    mine = "sha256:" + hashlib.sha256(hashlib.sha256(b"first").digest()).hexdigest()
+    assert not warned(mine) and not warned("revision:abd")
+    (tmp_path / "model.safetensors").write_bytes(b"second")
+    assert mine[:20] in warned(mine)[0]
 
 
 def test_file_comes_back_as_it_was(models, tmp_path):
@@ -308,10 +363,12 @@ def test_user_errors(command, sentence, capsys, tmp_path):
 
 @pytest.mark.parametrize("name", ["iri", "ad_hh", "head_pursuit"])
 def test_bundled_model_carries_what_these_methods_need(name, tmp_path, capsys):
-    from vlm_fix.eval import loading, picto
+    from vlm_fix.eval import picto
 
     made = Calibration.read(picto.model_path() / "calibration" / f"{name}.json")
-    assert made.method == name and made.model["weights"] == loading._weights_id(str(picto.model_path()), None)
+    assert made.method == name and made.model["weights"] == weights_id(
+        SimpleNamespace(name_or_path=str(picto.model_path()))
+    )
     command = ["eval", "pope", "--method", name, "--limit", "2", "--split", "random", "--json"]
     assert cli.main([*command, "--output", str(tmp_path / "run")]) == 0
     results = json.loads(capsys.readouterr().out)

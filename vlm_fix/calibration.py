@@ -1,7 +1,7 @@
 """What papers tune by hand for one model, found from labelled samples and kept in a small JSON that `wrap` reads.
 
 A method finds its own parameters in `Method.calibrate`; `vlm-fix calibrate` makes the samples, searches strengths and
-writes the file. wrap(model, "iri", calibration="iri.json") fills the fields that were left at their default from it.
+writes the file. wrap(model, "iri", calibration="iri.json") fills the fields that are not given from it.
 """
 
 from __future__ import annotations
@@ -9,8 +9,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
+import hashlib
 import itertools
 import json
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -189,17 +192,15 @@ class Calibration:
         return cls(**content)
 
     def fill(self, method: Method) -> Method:
-        """`method` with the fields that are at their default taken from here."""
-        fields = {f.name: f for f in dataclasses.fields(method)}
-        unknown = sorted(set(self.found) - set(fields))
+        """`method` with the fields that it was not given, or given as None, taken from here."""
+        unknown = sorted(set(self.found) - {f.name for f in dataclasses.fields(method)})
         if unknown:
             raise VlmFixError(
                 f"the calibration of {self.method} holds {', '.join(unknown)}, which {self.method} does not take; "
                 f"run `vlm-fix calibrate {self.method}` again."
             )
-        return dataclasses.replace(
-            method, **{k: v for k, v in self.found.items() if getattr(method, k) == fields[k].default}
-        )
+        open_ = {k: v for k, v in self.found.items() if k not in method.given or getattr(method, k) is None}
+        return method.but(**open_)
 
     def check(self, arch: Arch) -> None:
         """VlmFixError if this was found on a model of another kind or size."""
@@ -211,6 +212,35 @@ class Calibration:
                     f"{key} {self.model.get(key)}, but this model has {key} {value}; run `vlm-fix calibrate {self.method}` "
                     "on this model."
                 )
+
+    def compare(self, model: Any) -> None:
+        """Warn if this was found on other weights than the model's, as far as both are known."""
+        theirs, mine = str(self.model.get("weights", "")), weights_id(model)
+        kind = mine.partition(":")[0]
+        if theirs != mine and theirs.startswith(kind) and "revision:unknown" not in (theirs, mine):
+            warnings.warn(
+                f"the calibration of {self.method} was made on other weights ({self.model.get('name', 'a model')}, "
+                f"{theirs[:20]}) than this model's ({mine[:20]}): run `vlm-fix calibrate {self.method}` on this model.",
+                stacklevel=4,
+            )
+
+
+def weights_id(model: Any) -> str:
+    """The hub revision of a model, or for one from a folder the sha256 over its weight files, which are read once."""
+    folder = str(getattr(model, "name_or_path", ""))
+    if not folder or not Path(folder).is_dir():
+        return f"revision:{getattr(model.config, '_commit_hash', None) or 'unknown'}"
+    files = sorted([*Path(folder).glob("*.safetensors"), *Path(folder).glob("*.bin")])
+    return _hashed(tuple((str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files))
+
+
+@functools.cache
+def _hashed(files: tuple[tuple[str, int, int], ...]) -> str:
+    digest = hashlib.sha256()
+    for path, _, _ in files:
+        with open(path, "rb") as handle:
+            digest.update(hashlib.file_digest(handle, "sha256").digest())
+    return f"sha256:{digest.hexdigest()}"
 
 
 def sizes(arch: Arch) -> dict[str, Any]:
@@ -234,7 +264,7 @@ def read_all(files: Files) -> list[Calibration]:
 def choose(files: Files, model: Any, methods: Sequence[Method]) -> list[Calibration]:
     """The calibrations of `methods`: those given, else those in the folder calibration/ of the model's checkpoint.
 
-    Raises VlmFixError for a file of a method that is not among them.
+    Warns of one that was found on other weights. Raises VlmFixError for a file of a method that is not among them.
     """
     found, names = read_all(files), {m.name for m in methods}
     for c in found:
@@ -247,6 +277,8 @@ def choose(files: Files, model: Any, methods: Sequence[Method]) -> list[Calibrat
     for name in sorted(names - {c.method for c in found}) if checkpoint else ():
         file = Path(checkpoint) / "calibration" / f"{name}.json"
         found += [Calibration.read(file)] if file.is_file() else []
+    for c in found:
+        c.compare(model)
     return found
 
 

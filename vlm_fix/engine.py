@@ -520,7 +520,7 @@ def wrap(model: Model, spec: Spec, calibration: calibrations.Files = None) -> Mo
     """Install one method or a stack of methods on a Hugging Face vision-language model, in place.
 
     spec: a name ("var"), a spec string ("pai:alpha=0.2,layers=2-31"), a Method, or a list of these. Returns the model.
-    calibration: a file of `vlm-fix calibrate`, or several; it fills the parameters that spec leaves at their default. A
+    calibration: a file of `vlm-fix calibrate`, or several; it fills the parameters that spec does not give. A
     method without one takes calibration/METHOD.json of the checkpoint's folder, if that is there.
     Raises VlmFixError for an unknown method or value, an unsupported or already wrapped model, a senseless stack, a
     calibration of another method or model.

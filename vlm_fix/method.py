@@ -15,7 +15,7 @@ import types
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 
@@ -56,6 +56,13 @@ class Method:
     paper: ClassVar[str] = ""
     needs_image: ClassVar[bool] = True
     calibrates_on: ClassVar[str] = "questions"  # what the prompts of calibrate's samples ask for: or "captions"
+    given: ClassVar[frozenset[str]] = frozenset()  # on an instance: the fields it was made with, which no file may fill
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        self = super().__new__(cls)
+        names = [f.name for f in dataclasses.fields(cls)]
+        object.__setattr__(self, "given", frozenset((*names[: len(args)], *kwargs)))
+        return self
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
@@ -94,6 +101,12 @@ class Method:
         if any(f.name == "layers" for f in dataclasses.fields(method)):
             layers = parse_layers(getattr(method, "layers"), arch.depth, self.name)  # noqa: B009
             method = dataclasses.replace(method, **{"layers": layers})
+        return method
+
+    def but(self, **changes: Any) -> Self:
+        """A copy with these fields changed, for which a calibration still fills the others (dataclasses.replace gives all)."""
+        method = dataclasses.replace(self, **changes)
+        object.__setattr__(method, "given", self.given | changes.keys())
         return method
 
     def defaults(self, arch: Arch) -> dict[str, Any]:
