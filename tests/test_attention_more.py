@@ -326,6 +326,7 @@ SECONDARY = {
 
 
 @pytest.mark.parametrize("spec", SECONDARY)
+@pytest.mark.filterwarnings("ignore:var changed nothing in this call")
 def test_secondary_sinks(family, model, spec, monkeypatch):
     """The detector and the edits that use it; random weights have no sinks, so the cosine is lowered."""
     from vlm_fix.attention import sinks
@@ -653,6 +654,7 @@ def test_content_words_say_what_they_need(models, monkeypatch):
 # ---- the official code's faults ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:var changed nothing in this call")
 def test_official_var_leak(family, model):
     """VAR's official code keeps the sinks of the first sample for later ones; here the second sees its own only."""
     from vlm_fix.methods.var import VAR
