@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -10,12 +9,13 @@ from typing import Any, ClassVar
 import torch
 
 from vlm_fix import HiddenEdit, VlmFixError, param
-from vlm_fix.calibration import LastRow, Sample, batches, hooked
+from vlm_fix.calibration import LastRow, Sample, batches, hooked, overwrite
 from vlm_fix.families import Arch, family_of, get_part
 from vlm_fix.hidden import writers
-from vlm_fix.session import Rows, Session
+from vlm_fix.session import Call, Rows, Session
 
 PARTS = {"rr_attention": "attention_output", "rr_mlp": "mlp_output"}
+LAMBDAS = {"llava": (0.26, 0.16), "llava_next": (0.15, 0.08)}
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,13 @@ class IRI(HiddenEdit):
         b_l = a_l + lambda_a sum_{k in src, k < l} RR_k a_k;    a_l <- b_l ||a_l|| / ||b_l||;
     the same for MLP outputs with their own rates and lambda_m. a_k is what layer k computed, before its own injection.
     `calibrate` (FCCT): RR_l = (P_patched - P_corrupt) / (P_clean - P_corrupt), P the probability of the right answer,
-    where the corrupt run sees a noised image and the patched run gets the clean a_l in its last row.
+    where the corrupt run sees a noised image and the patched run gets the clean a_l in its last row. `layers` leaves out
+    targets, never sources.
 
-    Source: arXiv 2511.05923, no code found; lambda .26/.16 for LLaVA-1.5, .20/.10 for Qwen-VL-Chat (taken for Qwen2.5-VL);
-    3 and 10 of 32 layers, scaled to the depth. Left open by the paper, chosen here: RR is the ratio of means over the
-    questions that are answered right and lose probability under the noise; the noise is Gaussian, `noise` standard
-    deviations of the image's own pixel values.
+    Source: arXiv 2511.05923, no code found; lambda .26/.16 for LLaVA-1.5, .15/.08 for LLaVA-NeXT, .20/.10 for Qwen-VL-Chat
+    (taken for Qwen2.5-VL); 3 and 10 of 32 layers, scaled to the depth. Left open by the paper, chosen here: RR is the ratio
+    of means over the questions that are answered right and lose probability under the noise; the noise is Gaussian, `noise`
+    standard deviations of the image's own pixel values.
     """
 
     name: ClassVar[str] = "iri"
@@ -48,7 +49,7 @@ class IRI(HiddenEdit):
     noise: float = param(3.0, "calibrate: noise on the image, in standard deviations of its pixel values", low=0)
 
     def defaults(self, arch: Arch) -> dict[str, Any]:
-        a, m = (0.20, 0.10) if arch.family.mrope else (0.26, 0.16)
+        a, m = (0.20, 0.10) if arch.family.mrope else LAMBDAS.get(arch.family.name, LAMBDAS["llava"])
         count = {"sources": max(1, round(3 / 32 * arch.depth)), "targets": max(2, round(10 / 32 * arch.depth))}
         return {"lambda_a": a, "lambda_m": m, **count}
 
@@ -70,6 +71,14 @@ class IRI(HiddenEdit):
     def neutral(self) -> bool:
         return self.lambda_a == 0 and self.lambda_m == 0
 
+    @property
+    def sees(self) -> list[int]:
+        return sorted({*self.layers, *(i for name in PARTS for i in self.ranked(name)[: self.sources])})  # type: ignore[misc]
+
+    def ranked(self, rates: str) -> list[int]:
+        """Layers, the largest recovery rate first."""
+        return sorted(range(len(rate := getattr(self, rates))), key=lambda i: -rate[i])
+
     def acted(self, session: Session) -> bool:
         return "injected" in session.state(self)
 
@@ -81,9 +90,8 @@ class IRI(HiddenEdit):
 
     def injected(self, x: torch.Tensor, rows: Rows, rates: str, strength: float) -> torch.Tensor:
         """[B, R, C] -> [B, R, C]; the state keeps the sources' outputs of this forward."""
-        rate, state, layer = getattr(self, rates), rows.state, rows.layer
-        order = sorted(range(len(rate)), key=lambda i: -rate[i])
-        sources, targets = order[: self.sources], order[: self.targets]
+        rate, state, layer, order = getattr(self, rates), rows.state, rows.layer, self.ranked(rates)
+        sources, targets = order[: self.sources], {*order[: self.targets]} & {*self.layers}  # type: ignore[misc]
         earlier = [k for k in sources if k < layer and (rates, k) in state]
         if layer in sources:
             state[rates, layer] = x
@@ -97,25 +105,26 @@ class IRI(HiddenEdit):
         self, model: Any, samples: Sequence[Sample], seed: int, progress: Callable[[str, float], None]
     ) -> dict[str, Any]:
         """FCCT: rr_attention and rr_mlp, a rate per layer. One clean and one noised pass and 2 x depth decode steps."""
-        layers = get_part(model, family_of(model).language).layers
-        generator = torch.Generator().manual_seed(seed)
-        gain = {(name, i): 0.0 for name in PARTS for i in range(len(layers))}
+        layers = get_part(model, (family := family_of(model)).language).layers
+        seeds = torch.randint(2**62, (len(samples),), generator=torch.Generator().manual_seed(seed)).tolist()
+        spots = {(name, i): writers(layer)[PARTS[name]] for name in PARTS for i, layer in enumerate(layers)}
+        gain = dict.fromkeys(spots, 0.0)
         lost, used, done = 0.0, 0, 0
         for part, inputs in batches(samples, 16, model.generation_config.pad_token_id or 0):
             target, other = (torch.tensor([getattr(samples[i], n) for i in part]) for n in ("target", "other"))
-            clean, kept = _last_row_outputs(model, layers, inputs)
-            drawn = torch.randn(inputs["pixel_values"].shape, generator=generator).to(inputs["pixel_values"])
-            noised = inputs["pixel_values"] + self.noise * inputs["pixel_values"].std() * drawn
-            corrupt_run = LastRow(model, {**inputs, "pixel_values": noised})
+            logits, kept = LastRow(model, inputs).outputs(spots)
+            clean = logits.cpu().softmax(-1)
+            noised = [_noised(Call(model, family, samples[i].inputs), self.noise, seeds[i]) for i in part]
+            corrupt_run = LastRow(model, {**inputs, "pixel_values": torch.cat(noised)})
             rows = torch.arange(len(part))
             corrupt = corrupt_run.logits().cpu().softmax(-1)[rows, target]
             right = (clean[rows, target] > clean[rows, other]) & (clean[rows, target] > corrupt)
             lost += float((clean[rows, target] - corrupt)[right].sum())
             used += int(right.sum())
-            for name, i in gain:
-                with hooked([_patch(writers(layers[i])[PARTS[name]], kept[name, i])]):
+            for spot, module in spots.items():
+                with hooked([overwrite(module, kept[spot])]):
                     patched = corrupt_run.logits().cpu().softmax(-1)[rows, target]
-                gain[name, i] += float((patched - corrupt)[right].sum())
+                gain[spot] += float((patched - corrupt)[right].sum())
             done += len(part)
             progress("causal tracing", done / len(samples))
         if not used:
@@ -126,24 +135,8 @@ class IRI(HiddenEdit):
         return {name: tuple(round(gain[name, i] / lost, 6) for i in range(len(layers))) for name in PARTS}
 
 
-def _last_row_outputs(model: Any, layers: Any, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[Any, Any]]:
-    """-> answer probabilities [B, V] on the CPU, and what each part of each layer adds to the last row [B, C]."""
-    run, kept = LastRow(model, inputs), {}
-
-    def keep(key: Any, module: Any, args: Any, output: Any) -> None:
-        kept[key] = (output[0] if isinstance(output, tuple) else output)[:, -1].clone()
-
-    spots = [(name, i, writers(layer)[part]) for i, layer in enumerate(layers) for name, part in PARTS.items()]
-    with hooked([m.register_forward_hook(functools.partial(keep, (name, i))) for name, i, m in spots]):
-        return run.logits().cpu().softmax(-1), kept
-
-
-def _patch(module: Any, value: torch.Tensor) -> Any:
-    """Hook that writes `value` [B, C] over the module's last row."""
-
-    def replace(module: Any, args: Any, output: Any) -> Any:
-        x = (output[0] if isinstance(output, tuple) else output).clone()
-        x[:, -1] = value
-        return (x, *output[1:]) if isinstance(output, tuple) else x
-
-    return module.register_forward_hook(replace)
+def _noised(call: Call, scale: float, seed: int) -> torch.Tensor:
+    """Pixel values plus noise of `scale` times their own standard deviation."""
+    noise = torch.Generator().manual_seed(seed)
+    made = call.with_pixels(lambda x: x + scale * x.std() * torch.randn(x.shape, generator=noise).to(x))
+    return made["pixel_values"]

@@ -21,12 +21,12 @@ RATES = "rr_attention=0.4|0.1|0.3|0.2,rr_mlp=0.1|0.5|0.2|0.3,sources=2,targets=3
 IRI = f"iri:{RATES},lambda_a=0.9,lambda_m=0.7"
 
 
-def iri_by_hand(twin, inputs, tokens, rates, strength, sources, targets):
+def iri_by_hand(twin, inputs, tokens, rates, strength, sources, targets, layers=range(4)):
     """Logits of a float64 pass whose attention and MLP outputs are injected by hooks, row by row."""
     n, handles, kept = inputs["input_ids"].shape[1], [], {}
     for part in ("self_attn", "mlp"):
         order = sorted(range(4), key=lambda i: rates[part][i], reverse=True)
-        src, tgt = order[:sources], order[:targets]
+        src, tgt = order[:sources], [i for i in order[:targets] if i in layers]
         for i, layer in enumerate(twin.model.language_model.layers):
 
             def inject(module, args, output, i=i, part=part, src=src, tgt=tgt):
@@ -172,12 +172,53 @@ def test_neutral_and_idle(family, model):
     for spec in (f"iri:{RATES},lambda_a=0,lambda_m=0", "iri:lambda_a=0,lambda_m=0"):
         with vlm_fix.wrapped(model, spec):
             assert torch.equal(greedy(model, inputs)[1], logits)
+    with vlm_fix.wrapped(model, f"{IRI},layers=3"):
+        assert not torch.equal(greedy(model, inputs)[1], logits)
     last_layer_only = "iri:rr_attention=0|0|0|1,rr_mlp=0|0|0|1,sources=1,targets=1"
     with (
         vlm_fix.wrapped(model, last_layer_only),
         pytest.warns(UserWarning, match="no target layer comes after a source"),
     ):
         assert torch.equal(greedy(model, inputs)[1], logits)
+
+
+@pytest.mark.parametrize("layers", [(3,), (1, 2), (0, 3)])
+def test_layers_leave_out_targets_but_no_source(family, model, layers):
+    inputs, spec = single(family, [1], 0), f"{IRI},layers={'|'.join(map(str, layers))}"
+    with vlm_fix.wrapped(model, spec):
+        tokens, logits, _ = greedy(model, inputs)
+    rates = {"self_attn": (0.4, 0.1, 0.3, 0.2), "mlp": (0.1, 0.5, 0.2, 0.3)}
+    expected = iri_by_hand(
+        ref.double(model), inputs, tokens[0, :-1], rates, {"self_attn": 0.9, "mlp": 0.7}, 2, 3, layers
+    )
+    assert error(logits[0], expected) < 1e-5
+
+
+def test_strengths_of_each_family(models):
+    for name, strengths in (("llava", (0.26, 0.16)), ("qwen2_5_vl", (0.2, 0.1)), ("llava_next", (0.15, 0.08))):
+        model = models[name] if name in models else families.build(name)
+        method = vlm_fix.parse_spec(f"iri:{RATES}").resolve(vlm_fix.families.arch_of(model))
+        assert (method.lambda_a, method.lambda_m) == strengths
+
+
+def test_rates_do_not_depend_on_batches(monkeypatch):
+    """One image far brighter than the others: its noise is its own, whatever it is traced with."""
+    import vlm_fix.methods.iri as iri
+
+    model = families.build("idefics3")  # blank images beside real ones stay blank
+    prompts = [families.prompt("idefics3", [n], seed) for n, seed in ((1, 0), (2, 1), (1, 2))]
+    prompts[2]["pixel_values"] *= 20
+    with torch.no_grad():
+        logits = [model(**x).logits[0, -1] for x in prompts]
+    samples = [
+        vlm_fix.calibration.Sample(x, int(p.argmax()), int(p.argmin())) for x, p in zip(prompts, logits, strict=True)
+    ]
+    together = vlm_fix.parse_spec("iri:noise=1").calibrate(model, samples, 3, lambda *_: None)
+    batches = iri.batches
+    monkeypatch.setattr(iri, "batches", lambda samples, size, pad: batches(samples, 1, pad))
+    alone = vlm_fix.parse_spec("iri:noise=1").calibrate(model, samples, 3, lambda *_: None)
+    for name in together:
+        assert together[name] == pytest.approx(alone[name], abs=1e-4)
 
 
 def test_iri_needs_its_rates(models):
@@ -214,7 +255,6 @@ def answer_by_hand(twin, inputs, patch=None):
 def test_fcct_equals_reference(family, model):
     samples = labelled(family, (1, 2, 1))
     greedy(model, samples[0].inputs, 1)  # transformers adds hooks of its own at the first call
-    order = sorted(range(3), key=lambda i: samples[i].inputs["input_ids"].shape[1])
     twin = ref.double(model)
     clean = [answer_by_hand(twin, s.inputs) for s in samples]
     samples = [  # answered right by construction: the likeliest word against the least likely
@@ -223,14 +263,12 @@ def test_fcct_equals_reference(family, model):
     ]
     before = hooks(model)
     found = vlm_fix.parse_spec("iri:noise=2").calibrate(model, samples, 3, lambda *_: None)
-    # the noise of the one batch of three, in its order
-    pixels = torch.cat([samples[i].inputs["pixel_values"] for i in order])
-    noised = pixels + 2 * pixels.std() * torch.randn(pixels.shape, generator=torch.Generator().manual_seed(3))
-    parts = noised.split([len(samples[i].inputs["pixel_values"]) for i in order])
+    seeds = torch.randint(2**62, (3,), generator=torch.Generator().manual_seed(3)).tolist()
     gain, lost = {}, 0.0
-    for i, pixel_values in zip(order, parts, strict=True):
-        s, (p, outputs) = samples[i], clean[i]
-        inputs = {**s.inputs, "pixel_values": pixel_values}
+    for s, (p, outputs), seed in zip(samples, clean, seeds, strict=True):
+        x = s.inputs["pixel_values"]
+        drawn = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
+        inputs = {**s.inputs, "pixel_values": x + 2 * x.std() * drawn}
         corrupt = float(answer_by_hand(twin, inputs)[0][s.target])
         if float(p[s.target]) <= corrupt:
             continue

@@ -14,10 +14,10 @@ import hashlib
 import itertools
 import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ from torch.nn.functional import pad
 from .errors import VlmFixError
 from .families import Arch, family_of, prompt_positions
 from .method import Method
+
+Key = TypeVar("Key")
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,16 @@ class LastRow:
         }
         return self.model(**step).logits[:, -1].float()
 
+    def outputs(self, modules: Mapping[Key, torch.nn.Module]) -> tuple[Tensor, dict[Key, Tensor]]:
+        """`logits`, and what each of `modules` puts out in the last row, [B, C]."""
+        kept: dict[Key, Tensor] = {}
+
+        def keep(key: Key, module: Any, args: Any, output: Any) -> None:
+            kept[key] = (output[0] if isinstance(output, tuple) else output)[:, -1].clone()
+
+        with hooked([m.register_forward_hook(functools.partial(keep, key)) for key, m in modules.items()]):
+            return self.logits(), kept
+
 
 @contextlib.contextmanager
 def hooked(handles: Sequence[Any]) -> Iterator[None]:
@@ -147,6 +159,17 @@ def hooked(handles: Sequence[Any]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def overwrite(module: torch.nn.Module, value: Tensor) -> Any:
+    """A hook on `module` that writes `value` [B, C] over the last row of its output."""
+
+    def replace(module: Any, args: Any, output: Any) -> Any:
+        x = (output[0] if isinstance(output, tuple) else output).clone()
+        x[:, -1] = value
+        return (x, *output[1:]) if isinstance(output, tuple) else x
+
+    return module.register_forward_hook(replace)
 
 
 @dataclass(frozen=True)

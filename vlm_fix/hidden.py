@@ -31,7 +31,7 @@ def install(engine: Engine) -> list[Any]:
     handles = []
     for i, layer in enumerate(engine.language.layers):
         for what, module in writers(layer).items():
-            edits = [e for e in engine.hidden if i in (e.layers or ()) and e.edits(what)]
+            edits = [e for e in engine.hidden if i in e.sees and e.edits(what)]
             if edits:
                 engine.looks[what, i] = functools.partial(_edit, engine, edits, what, i)
                 handles.append(module.register_forward_hook(functools.partial(_write, engine, what, i)))

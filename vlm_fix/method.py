@@ -348,6 +348,7 @@ class HiddenEdit(Method):
       attention_output(x, rows) -> what self-attention adds (after o_proj, and after the norm that some models put there)
       mlp_output(x, rows)       -> what the MLP adds
       layer_output(x, rows)     -> the residual stream after the layer
+      sees                      -> layers in which it is called, if not `layers`
     """
 
     kind: ClassVar[str] = "hidden"
@@ -357,6 +358,10 @@ class HiddenEdit(Method):
     @property
     def rows(self) -> str:
         return "last"
+
+    @property
+    def sees(self) -> Sequence[int]:
+        return self.layers  # type: ignore[return-value]
 
     def attention_output(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
         return x
