@@ -37,6 +37,7 @@ class ACT(AttentionEdit):
 
     name: ClassVar[str] = "act"
     paper: ClassVar[str] = "https://arxiv.org/abs/2406.15765"
+    spares: ClassVar[str] = "any"
     marks: ClassVar[bool] = True
     needs_image: ClassVar[bool] = False
     idle_reason: ClassVar[str] = "no column but the first was a sink; lower threshold."
@@ -92,9 +93,6 @@ class ACT(AttentionEdit):
         found = found & (found.cumsum(dim=-1) > 1)
         hidden = session.types.shape[1] - found.shape[-1]  # columns that a sliding window has left behind
         rows.state[rows.layer] = torch.nn.functional.pad(found, (max(0, hidden), 0))[..., : session.types.shape[1]]
-
-    def acted(self, session: Session) -> bool:
-        return any(bool(value.any()) for value in session.state(self).values())
 
     def weights(self, a: torch.Tensor, rows: Rows) -> torch.Tensor:
         return self.reweigh(a, self.apart(rows), rows)

@@ -41,6 +41,8 @@ class ADHH(AttentionEdit):
     """
 
     name: ClassVar[str] = "ad_hh"
+    spares: ClassVar[str] = "any"
+    idle_reason: ClassVar[str] = "no listed head gave the text after the image that much attention; lower threshold."
 
     threshold: float = param(0.4, "attention on the text after the image that cuts a head off; above 1: never", low=0)
     head_list: tuple[str, ...] | None = param(None, "hallucination heads as layer.head, e.g. 16.29|26.9")

@@ -38,6 +38,7 @@ class GIFT(AttentionEdit):
 
     name: ClassVar[str] = "gift"
     paper: ClassVar[str] = "https://arxiv.org/abs/2510.22067"
+    spares: ClassVar[str] = "prompt"
     marks: ClassVar[bool] = True
 
     alpha: float | None = param(None, "strength: the most salient column's weight grows by exp(alpha)", low=0, high=50)

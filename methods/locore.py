@@ -28,7 +28,9 @@ class LocoRE(AttentionEdit):
 
     name: ClassVar[str] = "locore"
     paper: ClassVar[str] = "https://arxiv.org/abs/2601.20279"
+    spares: ClassVar[str] = "prompt"
     needs_image: ClassVar[bool] = False
+    idle_reason: ClassVar[str] = "it acts from the second token on; generate more."
 
     beta: float | None = param(None, "share added to the attention weights of recent output columns", low=0)
     window: int = param(8, "number of most recent output columns, w_s in the paper", low=0)

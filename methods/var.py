@@ -14,7 +14,7 @@ from vlm_fix.attention.sinks import secondary_sinks
 from vlm_fix.calibration import Sample, hooked
 from vlm_fix.families import Arch, arch_of, get_part
 from vlm_fix.method import parse_layers
-from vlm_fix.session import PAD, VISUAL, Rows, Session, pad_to
+from vlm_fix.session import PAD, Rows, Session, pad_to
 
 # (family, text model, hidden size, layers, words of the tokenizer) -> massive-activation dimensions: LLaVA-1.5-7B and 13B
 # by the official code, Qwen2-VL-7B and InternVL2-8B by a table elsewhere
@@ -46,8 +46,12 @@ class VAR(AttentionEdit):
 
     name: ClassVar[str] = "var"
     paper: ClassVar[str] = "https://arxiv.org/abs/2503.03321"
+    spares: ClassVar[str] = "any"
     marks: ClassVar[bool] = True
-    idle_reason: ClassVar[str] = "no image token was a sink; lower tau, or give sink_dims or another detector."
+    idle_reason: ClassVar[str] = (
+        "no image token was a sink (lower tau, or give sink_dims or another detector), or no head looked at the image enough "
+        "(lower min_visual_mass or rho)."
+    )
 
     sink_dims: tuple[int, ...] | None = param(
         None, "hidden dimensions with massive activations; None: known or detected"
@@ -112,13 +116,6 @@ class VAR(AttentionEdit):
         real = (types[:, session.start :] != PAD) & (new < session.prompt_len)  # assisted decoding adds guesses at once
         sinks = (phi > self.tau) & real
         state[layer] = torch.cat([pad_to(state[layer], session.start), sinks], dim=1) if session.start else sinks
-
-    def acted(self, session: Session) -> bool:
-        return any(
-            bool((v & session.at(k).types.eq(VISUAL)[:, : v.shape[1]].to(v.device)).any())  # type: ignore[union-attr]
-            for k, v in session.state(self).items()
-            if isinstance(k, int)
-        )
 
     def weights(self, a: torch.Tensor, rows: Rows) -> torch.Tensor:
         groups, tiny = rows.groups(rows.state[rows.layer], self.groups).to(a.dtype), torch.finfo(a.dtype).tiny

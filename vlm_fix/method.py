@@ -273,6 +273,7 @@ class AttentionEdit(Method):
 
     kind: ClassVar[str] = "attention"
     marks: ClassVar[bool] = False  # True if it remembers columns of the prompt (masks or weights for them) for later
+    spares: ClassVar[str] = ""  # which of its rows it may leave as they are: "any", "prompt" rows only, "" for none
     idle_reason: ClassVar[str] = "no row of it was reached."
     layers: Layers = param(None, "language-model layers to edit")
     branch: str = param("both", "beside a contrast: the branch it acts in", choices=("both", "main", "negative"))
@@ -328,8 +329,9 @@ class AttentionEdit(Method):
         return None
 
     def acted(self, session: Session) -> bool:
-        """False if the finished session shows that nothing could be edited; the user is then told `idle_reason`."""
-        return True
+        """False if the finished session shows that nothing was edited; the user is then told `idle_reason`."""
+        noted = [v for k, v in session.state(self).items() if isinstance(k, tuple) and k[0] == "changed"]
+        return not noted or any(v is True or bool(v.any()) for v in noted)
 
     @classmethod
     @functools.cache

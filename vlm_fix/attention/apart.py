@@ -10,6 +10,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ..method import AttentionEdit
 from ..session import Rows
+from .kernel import note_changes
 
 MOST = 24  # columns apart per key head: each is one more dimension of the values
 
@@ -23,9 +24,12 @@ def apart_attention(
     scaling: float,
     edit: AttentionEdit,
     rows: Rows,
+    plain: torch.Tensor | None,
     **kwargs: Any,
 ) -> torch.Tensor | None:
     """All rows of an edit with `apart`. Shapes as `attention`: -> [B, H, q, D], None if more than MOST are apart.
+
+    `plain` [B, H, q, D]: what the rows of heads keep whose weights stay as they are.
 
     With values [v 1_rest | e_j for j apart | 1_rest] one causal pass gives sum_rest a_j v_j, the weights of the columns
     apart one by one, and the others' sum, which `reweigh` then treats as a single column. Nothing is subtracted.
@@ -49,4 +53,5 @@ def apart_attention(
     new = edit.reweigh(a, pad(inside, (0, 1)), rows)
     rest = out[..., :dim] * (new[..., count:] / a[..., count:].clamp(min=torch.finfo(a.dtype).tiny))
     few = value.gather(2, index[..., None].expand(-1, -1, -1, dim)).repeat_interleave(groups, dim=1)
-    return rest + new[..., :count] @ few
+    rest = rest + new[..., :count] @ few
+    return rest if plain is None else torch.where(note_changes(edit, rows, new, a)[..., None], rest, plain)

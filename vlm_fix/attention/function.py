@@ -88,7 +88,8 @@ def edited_attention(
     # under autograd the rows are written even if they are only seen, so that gradients reach the weights
     writes = plan is not None and (plan.changes or torch.is_grad_enabled())
     output = None
-    if not (plan and plan.whole and plan.by_weights and writes) or session.tap:
+    spares = plan is not None and plan.spares and not torch.is_grad_enabled()
+    if not (plan and plan.whole and plan.by_weights and writes) or spares or session.tap:
         output = plain()[0]
         if session.tap:
             session.tap(handle.layer, output.transpose(1, 2))
@@ -98,7 +99,7 @@ def edited_attention(
         allowed = _visible(key, value, query, attention_mask, start)[2]
         allowed = allowed if allowed is None else allowed[:, :, : end - start]
         edited_rows(query[:, :, start:end], key, value, allowed, scale, [], note)
-    rows = None
+    rows, kept = None, output[:, first:].transpose(1, 2) if output is not None and spares else None
     if plan and plan.by_weights and probe is None and _by_columns(plan, query.shape[2]):
         forms = [view.once(e.columns) for e, view, _ in edits if e.edits("columns")]
         rows = column_attention(module, query, key, value, attention_mask, scale, forms, dropout=dropout, **kwargs)
@@ -111,9 +112,9 @@ def edited_attention(
             if edit.edits("scan"):
                 edit.scan(query[:, :, first:], key, visible[2], scale, view)
         if probe is None and _by_apart(plan, query):
-            rows = apart_attention(module, query, key, value, attention_mask, scale, *edits[0][:2], **kwargs)
+            rows = apart_attention(module, query, key, value, attention_mask, scale, *edits[0][:2], kept, **kwargs)
         if rows is None:
-            rows = edited_rows(query[:, :, first:], *visible, scale, edits, see, windowed)
+            rows = edited_rows(query[:, :, first:], *visible, scale, edits, see, windowed, kept)
     elif plan:
         assert output is not None
         rows = edited_heads(output[:, first:].transpose(1, 2), edits)
@@ -169,6 +170,7 @@ class Plan:
     whole: bool  # every row is edited
     by_weights: bool  # scores or weights are needed
     changes: bool  # something is changed, not only looked at
+    spares: bool  # rows may be left as they are
     linear: bool  # all that is done to scores and weights is `columns`, on the same rows
 
 
@@ -202,6 +204,11 @@ def _made_plan(
         rows = torch.arange(first, count, device=device)
         masks[firsts] = rows[None] >= torch.tensor(firsts, device=device)[:, None] if max(firsts) > first else None
     engine.touched.update(edit for edit, _ in chosen)
+    assert session.prompt_len is not None
+    prompt = session.start < session.prompt_len
+    for edit, _ in chosen:
+        if edit.spares == "prompt" and not prompt:
+            session.state(edit)["changed", "later"] = True
     partial = [m for m in masks.values() if m is not None]
     touched = torch.stack(partial).any(dim=0) if len(partial) == len(masks) else None
     scores = {"logits", "log_weights"}
@@ -215,6 +222,7 @@ def _made_plan(
         whole=first == 0 and touched is None,
         by_weights=bool(kinds & {*scores, "weights", "see"}),
         changes=bool(kinds & {*scores, "weights", "heads"}),
+        spares=any(edit.spares == "any" or (edit.spares == "prompt" and prompt) for edit, _ in chosen),
         linear=len(masks) == 1
         and not kinds & {"weights", "see", "scan"}
         and all(getattr(type(e), w) is getattr(AttentionEdit, w) for e, _ in chosen for w in scores),

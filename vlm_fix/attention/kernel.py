@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import torch
@@ -22,6 +23,7 @@ def edited_rows(
     edits: list[tuple[AttentionEdit, Rows, torch.Tensor | None]],
     probe: Callable[[torch.Tensor, int], None] | None = None,
     windowed: bool = False,
+    plain: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of R rows under `edits`, applied in order.
 
@@ -30,7 +32,8 @@ def edited_rows(
     (None: all). Returns float32 [B, H, R, D]: logit edits, log-weights, mask, softmax, weight edits, value product, head
     edits.
     `probe(a [B, H, r, K], i)` sees the edited weights of rows i to i + r, chunk by chunk. `windowed`: logit edits see 0 in
-    the columns a row may not see, as if a sliding window had dropped them already.
+    the columns a row may not see, as if a sliding window had dropped them already. `plain` [B, H, R, D]: what the rows of
+    heads keep whose weights no edit changes.
     """
     step = max(1, CHUNK_BYTES // (4 * query.shape[0] * query.shape[1] * key.shape[2]))
     whole = step >= query.shape[2]
@@ -44,13 +47,19 @@ def edited_rows(
                 for e, r, m in edits
             ]
             visible = allowed if allowed is None else allowed[:, :, part]
-        a = edited_weights(query[:, :, part], key, visible, scaling, seen, windowed)
+        changed: list[torch.Tensor] | None = None if plain is None else []
+        a = edited_weights(query[:, :, part], key, visible, scaling, seen, windowed, changed)
         if probe:
             probe(a, i)
         for edit, rows, _ in seen:
             if edit.edits("see"):
                 edit.see(a, rows)
         mixed = (_grouped(a, key.shape[1]) @ value.to(a.dtype)).view(*a.shape[:3], -1)
+        if plain is not None and changed is not None:
+            rest = plain[:, :, part].to(mixed.dtype)
+            mixed = (
+                torch.where(functools.reduce(torch.logical_or, changed)[..., None], mixed, rest) if changed else rest
+            )
         if out is None:
             return edited_heads(mixed, edits)
         out[:, :, part] = mixed
@@ -65,8 +74,9 @@ def edited_weights(
     scaling: float,
     edits: list[tuple[AttentionEdit, Rows, torch.Tensor | None]],
     windowed: bool,
+    changed: list[torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """The edited weights of one chunk of rows, [B, H, R, K]."""
+    """The edited weights of one chunk of rows, [B, H, R, K]; `changed` gets the rows [B, H, R] that each edit changed."""
     compute = torch.promote_types(query.dtype, torch.float32)
     packed = _grouped(query.to(compute) * scaling, key.shape[1])
     z = (packed @ key.to(compute).transpose(2, 3)).view(*query.shape[:3], -1)
@@ -74,11 +84,11 @@ def edited_weights(
         z = z.masked_fill(~allowed, 0) if allowed.dtype == torch.bool else z.masked_fill(allowed < 0, 0)
     for edit, rows, mask in edits:
         if edit.edits("logits"):
-            z = _where(mask, edit.logits(z, rows), z)
+            z = _edited(edit, rows, mask, edit.logits(z, rows), z, changed)
     for edit, rows, mask in edits:  # log-weights multiply what the scores became, in whatever order edits are listed
         if edit.edits("log_weights"):
             bias = edit.log_weights(rows)
-            z = z if bias is None else _where(mask, z + bias, z)
+            z = z if bias is None else _edited(edit, rows, mask, z + bias, z, changed)
     if allowed is not None:
         z = z.masked_fill(~allowed, -torch.inf) if allowed.dtype == torch.bool else z + allowed
     a = z.softmax(dim=-1)
@@ -86,7 +96,7 @@ def edited_weights(
         a = a.nan_to_num(0.0)  # rows of padding attend to nothing
     for edit, rows, mask in edits:
         if edit.edits("weights"):
-            a = _where(mask, edit.weights(a, rows), a)
+            a = _edited(edit, rows, mask, edit.weights(a, rows), a, changed)
     return a
 
 
@@ -124,6 +134,30 @@ def edited_heads(out: torch.Tensor, edits: list[tuple[AttentionEdit, Rows, torch
         if edit.edits("heads"):
             out = _where(mask, edit.heads(out, rows), out)
     return out
+
+
+def _edited(
+    edit: AttentionEdit,
+    rows: Rows,
+    mask: torch.Tensor | None,
+    new: torch.Tensor,
+    old: torch.Tensor,
+    changed: list[torch.Tensor] | None,
+) -> torch.Tensor:
+    new = _where(mask, new, old)
+    if changed is not None and new is not old:
+        changed.append(note_changes(edit, rows, new, old))
+    return new
+
+
+def note_changes(edit: AttentionEdit, rows: Rows, new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+    """[B, H, R]: the rows of scores or weights [B, H, R, K] that differ; whether any did is kept for `edit.acted`."""
+    moved = (new != old).any(dim=-1)
+    if edit.spares:
+        state, key = rows.state, ("changed", rows.layer)
+        some = moved if moved.shape[2] == 1 else moved.any(dim=2, keepdim=True)
+        state[key] = state[key] | some if key in state else some
+    return moved
 
 
 def _where(mask: torch.Tensor | None, new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
