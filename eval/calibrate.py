@@ -41,7 +41,7 @@ Progress = Callable[[str, float], None]
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What was found, and every value that was tried on the first half: (options, accuracy)."""
+    """What was found, and what a search tried on the first half: (options, accuracy), the model alone ({}) first."""
 
     calibration: Calibration
     tried: list[tuple[dict[str, str], float]]
@@ -63,7 +63,7 @@ def calibrate(
 
     What spec sets is kept in the result. search: option -> values to try, all combinations. loaded: (model, processor,
     identity) of `loading.load_model`.
-    Raises VlmFixError for bad input and where nothing is found.
+    Raises VlmFixError for bad input and where nothing is found, or no value of a search beats the model alone.
     """
     method = parse_spec(spec)
     if limit < 2:
@@ -89,18 +89,23 @@ def calibrate(
     if own and method.calibrates_on == "captions":
         images = {s.file: dataclasses.replace(s, prompt=tasks.sample.CAPTION_PROMPT) for s in halves[0]}
         shown = [Sample(x, yes, no, words) for x in _encoded(net, processor, list(images.values()), progress)]
-    given = {f.name: v for f in dataclasses.fields(method) if (v := getattr(method, f.name)) != f.default}
+    given = {name: v for name in sorted(method.given) if (v := getattr(method, name)) is not None}
     found = {**given, **(method.calibrate(net, shown, seed, progress) if own else {})}
     method = dataclasses.replace(method, **found)
     tried = []
-    for i, options in enumerate(grid if search else []):
-        scores = _scores(net, first, _with(method, options))
+    for i, options in enumerate([{}, *grid] if search else []):
+        scores = _scores(net, first, _with(method, options) if options else None)
         tried.append((options, accuracy(scores), sureness(scores)))
-        progress("search", (i + 1) / len(grid))
+        progress("search", i / len(grid))
     if tried:
-        best = _with(method, max(tried, key=lambda t: t[1:])[0])
-        found = {**found, **{name: getattr(best, name) for name in search or {}}}
-        method = best
+        alone, best = tried[0], max(tried, key=lambda t: t[1:])
+        if best is alone:
+            raise VlmFixError(
+                f"{method.name}: the model alone answers {alone[1]:.1%} of the {len(first)} questions right, and no value "
+                f"that was tried does better (at most {max(t[1] for t in tried[1:]):.1%}): try others, or leave it out."
+            )
+        method = _with(method, best[0])
+        found = {**found, **{name: getattr(method, name) for name in best[0]}}
     progress("held-out questions", 0.0)
     before, after = _scores(net, second, None), _scores(net, second, method)
     progress("held-out questions", 1.0)
@@ -108,7 +113,7 @@ def calibrate(
         method=method.name,
         found=json.loads(json.dumps(found)),
         model={**identity, **sizes(arch_of(net))},
-        command=_command(spec, model, data, limit, seed, search),
+        command=_command(spec, model, data, limit, seed, search, dtype, device),
         seed=seed,
         data={"source": task.data["source"], "questions": [len(first), len(second)], "sha256": _hash(task)},
         score=_compare(before, after, torch.tensor([s.target == yes for s in second])),
@@ -140,8 +145,9 @@ def _with(method: Method, options: Mapping[str, str]) -> Method:
     return dataclasses.replace(method, **{name: getattr(parsed, name) for name in options})
 
 
-def _command(spec: str, model: str, data: str, limit: int, seed: int, search: Any) -> str:
+def _command(spec: str, model: str, data: str, limit: int, seed: int, search: Any, dtype: str, device: str) -> str:
     options = [x for k, v in (search or {}).items() for x in ("--search", f"{k}={'|'.join(v)}")]
+    options += [x for k, v in (("--dtype", dtype), ("--device", device)) if v != "auto" for x in (k, v)]
     words = ["vlm-fix", "calibrate", spec, "--model", model, "--data", data, "--limit", str(limit), "--seed", str(seed)]
     return shlex.join([*words, *options])
 

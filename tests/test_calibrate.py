@@ -327,6 +327,47 @@ def test_calibrate_and_evaluate(tmp_path, capsys):
     assert results["settings"]["calibration"]["iri"]["rr_mlp"] == made.found["rr_mlp"]
 
 
+def test_a_search_must_beat_the_model_alone(monkeypatch, capsys, tmp_path):
+    """Also the value that changes nothing does not: no file is written. The command holds what was chosen."""
+    from vlm_fix.eval import calibrate as module
+
+    out = tmp_path / "pai.json"
+    command = [
+        "calibrate",
+        "pai",
+        "--limit",
+        "12",
+        "--dtype",
+        "float32",
+        "--device",
+        "cpu",
+        "--out",
+        str(out),
+        "--search",
+    ]
+    assert cli.main([*command, "alpha=0|50"]) == 2
+    said = capsys.readouterr().err
+    assert "pai: the model alone answers" in said and "no value that was tried does better" in said and not out.exists()
+    scores = iter([[1.0, 0.0, 0.0], [1.0, 1.0, 0.0], [1.0, 1.0, 1.0], [1.0, 1.0, 0.0], [1.0, 1.0, 1.0]])
+    asked = []
+
+    def made(net, samples, method):
+        asked.append(None if method is None else method.alpha)
+        return torch.tensor([[right, 0.5] for right in next(scores)])
+
+    monkeypatch.setattr(module, "_scores", made)
+    monkeypatch.setattr(module, "_compare", lambda *_: dict.fromkeys(SCORE, 0))
+    assert cli.main([*command, "alpha=0.1|0.3"]) == 0
+    assert asked == [None, 0.1, 0.3, None, 0.3] and Calibration.read(out).found == {"alpha": 0.3}
+    text = capsys.readouterr().out
+    assert "the model alone" in text and "0.333 right" in text
+    assert Calibration.read(out).command.endswith("--search 'alpha=0.1|0.3' --dtype float32 --device cpu")
+
+
+SCORE = [f"{what}_{when}" for what in ("accuracy", "yes_ratio", "sureness") for when in ("before", "after")]
+SCORE += ["questions", "mended", "broken", "mcnemar_p"]
+
+
 def test_halves_and_answer_tokens():
     from vlm_fix.eval import calibrate as module
     from vlm_fix.eval import loading

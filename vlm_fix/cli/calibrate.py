@@ -62,7 +62,8 @@ def run(args: argparse.Namespace) -> None:
         print(out.read_text(), end="")
         return
     for options, accuracy in result.tried:
-        print(f"{','.join(f'{k}={v}' for k, v in options.items()):<40} {accuracy:.3f} right")
+        tried = ",".join(f"{k}={v}" for k, v in options.items()) or "the model alone"
+        print(f"{tried:<40} {accuracy:.3f} right")
     for name, value in made.found.items():
         print(f"{made.method}: {name} = {written(value)}")
     score = made.score
