@@ -40,7 +40,7 @@ class ACT(AttentionEdit):
     spares: ClassVar[str] = "any"
     marks: ClassVar[bool] = True
     needs_image: ClassVar[bool] = False
-    idle_reason: ClassVar[str] = "no column but the first was a sink; lower threshold."
+    idle_reason: ClassVar[str] = "no column but the first was a sink of its heads; lower threshold."
 
     beta: float = param(0.4, "share of a sink's attention that it keeps", low=0, high=1)
     threshold: float = param(0.1, "a column is a sink above this mean attention", low=0, high=1)
@@ -75,12 +75,14 @@ class ACT(AttentionEdit):
 
     def prepare(self, session: Session, kwargs: dict[str, Any]) -> dict[str, Any]:
         if session.start == 0:
-            found = secondary_sinks(session, kwargs, self.life, self.name)
-            session.state(self).update({i: found[i][:, None] for i in range(len(found)) if i in (self.layers or ())})
+            found = secondary_sinks(session, kwargs, self.life, self.name)[:, :, None]
+            heads = session.call.model.__dict__["_vlm_fix_engine"].arch.heads
+            layers = [i for i in range(len(found)) if i in (self.layers or ())]
+            session.state(self).update({i: found[i] & self.heads_of(i, heads, found.device) for i in layers})
         return kwargs
 
     def scan(self, q: torch.Tensor, k: torch.Tensor, allowed: torch.Tensor | None, scaling: float, rows: Rows) -> None:
-        """state[layer] = [B, H, n] booleans of the prompt's sinks."""
+        """state[layer] = [B, H, n] booleans of the prompt's sinks, in the heads that are edited."""
         session = rows.session
         assert session.types is not None and session.prompt_len is not None
         if self.sinks != "mass" or not rows.prefill:
@@ -90,26 +92,29 @@ class ACT(AttentionEdit):
         prompt = real[:, session.start :] & (rows.positions < session.prompt_len)
         found = column_means(q, k, allowed, scaling, prompt) > self.threshold
         found = found & rows.columns(real)[:, :, 0]
-        found = found & (found.cumsum(dim=-1) > 1)
+        found = found & (found.cumsum(dim=-1) > 1) & self.heads_of(rows.layer, q.shape[1], q.device)
         hidden = session.types.shape[1] - found.shape[-1]  # columns that a sliding window has left behind
         rows.state[rows.layer] = torch.nn.functional.pad(found, (max(0, hidden), 0))[..., : session.types.shape[1]]
 
     def weights(self, a: torch.Tensor, rows: Rows) -> torch.Tensor:
-        return self.reweigh(a, self.apart(rows), rows)
+        sink = rows.groups(rows.state[rows.layer], lambda sink, visual: sink.to(a.dtype))
+        return self.reweigh(a, sink[:, :, None], rows)
 
     def apart(self, rows: Rows) -> torch.Tensor:
         sinks = rows.state[rows.layer]
         return rows.columns(sinks.flatten(0, 1)).view(*sinks.shape[:2], 1, -1)
 
     def reweigh(self, a: torch.Tensor, sink: torch.Tensor, rows: Rows) -> torch.Tensor:
-        inside, outside = (a * sink).sum(dim=-1, keepdim=True), (a * ~sink).sum(dim=-1, keepdim=True)
+        sinks = a * sink
+        rest = a - sinks
+        inside, outside = sinks.sum(dim=-1, keepdim=True), rest.sum(dim=-1, keepdim=True)
         gain = 1 + (1 - self.beta) * inside / outside.clamp(min=torch.finfo(a.dtype).tiny)
-        chosen = (outside > 0) & self.heads_of(rows.layer, a.shape[1])[:, None, None].to(a.device)
-        return torch.where(chosen, a * torch.where(sink, self.beta, gain), a)
+        return torch.addcmul(sinks * torch.where(outside > 0, self.beta, 1.0), rest, gain)
 
-    def heads_of(self, layer: int, heads: int) -> torch.Tensor:
-        """[H] booleans."""
-        return torch.tensor([self.head_list is None or f"{layer}.{h}" in self.head_list for h in range(heads)])
+    def heads_of(self, layer: int, heads: int, device: torch.device) -> torch.Tensor:
+        """[H, 1] booleans."""
+        listed = [self.head_list is None or f"{layer}.{h}" in self.head_list for h in range(heads)]
+        return torch.tensor(listed, device=device)[:, None]
 
     def calibrate(
         self, model: Any, samples: Sequence[Sample], seed: int, progress: Callable[[str, float], None]

@@ -13,7 +13,7 @@ from conftest import BUILD, IMAGE, make_inputs, single
 from test_methods import STEPS, error, greedy, window_order
 
 import vlm_fix
-from eval.bench import peak_mb
+from vlm_fix.eval.bench import peak_mb
 from vlm_fix.pruning import encoder
 from vlm_fix.pruning.encoder import ImageTokens
 

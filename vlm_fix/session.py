@@ -396,7 +396,7 @@ class Rows:
         return pad_to(full[:, max(0, full.shape[1] - width) :], width)[:, None, None]
 
     def groups(self, mask: torch.Tensor, make: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        """make(mask [B, n], visual [B, n]) -> [B, G, n], over the columns seen so far -> [B, G, K].
+        """make(mask [B, (H,) n], visual [B, n]) -> [B, G, n], over the columns seen so far -> [B, G, K].
 
         It is made once for `mask` (that very tensor) and kept while generated columns, 0 in every group, are added.
         """
@@ -414,8 +414,8 @@ class Rows:
 
 
 def pad_to(x: torch.Tensor, width: int) -> torch.Tensor:
-    """[B, n] -> [B, width], zeros at the end."""
-    return x if x.shape[1] == width else torch.nn.functional.pad(x, (0, width - x.shape[1]))
+    """[..., n] -> [..., width], zeros at the end."""
+    return x if x.shape[-1] == width else torch.nn.functional.pad(x, (0, width - x.shape[-1]))
 
 
 def left_pack(keep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
