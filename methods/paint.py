@@ -91,7 +91,7 @@ class PAINT(AttentionEdit):
         return rows.columns(rows.state["strength"], -1) if "strength" in rows.state else rows.visual * 0.0
 
     def logits(self, z: torch.Tensor, rows: Rows) -> torch.Tensor:
-        added = self.strength(rows) * z.abs()
+        added = rows.once(self.strength) * z.abs()
         if self.head_scale == "all":
             return z + added
         rows.state["added", rows.layer] = added  # for `weights`, which follows on the same rows
