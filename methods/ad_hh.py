@@ -32,15 +32,16 @@ class ADHH(AttentionEdit):
     For each listed head, on the last prompt row and decode rows: if sum A[h, T] >= threshold, A[h, T] <- 0, without
     renormalising; T are the text columns after the image, generated tokens included.
 
-    Source: "Mitigating Hallucinations in Large Vision-Language Models via Modular Attribution and Intervention"; its
-    official code at 841fc1b (threshold .4; 20 heads for LLaVA-1.5-7B, 35 for 13B). `calibrate` ranks heads by contrastive
-    influence: with s(h) the fall of a given answer's log-probability when head h writes zeros in the row that predicts
-    it, the mean of s over questions answered wrong (the hallucination) less its mean over those answered right; the
-    `top` heads above 0 are taken. The paper does this with the objects of a model's own captions. Deviation: the official
-    code sums the mass over the whole batch; here each sample decides for itself.
+    Source: "Understanding and Mitigating Hallucination in Large Vision-Language Models via Modular Attribution and
+    Intervention"; its official code at 841fc1b (threshold .4; 20 heads for LLaVA-1.5-7B, 35 for 13B). `calibrate` ranks
+    heads by contrastive influence: with s(h) the fall of a given answer's log-probability when head h writes zeros in the
+    row that predicts it, the mean of s over questions answered wrong (the hallucination) less its mean over those answered
+    right; the `top` heads above 0 are taken. The paper does this with the objects of a model's own captions. Deviation: the
+    official code sums the mass over the whole batch; here each sample decides for itself.
     """
 
     name: ClassVar[str] = "ad_hh"
+    paper: ClassVar[str] = "https://openreview.net/forum?id=Bjq4W7P2Us"
     spares: ClassVar[str] = "any"
     idle_reason: ClassVar[str] = "no listed head gave the text after the image that much attention; lower threshold."
 

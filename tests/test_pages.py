@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -74,7 +75,38 @@ def test_counted_cost_and_verdict():
         return {"delta": named}
 
     both = {"pope": {"random": delta(accuracy=0.1)}, "chair": {"captions": delta(chair_i=0.2, recall=-0.1)}}
-    assert methods_page._verdict([("m", both, "f")]) == "Better on POPE random; worse on CHAIR_i, caption recall."
-    worse = {"pope": {"random": delta(accuracy=-0.1)}}
-    assert methods_page._verdict([("m", worse, "f")]).endswith("it does not help here.")
+    row = methods_page.Row("m", both, "f")
+    assert methods_page._verdict([row]) == "Better on POPE random; worse on CHAIR_i, caption recall."
+    worse = methods_page.Row("m", {"pope": {"random": delta(accuracy=-0.1)}}, "f")
+    assert methods_page._verdict([worse]).endswith("it does not help here.")
+    still = replace(row, scores={}, acted=False)
+    assert methods_page._verdict([still]) == "It never acted here: no answer changed."
+    assert methods_page._verdict([still, replace(still, idle="no sink.")]) == "It never acted here: no sink."
+    assert methods_page._verdict([still, worse]).endswith("it does not help here.")
+
+
+def test_a_method_that_changed_no_answer_is_told_apart(tmp_path):
+    said = {"var changed nothing in this call: no image token was a sink.": 9}
+    content = {
+        **RESULTS,
+        "runs": {"var": scores(0.9, 0.05, 0.8), "vhr": scores(0.9, 0.05, 0.8)},
+        "changed": {"var": {"answers": 40, "changed": 0}, "vhr": {"answers": 40, "changed": 1}},
+        "warnings": {"var": said, "vhr": said},
+    }
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "results.json").write_text(json.dumps(content))
+    found = methods_page.measured(tmp_path)
+    assert methods_page._verdict(found["var"]) == "It never acted here: no image token was a sink."
+    assert methods_page._verdict(found["vhr"]) == "Does not help here: no interval excludes zero."
+
+
+def test_every_method_of_a_paper_says_what_is_published():
+    page = (Path(__file__).resolve().parents[1] / "docs" / "methods.md").read_text()
+    for method in vlm_fix.list_methods():
+        part = page.partition(f"### {method.name}\n")[2].partition("\n### ")[0]
+        if method.kind != "control" and (method.paper or "Source:" in (method.__doc__ or "")):
+            assert "| published |" in part or "\nPublished: " in part, method.name
+    for name, option in (("var", "detector=secondary"), ("act", "sinks=secondary")):
+        part = page.partition(f"### {name}\n")[2].partition("\n### ")[0]
+        assert f"with `{option}` prompt 2.00x" in part
     assert methods_page._verdict([]) == "Does not help here: no interval excludes zero."
