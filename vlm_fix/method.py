@@ -331,7 +331,7 @@ class AttentionEdit(Method):
     def acted(self, session: Session) -> bool:
         """False if the finished session shows that nothing was edited; the user is then told `idle_reason`."""
         noted = [v for k, v in session.state(self).items() if isinstance(k, tuple) and k[0] == "changed"]
-        return not noted or any(v is True or bool(v.any()) for v in noted)
+        return not noted or any(map(bool, noted))
 
     @classmethod
     @functools.cache

@@ -46,7 +46,7 @@ def measure(
 
     def warm(extra: dict[str, Any]) -> float:
         model.generate(**inputs, max_new_tokens=2, do_sample=False, **extra)
-        return peak_mb(lambda: model.generate(**inputs, max_new_tokens=1, do_sample=False, **extra), device)
+        return peak_mb(lambda: model.generate(**inputs, max_new_tokens=2, do_sample=False, **extra), device)
 
     rows = [Row("baseline", peak_mb=warm({}))]
     base: list[tuple[float, float]] = []
@@ -57,9 +57,9 @@ def measure(
             with warnings.catch_warnings(record=True) as said, running(model, spec) as extra:
                 warnings.simplefilter("always")
                 row.peak_mb = warm(extra)
+                row.note = "edited nothing" if any("changed nothing" in str(w.message) for w in said) else ""
                 row.kept, row.kv_mb = _cache(model, inputs, extra)
             row.memory = row.peak_mb / rows[0].peak_mb
-            row.note = "edited nothing" if any("changed nothing" in str(w.message) for w in said) else ""
             pairs = []
             for _ in range(rounds):
                 plain = timed(model, inputs, tokens)

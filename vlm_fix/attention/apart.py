@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,12 +25,12 @@ def apart_attention(
     scaling: float,
     edit: AttentionEdit,
     rows: Rows,
-    plain: torch.Tensor | None,
+    plain: Callable[[], torch.Tensor] | None,
     **kwargs: Any,
 ) -> torch.Tensor | None:
     """All rows of an edit with `apart`. Shapes as `attention`: -> [B, H, q, D], None if more than MOST are apart.
 
-    `plain` [B, H, q, D]: what the rows of heads keep whose weights stay as they are.
+    `plain() [B, H, q, D]`: what rows keep whose weights stay as they are.
 
     With values [v 1_rest | e_j for j apart | 1_rest] one causal pass gives sum_rest a_j v_j, the weights of the columns
     apart one by one, and the others' sum, which `reweigh` then treats as a single column. Nothing is subtracted.
@@ -54,4 +55,4 @@ def apart_attention(
     rest = out[..., :dim] * (new[..., count:] / a[..., count:].clamp(min=torch.finfo(a.dtype).tiny))
     few = value.gather(2, index[..., None].expand(-1, -1, -1, dim)).repeat_interleave(groups, dim=1)
     rest = rest + new[..., :count] @ few
-    return rest if plain is None else torch.where(note_changes(edit, rows, new, a)[..., None], rest, plain)
+    return rest if plain is None else torch.where(note_changes(edit, rows, new, a)[:, None, :, None], rest, plain())

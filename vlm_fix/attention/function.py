@@ -88,8 +88,7 @@ def edited_attention(
     # under autograd the rows are written even if they are only seen, so that gradients reach the weights
     writes = plan is not None and (plan.changes or torch.is_grad_enabled())
     output = None
-    spares = plan is not None and plan.spares and not torch.is_grad_enabled()
-    if not (plan and plan.whole and plan.by_weights and writes) or spares or session.tap:
+    if not (plan and plan.whole and plan.by_weights and writes) or session.tap:
         output = plain()[0]
         if session.tap:
             session.tap(handle.layer, output.transpose(1, 2))
@@ -99,7 +98,10 @@ def edited_attention(
         allowed = _visible(key, value, query, attention_mask, start)[2]
         allowed = allowed if allowed is None else allowed[:, :, : end - start]
         edited_rows(query[:, :, start:end], key, value, allowed, scale, [], note)
-    rows, kept = None, output[:, first:].transpose(1, 2) if output is not None and spares else None
+    rows, kept = None, None
+    if plan and plan.spares and not torch.is_grad_enabled():
+        base = output
+        kept = functools.cache(lambda: (plain()[0] if base is None else base)[:, first:].transpose(1, 2))
     if plan and plan.by_weights and probe is None and _by_columns(plan, query.shape[2]):
         forms = [view.once(e.columns) for e, view, _ in edits if e.edits("columns")]
         rows = column_attention(module, query, key, value, attention_mask, scale, forms, dropout=dropout, **kwargs)

@@ -23,7 +23,7 @@ def edited_rows(
     edits: list[tuple[AttentionEdit, Rows, torch.Tensor | None]],
     probe: Callable[[torch.Tensor, int], None] | None = None,
     windowed: bool = False,
-    plain: torch.Tensor | None = None,
+    plain: Callable[[], torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Attention of R rows under `edits`, applied in order.
 
@@ -32,8 +32,8 @@ def edited_rows(
     (None: all). Returns float32 [B, H, R, D]: logit edits, log-weights, mask, softmax, weight edits, value product, head
     edits.
     `probe(a [B, H, r, K], i)` sees the edited weights of rows i to i + r, chunk by chunk. `windowed`: logit edits see 0 in
-    the columns a row may not see, as if a sliding window had dropped them already. `plain` [B, H, R, D]: what the rows of
-    heads keep whose weights no edit changes.
+    the columns a row may not see, as if a sliding window had dropped them already. `plain() [B, H, R, D]`: what rows keep
+    whose weights no edit changes, asked for where there may be some.
     """
     step = _step(query, key)
     whole = step >= query.shape[2]
@@ -54,12 +54,14 @@ def edited_rows(
         for edit, rows, _ in seen:
             if edit.edits("see"):
                 edit.see(a, rows)
-        mixed = (_grouped(a, key.shape[1]) @ value.to(a.dtype)).view(*a.shape[:3], -1)
-        if plain is not None and changed is not None:
-            rest = plain[:, :, part].to(mixed.dtype)
-            mixed = (
-                torch.where(functools.reduce(torch.logical_or, changed)[..., None], mixed, rest) if changed else rest
-            )
+        moved = functools.reduce(torch.logical_or, changed) if changed else None
+        known = moved is not None and moved.device.type == "cpu"  # elsewhere asking would wait for the device
+        if plain is not None and (moved is None or (known and not bool(moved.any()))):
+            mixed = plain()[:, :, part].to(a.dtype)
+        else:
+            mixed = (_grouped(a, key.shape[1]) @ value.to(a.dtype)).view(*a.shape[:3], -1)
+            if plain is not None and moved is not None and not (known and bool(moved.all())):
+                mixed = torch.where(moved[:, None, :, None], mixed, plain()[:, :, part].to(a.dtype))
         if out is None:
             return edited_heads(mixed, edits)
         out[:, :, part] = mixed
@@ -76,7 +78,7 @@ def edited_weights(
     windowed: bool,
     changed: list[torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """The edited weights of one chunk of rows, [B, H, R, K]; `changed` gets the rows [B, H, R] that each edit changed."""
+    """The edited weights of one chunk of rows, [B, H, R, K]; `changed` gets the rows [B, R] that each edit changed."""
     compute = torch.promote_types(query.dtype, torch.float32)
     packed, keys = _grouped(query.to(compute) * scaling, key.shape[1]), key.to(compute)
     # on a CPU a product with few columns is up to three times as fast as the same one with few rows
@@ -158,12 +160,12 @@ def _edited(
 
 
 def note_changes(edit: AttentionEdit, rows: Rows, new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
-    """[B, H, R]: the rows of scores or weights [B, H, R, K] that differ; whether any did is kept for `edit.acted`."""
-    moved = (new != old).any(dim=-1)
-    if edit.spares:
-        state, key = rows.state, ("changed", rows.layer)
-        some = moved if moved.shape[2] == 1 else moved.any(dim=2, keepdim=True)
-        state[key] = state[key] | some if key in state else some
+    """[B, R]: the rows of scores or weights [B, H, R, K] that differ; whether any did is kept for `edit.acted`."""
+    moved = (new != old).any(dim=-1).any(dim=1)
+    state, key = rows.state, ("changed", rows.layer)
+    if edit.spares and state.get(key) is not True:
+        some = moved.any() | state.get(key, False)
+        state[key] = some if some.is_cuda else bool(some)
     return moved
 
 
