@@ -75,6 +75,15 @@ def test_what_is_given_wins_even_at_its_default(models):
     assert hash(ZeroTuning(rate=0.6)) == hash(ZeroTuning())
 
 
+def test_a_file_that_fills_nothing_is_warned_of(models, tmp_path):
+    file = written(tmp_path / "z.json", models["llava"], rate=0.3)
+    with (
+        pytest.warns(UserWarning, match="the calibration of zerotuning fills nothing: all of it .rate. is given"),
+        vlm_fix.wrapped(models["llava"], "zerotuning:rate=0.6", calibration=file),
+    ):
+        pass
+
+
 def test_a_seed_leaves_the_rest_to_the_calibration(models):
     from vlm_fix.eval.plan import _seeded
 

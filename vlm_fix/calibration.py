@@ -222,8 +222,11 @@ class Calibration:
                 f"the calibration of {self.method} holds {', '.join(unknown)}, which {self.method} does not take; "
                 f"run `vlm-fix calibrate {self.method}` again."
             )
-        open_ = {k: v for k, v in self.found.items() if k not in method.given or getattr(method, k) is None}
-        return method.but(**open_)
+        return method.but(**self.open(method))
+
+    def open(self, method: Method) -> dict[str, Any]:
+        """What was found for fields that `method` leaves open."""
+        return {k: v for k, v in self.found.items() if k not in method.given or getattr(method, k) is None}
 
     def check(self, arch: Arch) -> None:
         """VlmFixError if this was found on a model of another kind or size."""
@@ -287,17 +290,23 @@ def read_all(files: Files) -> list[Calibration]:
 def choose(files: Files, model: Any, methods: Sequence[Method]) -> list[Calibration]:
     """The calibrations of `methods`: those given, else those in the folder calibration/ of the model's checkpoint.
 
-    Warns of one that was found on other weights. Raises VlmFixError for a file of a method that is not among them.
+    Warns of one that was found on other weights, or that is given but has nothing to fill. Raises VlmFixError for a file of
+    a method that is not among them.
     """
-    found, names = read_all(files), {m.name for m in methods}
+    found, names = read_all(files), {m.name: m for m in methods}
     for c in found:
         if c.method not in names:
             raise VlmFixError(
                 f"the calibration of {c.method} fits none of {', '.join(m.name for m in methods)}; leave the file out or "
                 f"add {c.method}."
             )
+        if c.found and not c.open(names[c.method]):
+            warnings.warn(
+                f"the calibration of {c.method} fills nothing: all of it ({', '.join(c.found)}) is given.",
+                stacklevel=4,
+            )
     checkpoint = str(getattr(model, "name_or_path", ""))
-    for name in sorted(names - {c.method for c in found}) if checkpoint else ():
+    for name in sorted(names.keys() - {c.method for c in found}) if checkpoint else ():
         file = Path(checkpoint) / "calibration" / f"{name}.json"
         found += [Calibration.read(file)] if file.is_file() else []
     for c in found:
