@@ -11,7 +11,7 @@ import torch
 
 import vlm_fix
 from vlm_fix import AttentionEdit, VlmFixError, param
-from vlm_fix.attention.kernel import column_means
+from vlm_fix.attention.kernel import Scores, column_means
 from vlm_fix.attention.sinks import secondary_sinks
 from vlm_fix.calibration import Sample, answer_scores
 from vlm_fix.families import Arch
@@ -81,7 +81,7 @@ class ACT(AttentionEdit):
             session.state(self).update({i: found[i] & self.heads_of(i, heads, found.device) for i in layers})
         return kwargs
 
-    def scan(self, q: torch.Tensor, k: torch.Tensor, allowed: torch.Tensor | None, scaling: float, rows: Rows) -> None:
+    def scan(self, q: torch.Tensor, k: torch.Tensor, allowed: torch.Tensor | None, scores: Scores, rows: Rows) -> None:
         """state[layer] = [B, H, n] booleans of the prompt's sinks, in the heads that are edited."""
         session = rows.session
         assert session.types is not None and session.prompt_len is not None
@@ -90,7 +90,7 @@ class ACT(AttentionEdit):
         session.need_whole_prompt(self.name)
         real = (session.types != PAD).to(q.device)
         prompt = real[:, session.start :] & (rows.positions < session.prompt_len)
-        found = column_means(q, k, allowed, scaling, prompt) > self.threshold
+        found = column_means(q, k, allowed, scores, prompt) > self.threshold
         found = found & rows.columns(real)[:, :, 0]
         found = found & (found.cumsum(dim=-1) > 1) & self.heads_of(rows.layer, q.shape[1], q.device)
         hidden = session.types.shape[1] - found.shape[-1]  # columns that a sliding window has left behind

@@ -8,6 +8,8 @@ from typing import ClassVar
 import torch
 
 from vlm_fix import AttentionEdit, param
+from vlm_fix.attention.kernel import Scores
+from vlm_fix.method import Columns
 from vlm_fix.session import PAD, Rows
 
 
@@ -31,6 +33,7 @@ class TAME(AttentionEdit):
     paper: ClassVar[str] = "https://openreview.net/forum?id=zGb4WgCW5i"
     marks: ClassVar[bool] = True
     needs_image: ClassVar[bool] = False
+    shared: ClassVar[bool] = False
 
     gamma: float = param(0.8, "strength: share that 1 / log(trace) adds to the scores, for queries and for keys", low=0)
 
@@ -42,15 +45,15 @@ class TAME(AttentionEdit):
     def neutral(self) -> bool:
         return self.gamma == 0
 
-    def scan(self, q: torch.Tensor, k: torch.Tensor, allowed: torch.Tensor | None, scaling: float, rows: Rows) -> None:
+    def scan(self, q: torch.Tensor, k: torch.Tensor, allowed: torch.Tensor | None, scores: Scores, rows: Rows) -> None:
         """state[layer] = the factor [B, q] of each row of this forward."""
         session = rows.session
         assert session.types is not None and session.prompt_len is not None
         if rows.prefill:
             session.need_whole_prompt(self.name)
         real = session.types != PAD
-        queries = q.float().square().sum(dim=-1).mean(dim=1) * real[:, session.start :].to(q.device)  # [B, q]
-        keys = k.float().square().sum(dim=-1).mean(dim=1) * rows.columns(real)[:, 0, 0]  # [B, K]
+        queries = size(q) * real[:, session.start :].to(q.device)  # [B, q]
+        keys = size(k) * rows.columns(real)[:, 0, 0]  # [B, K]
         prompt = rows.positions < session.prompt_len  # these rows share their traces
         queries = torch.where(prompt, (queries * prompt).sum(dim=1, keepdim=True), queries)
         hidden = max(0, session.types.shape[1] - k.shape[2])  # columns that a sliding window has left behind
@@ -59,5 +62,10 @@ class TAME(AttentionEdit):
         factors = [1 + self.gamma / trace.log().clamp(min=1) for trace in traces]
         rows.state[rows.layer] = factors[0] * factors[1]
 
-    def logits(self, z: torch.Tensor, rows: Rows) -> torch.Tensor:
-        return z * rows.state[rows.layer][:, None, rows.positions - rows.session.start, None]
+    def columns(self, rows: Rows) -> Columns:
+        return Columns(rows=rows.state[rows.layer][:, None, rows.positions - rows.session.start, None])
+
+
+def size(x: torch.Tensor) -> torch.Tensor:
+    """[B, H, n, D] -> [B, n]: squared norms, mean over the heads, without a float32 copy of all keys."""
+    return torch.linalg.vector_norm(x, dim=(1, 3), dtype=torch.float32).square() / x.shape[1]

@@ -100,6 +100,15 @@ TINY = {
         image_token_index=IMAGE,
         tower={"vision_use_head": False, "projection_dim": 64},
     ),
+    "paligemma2": _tiny(  # its scores are capped softly, and half of its layers have a window
+        "PaliGemma",
+        "gemma2",
+        "siglip_vision_model",
+        projection_dim=64,
+        image_token_index=IMAGE,
+        tower={"vision_use_head": False, "projection_dim": 64},
+        text_config={**SLIDING, "attn_logit_softcapping": 1.5, "query_pre_attn_scalar": 16},
+    ),
     "idefics3": _tiny("Idefics3", "llama", None, tokens=9, kind="padded", image_token_id=IMAGE, scale_factor=2),
     "smolvlm": _tiny("SmolVLM", "llama", None, tokens=9, kind="padded", image_token_id=IMAGE, scale_factor=2),
     "mistral3": _tiny(
@@ -261,7 +270,7 @@ def prompt(name: str, images: list[int], seed: int = 0, rows: list[int] | None =
     extra = [e for _, _, es in chosen for e in es]
     if name == "gemma3":
         inputs["token_type_ids"] = (ids == IMAGE).int()
-    if name == "paligemma":
+    if name.startswith("paligemma"):
         inputs["token_type_ids"] = torch.zeros_like(ids)
     if tiny.kind == "packed":
         inputs["mm_token_type_ids"] = (ids == IMAGE).int()

@@ -34,7 +34,7 @@ def name(request):
 
 
 def test_all_families_are_tried():
-    assert {f.name for f in FAMILIES} == {*BUILD, *TINY}
+    assert {f.name for f in FAMILIES} == {*BUILD, *TINY} - {"paligemma2"}  # PaliGemma with Gemma 2
 
 
 def test_edits_in_batches_and_alone(name):
@@ -69,6 +69,8 @@ def test_untouched_rows_are_bit_identical(name):
 
 def test_pai_and_observe_equal_loops(name):
     """Logits and weights on the image against float64 loops over whole matrices, prompt and answer."""
+    if name == "paligemma2":
+        pytest.skip("capped scores have their own reference: test_softcap.py")
     model, inputs, answer = build(name), prompt(name, [1, 2], rows=[1]), [5, 17, 40]
     visual, length = ref.visual_columns(inputs["input_ids"]), inputs["input_ids"].shape[1]
     with vlm_fix.wrapped(model, "pai:alpha=0.5"):
@@ -101,17 +103,6 @@ def test_pruners_are_refused_where_the_tower_is_unknown():
     with pytest.raises(vlm_fix.VlmFixError, match="cannot read the vision tower of .*; it works with llava"):
         vlm_fix.wrap(build(unknown), "hiprune:keep=4")
     assert "generate" not in build(unknown).__dict__
-
-
-def test_capped_scores_are_refused():
-    model = build("gemma3")
-    model.config.get_text_config().attn_logit_softcapping = 50.0
-    try:
-        with pytest.raises(vlm_fix.VlmFixError, match="gemma3_text caps its attention scores.*are not supported"):
-            vlm_fix.wrap(model, "pai")
-    finally:
-        model.config.get_text_config().attn_logit_softcapping = None
-    assert "generate" not in model.__dict__
 
 
 @pytest.mark.parametrize("kind", REFUSED)

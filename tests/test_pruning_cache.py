@@ -396,7 +396,7 @@ def test_refused_calls(family, model):
 
 
 CROPS = {"llava_next", "llava_onevision"}
-WINDOWS, PLACES = {"gemma3", "aya_vision", "cohere2_vision"}, {"paligemma", "qwen3_vl"}
+WINDOWS, PLACES = {"gemma3", "aya_vision", "cohere2_vision", "paligemma2"}, {"paligemma", "qwen3_vl"}
 
 
 @pytest.mark.parametrize("name", families.TINY)

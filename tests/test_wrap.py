@@ -192,7 +192,7 @@ def test_kernel_without_edits_is_attention(batch, groups, kv, rows, extra, seed,
     edits = [(method, Rows(0, session, method, torch.arange(rows), mask, mask, mask), None)]
     before, kernel.CHUNK_BYTES = kernel.CHUNK_BYTES, 1 if chunked else kernel.CHUNK_BYTES
     try:
-        ours = edited_rows(q, k, v, allowed, 0.5, edits)
+        ours = edited_rows(q, k, v, allowed, kernel.Scores(0.5), edits)
     finally:
         kernel.CHUNK_BYTES = before
     q, k, v = q.double(), k.double().repeat_interleave(groups, 1), v.double().repeat_interleave(groups, 1)

@@ -94,15 +94,14 @@ class Engine:
         """
         config = self.model.config.get_text_config()
         self.before = config._attn_implementation
-        if getattr(config, "attn_logit_softcapping", None):
-            raise VlmFixError(
-                f"{config.model_type} caps its attention scores (attn_logit_softcapping), which no fused kernel of SDPA does; "
-                "such models (PaliGemma 2) run eager attention only and are not supported."
+        capped = getattr(config, "attn_logit_softcapping", None)  # no kernel of SDPA does that: such models run eager
+        if self.before != (base := "eager" if capped else "sdpa"):
+            why = (
+                "builds on its eager attention" if capped else "builds on SDPA (which uses flash kernels where it can)"
             )
-        if self.before != "sdpa":
             raise VlmFixError(
-                f"the language model runs {self.before!r} attention; vlm-fix builds on SDPA (which uses flash kernels where "
-                'it can): call model.set_attn_implementation("sdpa") first.'
+                f"the language model runs {self.before!r} attention; vlm-fix {why}: call "
+                f'model.set_attn_implementation("{base}") first.'
             )
         if not self.active and not idle:
             return

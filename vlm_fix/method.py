@@ -22,6 +22,7 @@ import torch
 from .errors import VlmFixError
 
 if TYPE_CHECKING:
+    from .attention.kernel import Scores
     from .calibration import Sample
     from .decoding.logits import Step
     from .decoding.loops import Search
@@ -242,7 +243,7 @@ class Baseline(Method):
 
 
 class Columns(typing.NamedTuple):
-    """A change of scores that is the same for all rows: z[b, h, r, j] <- scale[b, j] z[b, h, r, j] + bias[b, j] heads[h].
+    """A change of scores by column or by row: z[b, h, r, j] <- scale[b, j] rows[b, r] z[b, h, r, j] + bias[b, j] heads[h].
 
     The bias is a log-weight: it is added after all logit edits of a stack.
     """
@@ -250,6 +251,7 @@ class Columns(typing.NamedTuple):
     scale: torch.Tensor | None = None  # [B, 1, 1, K], None: 1
     bias: torch.Tensor | None = None  # [B, 1, 1, K], None: 0
     heads: torch.Tensor | None = None  # [H] 0 or 1, None: all 1
+    rows: torch.Tensor | None = None  # [B, 1, R, 1], None: 1
 
 
 @dataclass(frozen=True)
@@ -259,11 +261,11 @@ class AttentionEdit(Method):
     Overwrite what you need; each gets float32 tensors for R edited rows over K columns, H query heads, D head size:
       logits(z [B,H,R,K], rows)  -> raw scores before the mask and softmax
       log_weights(rows)          -> [.., R or 1, K] logarithms of factors on the weights: added after all edits' `logits`
-      columns(rows)              -> Columns, both in a form that is the same for all rows and layers: many rows stay on SDPA
+      columns(rows)              -> Columns, both in a form with which many rows stay on SDPA; one for all layers if `shared`
       weights(a [B,H,R,K], rows) -> post-softmax weights
       apart(rows), reweigh(a, apart, rows) -> weights that multiply all columns but a few by one factor: rows stay on SDPA
       heads(o [B,H,R,D], rows)   -> per-head output before o_proj (needs no weights: stays on SDPA)
-      scan(q [B,H,q,D], k [B,Hkv,K,D], allowed, scaling, rows) -> look at all queries and keys before rows are edited
+      scan(q [B,H,q,D], k [B,Hkv,K,D], allowed, scores, rows) -> look at all queries and keys before rows are edited
       see(a [B,H,R,K], rows)     -> look at the weights that all edits have left; the output stays SDPA's
       watch(x [B,q,C], layer, session) -> look at a layer's input before its norm
       hides(look, rows)          -> [B, R or 1, K] columns to mask, if `rows` is "all": before SDPA and the other edits;
@@ -274,6 +276,7 @@ class AttentionEdit(Method):
     kind: ClassVar[str] = "attention"
     marks: ClassVar[bool] = False  # True if it remembers columns of the prompt (masks or weights for them) for later
     spares: ClassVar[str] = ""  # which of its rows it may leave as they are: "any", "prompt" rows only, "" for none
+    shared: ClassVar[bool] = True  # `columns` is the same in all layers
     idle_reason: ClassVar[str] = "no row of it was reached."
     layers: Layers = param(None, "language-model layers to edit")
     branch: str = param("both", "beside a contrast: the branch it acts in", choices=("both", "main", "negative"))
@@ -290,14 +293,19 @@ class AttentionEdit(Method):
     def columns(self, rows: Rows) -> Columns:
         return Columns()
 
+    def form(self, rows: Rows) -> Columns:
+        """`columns`, made once a forward if all layers share it."""
+        return rows.once(self.columns) if self.shared else self.columns(rows)
+
     def logits(self, z: torch.Tensor, rows: Rows) -> torch.Tensor:
-        scale = rows.once(self.columns).scale
-        return z if scale is None else z * scale
+        form = self.form(rows)
+        z = z if form.scale is None else z * form.scale
+        return z if form.rows is None else z * form.rows
 
     def log_weights(self, rows: Rows) -> torch.Tensor | None:
         """Broadcasts to [B, H, R, K]: what is added to the scores that all logit edits have left; None: nothing."""
-        _, bias, heads = rows.once(self.columns)
-        return bias if bias is None or heads is None else bias * heads[:, None, None]
+        form = self.form(rows)
+        return form.bias if form.bias is None or form.heads is None else form.bias * form.heads[:, None, None]
 
     def weights(self, a: torch.Tensor, rows: Rows) -> torch.Tensor:
         return a
@@ -313,7 +321,7 @@ class AttentionEdit(Method):
     def heads(self, o: torch.Tensor, rows: Rows) -> torch.Tensor:
         return o
 
-    def scan(self, q: torch.Tensor, k: torch.Tensor, allowed: torch.Tensor | None, scaling: float, rows: Rows) -> None:
+    def scan(self, q: torch.Tensor, k: torch.Tensor, allowed: torch.Tensor | None, scores: Scores, rows: Rows) -> None:
         return None
 
     def see(self, a: torch.Tensor, rows: Rows) -> None:

@@ -1,4 +1,4 @@
-"""Edits that are the same for all rows, on plain SDPA: scaled keys, and log-weights in a few more head dimensions."""
+"""Edits by column or by row, on plain SDPA: scaled keys and queries, and log-weights in a few more head dimensions."""
 
 from __future__ import annotations
 
@@ -21,16 +21,18 @@ def column_attention(
     forms: list[Columns],
     **kwargs: Any,
 ) -> torch.Tensor:
-    """Attention of all rows with z <- scale z + bias per column, scales first. Shapes as `attention`: -> [B, q, H, D].
+    """Attention of all rows with z <- scale rows z + bias, scales first. Shapes as `attention`: -> [B, q, H, D].
 
     scale (q . k) = q . (scale k), and scaling [q, 1] . [k, bias / scaling] = scaling q . k + bias: the matrix of scores
     is never formed and the causal kernels stay. Below float32 the bias is split in two parts, high and low.
     """
     dim = query.shape[-1]
     biases: list[tuple[torch.Tensor, torch.Tensor | None]] = []
-    for scale, bias, heads in forms:
+    for scale, bias, heads, rows in forms:
         if scale is not None:
             key = (key * scale.transpose(2, 3)).to(key.dtype)
+        if rows is not None:
+            query = (query * rows).to(query.dtype)
         if bias is not None:
             biases.append((bias, heads))
     for bias, heads in biases:

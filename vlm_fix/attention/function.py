@@ -7,16 +7,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from ..method import AttentionEdit
+from ..method import AttentionEdit, Columns
 from ..session import Rows, Session
 from . import graph
 from .apart import apart_attention
 from .columns import column_attention
-from .kernel import edited_heads, edited_rows, edited_weights
+from .flex import block_mask, flex_rows
+from .kernel import Scores, edited_heads, edited_rows, edited_weights
 
 NAME = "vlm_fix"  # must not contain "flash": transformers would take it for FlashAttention
 
@@ -60,11 +62,24 @@ def edited_attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """`attention` of a layer of the language model."""
+    scores = Scores(query.shape[-1] ** -0.5 if scaling is None else scaling, kwargs.get("softcap"))
+    fused = scores.softcap is None or _by_flex(query)  # some kernel runs all rows
 
     def plain() -> tuple[torch.Tensor, None]:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
+        if scores.softcap is None:
+            return sdpa_attention_forward(
+                module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+            )
+        return capped([]).transpose(1, 2).to(query.dtype), None
+
+    def capped(forms: list[Columns]) -> torch.Tensor:
+        visible = _visible(key, value, query, attention_mask, 0)
+        if not fused:
+            return edited_rows(query, *visible, scores, [])
+        made, place = session._masks if session else {}, ("flex", key.shape[2], query.device)
+        if made.get(place, (0, None))[0] is not attention_mask:
+            made[place] = attention_mask, block_mask(query, key, visible[2])
+        return flex_rows(query, *visible[:2], made[place][1], scores, forms)
 
     handle: Any = module._vlm_fix
     session: Session | None = handle.engine.session
@@ -81,10 +96,12 @@ def edited_attention(
     edits = (
         [(e, Rows(handle.layer, session, e, plan.positions, **plan.masks), m) for e, m in plan.edits] if plan else []
     )
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     for edit, view, _ in edits:
         if edit.edits("hides"):
-            attention_mask = _without(edit, view, query, key, value, attention_mask, scale)
+            attention_mask = _without(edit, view, query, key, value, attention_mask, scores)
+    for edit, view, _ in edits:
+        if edit.edits("scan"):
+            edit.scan(query[:, :, first:], key, _visible(key, value, query, attention_mask, first)[2], scores, view)
     # under autograd the rows are written even if they are only seen, so that gradients reach the weights
     writes = plan is not None and (plan.changes or torch.is_grad_enabled())
     output = None
@@ -97,26 +114,30 @@ def edited_attention(
         note = functools.partial(probe.weights, handle.layer, session, start)
         allowed = _visible(key, value, query, attention_mask, start)[2]
         allowed = allowed if allowed is None else allowed[:, :, : end - start]
-        edited_rows(query[:, :, start:end], key, value, allowed, scale, [], note)
+        edited_rows(query[:, :, start:end], key, value, allowed, scores, [], note)
     rows, kept = None, None
     if plan and plan.spares and not torch.is_grad_enabled():
         base = output
         kept = functools.cache(lambda: (plain()[0] if base is None else base)[:, first:].transpose(1, 2))
-    if plan and plan.by_weights and probe is None and _by_columns(plan, query.shape[2]):
-        forms = [view.once(e.columns) for e, view, _ in edits if e.edits("columns")]
-        rows = column_attention(module, query, key, value, attention_mask, scale, forms, dropout=dropout, **kwargs)
-        rows = edited_heads(rows[:, first:].transpose(1, 2), edits)
+    if plan and plan.by_weights and probe is None and fused and _by_columns(plan, query.shape[2]):
+        forms = [_from_first(e.form(view), first) for e, view, _ in edits if e.edits("columns")]
+        if scores.softcap is None:
+            rows = column_attention(
+                module, query, key, value, attention_mask, scores.scaling, forms, dropout=dropout, **kwargs
+            ).transpose(1, 2)
+        else:
+            rows = capped(forms)
+        rows = edited_heads(rows[:, :, first:], edits)
     elif plan and plan.by_weights:
         see = functools.partial(probe.weights, handle.layer, session, first) if probe else None
         windowed = query.shape[2] > 1 and kwargs.get("sliding_window") is not None
         visible = _visible(key, value, query, attention_mask, first)
-        for edit, view, _ in edits:
-            if edit.edits("scan"):
-                edit.scan(query[:, :, first:], key, visible[2], scale, view)
-        if probe is None and _by_apart(plan, query):
-            rows = apart_attention(module, query, key, value, attention_mask, scale, *edits[0][:2], kept, **kwargs)
+        if probe is None and scores.softcap is None and _by_apart(plan, query):
+            rows = apart_attention(
+                module, query, key, value, attention_mask, scores.scaling, *edits[0][:2], kept, **kwargs
+            )
         if rows is None:
-            rows = edited_rows(query[:, :, first:], *visible, scale, edits, see, windowed, kept)
+            rows = edited_rows(query[:, :, first:], *visible, scores, edits, see, windowed, kept)
     elif plan:
         assert output is not None
         rows = edited_heads(output[:, first:].transpose(1, 2), edits)
@@ -135,6 +156,11 @@ def edited_attention(
     return output, None
 
 
+def _from_first(form: Columns, first: int) -> Columns:
+    """A form of the rows from `first` on, as one of all rows."""
+    return form if form.rows is None else form._replace(rows=pad(form.rows, (0, 0, first, 0), value=1.0))
+
+
 def _without(
     edit: AttentionEdit,
     rows: Rows,
@@ -142,12 +168,12 @@ def _without(
     key: torch.Tensor,
     value: torch.Tensor,
     mask: torch.Tensor | None,
-    scale: float,
+    scores: Scores,
 ) -> torch.Tensor | None:
     """The mask of all rows without the columns that `edit` hides."""
 
     def look(i: int) -> torch.Tensor:
-        return edited_weights(query[:, :, i:], key, _visible(key, value, query, mask, i)[2], scale, [], False)
+        return edited_weights(query[:, :, i:], key, _visible(key, value, query, mask, i)[2], scores, [], False)
 
     gone = edit.hides(look, rows)
     if gone is None:
@@ -213,8 +239,8 @@ def _made_plan(
             session.state(edit)["changed", "later"] = True
     partial = [m for m in masks.values() if m is not None]
     touched = torch.stack(partial).any(dim=0) if len(partial) == len(masks) else None
-    scores = {"logits", "log_weights"}
-    kinds = {w for edit, _ in chosen for w in (*scores, "weights", "heads", "see", "scan") if edit.edits(w)}
+    raw = {"logits", "log_weights"}
+    kinds = {w for edit, _ in chosen for w in (*raw, "weights", "heads", "see") if edit.edits(w)}
     return Plan(
         [(edit, masks[firsts]) for edit, firsts in chosen],
         first,
@@ -222,16 +248,21 @@ def _made_plan(
         session.masks(key.shape[2], device),
         touched,
         whole=first == 0 and touched is None,
-        by_weights=bool(kinds & {*scores, "weights", "see"}),
-        changes=bool(kinds & {*scores, "weights", "heads"}),
+        by_weights=bool(kinds & {*raw, "weights", "see"}),
+        changes=bool(kinds & {*raw, "weights", "heads"}),
         spares=any(edit.spares == "any" or (edit.spares == "prompt" and prompt) for edit, _ in chosen),
         linear=len(masks) == 1
-        and not kinds & {"weights", "see", "scan"}
-        and all(getattr(type(e), w) is getattr(AttentionEdit, w) for e, _ in chosen for w in scores),
+        and not kinds & {"weights", "see"}
+        and all(getattr(type(e), w) is getattr(AttentionEdit, w) for e, _ in chosen for w in raw),
     )
 
 
-PATH = "auto"  # tests set "kernel" or "columns"
+PATH = "auto"  # tests set "kernel", "columns" or "flex"
+
+
+def _by_flex(query: torch.Tensor) -> bool:
+    """Capped scores of a prompt: compiled on CUDA; elsewhere the row kernel forms less at once."""
+    return query.shape[2] > 1 and (PATH == "flex" or (PATH == "auto" and query.is_cuda))
 
 
 def _by_columns(plan: Plan, count: int) -> bool:
@@ -240,7 +271,7 @@ def _by_columns(plan: Plan, count: int) -> bool:
     Edits that are no `columns` always go through the kernel, in chunks of rows.
     """
     rows = count - plan.first
-    return plan.linear and (PATH == "columns" if PATH != "auto" else rows > 1 and 4 * rows >= count)
+    return plan.linear and (PATH in ("columns", "flex") if PATH != "auto" else rows > 1 and 4 * rows >= count)
 
 
 def _by_apart(plan: Plan, query: torch.Tensor) -> bool:

@@ -63,13 +63,14 @@ def _attention(
     scaling: float | None,
     sliding_window: int | None,
     is_causal: bool | None,
+    softcap: float | None,
     engine: int,
     layer: int,
 ) -> torch.Tensor:
     from .function import edited_attention
 
     module = ENGINES[engine].language.layers[layer].self_attn
-    kwargs = {"sliding_window": sliding_window, "is_causal": is_causal}
+    kwargs = {"sliding_window": sliding_window, "is_causal": is_causal, "softcap": softcap}
     return edited_attention(module, query, key, value, mask, scaling=scaling, **kwargs)[0].contiguous()
 
 
@@ -111,5 +112,5 @@ def attention(
     kwargs: dict[str, Any],
 ) -> torch.Tensor:
     """The attention function in a graph; what SDPA does not look at is left out of kwargs."""
-    sliding_window, is_causal = kwargs.get("sliding_window"), kwargs.get("is_causal")
-    return _attention(query, key, value, mask, scaling, sliding_window, is_causal, handle.engine.key, handle.layer)
+    known = (kwargs.get(name) for name in ("sliding_window", "is_causal", "softcap"))
+    return _attention(query, key, value, mask, scaling, *known, handle.engine.key, handle.layer)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -14,12 +15,19 @@ from ..session import Rows
 CHUNK_BYTES = 4 * 2**20  # float32 score memory per chunk of rows, twice that on CUDA; an edit may hold a few times that
 
 
+class Scores(NamedTuple):
+    """How a model makes its raw scores: z = scaling q . k, with a soft cap c (Gemma 2) c tanh(z / c)."""
+
+    scaling: float
+    softcap: float | None = None
+
+
 def edited_rows(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     allowed: torch.Tensor | None,
-    scaling: float,
+    scores: Scores,
     edits: list[tuple[AttentionEdit, Rows, torch.Tensor | None]],
     probe: Callable[[torch.Tensor, int], None] | None = None,
     windowed: bool = False,
@@ -48,7 +56,7 @@ def edited_rows(
             ]
             visible = allowed if allowed is None else allowed[:, :, part]
         changed: list[torch.Tensor] | None = None if plain is None else []
-        a = edited_weights(query[:, :, part], key, visible, scaling, seen, windowed, changed)
+        a = edited_weights(query[:, :, part], key, visible, scores, seen, windowed, changed)
         if probe:
             probe(a, i)
         for edit, rows, _ in seen:
@@ -73,17 +81,19 @@ def edited_weights(
     query: torch.Tensor,
     key: torch.Tensor,
     allowed: torch.Tensor | None,
-    scaling: float,
+    scores: Scores,
     edits: list[tuple[AttentionEdit, Rows, torch.Tensor | None]],
     windowed: bool,
     changed: list[torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """The edited weights of one chunk of rows, [B, H, R, K]; `changed` gets the rows [B, R] that each edit changed."""
     compute = torch.promote_types(query.dtype, torch.float32)
-    packed, keys = _grouped(query.to(compute) * scaling, key.shape[1]), key.to(compute)
+    packed, keys = _grouped(query.to(compute) * scores.scaling, key.shape[1]), key.to(compute)
     # on a CPU a product with few columns is up to three times as fast as the same one with few rows
     z = (keys @ packed.mT).mT if packed.shape[2] <= 8 and not packed.is_cuda else packed @ keys.mT
     z = z.reshape(*query.shape[:3], -1)
+    if scores.softcap is not None:
+        z = scores.softcap * torch.tanh(z / scores.softcap)
     if windowed and allowed is not None:
         z = z.masked_fill(~allowed, 0) if allowed.dtype == torch.bool else z.masked_fill(allowed < 0, 0)
     for edit, rows, mask in edits:
@@ -105,7 +115,7 @@ def edited_weights(
 
 
 def column_means(
-    query: torch.Tensor, key: torch.Tensor, allowed: torch.Tensor | None, scaling: float, real: torch.Tensor
+    query: torch.Tensor, key: torch.Tensor, allowed: torch.Tensor | None, scores: Scores, real: torch.Tensor
 ) -> torch.Tensor:
     """[B, H, K]: the plain attention weight of each column, mean over the rows that see it; `real` [B, R]: rows to count.
 
@@ -118,7 +128,7 @@ def column_means(
         rows = real[:, None, i : i + step, None]
         seen = rows if allowed is None else rows & _boolean(allowed[:, :, i : i + step])
         visible = allowed if allowed is None else allowed[:, :, i : i + step]
-        total += (edited_weights(query[:, :, i : i + step], key, visible, scaling, [], False) * rows).sum(dim=2)
+        total += (edited_weights(query[:, :, i : i + step], key, visible, scores, [], False) * rows).sum(dim=2)
         count = count + seen.sum(dim=2)
     return total / count.clamp(min=1)
 
