@@ -252,6 +252,28 @@ def test_outputs_are_what_layers_add(name):
     assert half.mlp_output.dtype == torch.float16 and half.mlp_norm.dtype == torch.float32
 
 
+def test_outputs_are_those_that_a_hidden_edit_left(family, model):
+    """On a wrapped model: what IRI injects is in the outputs."""
+    inputs, stream, hooks = single(family, [1], 0), [], []
+    plain = vlm_fix.observe(model, inputs, outputs=True)
+    with vlm_fix.wrapped(model, "iri:rr_attention=1|0.2|0.3|0.1,rr_mlp=0.3|1|0.2|0.1,sources=2,targets=4,lambda_a=0.9"):
+        for layer in ref.decoder(model).layers:
+            hooks.append(
+                layer.register_forward_pre_hook(lambda m, a, k: stream.append((*a, *k.values())[0]), with_kwargs=True)
+            )
+            hooks.append(
+                layer.register_forward_hook(lambda m, a, o: stream.append(o[0] if isinstance(o, tuple) else o))
+            )
+        seen = vlm_fix.observe(model, inputs, outputs=True)
+        for hook in hooks:
+            hook.remove()
+    added = torch.stack(
+        [after[0, -1:] - before[0, -1:] for before, after in zip(stream[::2], stream[1::2], strict=True)]
+    )
+    assert torch.allclose(seen.attention_output + seen.mlp_output, added, atol=1e-4)
+    assert not torch.allclose(seen.attention_output[1], plain.attention_output[1], atol=1e-2)
+
+
 def check_rows(model, inputs, run, seen):
     """Question rows and column sums against materialised weights."""
     visual, _, _ = groups(inputs)
