@@ -86,8 +86,9 @@ class CCA(Method):
         types, cache = session.types, kwargs.get("past_key_values")
         assert types is not None
         text = session.call.model.config.get_text_config()
-        full = set(getattr(text, "layer_types", None) or ["full_attention"]) == {"full_attention"}
-        if not (full and session.call.family.causal):
+        window = "sliding_attention" if getattr(text, "sliding_window", None) else "full_attention"
+        kinds = getattr(text, "layer_types", None) or [window]  # Mistral's windows are in every layer, and not listed
+        if set(kinds) != {"full_attention"} or not session.call.family.causal:
             raise VlmFixError(
                 "cca's mask needs full causal attention in every layer; use cca:mask=false on this model."
             )

@@ -8,8 +8,8 @@ import torch
 IMAGE, PAD, VOCAB = 90, 91, 96
 
 
-def tiny_llava(dtype=torch.float32, seed=0, depth=4, heads=4, kv_heads=2):
-    """LLaVA with a CLIP tower (6x6 = 36 patches) and a Llama decoder with grouped-query heads."""
+def tiny_llava(dtype=torch.float32, seed=0, depth=4, heads=4, kv_heads=2, config=None, **more):
+    """LLaVA with a CLIP tower (6x6 = 36 patches) and a Llama decoder with grouped-query heads, or another `config`."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     torch.manual_seed(seed)
@@ -22,7 +22,7 @@ def tiny_llava(dtype=torch.float32, seed=0, depth=4, heads=4, kv_heads=2):
         patch_size=4,
         projection_dim=32,
     )
-    text = LlamaConfig(
+    text = (config or LlamaConfig)(
         hidden_size=64,
         intermediate_size=96,
         num_hidden_layers=depth,
@@ -34,8 +34,9 @@ def tiny_llava(dtype=torch.float32, seed=0, depth=4, heads=4, kv_heads=2):
         bos_token_id=1,
         eos_token_id=2,
         initializer_range=0.2,
+        **more,
     )
-    config = LlavaConfig(
+    whole = LlavaConfig(
         vision_config=vision,
         text_config=text,
         image_token_index=IMAGE,
@@ -44,7 +45,7 @@ def tiny_llava(dtype=torch.float32, seed=0, depth=4, heads=4, kv_heads=2):
         vision_feature_select_strategy="default",
         image_seq_length=36,
     )
-    return _ready(LlavaForConditionalGeneration(config), dtype)
+    return _ready(LlavaForConditionalGeneration(whole), dtype)
 
 
 def tiny_qwen(dtype=torch.float32, seed=0, depth=4):
@@ -169,3 +170,20 @@ def model(models, family):
     import vlm_fix
 
     vlm_fix.unwrap(models[family])
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Gates of the matrix that fell the other way in bf16."""
+    cells = [
+        (report.nodeid, value)
+        for report in terminalreporter.stats.get("passed", [])
+        for name, value in report.user_properties
+        if name == "gate_flips" and value[1]
+    ]
+    if cells:
+        flips, gates = (sum(value[i] for _, value in cells) for i in (0, 1))
+        name, worst = max(cells, key=lambda cell: cell[1][2])
+        terminalreporter.write_line(
+            f"gate flips: {flips} of {gates} gates in {len(cells)} cells; the farthest lay {worst[2]:.1e} from its "
+            f"threshold, in {name.partition('[')[2].rstrip(']')}"
+        )

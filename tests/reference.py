@@ -7,7 +7,9 @@ tokens at once, with an attention function that forms the whole L x L matrix and
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from conftest import IMAGE
@@ -18,8 +20,48 @@ RUN = None  # the Reference of the running forward
 
 
 @dataclass
+class Gates:
+    """Decisions of one pass: values against a threshold, or the largest of some. Distances are relative to `scale`.
+
+    With `taken`, the decisions of another pass count instead; those that differ are `flips`, each with its distance.
+    """
+
+    taken: dict | None = None
+    own: dict = field(default_factory=dict)
+    margin: float = math.inf  # least distance of a value from its threshold
+    flips: list[float] = field(default_factory=list)
+
+    def above(self, key, value, threshold, scale=1.0) -> bool:
+        """value > threshold?"""
+        distance = abs(float(value) - float(threshold)) / float(scale)
+        self.margin, self.own[key] = min(self.margin, distance), bool(value > threshold)
+        chosen = self.own[key] if self.taken is None else self.taken[key]
+        if chosen != self.own[key]:
+            self.flips.append(distance)
+        return chosen
+
+    def largest(self, key, values, count) -> list[int]:
+        """The indices of the `count` largest values, largest first."""
+        order = sorted(range(len(values)), key=lambda i: -values[i])
+        own, scale = order[:count], max(map(abs, values))
+        if 0 < count < len(values):
+            self.margin = min(self.margin, (values[order[count - 1]] - values[order[count]]) / scale)
+        self.own[key] = own
+        chosen = own if self.taken is None else self.taken[key]
+        lost = sorted((values[i] for i in set(own) - set(chosen)), reverse=True)
+        won = sorted(values[i] for i in set(chosen) - set(own))
+        self.flips += [(a - b) / scale for a, b in zip(lost, won, strict=True)]
+        return chosen
+
+
+@dataclass
 class Reference:
-    """One pass. Overwrite score(z, ...), weight(a, ...), scale(o, ...) for one row of one head; `layers` are edited."""
+    """One pass. Overwrite score(z, ...), weight(a, ...) for one row of one head, or scores(z [H, L, L], layer) and
+    mixed(a [H, L, L], layer) in place for all of them; scale(o [H, L, D], layer) for head outputs; `layers` are edited.
+
+    `given` are queries, keys, values and inputs of another run, which each layer takes instead of this pass's own: its
+    gates then are those of the other run's numbers.
+    """
 
     visual: list[int]
     prompt_len: int
@@ -27,6 +69,12 @@ class Reference:
     rows: str = "last"
     inputs: dict[int, torch.Tensor] = field(default_factory=dict)  # layer -> x [L, C] before its norm
     outputs: dict[int, torch.Tensor] = field(default_factory=dict)  # layer -> [H, L, D] as edited
+    gates: Gates = field(default_factory=Gates)
+    given: Any = None
+
+    @property
+    def margin(self) -> float:
+        return self.gates.margin
 
     def edited(self, row: int) -> bool:
         first = {
@@ -36,33 +84,67 @@ class Reference:
         }[self.rows]
         return bool(self.visual) and row >= first
 
+    def cells(self, z):
+        for h in range(z.shape[0]):
+            for r in filter(self.edited, range(z.shape[1])):
+                yield h, r
+
     def score(self, z, layer, head, row):
         return z
 
     def weight(self, a, layer, head, row):
         return a
 
+    def scores(self, z, layer):
+        for h, r in self.cells(z):
+            z[h, r] = self.score(z[h, r], layer, h, r)
+
+    def mixed(self, a, layer):
+        for h, r in self.cells(a):
+            a[h, r] = self.weight(a[h, r], layer, h, r)
+
     def scale(self, out, layer):
         return out
+
+    def projected(self, q, k, layer):
+        """Looks at queries and keys [H, L, D]."""
+
+    def visible(self, mask):
+        """The additive mask [L, L] with other columns visible."""
+        return mask
+
+    def extra(self, full) -> dict:
+        """Further inputs of the forward."""
+        return {}
+
+    def attach(self, twin) -> list:
+        """Hooks for the forward."""
+        return []
+
+    def forward(self, twin, inputs, generated):
+        return teacher_forced(twin, self, inputs, generated)
 
 
 def reference_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
     run, layer = RUN, getattr(module, "layer_idx", None)
+    if run is not None and run.given:
+        query, key, value = (x[None] for x in run.given.projected(layer))
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     z = query @ key.transpose(2, 3) * scaling
     edit = run is not None and layer in run.layers
-    heads, length = z.shape[1:3]
+    if run is not None:
+        attention_mask = run.visible(attention_mask[0, 0])[None, None]
     if edit:
-        for h in range(heads):
-            for r in filter(run.edited, range(length)):
-                z[0, h, r] = run.score(z[0, h, r], layer, h, r)
+        run.projected(query[0], key[0], layer)
+        z = z.masked_fill(attention_mask < -1e9, 0)  # a column outside the window is not there to be summed
+        run.scores(z[0], layer)
     a = (z + attention_mask).softmax(-1)
     if edit:
-        for h in range(heads):
-            for r in filter(run.edited, range(length)):
-                a[0, h, r] = run.weight(a[0, h, r], layer, h, r)
+        run.mixed(a[0], layer)
     out = a @ value
+    if run is not None and run.given:
+        out = out.to(run.given.dtype).double()  # as fused attention hands them on
     if run is not None:
         run.outputs[layer] = out[0].clone()
         if edit:
@@ -109,9 +191,13 @@ def teacher_forced(twin, run, inputs, generated):
 
         def note(module, args, kwargs, i=i):
             if run is not None:
-                run.inputs[i] = (args[0] if args else kwargs["hidden_states"])[0].clone()
+                x = (args[0] if args else kwargs["hidden_states"])[0].clone()
+                run.inputs[i] = run.given.inputs(i) if run.given else x
 
         hooks.append(layer.register_forward_pre_hook(note, with_kwargs=True))
+    if run is not None:
+        hooks += run.attach(twin)
+        full |= run.extra(full)
     twin.model.rope_deltas = None
     RUN = run
     try:
@@ -145,26 +231,26 @@ class VarReference(Reference):
     rho: float = 0.5
     p: float = 0.4
     min_visual_mass: float = 0.2
-    margin: float = 1.0  # least distance of any gate from its threshold that was seen
+    secondary: dict | None = None  # layer -> columns, found in another way
     hits: int = 0
     cache: dict = field(default_factory=dict)  # layer -> its input and the sinks in it
 
     def sinks(self, layer):
+        if self.secondary is not None:
+            return self.secondary[layer]
         seen, found = self.cache.get(layer, (None, []))
         if seen is self.inputs[layer]:
             return found
-        found = []
-        for j in range(self.prompt_len):
+
+        def ratios(j):
             x = self.inputs[layer][j]
-            rms = (x.pow(2).mean() + 1e-6).sqrt()
-            first = self.inputs[layer][0]
-            dims = self.dims or [
-                d for d in range(len(x)) if abs(first[d]) / (first.pow(2).mean() + 1e-6).sqrt() > self.tau
-            ]
-            phi = max((float(abs(x[d]) / rms) for d in dims), default=0.0)
-            self.margin = min(self.margin, abs(phi - self.tau))
-            if phi > self.tau:
-                found.append(j)
+            return (x.abs() / (x.pow(2).mean() + 1e-6).sqrt()).tolist()
+
+        dims, tau = self.dims, self.tau
+        if not dims:
+            dims = [d for d, v in enumerate(ratios(0)) if self.gates.above(("dim", layer, d), v, tau, tau)]
+        phis = [max((ratios(j)[d] for d in dims), default=0.0) for j in range(self.prompt_len)]
+        found = [j for j, phi in enumerate(phis) if self.gates.above(("sink", layer, j), phi, tau, tau)]
         self.cache[layer] = self.inputs[layer], found
         return found
 
@@ -174,14 +260,15 @@ class VarReference(Reference):
         outside = [j for j in self.visual if j not in sink]
         if not inside:
             return a
-        image = sum(float(a[j]) for j in self.visual)
-        share = sum(float(a[j]) for j in inside) / (image + 1e-6)
-        self.margin = min(self.margin, abs(share - (1 - self.rho)), abs(image - self.min_visual_mass))
-        if share > 1 - self.rho or image < self.min_visual_mass or not outside:
+        image, values = sum(float(a[j]) for j in self.visual), a.tolist()
+        share = sum(values[j] for j in inside) / (image + 1e-6)
+        crowded = self.gates.above(("share", layer, head, row), share, 1 - self.rho)
+        looking = self.gates.above(("mass", layer, head, row), image, self.min_visual_mass)
+        if crowded or not looking or not outside:
             return a
         self.hits += 1
-        new, mass = a.clone(), sum(float(a[j]) for j in outside)
-        moved = sum(float(a[j]) for j in sink) * self.p
+        new, mass = a.clone(), sum(values[j] for j in outside)
+        moved = sum(values[j] for j in sink) * self.p
         for j in sink:
             new[j] = a[j] * (1 - self.p)
         for j in outside:
@@ -193,7 +280,6 @@ class VarReference(Reference):
 class VhrReference(Reference):
     alpha: float = 2.0
     text: dict = field(default_factory=dict)
-    margin: float = 1.0
 
     def scale(self, out, layer):
         out, last = out.clone(), self.prompt_len - 1
@@ -201,17 +287,20 @@ class VhrReference(Reference):
         vhd = [float((with_image[i] - text[i]).pow(2).sum().sqrt()) for i in range(len(out))]
         ta = [float(text[i].pow(2).sum()) for i in range(len(out))]
 
+        def above(name, i, values, limit):
+            return self.gates.above((name, layer, i), values[i], limit, limit)
+
         def limit(v):
             mean = sum(v) / len(v)
             return mean + (sum((x - mean) ** 2 for x in v) / len(v)) ** 0.5
 
-        lv, lt = limit(vhd), limit(ta)
-        vhd = [0.0 if v > lv and t > lt else v for v, t in zip(vhd, ta, strict=True)]
+        heads = range(len(vhd))
+        far = [(above("vhd", i, vhd, limit(vhd)), above("ta", i, ta, limit(ta))) for i in heads]
+        vhd = [0.0 if all(far[i]) else vhd[i] for i in heads]
         order = sorted(vhd)
         median = (order[(len(order) - 1) // 2] + order[len(order) // 2]) / 2
-        for i, v in enumerate(vhd):
-            self.margin = min(self.margin, abs(v - median))
-            if v > median:
+        for i in heads:
+            if above("median", i, vhd, median):
                 for r in range(last if self.rows == "last" else 0, out.shape[1]):
                     out[i, r] = out[i, r] * self.alpha
         return out

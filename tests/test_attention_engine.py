@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import edits
 import families
 import pytest
 import reference as ref
@@ -13,8 +14,7 @@ from conftest import BUILD, make_inputs, single
 from families import prompt
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_attention_methods import CASES
-from test_attention_more import ACT
+from test_matrix import ROWS, check
 from test_methods import error, greedy
 
 import vlm_fix
@@ -23,7 +23,7 @@ from vlm_fix.attention.columns import column_attention
 from vlm_fix.method import Columns
 from vlm_fix.registry import get_method
 
-STATIC = [s for s in CASES if s.startswith(("zerotuning", "vaf", "avar"))]
+STATIC = [s for s in ROWS if s.startswith(("zerotuning", "vaf", "avar"))]
 
 
 @pytest.fixture
@@ -50,28 +50,11 @@ def paths(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("spec", STATIC)
 @pytest.mark.parametrize("name", [*BUILD, "gemma3"])
-def test_columns_equal_reference(name, spec, dtype, paths):
+def test_columns_equal_reference(name, spec, dtype, paths, monkeypatch, record_property):
     """Every row, prompt and decode, through SDPA with changed keys, against loops over whole matrices."""
     seen = paths("columns")
-    model = families.build(name, dtype) if name == "gemma3" else BUILD[name](dtype)
-    inputs = prompt(name, [1, 2], rows=[1]) if name == "gemma3" else single(name, [1, 2], 1)
-    inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
-    with vlm_fix.wrapped(model, spec):
-        tokens, logits, _ = greedy(model, inputs, 4, suppress_tokens=[90])
+    check(spec, ROWS[spec], name, dtype, monkeypatch, record_property)
     assert seen and {path for path, _ in seen} == {"column_attention"}
-    twin = ref.double(model)
-    twin.set_attn_implementation({"text_config": "matrix_loops"})
-    run = CASES[spec](ref.visual_columns(inputs["input_ids"]), inputs["input_ids"].shape[1])
-    expected = ref.teacher_forced(twin, run, inputs, tokens[0, :-1])
-    limit = 1e-5
-    if dtype == torch.bfloat16:  # the row kernel's own rounding is the yardstick
-        paths("kernel")
-        with vlm_fix.wrapped(model, spec):
-            forced = {
-                "prefix_allowed_tokens_fn": lambda b, ids: [int(tokens[0, len(ids) - inputs["input_ids"].shape[1]])]
-            }
-            limit = max(3e-2, 1.5 * error(greedy(model, inputs, 4, **forced)[1][0], expected))
-    assert error(logits[0], expected) < limit
 
 
 @pytest.mark.parametrize("beta,threshold", [(0.4, 0.06), (0.0, 0.07)])
@@ -86,8 +69,7 @@ def test_columns_apart_equal_reference(name, beta, threshold, paths):
         tokens, logits, _ = greedy(model, inputs, 4, suppress_tokens=[90])
     assert set(seen) == {("apart_attention", length), ("edited_rows", 1)}
     twin = ref.double(model)
-    twin.set_attn_implementation({"text_config": "matrix_loops"})
-    run = ACT(ref.visual_columns(inputs["input_ids"]), length, [0, 1, 2], threshold=threshold, beta=beta)
+    run = edits.ACT(ref.visual_columns(inputs["input_ids"]), length, [0, 1, 2], threshold=threshold, beta=beta)
     expected = ref.teacher_forced(twin, run, inputs, tokens[0, :-1])
     plain = ref.teacher_forced(twin, None, inputs, tokens[0, :-1])
     assert run.margin > 1e-7 and float((expected - plain).abs().max()) > 1e-2

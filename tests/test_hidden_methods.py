@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar
 
+import edits
 import families
 import pytest
 import reference as ref
 import torch
-from conftest import BUILD, IMAGE, make_inputs, single
+from conftest import IMAGE, make_inputs, single
 from test_calibrate import labelled
-from test_methods import error, greedy, greedy_forced
+from test_methods import error, greedy
 
 import vlm_fix
 from vlm_fix import HiddenEdit
@@ -21,53 +22,8 @@ RATES = "rr_attention=0.4|0.1|0.3|0.2,rr_mlp=0.1|0.5|0.2|0.3,sources=2,targets=3
 IRI = f"iri:{RATES},lambda_a=0.9,lambda_m=0.7"
 
 
-def iri_by_hand(twin, inputs, tokens, rates, strength, sources, targets, layers=range(4)):
-    """Logits of a float64 pass whose attention and MLP outputs are injected by hooks, row by row."""
-    n, handles, kept = inputs["input_ids"].shape[1], [], {}
-    for part in ("self_attn", "mlp"):
-        order = sorted(range(4), key=lambda i: rates[part][i], reverse=True)
-        src, tgt = order[:sources], [i for i in order[:targets] if i in layers]
-        for i, layer in enumerate(twin.model.language_model.layers):
-
-            def inject(module, args, output, i=i, part=part, src=src, tgt=tgt):
-                x = (output[0] if isinstance(output, tuple) else output).clone()
-                kept[part, i] = x.clone()
-                for r in range(n - 1, x.shape[1]) if i in tgt else []:
-                    a, b = x[0, r], x[0, r].clone()
-                    for k in src:
-                        if k < i:
-                            b = b + strength[part] * rates[part][k] * kept[part, k][0, r]
-                    x[0, r] = b * (a.pow(2).sum().sqrt() / b.pow(2).sum().sqrt())
-                return (x, *output[1:]) if isinstance(output, tuple) else x
-
-            handles.append(getattr(layer, part).register_forward_hook(inject))
-    try:
-        return ref.teacher_forced(twin, None, inputs, tokens)
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def hooks(model):
     return [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_iri_equals_reference(family, dtype):
-    model, inputs = BUILD[family](dtype), single(family, [1, 2], 0, dtype=dtype)
-    with vlm_fix.wrapped(model, IRI):
-        tokens, logits, _ = greedy(model, inputs)
-    rates = {"self_attn": (0.4, 0.1, 0.3, 0.2), "mlp": (0.1, 0.5, 0.2, 0.3)}
-    twin = ref.double(model)
-    expected = iri_by_hand(twin, inputs, tokens[0, :-1], rates, {"self_attn": 0.9, "mlp": 0.7}, 2, 3)
-    plain = ref.teacher_forced(twin, None, inputs, tokens[0, :-1])
-    assert float((expected - plain).abs().max()) > 1e-2
-    if dtype == torch.float32:
-        assert error(logits[0], expected) < 1e-5
-    else:  # the unwrapped model's own rounding is the yardstick
-        with torch.no_grad():
-            own = greedy_forced(model, inputs, torch.cat([inputs["input_ids"], tokens[:, :-1]], 1))
-        assert error(logits[0], expected) < max(3e-2, 2 * error(own, plain))
 
 
 @dataclass(frozen=True)
@@ -187,10 +143,16 @@ def test_layers_leave_out_targets_but_no_source(family, model, layers):
     inputs, spec = single(family, [1], 0), f"{IRI},layers={'|'.join(map(str, layers))}"
     with vlm_fix.wrapped(model, spec):
         tokens, logits, _ = greedy(model, inputs)
-    rates = {"self_attn": (0.4, 0.1, 0.3, 0.2), "mlp": (0.1, 0.5, 0.2, 0.3)}
-    expected = iri_by_hand(
-        ref.double(model), inputs, tokens[0, :-1], rates, {"self_attn": 0.9, "mlp": 0.7}, 2, 3, layers
+    run = edits.IRI(
+        ref.visual_columns(inputs["input_ids"]),
+        inputs["input_ids"].shape[1],
+        layers,
+        rates={"attention": (0.4, 0.1, 0.3, 0.2), "mlp": (0.1, 0.5, 0.2, 0.3)},
+        strength={"attention": 0.9, "mlp": 0.7},
+        sources=2,
+        targets=3,
     )
+    expected = run.forward(ref.double(model), inputs, tokens[0, :-1])
     assert error(logits[0], expected) < 1e-5
 
 
@@ -361,32 +323,6 @@ def test_matching_pursuit_equals_least_squares(atoms):
     twice = torch.cat([dictionary, dictionary])  # words that share a first token must not break the projection
     assert explained(y, twice, 18) == pytest.approx(somp_by_hand(y, dictionary, 9), abs=1e-9)
     assert explained(torch.zeros(4, 16), dictionary.float(), 3) == 0
-
-
-@dataclass
-class Scaled(ref.Reference):
-    factors: dict | None = None  # (layer, head) -> factor on the edited rows
-
-    def edited(self, row):
-        return row >= (0 if self.rows == "all" else self.prompt_len - 1)
-
-    def scale(self, out, layer):
-        out = out.clone()
-        for (i, head), factor in self.factors.items():
-            for r in range(out.shape[1]):
-                if i == layer and self.edited(r):
-                    out[head, r] = out[head, r] * factor
-        return out
-
-
-@pytest.mark.parametrize("where", ["last", "all"])
-def test_head_pursuit_equals_reference(family, model, where, monkeypatch):
-    monkeypatch.setattr(model.generation_config, "suppress_tokens", [IMAGE])
-    inputs = single(family, [1, 2], 0)
-    with vlm_fix.wrapped(model, f"head_pursuit:head_list=1.0|3.2|3.3,factor=-1,prompt_rows={where}"):
-        tokens, logits, _ = greedy(model, inputs)
-    run = Scaled([0], inputs["input_ids"].shape[1], [1, 3], rows=where, factors={(1, 0): -1, (3, 2): -1, (3, 3): -1})
-    assert error(logits[0], ref.teacher_forced(ref.double(model), run, inputs, tokens[0, :-1])) < 1e-5
 
 
 def test_head_pursuit_finds_the_heads_of_a_reference(family, model, monkeypatch):

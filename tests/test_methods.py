@@ -1,4 +1,4 @@
-"""The method matrix: every method x family against the float64 references, in every decoding mode. A method is one row."""
+"""Methods of all kinds in every decoding mode; `test_matrix` holds the attention methods against their references."""
 
 from __future__ import annotations
 
@@ -8,21 +8,11 @@ import pytest
 import reference as ref
 import torch
 from conftest import BUILD, IMAGE, make_inputs, single
+from edits import window_order
 
 import vlm_fix
 
 VAR_TINY = "tau=2.2,min_visual_mass=0.1,rho=0.2,layers=1-3"  # random weights have no massive activations: lower gates
-EDITS = {
-    "pai:alpha=0.5": lambda v, n, text: ref.PaiReference(v, n, [2, 3], alpha=0.5),
-    f"var:{VAR_TINY}": lambda v, n, text: ref.VarReference(v, n, [1, 2, 3], tau=2.2, rho=0.2, min_visual_mass=0.1),
-    f"var:sink_dims=3|17|40,p=0.7,{VAR_TINY.replace('2.2', '1.5')}": lambda v, n, text: ref.VarReference(
-        v, n, [1, 2, 3], tau=1.5, rho=0.2, min_visual_mass=0.1, dims=(3, 17, 40), p=0.7
-    ),
-    "vhr": lambda v, n, text: ref.VhrReference(v, n, [1, 2, 3], text=text),
-    "vhr:prompt_rows=all,alpha=1.5": lambda v, n, text: ref.VhrReference(
-        v, n, [1, 2, 3], rows="all", alpha=1.5, text=text
-    ),
-}
 EVERY = ["pai:alpha=0.5", "pai:alpha=0.5,gamma=1.3", f"var:{VAR_TINY}", "vhr", "vcd:beta=0.01", "hiprune:keep=4"]
 NEUTRAL = ["baseline", "pai:alpha=0", "var:p=0", "vhr:alpha=1", "vcd:alpha=0", "hiprune:keep=1.0", "hiprune:keep=1000"]
 STEPS = 8
@@ -45,40 +35,6 @@ def greedy(model, inputs, steps=STEPS, **kwargs):
 def error(ours, theirs):
     """Largest difference, relative to the largest logit."""
     return float((ours.double() - theirs).abs().max() / theirs.abs().max())
-
-
-def greedy_forced(model, inputs, full):
-    """Logits of the unwrapped model over prompt and generated tokens at once."""
-    extra = {"mm_token_type_ids": (full == IMAGE).int()} if "mm_token_type_ids" in inputs else {}
-    out = model(**{**inputs, **extra, "input_ids": full, "attention_mask": torch.ones_like(full)}, use_cache=False)
-    return out.logits[0, inputs["input_ids"].shape[1] - 1 :]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("spec", EDITS)
-@pytest.mark.filterwarnings("ignore:var changed nothing in this call")
-def test_edit_equals_reference(family, spec, dtype):
-    model = BUILD[family](dtype)
-    inputs = single(family, [1, 2], 0, dtype=dtype)
-    with vlm_fix.wrapped(model, spec):
-        tokens, logits, _ = greedy(model, inputs)
-    twin, visual = ref.double(model), ref.visual_columns(inputs["input_ids"])
-    text = ref.text_only_outputs(twin, inputs, range(4)) if spec.startswith("vhr") else None
-    run = EDITS[spec](visual, inputs["input_ids"].shape[1], text)
-    expected = ref.teacher_forced(twin, run, inputs, tokens[0, :-1])
-    plain = ref.teacher_forced(twin, None, inputs, tokens[0, :-1])
-    if spec.startswith("var"):
-        assert run.hits > 10
-    assert float((expected - plain).abs().max()) > 1e-2, "the edit must matter for this test to mean anything"
-    gate = getattr(run, "margin", 1.0)
-    if dtype == torch.bfloat16:  # the unwrapped model's own rounding is the yardstick
-        full = torch.cat([inputs["input_ids"], tokens[:, :-1]], 1)
-        with torch.no_grad():
-            own = greedy_forced(model, inputs, full)
-        assert error(logits[0], expected) < max(3e-2, 2 * error(own, plain)) or gate < 2e-2
-    else:
-        assert gate > 1e-6, "pick another seed: a gate lies on its threshold"
-        assert error(logits[0], expected) < 1e-5
 
 
 @pytest.mark.parametrize("spec", ["vcd:beta=0.01", "vcd:alpha=2,noise_step=999", "pai:alpha=0.5,gamma=1.3"])
@@ -196,23 +152,6 @@ def encoder_choice(family, twin, inputs, budget, alpha):
         kept += [offset + i for i in ref.hiprune_choice(*columns, (h // 2, w // 2), budget, alpha)]
         offset += h * w // 4
     return kept, features
-
-
-def window_order(grids):
-    """Qwen2.5-VL's window order by hand: windows of 2 x 2 merge units (16 px / 4 px / 2), row by row."""
-    result = []
-    for _, h, w in grids.tolist():
-        h, w = h // 2, w // 2
-        result.append(
-            [
-                y * w + x
-                for wy in range(0, h, 2)
-                for wx in range(0, w, 2)
-                for y in range(wy, min(wy + 2, h))
-                for x in range(wx, min(wx + 2, w))
-            ]
-        )
-    return result
 
 
 @pytest.mark.parametrize("spec", NEUTRAL)
@@ -353,18 +292,6 @@ def test_vhr_runs_one_text_only_pass_a_call(family, model, monkeypatch):
         for options in ({}, {"num_beams": 3}):
             model.generate(**make_inputs(family, [1, 2]), max_new_tokens=4, do_sample=False, **options)
     assert len(seen) == 2 and not any((i["input_ids"] == IMAGE).any() for i in seen)
-
-
-def test_chunks_of_rows_change_nothing(family, model, monkeypatch):
-    """Score memory for one row at a time gives the logits of one chunk, head choice included."""
-    import vlm_fix.attention.kernel as kernel
-
-    stack, inputs = [f"var:{VAR_TINY}", "vhr:prompt_rows=all", "pai:alpha=0.3"], make_inputs(family, [1, 2])
-    with vlm_fix.wrapped(model, stack):
-        whole = greedy(model, inputs)
-        monkeypatch.setattr(kernel, "CHUNK_BYTES", 1)
-        rows = greedy(model, inputs)
-    assert torch.equal(whole[0], rows[0]) and torch.allclose(whole[1], rows[1], atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:var changed nothing in this call")

@@ -8,8 +8,8 @@ import pytest
 import reference as ref
 import torch
 from conftest import IMAGE, make_inputs, single
+from edits import ZeroTuning
 from families import TINY, build, prompt
-from test_attention_methods import Matrices, ZeroTuning
 from test_methods import VAR_TINY, error
 
 import vlm_fix
@@ -20,8 +20,8 @@ ANSWER = [5, 17, 40, 8]
 def eager(model, inputs, run=None):
     """Weights [layers, H, L, L] of prompt and answer at once in float64, by eager attention or a reference with edits."""
     twin = copy.deepcopy(model).double().eval() if run is None else ref.double(model)
-    if run is None or isinstance(run, Matrices):
-        twin.set_attn_implementation({"text_config": "matrix_loops" if run else "eager"})
+    if run is None:
+        twin.set_attn_implementation({"text_config": "eager"})
     seen, hooks = [], []
     for layer in ref.decoder(twin).layers:
         hooks.append(layer.self_attn.register_forward_hook(lambda m, a, o: seen.append(o[1][0])))

@@ -10,7 +10,8 @@ import pytest
 import reference as ref
 import torch
 from conftest import BUILD, IMAGE, make_inputs, single
-from test_methods import STEPS, error, greedy, window_order
+from edits import window_order
+from test_methods import STEPS, error, greedy
 
 import vlm_fix
 from vlm_fix.eval.bench import peak_mb
