@@ -417,3 +417,6 @@ def test_unexplained_pictures_are_refused_before_any_pass(models, monkeypatch):
     ):
         with pytest.raises(vlm_fix.VlmFixError, match=what):
             vlm_fix.observe(model, {**inputs, **changed}, ANSWER)
+    unknown = single("llava", [1], 0) | {"pixel_values_videos": torch.zeros(1, 2, 3, 24, 24)}
+    with pytest.raises(vlm_fix.VlmFixError, match="0 video tokens, which the videos given with it do not explain"):
+        vlm_fix.observe(models["llava"], unknown)

@@ -178,4 +178,4 @@ def test_tables_and_pages_show_the_sizes_and_the_control(folder):
     ]
     assert "gaussian_logits as vcd" in page.page([folder]) and "noise of the size of M" in page.leaderboard([folder])
     assert {line["method"] for line in published.compare(results)} == {"vcd"}
-    assert [run for run, _, _ in methods_page.measured(folder.parent)["gaussian_logits"]] == ["gaussian_logits as vcd"]
+    assert [row.spec for row in methods_page.measured(folder.parent)["gaussian_logits"]] == ["gaussian_logits as vcd"]

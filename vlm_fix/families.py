@@ -218,7 +218,7 @@ def visual_cells(model: Any, family: Family, inputs: dict[str, Any]) -> list[tor
     if inputs.get("pixel_values_videos") is None:
         return image_cells(model, family, inputs)
     ids, types = inputs["input_ids"], inputs.get("mm_token_type_ids")
-    moving = (ids == model.config.video_token_id if types is None else types == 2)[0]
+    moving = (ids == getattr(model.config, "video_token_id", -1) if types is None else types == 2)[0]
     video = moving[torch.isin(ids[0], torch.tensor(image_token_ids(model, family)).to(ids))].cpu()
     if family.cells == "grid_thw" and inputs.get("video_grid_thw") is not None:
         merge = model.config.vision_config.spatial_merge_size
