@@ -21,7 +21,11 @@ from vlm_fix.method import Columns
 
 @pytest.fixture(scope="module")
 def model():
-    return families.build("paligemma2")
+    model = families.build("paligemma2")
+    model.set_attn_implementation(
+        {"text_config": "eager"}
+    )  # transformers before 5.18 starts it on SDPA, without the cap
+    return model
 
 
 def pai(z, visual, last):
@@ -93,6 +97,17 @@ def test_observe_sees_capped_weights(model):
         weights = model(**inputs, output_attentions=True, use_cache=False).attentions
     mass = torch.stack([a[0, :, -1][:, inputs["input_ids"][0] == IMAGE].sum(dim=-1) for a in weights])
     assert torch.allclose(seen.visual_mass[:, :, 0], mass, atol=1e-6)
+
+
+def test_sdpa_is_refused(model):
+    """Where transformers lets such a model run on SDPA, it drops the cap."""
+    model.config.text_config._attn_implementation = "sdpa"
+    try:
+        with pytest.raises(vlm_fix.VlmFixError, match=r'call model.set_attn_implementation\("eager"\) first'):
+            vlm_fix.wrap(model, "pai")
+    finally:
+        model.config.text_config._attn_implementation = "eager"
+    assert "generate" not in model.__dict__
 
 
 def arguments(cap):
