@@ -182,8 +182,10 @@ def teacher_forced(twin, run, inputs, generated):
         suffix = torch.full_like(generated[None], int(twin.config.model_type == "paligemma"))
         full["token_type_ids"] = torch.cat([full["token_type_ids"], suffix.to(full["token_type_ids"])], 1)
     if "mm_token_type_ids" in full:
-        types = full["mm_token_type_ids"]
-        full["mm_token_type_ids"] = torch.cat([types, torch.zeros_like(generated[None]).to(types)], 1)
+        types = (full["input_ids"] == IMAGE).int()
+        if "pixel_values_videos" in full:
+            types[:, : inputs["input_ids"].shape[1]] = full["mm_token_type_ids"]
+        full["mm_token_type_ids"] = types
     for key in {"pixel_values", "pixel_values_videos"} & full.keys():
         full[key] = full[key].to(next(twin.parameters()).dtype)
     hooks = []
