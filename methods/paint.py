@@ -81,6 +81,8 @@ class PAINT(AttentionEdit):
     def prepare(self, session: Session, kwargs: dict[str, Any]) -> dict[str, Any]:
         assert session.types is not None
         if bool((session.types[:, session.start :] == VISUAL).any()):
+            if "pixel_values_videos" in session.call.inputs:
+                raise VlmFixError("paint scores the tokens of images, no video; pass its frames as images, or unwrap.")
             values = [self.strengths(image) for image in session.call.views]
             tokens = session.call.model.__dict__["_vlm_fix_engine"].tokens
             session.state(self)["strength"] = session.on_images(torch.cat(values or [torch.zeros(0)]), tokens)

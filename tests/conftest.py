@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-IMAGE, PAD, VOCAB = 90, 91, 96
+IMAGE, PAD, VIDEO, VOCAB = 90, 91, 92, 96
 
 
 def tiny_llava(dtype=torch.float32, seed=0, depth=4, heads=4, kv_heads=2, config=None, **more):

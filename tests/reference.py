@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from conftest import IMAGE
+from conftest import IMAGE, VIDEO
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
@@ -169,7 +169,12 @@ def decoder(model):
 
 
 def visual_columns(ids):
-    return (ids[0] == IMAGE).nonzero()[:, 0].tolist()
+    return ((ids[0] == IMAGE) | (ids[0] == VIDEO)).nonzero()[:, 0].tolist()
+
+
+def modalities(ids, inputs):
+    """mm_token_type_ids of a prompt that may hold videos."""
+    return ((ids == IMAGE) + 2 * (ids == VIDEO) * ("video_grid_thw" in inputs)).int()
 
 
 @torch.no_grad()
@@ -310,7 +315,8 @@ class VhrReference(Reference):
 
 def text_only_outputs(twin, inputs, layers):
     """Per-head outputs of the prompt's last token without its image tokens: {layer: [H, D]}."""
-    keep = [i for i, t in enumerate(inputs["input_ids"][0].tolist()) if t != IMAGE]
+    visual = visual_columns(inputs["input_ids"])
+    keep = [i for i in range(inputs["input_ids"].shape[1]) if i not in visual]
     text = {k: inputs[k][:, keep] for k in ("input_ids", "token_type_ids") if k in inputs}
     run = Reference([], len(keep), layers)
     teacher_forced(twin, run, text, text["input_ids"][0, :0])

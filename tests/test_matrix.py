@@ -16,7 +16,7 @@ import families
 import pytest
 import reference as ref
 import torch
-from conftest import BUILD, IMAGE, make_inputs, single, tiny_llava
+from conftest import BUILD, IMAGE, PAD, VIDEO, make_inputs, single, tiny_llava
 from test_methods import OPTIONS, error, greedy, works_unwrapped
 
 import vlm_fix
@@ -27,7 +27,13 @@ EDIT = 6e-2  # the least that an edit must change them by
 BAND = 3e-2  # in bf16 a gate may fall the other way where its value is this close to the threshold, relative to it
 FAMILIES = ["llava", "qwen2_5_vl", "gemma3", "mistral"]
 WINDOWS = {"gemma3": 24, "mistral": 60}  # columns of their sliding windows
-COSINE = {"llava": 0.2, "qwen2_5_vl": 0.21, "gemma3": 0.19, "mistral": 0.2}  # random weights have no sinks
+COSINE = {
+    "llava": 0.2,
+    "qwen2_5_vl": 0.21,
+    "gemma3": 0.19,
+    "mistral": 0.2,
+    "video": 0.2,
+}  # random weights have no sinks
 
 
 @dataclass
@@ -227,6 +233,8 @@ ROWS = {
 
 
 REFUSED = {
+    ("video", "paint"): "no video",
+    ("video", "cca"): "no video",
     ("gemma3", "paint"): "cannot in gemma3",
     ("gemma3", "cca"): "use cca:mask=false",
     ("mistral", "cca"): "use cca:mask=false",
@@ -243,7 +251,12 @@ def mistral(dtype, seed=0):
 @functools.cache
 def pair(family, dtype):
     """The model and its float64 twin. Smaller weights in the decoder keep bf16's own error below half of LIMIT."""
-    build = {**BUILD, "mistral": mistral, "gemma3": lambda dtype: families.build("gemma3", dtype)}[family]
+    build = {
+        **BUILD,
+        "video": BUILD["qwen2_5_vl"],
+        "mistral": mistral,
+        "gemma3": lambda dtype: families.build("gemma3", dtype),
+    }[family]
     model = build(dtype)
     for name, p in ref.decoder(model).named_parameters():
         if p.dim() > 1 and "embed" not in name and family != "gemma3":
@@ -251,20 +264,44 @@ def pair(family, dtype):
     return model, ref.double(model)
 
 
-def prompts(family, dtype, images=(1, 2)):
-    """A left-padded batch and each of its rows alone."""
-    seed = {"qwen2_5_vl": 0}.get(family, 3)  # images that have summary tokens, for PAINT
+def prompts(family, dtype):
+    """A left-padded batch and each of its rows alone; they show one image and two, or a video and an image and a video."""
+    seed, images = {"qwen2_5_vl": 0}.get(family, 3), [1, 2]  # images that have summary tokens, for PAINT
     if family == "gemma3":
-        batch, *rows = (
-            families.prompt(family, list(images), rows=r) for r in (None, *([i] for i in range(len(images))))
-        )
+        batch, *rows = (families.prompt(family, images, rows=rows) for rows in (None, [0], [1]))
+    elif family == "video":
+        batch, *rows = (videos(rows) for rows in ([0, 1], [0], [1]))
     else:
         kind = "llava" if family == "mistral" else family
-        batch = make_inputs(kind, list(images), seed)
-        rows = [single(kind, list(images), i, seed) for i in range(len(images))]
+        batch = make_inputs(kind, images, seed)
+        rows = [single(kind, images, i, seed) for i in (0, 1)]
     for inputs in (batch, *rows):
-        inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
+        inputs |= {name: inputs[name].to(dtype) for name in {"pixel_values", "pixel_values_videos"} & inputs.keys()}
     return batch, rows
+
+
+def videos(rows):
+    """Prompts of Qwen2.5-VL: a video of two pairs of frames; an image and a video."""
+    g, made = torch.Generator().manual_seed(3), []
+    for shown in ([(VIDEO, 2, 4, 6)], [(IMAGE, 1, 6, 6), (VIDEO, 2, 4, 4)]):
+        ids, pixels = [1, *torch.randint(3, 80, (3,), generator=g).tolist()], []
+        for token, t, h, w in shown:
+            pixels.append((token, [t, h, w], torch.randn(t * h * w, 3 * 2 * 16, generator=g)))
+            ids += [93, *[token] * (t * h * w // 4), 94, *torch.randint(3, 80, (4,), generator=g).tolist()]
+        made.append((ids, pixels))
+    width = max(len(made[i][0]) for i in rows)
+    ids = torch.tensor([[PAD] * (width - len(made[i][0])) + made[i][0] for i in rows])
+    inputs = {"input_ids": ids, "attention_mask": (ids != PAD).long()}
+    for token, values, grid in (
+        (IMAGE, "pixel_values", "image_grid_thw"),
+        (VIDEO, "pixel_values_videos", "video_grid_thw"),
+    ):
+        own = [p for i in rows for p in made[i][1] if p[0] == token]
+        if own:
+            inputs |= {values: torch.cat([p[2] for p in own]), grid: torch.tensor([p[1] for p in own])}
+    inputs["second_per_grid_ts"] = torch.ones(len(inputs["video_grid_thw"]))
+    inputs["mm_token_type_ids"] = ref.modalities(ids, inputs)
+    return inputs
 
 
 @torch.no_grad()
@@ -272,19 +309,23 @@ def unwrapped(model, inputs, answer):
     """Logits of the model without a method for the same tokens, in its own precision."""
     ids = torch.cat([inputs["input_ids"], answer[None]], dim=1)
     full = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    full |= {k: (ids == IMAGE).int() for k in ("token_type_ids", "mm_token_type_ids") if k in inputs}
+    full |= {k: ref.modalities(ids, inputs) for k in ("token_type_ids", "mm_token_type_ids") if k in inputs}
     model.model.rope_deltas = None
     return model(**full, use_cache=False).logits[0, inputs["input_ids"].shape[1] - 1 :]
 
 
-@pytest.mark.parametrize("dtype", LIMIT, ids=["fp32", "bf16"])
-@pytest.mark.parametrize("family", FAMILIES)
+CELLS = [(family, dtype) for family in FAMILIES for dtype in LIMIT] + [("video", torch.float32)]
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype"), CELLS, ids=[f"{f}-{'bf16' if '16' in str(d) else 'fp32'}" for f, d in CELLS]
+)
 @pytest.mark.parametrize("spec", ROWS)
 def test_equals_reference(spec, family, dtype, monkeypatch, record_property):
     monkeypatch.setattr(sinks, "COSINE", COSINE[family])
     model, _ = pair(family, dtype)
     message = REFUSED.get((family, spec.partition(":")[0]))
-    if message and spec != "cca:mask=false":
+    if message and (spec != "cca:mask=false" or family == "video"):
         with pytest.raises(vlm_fix.VlmFixError, match=message), vlm_fix.wrapped(model, spec):
             greedy(model, prompts(family, dtype)[0], 1)
         return
@@ -296,7 +337,7 @@ def check(spec, make, family, dtype, monkeypatch, record_property):
     model, twin = pair(family, dtype)
     batch, rows = prompts(family, dtype)
     with recorded(model, monkeypatch) as chunks, vlm_fix.wrapped(model, spec):
-        tokens, logits, _ = greedy(model, batch, suppress_tokens=[IMAGE])  # the reference would look for its image
+        tokens, logits, _ = greedy(model, batch, suppress_tokens=[IMAGE, VIDEO])  # the reference would look for them
     flips, decisions, changes = [], [], []
     for i, inputs in enumerate(rows):
         gates, answer = ref.Gates(), tokens[i, :-1]
