@@ -11,6 +11,7 @@ import torch
 from torch.nn.functional import pad
 
 from vlm_fix import AttentionEdit, VlmFixError, param, wrapped
+from vlm_fix.attention.preview import Look, preview
 from vlm_fix.calibration import Sample, accuracy, answer_scores, sureness
 from vlm_fix.families import Arch
 from vlm_fix.session import VISUAL, Call, Rows, Session
@@ -31,9 +32,10 @@ class GIFT(AttentionEdit):
     14-20 and 5 for 13B; 14, 5-18 and 4 for Qwen2-VL-7B; scaled to the depth of other models.
     Deviations: the official code keeps the query's content words, by a part-of-speech tagger; pos="content" does so with
     NLTK's tagger and the tokenizer saved beside the model (`vlm_fix.words`). The default needs neither: all text after
-    the image counts. Either way the template and, in later turns, earlier answers count too, and the first token after
-    the image never does: it has no text row before it. One pass instead of two: layers up to the source layer skip the
-    prompt's last row. std is the population's. A map without contrast is m = 0.
+    the image counts. Either way the template and, in later turns, earlier answers count too (on a kept cache: the turn's
+    own rows alone), and the first token after the image never does: it has no text row before it. As in the official code
+    the map comes before the edit: from the same pass where no edited layer lies below the source layer, else from one more
+    forward of the prompt without edits. std is the population's. A map without contrast is m = 0.
     """
 
     name: ClassVar[str] = "gift"
@@ -61,11 +63,20 @@ class GIFT(AttentionEdit):
         if source >= arch.depth:
             raise VlmFixError(f"gift: source_layer={source} does not exist; there are layers 0 to {arch.depth - 1}.")
         edit = source in method.layers if method.edit_source is None else method.edit_source
-        return dataclasses.replace(method, layers=tuple(sorted({*method.layers, source})), edit_source=edit)
+        layers = {*method.layers} - {source} | ({source} if edit else set())
+        if not layers:
+            raise VlmFixError("gift: edit_source=false leaves no layer to edit; name more layers.")
+        layers |= set() if min(layers) < source else {source}
+        return dataclasses.replace(method, layers=tuple(sorted(layers)), edit_source=edit)
+
+    @property
+    def prepares(self) -> bool:
+        """True if a layer below the source layer is edited: the map then takes a pass of its own."""
+        return isinstance(self.layers, tuple) and self.layers[0] < (self.source_layer or 0)
 
     @property
     def rows(self) -> str:
-        return "after_image"
+        return "last" if self.prepares else "after_image"
 
     @property
     def neutral(self) -> bool:
@@ -75,12 +86,17 @@ class GIFT(AttentionEdit):
         """A new turn on a kept cache asks a new question."""
         session.state(self).clear()
 
+    def prepare(self, session: Session, kwargs: dict[str, Any]) -> dict[str, Any]:
+        assert self.source_layer is not None and session.prompt_len is not None
+        if session.start < session.prompt_len and max(session.last_visual) >= 0:
+            preview(session, kwargs, {self.source_layer: Look(self, self.look)})
+        return kwargs
+
     def weights(self, a: torch.Tensor, rows: Rows) -> torch.Tensor:
-        assert self.source_layer is not None and rows.session.prompt_len is not None
-        if rows.layer == self.source_layer and rows.prefill:
+        assert rows.session.prompt_len is not None
+        if rows.layer == self.source_layer and rows.prefill and not self.prepares:
             self.look(a, rows)
-        late = rows.layer > self.source_layer or not rows.prefill
-        if "map" not in rows.state or not late or (rows.layer == self.source_layer and not self.edit_source):
+        if "map" not in rows.state or (rows.layer == self.source_layer and not self.edit_source):
             return a
         answering = rows.positions >= rows.session.prompt_len - 1
         return torch.where(answering[:, None], self.enhanced(a, rows), a)
@@ -89,22 +105,19 @@ class GIFT(AttentionEdit):
         """Add the gaze shifts of these rows to state["shift"] [B, H, n]; at the last one, set state["map"] [B, n]."""
         session, state = rows.session, rows.state
         assert session.types is not None and session.prompt_len is not None
-        total = session.types.shape[1]
-
-        def absolute(x: torch.Tensor) -> torch.Tensor:  # over the session's columns, whatever this layer sees of them
-            return pad(x, (max(0, total - a.shape[-1]), 0))[..., :total]
-
-        seen = absolute(a * rows.visual)
+        total = session.types.shape[1]  # over the session's columns, whatever this layer sees of them
+        seen = pad(a * rows.visual, (max(0, total - a.shape[-1]), 0))[..., :total]
         previous = state.get("previous", seen[:, :, 0])
         previous = torch.cat([pad(previous, (0, total - previous.shape[-1]))[:, :, None], seen[:, :, :-1]], dim=2)
-        second = torch.tensor(session.last_visual, device=a.device)[:, None] + 2
-        query = (rows.positions >= second) & (rows.positions < session.prompt_len)
+        last = torch.tensor(session.last_visual, device=a.device)
+        query = (rows.positions >= last[:, None] + 2) & (rows.positions < session.prompt_len)
         if self.pos == "content":
             query = query & content_columns(session).to(a.device)[:, rows.positions]
         shift = ((seen - previous).clamp(min=0) * query[:, None, :, None]).sum(dim=2)
-        if "shift" in state:
-            shift = shift + pad(state["shift"], (0, total - state["shift"].shape[-1]))
-        state["shift"], state["previous"] = shift, seen[:, :, -1]
+        if "shift" in state:  # what an earlier chunk of the prompt saw before another image came does not count
+            old = pad(state["shift"], (0, total - state["shift"].shape[-1]))
+            shift = shift + old * (state["last"] == last)[:, None, None]
+        state.update(shift=shift, previous=seen[:, :, -1], last=last)
         if int(rows.positions[-1]) >= session.prompt_len - 1:
             state["map"] = self.saliency(shift, session.types == VISUAL)
 
@@ -124,10 +137,10 @@ class GIFT(AttentionEdit):
         types, prompt_len = rows.session.types, rows.session.prompt_len
         assert types is not None and prompt_len is not None and self.alpha is not None
         prompt = torch.arange(types.shape[1], device=a.device).expand(types.shape) < prompt_len
-        query = rows.after & rows.columns(prompt)
+        query, made_in = rows.after & rows.columns(prompt), -1 if self.prepares else self.source_layer
         seeing = top_half((a * rows.visual).sum(dim=-1))[..., None] & rows.visual
         reading = top_half((a * query).sum(dim=-1))[..., None] & query
-        new = torch.where(seeing, a * (self.alpha * rows.columns(rows.state["map"], self.source_layer)).exp(), a)
+        new = torch.where(seeing, a * (self.alpha * rows.columns(rows.state["map"], made_in)).exp(), a)
         tiny = torch.finfo(a.dtype).tiny
         before, after = ((x * seeing).sum(dim=(1, 3), keepdim=True) for x in (a, new))
         new = torch.where(reading, new * after / before.clamp(min=tiny), new)
@@ -136,14 +149,19 @@ class GIFT(AttentionEdit):
     def calibrate(
         self, model: Any, samples: Sequence[Sample], seed: int, progress: Callable[[str, float], None]
     ) -> dict[str, Any]:
-        """source_layer: the one with most right answers, then the surest. Cost: depth passes over the samples."""
+        """source_layer: the one with most right answers, then the surest. Cost: up to 2 x depth + 1 passes over the samples."""
         depth, scores = model.config.get_text_config().num_hidden_layers, {}
-        for layer in range(depth):
-            with wrapped(model, dataclasses.replace(self, source_layer=layer)):
+        for layer in (None, *range(depth)):
+            with wrapped(model, "baseline" if layer is None else dataclasses.replace(self, source_layer=layer)):
                 found = answer_scores(model, samples)
             scores[layer] = (accuracy(found), sureness(found))
-            progress("source layers", (layer + 1) / depth)
-        return {"source_layer": max(scores, key=lambda layer: scores[layer])}
+            progress("source layers", len(scores) / (depth + 1))
+        best = max(scores, key=lambda layer: scores[layer])
+        if best is None:
+            raise VlmFixError(
+                "gift: no source layer makes this model answer these questions better; use others, or more."
+            )
+        return {"source_layer": best}
 
 
 def top_half(x: torch.Tensor) -> torch.Tensor:

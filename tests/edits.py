@@ -107,7 +107,7 @@ class GIFT(Reference):
         if self.looking or layer not in self.edited_layers:
             return
         query = range(max(self.visual) + 1, self.prompt_len)
-        for r in range(self.prompt_len - (layer > self.source), a.shape[1]):
+        for r in range(self.prompt_len - 1, a.shape[1]):
             old = a[:, r].clone()
             seeing = self.top(("seeing", layer, r), [float(sum(old[h, j] for j in self.visual)) for h in range(len(a))])
             reading = self.top(("reading", layer, r), [float(sum(old[h, j] for j in query)) for h in range(len(a))])

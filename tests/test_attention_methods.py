@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import BUILD, make_inputs, single
-from test_methods import greedy
+from test_methods import greedy, works_unwrapped
 
 import vlm_fix
 
@@ -41,6 +41,18 @@ def test_stack_with_pruning_and_contrast(family, model):
         tokens = greedy(model, make_inputs(family, images))[0]
         for row in range(3):
             assert torch.equal(greedy(model, single(family, images, row))[0][0], tokens[row])
+
+
+@pytest.mark.parametrize("spec", ["gift:alpha=3,source_layer=1,layers=1-3", "gift:alpha=3,source_layer=2,layers=1-3"])
+def test_gift_in_chunks(models, spec):
+    """What was read between two images does not count, though it was the question until the second one came."""
+    model, inputs = models["llava"], single("llava", [1, 2], 1)
+    chunks = {"prefill_chunk_size": 43}  # the second image begins the second chunk
+    if not works_unwrapped(model, inputs, chunks):
+        pytest.skip("this version of transformers cannot chunk a prompt with images")
+    with vlm_fix.wrapped(model, spec):
+        whole, parts = greedy(model, inputs), greedy(model, inputs, **chunks)
+    assert torch.equal(whole[0], parts[0]) and torch.allclose(whole[1], parts[1], atol=2e-4)
 
 
 def test_gift_reads_the_question_of_each_turn(models, monkeypatch):

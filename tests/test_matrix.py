@@ -195,6 +195,9 @@ ROWS = {
     "gift:alpha=4,source_layer=2,layers=1-3": row(
         edits.GIFT, (1, 2, 3), rows="after_image", alpha=4, source=2, edited_layers=(1, 2, 3)
     ),
+    "gift:alpha=2,source_layer=3,layers=0-2": row(
+        edits.GIFT, (0, 1, 2, 3), rows="after_image", alpha=2, source=3, edited_layers=(0, 1, 2)
+    ),
     "locore:beta=2,window=3": row(edits.LocoRE, ALL, beta=2, window=3),
     IRI: row(edits.IRI, ALL, rates=RATES, strength={"attention": 4, "mlp": 4}, sources=2, targets=3),
     "avar:visual=1.8,system=0.4": row(edits.Factors, ALL, image=1.8, system=0.6),

@@ -5,6 +5,7 @@ The edits are in the last layer, so that the first turn leaves no trace of them 
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import pytest
@@ -28,6 +29,7 @@ EQUAL = [
     "vhr:layers=3",
     "random_heads:layers=3",
 ]
+READERS = ["gift:alpha=3,source_layer=2,layers=3", "gift:alpha=3,source_layer=3,layers=3"]  # of what follows the image
 VAR = "var:sink_dims=3|17|40,tau=1.5,min_visual_mass=0,rho=0,p=0.9,layers=3"
 
 
@@ -54,8 +56,9 @@ def both(family, model, spec, second_image):
         return n, whole, *(greedy(model, inputs, 5, suppress_tokens=[IMAGE])[:2] for inputs in (whole, turn))
 
 
-@pytest.mark.parametrize("second_image", [False, True])
-@pytest.mark.parametrize("spec", EQUAL)
+@pytest.mark.parametrize(
+    "spec, second_image", [*itertools.product(EQUAL, (False, True)), *((s, True) for s in READERS)]
+)
 def test_second_turn_equals_whole_conversation(family, model, spec, second_image):
     if second_image and family == "qwen2_5_vl":
         pytest.skip("transformers itself cannot place a new image on a kept cache here")
@@ -89,6 +92,20 @@ def test_var_keeps_each_turn_in_its_columns(family, model, second_image):
     late = [j for j in run.sinks(3) if j >= n + 4]
     assert late and run.hits > 5 and run.margin > 1e-6
     assert error(turn[1][0], expected) < 1e-5
+
+
+def test_gift_previews_a_second_turn(family, model):
+    """A map from a pass of its own, on a copy of the kept cache: two more tokens of the turn see what they saw without it."""
+    n, _, _, turn = both(family, model, "gift:alpha=3,source_layer=2,layers=1", False)
+    with vlm_fix.wrapped(model, "gift:alpha=3,source_layer=2,layers=1") as wrapped:
+        cache = conversation(family, wrapped, False)[2]["past_key_values"]
+        assert cache.get_seq_length() == n + 4
+        again = conversation(family, wrapped, False)[2]
+        assert torch.equal(greedy(wrapped, again, 5, suppress_tokens=[IMAGE])[1], turn[1])
+        assert again["past_key_values"].get_seq_length() == again["input_ids"].shape[1] + 4
+    with vlm_fix.wrapped(model, "gift:alpha=0.001,source_layer=2,layers=1"):
+        weak = greedy(model, conversation(family, model, False)[2], 5, suppress_tokens=[IMAGE])
+    assert not torch.allclose(weak[1], turn[1], atol=1e-3)
 
 
 def repeating(family, seed):

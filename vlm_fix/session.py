@@ -116,6 +116,7 @@ class Session:
     states: dict[int, dict[Any, Any]] = field(default_factory=dict)
     tap: Callable[[int, torch.Tensor], None] | None = None  # sees the per-head outputs [B, H, q, D] of each layer
     plain: bool = False  # no edits: a pass that only observes
+    looks: dict[int, Any] = field(default_factory=dict)  # of such a pass: layer -> its probe
     embeds: list[torch.Tensor] | None = None  # main branch of a contrast: the prompt's embeddings [B', q, C], in chunks
     newlines: list[list[tuple[int, int]]] = field(default_factory=list)  # per row: where image rows start and end
     hidden: list[torch.Tensor] | None = None  # main branch: inputs [B', q, C] of the contrast's `fork`, in chunks

@@ -89,7 +89,7 @@ def edited_attention(
         return handle.engine.joint.attention(attention, module, query, dropout, scaling, **kwargs), None
     session = session.at(handle.layer)
     plan = None if session.plain else _plan(handle, session, query, key)
-    probe = None if session.plain else handle.engine.probe
+    probe = session.looks.get(handle.layer) if session.plain else handle.engine.probe
     if plan is None and probe is None and session.tap is None:
         return plain()
     first = plan.first if plan else 0

@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 
+from ..calibration import hooked
 from ..errors import VlmFixError
 from ..session import PAD, Session
+from .preview import preview
 
 COSINE = 0.9  # a column is a sink where the cosine of its hidden state and BOS's is larger, whatever its sign
 
@@ -85,15 +87,7 @@ def secondary_sinks(
         )
         for layer in engine.language.layers
     ]
-    plain = Session(session.call, branch="preview", plain=True, prompt_len=session.prompt_len)
-    plain.advance(0, session.types)
-    engine.session = plain
-    try:
-        own = {k: v for k, v in kwargs.items() if k not in ("past_key_values", "use_cache")}
-        lives.add(engine.language(**own, use_cache=False).last_hidden_state)
-    finally:
-        engine.session = session
-        for hook in hooks:
-            hook.remove()
+    with hooked(hooks):
+        lives.add(preview(session, kwargs))
     limits = lifetime_limits(engine.arch.depth) if limits is None else limits
     return secondary(lives.alive(), limits)[:-1]

@@ -1,0 +1,58 @@
+"""One more forward of the language model over a prompt, without edits, for methods that must know something in advance."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..method import Method
+from ..session import Rows, Session
+
+
+@dataclass
+class Look:
+    """A probe of one layer: `see(a [B, H, r, K], rows)` gets the plain weights of the rows after the image, in chunks."""
+
+    method: Method
+    see: Callable[[torch.Tensor, Rows], None]
+
+    def first_row(self, session: Session) -> int:
+        firsts = zip(session.first_rows("after_image"), session.last_visual, strict=True)
+        return min((first for first, image in firsts if image >= 0), default=session.length)
+
+    def weights(self, layer: int, session: Session, first: int, a: torch.Tensor, i: int) -> None:
+        positions = torch.arange(a.shape[2], device=a.device) + session.start + first + i
+        self.see(a, Rows(layer, session, self.method, positions, **session.masks(a.shape[-1], a.device)))
+
+    def heads(self, layer: int, session: Session, output: torch.Tensor) -> None:
+        return None
+
+
+@torch.no_grad()
+def preview(session: Session, kwargs: dict[str, Any], looks: dict[int, Any] | None = None) -> torch.Tensor:
+    """Hidden states [B, q, C] after the final norm; kwargs are the language model's (`Method.prepare`).
+
+    looks: layer -> its probe. States are the session's own. A cache with earlier columns is copied for the pass.
+    """
+    assert session.types is not None
+    engine, cache = session.call.model.__dict__["_vlm_fix_engine"], kwargs.get("past_key_values")
+    plain = Session(
+        session.call,
+        branch="preview",
+        plain=True,
+        prompt_len=session.prompt_len,
+        states=session.states,
+        looks=looks or {},
+    )
+    plain.advance(session.start, session.types)
+    plain.last_visual = session.last_visual
+    own = {**kwargs, "use_cache": False, "past_key_values": copy.deepcopy(cache) if session.start else None}
+    engine.session = plain
+    try:
+        return engine.language(**own).last_hidden_state
+    finally:
+        engine.session = session
