@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import reference as ref
 import torch
@@ -76,10 +76,12 @@ class GIFT(Reference):
     looking: bool = False
 
     def forward(self, twin, inputs, generated):
-        self.looking = True
-        ref.teacher_forced(twin, self, inputs, generated)
+        given, self.looking = self.given, True
+        if given and min(self.edited_layers) < self.source:  # the map was made in a pass over the prompt alone
+            self.given = replace(given, plain=True)
+        ref.teacher_forced(twin, self, inputs, generated[:0] if self.given is not given else generated)
         assert max(self.map.values()) == 1
-        self.looking = False
+        self.looking, self.given = False, given
         return ref.teacher_forced(twin, self, inputs, generated)
 
     def top(self, key, values):

@@ -99,6 +99,7 @@ class Seen:
     chunks: dict
     row: int
     padding: int
+    plain: bool = False  # of a pass without edits over the prompt
 
     @property
     def dtype(self):
@@ -110,11 +111,11 @@ class Seen:
 
     def projected(self, layer):
         """Queries, keys and values [H, L, D]."""
-        return self._joined("projected", layer, 2)
+        return self._joined("plain projected" if self.plain else "projected", layer, 2)
 
     def inputs(self, layer):
         """[L, C]"""
-        return self._joined("inputs", layer, 1)[0]
+        return self._joined("plain inputs" if self.plain else "inputs", layer, 1)[0]
 
     def text(self, layer):
         """[H, D], of the last row of a pass that only looks."""
@@ -137,6 +138,7 @@ def recorded(model, monkeypatch):
         new = slice(-query.shape[2], None)
         if plain():
             chunks["plain outputs", module.layer_idx].append((out[0],))
+            chunks["plain projected", module.layer_idx].append((query, key, value))
         else:
             chunks["projected", module.layer_idx].append((query, key[:, :, new], value[:, :, new]))
         return out
@@ -192,8 +194,8 @@ ROWS = {
     "gift:alpha=3,source_layer=1,layers=2-3": row(
         edits.GIFT, (1, 2, 3), rows="after_image", alpha=3, source=1, edited_layers=(2, 3)
     ),
-    "gift:alpha=4,source_layer=2,layers=1-3": row(
-        edits.GIFT, (1, 2, 3), rows="after_image", alpha=4, source=2, edited_layers=(1, 2, 3)
+    "gift:alpha=2,source_layer=2,layers=1-3": row(
+        edits.GIFT, (1, 2, 3), rows="after_image", alpha=2, source=2, edited_layers=(1, 2, 3)
     ),
     "gift:alpha=2,source_layer=3,layers=0-2": row(
         edits.GIFT, (0, 1, 2, 3), rows="after_image", alpha=2, source=3, edited_layers=(0, 1, 2)
