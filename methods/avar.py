@@ -27,7 +27,9 @@ class AVAR(AttentionEdit):
     paper: ClassVar[str] = "https://arxiv.org/abs/2603.03825"
 
     visual: float = param(1.15, "factor on the image columns' scores", low=0)
-    system: float = param(0.0, "share taken off the scores of text before the image; the paper tries 0 and 0.4", low=0)
+    system: float = param(
+        0.0, "share taken off the scores of text before the image; the paper tries 0 and 0.4", low=0, high=1
+    )
 
     @property
     def rows(self) -> str:

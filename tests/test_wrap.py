@@ -26,6 +26,7 @@ from vlm_fix.session import Call, Rows, Session, left_pack
         ("pai:alpha=-1", "pai: alpha=-1.0 must be a number at least 0"),
         ("pai:alpha=nan", "pai: alpha=nan must be a number at least 0"),
         ("var:p=1.5", "var: p=1.5 must be a number between 0 and 1"),
+        ("avar:system=40", "avar: system=40.0 must be a number between 0 and 1"),
         ("vhr:prompt_rows=some", "prompt_rows='some' is not one of last, all"),
         ("pai:layers=2-99", "pai: layers='2-99' does not fit this model, which has layers 0 to 3"),
         ("pai:layers=1|3-2", "pai: 3-2 in layers='1|3-2' is reversed; write 2-3"),
@@ -86,6 +87,20 @@ def test_bad_models_and_calls(models):
         pytest.raises(vlm_fix.VlmFixError, match="filled while the model was not wrapped"),
     ):
         model(input_ids=torch.tensor([[5]]), past_key_values=cache)
+
+
+def test_prompts_padded_on_the_right_are_refused(family, model):
+    """In generate and in a forward of the caller's own; one prompt of a batch is enough."""
+    inputs = make_inputs(family, [1, 2])
+    padding = int((inputs["attention_mask"][0] == 0).sum())
+    assert padding
+    for key in {"input_ids", "attention_mask", "mm_token_type_ids"} & inputs.keys():
+        inputs[key][0] = inputs[key][0].roll(-padding)
+    for spec in ("pai", "vhr"):
+        with vlm_fix.wrapped(model, spec), torch.no_grad():
+            for run in (lambda: model(**inputs), lambda: model.generate(**inputs, max_new_tokens=1)):
+                with pytest.raises(vlm_fix.VlmFixError, match='padded on the right.*padding_side = "left"'):
+                    run()
 
 
 def test_a_method_that_changes_nothing_says_so_once(models):

@@ -232,6 +232,12 @@ class Engine:
             if mask is not None and mask.dim() == 2 and mask.shape[1] >= past + kinds.shape[1]:
                 mask = mask.repeat_interleave(len(kinds) // len(mask), dim=0)
                 kinds = torch.where(mask[:, past : past + kinds.shape[1]].to(kinds.device) == 0, PAD, kinds)
+            last = session.prompt_len - 1 - past if session.prompt_len is not None else kinds.shape[1]
+            if last < kinds.shape[1] and bool((kinds[:, last] == PAD).any()):
+                raise VlmFixError(
+                    "a prompt is padded on the right, so that its last token is not where methods act; pad on the left: "
+                    'processor.tokenizer.padding_side = "left".'
+                )
         session.advance(past, kinds)
         if session.branch == "main" and self.call is not None:
             self.main = session
