@@ -49,6 +49,10 @@ class CCA(Method):
                 return kwargs
             return {**kwargs, "position_ids": moved(session, kwargs, shift)}
         session.need_whole_prompt(self.name)
+        if session.start:
+            raise VlmFixError(
+                "cca numbers the images of a conversation together: for a new image pass all of it, without past_key_values."
+            )
         ring, image, shift = self.places(session)
         state["shift"] = shift[:, -1:]
         if self.mask:

@@ -10,7 +10,7 @@ import torch
 from vlm_fix import AttentionEdit, VlmFixError, param
 from vlm_fix.families import Arch
 from vlm_fix.pruning.encoder import ImageTokens
-from vlm_fix.session import VISUAL, Rows, Session
+from vlm_fix.session import VISUAL, Rows, Session, pad_to
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,11 @@ class PAINT(AttentionEdit):
                 raise VlmFixError("paint scores the tokens of images, no video; pass its frames as images, or unwrap.")
             values = [self.strengths(image) for image in session.call.views]
             tokens = session.call.model.__dict__["_vlm_fix_engine"].tokens
-            session.state(self)["strength"] = session.on_images(torch.cat(values or [torch.zeros(0)]), tokens)
+            new, state = session.on_images(torch.cat(values or [torch.zeros(0)]), tokens), session.state(self)
+            seen = (
+                pad_to(state.get("strength", new), session.start) if session.start else new[:, :0]
+            )  # of earlier turns
+            state["strength"] = torch.cat([seen, new[:, session.start :]], dim=1)
         return kwargs
 
     def strength(self, rows: Rows) -> torch.Tensor:

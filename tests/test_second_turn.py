@@ -28,6 +28,7 @@ EQUAL = [
     "head_pursuit:head_list=3.0|3.2",
     "vhr:layers=3",
     "random_heads:layers=3",
+    "paint:layers=3",
 ]
 READERS = ["gift:alpha=3,source_layer=2,layers=3", "gift:alpha=3,source_layer=3,layers=3"]  # of what follows the image
 VAR = "var:sink_dims=3|17|40,tau=1.5,min_visual_mass=0,rho=0,p=0.9,layers=3"
@@ -66,6 +67,14 @@ def test_second_turn_equals_whole_conversation(family, model, spec, second_image
     plain = greedy(model, inputs, 5, suppress_tokens=[IMAGE])[1]
     assert not torch.allclose(plain, whole[1], atol=1e-3), "the edit must matter for this test to mean anything"
     assert torch.equal(whole[0], turn[0]) and torch.allclose(whole[1], turn[1], atol=2e-4)
+
+
+def test_cca_refuses_a_new_image_on_a_kept_cache(models):
+    model = models["llava"]
+    with vlm_fix.wrapped(model, "cca"):
+        turn = conversation("llava", model, True)[2]
+        with pytest.raises(vlm_fix.VlmFixError, match="for a new image pass all of it, without past_key_values"):
+            model.generate(**turn, max_new_tokens=2)
 
 
 @dataclass

@@ -178,11 +178,14 @@ class Session:
     def on_images(self, values: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """values [N], one for each image token of the prompts in order -> [B, n], each on its column, 0 elsewhere.
 
-        tokens: the ids of image tokens. Raises VlmFixError if N does not fit the prompts.
+        tokens: the ids of image tokens. On a kept cache the values may be those of the new images alone. Raises
+        VlmFixError if N does not fit the prompts.
         """
         ids = self.call.inputs["input_ids"]
         image = torch.isin(ids, tokens.to(ids.device))
         assert self.types is not None
+        if len(values) < int(image.sum()):  # an earlier turn's images were seen in that turn
+            image = image & (torch.arange(ids.shape[1], device=ids.device) >= self.start)
         count, times = int(image.sum()), self.types.shape[0] // len(ids)
         if len(values) == times * count != count:  # generate before transformers 5.18 runs the tower once per beam
             image = image.repeat_interleave(times, dim=0)
