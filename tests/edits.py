@@ -34,10 +34,8 @@ class Factors(Reference):  # VAF and AVAR
 
     def scores(self, z, layer):
         for h, r in self.cells(z):
-            for j in self.visual:
-                z[h, r, j] *= self.image
-            for j in range(min(self.visual)):
-                z[h, r, j] *= self.system
+            z[h, r, self.visual] *= self.image
+            z[h, r, : min(self.visual)] *= self.system
 
 
 @dataclass

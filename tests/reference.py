@@ -225,8 +225,7 @@ class PaiReference(Reference):
 
     def score(self, z, layer, head, row):
         z = z.clone()
-        for j in self.visual:
-            z[j] = z[j] + self.alpha * abs(z[j])
+        z[self.visual] += self.alpha * z[self.visual].abs()
         return z
 
 

@@ -246,6 +246,11 @@ REFUSED = {
 }
 
 
+def test_every_method_has_a_row():
+    kinds = ("attention", "heads", "hidden")
+    assert {m.name for m in vlm_fix.list_methods() if m.kind in kinds} == {spec.partition(":")[0] for spec in ROWS}
+
+
 def mistral(dtype, seed=0):
     """LLaVA with a Mistral decoder: one key head, a sliding window in every layer."""
     from transformers import MistralConfig
