@@ -10,9 +10,10 @@ from typing import Any, ClassVar
 import torch
 from torch.nn.functional import pad
 
-from vlm_fix import AttentionEdit, VlmFixError, param, wrapped
+from vlm_fix import AttentionEdit, VlmFixError, param
+from vlm_fix.attention.gaze import saliency, top_half
 from vlm_fix.attention.preview import Look, preview
-from vlm_fix.calibration import Sample, accuracy, answer_scores, sureness
+from vlm_fix.calibration import Sample, best_value
 from vlm_fix.families import Arch
 from vlm_fix.session import VISUAL, Call, Rows, Session
 from vlm_fix.words import content_columns
@@ -119,18 +120,7 @@ class GIFT(AttentionEdit):
             shift = shift + old * (state["last"] == last)[:, None, None]
         state.update(shift=shift, previous=seen[:, :, -1], last=last)
         if int(rows.positions[-1]) >= session.prompt_len - 1:
-            state["map"] = self.saliency(shift, session.types == VISUAL)
-
-    def saliency(self, shift: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
-        """Summed shifts [B, H, n] and the image columns [B, n] -> m [B, n], 0 outside the images."""
-        m = (shift * top_half(shift.sum(dim=-1))[..., None]).sum(dim=1)
-        count = visual.sum(dim=1, keepdim=True).clamp(min=1)
-        mean = (m * visual).sum(dim=1, keepdim=True) / count
-        std = (((m - mean).square() * visual).sum(dim=1, keepdim=True) / count).sqrt()
-        m = m.clamp(mean - 3 * std, mean + 3 * std)
-        low = m.masked_fill(~visual, torch.inf).amin(dim=1, keepdim=True)
-        high = m.masked_fill(~visual, -torch.inf).amax(dim=1, keepdim=True)
-        return torch.where(visual & (high > low), (m - low) / (high - low), 0)
+            state["map"] = saliency(shift, session.types == VISUAL)
 
     def enhanced(self, a: torch.Tensor, rows: Rows) -> torch.Tensor:
         """The edit of weights [B, H, R, K]."""
@@ -150,20 +140,10 @@ class GIFT(AttentionEdit):
         self, model: Any, samples: Sequence[Sample], seed: int, progress: Callable[[str, float], None]
     ) -> dict[str, Any]:
         """source_layer: the one with most right answers, then the surest. Cost: up to 2 x depth + 1 passes over the samples."""
-        depth, scores = model.config.get_text_config().num_hidden_layers, {}
-        for layer in (None, *range(depth)):
-            with wrapped(model, "baseline" if layer is None else dataclasses.replace(self, source_layer=layer)):
-                found = answer_scores(model, samples)
-            scores[layer] = (accuracy(found), sureness(found))
-            progress("source layers", len(scores) / (depth + 1))
-        best = max(scores, key=lambda layer: scores[layer])
+        depth = model.config.get_text_config().num_hidden_layers
+        best = best_value(model, self, "source_layer", range(depth), samples, progress)
         if best is None:
             raise VlmFixError(
                 "gift: no source layer makes this model answer these questions better; use others, or more."
             )
         return {"source_layer": best}
-
-
-def top_half(x: torch.Tensor) -> torch.Tensor:
-    """x [B, H, ...] -> booleans that mark the largest H/2 heads."""
-    return torch.zeros_like(x, dtype=torch.bool).scatter(1, x.topk(max(1, x.shape[1] // 2), dim=1).indices, True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -10,9 +9,9 @@ from typing import Any, ClassVar
 import torch
 
 from vlm_fix import AttentionEdit, Method, VlmFixError, param
-from vlm_fix.attention.sinks import secondary_sinks
-from vlm_fix.calibration import Sample, hooked
-from vlm_fix.families import Arch, arch_of, get_part
+from vlm_fix.attention.sinks import massive_ratios, secondary_sinks
+from vlm_fix.calibration import Sample
+from vlm_fix.families import Arch, arch_of
 from vlm_fix.method import parse_layers
 from vlm_fix.session import PAD, Rows, Session, pad_to
 
@@ -134,23 +133,8 @@ class VAR(AttentionEdit):
         self, model: Any, samples: Sequence[Sample], seed: int, progress: Callable[[str, float], None]
     ) -> dict[str, Any]:
         """sink_dims: where the first token's |x_d| / rms, mean over the samples, exceeds tau in half of the layers or more."""
-        arch = arch_of(model)
-        layers, chosen = (
-            get_part(model, arch.family.language).layers,
-            parse_layers(self.layers or self.defaults(arch)["layers"], arch.depth, self.name),
-        )
-        total = torch.zeros(arch.depth, arch.hidden)
-
-        def look(i: int, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-            x = (args[0] if args else kwargs["hidden_states"])[0, 0].float().cpu()
-            total[i] += x.abs() / (x.square().mean() + 1e-6).sqrt() / len(samples)
-
-        hooks = [layers[i].register_forward_pre_hook(functools.partial(look, i), with_kwargs=True) for i in chosen]
-        with hooked(hooks), torch.no_grad():
-            for n, sample in enumerate(samples):
-                model(**sample.inputs)
-                progress("massive activations", (n + 1) / len(samples))
-        ratio = total[list(chosen)]
+        layers = parse_layers(self.layers or self.defaults(arch_of(model))["layers"], arch_of(model).depth, self.name)
+        ratio = massive_ratios(model, layers, samples, progress)
         often = (ratio > self.tau).float().mean(dim=0) >= 0.5
         if not often.any():
             raise VlmFixError(

@@ -14,7 +14,7 @@ import hashlib
 import itertools
 import json
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -107,6 +107,29 @@ def sureness(scores: Tensor) -> float:
     """Mean log-probability of the right one of the two answers; a cut-off answer is bounded at -30."""
     margin = (scores[:, 0] - scores[:, 1]).nan_to_num(nan=-30.0).clamp(-30, 30)
     return float(torch.nn.functional.logsigmoid(margin).mean())
+
+
+def best_value(
+    model: Any,
+    method: Method,
+    name: str,
+    values: Sequence[Any],
+    samples: Sequence[Sample],
+    progress: Callable[[str, float], None],
+) -> Any:
+    """The value of the field `name` with most right answers, then the surest; None if the model alone has them.
+
+    Cost: one pass over the samples for each value, and one.
+    """
+    from .engine import wrapped
+
+    scores = {}
+    for value in (None, *values):
+        with wrapped(model, "baseline" if value is None else dataclasses.replace(method, **{name: value})):
+            found = answer_scores(model, samples)
+        scores[value] = (accuracy(found), sureness(found))
+        progress(name, len(scores) / (len(values) + 1))
+    return max(scores, key=lambda value: scores[value])
 
 
 class LastRow:

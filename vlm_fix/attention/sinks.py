@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from ..calibration import hooked
+from ..calibration import Sample, hooked
 from ..errors import VlmFixError
+from ..families import arch_of, get_part
 from ..session import PAD, Session
 from .preview import preview
 
@@ -91,3 +94,23 @@ def secondary_sinks(
         lives.add(preview(session, kwargs))
     limits = lifetime_limits(engine.arch.depth) if limits is None else limits
     return secondary(lives.alive(), limits)[:-1]
+
+
+@torch.no_grad()
+def massive_ratios(
+    model: Any, layers: Sequence[int], samples: Sequence[Sample], progress: Callable[[str, float], None]
+) -> torch.Tensor:
+    """[len(layers), C]: |x_d| / rms(x) of the first token's hidden state at each layer's input, mean over the samples."""
+    arch = arch_of(model)
+    modules, total = get_part(model, arch.family.language).layers, torch.zeros(len(layers), arch.hidden)
+
+    def look(row: int, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        x = (args[0] if args else kwargs["hidden_states"])[0, 0].float().cpu()
+        total[row] += x.abs() / (x.square().mean() + 1e-6).sqrt() / len(samples)
+
+    looks = [(modules[i], functools.partial(look, row)) for row, i in enumerate(layers)]
+    with hooked([module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in looks]):
+        for n, sample in enumerate(samples):
+            model(**sample.inputs)
+            progress("massive activations", (n + 1) / len(samples))
+    return total

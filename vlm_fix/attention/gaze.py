@@ -1,0 +1,25 @@
+"""From shifts of attention between the words of a question to one map over the image (GIFT)."""
+
+from __future__ import annotations
+
+import torch
+
+
+def saliency(shift: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
+    """Summed shifts [B, H, n] and the image columns [B, n] -> m [B, n] in [0, 1], 0 outside the images.
+
+    Mean over the half of the heads that shifted most, clamped to mean +- 3 std and scaled over the image.
+    """
+    m = (shift * top_half(shift.sum(dim=-1))[..., None]).sum(dim=1)
+    count = visual.sum(dim=1, keepdim=True).clamp(min=1)
+    mean = (m * visual).sum(dim=1, keepdim=True) / count
+    std = (((m - mean).square() * visual).sum(dim=1, keepdim=True) / count).sqrt()
+    m = m.clamp(mean - 3 * std, mean + 3 * std)
+    low = m.masked_fill(~visual, torch.inf).amin(dim=1, keepdim=True)
+    high = m.masked_fill(~visual, -torch.inf).amax(dim=1, keepdim=True)
+    return torch.where(visual & (high > low), (m - low) / (high - low), 0)
+
+
+def top_half(x: torch.Tensor) -> torch.Tensor:
+    """x [B, H, ...] -> booleans that mark the largest H/2 heads."""
+    return torch.zeros_like(x, dtype=torch.bool).scatter(1, x.topk(max(1, x.shape[1] // 2), dim=1).indices, True)
