@@ -68,4 +68,4 @@ class TAME(AttentionEdit):
 
 def size(x: torch.Tensor) -> torch.Tensor:
     """[B, H, n, D] -> [B, n]: squared norms, mean over the heads, without a float32 copy of all keys."""
-    return torch.linalg.vector_norm(x, dim=(1, 3), dtype=torch.float32).square() / x.shape[1]
+    return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).square().mean(dim=1)
