@@ -76,8 +76,8 @@ def edited_attention(
         visible = _visible(key, value, query, attention_mask, 0)
         if not fused:
             return edited_rows(query, *visible, scores, [])
-        made, place = session._masks if session else {}, ("flex", key.shape[2], query.device)
-        if made.get(place, (0, None))[0] is not attention_mask:
+        made, place = session._masks if session else {}, ("flex", id(attention_mask), key.shape[2], query.device)
+        if place not in made:  # layers with and without a window take turns; the mask is kept, and its id with it
             made[place] = attention_mask, block_mask(query, key, visible[2])
         return flex_rows(query, *visible[:2], made[place][1], scores, forms)
 
