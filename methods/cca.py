@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 
 from vlm_fix import Method, VlmFixError, param
+from vlm_fix.compat import cache_of
 from vlm_fix.families import image_cells
 from vlm_fix.session import PAD, VISUAL, Session
 
@@ -51,7 +52,7 @@ class CCA(Method):
         session.need_whole_prompt(self.name)
         if session.start:
             raise VlmFixError(
-                "cca numbers the images of a conversation together: for a new image pass all of it, without past_key_values."
+                "cca numbers the images of a conversation together: for a new image pass all of it, without the kept cache."
             )
         ring, image, shift = self.places(session)
         state["shift"] = shift[:, -1:]
@@ -87,7 +88,7 @@ class CCA(Method):
         self, session: Session, kwargs: dict[str, Any], ring: torch.Tensor, image: torch.Tensor
     ) -> torch.Tensor:
         """[B, 1, q, K] booleans: causal without padding, and rings within each image."""
-        types, cache = session.types, kwargs.get("past_key_values")
+        types, cache = session.types, cache_of(kwargs)
         assert types is not None
         text = session.call.model.config.get_text_config()
         window = "sliding_attention" if getattr(text, "sliding_window", None) else "full_attention"

@@ -11,6 +11,7 @@ from conftest import BUILD, make_inputs, single
 from test_methods import greedy, works_unwrapped
 
 import vlm_fix
+from vlm_fix.compat import CACHE, cache_of
 
 NEUTRAL = [
     "spin:keep=1",
@@ -71,9 +72,7 @@ def test_gift_reads_the_question_of_each_turn(models, monkeypatch):
         out = model.generate(**inputs, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
         ids = torch.cat([out.sequences, torch.tensor([[5, 6, 7, 8]])], 1)
         mask = torch.ones_like(ids)
-        model.generate(
-            input_ids=ids, attention_mask=mask, past_key_values=out.past_key_values, max_new_tokens=3, do_sample=False
-        )
+        model.generate(input_ids=ids, attention_mask=mask, **{CACHE: cache_of(out)}, max_new_tokens=3, do_sample=False)
     assert len(seen) == 2 and not torch.equal(seen[0][1], seen[1][1][:, : seen[0][1].shape[1]])
     first, second = (float(shift.sum()) for shift, _ in seen)
     assert 0 < second < first, "four new rows shift less than the whole question"

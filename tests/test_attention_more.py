@@ -15,6 +15,7 @@ from conftest import IMAGE, make_inputs, single
 from test_methods import error, greedy
 
 import vlm_fix
+from vlm_fix.compat import CACHE, cache_of
 
 # ---- secondary sinks -----------------------------------------------------------------------------------------------
 
@@ -344,7 +345,7 @@ def test_second_turn_on_a_kept_cache(family, model, spec):
         turn = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if family == "qwen2_5_vl":
             turn["mm_token_type_ids"] = (ids == IMAGE).int()
-        again = model.generate(**turn, past_key_values=first.past_key_values, **options)
+        again = model.generate(**turn, **{CACHE: cache_of(first)}, **options)
         whole = model.generate(**turn, **images, **options)
     plain = model.generate(**turn, **images, **options)
     logits, expected, before = (torch.stack(out.logits) for out in (again, whole, plain))

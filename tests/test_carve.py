@@ -13,6 +13,7 @@ from reference import Reference, double, teacher_forced, visual_columns
 from transformers import GenerationConfig
 
 import vlm_fix
+from vlm_fix.compat import CACHE
 from vlm_fix.errors import VlmFixError
 from vlm_fix.methods.carve import CARVE, labelled
 from vlm_fix.session import Call
@@ -446,7 +447,7 @@ def test_what_it_cannot_do_is_one_sentence(model, family):
         with pytest.raises(VlmFixError, match="needs pixel_values of whole images"):
             model.generate(**without, max_new_tokens=2)
         with pytest.raises(VlmFixError, match="whole conversation"):
-            model.generate(**inputs, max_new_tokens=2, past_key_values=object())
+            model.generate(**inputs, max_new_tokens=2, **{CACHE: object()})
     with pytest.raises(VlmFixError, match="carve looks at all image tokens, of which hiprune drops some"):
         vlm_fix.wrap(model, ["hiprune", METHOD])
     for wrong in ("carve:steps=0", "carve:top=2", "carve:regions=0"):

@@ -12,6 +12,7 @@ from torch._dynamo.utils import counters
 from transformers import CompileConfig
 
 import vlm_fix
+from vlm_fix.compat import CACHE, cache_of
 from vlm_fix.method import AttentionEdit, Contrast, HiddenEdit, LogitEdit, Procedure
 from vlm_fix.registry import list_methods
 
@@ -97,7 +98,7 @@ def test_a_compiled_forward_is_one_graph_from_the_prompt_on(option):
             if option:
                 return first.sequences, first.sequences
             longer = torch.cat([first.sequences, torch.tensor([[5, 6, 7]])], dim=1)
-            more = dict(input_ids=longer, attention_mask=torch.ones_like(longer), past_key_values=first.past_key_values)
+            more = dict(input_ids=longer, attention_mask=torch.ones_like(longer), **{CACHE: cache_of(first)})
             return first.sequences, generate(model, more).sequences
 
         expected, counter = turns(), torch._dynamo.testing.CompileCounter()

@@ -17,6 +17,7 @@ from transformers import LogitsProcessor
 from transformers.generation.streamers import BaseStreamer
 
 import vlm_fix
+from vlm_fix.compat import cache_of
 from vlm_fix.registry import parse_spec
 
 STEPS = 4
@@ -395,7 +396,7 @@ def test_joined_steps_equal_separate_ones(family, model, spec, monkeypatch):
         assert torch.equal(a.sequences, b.sequences)
         x, y = torch.stack(a.scores), torch.stack(b.scores)
         assert torch.equal(torch.isinf(x), torch.isinf(y)) and torch.allclose(x, y, atol=1e-4)
-        assert [k.keys.shape for k in a.past_key_values.layers] == [k.keys.shape for k in b.past_key_values.layers]
+        assert [k.keys.shape for k in cache_of(a).layers] == [k.keys.shape for k in cache_of(b).layers]
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from conftest import BUILD, IMAGE, make_inputs, single
 from edits import window_order
 
 import vlm_fix
+from vlm_fix.compat import CACHE, cache_of
 
 VAR_TINY = "tau=2.2,min_visual_mass=0.1,rho=0.2,layers=1-3"  # random weights have no massive activations: lower gates
 EVERY = ["pai:alpha=0.5", "pai:alpha=0.5,gamma=1.3", f"var:{VAR_TINY}", "vhr", "vcd:beta=0.01", "hiprune:keep=4"]
@@ -276,7 +277,7 @@ def test_own_decoding_loop(family, model, spec):
                 got.append(int(token))
                 mask = torch.cat([mask, torch.ones_like(token)], 1)
                 extra = {} if family == "qwen2_5_vl" else {"position_ids": mask.sum(1, keepdim=True) - 1}
-                out = model(input_ids=token, past_key_values=out.past_key_values, **extra)
+                out = model(input_ids=token, **{CACHE: cache_of(out)}, **extra)
     assert got == expected
 
 

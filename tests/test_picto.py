@@ -167,11 +167,12 @@ def test_interrupted_training_continues_as_if_it_had_not_been(tmp_path):
 
 @pytest.mark.slow
 def test_training_program_gives_the_same_checkpoint_twice(tmp_path):
-    steps = {"vision_steps": 2, "align_steps": 2, "llm_steps": 2, "prior_steps": 2, "scenes": 130}
-    one, two = (train.train(0, tmp_path / name, **steps) for name in ("one", "two"))
+    steps = {"vision_steps": 2, "align_steps": 2, "llm_steps": 2, "prior_steps": 2, "scenes": 16, "batch": 4}
+    size = {"width": 8, "depth": 2}
+    one, two = (train.train(0, tmp_path / name, **steps, **size) for name in ("one", "two"))
     assert AutoProcessor.from_pretrained(one).image_token == "<image>"
     first, second = (AutoModelForImageTextToText.from_pretrained(path).state_dict() for path in (one, two))
-    start = train.build_model(train.build_processor()).state_dict()
+    start = train.build_model(train.build_processor(), **size).state_dict()
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
     moved = {name.split(".")[1] for name, value in first.items() if not torch.equal(value, start[name].to(value.dtype))}

@@ -15,6 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
 import vlm_fix
+from vlm_fix.compat import CACHE, cache_of
 from vlm_fix.pruning.after import LayerPruner, top_per_image
 from vlm_fix.session import PAD, Call, Session, left_pack
 
@@ -350,13 +351,13 @@ def test_cache_really_is_shorter(family, model):
     inputs = single(family, [1, 2], 1)
     with vlm_fix.wrapped(model, EveryOther((0, 2))), torch.no_grad():
         out = model(**inputs, use_cache=True, output_hidden_states=True)
-    lengths = [layer.keys.shape[2] for layer in out.past_key_values.layers]
+    lengths = [layer.keys.shape[2] for layer in cache_of(out).layers]
     run = Slow(family, model, inputs, (), None)
     text = run.last + 1 - sum(map(len, run.images))
     once = [math.ceil(len(image) / 3) for image in run.images]
     twice = [math.ceil(n / 3) for n in once]
     assert lengths == [text + sum(once)] * 2 + [text + sum(twice)] * 2
-    assert out.past_key_values.get_seq_length() == run.last + 1, "what generate counts with"
+    assert cache_of(out).get_seq_length() == run.last + 1, "what generate counts with"
     assert [x.shape[1] for x in out.hidden_states[1:]] == lengths, "hidden states have the tokens that are left"
     assert out.logits.shape[1] == lengths[-1]
 
@@ -433,7 +434,7 @@ def test_own_decoding_loop(family, model):
         for _ in range(5):
             token = out.logits[:, -1:].argmax(-1)
             got.append(int(token))
-            out = model(input_ids=token, past_key_values=out.past_key_values)
+            out = model(input_ids=token, **{CACHE: cache_of(out)})
     assert got == expected
 
 
@@ -542,18 +543,18 @@ def test_refused_calls(model, family):
             {"cache_implementation": "static"},
             {"prefill_chunk_size": 11},
             {"prompt_lookup_num_tokens": 2},
-            {"past_key_values": DynamicCache(config=model.config.get_text_config())},
+            {CACHE: DynamicCache(config=model.config.get_text_config())},
         ):
             with pytest.raises(vlm_fix.VlmFixError, match="fastv does not work with"):
                 model.generate(**inputs, max_new_tokens=3, do_sample=False, **option)
         with pytest.raises(vlm_fix.VlmFixError, match="StaticCache"):
-            model(**inputs, past_key_values=StaticCache(model.config.get_text_config(), max_cache_len=99))
+            model(**inputs, **{CACHE: StaticCache(model.config.get_text_config(), max_cache_len=99)})
         with pytest.raises(vlm_fix.VlmFixError, match="labels"):
             model(**inputs, labels=inputs["input_ids"])
         out = model(**inputs)
         with pytest.raises(vlm_fix.VlmFixError, match="whole prompt at once"):
             mask = inputs["attention_mask"].repeat(1, 2)
-            model(**{**inputs, "attention_mask": mask}, past_key_values=out.past_key_values)
+            model(**{**inputs, "attention_mask": mask}, **{CACHE: cache_of(out)})
 
 
 def test_models_with_windows_are_refused(family, monkeypatch):

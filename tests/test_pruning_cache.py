@@ -16,6 +16,7 @@ from test_pruning_methods import ranked
 
 import vlm_fix
 from vlm_fix.attention import function
+from vlm_fix.compat import CACHE, cache_of
 from vlm_fix.method import HiddenEdit
 from vlm_fix.pruning.after import ShortLayer
 
@@ -238,12 +239,12 @@ def test_own_loop_on_a_shorter_cache(family, model):
     with vlm_fix.wrapped(model, "knorm:keep=3,layers=0|2"), torch.no_grad():
         expected = model.generate(**inputs, max_new_tokens=5, do_sample=False)[0, -5:].tolist()
         out, got = model(**inputs), []
-        lengths = [layer.keys.shape[2] for layer in out.past_key_values.layers]
-        assert lengths == [length - size + 3, length] * 2 and out.past_key_values.get_seq_length() == length
+        lengths = [layer.keys.shape[2] for layer in cache_of(out).layers]
+        assert lengths == [length - size + 3, length] * 2 and cache_of(out).get_seq_length() == length
         for _ in range(5):
             token = out.logits[:, -1:].argmax(-1)
             got.append(int(token))
-            out = model(input_ids=token, past_key_values=out.past_key_values)
+            out = model(input_ids=token, **{CACHE: cache_of(out)})
     assert got == expected
 
 
@@ -290,11 +291,11 @@ def test_a_vl_computes_the_core_alone(family, model):
         got, out = widths(model, inputs, 10)
     text = [length - size + i for i in range(1, 10)]
     assert got == [n + (core if i % 4 else stored) for i, n in enumerate(text, 1)]
-    layer = out.past_key_values.layers[1]
+    layer = cache_of(out).layers[1]
     assert (
         layer.keys.shape[2] == text[-1] + core and layer.aside[0].shape[2] == layer.aside[1].shape[2] == stored - core
     )
-    assert out.past_key_values.get_seq_length() == length + 9
+    assert cache_of(out).get_seq_length() == length + 9
     with vlm_fix.wrapped(model, "a_vl:keep=1,core=1,text_start=3,text_every=1"):
         got, _ = widths(model, inputs, 10)
     assert got == [length - after + max(3, round(0.5 * (after + i))) + 1 for i in range(9)], (
@@ -312,18 +313,15 @@ def test_a_vl_in_an_own_loop(family, model):
             out = model(**single(family, [1], 0))
             for ids in steps:
                 if len(ids) > len(out.logits):
-                    out.past_key_values.batch_repeat_interleave(len(ids))
-                out = model(input_ids=ids, past_key_values=out.past_key_values)
+                    cache_of(out).batch_repeat_interleave(len(ids))
+                out = model(input_ids=ids, **{CACHE: cache_of(out)})
         return out
 
     spec = "a_vl:core=0.1,every=3,text_start=3,text_every=1"
     whole, some = loop("a_vl:core=1,text_start=3,text_every=1", words), loop(spec, words)
     assert torch.equal(whole.logits, some.logits)
-    split = loop(spec, words[:, :1]).past_key_values
-    assert (
-        split.layers[1].aside is not None
-        and split.layers[1].keys.shape[2] < whole.past_key_values.layers[1].keys.shape[2]
-    )
+    split = cache_of(loop(spec, words[:, :1]))
+    assert split.layers[1].aside is not None and split.layers[1].keys.shape[2] < cache_of(whole).layers[1].keys.shape[2]
     both = loop(spec, words[:, :1], words.T, words.T, words.T)
     for row in range(2):
         word = words[:, row : row + 1]
@@ -428,4 +426,4 @@ def test_images_whose_rows_end_in_a_token():
         out = model(**inputs)
     length = inputs["input_ids"].shape[1]
     size = int((inputs["input_ids"] == model.config.image_token_id).sum())
-    assert out.past_key_values.layers[0].keys.shape[2] == length - size + 3
+    assert cache_of(out).layers[0].keys.shape[2] == length - size + 3

@@ -15,6 +15,7 @@ from conftest import IMAGE, single
 from test_methods import error, greedy
 
 import vlm_fix
+from vlm_fix.compat import CACHE, cache_of
 
 EQUAL = [
     "pai:alpha=0.5,layers=3",
@@ -47,7 +48,7 @@ def conversation(family, model, second_image):
     images = {k: first[k] for k in ("pixel_values", "image_grid_thw") if k in first}
     new = {"pixel_values": second["pixel_values"]} if second_image else {}
     whole = {**turn, **images, **{k: torch.cat([images[k], new[k]]) for k in new}}
-    return first["input_ids"].shape[1], whole, {**turn, **new, "past_key_values": out.past_key_values}
+    return first["input_ids"].shape[1], whole, {**turn, **new, CACHE: cache_of(out)}
 
 
 def both(family, model, spec, second_image):
@@ -73,7 +74,7 @@ def test_cca_refuses_a_new_image_on_a_kept_cache(models):
     model = models["llava"]
     with vlm_fix.wrapped(model, "cca"):
         turn = conversation("llava", model, True)[2]
-        with pytest.raises(vlm_fix.VlmFixError, match="for a new image pass all of it, without past_key_values"):
+        with pytest.raises(vlm_fix.VlmFixError, match="for a new image pass all of it, without the kept cache"):
             model.generate(**turn, max_new_tokens=2)
 
 
@@ -107,11 +108,11 @@ def test_gift_previews_a_second_turn(family, model):
     """A map from a pass of its own, on a copy of the kept cache: two more tokens of the turn see what they saw without it."""
     n, _, _, turn = both(family, model, "gift:alpha=3,source_layer=2,layers=1", False)
     with vlm_fix.wrapped(model, "gift:alpha=3,source_layer=2,layers=1") as wrapped:
-        cache = conversation(family, wrapped, False)[2]["past_key_values"]
+        cache = conversation(family, wrapped, False)[2][CACHE]
         assert cache.get_seq_length() == n + 4
         again = conversation(family, wrapped, False)[2]
         assert torch.equal(greedy(wrapped, again, 5, suppress_tokens=[IMAGE])[1], turn[1])
-        assert again["past_key_values"].get_seq_length() == again["input_ids"].shape[1] + 4
+        assert again[CACHE].get_seq_length() == again["input_ids"].shape[1] + 4
     with vlm_fix.wrapped(model, "gift:alpha=0.001,source_layer=2,layers=1"):
         weak = greedy(model, conversation(family, model, False)[2], 5, suppress_tokens=[IMAGE])
     assert not torch.allclose(weak[1], turn[1], atol=1e-3)

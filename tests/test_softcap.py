@@ -123,11 +123,32 @@ def arguments(cap):
     return q, k, v, allowed, Scores(0.3, cap), forms
 
 
+def compiled_flex_error():
+    """How far torch's own compiled flex_attention is from the uncompiled one on plain causal attention."""
+    q, k, v, *_ = arguments(None)
+    causal = flex.block_mask(q, k, torch.ones(1, 1, 40, 40, dtype=torch.bool).tril())
+    runs = (flex.flex_attention, torch.compile(flex.flex_attention, fullgraph=True))
+    with torch.no_grad():
+        one, two = (run(q, k, v, None, causal, enable_gqa=True) for run in runs)
+    return float((one - two).abs().max())
+
+
+def test_cpu_never_compiles_flex(monkeypatch):
+    """torch 2.13 compiles it wrongly for processors without AVX-512."""
+    monkeypatch.setattr(flex, "_compiled", lambda: pytest.fail("flex_attention was compiled on a CPU"))
+    q, k, v, allowed, scores, forms = arguments(1.5)
+    flex.flex_rows(q, k, v, flex.block_mask(q, k, allowed), scores, forms)
+
+
 @pytest.mark.parametrize("cap", [None, 1.5])
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_flex_equals_the_formula(cap, compiled, monkeypatch):
     """All that a form holds, padding included; compiled, flex_attention forms no matrix."""
     if compiled:
+        if (wrong := compiled_flex_error()) > 1e-4:
+            pytest.skip(
+                f"torch {torch.__version__} compiles plain causal flex_attention wrongly here: off by up to {wrong:.2g}"
+            )
         monkeypatch.setattr(flex, "flex_attention", torch.compile(flex.flex_attention, fullgraph=True))
     q, k, v, allowed, scores, forms = arguments(cap)
     z = q.double() @ k.double().repeat_interleave(2, dim=1).mT * 0.3

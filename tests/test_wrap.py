@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import vlm_fix
 from vlm_fix.attention.kernel import edited_rows
+from vlm_fix.compat import CACHE, cache_of
 from vlm_fix.method import parse_layers
 from vlm_fix.registry import split_methods
 from vlm_fix.session import Call, Rows, Session, left_pack
@@ -81,12 +82,12 @@ def test_bad_models_and_calls(models):
             out = model(**text)
         assert out.logits.shape[1] == 4
     with torch.no_grad():
-        cache = model(**one).past_key_values
+        cache = cache_of(model(**one))
     with (
         vlm_fix.wrapped(model, "pai"),
         pytest.raises(vlm_fix.VlmFixError, match="filled while the model was not wrapped"),
     ):
-        model(input_ids=torch.tensor([[5]]), past_key_values=cache)
+        model(input_ids=torch.tensor([[5]]), **{CACHE: cache})
 
 
 def test_prompts_padded_on_the_right_are_refused(family, model):
@@ -148,7 +149,7 @@ def test_next_turn_on_a_kept_cache(family, model):
     first = single(family, [1], 0)
     with vlm_fix.wrapped(model, "pai:alpha=0.5,layers=3"):
         cache = DynamicCache(config=model.config.get_text_config())
-        a = model.generate(**first, max_new_tokens=4, do_sample=False, past_key_values=cache)
+        a = model.generate(**first, max_new_tokens=4, do_sample=False, **{CACHE: cache})
         ids = torch.cat([a, torch.tensor([[7, 8, 9]])], 1)
         turn = {**first, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if family == "qwen2_5_vl":
@@ -156,7 +157,7 @@ def test_next_turn_on_a_kept_cache(family, model):
         fresh = model.generate(**turn, max_new_tokens=4, do_sample=False)
         for key in ("pixel_values", "image_grid_thw"):
             turn.pop(key, None)
-        kept = model.generate(**turn, max_new_tokens=4, do_sample=False, past_key_values=cache)
+        kept = model.generate(**turn, max_new_tokens=4, do_sample=False, **{CACHE: cache})
     assert torch.equal(kept, fresh)
 
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .compat import cache_of, with_cache
 from .errors import VlmFixError
 from .families import Arch, family_of, prompt_positions
 from .method import Method
@@ -148,7 +149,7 @@ class LastRow:
             before = {k: v[:, :-1] if v.shape == size else v for k, v in inputs.items()}
             with torch.no_grad():
                 out = model(**before, position_ids=self.positions[..., :-1], use_cache=True)
-            self.cache = out.past_key_values
+            self.cache = cache_of(out)
 
     @torch.no_grad()
     def logits(self) -> Tensor:
@@ -159,9 +160,9 @@ class LastRow:
             "input_ids": self.inputs["input_ids"][:, -1:],
             "attention_mask": self.inputs["attention_mask"],
             "position_ids": self.positions[..., -1:],
-            "past_key_values": copy.deepcopy(self.cache),  # sliding-window caches cannot be cropped
         }
-        return self.model(**step).logits[:, -1].float()
+        # a copy: sliding-window caches cannot be cropped
+        return self.model(**with_cache(step, copy.deepcopy(self.cache))).logits[:, -1].float()
 
     def outputs(self, modules: Mapping[Key, torch.nn.Module]) -> tuple[Tensor, dict[Key, Tensor]]:
         """`logits`, and what each of `modules` puts out in the last row, [B, C]."""

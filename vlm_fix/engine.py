@@ -19,6 +19,7 @@ from transformers import LogitsProcessorList
 from . import attention
 from . import calibration as calibrations
 from .attention import graph
+from .compat import CACHE, cache_of, versions, warn_if_untested
 from .decoding.prompt import Prompt
 from .errors import VlmFixError
 from .families import Arch, arch_of, get_part, image_token_ids
@@ -187,10 +188,12 @@ class Engine:
             raise VlmFixError(
                 f"attention was set to {now!r} after wrap, past every method: unwrap the model, then wrap it."
             )
-        cache = kwargs.get("past_key_values")
+        cache = cache_of(kwargs)
         past = 0 if cache is None else int(cache.get_seq_length())
         self.session = self.joint = None  # if anything below fails, the next forward must not see an old one
         session = self.sessions.get(cache) if cache is not None else None
+        if cache is None:
+            self._check_cacheless(args, kwargs)
         if session is None and past:
             raise VlmFixError("the cache was filled while the model was not wrapped; start from the whole prompt.")
         if session is None:
@@ -202,6 +205,21 @@ class Engine:
         if self.contrasting and session is self.main:
             return self.contrasting.join(session, args, kwargs)
         return None
+
+    def _check_cacheless(self, args: Any, kwargs: dict[str, Any]) -> None:
+        """Refuse a decode step whose cache is not among its arguments: every method would silently do nothing."""
+        ids, mask = args[0] if args else kwargs.get("input_ids"), kwargs.get("attention_mask")
+        again = self.call is not None and self.main is not None and self.main.call is self.call
+        if again and kwargs.get("use_cache") is not False:
+            what = "a later forward of generate came without a cache"
+        elif ids is not None and isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.shape[1] > ids.shape[1]:
+            what = "a decode step came without a cache"
+        else:
+            return
+        raise VlmFixError(
+            f"{what}, so no method can act in it: {versions()} does not hand caches on in a way known here, or the model "
+            f"was called without {CACHE}=. Run `vlm-fix doctor`, or unwrap the model."
+        )
 
     def resume(self, ids: torch.Tensor, mask: torch.Tensor | None, past: int) -> None:
         """`_enter` when a graph runs: `generate` has one session, and it is the main one."""
@@ -273,7 +291,7 @@ class Engine:
     def _left(self, output: Any) -> None:
         if self.session is not None and self.session.plain:
             return
-        cache = getattr(output, "past_key_values", None)
+        cache = cache_of(output)
         if cache is not None and self.session is not None and cache not in self.sessions and not self.joint:
             self.sessions[cache] = self.session
         self.session = None
@@ -421,16 +439,16 @@ def _generate(engine: Engine, model: Any, inputs: torch.Tensor | None = None, **
             "assisted decoding": assisted,
             "a static cache": setting("cache_implementation"),
             "chunked prefill": setting("prefill_chunk_size"),
-            "a cache of an earlier turn": kwargs.get("past_key_values") is not None,
+            "a cache of an earlier turn": cache_of(kwargs) is not None,
             "beams": wanders and (setting("num_beams") or 1) > 1,
             "a decoding loop of a method": wanders and engine.procedure,
         }.items():
             if used:
                 raise VlmFixError(f"{engine.shortens[0].name} does not work with {name}; drop that option.")
-    if engine.refiners and kwargs.get("past_key_values") is not None:
+    if engine.refiners and cache_of(kwargs) is not None:
         raise VlmFixError(
-            f"{engine.refiners[0].name} changes the images before they are read: drop past_key_values and pass the whole "
-            "conversation as one prompt."
+            f"{engine.refiners[0].name} changes the images before they are read: drop the kept cache and pass the "
+            "whole conversation as one prompt."
         )
     if engine.procedure:
         from .decoding import loops
@@ -442,7 +460,7 @@ def _generate(engine: Engine, model: Any, inputs: torch.Tensor | None = None, **
     given = {k: v for k, v in kwargs.items() if isinstance(v, torch.Tensor)}
     with engine.lock:
         given |= {"input_ids": ids, "attention_mask": mask}
-        call = Call(model, engine.family, given, cache=kwargs.get("past_key_values"))
+        call = Call(model, engine.family, given, cache=cache_of(kwargs))
         engine.call, engine.touched, engine.term = call, set(), None
         own: list[Any] = []
         edits = [m for m in engine.active if isinstance(m, LogitEdit)]
@@ -476,7 +494,7 @@ def _generate(engine: Engine, model: Any, inputs: torch.Tensor | None = None, **
             kwargs.pop("input_ids", None)
             output = original(model, call.inputs["input_ids"], **kwargs)
             engine.report_idle()
-            cache = getattr(output, "past_key_values", None)
+            cache = cache_of(output)
             if cache is not None and engine.main and cache not in engine.sessions:  # a compiled prefill shows no cache
                 engine.sessions[cache] = engine.main
             return prompt.restored(output)
@@ -538,6 +556,7 @@ def wrap(model: Model, spec: Spec, calibration: calibrations.Files = None) -> Mo
         raise VlmFixError(
             f"the model is already wrapped with {names}; call vlm_fix.unwrap(model) first, or pass a list of methods."
         )
+    warn_if_untested()
     engine = plan(model, spec, calibration)
     engine.install()
     model.__dict__["_vlm_fix_engine"] = engine

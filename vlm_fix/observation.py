@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from .compat import with_cache
 from .engine import Engine
 from .errors import VlmFixError
 from .families import prompt_positions, visual_cells
@@ -304,7 +305,8 @@ def _run(engine: Engine, call: Call, probe: Probe, answer: torch.Tensor) -> Sess
     positions, following = prompt_positions(model, engine.family, call.inputs)
     engine.call, engine.probe = call, probe
     try:
-        model(**call.inputs, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        more = {"position_ids": positions, "use_cache": True, "logits_to_keep": 1}
+        model(**with_cache({**call.inputs, **more}, cache))
         session = engine.sessions[cache]
         if len(answer):
             mask = call.inputs["attention_mask"]
@@ -312,8 +314,8 @@ def _run(engine: Engine, call: Call, probe: Probe, answer: torch.Tensor) -> Sess
             if engine.family.mrope:
                 positions = positions.expand(3, -1, -1)
             mask = torch.cat([mask, mask.new_ones(1, len(answer))], dim=1)
-            inputs = {"input_ids": answer[None], "attention_mask": mask, "position_ids": positions}
-            model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            inputs = {**more, "input_ids": answer[None], "attention_mask": mask, "position_ids": positions}
+            model(**with_cache(inputs, cache))
         return session
     finally:
         engine.call = engine.session = engine.main = engine.probe = None

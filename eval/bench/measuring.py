@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from vlm_fix import registry
+from vlm_fix.compat import cache_of
 from vlm_fix.errors import VlmFixError
 from vlm_fix.method import TokenPruner
 from vlm_fix.pruning.kv import CachePruner
@@ -99,11 +100,11 @@ def add_scoring(rows: list[Row]) -> None:
 def _cache(model: Any, inputs: dict[str, Any], extra: dict[str, Any]) -> tuple[float | None, float | None]:
     """Visual columns stored after the prefill, mean over layers, and the cache's size in MB, columns laid aside included."""
     out = model.generate(**inputs, max_new_tokens=1, do_sample=False, return_dict_in_generate=True, **extra)
-    layers = getattr(getattr(out, "past_key_values", None), "layers", None)
+    layers = getattr(cache_of(out), "layers", None)
     if not layers or not all(isinstance(layer.keys, torch.Tensor) for layer in layers):
         return None, None
     engine, aside = model.__dict__.get("_vlm_fix_engine"), [getattr(layer, "aside", None) or () for layer in layers]
-    session = engine and engine.sessions.get(out.past_key_values)
+    session = engine and engine.sessions.get(cache_of(out))
     if session:
         visual = [int((session.at(i).types == VISUAL).sum()) for i in range(len(layers))]
     else:

@@ -9,13 +9,15 @@ Four stages, each resumable (run the same command again) and seeded:
    sequence holds an image, a caption and up to eight questions; a block mask makes each of them a dialogue of its own;
 4. `prior`: the same, shorter, with more careless answers about what is typical of a scene: a stronger prior.
 
-Matrices are trained with Muon, the rest with AdamW, under bf16 autocast. The checkpoint lies in DIR/picto-llava.
+Matrices are trained with Muon, the rest with AdamW, under bf16 autocast where the
+processor has it. The checkpoint lies in DIR/picto-llava.
 With `MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184` in the environment glibc keeps freed memory: twice as fast.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import random
 import time
 from collections import Counter
@@ -109,8 +111,13 @@ def build_processor() -> LlavaProcessor:
     )
 
 
-def build_model(processor: LlavaProcessor, seed: int = 0) -> LlavaForConditionalGeneration:
-    """picto-llava with random weights: CLIP 6 x 192 (patch 16), Llama 6 x 256, an MLP between them; 7 M parameters."""
+def build_model(
+    processor: LlavaProcessor, seed: int = 0, width: int = 64, depth: int = 6
+) -> LlavaForConditionalGeneration:
+    """picto-llava with random weights: CLIP 6 x 192 (patch 16), Llama 6 x 256, an MLP between them; 7 M parameters.
+
+    width: a third of the tower's hidden size, a quarter of the decoder's; depth: layers of both; smaller ones for tests.
+    """
     torch.manual_seed(seed)
     tokenizer = processor.tokenizer
     special = {
@@ -119,20 +126,20 @@ def build_model(processor: LlavaProcessor, seed: int = 0) -> LlavaForConditional
         "pad_token_id": tokenizer.pad_token_id,
     }
     vision = CLIPVisionConfig(
-        hidden_size=192,
-        intermediate_size=768,
-        num_hidden_layers=6,
+        hidden_size=3 * width,
+        intermediate_size=12 * width,
+        num_hidden_layers=depth,
         num_attention_heads=6,
         image_size=world.SIZE,
         patch_size=16,
-        projection_dim=192,
+        projection_dim=3 * width,
         hidden_act="gelu",
     )
     text = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=6,
+        hidden_size=4 * width,
+        intermediate_size=8 * width,
+        num_hidden_layers=depth,
         num_attention_heads=8,
         num_key_value_heads=8,
         max_position_embeddings=1024,
@@ -253,6 +260,11 @@ class Dialogues:
         }
 
 
+def mixed_precision() -> torch.autocast:
+    """bf16 autocast on processors that multiply bf16 matrices themselves; elsewhere it is many times slower than float32."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 # --- the three stages ------------------------------------------------------------------------------------------------
 
 
@@ -288,7 +300,7 @@ def fit(
     began = saved = time.time()
     sums: Counter[str] = Counter()
     for step in range(first, steps):
-        with torch.autocast("cpu", torch.bfloat16):
+        with mixed_precision():
             loss, figures = loss_of(step)
         loss.backward()
         nn.utils.clip_grad_norm_([p for _, p in named], 1.0)
@@ -324,7 +336,8 @@ def train_vision(
     """Stage 1: dense patch classes (background counts .15) and the image's categories from CLS."""
     tower = model.model.vision_tower
     torch.manual_seed(seed)
-    dense, whole = nn.Linear(192, len(world.CATEGORIES) + 1), nn.Linear(192, len(world.CATEGORIES))
+    hidden = tower.config.hidden_size
+    dense, whole = nn.Linear(hidden, len(world.CATEGORIES) + 1), nn.Linear(hidden, len(world.CATEGORIES))
     heads = nn.ModuleDict({"dense_head": dense, "whole_head": whole})
     weight = torch.ones(len(world.CATEGORIES) + 1)
     weight[-1] = 0.15
@@ -351,9 +364,9 @@ def train_vision(
 
 @torch.no_grad()
 def features(model: LlavaForConditionalGeneration, processor: LlavaProcessor, images: Tensor) -> Tensor:
-    """What the projector receives, bf16 [n, 64, 192]."""
+    """What the projector receives, bf16 [n, 64, C]."""
     out = []
-    with torch.autocast("cpu", torch.bfloat16):
+    with mixed_precision():
         for chunk in images.split(250):
             hidden = model.model.vision_tower(pixels(processor, chunk), output_hidden_states=True).hidden_states
             out.append(hidden[-2][:, 1:].bfloat16())
@@ -439,6 +452,17 @@ def export(model: LlavaForConditionalGeneration, processor: LlavaProcessor, fold
     processor.save_pretrained(folder)
 
 
+@contextlib.contextmanager
+def flushed_denormals() -> Iterator[None]:
+    """Round denormals to 0 meanwhile: Muon makes many of them, and they are slow on a CPU."""
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
+
+
+@flushed_denormals()
 def train(
     seed: int,
     out: Path,
@@ -447,20 +471,28 @@ def train(
     llm_steps: int = 1500,
     prior_steps: int = 250,
     scenes: int = 40_000,
+    batch: int = 32,
+    width: int = 64,
+    depth: int = 6,
 ) -> Path:
-    """All stages; returns the folder of the checkpoint."""
-    if scenes < 128:
-        raise VlmFixError(f"--scenes is {scenes}: the second stage draws batches of 128, so give at least 128.")
+    """All stages; returns the folder of the checkpoint. width, depth: the model's, see `build_model`.
+
+    batch: scenes in a step of the last two stages; the first stage takes twice, the second four times as many.
+    """
+    if scenes < 4 * batch:
+        raise VlmFixError(
+            f"--scenes is {scenes}: the second stage draws {4 * batch} at once, so give at least {4 * batch}."
+        )
     out.mkdir(parents=True, exist_ok=True)
     processor = build_processor()
-    model = build_model(processor, seed)
+    model = build_model(processor, seed, width, depth)
     model.set_attn_implementation("eager")  # short sequences: faster than the CPU's fused attention
     target = out / "picto-llava"
-    train_vision(model, processor, seed, out, vision_steps, scenes)
+    train_vision(model, processor, seed, out, vision_steps, scenes, 2 * batch)
     model.model.vision_tower.requires_grad_(False)
     images, classes, facts = pool(scenes, seed + 2000)  # fresh scenes: features as good as on unseen images, no better
     x = features(model, processor, images)
-    train_align(model, processor, x, classes, seed, out, align_steps)
+    train_align(model, processor, x, classes, seed, out, align_steps, 4 * batch)
     if not (out / "llm.pt").exists():
         with torch.no_grad():
             model.lm_head.weight.copy_(model.get_input_embeddings().weight)
@@ -468,8 +500,10 @@ def train(
     def save() -> None:
         export(model, processor, target)
 
-    train_llm(model, processor, x, facts, seed, out, llm_steps, save, stage="llm", lr=3e-3, careless=0.75)
-    train_llm(model, processor, x, facts, seed, out, prior_steps, save, stage="prior", lr=1.5e-3, careless=0.85)
+    train_llm(model, processor, x, facts, seed, out, llm_steps, save, stage="llm", lr=3e-3, careless=0.75, batch=batch)
+    train_llm(
+        model, processor, x, facts, seed, out, prior_steps, save, stage="prior", lr=1.5e-3, careless=0.85, batch=batch
+    )
     return target
 
 
@@ -486,7 +520,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--prior-steps", type=int, default=250)
     parser.add_argument("--scenes", type=int, default=40_000)
     options = vars(parser.parse_args(argv))
-    torch.set_flush_denormal(True)  # of this process: Muon makes many denormals, which are slow
     print("saved to", train(**options))
 
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from ..compat import cache_of
+
 
 def uncompiled(function: Any) -> Any:
     """Under torch.compile, graphs end here: a session is Python state, which a graph would freeze."""
@@ -84,7 +86,7 @@ _attention.register_fake(
 def enter(engine: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """`Engine._enter` in a graph: input_ids pass through the operator, which runs before everything that needs them."""
     ids = args[0] if args else kwargs["input_ids"]
-    cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+    cache, mask = cache_of(kwargs), kwargs.get("attention_mask")
     past = 0 if cache is None else cache.get_seq_length()
     mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
     lazy = isinstance(past, torch.Tensor)  # a static cache counts in a tensor

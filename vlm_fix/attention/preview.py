@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..compat import cache_of, with_cache
 from ..method import Method
 from ..session import Rows, Session
 
@@ -39,7 +40,7 @@ def preview(session: Session, kwargs: dict[str, Any], looks: dict[int, Any] | No
     looks: layer -> its probe. States are the session's own. A cache with earlier columns is copied for the pass.
     """
     assert session.types is not None
-    engine, cache = session.call.model.__dict__["_vlm_fix_engine"], kwargs.get("past_key_values")
+    engine, cache = session.call.model.__dict__["_vlm_fix_engine"], cache_of(kwargs)
     plain = Session(
         session.call,
         branch="preview",
@@ -50,7 +51,7 @@ def preview(session: Session, kwargs: dict[str, Any], looks: dict[int, Any] | No
     )
     plain.advance(session.start, session.types)
     plain.last_visual = session.last_visual
-    own = {**kwargs, "use_cache": False, "past_key_values": copy.deepcopy(cache) if session.start else None}
+    own = with_cache({**kwargs, "use_cache": False}, copy.deepcopy(cache) if session.start else None)
     engine.session = plain
     try:
         return engine.language(**own).last_hidden_state

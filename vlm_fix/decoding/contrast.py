@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, LogitsProcessor
 
+from ..compat import cache_of, with_cache
 from ..errors import VlmFixError
 from ..families import prompt_positions
 from ..method import AttentionEdit, Contrast, LogitEdit, Negative
@@ -130,8 +131,8 @@ class PrefixContrast(LogitsProcessor):
         """A decode step of the main branch, widened to all branches; None where it has to run alone."""
         if not (self.joins and self.branches and joint.joinable(self.engine, session, self.branches, args, kwargs)):
             return None
-        if self.joint is None or self.joint.caches[0] is not kwargs["past_key_values"]:
-            self.joint = joint.Joint(self.engine, session, self.branches, kwargs["past_key_values"])
+        if self.joint is None or self.joint.caches[0] is not cache_of(kwargs):
+            self.joint = joint.Joint(self.engine, session, self.branches, cache_of(kwargs))
         return (), self.joint.widen(kwargs)
 
     def close(self) -> None:
@@ -206,7 +207,8 @@ class Branch:
         main, deltas = self.engine.call, getattr(base, "rope_deltas", None)
         self.engine.call = self.call
         try:
-            out = model(**inputs, position_ids=positions, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+            given = {**inputs, "position_ids": positions, "use_cache": True, "logits_to_keep": 1}
+            out = model(**with_cache(given, self.cache))
         finally:
             self.engine.call = main
             if deltas is not None:

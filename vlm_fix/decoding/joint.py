@@ -13,18 +13,19 @@ from typing import Any
 import torch
 from transformers import Cache, DynamicCache
 
+from ..compat import CACHE_NAMES, cache_of, set_cache, with_cache
 from ..families import prompt_positions
 from ..method import AttentionEdit, Contrast, LogitEdit
 from ..session import PAD, TEXT, Session, View
 
 JOINS = True  # tests switch it off to compare
 UNUSED = {"attention_mask", "mm_token_type_ids", "image_grid_thw", "video_grid_thw"}  # once positions are given
-KNOWN = {"input_ids", "position_ids", "past_key_values", "use_cache", "return_dict"} | UNUSED
+KNOWN = {"input_ids", "position_ids", *CACHE_NAMES, "use_cache", "return_dict"} | UNUSED
 
 
 def joinable(engine: Any, session: Session, branches: list[Any], args: Any, kwargs: dict[str, Any]) -> bool:
     """True for a plain decode step of one token per row, with every branch right behind it."""
-    cache, ids = kwargs.get("past_key_values"), kwargs.get("input_ids")
+    cache, ids = cache_of(kwargs), kwargs.get("input_ids")
     return (
         not args
         and session.length == 1
@@ -85,12 +86,12 @@ class Joint:
         self.masks = [(s.types != PAD)[:, None, None] if padded else None for s, padded in pairs]
         self.ids, self.engine.joint = ids, self
         positions = self.first + step
-        return {
+        inputs = {
             **{k: v for k, v in kwargs.items() if k not in UNUSED},
             "input_ids": ids.repeat(len(self.sessions), 1),
             "position_ids": positions.expand(3, -1, -1) if self.engine.family.mrope else positions,
-            "past_key_values": JointCache(self.caches),
         }
+        return with_cache(inputs, JointCache(self.caches))
 
     def prepare(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """`Method.prepare` of each branch on its own rows."""
@@ -127,5 +128,6 @@ class Joint:
         logits = output.logits.chunk(len(self.sessions))
         for branch, own in zip(self.branches, logits[1:], strict=True):
             branch.pending, branch.tokens = own[:, -1], torch.cat([branch.tokens, self.ids], dim=1)
-        output.logits, output.past_key_values = logits[0], self.caches[0]
+        output.logits = logits[0]
+        set_cache(output, self.caches[0])
         return output

@@ -13,6 +13,7 @@ import torch
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 
+from ..compat import CACHE_NAMES, cache_of, with_cache
 from ..errors import VlmFixError
 from ..families import prompt_positions
 from ..method import Procedure
@@ -27,7 +28,7 @@ REFUSED = {
     "cache_implementation": "drop it",
     "prefill_chunk_size": "drop it",
     "guidance_scale": "drop it",
-    "past_key_values": "pass the whole conversation as one prompt",
+    **dict.fromkeys(CACHE_NAMES, "pass the whole conversation as one prompt"),
     "num_return_sequences": "call generate once for each",
 }
 
@@ -59,11 +60,13 @@ class Search:
         """The prompts in a cache, and the logits [B, V] after them."""
         model = self.engine.model
         inputs = model.prepare_inputs_for_generation(self.prompt, is_first_iteration=True, **self.inputs)
-        inputs.setdefault("past_key_values", DynamicCache(config=model.config.get_text_config()))
-        out = model(**inputs, return_dict=True)
+        cache = cache_of(inputs)
+        if cache is None:
+            cache = DynamicCache(config=model.config.get_text_config())
+        out = model(**with_cache(inputs, cache), return_dict=True)
         _, position = prompt_positions(model, self.engine.family, self.call.inputs)
         mask = self.call.inputs["attention_mask"].to(self.prompt.device)
-        return Sequences(self.engine, inputs["past_key_values"], mask, position), out.logits[:, -1].float()
+        return Sequences(self.engine, cache, mask, position), out.logits[:, -1].float()
 
     def beam_step(
         self, prompt: torch.Tensor, tokens: torch.Tensor, scores: torch.Tensor, z: torch.Tensor, done: Any
@@ -123,14 +126,14 @@ class Sequences:
         count, device = tokens.shape[1], tokens.device
         new = torch.ones(len(tokens), self.length + count, dtype=self.mask.dtype, device=device)
         positions = self.position.to(device)[:, None] + torch.arange(self.length, self.length + count, device=device)
-        out = self.engine.model(
-            input_ids=tokens,
-            attention_mask=torch.cat([self.mask, new], dim=1),
-            position_ids=positions.expand(3, -1, -1) if self.engine.family.mrope else positions,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        inputs = {
+            "input_ids": tokens,
+            "attention_mask": torch.cat([self.mask, new], dim=1),
+            "position_ids": positions.expand(3, -1, -1) if self.engine.family.mrope else positions,
+            "use_cache": True,
+            "logits_to_keep": 1,
+        }
+        out = self.engine.model(**with_cache(inputs, self.cache))
         self.length += count
         for layer in self.cache.layers:  # a differentiated step must not reach into the next one
             layer.keys, layer.values = layer.keys.detach(), layer.values.detach()

@@ -18,6 +18,7 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from ..compat import cache_of
 from ..errors import VlmFixError
 from ..families import Arch
 from ..method import Layers, Method, param, parse_layers
@@ -337,7 +338,7 @@ def install(engine: Any) -> list[Any]:
         return (x, *args[1:]) if args else (), {**kwargs, **changed} | ({} if args else {"hidden_states": x})
 
     def note(i: int, attn: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        session, cache = engine.session, kwargs.get("past_key_values")
+        session, cache = engine.session, cache_of(kwargs)
         if session is None or session.plain or session.start or max(session.last_visual) < 0:
             return
         view = session.at(i)
@@ -362,7 +363,7 @@ def install(engine: Any) -> list[Any]:
 def drop(engine: Any, session: Session, i: int, stage: int, layer: Any, x: torch.Tensor, kwargs: Any) -> torch.Tensor:
     """Run a stage: -> the hidden states that enter layer `i`; session.views tells the later layers."""
     dropper, before, state = engine.dropper, session.at(i), session.state(engine.dropper)
-    cache = kwargs.get("past_key_values")
+    cache = cache_of(kwargs)
     if cache is not None and not isinstance(cache, DynamicCache):
         raise VlmFixError(f"{dropper.name} does not work with a {type(cache).__name__}; use the default dynamic cache.")
     assert session.images is not None and before.types is not None

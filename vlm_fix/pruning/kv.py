@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from ..compat import cache_of
 from ..errors import VlmFixError
 from ..method import Layers, Method, param
 from ..session import PAD, VISUAL, Session, View, left_pack
@@ -136,7 +137,7 @@ def install(engine: Any) -> list[Any]:
             projected[i] = output
 
     def enter(i: int, module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-        session, cache = engine.session, kwargs.get("past_key_values")
+        session, cache = engine.session, cache_of(kwargs)
         if session is None or session.plain or not session.start or not isinstance(session.at(i), View):
             return None
         if cacher.wanders and cache is not None:
@@ -145,7 +146,7 @@ def install(engine: Any) -> list[Any]:
         return args, {**kwargs, "attention_mask": session.at(i).attention_mask(x.device), "position_ids": None}
 
     def leave(i: int, attn: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        session, cache = engine.session, kwargs.get("past_key_values")
+        session, cache = engine.session, cache_of(kwargs)
         if session is None or session.plain or max(session.last_visual) < 0:
             return
         if session.start and not (cacher.wanders and isinstance(session.at(i), View)):

@@ -1,0 +1,62 @@
+"""What differs between the supported versions of transformers. No other file spells the KV cache's name.
+
+transformers calls the cache `past_key_values` up to 5.23 and `cache` from 5.24 on (the old name is accepted until 5.40),
+in the arguments of every forward and of `generate`, and in their outputs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import transformers
+from packaging.version import InvalidVersion, Version
+from transformers.generation import GenerateDecoderOnlyOutput
+
+OLDEST, NEWEST = "5.17", "5.24"  # of transformers: what the tests ran on, both ends included
+CACHE_NAMES = ("cache", "past_key_values")
+CACHE = next(name for name in CACHE_NAMES if name in {f.name for f in dataclasses.fields(GenerateDecoderOnlyOutput)})
+"""The name that this transformers uses itself."""
+
+
+def cache_of(arguments: Any) -> Any:
+    """The KV cache among the keyword arguments of a forward or of `generate`, or in an output; None without one."""
+    if isinstance(arguments, Mapping) and not dataclasses.is_dataclass(arguments):
+        return next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
+    return getattr(arguments, CACHE, None)
+
+
+def with_cache(arguments: Mapping[str, Any], cache: Any) -> dict[str, Any]:
+    """The keyword arguments of a forward with `cache` as the KV cache."""
+    return {**{k: v for k, v in arguments.items() if k not in CACHE_NAMES}, CACHE: cache}
+
+
+def set_cache(output: Any, cache: Any) -> None:
+    """Put `cache` into the output of a forward."""
+    setattr(output, CACHE, cache)
+
+
+def versions() -> str:
+    """ "transformers 5.24.0 (tested: 5.17 to 5.24)", for messages."""
+    return f"transformers {transformers.__version__} (tested: {OLDEST} to {NEWEST})"
+
+
+def warn_if_untested() -> None:
+    """Warn, once per process, on a transformers older or newer than any that was tested."""
+    global _warned
+    try:
+        release = Version(transformers.__version__).release[:2]
+    except InvalidVersion:
+        release = (0,)
+    if not _warned and not Version(OLDEST).release <= release <= Version(NEWEST).release:
+        _warned = True
+        warnings.warn(
+            f"{versions()} is not a version that vlm-fix was tested on; run `vlm-fix doctor` to see whether every kind of "
+            "method still acts, or install a tested version.",
+            stacklevel=3,
+        )
+
+
+_warned = False
