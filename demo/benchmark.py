@@ -24,8 +24,9 @@ import gradio as gr
 from rich.console import Console
 
 from vlm_fix.errors import VlmFixError
-from vlm_fix.eval import report, runner
-from vlm_fix.eval.store import write_atomic
+from vlm_fix.eval.report import tables as report
+from vlm_fix.eval.run import runner
+from vlm_fix.eval.run.store import write_atomic
 from vlm_fix.registry import split_methods
 
 from .compare import Stop, Stopped, command, sentence

@@ -23,7 +23,8 @@ from transformers import TextIteratorStreamer
 
 import vlm_fix
 from vlm_fix.errors import VlmFixError
-from vlm_fix.eval import chair, generation, runner
+from vlm_fix.eval.run import generation, runner
+from vlm_fix.eval.scorers.chair import score as chair
 from vlm_fix.eval.tasks.sample import CAPTION_PROMPT
 from vlm_fix.registry import get_method
 

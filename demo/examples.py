@@ -15,7 +15,8 @@ from pathlib import Path
 from PIL import Image
 
 from vlm_fix.errors import VlmFixError
-from vlm_fix.eval import chair_data, picto
+from vlm_fix.eval import picto
+from vlm_fix.eval.scorers.chair import data as chair_data
 
 SPLIT, SCENES = "test", 12  # the first scenes of the split in which Picto's prior holds
 FOLDER = Path(__file__).parent / "photographs"

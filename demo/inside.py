@@ -17,8 +17,8 @@ from PIL import Image, ImageDraw
 import vlm_fix
 from vlm_fix import Contrast, Observation
 from vlm_fix.errors import VlmFixError
-from vlm_fix.eval import generation, runner
-from vlm_fix.families import family_of
+from vlm_fix.eval.run import generation, runner
+from vlm_fix.families.table import family_of
 from vlm_fix.session import Call
 
 from .compare import Pane

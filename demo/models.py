@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vlm_fix.engine import plan
 from vlm_fix.errors import VlmFixError
-from vlm_fix.eval import generation, loading, picto
+from vlm_fix.eval import picto
+from vlm_fix.eval.run import generation, loading
+from vlm_fix.wrapping import plan
 
 from .examples import scenes
 

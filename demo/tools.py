@@ -14,7 +14,7 @@ import gradio as gr
 from PIL import Image
 
 from vlm_fix.errors import VlmFixError
-from vlm_fix.eval import runner
+from vlm_fix.eval.run import runner
 from vlm_fix.eval.tasks.sample import CAPTION_PROMPT
 from vlm_fix.registry import split_methods
 

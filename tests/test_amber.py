@@ -11,7 +11,10 @@ import pytest
 
 from vlm_fix import cli
 from vlm_fix.errors import VlmFixError
-from vlm_fix.eval import amber, amber_data, amber_file, words
+from vlm_fix.eval.scorers.amber import data as amber_data
+from vlm_fix.eval.scorers.amber import official as amber_file
+from vlm_fix.eval.scorers.amber import score as amber
+from vlm_fix.eval.scorers.chair import words
 
 PACK = Path(__file__).resolve().parents[2] / "shared" / "data" / "nltk_pack.tar.gz"
 

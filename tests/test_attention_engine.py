@@ -21,7 +21,7 @@ from test_methods import error, greedy
 import vlm_fix
 from vlm_fix.attention import apart, function
 from vlm_fix.attention.columns import column_attention
-from vlm_fix.method import Columns
+from vlm_fix.attention.edits import Columns
 from vlm_fix.registry import get_method
 
 STATIC = [s for s in ROWS if s.startswith(("zerotuning", "vaf", "avar"))]

@@ -11,7 +11,7 @@ from conftest import BUILD, make_inputs, single
 from test_methods import greedy, works_unwrapped
 
 import vlm_fix
-from vlm_fix.compat import CACHE, cache_of
+from vlm_fix.families.compat import CACHE, cache_of
 
 NEUTRAL = [
     "spin:keep=1",
@@ -58,7 +58,7 @@ def test_gift_in_chunks(models, spec):
 
 def test_gift_reads_the_question_of_each_turn(models, monkeypatch):
     """On a kept cache the second turn makes a map of its own text rows: the first one's shifts are gone."""
-    from vlm_fix.methods import gift
+    from vlm_fix.methods.attention import gift
 
     model, seen, inputs = models["llava"], [], single("llava", [1], 0)
     original = gift.saliency

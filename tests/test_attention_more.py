@@ -15,7 +15,7 @@ from conftest import IMAGE, make_inputs, single
 from test_methods import error, greedy
 
 import vlm_fix
-from vlm_fix.compat import CACHE, cache_of
+from vlm_fix.families.compat import CACHE, cache_of
 
 # ---- secondary sinks -----------------------------------------------------------------------------------------------
 
@@ -81,8 +81,8 @@ def test_cca_with_edits_and_text(family, model):
 @pytest.mark.parametrize(("height", "width"), [(5, 5), (4, 7), (1, 3), (24, 24)])
 def test_rings_of_any_grid(models, height, width):
     """Positions and rings of one h x w image between two words, against peeling the image from outside."""
-    from vlm_fix.families import arch_of, family_of
-    from vlm_fix.methods import cca
+    from vlm_fix.families.table import arch_of, family_of
+    from vlm_fix.methods.attention import cca
     from vlm_fix.session import Call, Session
 
     model, ids = models["llava"], torch.tensor([[5] + [IMAGE] * height * width + [6, 7]])
@@ -213,7 +213,7 @@ def test_content_words_say_what_they_need(models, monkeypatch):
 @pytest.mark.filterwarnings("ignore:var changed nothing in this call")
 def test_official_var_leak(family, model):
     """VAR's official code keeps the sinks of the first sample for later ones; here the second sees its own only."""
-    from vlm_fix.methods.var import VAR
+    from vlm_fix.methods.attention.var import VAR
 
     spec = "var:tau=2.2,min_visual_mass=0.1,rho=0.2,layers=1-3"
     first, second = single(family, [2], 0, seed=1), single(family, [1], 0, seed=2)
@@ -247,7 +247,7 @@ def test_official_var_leak(family, model):
 
 def test_act_calibrates_heads(model, family):
     """The sweep keeps the heads that, alone, answer more samples right: here against the sweep by hand."""
-    from vlm_fix.calibration import Sample, answer_scores
+    from vlm_fix.calibration.files import Sample, answer_scores
 
     samples = [
         Sample(single(family, [1, 1], row, seed=seed), 5 + seed, 40 + seed) for seed in range(4) for row in (0, 1)
@@ -358,7 +358,7 @@ def test_paint_follows_the_kept_tokens(model, family):
     """With every token kept but re-packed by a pruner, PAINT's strengths stay on their tokens."""
     inputs = single(family, [1, 2], 1)
     seen = {}
-    from vlm_fix.methods.paint import PAINT as Method
+    from vlm_fix.methods.attention.paint import PAINT as Method
 
     def spy(self, session, kwargs, original=Method.prepare):
         kwargs = original(self, session, kwargs)

@@ -17,8 +17,8 @@ from conftest import BUILD, make_inputs, single
 
 import vlm_fix
 from vlm_fix import cli
-from vlm_fix.calibration import Calibration, Sample, answer_scores, sizes, weights_id
-from vlm_fix.families import arch_of
+from vlm_fix.calibration.files import Calibration, Sample, answer_scores, sizes, weights_id
+from vlm_fix.families.table import arch_of
 
 
 def labelled(family, images=(1, 2, 1), seed=0, **kw):
@@ -61,7 +61,7 @@ PLAIN = {"do_sample": False, "return_dict_in_generate": True}
 
 
 def test_what_is_given_wins_even_at_its_default(models):
-    from vlm_fix.methods.zerotuning import ZeroTuning
+    from vlm_fix.methods.attention.zerotuning import ZeroTuning
 
     made = Calibration("zerotuning", {"rate": 3.0, "head_indices": [0], "layers": "1-"}, {})
     assert made.fill(vlm_fix.parse_spec("zerotuning:rate=0.6")).rate == 0.6
@@ -85,7 +85,7 @@ def test_a_file_that_fills_nothing_is_warned_of(models, tmp_path):
 
 
 def test_a_seed_leaves_the_rest_to_the_calibration(models):
-    from vlm_fix.eval.plan import _seeded
+    from vlm_fix.eval.run.plan import _seeded
 
     method = _seeded(vlm_fix.parse_spec("random_heads:alpha=3"), 3)
     assert method.seed == 3 and method.given == {"alpha", "seed"}
@@ -344,7 +344,7 @@ def test_calibrate_and_evaluate(tmp_path, capsys):
 
 def test_a_search_must_beat_the_model_alone(monkeypatch, capsys, tmp_path):
     """Also the value that changes nothing does not: no file is written. The command holds what was chosen."""
-    from vlm_fix.eval import calibrate as module
+    from vlm_fix.eval.run import calibrate as module
 
     out = tmp_path / "pai.json"
     command = [
@@ -384,8 +384,8 @@ SCORE += ["questions", "mended", "broken", "mcnemar_p"]
 
 
 def test_halves_and_answer_tokens():
-    from vlm_fix.eval import calibrate as module
-    from vlm_fix.eval import loading
+    from vlm_fix.eval.run import calibrate as module
+    from vlm_fix.eval.run import loading
 
     model, processor, _ = loading.load_model("picto-llava")
     first, second = module._halves(module._questions("picto:train", 20, 1), 20, 1)

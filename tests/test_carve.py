@@ -13,9 +13,9 @@ from reference import Reference, double, teacher_forced, visual_columns
 from transformers import GenerationConfig
 
 import vlm_fix
-from vlm_fix.compat import CACHE
 from vlm_fix.errors import VlmFixError
-from vlm_fix.methods.carve import CARVE, labelled
+from vlm_fix.families.compat import CACHE
+from vlm_fix.methods.procedures.carve import CARVE, labelled
 from vlm_fix.session import Call
 
 BLACK, GENERAL = (-1.8, -1.75, -1.5), (11, 12, 13)

@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlm_fix.errors import VlmFixError
-from vlm_fix.eval import chair, chair_data, words
+from vlm_fix.eval.scorers.chair import data as chair_data
+from vlm_fix.eval.scorers.chair import score as chair
+from vlm_fix.eval.scorers.chair import words
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 ORACLE = DATA / "oracle"

@@ -9,7 +9,7 @@ import pytest
 
 from vlm_fix import cli, list_methods
 from vlm_fix.cli.common import SCORERS
-from vlm_fix.eval import yesno
+from vlm_fix.eval.scorers import yesno
 
 MODEL = os.environ.get("VLM_FIX_TEST_MODEL", "picto-llava")
 
@@ -160,7 +160,7 @@ def test_eval_prints_tables_within_100_columns_and_where_things_lie(tmp_path, ca
 
 
 def test_a_disk_that_refuses_is_a_sentence(tmp_path, capsys, monkeypatch):
-    from vlm_fix.eval import store
+    from vlm_fix.eval.run import store
 
     def full(*args):
         raise OSError(28, "No space left on device")
@@ -195,7 +195,7 @@ def test_bench_prints_what_its_brackets_are():
 
 
 def test_interrupt_says_how_to_go_on(tmp_path, capsys, monkeypatch):
-    from vlm_fix.eval import runner
+    from vlm_fix.eval.run import runner
 
     def interrupt(*args, **how):
         raise KeyboardInterrupt

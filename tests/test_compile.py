@@ -12,8 +12,10 @@ from torch._dynamo.utils import counters
 from transformers import CompileConfig
 
 import vlm_fix
-from vlm_fix.compat import CACHE, cache_of
-from vlm_fix.method import AttentionEdit, Contrast, HiddenEdit, LogitEdit, Procedure
+from vlm_fix.attention.edits import AttentionEdit
+from vlm_fix.decoding.kinds import Contrast, LogitEdit, Procedure
+from vlm_fix.families.compat import CACHE, cache_of
+from vlm_fix.hidden.edit import HiddenEdit
 from vlm_fix.registry import list_methods
 
 SPECS = {

@@ -17,7 +17,7 @@ from transformers import LogitsProcessor
 from transformers.generation.streamers import BaseStreamer
 
 import vlm_fix
-from vlm_fix.compat import cache_of
+from vlm_fix.families.compat import cache_of
 from vlm_fix.registry import parse_spec
 
 STEPS = 4
@@ -544,7 +544,7 @@ def test_combine_by_hand():
 
 def test_calibrate_decore(family, model):
     """The same heads for the same seed, the model as it was, and a spec that wraps."""
-    from vlm_fix.calibration import Sample
+    from vlm_fix.calibration.files import Sample
 
     samples = [Sample(single(family, [1], 0, seed=s), 5, 6) for s in range(4)]
     before = {k: v.clone() for k, v in model.state_dict().items()}
@@ -578,7 +578,7 @@ class Copied(ref.Reference):
 
 def test_copying_heads_equal_reference(family, model):
     from vlm_fix.engine import Engine
-    from vlm_fix.methods.decore import copies
+    from vlm_fix.methods.contrast.decore import copies
 
     g = torch.Generator().manual_seed(1)
     hay, needle = torch.randint(3, 9, (20,), generator=g).tolist(), [3, 4, 5, 6, 7]

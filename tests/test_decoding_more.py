@@ -558,7 +558,7 @@ def test_yes_threshold_reads_the_tokenizer(family, model, monkeypatch):
     with vlm_fix.wrapped(model, "yes_threshold"), pytest.raises(vlm_fix.VlmFixError, match="yes_threshold:yes="):
         model.generate(**inputs, max_new_tokens=2)
     monkeypatch.setattr(model.config, "_name_or_path", str(Path(__file__).parent.parent / "eval/picto/picto-llava"))
-    from vlm_fix.methods.yes_threshold import spellings
+    from vlm_fix.methods.logits.yes_threshold import spellings
 
     assert spellings(model, "Yes") == (247,) and spellings(model, "No") == (142,)
     with pytest.raises(vlm_fix.VlmFixError, match="no token for 'Zyzzyva'"):

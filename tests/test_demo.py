@@ -36,7 +36,9 @@ from vlm_fix import VlmFixError, cli, list_methods, parse_spec  # noqa: E402
 from vlm_fix.demo import app, benchmark, compare, examples, inside, look, models, tools  # noqa: E402
 from vlm_fix.demo.page import stop_with  # noqa: E402
 from vlm_fix.demo.panes import about, card, control, remember  # noqa: E402
-from vlm_fix.eval import chair_data, generation, picto, runner  # noqa: E402
+from vlm_fix.eval import picto  # noqa: E402
+from vlm_fix.eval.run import generation, runner  # noqa: E402
+from vlm_fix.eval.scorers.chair import data as chair_data  # noqa: E402
 from vlm_fix.session import Call  # noqa: E402
 
 PROMPT = compare.CAPTION_PROMPT

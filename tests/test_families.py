@@ -14,7 +14,7 @@ from families import TINY, prompt
 from test_methods import error, greedy
 
 import vlm_fix
-from vlm_fix.families import FAMILIES, REFUSED, get_part
+from vlm_fix.families.table import FAMILIES, REFUSED, get_part
 
 build = functools.cache(families.build)
 SPECS = [

@@ -102,7 +102,7 @@ def test_after_pruning_rows_are_those_that_are_left(family, model):
 
 def test_passes_of_the_methods_own_are_not_edited(family, model, monkeypatch):
     """VHR's text-only pass gives the unedited outputs, whatever stands beside VHR."""
-    from vlm_fix.methods.vhr import VHR
+    from vlm_fix.methods.heads.vhr import VHR
 
     seen, choose = [], VHR.choose
     monkeypatch.setattr(VHR, "choose", lambda self, image, text: (seen.append(text), choose(self, image, text))[1])
@@ -258,8 +258,8 @@ def test_fcct_without_usable_questions(models):
 @pytest.mark.parametrize("name", families.TINY)
 def test_last_row_again_and_edits_in_every_family(name):
     """LastRow under a hook gives what whole forwards of single prompts give; IRI's batch gives what its rows give."""
-    from vlm_fix.calibration import LastRow, Sample, batches
-    from vlm_fix.hidden import writers
+    from vlm_fix.calibration.files import LastRow, Sample, batches
+    from vlm_fix.hidden.hooks import writers
 
     model, images = families.build(name), [1, 2, 1]
     singles = [families.prompt(name, images, rows=[row]) for row in range(3)]
@@ -310,7 +310,7 @@ def somp_by_hand(y, dictionary, atoms):
 
 @pytest.mark.parametrize("atoms", [1, 3, 6])
 def test_matching_pursuit_equals_least_squares(atoms):
-    from vlm_fix.methods.head_pursuit import explained
+    from vlm_fix.methods.heads.head_pursuit import explained
 
     g = torch.Generator().manual_seed(atoms)
     dictionary = torch.nn.functional.normalize(torch.randn(9, 16, generator=g, dtype=torch.float64), dim=-1)

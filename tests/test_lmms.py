@@ -22,7 +22,9 @@ from PIL import Image
 import vlm_fix
 from vlm_fix.cli import main
 from vlm_fix.errors import VlmFixError
-from vlm_fix.eval import harness, lmms, pope, vlmevalkit
+from vlm_fix.eval.harness import inside as harness
+from vlm_fix.eval.harness import lmms, vlmevalkit
+from vlm_fix.eval.scorers.pope import score as pope
 
 needs_lmms = pytest.mark.skipif(
     importlib.util.find_spec("lmms_eval") is None, reason="lmms-eval is not installed: make test-lmms"
@@ -93,7 +95,7 @@ def test_the_figures_are_those_of_the_official_scorer():
 
 
 def test_written_tasks_hold_the_questions_of_the_eval_command(tmp_path, capsys):
-    from vlm_fix.eval.runner import Settings
+    from vlm_fix.eval.run.runner import Settings
     from vlm_fix.eval.tasks import build
 
     assert main(["lmms-tasks", "--out", str(tmp_path), "--limit", "3", "--seed", "5"]) == 0
@@ -118,7 +120,7 @@ def test_the_packaged_tasks_are_printed_and_packaged(capsys):
     folder = Path(capsys.readouterr().out.strip())
     assert {path.name for path in folder.iterdir()} >= {"pope_official.yaml", "pope_official_random.yaml"}
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
-    assert project["project"]["entry-points"]["lmms_eval.models"] == {"vlm_fix": "vlm_fix.eval.lmms:models"}
+    assert project["project"]["entry-points"]["lmms_eval.models"] == {"vlm_fix": "vlm_fix.eval.harness.lmms:models"}
 
 
 # ------------------------------------------------------------------------------------------------- lmms-eval itself
@@ -174,7 +176,7 @@ def test_the_official_tasks_load(monkeypatch):
 def test_lmms_eval_agrees_with_the_eval_command(tmp_path):
     """The same samples, model, method and scorer in both: the same answers and the same figures, in every split."""
     from vlm_fix.eval.picto import model_path
-    from vlm_fix.eval.runner import Settings, evaluate
+    from vlm_fix.eval.run.runner import Settings, evaluate
 
     settings = Settings("pope", data="picto:shift", limit=6, seed=1, batch_size=1, methods=((METHOD,),), device="cpu")
     ours = evaluate(settings, tmp_path / "ours")
@@ -208,7 +210,7 @@ def test_lmms_eval_agrees_with_the_eval_command(tmp_path):
 
 @needs_lmms
 def test_an_unknown_method_ends_lmms_eval_with_one_sentence(tmp_path):
-    from vlm_fix.eval.runner import Settings
+    from vlm_fix.eval.run.runner import Settings
 
     tasks = lmms.write_tasks(tmp_path, Settings("pope", data="picto:shift", limit=2, splits=("random",)))
     done = run_lmms_eval(tasks, "pope_picto_random", pretrained="picto-llava", method="pay")
@@ -220,7 +222,7 @@ def test_an_unknown_method_ends_lmms_eval_with_one_sentence(tmp_path):
 def test_a_failure_is_no_empty_answer(monkeypatch):
     from lmms_eval.api.instance import Instance
 
-    from vlm_fix.eval.lmms_models import VlmFixLlavaHf
+    from vlm_fix.eval.harness.lmms_models import VlmFixLlavaHf
 
     made = VlmFixLlavaHf(pretrained="picto-llava", method="pai", device="cpu", dtype="float32")
     image = Image.new("RGB", (128, 128), "white")
@@ -251,7 +253,7 @@ def test_a_failure_is_no_empty_answer(monkeypatch):
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
 def test_the_qwen_classes_load_wrap_and_generate(name, monkeypatch, models):
     """Their processors need torchvision, so the checkpoint's loading is replaced; the rest is the class itself."""
-    from vlm_fix.eval import lmms_models
+    from vlm_fix.eval.harness import lmms_models
 
     base = lmms_models.CHAT[name]
     made_of = getattr(lmms_models, f"VlmFix{base}")

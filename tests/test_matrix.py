@@ -276,7 +276,7 @@ def pair(family, dtype):
 
 def prompts(family, dtype):
     """A left-padded batch and each of its rows alone; they show one image and two, or a video and an image and a video."""
-    seed, images = {"qwen2_5_vl": 0}.get(family, 3), [1, 2]  # images that have summary tokens, for PAINT
+    seed, images = {"qwen2_5_vl": 0, "mistral": 4}.get(family, 3), [1, 2]  # images that have summary tokens, for PAINT
     if family == "gemma3":
         batch, *rows = (families.prompt(family, images, rows=rows) for rows in (None, [0], [1]))
     elif family == "video":

@@ -11,7 +11,7 @@ from conftest import BUILD, IMAGE, make_inputs, single
 from edits import window_order
 
 import vlm_fix
-from vlm_fix.compat import CACHE, cache_of
+from vlm_fix.families.compat import CACHE, cache_of
 
 VAR_TINY = "tau=2.2,min_visual_mass=0.1,rho=0.2,layers=1-3"  # random weights have no massive activations: lower gates
 EVERY = ["pai:alpha=0.5", "pai:alpha=0.5,gamma=1.3", f"var:{VAR_TINY}", "vhr", "vcd:beta=0.01", "hiprune:keep=4"]

@@ -8,7 +8,7 @@ import pytest
 
 from vlm_fix import cli
 from vlm_fix.errors import VlmFixError
-from vlm_fix.eval import mme, result
+from vlm_fix.eval.scorers import mme, result
 from vlm_fix.eval.stats import column_sums
 
 TASKS = (*mme.PERCEPTION, *mme.COGNITION)

@@ -320,7 +320,7 @@ def test_gaze_shift_and_column_means_from_what_is_seen(family, model):
     inputs = single(family, [1], 0)
     seen = vlm_fix.observe(model, inputs, question=True)
     shift = seen.question_to_image[1].diff(dim=1).clamp(min=0).sum(dim=1)
-    from vlm_fix.methods import gift
+    from vlm_fix.methods.attention import gift
 
     found, look = [], gift.saliency
     with pytest.MonkeyPatch.context() as patch:

@@ -12,7 +12,8 @@ import torch
 
 import vlm_fix
 from vlm_fix.errors import VlmFixError
-from vlm_fix.eval import bench, curves, methods_page
+from vlm_fix.eval import bench
+from vlm_fix.eval.report import curves, methods_page
 
 
 def scores(accuracy, chair_i, recall):

@@ -12,7 +12,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from vlm_fix.errors import VlmFixError
 from vlm_fix.eval import picto
 from vlm_fix.eval.picto import sprites, train, world
-from vlm_fix.eval.words import find_objects
+from vlm_fix.eval.scorers.chair.words import find_objects
 
 
 def test_every_sprite_exists_in_every_style():

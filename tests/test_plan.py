@@ -9,11 +9,14 @@ from rich.console import Console
 
 import vlm_fix
 from vlm_fix import registry
-from vlm_fix.calibration import Calibration, sizes
+from vlm_fix.calibration.files import Calibration, sizes
 from vlm_fix.errors import VlmFixError
-from vlm_fix.eval import generation, loading, methods_page, page, plan, published, report, tasks
-from vlm_fix.eval.runner import Settings, evaluate
-from vlm_fix.families import arch_of
+from vlm_fix.eval import tasks
+from vlm_fix.eval.report import methods_page, page, published
+from vlm_fix.eval.report import tables as report
+from vlm_fix.eval.run import generation, loading, plan
+from vlm_fix.eval.run.runner import Settings, evaluate
+from vlm_fix.families.table import arch_of
 
 MODEL = os.environ.get("VLM_FIX_TEST_MODEL", "picto-llava")
 

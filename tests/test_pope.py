@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlm_fix.errors import VlmFixError
-from vlm_fix.eval import pope, pope_data, yesno
+from vlm_fix.eval.scorers import yesno
+from vlm_fix.eval.scorers.pope import data as pope_data
+from vlm_fix.eval.scorers.pope import score as pope
 from vlm_fix.eval.stats import column_sums
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"

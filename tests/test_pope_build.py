@@ -9,8 +9,11 @@ import pytest
 from rich.console import Console
 
 from vlm_fix import cli
-from vlm_fix.eval import picto, pope, pope_data, runner, tasks
-from vlm_fix.eval.runner import Settings
+from vlm_fix.eval import picto, tasks
+from vlm_fix.eval.run import runner
+from vlm_fix.eval.run.runner import Settings
+from vlm_fix.eval.scorers.pope import data as pope_data
+from vlm_fix.eval.scorers.pope import score as pope
 
 KINDS = ("random", "popular", "adversarial")
 POPE = Path(__file__).resolve().parents[2] / "shared" / "data" / "pope"

@@ -15,7 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
 import vlm_fix
-from vlm_fix.compat import CACHE, cache_of
+from vlm_fix.families.compat import CACHE, cache_of
 from vlm_fix.pruning.after import LayerPruner, top_per_image
 from vlm_fix.session import PAD, Call, Session, left_pack
 
@@ -443,7 +443,7 @@ def test_own_decoding_loop(family, model):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_clusters_on_random_states(seed):
-    from vlm_fix.methods.sparsevlm import cluster
+    from vlm_fix.methods.pruning.sparsevlm import cluster
 
     g = torch.Generator().manual_seed(seed)
     for x in (torch.randn(23, 6, generator=g), torch.randint(2, (23, 3), generator=g).float()):
@@ -463,7 +463,7 @@ def test_ties_go_to_the_lower_index():
 
 
 def test_tile_budgets():
-    from vlm_fix.methods.ptp import allot
+    from vlm_fix.methods.pruning.ptp import allot
 
     assert allot([1.0, 3.0], [10, 10], [4, 4]) == [2, 6]
     assert allot([1.0, 9.0], [10, 10], [0.6, 0.6]) == [2, 10], "what does not fit goes to the other tile"
@@ -473,7 +473,7 @@ def test_tile_budgets():
 
 def test_one_budget_for_all_stages():
     """A single `keep` is what the last stage leaves; the stages before it keep in the paper's proportion."""
-    from vlm_fix.families import arch_of
+    from vlm_fix.families.table import arch_of
 
     arch = arch_of(BUILD["llava"]())
     for spec, expected in {

@@ -16,8 +16,8 @@ from test_pruning_methods import ranked
 
 import vlm_fix
 from vlm_fix.attention import function
-from vlm_fix.compat import CACHE, cache_of
-from vlm_fix.method import HiddenEdit
+from vlm_fix.families.compat import CACHE, cache_of
+from vlm_fix.hidden.edit import HiddenEdit
 from vlm_fix.pruning.after import ShortLayer
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from vlm_fix import cli
 from vlm_fix.errors import VlmFixError
-from vlm_fix.eval import published
+from vlm_fix.eval.report import published
 
 OPTIONAL = {
     "baseline",

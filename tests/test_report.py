@@ -13,8 +13,9 @@ from rich.console import Console
 
 from vlm_fix import cli
 from vlm_fix.errors import VlmFixError
-from vlm_fix.eval import chair, page, svg
-from vlm_fix.eval.runner import Settings, evaluate
+from vlm_fix.eval.report import page, svg
+from vlm_fix.eval.run.runner import Settings, evaluate
+from vlm_fix.eval.scorers.chair import score as chair
 
 MODEL = os.environ.get("VLM_FIX_TEST_MODEL", "picto-llava")
 RESULTS = Path(__file__).parents[1] / "results" / "picto-shift"

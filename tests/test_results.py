@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from vlm_fix import cli
-from vlm_fix.eval import page
+from vlm_fix.eval.report import page
 from vlm_fix.registry import split_methods
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from vlm_fix.errors import VlmFixError
-from vlm_fix.eval.runner import Settings
-from vlm_fix.eval.store import Store, Team
+from vlm_fix.eval.run.runner import Settings
+from vlm_fix.eval.run.store import Store, Team
 
 MODEL = os.environ.get("VLM_FIX_TEST_MODEL", "picto-llava")
 SETTINGS = {

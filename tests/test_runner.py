@@ -14,8 +14,13 @@ from PIL import Image
 from rich.console import Console
 
 from vlm_fix.errors import VlmFixError
-from vlm_fix.eval import generation, loading, pope_data, report, runner, summary, tasks, yesno
-from vlm_fix.eval.runner import Settings, evaluate
+from vlm_fix.eval import tasks
+from vlm_fix.eval.report import summary
+from vlm_fix.eval.report import tables as report
+from vlm_fix.eval.run import generation, loading, runner
+from vlm_fix.eval.run.runner import Settings, evaluate
+from vlm_fix.eval.scorers import yesno
+from vlm_fix.eval.scorers.pope import data as pope_data
 
 MODEL = os.environ.get("VLM_FIX_TEST_MODEL", "picto-llava")
 SMALL = {"model": MODEL, "limit": 6, "batch_size": 5, "max_new_tokens": 24, "variant": "pattern", "seed": 3}

@@ -15,7 +15,7 @@ from conftest import IMAGE, single
 from test_methods import error, greedy
 
 import vlm_fix
-from vlm_fix.compat import CACHE, cache_of
+from vlm_fix.families.compat import CACHE, cache_of
 
 EQUAL = [
     "pai:alpha=0.5,layers=3",
@@ -130,7 +130,7 @@ def repeating(family, seed):
 
 @pytest.mark.parametrize("spec", ["vhr", "vhr:prompt_rows=all"])
 def test_vhr_chooses_by_the_prompts_last_row_beside_drafts(family, model, spec, monkeypatch):
-    from vlm_fix.methods.vhr import VHR
+    from vlm_fix.methods.heads.vhr import VHR
 
     chosen, rows = [], []
     choose, heads = VHR.choose, VHR.heads

@@ -15,8 +15,8 @@ from transformers.models.gemma2 import modeling_gemma2
 
 import vlm_fix
 from vlm_fix.attention import flex, function
+from vlm_fix.attention.edits import Columns
 from vlm_fix.attention.kernel import Scores, edited_rows
-from vlm_fix.method import Columns
 
 
 @pytest.fixture(scope="module")

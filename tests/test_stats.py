@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlm_fix.errors import VlmFixError
-from vlm_fix.eval import chair, pope
+from vlm_fix.eval.scorers.chair import score as chair
+from vlm_fix.eval.scorers.pope import score as pope
 from vlm_fix.eval.stats import mcnemar, outcomes, paired_bootstrap, ratio, spread, transitions
 
 ACCURACY = {"accuracy": lambda s: ratio(s["correct"], s["n"])}

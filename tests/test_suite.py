@@ -14,8 +14,12 @@ from rich.console import Console
 
 from vlm_fix import cli
 from vlm_fix.errors import VlmFixError
-from vlm_fix.eval import amber_data, hallusion, loading, page, picto, runner, summary, tasks
-from vlm_fix.eval.runner import Settings
+from vlm_fix.eval import picto, tasks
+from vlm_fix.eval.report import page, summary
+from vlm_fix.eval.run import loading, runner
+from vlm_fix.eval.run.runner import Settings
+from vlm_fix.eval.scorers import hallusion
+from vlm_fix.eval.scorers.amber import data as amber_data
 
 MODEL = os.environ.get("VLM_FIX_TEST_MODEL", "picto-llava")
 QUIET = Console(quiet=True)

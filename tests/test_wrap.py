@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import vlm_fix
 from vlm_fix.attention.kernel import edited_rows
-from vlm_fix.compat import CACHE, cache_of
+from vlm_fix.families.compat import CACHE, cache_of
 from vlm_fix.method import parse_layers
 from vlm_fix.registry import split_methods
 from vlm_fix.session import Call, Rows, Session, left_pack
@@ -116,7 +116,7 @@ def test_a_method_that_changes_nothing_says_so_once(models):
 
 def test_lists_serve_as_tuples(models):
     """`layers` and `sink_dims` from Python, as a list, do what the spec string does."""
-    from vlm_fix.methods.var import VAR
+    from vlm_fix.methods.attention.var import VAR
 
     one, model, got = single("llava", [1], 0), models["llava"], []
     text = "var:sink_dims=3|17|40,tau=1.5,min_visual_mass=0.1,layers=1|2"

@@ -8,42 +8,50 @@ vlm_fix.unwrap(model)
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .errors import VlmFixError
+from vlm_fix.errors import VlmFixError
 
 if TYPE_CHECKING:
-    from .engine import contrast_term, unwrap, wrap, wrapped
-    from .method import (
-        AttentionEdit,
-        Columns,
-        Contrast,
-        HiddenEdit,
-        Layers,
-        LogitEdit,
-        Method,
-        Procedure,
-        TokenPruner,
-        param,
-    )
-    from .observation import Observation, observe
+    from .attention.edits import AttentionEdit, Columns
+    from .decoding.kinds import Contrast, LogitEdit, Procedure
+    from .hidden.edit import HiddenEdit
+    from .method import Layers, Method, param
+    from .observation.observe import Observation, observe
+    from .pruning.kinds import TokenPruner
     from .registry import list_methods, parse_spec
+    from .wrapping import contrast_term, unwrap, wrap, wrapped
 
 __version__ = "0.1.0"
 _HOMES = {  # imported on first use: scoring files and `--help` need no torch
-    "engine": ("contrast_term", "unwrap", "wrap", "wrapped"),
-    "method": (
+    "attention.edits": (
         "AttentionEdit",
         "Columns",
+    ),
+    "decoding.kinds": (
         "Contrast",
-        "HiddenEdit",
-        "Layers",
         "LogitEdit",
-        "Method",
         "Procedure",
-        "TokenPruner",
+    ),
+    "hidden.edit": ("HiddenEdit",),
+    "method": (
+        "Layers",
+        "Method",
         "param",
     ),
-    "observation": ("Observation", "observe"),
-    "registry": ("list_methods", "parse_spec"),
+    "observation.observe": (
+        "Observation",
+        "observe",
+    ),
+    "pruning.kinds": ("TokenPruner",),
+    "registry": (
+        "list_methods",
+        "parse_spec",
+    ),
+    "wrapping": (
+        "contrast_term",
+        "unwrap",
+        "wrap",
+        "wrapped",
+    ),
 }
 __all__ = [
     "AttentionEdit",

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import threading
 import types
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -16,21 +15,24 @@ import torch
 from torch import nn
 from transformers import LogitsProcessorList
 
-from . import attention
-from . import calibration as calibrations
-from .attention import graph
-from .compat import CACHE, cache_of, versions, warn_if_untested
-from .decoding.prompt import Prompt
-from .errors import VlmFixError
-from .families import Arch, arch_of, get_part, image_token_ids
-from .method import AttentionEdit, Contrast, HiddenEdit, LogitEdit, Method, Procedure, TokenPruner
-from .pruning.after import LayerPruner
-from .pruning.kv import CachePruner
-from .registry import Spec, parse
-from .session import PAD, TEXT, VISUAL, Call, Session
+from vlm_fix import attention
+from vlm_fix import compiled as graph
+from vlm_fix.arch import Arch
+from vlm_fix.attention.edits import AttentionEdit
+from vlm_fix.decoding.kinds import Contrast, LogitEdit, Procedure
+from vlm_fix.decoding.prompt import Prompt
+from vlm_fix.errors import VlmFixError
+from vlm_fix.families import arch_of, get_part, image_token_ids
+from vlm_fix.families.compat import CACHE, cache_of, versions
+from vlm_fix.hidden.edit import HiddenEdit
+from vlm_fix.method import Method
+from vlm_fix.pruning.after import LayerPruner
+from vlm_fix.pruning.kinds import TokenPruner
+from vlm_fix.pruning.kv import CachePruner
+from vlm_fix.session import PAD, TEXT, VISUAL, Call, Session
 
 if TYPE_CHECKING:
-    from .decoding.term import Term
+    from vlm_fix.decoding.term import Term
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -113,7 +115,7 @@ class Engine:
             self.handles.append(self.base.register_forward_pre_hook(self._enter, with_kwargs=True))
             self.handles.append(self.base.register_forward_hook(self._leave, with_kwargs=True))
             if self.shortens:
-                from .pruning import after, before, kv
+                from vlm_fix.pruning import after, before, kv
 
                 self.handles += before.install(self)
                 self.handles += after.install(self) if self.dropper else []
@@ -125,16 +127,16 @@ class Engine:
                     hook = functools.partial(self._watch, i)
                     self.handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
             if self.hidden:
-                from . import hidden
+                from vlm_fix.hidden import hooks as hidden
 
                 self.handles += hidden.install(self)
             if self.contrast:
-                from .decoding import contrast
+                from vlm_fix.decoding import contrast
 
                 self.handles += contrast.install(self)
             looks = [m.encoder_layers(self.arch) for m in self.active if m not in self.shortens]
             if any(layers is not None for layers in looks):
-                from .pruning.encoder import capture
+                from vlm_fix.pruning.encoder import capture
 
                 wanted = tuple(sorted({i for layers in looks for i in layers or ()}))
                 self.handles += capture(self, get_part(self.model, self.family.vision), wanted, into="views")
@@ -391,7 +393,7 @@ class Engine:
     @torch.no_grad()
     def observe(self, inputs: dict[str, torch.Tensor], call: Call, tap: Any) -> None:
         """One cache-free forward of `inputs` without edits; `tap(layer, o [B, H, q, D])` sees per-head outputs."""
-        from .families import prompt_positions
+        from vlm_fix.families import prompt_positions
 
         positions, _ = prompt_positions(self.model, self.family, inputs)
         session = Session(call, branch="observe", plain=True, tap=tap, prompt_len=inputs["input_ids"].shape[1])
@@ -451,7 +453,7 @@ def _generate(engine: Engine, model: Any, inputs: torch.Tensor | None = None, **
             "whole conversation as one prompt."
         )
     if engine.procedure:
-        from .decoding import loops
+        from vlm_fix.decoding import loops
 
         loops.check(engine.procedure, setting)
     mask = kwargs.get("attention_mask")
@@ -469,8 +471,8 @@ def _generate(engine: Engine, model: Any, inputs: torch.Tensor | None = None, **
             prompt = Prompt(ids, call.inputs["input_ids"])
             kwargs.update(prompt.keep(kwargs, setting) if prompt.longer else {})
             if engine.contrast:
-                from .decoding.contrast import PrefixContrast
-                from .decoding.term import Term
+                from vlm_fix.decoding.contrast import PrefixContrast
+                from vlm_fix.decoding.term import Term
 
                 plain = setting("num_beams") in (None, 1) and kwargs.get("custom_generate") is None
                 assisted = kwargs.get("assistant_model") is not None or setting("prompt_lookup_num_tokens")
@@ -479,7 +481,7 @@ def _generate(engine: Engine, model: Any, inputs: torch.Tensor | None = None, **
                 engine.contrasting = PrefixContrast(engine, engine.contrast, call, joins, engine.term)
                 own.append(engine.contrasting)
             if edits:
-                from .decoding.logits import LogitEdits
+                from vlm_fix.decoding.logits import LogitEdits
 
                 own.append(LogitEdits(engine, edits, call))
             if own:
@@ -537,64 +539,3 @@ def check_combination(methods: list[Method]) -> None:
     for name in names:
         if names.count(name) > 1:
             raise VlmFixError(f"{name} is listed twice; give it once, with the parameters you want.")
-
-
-def wrap(model: Model, spec: Spec, calibration: calibrations.Files = None) -> Model:
-    """Install one method or a stack of methods on a Hugging Face vision-language model, in place.
-
-    spec: a name ("var"), a spec string ("pai:alpha=0.2,layers=2-31"), a Method, or a list of these. Returns the model.
-    calibration: a file of `vlm-fix calibrate`, or several; it fills the parameters that spec does not give. A
-    method without one takes calibration/METHOD.json of the checkpoint's folder, if that is there.
-    Raises VlmFixError for an unknown method or value, an unsupported or already wrapped model, a senseless stack, a
-    calibration of another method or model.
-    """
-    if not isinstance(model, torch.nn.Module) and not hasattr(model, "config"):
-        raise VlmFixError(f"wrap takes a loaded model, not {model!r}: load it with AutoModelForImageTextToText.")
-    current = model.__dict__.get("_vlm_fix_engine")
-    if current:
-        names = "+".join(m.name for m in current.methods)
-        raise VlmFixError(
-            f"the model is already wrapped with {names}; call vlm_fix.unwrap(model) first, or pass a list of methods."
-        )
-    warn_if_untested()
-    engine = plan(model, spec, calibration)
-    engine.install()
-    model.__dict__["_vlm_fix_engine"] = engine
-    return model
-
-
-def plan(model: Model, spec: Spec, calibration: calibrations.Files = None) -> Engine:
-    """The engine that `wrap` would install; raises what it would say of the methods, and touches nothing."""
-    methods = parse(spec)
-    found = calibrations.choose(calibration, model, methods)
-    if found:
-        methods = calibrations.apply(found, methods, arch_of(model))
-    return Engine(model, methods)
-
-
-def unwrap(model: Model) -> Model:
-    """Take everything off again; the model is bit for bit what it was. Unwrapping an unwrapped model does nothing."""
-    engine = model.__dict__.pop("_vlm_fix_engine", None)
-    if engine:
-        engine.remove()
-    return model
-
-
-def contrast_term(model: Any) -> Term | None:
-    """How large the term was that the contrast of a wrapped model added in its last `generate` call.
-
-    `.sd` is its standard deviation in nats over the tokens left uncut, None where no step left two; `.squares` and `.dof`
-    add up over calls. None without a contrast, before the first call, and after assisted decoding.
-    """
-    engine = model.__dict__.get("_vlm_fix_engine")
-    return engine.term if engine else None
-
-
-@contextlib.contextmanager
-def wrapped(model: Model, spec: Spec, calibration: calibrations.Files = None) -> Iterator[Model]:
-    """`with vlm_fix.wrapped(model, "vhr"): model.generate(...)`."""
-    wrap(model, spec, calibration)
-    try:
-        yield model
-    finally:
-        unwrap(model)

@@ -1,7 +1,7 @@
 """name <-> method class; spec strings such as "pai:alpha=0.2,layers=2-31"; third-party methods by entry point.
 
 A package adds methods with the entry-point group `vlm_fix.methods` (name = module that defines Method subclasses).
-The core finds its own methods the same way, by scanning the folder `vlm_fix.methods`.
+The core finds its own methods the same way, by walking the folders of `vlm_fix.methods`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import pkgutil
 from collections.abc import Sequence
 from importlib.metadata import entry_points
 
-from .errors import VlmFixError
-from .method import Baseline, Method
+from vlm_fix.errors import VlmFixError
+from vlm_fix.method import Baseline, Method
 
 Spec = str | Method | Sequence["str | Method"]
 
@@ -22,7 +22,8 @@ Spec = str | Method | Sequence["str | Method"]
 @functools.cache
 def _classes() -> dict[str, type[Method]]:
     package = importlib.import_module("vlm_fix.methods")
-    modules = [importlib.import_module(f"{package.__name__}.{m.name}") for m in pkgutil.iter_modules(package.__path__)]
+    found_in = pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
+    modules = [importlib.import_module(m.name) for m in found_in if not m.ispkg]
     modules += [point.load() for point in entry_points(group="vlm_fix.methods")]
     found: dict[str, type[Method]] = {Baseline.name: Baseline}
     for module in modules:

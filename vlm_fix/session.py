@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from .errors import VlmFixError
-from .method import Method
+from vlm_fix.errors import VlmFixError
+from vlm_fix.method import Method
 
 T = TypeVar("T")
 
@@ -40,7 +40,7 @@ class Call:
 
     def without_images(self) -> dict[str, torch.Tensor]:
         """The prompt with the image tokens taken out (their begin and end markers stay), left-padded again."""
-        from .families import image_token_ids
+        from vlm_fix.families.table import image_token_ids
 
         ids, mask = self.inputs["input_ids"], self.inputs["attention_mask"]
         tokens = torch.tensor(image_token_ids(self.model, self.family), device=ids.device)
@@ -64,7 +64,7 @@ class Call:
         pixels: like pixel_values, of the images that are put in. Their tokens, and the markers around them, repeat those
         of the image before. Raises VlmFixError where the image tokens do not fit the images.
         """
-        from .families import image_cells, image_token_ids
+        from vlm_fix.families import image_cells, image_token_ids
 
         ids, config, grids = self.inputs["input_ids"], self.model.config, self.inputs.get("image_grid_thw")
         tokens = torch.tensor(image_token_ids(self.model, self.family), device=ids.device)

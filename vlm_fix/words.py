@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from .errors import VlmFixError
-from .session import Session
+from vlm_fix.errors import VlmFixError
+from vlm_fix.session import Session
 
 CONTENT = ("NN", "VB", "JJ", "RB", "CD")  # Penn tags of nouns, verbs, adjectives, adverbs and numbers begin so
 AUXILIARIES = {

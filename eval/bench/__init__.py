@@ -31,8 +31,8 @@ import transformers
 import vlm_fix
 from vlm_fix import registry
 from vlm_fix.errors import VlmFixError
+from vlm_fix.eval.run.loading import check_device
 
-from ..loading import check_device
 from .clock import peak_mb
 from .measuring import add_scoring, measure
 from .models import IMAGE, SHAPES, Shape, build

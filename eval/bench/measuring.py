@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from vlm_fix import registry
-from vlm_fix.compat import cache_of
 from vlm_fix.errors import VlmFixError
-from vlm_fix.method import TokenPruner
+from vlm_fix.families.compat import cache_of
+from vlm_fix.pruning.kinds import TokenPruner
 from vlm_fix.pruning.kv import CachePruner
 from vlm_fix.session import VISUAL
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from vlm_fix import registry
-from vlm_fix.method import AttentionEdit, Method
+from vlm_fix.attention.edits import AttentionEdit
+from vlm_fix.method import Method
 
 KINDS = ("attention", "decode", "prune")
 # Random weights pass no gate and come with no calibration and no tokenizer: settings that make a method do its work.

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from vlm_fix.errors import VlmFixError
+from vlm_fix.eval import picto
 
-from .. import picto
 from . import amber, chair, coco, hallusion, mme, pope
 from .sample import IMAGES, Items
 
 if TYPE_CHECKING:
-    from ..runner import Settings
+    from vlm_fix.eval.run.runner import Settings
 
 Task: TypeAlias = pope.Pope | chair.Chair | Items
 SUITE = {"amber": amber, "mme": mme, "hallusion": hallusion}

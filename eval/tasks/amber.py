@@ -13,14 +13,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import amber, amber_data, picto, pope_data
-from ..picto.world import SCENE_TYPES
-from ..result import Result
-from ..words import Variant, nltk_ready
+from vlm_fix.eval import picto
+from vlm_fix.eval.picto.world import SCENE_TYPES
+from vlm_fix.eval.scorers.amber import data as amber_data
+from vlm_fix.eval.scorers.amber import score as amber
+from vlm_fix.eval.scorers.chair.words import Variant, nltk_ready
+from vlm_fix.eval.scorers.pope import data as pope_data
+from vlm_fix.eval.scorers.result import Result
+
 from .sample import IMAGES, Items, Sample, caption_prompt, complete, data_of, draw, place, question_prompt
 
 if TYPE_CHECKING:
-    from ..runner import Settings
+    from vlm_fix.eval.run.runner import Settings
 
 IMAGES_FROM = "as linked on github.com/junyangwang0410/AMBER"
 

@@ -9,14 +9,16 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vlm_fix.errors import VlmFixError
+from vlm_fix.eval import picto
+from vlm_fix.eval.scorers.chair import data as chair_data
+from vlm_fix.eval.scorers.chair import score as chair
+from vlm_fix.eval.scorers.chair.words import Variant, caption_to_words, nltk_ready
 
-from .. import chair, chair_data, picto
-from ..words import Variant, caption_to_words, nltk_ready
 from .coco import Folder
 from .sample import IMAGES, MAX_NEW_TOKENS, Sample, caption_prompt, digest
 
 if TYPE_CHECKING:
-    from ..runner import Settings
+    from vlm_fix.eval.run.runner import Settings
 
 
 @dataclasses.dataclass

@@ -6,11 +6,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .. import hallusion, yesno
+from vlm_fix.eval.scorers import hallusion, yesno
+
 from .sample import Items, Sample, complete, data_of, draw, place, question_prompt
 
 if TYPE_CHECKING:
-    from ..runner import Settings
+    from vlm_fix.eval.run.runner import Settings
 
 IMAGES_FROM = "as in hallusion_bench.zip, linked on github.com/tianyi-lab/HallusionBench"
 

@@ -6,11 +6,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .. import mme
+from vlm_fix.eval.scorers import mme
+
 from .sample import Items, Sample, data_of, draw, question_prompt
 
 if TYPE_CHECKING:
-    from ..runner import Settings
+    from vlm_fix.eval.run.runner import Settings
 
 IMAGES_FROM = "MME_Benchmark_release_version, which its authors send on request"
 

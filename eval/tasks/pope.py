@@ -12,13 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from vlm_fix.errors import VlmFixError
+from vlm_fix.eval import picto
+from vlm_fix.eval.scorers import yesno
+from vlm_fix.eval.scorers.pope import data as pope_data
+from vlm_fix.eval.scorers.pope import score as pope
 
-from .. import picto, pope, pope_data, yesno
 from .coco import Folder, paths_in
 from .sample import IMAGES, MAX_NEW_TOKENS, Sample, question_prompt
 
 if TYPE_CHECKING:
-    from ..runner import Settings
+    from vlm_fix.eval.run.runner import Settings
 
 SPLITS = get_args(pope.Kind)
 

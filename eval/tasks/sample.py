@@ -19,11 +19,10 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from vlm_fix.errors import VlmFixError
-
-from ..result import Result
+from vlm_fix.eval.scorers.result import Result
 
 if TYPE_CHECKING:
-    from ..runner import Settings
+    from vlm_fix.eval.run.runner import Settings
 
 CAPTION_PROMPT = "Please describe this image in detail."
 IMAGES = 500  # the size of POPE and CHAIR as published

@@ -9,8 +9,9 @@ import torch
 from torch.nn.functional import pad
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from ..method import AttentionEdit
-from ..session import Rows
+from vlm_fix.session import Rows
+
+from .edits import AttentionEdit
 from .kernel import note_changes
 
 MOST = 24  # columns apart per key head: each is one more dimension of the values

@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import pad
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from ..method import Columns
+from .edits import Columns
 
 
 def column_attention(

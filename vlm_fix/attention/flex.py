@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from ..method import Columns
+from .edits import Columns
 from .kernel import Scores
 
 

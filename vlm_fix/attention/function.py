@@ -12,11 +12,12 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from ..method import AttentionEdit, Columns
-from ..session import Rows, Session
-from . import graph
+from vlm_fix import compiled as graph
+from vlm_fix.session import Rows, Session
+
 from .apart import apart_attention
 from .columns import column_attention
+from .edits import AttentionEdit, Columns
 from .flex import block_mask, flex_rows
 from .kernel import Scores, edited_heads, edited_rows, edited_weights
 

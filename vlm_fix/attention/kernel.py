@@ -5,21 +5,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 
-from ..method import AttentionEdit
-from ..session import Rows
+from vlm_fix.session import Rows
+
+from .edits import AttentionEdit
+from .scores import Scores
 
 CHUNK_BYTES = 4 * 2**20  # float32 score memory per chunk of rows, twice that on CUDA; an edit may hold a few times that
-
-
-class Scores(NamedTuple):
-    """How a model makes its raw scores: z = scaling q . k, with a soft cap c (Gemma 2) c tanh(z / c)."""
-
-    scaling: float
-    softcap: float | None = None
 
 
 def edited_rows(

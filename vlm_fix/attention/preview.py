@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from ..compat import cache_of, with_cache
-from ..method import Method
-from ..session import Rows, Session
+from vlm_fix.families.compat import cache_of, with_cache
+from vlm_fix.method import Method
+from vlm_fix.session import Rows, Session
 
 
 @dataclass

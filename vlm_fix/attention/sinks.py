@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from ..calibration import Sample, hooked
-from ..errors import VlmFixError
-from ..families import arch_of, get_part
-from ..session import PAD, Session
+from vlm_fix.calibration.files import Sample, hooked
+from vlm_fix.errors import VlmFixError
+from vlm_fix.families.table import arch_of, get_part
+from vlm_fix.session import PAD, Session
+
 from .preview import preview
 
 COSINE = 0.9  # a column is a sink where the cosine of its hidden state and BOS's is larger, whatever its sign

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import VlmFixError
+from vlm_fix.errors import VlmFixError
+
 from . import bench, calibrate, demo, eval, lmms_tasks, methods, models, picto, published, report, score, vlmevalkit
 from .common import LAYOUT, Parser
 
@@ -26,7 +27,7 @@ EXAMPLES = """examples:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from .. import __version__
+    from vlm_fix import __version__
 
     parser = Parser(
         "vlm-fix",

@@ -8,7 +8,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..errors import VlmFixError
+from vlm_fix.errors import VlmFixError
+
 from .common import DTYPES, add, add_json, check_place, console
 
 
@@ -34,8 +35,8 @@ def run(args: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.progress import Progress
 
-    from ..eval import bench
-    from ..registry import split_methods
+    from vlm_fix.eval import bench
+    from vlm_fix.registry import split_methods
 
     try:
         keep = tuple(float(part) for part in args.keep.split(","))

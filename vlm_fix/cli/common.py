@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ..errors import VlmFixError
+from vlm_fix.errors import VlmFixError
 
 LAYOUT = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=28)
 SCORERS = ("official", "opera", "vcd", "lmms", "vlmevalkit", "ours")

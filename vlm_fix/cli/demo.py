@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ..errors import VlmFixError
+from vlm_fix.errors import VlmFixError
+
 from .common import add, add_model
 
 
@@ -20,7 +21,7 @@ def add_to(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     try:
-        from ..demo.app import launch
+        from vlm_fix.demo.app import launch
     except ModuleNotFoundError as error:
         raise VlmFixError(f"the demo needs {error.name}: pip install '.[demo]' in the clone of vlm-fix.") from None
     launch(args.model, args.host, args.port, args.share, args.mcp)

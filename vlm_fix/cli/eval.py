@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..errors import VlmFixError
+from vlm_fix.errors import VlmFixError
+
 from .common import SCORERS, VARIANTS, add, add_images, add_json, add_model, add_weights, check_place, console
 
 ABOUT = """methods: names from `vlm-fix methods`, with settings; commas separate runs, + stacks methods in one run:
@@ -78,8 +79,9 @@ def run(args: argparse.Namespace) -> None:
         raise VlmFixError("--resume needs --output DIR, the folder of the run to continue.")
     from datetime import datetime
 
-    from ..eval import published, report
-    from ..eval.runner import Team, evaluate
+    from vlm_fix.eval.report import published
+    from vlm_fix.eval.report import tables as report
+    from vlm_fix.eval.run.runner import Team, evaluate
 
     team = Team()
     args.output = args.output or str(team.share(Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")))
@@ -105,8 +107,8 @@ def _settings(args: argparse.Namespace) -> Any:
     """The options as `eval.runner.Settings`."""
     import dataclasses
 
-    from ..eval.runner import Settings
-    from ..registry import split_methods
+    from vlm_fix.eval.run.runner import Settings
+    from vlm_fix.registry import split_methods
 
     names = {field.name for field in dataclasses.fields(Settings)}
     given = {key: value for key, value in vars(args).items() if key in names}

@@ -28,10 +28,10 @@ def add_to(commands: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     if args.out:
         check_place(args.out, folder=True)
-    from ..eval import lmms
+    from vlm_fix.eval.harness import lmms
 
     if args.out:
-        from ..eval.runner import Settings
+        from vlm_fix.eval.run.runner import Settings
 
         settings = Settings("pope", data=args.data, ids=args.ids, limit=args.limit, seed=args.seed)
         print(lmms.write_tasks(args.out, settings))

@@ -20,7 +20,7 @@ def add_to(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..registry import get_method, list_methods
+    from vlm_fix.registry import get_method, list_methods
 
     chosen = [get_method(name) for name in args.names] or list_methods()
     rows: list[dict[str, Any]] = [

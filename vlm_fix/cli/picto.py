@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ..errors import VlmFixError
+from vlm_fix.errors import VlmFixError
+
 from .common import add, check_place
 
 EXAMPLES = """examples:
@@ -28,7 +29,7 @@ def add_to(commands: Any) -> None:
 
 def _render(args: argparse.Namespace) -> None:
     check_place(args.out, folder=True)
-    from ..eval import picto
+    from vlm_fix.eval import picto
 
     if args.scenes < 1:
         raise VlmFixError(f"--scenes is {args.scenes}: give a whole number of at least 1.")
@@ -36,6 +37,6 @@ def _render(args: argparse.Namespace) -> None:
 
 
 def _train(args: argparse.Namespace) -> None:
-    from ..eval.picto.train import main as train
+    from vlm_fix.eval.picto.train import main as train
 
     train(args.rest)

@@ -25,7 +25,7 @@ def add_to(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..eval import published
+    from vlm_fix.eval.report import published
 
     rows = published.select(args.method, args.benchmark, args.model)
     if args.json:

@@ -49,14 +49,16 @@ def _add_scorer(parser: argparse.ArgumentParser, default: str = "official", help
 
 
 def _pope(args: argparse.Namespace) -> None:
-    from ..eval import pope, pope_data
+    from vlm_fix.eval.scorers.pope import data as pope_data
+    from vlm_fix.eval.scorers.pope import score as pope
 
     result = pope.score(pope_data.load_questions(args.questions), pope_data.load_answers(args.answers), args.scorer)
     _print(args, "POPE", result)
 
 
 def _chair(args: argparse.Namespace) -> None:
-    from ..eval import chair, chair_data
+    from vlm_fix.eval.scorers.chair import data as chair_data
+    from vlm_fix.eval.scorers.chair import score as chair
 
     truth = chair_data.ground_truth(args.ground_truth or "coco", args.variant)
     captions = chair_data.load_captions(args.captions)
@@ -66,7 +68,8 @@ def _chair(args: argparse.Namespace) -> None:
 
 
 def _amber(args: argparse.Namespace) -> None:
-    from ..eval import amber, amber_file
+    from vlm_fix.eval.scorers.amber import official as amber_file
+    from vlm_fix.eval.scorers.amber import score as amber
 
     found = amber_file.score_file(args.answers, args.scorer, args.variant)
     whole = {"amber_score": amber.amber_score(found)} if {"captions", "questions"} <= found.keys() else {}
@@ -78,7 +81,7 @@ def _amber(args: argparse.Namespace) -> None:
 
 
 def _mme(args: argparse.Namespace) -> None:
-    from ..eval import mme
+    from vlm_fix.eval.scorers import mme
 
     questions, answers = mme.load_results(args.answers)
     found = mme.score(answers, questions, args.scorer)
@@ -86,7 +89,7 @@ def _mme(args: argparse.Namespace) -> None:
 
 
 def _hallusion(args: argparse.Namespace) -> None:
-    from ..eval import hallusion
+    from vlm_fix.eval.scorers import hallusion
 
     questions, answers = hallusion.load_answers(args.answers, args.scorer)
     found = hallusion.score(answers, questions, args.scorer)

@@ -22,6 +22,6 @@ def add_to(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..eval.vlmevalkit import launch
+    from vlm_fix.eval.harness.vlmevalkit import launch
 
     launch(args.folder, args.method, args.rest, args.calibration)

@@ -17,12 +17,14 @@ from typing import Any
 import torch
 from transformers import DynamicCache, LogitsProcessor
 
-from ..compat import cache_of, with_cache
-from ..errors import VlmFixError
-from ..families import prompt_positions
-from ..method import AttentionEdit, Contrast, LogitEdit, Negative
-from ..session import PAD, VISUAL, Call, Session, View, left_pack
+from vlm_fix.attention.edits import AttentionEdit
+from vlm_fix.errors import VlmFixError
+from vlm_fix.families import prompt_positions
+from vlm_fix.families.compat import cache_of, with_cache
+from vlm_fix.session import PAD, VISUAL, Call, Session, View, left_pack
+
 from . import joint
+from .kinds import Contrast, LogitEdit, Negative
 from .term import Term
 
 

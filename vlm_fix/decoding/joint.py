@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from transformers import Cache, DynamicCache
 
-from ..compat import CACHE_NAMES, cache_of, set_cache, with_cache
-from ..families import prompt_positions
-from ..method import AttentionEdit, Contrast, LogitEdit
-from ..session import PAD, TEXT, Session, View
+from vlm_fix.attention.edits import AttentionEdit
+from vlm_fix.families import prompt_positions
+from vlm_fix.families.compat import CACHE_NAMES, cache_of, set_cache, with_cache
+from vlm_fix.session import PAD, TEXT, Session, View
+
+from .kinds import Contrast, LogitEdit
 
 JOINS = True  # tests switch it off to compare
 UNUSED = {"attention_mask", "mm_token_type_ids", "image_grid_thw", "video_grid_thw"}  # once positions are given

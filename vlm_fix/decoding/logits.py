@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from transformers import LogitsProcessor
 
-from ..families import image_token_ids
-from ..method import LogitEdit
-from ..session import Call, Session
+from vlm_fix.families.table import image_token_ids
+from vlm_fix.session import Call, Session
+
+from .kinds import LogitEdit
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,13 @@ import torch
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 
-from ..compat import CACHE_NAMES, cache_of, with_cache
-from ..errors import VlmFixError
-from ..families import prompt_positions
-from ..method import Procedure
-from ..pruning.after import ShortLayer
-from ..session import Call
+from vlm_fix.errors import VlmFixError
+from vlm_fix.families import prompt_positions
+from vlm_fix.families.compat import CACHE_NAMES, cache_of, with_cache
+from vlm_fix.pruning.after import ShortLayer
+from vlm_fix.session import Call
+
+from .kinds import Procedure
 
 REFUSED = {
     "assistant_model": "drop it",

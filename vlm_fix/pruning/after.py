@@ -18,11 +18,12 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from ..compat import cache_of
-from ..errors import VlmFixError
-from ..families import Arch
-from ..method import Layers, Method, param, parse_layers
-from ..session import PAD, VISUAL, Session, View, left_pack
+from vlm_fix.arch import Arch
+from vlm_fix.errors import VlmFixError
+from vlm_fix.families.compat import cache_of
+from vlm_fix.method import Layers, Method, param, parse_layers
+from vlm_fix.session import PAD, VISUAL, Session, View, left_pack
+
 from .encoder import chunk_bytes
 
 

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
-from ..errors import VlmFixError
-from ..families import FAMILIES, anyres_index, anyres_side, get_part
-from ..session import PAD, VISUAL, Session, left_pack
+from vlm_fix.errors import VlmFixError
+from vlm_fix.families import FAMILIES, anyres_index, anyres_side, get_part
+from vlm_fix.session import PAD, VISUAL, Session, left_pack
+
 from . import shrink
 from .encoder import ImageTokens, capture
 from .merge import TokenMerger

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from transformers.vision_utils import get_vision_window_index
 
-from ..errors import VlmFixError
-from ..families import vision_blocks
+from vlm_fix.errors import VlmFixError
+from vlm_fix.families.table import vision_blocks
 
 Heads = tuple[torch.Tensor, torch.Tensor, float]
 """Queries and keys [H, S, D] of one image in the tower's own order of its S columns, and the scale of their product."""

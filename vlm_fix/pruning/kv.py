@@ -13,10 +13,11 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..compat import cache_of
-from ..errors import VlmFixError
-from ..method import Layers, Method, param
-from ..session import PAD, VISUAL, Session, View, left_pack
+from vlm_fix.errors import VlmFixError
+from vlm_fix.families.compat import cache_of
+from vlm_fix.method import Layers, Method, param
+from vlm_fix.session import PAD, VISUAL, Session, View, left_pack
+
 from .after import (
     Seen,
     ShortLayer,

@@ -7,8 +7,8 @@ from typing import ClassVar
 
 import torch
 
-from ..method import TokenPruner
 from .encoder import ImageTokens
+from .kinds import TokenPruner
 
 
 @dataclass(frozen=True)

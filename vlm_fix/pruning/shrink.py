@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch.nn.functional import interpolate
 
-from ..errors import VlmFixError
-from ..families import get_part
+from vlm_fix.errors import VlmFixError
+from vlm_fix.families.table import get_part
+
 from .encoder import ImageTokens
 
 Grid = tuple[int, int]

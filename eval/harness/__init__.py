@@ -1,0 +1,1 @@
+"""Where an evaluation is put inside other harnesses: lmms-eval and VLMEvalKit."""

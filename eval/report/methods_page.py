@@ -1,0 +1,283 @@
+"""docs/methods.md, made from the method dataclasses, the published figures and the results kept in results/.
+
+`python -m vlm_fix.eval.methods_page docs/methods.md` (or `make docs`) writes the page. Cost is counted, not stated: one
+prompt with one image runs through a small random-weight LLaVA, and hooks count the rows that its decoder layers and its
+vision tower process, as multiples of the unwrapped model's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import re
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+import vlm_fix
+from vlm_fix.errors import VlmFixError
+from vlm_fix.eval import bench
+from vlm_fix.method import Method
+
+from . import published
+
+TITLES = {
+    "attention": "Attention",
+    "heads": "Heads",
+    "hidden": "Hidden states",
+    "contrast": "Contrastive decoding",
+    "logits": "Logits of one branch",
+    "procedure": "Programs around generate",
+    "pruning": "Token pruning",
+    "control": "Controls",
+}
+HEAD = """# Methods
+
+Made by `make docs` from the method classes, `vlm-fix published` and the result files in `results/`: do not edit.
+
+- **Cost** is counted on a small random-weight LLaVA with one image (36 visual tokens, 47 in all) and 8 new tokens: rows
+  that its decoder layers and its vision tower process, as multiples of the unwrapped model's. A contrast branch that
+  shares what it can costs less than a second pass; a pruner less than one. Seconds are in `vlm-fix bench`.
+- **Published** figures are the papers' own, each beside its own baseline ([C] read in official code, [P] the paper, [N] a
+  lead); baselines differ between papers, so compare only within a line.
+- **Measured** is ours on the bundled Picto model: a world of pictographs and a model of 7 M parameters, not a claim about
+  yours. Differences to the baseline of the same run in points, greedy unless it says sampled, with 95 % bootstrap
+  intervals, bold where they exclude 0 (one in twenty does by chance).
+"""
+OPTIONS = {
+    "var": ["detector=secondary"],
+    "act": ["sinks=secondary"],
+    "pai": ["gamma=1.1"],
+}  # that cost passes of their own
+CLAIMS = {"avar": "gains of 1 to 2 points with Qwen2.5-VL-7B are reported, on what benchmark is not known [N]"}
+TINY = bench.Shape(
+    "llava",
+    {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2, "patch_size": 4},
+    {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "vocab_size": 96,
+    },
+    side=6,
+    before=5,
+    after=6,
+)
+
+
+def count(model: Any, inputs: dict[str, Any], spec: str, tokens: int = 8) -> tuple[float, float, float, float]:
+    """Rows through the decoder layers until the first token and per later token, images through the tower, backwards."""
+    rows, images = [0.0], [0.0]
+
+    def decoder(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else kwargs["hidden_states"]
+        rows[0] += x.shape[0] * x.shape[1] / len(layers)
+
+    def tower(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        images[0] += (args[0] if args else kwargs["pixel_values"]).shape[0]
+
+    layers = model.model.language_model.layers
+    parts, grad = [], mock.patch("torch.autograd.grad", wraps=torch.autograd.grad)
+    for new in (1, 1 + tokens):
+        rows[0], images[0] = 0.0, 0
+        with warnings.catch_warnings(), vlm_fix.wrapped(model, spec.split("+")):
+            warnings.simplefilter("ignore")
+            hooks = [layer.register_forward_pre_hook(decoder, with_kwargs=True) for layer in layers]
+            hooks.append(model.model.vision_tower.register_forward_pre_hook(tower, with_kwargs=True))
+            try:
+                torch.manual_seed(0)
+                with grad as backward:
+                    model.generate(**inputs, max_new_tokens=new, do_sample=False)
+            finally:
+                for hook in hooks:
+                    hook.remove()
+        parts.append((rows[0], images[0], backward.call_count))
+    return parts[0][0], (parts[1][0] - parts[0][0]) / tokens, parts[0][1], parts[1][2] / (1 + tokens)
+
+
+def costs() -> dict[str, str]:
+    """Method name -> its counted cost in words."""
+    model, inputs = bench.build(TINY, torch.device("cpu"), torch.float32)
+    base, told = count(model, inputs, "baseline"), {}
+    for method in vlm_fix.list_methods():
+        spec = bench.spec_of(method.name)
+        try:
+            ours = count(model, inputs, spec)
+        except VlmFixError as error:
+            told[method.name] = f"not counted: {str(error).rstrip(chr(46))}"
+            continue
+        parts = [f"prompt {ours[0] / base[0]:.2f}x", f"each later token {ours[1] / base[1]:.2f}x"]
+        if ours[2] != base[2]:
+            parts.append(f"vision tower {ours[2] / base[2]:.0f}x")
+        if ours[3]:
+            parts.append(f"{ours[3]:.1f} backward passes for each token")
+        told[method.name] = ", ".join(parts)
+        for option in OPTIONS.get(method.name, ()):
+            first, later, *_ = count(model, inputs, f"{method.name}:{option}")
+            told[method.name] += (
+                f"; with `{option}` prompt {first / base[0]:.2f}x, each later token {later / base[1]:.2f}x"
+            )
+    return told
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A run of one method alone: its spec, its scores, the folder of its results, and why it did nothing, if it said so."""
+
+    spec: str
+    scores: dict[str, Any]
+    folder: str
+    acted: bool = True
+    idle: str = ""
+
+
+def measured(folder: Path) -> dict[str, list[Row]]:
+    """Method name -> every run in `folder` that has this method alone."""
+    found: dict[str, list[Row]] = {}
+    for path in sorted(folder.glob("*/results.json")):
+        results = json.loads(path.read_text())
+        for run, scores in results["runs"].items():
+            if run == "baseline" or "+" in run:
+                continue
+            told = f"{run} (sampled)" if results.get("settings", {}).get("sample") else run
+            acted = results.get("changed", {}).get(run, {}).get("changed") != 0
+            said = [text.partition("in this call: ")[2] for text in results.get("warnings", {}).get(run, {})]
+            row = Row(told, scores, path.parent.name, acted, next(filter(None, said), ""))
+            found.setdefault(re.split("[: ]", run)[0], []).append(row)
+    return found
+
+
+def _points(delta: dict[str, Any], name: str) -> str:
+    d = delta.get(name)
+    if not d:
+        return ""
+    bold = "**" if d["excludes_zero"] else ""
+    return f"{bold}{100 * d['delta']:+.1f}{bold} [{100 * d['low']:.1f}, {100 * d['high']:.1f}]"
+
+
+def _measurements(rows: list[Row]) -> Iterator[str]:
+    yield "| run | POPE random | popular | adversarial | yes-ratio (adv.) | CHAIR_i | recall | results |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for row in rows:
+        pope, chair = row.scores.get("pope", {}), row.scores.get("chair", {})
+        captions: dict[str, Any] = next(iter(chair.values()), {})
+        caption = captions.get("delta", {})
+        splits = [_points(pope.get(s, {}).get("delta", {}), "accuracy") for s in ("random", "popular", "adversarial")]
+        cells = [
+            *splits,
+            _points(pope.get("adversarial", {}).get("delta", {}), "yes_ratio"),
+            _points(caption, "chair_i"),
+            _points(caption, "recall"),
+        ]
+        yield f"| `{row.spec}` | " + " | ".join(cells) + f" | `results/{row.folder}` |"
+
+
+def _verdict(rows: list[Row]) -> str:
+    """What the intervals say, in a sentence."""
+    if rows and not any(row.acted for row in rows):
+        return "It never acted here: " + next((row.idle for row in rows if row.idle), "no answer changed.")
+    better: set[str] = set()
+    worse: set[str] = set()
+    for row in rows:
+        for benchmark, splits in row.scores.items():
+            for split, values in splits.items():
+                for name, sign in {"accuracy": 1, "chair_i": -1, "recall": 1}.items():
+                    d = values.get("delta", {}).get(name)
+                    if not d or not d["excludes_zero"] or (benchmark == "pope" and name == "recall"):
+                        continue
+                    what = (
+                        f"POPE {split}" if benchmark == "pope" else {"chair_i": "CHAIR_i"}.get(name, "caption recall")
+                    )
+                    (better if d["delta"] * sign > 0 else worse).add(what)
+    if not better and not worse:
+        return "Does not help here: no interval excludes zero."
+    parts = []
+    if better:
+        parts.append("better on " + ", ".join(sorted(better)))
+    if worse:
+        parts.append("worse on " + ", ".join(sorted(worse)))
+    text = "; ".join(parts)
+    return f"{text[0].upper()}{text[1:]}{'' if better else '; it does not help here'}."
+
+
+def _section(method: type[Method], cost: str, rows: list[Any]) -> Iterator[str]:
+    yield f"### {method.name}"
+    if method.paper:
+        yield f"<{method.paper}>"
+    yield "```text\n" + inspect.cleandoc(method.__doc__ or "") + "\n```"
+    lines = ["| parameter | default | range | |", "|---|---|---|---|"]
+    for f in dataclasses.fields(method):
+        low, high, choices = (f.metadata.get(k) for k in ("low", "high", "choices"))
+        span = ", ".join(map(str, choices)) if choices else _span(low, high)
+        value = (
+            "auto"
+            if f.default is None
+            else "|".join(map(str, f.default))
+            if isinstance(f.default, tuple)
+            else f.default
+        )
+        about = f.metadata.get("help", "").replace("|", "\\|")
+        lines.append(f"| `{f.name}` | {str(value).replace('|', chr(92) + '|')} | {span} | {about} |")
+    if len(lines) > 2:
+        yield "\n".join(lines)
+    yield f"Cost: {cost}."
+    papers = [row for row in published.table() if method.name in row["method"].split("+")]
+    if papers:
+        lines = ["| published | model | its baseline > method | source |", "|---|---|---|---|"]
+        for cells in map(published.cells, papers):
+            name, where, model, figures, source = (_flat(cell) for cell in cells)
+            lines.append(f"| `{name}`, {where} | {model} | {figures} | {source} |")
+        yield "\n".join(lines)
+    elif method.kind != "control" and (method.paper or "Source:" in (method.__doc__ or "")):
+        yield f"Published: {CLAIMS.get(method.name, 'none stated in our sources')}."
+    if rows:
+        yield f"Measured: {_verdict(rows)}"
+        yield "\n".join(_measurements(rows))
+    else:
+        yield "Measured: not yet."
+
+
+def _flat(text: str) -> str:
+    return text.replace("\n", "; ").replace("|", "\\|")
+
+
+def _span(low: Any, high: Any) -> str:
+    return (
+        ""
+        if low is None and high is None
+        else f"{'' if low is None else low} to {'' if high is None else high}".strip()
+    )
+
+
+def page(results: Path) -> str:
+    """The whole page as Markdown."""
+    cost, ours = costs(), measured(results)
+    parts = [HEAD.strip()]
+    methods = [m for m in vlm_fix.list_methods() if m.name != "baseline"]
+    kinds = [k for k in TITLES if any(m.kind == k for m in methods)]
+    parts.append(
+        "\n".join(
+            f"- [{TITLES[k]}](#{TITLES[k].lower().replace(' ', '-')}): "
+            + ", ".join(f"[{m.name}](#{m.name})" for m in methods if m.kind == k)
+            for k in kinds
+        )
+    )
+    for kind in kinds:
+        parts.append(f"## {TITLES[kind]}")
+        for method in methods:
+            if method.kind == kind:
+                parts += _section(method, cost[method.name], ours.get(method.name, []))
+    return "\n\n".join(parts) + "\n"
+
+
+def main() -> None:
+    """What `python -m` runs: the arguments are described in the module."""
+    Path(sys.argv[1]).write_text(page(Path("results")))

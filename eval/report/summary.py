@@ -1,0 +1,171 @@
+"""From answers to numbers: every run is scored and compared with the baseline, paired by question and caption.
+
+A sample that failed stays in: it counts as wrong (POPE) or as a caption that says nothing (CHAIR), and is told.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from vlm_fix.eval.scorers.amber import score as amber
+from vlm_fix.eval.scorers.chair import score as chair
+from vlm_fix.eval.scorers.result import Result
+from vlm_fix.eval.stats import Metric, column_sums, outcomes, paired_bootstrap, spread, transitions
+
+from .layouts import LAYOUTS
+
+if TYPE_CHECKING:
+    from vlm_fix.eval.tasks import Task
+
+
+def summarise(
+    runs: Sequence[str] | Mapping[str, Any],
+    tasks: Sequence[Task],
+    rows_of: Callable[[str, str], Sequence[Mapping[str, Any]]],
+    seed: int = 0,
+) -> dict[str, dict[str, dict[str, dict[str, Any]]]]:
+    """run -> benchmark -> split -> metrics, `failed`, and what changed against the first run.
+
+    `delta` {metric: Comparison}, `outcomes` and `transitions` (see `stats`) and, for captions, `equal_length` {metric:
+    Comparison}. A run with several seeds shows its counts summed over them, with `seeds` {metric: mean, sd, values}; a
+    run with one is compared with each seed of the other. The p of several seeds is the largest.
+    """
+    baseline = next(iter(runs))
+    summary: dict[str, Any] = {run: {} for run in runs}
+    every: dict[str, dict[str, dict[int, _Scored]]] = {}
+    for task in tasks:
+        scored = every[task.benchmark] = {run: _by_seed(task, rows_of(run, task.benchmark)) for run in runs}
+        for run, ours in scored.items():
+            summary[run][task.benchmark] = {
+                split: _summary(task, split, ours, {} if run == baseline else scored[baseline], seed)
+                for split in task.sizes
+            }
+    if {"amber", "amber-qa"} <= {task.benchmark for task in tasks if task.sizes}:
+        whole = {run: _amber_whole(every["amber"][run], every["amber-qa"][run]) for run in runs}
+        for run, results in whole.items():
+            row, found = summary[run]["amber"]["captions"], _figures(amber.WHOLE, list(results.values()))
+            row["score"] = found["score"]
+            if "seeds" in found:
+                row["seeds"] |= found["seeds"]
+            if run != baseline:
+                row["delta"] |= _compared(amber.WHOLE, _rows(_pairs(results, whole[baseline])), seed)
+    return summary
+
+
+def _amber_whole(captions: Mapping[int, _Scored], questions: Mapping[int, _Scored]) -> dict[int, Result]:
+    """By seed; the last part of the questions is all of them."""
+    return {
+        s: amber.whole(each.results["captions"], [*questions[s].results.values()][-1]) for s, each in captions.items()
+    }
+
+
+@dataclasses.dataclass
+class _Scored:
+    """The results of one seed by split, and how many samples failed in each."""
+
+    results: dict[str, Any]
+    failed: dict[str, int]
+
+
+def _by_seed(task: Task, rows: Sequence[Mapping[str, Any]]) -> dict[int, _Scored]:
+    answers: dict[int, dict[str, Any]] = {}
+    for row in rows:
+        answers.setdefault(row.get("seed", 0), {})[row["id"]] = None if row["error"] else row["answer"]
+    scored = {}
+    for seed, each in answers.items():
+        results = task.score(each)
+        told = {key: text for key, text in each.items() if text is not None}
+        whole = results if len(told) == len(each) else task.score(told)
+        scored[seed] = _Scored(
+            results, {split: r.n - (whole[split].n if split in whole else 0) for split, r in results.items()}
+        )
+    return scored
+
+
+def _summary(
+    task: Task, split: str, ours: Mapping[int, _Scored], theirs: Mapping[int, _Scored], seed: int
+) -> dict[str, Any]:
+    """Metrics of one run and split; compared with `theirs`, the baseline, unless that is empty."""
+    layout = LAYOUTS[task.benchmark]
+    results = [scored.results[split] for scored in ours.values()]
+    summary = _figures(layout.metrics, results)
+    summary |= {"failed": sum(scored.failed[split] for scored in ours.values()), "delta": {}}
+    if not theirs:
+        return summary
+    pairs = [(base.results[split], method.results[split]) for base, method in _pairs(ours, theirs)]
+    summary["delta"] = _compared({name: layout.metrics[name] for name in layout.compared}, _rows(pairs), seed)
+    each = [outcomes(base.rows, method.rows, layout.right) for base, method in pairs]
+    summary["outcomes"] = {name: sum(e[name] for e in each) for name in ("mended", "broken")}
+    summary["outcomes"]["p"] = max(e["p"] for e in each)
+    if {"tp", "fp", "tn", "fn"} <= pairs[0][0].rows[0].keys():
+        moves = [transitions(base.rows, method.rows) for base, method in pairs]
+        summary["transitions"] = {name: sum(move[name] for move in moves) for name in moves[0]}
+    if isinstance(results[0], chair.ChairResult):
+        cut = [chair.at_equal_length(base, method) for base, method in pairs]
+        summary["equal_length"] = _compared({name: layout.metrics[name] for name in layout.compared}, cut, seed)
+    return summary
+
+
+def _figures(metrics: Mapping[str, Metric], results: Sequence[Any]) -> dict[str, Any]:
+    """The figures of one seed, or those of all seeds' counts with `seeds`, their spread."""
+    figures = results[0].to_dict()
+    if len(results) == 1:
+        return figures
+    summary = dict(figures)
+    rows = [row for result in results for row in result.rows]
+    sums = column_sums(rows, [name for name in rows[0] if name != "image"])
+    for name, value in figures.items():
+        if isinstance(value, int):
+            summary[name] = sum(result.to_dict()[name] for result in results)
+        elif name in metrics:
+            summary[name] = float(metrics[name](sums))
+    spreads = {n: spread([r.to_dict()[n] for r in results]) for n, v in figures.items() if isinstance(v, float)}
+    return {**summary, "seeds": spreads}
+
+
+def _pairs(ours: Mapping[int, Any], theirs: Mapping[int, Any]) -> list[tuple[Any, Any]]:
+    """(baseline, method) per seed; a run with one seed stands beside each of the other's."""
+    base, method = ({s: side.get(s, next(iter(side.values()))) for s in {*ours, *theirs}} for side in (theirs, ours))
+    return [(base[s], method[s]) for s in sorted(base)]
+
+
+def _rows(pairs: Sequence[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
+    return [(base.rows, method.rows) for base, method in pairs]
+
+
+def _compared(metrics: Mapping[str, Metric], pairs: Sequence[Any], seed: int) -> dict[str, Any]:
+    """metric -> Comparison of the paired rows, all seeds of an image moving together."""
+    base, method = ([row for pair in pairs for row in pair[side]] for side in (0, 1))
+    return {
+        name: comparison.to_dict() | {"excludes_zero": comparison.excludes_zero}
+        for name, comparison in paired_bootstrap(metrics, base, method, seed=seed).items()
+    }
+
+
+def changed(
+    runs: Iterable[str], tasks: Sequence[Task], rows_of: Callable[[str, str], Sequence[Mapping[str, Any]]]
+) -> dict[str, dict[str, int]]:
+    """run -> answers, and how many differ from the baseline's: a method that changed none did nothing here."""
+    said = {
+        run: {(t.benchmark, r["id"], r.get("seed", 0)): r["answer"] for t in tasks for r in rows_of(run, t.benchmark)}
+        for run in runs
+    }
+    baseline = next(iter(said.values()))
+    first = {key[:2]: text for key, text in reversed(baseline.items())}  # of the first seed
+    return {
+        run: {
+            "answers": len(answers),
+            "changed": sum(text != baseline.get(k, first[k[:2]]) for k, text in answers.items()),
+        }
+        for run, answers in said.items()
+    }
+
+
+def by_split(results: Mapping[str, Any], benchmark: str) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+    """(split, run, metrics), split by split."""
+    for split in dict.fromkeys(split for run in results["runs"].values() for split in run.get(benchmark, {})):
+        for run, scores in results["runs"].items():
+            if split in scores.get(benchmark, {}):
+                yield split, run, scores[benchmark][split]

@@ -1,0 +1,214 @@
+"""Batches of samples through `generate`, with the time and memory they take.
+
+Batches and their seeds are functions of the samples and the run's seed alone. A sample that cannot be answered carries its
+error; a batch too large for memory is asked again one by one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import math
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+import vlm_fix
+from vlm_fix.errors import VlmFixError
+from vlm_fix.eval.tasks.sample import Sample, load_image
+
+
+class _FirstToken(StoppingCriteria):
+    """Never stops anything; notes when the first new token had been chosen."""
+
+    def __init__(self) -> None:
+        self.at: float | None = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        if self.at is None:
+            if input_ids.is_cuda:
+                torch.cuda.synchronize(input_ids.device)
+            self.at = time.perf_counter()
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+@dataclasses.dataclass
+class Batch:
+    """Answers to one batch: text, new tokens and whether the end token came, with the seconds they took."""
+
+    texts: list[str]
+    tokens: list[int]
+    finished: list[bool]
+    seconds: float
+    first_token: float | None
+    ids: list[list[int]] = dataclasses.field(repr=False, default_factory=list)  # of the new tokens
+    term: tuple[float, int] | None = None  # sum of squares and degrees of freedom of a contrast's `Term`
+
+
+def encode(model: Any, processor: Any, images: Sequence[Any], prompts: Sequence[str]) -> Any:
+    """A left-padded batch of (image, prompt) pairs through the model's chat template, on the model's device."""
+    texts = [
+        processor.apply_chat_template(
+            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}],
+            add_generation_prompt=True,
+        )
+        for prompt in prompts
+    ]
+    tokenizer = processor.tokenizer
+    # a template that writes the start token itself must not get a second one
+    twice = tokenizer.bos_token is not None and texts[0].startswith(tokenizer.bos_token)
+    return processor(
+        images=[[image] for image in images],
+        text=texts,
+        padding=True,
+        return_tensors="pt",
+        **({"add_special_tokens": False} if twice else {}),
+    ).to(model.device, model.dtype)
+
+
+def generate(model: Any, processor: Any, images: Sequence[Any], prompts: Sequence[str], seed: int, **how: Any) -> Batch:
+    """Answer each (image, prompt) pair through `generate`."""
+    inputs, tokenizer = encode(model, processor, images, prompts), processor.tokenizer
+    torch.manual_seed(seed)
+    clock = _FirstToken()
+    start = time.perf_counter()
+    output = model.generate(**inputs, stopping_criteria=StoppingCriteriaList([clock]), **how)
+    if output.is_cuda:
+        torch.cuda.synchronize(output.device)
+    seconds = time.perf_counter() - start
+    new = output[:, inputs["input_ids"].shape[1] :].cpu()
+    ends = model.generation_config.eos_token_id
+    ends = tokenizer.eos_token_id if ends is None else ends
+    is_end = torch.isin(new, torch.tensor(ends if isinstance(ends, list) else [ends]))
+    finished = is_end.any(dim=1)
+    tokens = torch.where(finished, is_end.int().argmax(dim=1) + 1, new.shape[1])
+    term = vlm_fix.contrast_term(model)
+    return Batch(
+        texts=[text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)],
+        tokens=tokens.tolist(),
+        finished=finished.tolist(),
+        seconds=seconds,
+        first_token=clock.at - start if clock.at else None,
+        ids=[row[:n] for row, n in zip(new.tolist(), tokens.tolist(), strict=True)],
+        term=(term.squares, term.dof) if term else None,
+    )
+
+
+def batches(samples: Sequence[Sample], size: int) -> list[list[Sample]]:
+    """Samples in batches of similar prompt length, then image size; a function of the samples alone, never of what is
+    already done or of how many processes there are."""
+    order = sorted(samples, key=lambda s: (len(s.prompt.split()), len(s.prompt), _pixels(s)))
+    return [order[i : i + size] for i in range(0, len(order), size)]
+
+
+def _pixels(sample: Sample) -> int:
+    """Width times height, from the header of a file; 0 where it cannot be read, which `load_image` will tell."""
+    if isinstance(sample.image, Image.Image):
+        return math.prod(sample.image.size)
+    with contextlib.suppress(Exception), Image.open(sample.image) as image:
+        return math.prod(image.size)
+    return 0
+
+
+def _seed(seed: int, samples: Sequence[Sample]) -> int:
+    """One seed per batch, equal for every run: methods are compared under common random numbers."""
+    text = "|".join([str(seed), *(sample.id for sample in samples)])
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4])
+
+
+def _warn_anew(model: Any) -> None:
+    """A wrapped model warns once; here every batch tells, also after the warm-up, which nobody hears."""
+    engine = getattr(model, "_vlm_fix_engine", None)
+    if engine:
+        engine.warned.clear()
+
+
+def answer(model: Any, processor: Any, samples: Sequence[Sample], seed: int, **how: Any) -> list[dict[str, Any]]:
+    """One row per sample, in order; a sample that cannot be answered carries its `error` instead of an answer."""
+    rows: dict[str, dict[str, Any]] = {}
+    images = {}
+    for sample in samples:
+        try:
+            images[sample.id] = load_image(sample)
+        except VlmFixError as error:
+            rows[sample.id] = {"error": str(error)}
+    ready = [sample for sample in samples if sample.id in images]
+    pending = [ready] if ready else []
+    seconds, first_token = 0.0, None
+    notes: dict[str, None] = {}
+    terms = []
+    while pending:
+        part = pending.pop(0)
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always", UserWarning)
+                _warn_anew(model)
+                batch = generate(
+                    model, processor, [images[s.id] for s in part], [s.prompt for s in part], _seed(seed, part), **how
+                )
+            notes |= dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, UserWarning))
+        except Exception as error:  # one bad sample, or a batch too large for memory, must not end the run
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            if len(part) > 1:
+                pending = [[sample] for sample in part]
+            else:
+                rows[part[0].id] = {"error": f"{type(error).__name__}: {str(error).strip() or 'no message'}"}
+            continue
+        seconds += batch.seconds
+        first_token = first_token or batch.first_token
+        terms += [batch.term] if batch.term else []
+        for sample, text, tokens, finished in zip(part, batch.texts, batch.tokens, batch.finished, strict=True):
+            rows[sample.id] = {"answer": text, "tokens": tokens, "finished": finished, "error": None}
+    term = [math.fsum(t[0] for t in terms), sum(t[1] for t in terms)] if terms else None
+    batch_wide: dict[str, Any] = {"batch_seconds": seconds, "batch_first_token": first_token}
+    batch_wide |= {"batch_warnings": list(notes), "batch_term": term}
+    return [{**{"answer": None, "tokens": 0, "finished": False}, **rows[s.id], **batch_wide} for s in samples]
+
+
+def warm_up(model: Any, processor: Any, samples: Sequence[Sample], seed: int, how: dict[str, Any]) -> None:
+    """One short untimed call. A combination that a method refuses ends the run here, before any answer is written."""
+    readable = []
+    for sample in samples:
+        with contextlib.suppress(VlmFixError):
+            readable.append((load_image(sample), sample.prompt))
+    if readable:
+        images, prompts = zip(*readable, strict=True)
+        short = {**how, "max_new_tokens": min(2, how["max_new_tokens"])}
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                generate(model, processor, images, prompts, seed, **short)
+        except VlmFixError:
+            raise
+        except Exception:  # the batch itself will record what went wrong, sample by sample
+            return
+
+
+def reset_peak(device: torch.device) -> None:
+    """Start a new measurement for `peak_mb`."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with contextlib.suppress(OSError):  # Linux: start a new high-water mark, so that runs do not inherit it
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_mb(device: torch.device) -> float:
+    """Peak memory since `reset_peak` in MB: CUDA allocator, or resident size of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    with contextlib.suppress(OSError, StopIteration):
+        status = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in status if line.startswith("VmHWM")).split()[1]) * 1024 / 1e6
+    import resource  # not on Windows
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6

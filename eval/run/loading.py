@@ -1,0 +1,82 @@
+"""The model that is measured, and the machine that it runs on."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from vlm_fix.calibration.files import weights_id
+from vlm_fix.errors import VlmFixError
+from vlm_fix.eval import picto
+
+
+def check_device(device: str) -> None:
+    """VlmFixError for a --device that is not known or not there."""
+    kind, _, number = device.partition(":")
+    if device not in ("auto", "cpu", "cuda") and not (kind == "cuda" and number.isdigit()):
+        raise VlmFixError(f"--device {device} is unknown: give auto, cpu, cuda or cuda:N.")
+    seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if kind == "cuda" and int(number or 0) >= seen:
+        raise VlmFixError(f"--device {device} was asked for but torch sees {seen or 'no'} CUDA GPU: use --device cpu.")
+
+
+def load_model(
+    name: str, dtype: str = "auto", device: str = "auto", device_map: str | None = None
+) -> tuple[Any, Any, dict[str, Any]]:
+    """(model, processor, identity) of a Hugging Face name, a directory or a bundled model such as "picto-llava".
+
+    `device` "auto" is every GPU that the model needs, or the process's own GPU under a launcher, else the CPU.
+    """
+    check_device(device)
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
+    path = str(picto.model_path(name)) if name.startswith("picto-") and not Path(name).exists() else name
+    remedy = "give a directory with a checkpoint, a Hugging Face name that this machine can download, or picto-llava."
+    if name.startswith(("/", ".", "~")) and not Path(path).exists():
+        raise VlmFixError(f"model {name!r} could not be loaded (there is no such folder): {remedy}")
+    cuda = device != "cpu" and torch.cuda.is_available()
+    if device == "auto" and cuda and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
+    try:
+        processor = AutoProcessor.from_pretrained(path)
+        model = AutoModelForImageTextToText.from_pretrained(
+            path,
+            dtype=("auto" if cuda else torch.float32) if dtype == "auto" else getattr(torch, dtype),
+            device_map=device_map or (device if cuda else None),
+        ).eval()
+    except (OSError, ValueError, ImportError) as error:
+        cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise VlmFixError(f"model {name!r} could not be loaded ({cause.rstrip('.')}): {remedy}") from error
+    if not getattr(processor, "chat_template", None) or not hasattr(processor, "tokenizer"):
+        raise VlmFixError(f"the processor of {name!r} has no chat template: add chat_template.jinja to the checkpoint.")
+    processor.tokenizer.padding_side = "left"
+    if processor.tokenizer.pad_token_id is None:
+        processor.tokenizer.pad_token = processor.tokenizer.eos_token
+    identity = {
+        "name": name,
+        "type": model.config.model_type,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "weights": weights_id(model),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": model.device.type,
+    }
+    return model, processor, identity
+
+
+def hardware(device: torch.device) -> str:
+    """The machine in words: GPU name and count, or CPU name, cores and torch threads."""
+    if device.type == "cuda":
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(device)}"
+    cpu = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return f"{cpu}, {os.cpu_count()} cores, torch threads: {torch.get_num_threads()}"

@@ -1,0 +1,1 @@
+"""Scorers: how each benchmark reads files and answers, and its numbers."""

@@ -1,0 +1,91 @@
+"""What CHAIR scores: caption files, and which of COCO's 80 objects are in an image.
+
+Source: shikiw/OPERA@61426ef chair.py (variant nltk) and LisaAnne/Hallucination@6e4d33c utils/chair.py (pattern): an image
+holds the categories of its instances and every object that its five reference captions mention.
+
+Worked example: an image with the instance "dog" and the reference caption "A puppy beside two cats" holds dog and cat.
+>>> instances = {"categories": [{"id": 1, "name": "dog"}], "images": [{"id": 7}],
+...              "annotations": [{"image_id": 7, "category_id": 1}]}
+>>> captions = {"images": [], "annotations": [{"image_id": 7, "caption": "A puppy beside two cats"}]}
+>>> sorted(build_ground_truth(instances, captions, "pattern")[7])
+['cat', 'dog']
+"""
+
+import json
+import re
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from vlm_fix.errors import VlmFixError
+from vlm_fix.eval.scorers.rows import DATA, one_of, read_rows, read_text
+
+from .score import Caption
+from .words import Variant, caption_to_words, nodes
+
+CAPTION = '{"image_id": 310196, "caption": "A man on a snowboard."}'
+
+
+def load_captions(path: str | Path) -> list[Caption]:
+    """Captions from JSON lines or a JSON array with image_id (a number or a name such as COCO_val2014_000000000123.jpg)
+    and caption (or text, or answer). Warns of images that come twice; raises VlmFixError naming a bad row."""
+    captions = []
+    for number, row in enumerate(read_rows(path, "caption file", CAPTION), 1):
+        text = next((row[key] for key in ("caption", "text", "answer") if key in row), None)
+        digits = re.search(r"(\d+)(\.\w+)?$", str(row.get("image_id", row.get("image", ""))))
+        if not isinstance(text, str) or not digits:
+            what = '"image_id" with a number' if isinstance(text, str) else '"caption" with a text'
+            raise VlmFixError(f"{path}, row {number}: no {what} (its keys are {', '.join(row)}); add it.")
+        captions.append(Caption(int(digits[1]), text))
+    twice = [image for image, times in Counter(caption.image_id for caption in captions).items() if times > 1]
+    if twice:
+        text = f"{path} has several captions of {len(twice)} images, the first is {twice[0]}; each of them counts."
+        warnings.warn(text, stacklevel=2)
+    return captions
+
+
+def whole_sentences(text: str) -> str:
+    """The caption up to its last full stop, question or exclamation mark, for captions cut at a number of tokens.
+
+    A caption without any stays as it is: a description that names objects is not made to say nothing.
+
+    >>> whole_sentences("A dog on a sofa. It looks at a ca")
+    'A dog on a sofa.'
+    """
+    ends = [match.end() for match in re.finditer(r"[.!?](?=\s|$|[\"')])", text)]
+    return text[: ends[-1]] if ends else text
+
+
+def ground_truth(source: str | Path = "coco", variant: Variant = "nltk") -> dict[int, frozenset[str]]:
+    """The map in the package ("coco": the 123,287 images of train and val 2014, those of 2017 among them), or that of a
+    JSON file {"image id": ["object", ...]}, gzip or not."""
+    one_of(variant, Variant, "variant")
+    path = DATA / f"chair/gt_objects_{variant}_trainval2014.json.gz" if source == "coco" else source
+    try:
+        return {int(image): frozenset(nodes) for image, nodes in json.loads(read_text(path, "ground truth")).items()}
+    except (ValueError, AttributeError, TypeError) as error:
+        if isinstance(error, VlmFixError):
+            raise
+        raise VlmFixError(f'The ground truth {path} is not of the form {{"image id": ["object", ...]}}.') from None
+
+
+def build_ground_truth(instances: Any, captions: Any, variant: Variant = "nltk") -> dict[int, frozenset[str]]:
+    """The same map from COCO-format instances and captions (dictionaries or pycocotools COCO objects).
+
+    Raises VlmFixError for a category that is not one of COCO's 80 or a word of the synonym list, which no caption could
+    be matched with.
+    """
+    boxes, references = (getattr(data, "dataset", data) for data in (instances, captions))
+    strange = [category["name"] for category in boxes["categories"] if category["name"] not in nodes()]
+    if strange:
+        raise VlmFixError(
+            f"CHAIR knows COCO's 80 objects and their synonyms, not the category {strange[0]!r}; rename it."
+        )
+    node = {category["id"]: nodes()[category["name"]] for category in boxes["categories"]}
+    truth: dict[int, set[str]] = {image["id"]: set() for image in [*boxes["images"], *references["images"]]}
+    for annotation in boxes["annotations"]:
+        truth[annotation["image_id"]].add(node[annotation["category_id"]])
+    for annotation in references["annotations"]:
+        truth[annotation["image_id"]].update(caption_to_words(annotation["caption"], variant).node_words)
+    return {image: frozenset(nodes) for image, nodes in truth.items()}

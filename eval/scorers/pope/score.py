@@ -1,0 +1,142 @@
+"""POPE: yes/no questions about objects that are, and are not, in an image.
+
+Source: Y. Li et al., Evaluating Object Hallucination in Large Vision-Language Models, EMNLP 2023, arXiv:2305.10355;
+official scorer RUCAIBox/POPE@3df3ba1. Those that disagree with it about what "no" is are in `yesno.py` with their commits,
+question files and the question maker in `pope_data.py`.
+
+    accuracy  = right answers / questions           yes_ratio = answers of yes / questions
+    precision = right yes / answers of yes          recall    = right yes / questions with label yes
+
+Worked example: "Yes." to a question with label yes and "No." to one with label no are a true positive and a true negative,
+except for lmms, which wants "yes" and "no" alone and counts both wrong.
+
+A question file has lines like {"question_id": 1, "image": "COCO_val2014_000000310196.jpg",
+"text": "Is there a snowboard in the image?", "label": "yes"}.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from vlm_fix.errors import VlmFixError
+from vlm_fix.eval.scorers.rows import one_of
+from vlm_fix.eval.scorers.yesno import Scorer, verdict
+from vlm_fix.eval.stats import Metric, column_sums, harmonic, ratio
+
+Kind = Literal["random", "popular", "adversarial"]
+
+METRICS: dict[str, Metric] = {
+    "accuracy": lambda s: ratio(s["tp"] + s["tn"], s["n"]),
+    "precision": lambda s: ratio(s["tp"], s["tp"] + s["fp"]),
+    "recall": lambda s: ratio(s["tp"], s["tp"] + s["fn"]),
+    "f1": lambda s: harmonic(METRICS["precision"](s), METRICS["recall"](s)),
+    "yes_ratio": lambda s: ratio(s["yes"], s["n"]),
+}
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question; `image` is a file name, `label` "yes" or "no"."""
+
+    question_id: int | str
+    image: str
+    text: str
+    label: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model said, None if it failed to say anything; `prompt` is "" where the file does not hold it."""
+
+    question_id: int | str
+    text: str | None
+    prompt: str = ""
+
+
+@dataclass(frozen=True)
+class PopeResult:
+    """Counts and fractions (0 to 1) of one split. lmms, vlmevalkit and ours can leave tp+fp+tn+fn below n: answers that are
+    neither. `unparsed` counts answers with no yes and no no word at all, whatever the scorer makes of them.
+    `correct` and `rows` (counts with their image, for `stats.paired_bootstrap`) follow the order of the questions."""
+
+    scorer: str
+    n: int
+    tp: int
+    fp: int
+    tn: int
+    fn: int
+    accuracy: float
+    precision: float
+    recall: float
+    f1: float
+    yes_ratio: float
+    unparsed: int
+    questions_sha256: str
+    correct: list[bool] = field(repr=False)
+    rows: list[dict[str, Any]] = field(repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For results.json: everything but the per-question lists."""
+        return {name: value for name, value in asdict(self).items() if name not in ("correct", "rows")}
+
+
+def score(questions: Sequence[Question], answers: Sequence[Answer], scorer: Scorer = "official") -> PopeResult:
+    """Score answers, matched by question_id, exactly as `scorer` does. Raises VlmFixError when they do not line up.
+
+    An answer of None (the model failed) is wrong under every scorer: neither yes nor no, unparsed, and a miss (FN) where
+    the object is there.
+    """
+    one_of(scorer, Scorer, "scorer")
+    replies = _aligned(questions, answers)
+    rows: list[dict[str, Any]] = []
+    for question, reply in zip(questions, replies, strict=True):
+        said = "failed" if reply is None else verdict(reply, question.label, scorer)
+        yes = question.label == "yes"
+        row = {"tp": yes and said == "yes", "fp": not yes and said == "yes", "tn": not yes and said == "no"}
+        # VLMEvalKit's recall is over all positives: an unknown answer is a miss there, and no answer for lmms-eval
+        row["fn"] = yes and (said in ("no", "failed") or (scorer in ("vlmevalkit", "ours") and said == "unknown"))
+        row["yes"] = yes if scorer == "lmms" else said == "yes"
+        rows.append({"image": question.image, "n": 1} | {name: int(value) for name, value in row.items()})
+    sums = column_sums(rows, ["n", "tp", "fp", "tn", "fn", "yes"])
+    figures: dict[str, Any] = {name: int(sums[name]) for name in ("n", "tp", "fp", "tn", "fn")}
+    figures |= {name: float(metric(sums)) for name, metric in METRICS.items()}
+    return PopeResult(
+        scorer=scorer,
+        **figures,
+        unparsed=sum(not re.search(r"\b(yes|no|not)\b|n['’]t\b", (reply or "").lower()) for reply in replies),
+        questions_sha256=questions_sha256(questions),
+        correct=[bool(row["tp"] or row["tn"]) for row in rows],
+        rows=rows,
+    )
+
+
+def questions_sha256(questions: Iterable[Question]) -> str:
+    """Hash of the questions as JSON lines: for the official files, that of the file itself with "\\n" line ends."""
+    return hashlib.sha256("".join(json.dumps(asdict(q)) + "\n" for q in questions).encode()).hexdigest()
+
+
+def _aligned(questions: Sequence[Question], answers: Sequence[Answer]) -> list[str | None]:
+    """The reply to each question."""
+    if not questions or not answers:
+        raise VlmFixError(f"There are no {'answers' if questions else 'questions'} to score.")
+    by_id = {answer.question_id: answer for answer in answers}
+    mismatch = next((q for q in questions if q.question_id not in by_id), None)
+    if mismatch or not len(by_id) == len(answers) == len(questions):
+        known = {q.question_id for q in questions}
+        first = mismatch.question_id if mismatch else next((i for i in by_id if i not in known), "(one twice)")
+        raise VlmFixError(
+            f"Questions and answers do not line up: {len(questions)} questions, {len(answers)} answers, first mismatch "
+            f"at question_id {first!r}; give the question file that these answers were made from."
+        )
+    for question in questions:
+        prompt = by_id[question.question_id].prompt
+        # "imange": a typo of old question files; a prompt may hold more, such as "Please answer with one word."
+        if prompt and question.text.replace("imange", "image") not in prompt.replace("imange", "image"):
+            raise VlmFixError(
+                f"Questions and answers do not line up: question_id {question.question_id!r} asks {question.text!r} "
+                f"but its answer is to {prompt!r}; give the question file that these answers were made from."
+            )
+    return [by_id[question.question_id].text for question in questions]

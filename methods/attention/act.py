@@ -1,0 +1,141 @@
+"""ACT, attention calibration technique ("Unveiling and Harnessing Hidden Attention Sinks", Yu et al., ICML 2024)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+import vlm_fix
+from vlm_fix import AttentionEdit, VlmFixError, param
+from vlm_fix.arch import Arch
+from vlm_fix.attention.kernel import Scores, column_means
+from vlm_fix.attention.sinks import secondary_sinks
+from vlm_fix.calibration.files import Sample, answer_scores
+from vlm_fix.method import parse_heads
+from vlm_fix.session import PAD, Rows, Session
+
+
+@dataclass(frozen=True)
+class ACT(AttentionEdit):
+    """Takes attention from sinks other than the first one and hands it to all other columns in proportion.
+
+    While the prompt is read, column j of head h is a sink iff the mean of A[h, i, j] over the rows i that see it exceeds
+    `threshold`; the first sink (BOS) is left alone. On every row, for the heads in `head_list`:
+        A[sink] <- beta A[sink];   A[rest] <- A[rest] (1 + (1 - beta) sum A[sink] / sum A[rest]).
+    Rows sum to 1. sinks="secondary": the columns of `attention.sinks` instead, which cost one more prefill.
+
+    Source: arXiv 2406.15765; official code GATECH-EIC/ACT@a267af7 (threshold .1, beta .4, layers 2-30 of 32). It is made
+    for language models and also runs on prompts without an image. The heads come from a sweep, one head at a time
+    (`vlm-fix calibrate act`); the default, all of them, is only a place to start. Deviations: in the official code decode
+    rows look for sinks in themselves and sum up to almost 2; here they use the prompt's and sum to 1. Sinks are sought in
+    the weights before any edit of the same layer; a later turn on a kept cache seeks them in its own rows.
+    """
+
+    name: ClassVar[str] = "act"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2406.15765"
+    spares: ClassVar[str] = "any"
+    marks: ClassVar[bool] = True
+    needs_image: ClassVar[bool] = False
+    idle_reason: ClassVar[str] = "no column but the first was a sink of its heads; lower threshold."
+
+    beta: float = param(0.4, "share of a sink's attention that it keeps", low=0, high=1)
+    threshold: float = param(0.1, "a column is a sink above this mean attention", low=0, high=1)
+    head_list: tuple[str, ...] | None = param(None, "heads as layer.head, e.g. 5.0|7.12; None: all heads of `layers`")
+    sinks: str = param("mass", "how sinks are found", choices=("mass", "secondary"))
+    life: tuple[float, ...] | None = param(
+        None, "secondary: lives more than a, fewer than b layers, as a|b; None: 4|depth - 15"
+    )
+
+    def defaults(self, arch: Arch) -> dict[str, Any]:
+        return {"layers": f"{min(2, arch.depth - 1)}-{max(min(2, arch.depth - 1), arch.depth - 2)}"}
+
+    def resolve(self, arch: Arch) -> ACT:
+        heads = parse_heads(self.name, self.head_list or (), arch)
+        base = self if self.layers is not None or not heads else dataclasses.replace(self, layers="0-")
+        method = super(ACT, base).resolve(arch)
+        assert isinstance(method, ACT) and isinstance(method.layers, tuple)
+        listed = {layer for layer, _ in heads} if self.head_list is not None else set(method.layers)
+        return dataclasses.replace(method, layers=tuple(i for i in method.layers if i in listed))
+
+    @property
+    def rows(self) -> str:
+        return "all"
+
+    @property
+    def neutral(self) -> bool:
+        return self.beta == 1 or self.head_list == () or (self.threshold == 1 and self.sinks == "mass")
+
+    @property
+    def prepares(self) -> bool:
+        return self.sinks == "secondary"
+
+    def prepare(self, session: Session, kwargs: dict[str, Any]) -> dict[str, Any]:
+        if session.start == 0:
+            found = secondary_sinks(session, kwargs, self.life, self.name)[:, :, None]
+            heads = session.call.model.__dict__["_vlm_fix_engine"].arch.heads
+            layers = [i for i in range(len(found)) if i in (self.layers or ())]
+            session.state(self).update({i: found[i] & self.heads_of(i, heads, found.device) for i in layers})
+        return kwargs
+
+    def scan(self, q: torch.Tensor, k: torch.Tensor, allowed: torch.Tensor | None, scores: Scores, rows: Rows) -> None:
+        """state[layer] = [B, H, n] booleans of the prompt's sinks, in the heads that are edited."""
+        session = rows.session
+        assert session.types is not None and session.prompt_len is not None
+        if self.sinks != "mass" or not rows.prefill:
+            return
+        session.need_whole_prompt(self.name)
+        real = (session.types != PAD).to(q.device)
+        prompt = real[:, session.start :] & (rows.positions < session.prompt_len)
+        found = column_means(q, k, allowed, scores, prompt) > self.threshold
+        found = found & rows.columns(real)[:, :, 0]
+        found = found & (found.cumsum(dim=-1) > 1) & self.heads_of(rows.layer, q.shape[1], q.device)
+        hidden = session.types.shape[1] - found.shape[-1]  # columns that a sliding window has left behind
+        rows.state[rows.layer] = torch.nn.functional.pad(found, (max(0, hidden), 0))[..., : session.types.shape[1]]
+
+    def weights(self, a: torch.Tensor, rows: Rows) -> torch.Tensor:
+        sink = rows.groups(rows.state[rows.layer], lambda sink, visual: sink.to(a.dtype))
+        return self.reweigh(a, sink[:, :, None], rows)
+
+    def apart(self, rows: Rows) -> torch.Tensor:
+        sinks = rows.state[rows.layer]
+        return rows.columns(sinks.flatten(0, 1)).view(*sinks.shape[:2], 1, -1)
+
+    def reweigh(self, a: torch.Tensor, sink: torch.Tensor, rows: Rows) -> torch.Tensor:
+        sinks = a * sink
+        rest = a - sinks
+        inside, outside = sinks.sum(dim=-1, keepdim=True), rest.sum(dim=-1, keepdim=True)
+        gain = 1 + (1 - self.beta) * inside / outside.clamp(min=torch.finfo(a.dtype).tiny)
+        return torch.addcmul(sinks * torch.where(outside > 0, self.beta, 1.0), rest, gain)
+
+    def heads_of(self, layer: int, heads: int, device: torch.device) -> torch.Tensor:
+        """[H, 1] booleans."""
+        listed = [self.head_list is None or f"{layer}.{h}" in self.head_list for h in range(heads)]
+        return torch.tensor(listed, device=device)[:, None]
+
+    def calibrate(
+        self, model: Any, samples: Sequence[Sample], seed: int, progress: Callable[[str, float], None]
+    ) -> dict[str, Any]:
+        """head_list: the heads that, calibrated alone, answer more of the samples right (the paper's sweep)."""
+
+        def accuracy(method: ACT | None) -> float:
+            with vlm_fix.wrapped(model, method if method else "baseline"):
+                target, other = answer_scores(model, samples).unbind(dim=1)
+            return float((target > other).double().mean())
+
+        engine = vlm_fix.engine.Engine(model, [self])
+        edited, before = engine.edits, accuracy(None)
+        names = [f"{layer}.{h}" for layer in range(len(edited)) if edited[layer] for h in range(engine.arch.heads)]
+        gains = {}
+        for i, name in enumerate(names):
+            progress(name, i / len(names))
+            gains[name] = accuracy(dataclasses.replace(self, head_list=(name,), layers=None)) - before
+        better = tuple(name for name, gain in gains.items() if gain > 0)
+        if not better:
+            raise VlmFixError(
+                "act: calibrating no head alone answered more samples right; try another threshold, or more samples."
+            )
+        return {"head_list": better}

@@ -1,0 +1,150 @@
+"""GIFT, gaze shift-guided cross-modal fusion enhancement (Qi et al., 2025)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch.nn.functional import pad
+
+from vlm_fix import AttentionEdit, VlmFixError, param
+from vlm_fix.arch import Arch
+from vlm_fix.attention.preview import Look, preview
+from vlm_fix.calibration.files import Sample, best_value
+from vlm_fix.session import VISUAL, Call, Rows, Session
+from vlm_fix.words import content_columns
+
+from .saliency import saliency, top_half
+
+
+@dataclass(frozen=True)
+class GIFT(AttentionEdit):
+    """Amplifies attention to what the eyes turned to while the question was read, and to the question by as much.
+
+    At `source_layer`, for query tokens q (prompt text after the images): shift = sum_q relu(A[q, V] - A[q-1, V]).
+    The H/2 heads with the largest sum are averaged, clamped to mean +- 3 std over V and scaled to m in [0, 1].
+    In `layers`, on the last prompt row and decode rows, after softmax:
+        Hv = top H/2 heads by A[V].sum:     A[Hv, V] *= exp(alpha m);   c = what A[Hv, V].sum grew by, over all of Hv
+        Hq = top H/2 heads by A[query].sum: A[Hq, query] *= c;          every row renormalised.
+
+    Source: arXiv 2510.22067, official code at e20b8a9: source layer 11, layers 12-22, alpha 5 for LLaVA-1.5-7B; 10,
+    14-20 and 5 for 13B; 14, 5-18 and 4 for Qwen2-VL-7B; scaled to the depth of other models.
+    Deviations: the official code keeps the query's content words, by a part-of-speech tagger; pos="content" does so with
+    NLTK's tagger and the tokenizer saved beside the model (`vlm_fix.words`). The default needs neither: all text after
+    the image counts. Either way the template and, in later turns, earlier answers count too (on a kept cache: the turn's
+    own rows alone), and the first token after the image never does: it has no text row before it. As in the official code
+    the map comes before the edit: from the same pass where no edited layer lies below the source layer, else from one more
+    forward of the prompt without edits. std is the population's. A map without contrast is m = 0.
+    """
+
+    name: ClassVar[str] = "gift"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2510.22067"
+    spares: ClassVar[str] = "prompt"
+    marks: ClassVar[bool] = True
+
+    alpha: float | None = param(None, "strength: the most salient column's weight grows by exp(alpha)", low=0, high=50)
+    source_layer: int | None = param(None, "layer whose attention gives the map", low=0)
+    pos: str = param("all", "words of the question that count: all, or content words only", choices=("all", "content"))
+    edit_source: bool | None = param(None, "edit the source layer as well; None: if `layers` holds it")
+
+    def defaults(self, arch: Arch) -> dict[str, Any]:
+        if arch.family.mrope:
+            depth, source, first, last, alpha = 28, 14, 5, 18, 4.0
+        else:
+            depth, source, first, last, alpha = (40, 10, 14, 20, 5.0) if arch.depth == 40 else (32, 11, 12, 22, 5.0)
+        scaled = [min(arch.depth - 1, round(x / depth * arch.depth)) for x in (source, first, last)]
+        return {"alpha": alpha, "source_layer": scaled[0], "layers": f"{scaled[1]}-{scaled[2]}"}
+
+    def resolve(self, arch: Arch) -> GIFT:
+        method = super().resolve(arch)
+        assert isinstance(method, GIFT) and isinstance(method.layers, tuple) and method.source_layer is not None
+        source = method.source_layer
+        if source >= arch.depth:
+            raise VlmFixError(f"gift: source_layer={source} does not exist; there are layers 0 to {arch.depth - 1}.")
+        edit = source in method.layers if method.edit_source is None else method.edit_source
+        layers = {*method.layers} - {source} | ({source} if edit else set())
+        if not layers:
+            raise VlmFixError("gift: edit_source=false leaves no layer to edit; name more layers.")
+        layers |= set() if min(layers) < source else {source}
+        return dataclasses.replace(method, layers=tuple(sorted(layers)), edit_source=edit)
+
+    @property
+    def prepares(self) -> bool:
+        """True if a layer below the source layer is edited: the map then takes a pass of its own."""
+        return isinstance(self.layers, tuple) and self.layers[0] < (self.source_layer or 0)
+
+    @property
+    def rows(self) -> str:
+        return "last" if self.prepares else "after_image"
+
+    @property
+    def neutral(self) -> bool:
+        return self.alpha == 0
+
+    def begin(self, session: Session, call: Call) -> None:
+        """A new turn on a kept cache asks a new question."""
+        session.state(self).clear()
+
+    def prepare(self, session: Session, kwargs: dict[str, Any]) -> dict[str, Any]:
+        assert self.source_layer is not None and session.prompt_len is not None
+        if session.start < session.prompt_len and max(session.last_visual) >= 0:
+            preview(session, kwargs, {self.source_layer: Look(self, self.look)})
+        return kwargs
+
+    def weights(self, a: torch.Tensor, rows: Rows) -> torch.Tensor:
+        assert rows.session.prompt_len is not None
+        if rows.layer == self.source_layer and rows.prefill and not self.prepares:
+            self.look(a, rows)
+        if "map" not in rows.state or (rows.layer == self.source_layer and not self.edit_source):
+            return a
+        answering = rows.positions >= rows.session.prompt_len - 1
+        return torch.where(answering[:, None], self.enhanced(a, rows), a)
+
+    def look(self, a: torch.Tensor, rows: Rows) -> None:
+        """Add the gaze shifts of these rows to state["shift"] [B, H, n]; at the last one, set state["map"] [B, n]."""
+        session, state = rows.session, rows.state
+        assert session.types is not None and session.prompt_len is not None
+        total = session.types.shape[1]  # over the session's columns, whatever this layer sees of them
+        seen = pad(a * rows.visual, (max(0, total - a.shape[-1]), 0))[..., :total]
+        previous = state.get("previous", seen[:, :, 0])
+        previous = torch.cat([pad(previous, (0, total - previous.shape[-1]))[:, :, None], seen[:, :, :-1]], dim=2)
+        last = torch.tensor(session.last_visual, device=a.device)
+        query = (rows.positions >= last[:, None] + 2) & (rows.positions < session.prompt_len)
+        if self.pos == "content":
+            query = query & content_columns(session).to(a.device)[:, rows.positions]
+        shift = ((seen - previous).clamp(min=0) * query[:, None, :, None]).sum(dim=2)
+        if "shift" in state:  # what an earlier chunk of the prompt saw before another image came does not count
+            old = pad(state["shift"], (0, total - state["shift"].shape[-1]))
+            shift = shift + old * (state["last"] == last)[:, None, None]
+        state.update(shift=shift, previous=seen[:, :, -1], last=last)
+        if int(rows.positions[-1]) >= session.prompt_len - 1:
+            state["map"] = saliency(shift, session.types == VISUAL)
+
+    def enhanced(self, a: torch.Tensor, rows: Rows) -> torch.Tensor:
+        """The edit of weights [B, H, R, K]."""
+        types, prompt_len = rows.session.types, rows.session.prompt_len
+        assert types is not None and prompt_len is not None and self.alpha is not None
+        prompt = torch.arange(types.shape[1], device=a.device).expand(types.shape) < prompt_len
+        query, made_in = rows.after & rows.columns(prompt), -1 if self.prepares else self.source_layer
+        seeing = top_half((a * rows.visual).sum(dim=-1))[..., None] & rows.visual
+        reading = top_half((a * query).sum(dim=-1))[..., None] & query
+        new = torch.where(seeing, a * (self.alpha * rows.columns(rows.state["map"], made_in)).exp(), a)
+        tiny = torch.finfo(a.dtype).tiny
+        before, after = ((x * seeing).sum(dim=(1, 3), keepdim=True) for x in (a, new))
+        new = torch.where(reading, new * after / before.clamp(min=tiny), new)
+        return new / new.sum(dim=-1, keepdim=True).clamp(min=tiny)
+
+    def calibrate(
+        self, model: Any, samples: Sequence[Sample], seed: int, progress: Callable[[str, float], None]
+    ) -> dict[str, Any]:
+        """source_layer: the one with most right answers, then the surest. Cost: up to 2 x depth + 1 passes over the samples."""
+        depth = model.config.get_text_config().num_hidden_layers
+        best = best_value(model, self, "source_layer", range(depth), samples, progress)
+        if best is None:
+            raise VlmFixError(
+                "gift: no source layer makes this model answer these questions better; use others, or more."
+            )
+        return {"source_layer": best}

@@ -1,0 +1,38 @@
+"""HGAI, heads-guided attention intervention ("Devils in Middle Layers", Jiang et al., CVPR 2025)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from vlm_fix import AttentionEdit, param
+from vlm_fix.arch import Arch
+from vlm_fix.session import Rows
+
+
+@dataclass(frozen=True)
+class HGAI(AttentionEdit):
+    """Adds to every head's image scores what all heads together think of each image column.
+
+    z[h, V] <- z[h, V] + alpha mean_h' |z[h', V]|, before the mask and softmax, on the last prompt row and decode rows.
+
+    Source: arXiv 2411.16724; official code ZhangqiJiang07/middle_layers_indicating_hallucinations@a0622a9 (alpha .5,
+    layers 5-17 of LLaVA-1.5's 32, scaled to the model's depth here).
+    """
+
+    name: ClassVar[str] = "hgai"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2411.16724"
+
+    alpha: float = param(0.5, "share of the heads' mean |z| added to the image columns' scores", low=0)
+
+    def defaults(self, arch: Arch) -> dict[str, Any]:
+        return {"layers": f"{round(5 / 32 * arch.depth)}-{min(round(17 / 32 * arch.depth), arch.depth - 1)}"}
+
+    @property
+    def neutral(self) -> bool:
+        return self.alpha == 0
+
+    def logits(self, z: torch.Tensor, rows: Rows) -> torch.Tensor:
+        return torch.where(rows.visual, z + self.alpha * z.abs().mean(dim=1, keepdim=True), z)

@@ -1,0 +1,111 @@
+"""PAINT, paying attention to informed tokens ("Fixing Imbalanced Attention", Arif et al., 2025)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from vlm_fix import AttentionEdit, VlmFixError, param
+from vlm_fix.arch import Arch
+from vlm_fix.pruning.encoder import ImageTokens
+from vlm_fix.session import VISUAL, Rows, Session, pad_to
+
+
+@dataclass(frozen=True)
+class PAINT(AttentionEdit):
+    """Raises the raw scores of the image tokens that the vision encoder's class token looks at, early and late.
+
+    With s_l the class token's attention to the N patches in encoder layer l: summary = patches with
+    s_late > Q3 + 1.5 (Q3 - Q1), quartiles over the patches; local = the int(local_share N) largest s_early that are not in
+    summary. On the last prompt row and decode rows, before the mask and softmax:
+        z[local] <- z[local] + alpha |z[local]|;   z[summary] <- z[summary] + beta |z[summary]|.
+    head_scale="sensitive": alpha and beta of head h are multiplied by A_h[V].sum / max_h' A_h'[V].sum of that row.
+
+    Source: arXiv 2501.12206; official code hasanar1f/PAINT@2a9e8f8 (alpha .7, beta .3, layers 2-31 of LLaVA-1.5; alpha .9
+    in its script collapses; encoder layers 0 and -2). The paper's modulation by each head's measured visual sensitivity
+    is not in that code: "sensitive" is built from the abstract, with the share of attention on the image as the measure.
+    The code's optional guidance is `pai:alpha=0,gamma=1.1`, stacked. Encoders without a class token: attention received,
+    mean over heads and queries. Encoders with windows: the full-attention layers nearest to those two.
+    """
+
+    name: ClassVar[str] = "paint"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2501.12206"
+    marks: ClassVar[bool] = True
+
+    alpha: float = param(0.7, "share of |z| added to the scores of local tokens", low=0)
+    beta: float = param(0.3, "share of |z| added to the scores of summary tokens", low=0)
+    local_share: float = param(0.25, "share of an image's tokens that are local", low=0, high=1)
+    local_layer: int | None = param(None, "encoder layer of the local tokens, counted from 0", low=0)
+    summary_layer: int | None = param(None, "encoder layer of the summary tokens, counted from 0", low=0)
+    head_scale: str = param("all", "which heads get the full strength", choices=("all", "sensitive"))
+
+    def defaults(self, arch: Arch) -> dict[str, Any]:
+        return {
+            "layers": f"{min(2, arch.depth - 1)}-",
+            "local_layer": min(arch.vision_full),
+            "summary_layer": max((i for i in arch.vision_full if i <= arch.vision_last), default=arch.vision_last),
+        }
+
+    def resolve(self, arch: Arch) -> PAINT:
+        if arch.family.encoder is None or arch.family.cells == "anyres":
+            raise VlmFixError(
+                f"paint reads vision encoders that show an image as one grid of tokens, and cannot in {arch.family.name}; use "
+                "it with llava or qwen2_5_vl."
+            )
+        method = super().resolve(arch)
+        assert isinstance(method, PAINT)
+        for field in ("local_layer", "summary_layer"):
+            if getattr(method, field) not in arch.vision_full:
+                names = ", ".join(map(str, arch.vision_full))
+                raise VlmFixError(f"paint: {field}={getattr(method, field)} must be a full-attention layer: {names}.")
+        return method
+
+    @property
+    def neutral(self) -> bool:
+        return self.alpha == 0 and self.beta == 0
+
+    def encoder_layers(self, arch: Arch) -> tuple[int, ...]:
+        assert self.local_layer is not None and self.summary_layer is not None
+        return (self.local_layer, self.summary_layer)
+
+    def strengths(self, image: ImageTokens) -> torch.Tensor:
+        """[N]: alpha on the local tokens of an image, beta on its summary tokens, 0 elsewhere."""
+        early, late = (image.first[layer].float() for layer in (self.local_layer, self.summary_layer))  # type: ignore[index]
+        low, high = late.quantile(torch.tensor([0.25, 0.75], device=late.device))
+        result = torch.zeros_like(early)
+        result[early.sort(descending=True, stable=True).indices[: int(self.local_share * len(early))]] = self.alpha
+        return result.masked_fill(late > high + 1.5 * (high - low), self.beta)
+
+    def prepare(self, session: Session, kwargs: dict[str, Any]) -> dict[str, Any]:
+        assert session.types is not None
+        if bool((session.types[:, session.start :] == VISUAL).any()):
+            if "pixel_values_videos" in session.call.inputs:
+                raise VlmFixError("paint scores the tokens of images, no video; pass its frames as images, or unwrap.")
+            values = [self.strengths(image) for image in session.call.views]
+            tokens = session.call.model.__dict__["_vlm_fix_engine"].tokens
+            new, state = session.on_images(torch.cat(values or [torch.zeros(0)]), tokens), session.state(self)
+            seen = (
+                pad_to(state.get("strength", new), session.start) if session.start else new[:, :0]
+            )  # of earlier turns
+            state["strength"] = torch.cat([seen, new[:, session.start :]], dim=1)
+        return kwargs
+
+    def strength(self, rows: Rows) -> torch.Tensor:
+        """[B, 1, 1, K]"""
+        return rows.columns(rows.state["strength"], -1) if "strength" in rows.state else rows.visual * 0.0
+
+    def logits(self, z: torch.Tensor, rows: Rows) -> torch.Tensor:
+        added = rows.once(self.strength) * z.abs()
+        if self.head_scale == "all":
+            return z + added
+        rows.state["added", rows.layer] = added  # for `weights`, which follows on the same rows
+        return z
+
+    def weights(self, a: torch.Tensor, rows: Rows) -> torch.Tensor:
+        if self.head_scale == "all":
+            return a
+        seen = (a * rows.visual).sum(dim=-1, keepdim=True)
+        scale = seen / seen.amax(dim=1, keepdim=True).clamp(min=torch.finfo(a.dtype).tiny)
+        return (a.log() + scale * rows.state.pop(("added", rows.layer))).softmax(dim=-1).nan_to_num(0.0)

@@ -1,0 +1,53 @@
+"""SPIN, image-guided head suppression (Sarkar et al., 2025)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from vlm_fix import AttentionEdit, param
+from vlm_fix.arch import Arch
+from vlm_fix.session import Rows
+
+
+@dataclass(frozen=True)
+class SPIN(AttentionEdit):
+    """Turns down the heads that look at the image least, anew at each step.
+
+    With s_h = sum z[h, V] over raw scores: on the last prompt row and decode rows, the int(keep H) heads with the
+    largest s_h stay as they are, the output of every other head is multiplied by epsilon.
+
+    Source: arXiv 2505.16411; official code YUECHE77/SPIN@a6ddf4a (its softmax over s_h / std keeps the order, so it is
+    left out). Values differ by task: for LLaVA-1.5, all layers, keep .95 and epsilon .08 in captions (the default) and
+    .8 and .1 in POPE; for Qwen-VL-Chat layers 0-19 of 32, .7 and .08 (taken for Qwen2.5-VL, layers scaled).
+    """
+
+    name: ClassVar[str] = "spin"
+    kind: ClassVar[str] = "heads"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2505.16411"
+
+    keep: float | None = param(None, "share of the heads that stay as they are", low=0, high=1)
+    epsilon: float = param(0.08, "factor on the outputs of the other heads", low=0)
+
+    def defaults(self, arch: Arch) -> dict[str, Any]:
+        if arch.family.mrope:
+            return {"keep": 0.7, "layers": f"0-{min(round(19 / 32 * arch.depth), arch.depth - 1)}"}
+        return {"keep": 0.95}
+
+    @property
+    def neutral(self) -> bool:
+        return self.keep == 1 or self.epsilon == 1
+
+    def logits(self, z: torch.Tensor, rows: Rows) -> torch.Tensor:
+        assert self.keep is not None
+        kept = (z * rows.visual).sum(dim=-1).topk(max(1, int(self.keep * z.shape[1])), dim=1).indices
+        factor = torch.full(z.shape[:3], self.epsilon, dtype=z.dtype, device=z.device)
+        rows.state.setdefault(rows.layer, []).append(
+            factor.scatter(1, kept, 1.0)
+        )  # for `heads`, after all chunks of rows
+        return z
+
+    def heads(self, o: torch.Tensor, rows: Rows) -> torch.Tensor:
+        return o * torch.cat(rows.state.pop(rows.layer), dim=2)[..., None].to(o.dtype)

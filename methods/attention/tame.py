@@ -1,0 +1,71 @@
+"""TAME, dynamic token propagation mechanism ("Intervening Anchor Token", Tang et al., ICLR 2025)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from vlm_fix import AttentionEdit, param
+from vlm_fix.attention.edits import Columns
+from vlm_fix.attention.kernel import Scores
+from vlm_fix.session import PAD, Rows
+
+
+@dataclass(frozen=True)
+class TAME(AttentionEdit):
+    """Sharpens attention by the size of the queries and keys, which is said to keep anchor tokens from spreading.
+
+        z <- (1 + gamma / log tr(Q Q^T)) (1 + gamma / log tr(K K^T)) z, before the mask and softmax, on every row,
+    with tr(X X^T) = sum of |x|^2, mean over the heads, of the rotated queries of this forward and of the keys so far
+    (those that a sliding window still holds).
+
+    Source: openreview zGb4WgCW5i; official code Everlyn-Labs/ANTRP@84b9910, whose LlamaAttention holds just this with
+    gamma .8 in every layer. Uncertain: the paper intervenes in the eigenspectrum of W_Q W_K, and the code takes the
+    traces of activations instead; that its tables come from this formula is not known. Deviations: the code averages
+    the traces over the batch, here each sample has its own, without padding; a decode row has its own query trace however
+    many rows run at once; traces below e count as e, since the factor has a pole at 1. A later turn on a kept cache has the
+    query trace of its own rows alone, as earlier turns' queries are gone.
+    """
+
+    name: ClassVar[str] = "tame"
+    paper: ClassVar[str] = "https://openreview.net/forum?id=zGb4WgCW5i"
+    marks: ClassVar[bool] = True
+    needs_image: ClassVar[bool] = False
+    shared: ClassVar[bool] = False
+
+    gamma: float = param(0.8, "strength: share that 1 / log(trace) adds to the scores, for queries and for keys", low=0)
+
+    @property
+    def rows(self) -> str:
+        return "all"
+
+    @property
+    def neutral(self) -> bool:
+        return self.gamma == 0
+
+    def scan(self, q: torch.Tensor, k: torch.Tensor, allowed: torch.Tensor | None, scores: Scores, rows: Rows) -> None:
+        """state[layer] = the factor [B, q] of each row of this forward."""
+        session = rows.session
+        assert session.types is not None and session.prompt_len is not None
+        if rows.prefill:
+            session.need_whole_prompt(self.name)
+        real = session.types != PAD
+        queries = size(q) * real[:, session.start :].to(q.device)  # [B, q]
+        keys = size(k) * rows.columns(real)[:, 0, 0]  # [B, K]
+        prompt = rows.positions < session.prompt_len  # these rows share their traces
+        queries = torch.where(prompt, (queries * prompt).sum(dim=1, keepdim=True), queries)
+        hidden = max(0, session.types.shape[1] - k.shape[2])  # columns that a sliding window has left behind
+        last = rows.positions.clamp(min=session.prompt_len - 1) - hidden
+        traces = queries, keys.cumsum(dim=1)[:, last.clamp(max=k.shape[2] - 1)]
+        factors = [1 + self.gamma / trace.log().clamp(min=1) for trace in traces]
+        rows.state[rows.layer] = factors[0] * factors[1]
+
+    def columns(self, rows: Rows) -> Columns:
+        return Columns(rows=rows.state[rows.layer][:, None, rows.positions - rows.session.start, None])
+
+
+def size(x: torch.Tensor) -> torch.Tensor:
+    """[B, H, n, D] -> [B, n]: squared norms, mean over the heads, without a float32 copy of all keys."""
+    return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).square().mean(dim=1)

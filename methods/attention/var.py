@@ -1,0 +1,146 @@
+"""VAR, visual attention redistribution ("See What You Are Told", Kang et al., ICLR 2025)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from vlm_fix import AttentionEdit, Method, VlmFixError, param
+from vlm_fix.arch import Arch
+from vlm_fix.attention.sinks import massive_ratios, secondary_sinks
+from vlm_fix.calibration.files import Sample
+from vlm_fix.families import arch_of
+from vlm_fix.method import parse_layers
+from vlm_fix.session import PAD, Rows, Session, pad_to
+
+# (family, text model, hidden size, layers, words of the tokenizer) -> massive-activation dimensions: LLaVA-1.5-7B and 13B
+# by the official code, Qwen2-VL-7B and InternVL2-8B by a table elsewhere
+SINK_DIMS = {
+    ("llava", "llama", 4096, 32, 32000): (1415, 2533),
+    ("llava", "llama", 5120, 40, 32000): (2100, 4743),
+    ("qwen2_vl", "qwen2_vl_text", 3584, 28, 151643): (458, 2570),
+    ("internvl", "llama", 4096, 32, 92544): (3584,),
+}
+
+
+@dataclass(frozen=True)
+class VAR(AttentionEdit):
+    """Moves attention from sink tokens to the other image tokens, in heads that look at the image.
+
+    On a layer's input x, column j is a sink iff max_{d in sink_dims} |x_jd| / rms(x_j) > tau (prompt columns only, text
+    included). On rows after the image, a head with image attention A[V] >= min_visual_mass whose non-sink share
+    1 - A[sink & V] / A[V] is at least rho becomes
+        A[sink] <- (1 - p) A[sink];   A[V \\ sink] <- A[V \\ sink] (1 + p sum A[sink] / sum A[V \\ sink]).
+    Row sums stay 1. Nothing happens in a layer without a visual sink.
+
+    Source: arXiv 2503.03321; official code seilk/VisAttnSink@98e62d6, whose rho_c = 1 - rho and p_c = 1 - p.
+    sink_dims: known for LLaVA-1.5, Qwen2-VL-7B and InternVL2-8B; otherwise detected per call and layer as the dimensions
+    in which the first real token (BOS, the best-known sink) exceeds tau. Deviations: the official code leaks the sinks of
+    one sample into the next; here they live with their cache. A prompt with several images is edited after the last one.
+    Generated tokens are never tested: on a kept cache earlier answers have no sinks. detector="secondary" takes the columns
+    of `attention.sinks` instead (a later turn keeps the first one's): no dimensions to know, one more prefill.
+    """
+
+    name: ClassVar[str] = "var"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2503.03321"
+    spares: ClassVar[str] = "any"
+    marks: ClassVar[bool] = True
+    idle_reason: ClassVar[str] = (
+        "no image token was a sink (lower tau, or give sink_dims or another detector), or no head looked at the image enough "
+        "(lower min_visual_mass or rho)."
+    )
+
+    sink_dims: tuple[int, ...] | None = param(
+        None, "hidden dimensions with massive activations; None: known or detected"
+    )
+    tau: float = param(20.0, "a column is a sink above this ratio to its RMS (at most sqrt(hidden size))", low=0)
+    rho: float = param(0.5, "least non-sink share of a head's image attention", low=0, high=1)
+    detector: str = param("phi", "how sinks are found", choices=("phi", "secondary"))
+    life: tuple[float, ...] | None = param(None, "secondary: layers a sink lives, more than a, less than b, as 4|17")
+    p: float = param(0.4, "share of the sinks' attention that is recycled", low=0, high=1)
+    min_visual_mass: float = param(0.2, "least attention on the image for a head to be edited", low=0, high=1)
+
+    def defaults(self, arch: Arch) -> dict[str, Any]:
+        sizes = (arch.family.name, arch.text_type, arch.hidden, arch.depth)
+        fits = (
+            d for (*key, words), d in SINK_DIMS.items() if (*key,) == sizes and 0 <= arch.vocab - words < 512
+        )  # padded
+        known = next(fits, None)
+        return {"layers": f"{min(2, arch.depth - 1)}-", "sink_dims": known}
+
+    def resolve(self, arch: Arch) -> Method:
+        if any(not 0 <= d < arch.hidden for d in self.sink_dims or ()):
+            dims = "|".join(map(str, self.sink_dims or ()))
+            raise VlmFixError(
+                f"var: sink_dims={dims} do not fit this model, which has dimensions 0 to {arch.hidden - 1}."
+            )
+        return super().resolve(arch)
+
+    @property
+    def rows(self) -> str:
+        return "after_image"
+
+    @property
+    def neutral(self) -> bool:
+        return self.p == 0
+
+    @property
+    def prepares(self) -> bool:
+        return self.detector == "secondary"
+
+    def prepare(self, session: Session, kwargs: dict[str, Any]) -> dict[str, Any]:
+        if session.start == 0:
+            found = secondary_sinks(session, kwargs, self.life, self.name)
+            session.state(self).update({i: found[i] for i in range(len(found)) if i in (self.layers or ())})
+        return kwargs
+
+    def watch(self, x: torch.Tensor, layer: int, session: Session) -> None:
+        """Note the sinks among the new prompt columns: state[layer] is [B, columns so far]."""
+        assert session.types is not None and session.prompt_len is not None
+        if session.start >= session.prompt_len or self.detector == "secondary":
+            return
+        x = x.float()
+        ratio = x.abs() / (x.square().mean(dim=-1, keepdim=True) + 1e-6).sqrt()
+        state, types = session.state(self), session.types.to(x.device)
+        if self.sink_dims is not None:
+            phi = ratio[..., list(self.sink_dims)].amax(dim=-1)
+        else:
+            if session.start == 0:
+                first = (types != PAD).int().argmax(dim=1)
+                state["dims", layer] = ratio[torch.arange(len(x), device=x.device), first] > self.tau  # [B, hidden]
+            phi = (ratio * state["dims", layer][:, None]).amax(dim=-1)
+        new = torch.arange(session.start, types.shape[1], device=x.device)
+        real = (types[:, session.start :] != PAD) & (new < session.prompt_len)  # assisted decoding adds guesses at once
+        sinks = (phi > self.tau) & real
+        state[layer] = torch.cat([pad_to(state[layer], session.start), sinks], dim=1) if session.start else sinks
+
+    def weights(self, a: torch.Tensor, rows: Rows) -> torch.Tensor:
+        groups, tiny = rows.groups(rows.state[rows.layer], self.groups).to(a.dtype), torch.finfo(a.dtype).tiny
+        mass = torch.bmm(a.flatten(1, 2), groups[:, :4].mT)  # sinks, V \ sink, V, and (1 - rho) A[V] - A[sink & V]
+        _, plain, image, gate = mass.split(1, dim=-1)
+        chosen = (plain >= tiny) & (image >= self.min_visual_mass) & (gate >= (self.rho - 1) * 1e-6)
+        return a.addcmul(a, torch.bmm(chosen * (mass[..., :2] / plain.clamp(min=tiny)), groups[:, 4:]).view_as(a))
+
+    def groups(self, sink: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
+        """[B, n] booleans -> [B, 6, n]: what is summed over columns, and what is added to them."""
+        visual = visual & (sink & visual).any(dim=1, keepdim=True)  # a row without a visual sink is not edited
+        plain, gate = visual & ~sink, (1 - self.rho) * visual - 1.0 * (visual & sink)
+        return torch.stack([sink, plain, visual, gate, self.p * plain, -self.p * sink], dim=1)
+
+    def calibrate(
+        self, model: Any, samples: Sequence[Sample], seed: int, progress: Callable[[str, float], None]
+    ) -> dict[str, Any]:
+        """sink_dims: where the first token's |x_d| / rms, mean over the samples, exceeds tau in half of the layers or more."""
+        layers = parse_layers(self.layers or self.defaults(arch_of(model))["layers"], arch_of(model).depth, self.name)
+        ratio = massive_ratios(model, layers, samples, progress)
+        often = (ratio > self.tau).float().mean(dim=0) >= 0.5
+        if not often.any():
+            raise VlmFixError(
+                f"var: this model has no massive activations: the first token's largest ratio to its RMS is "
+                f"{float(ratio.max()):.1f}, tau is {self.tau:g}; nothing is to be calibrated (a lower tau, as in var:tau=4, "
+                "looks for weaker ones)."
+            )
+        return {"sink_dims": tuple(often.nonzero()[:, 0].tolist())}

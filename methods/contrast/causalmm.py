@@ -1,0 +1,146 @@
+"""CausalMM, counterfactual attention in the vision tower and in the language model (Zhou et al., ICLR 2025)."""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch.nn.functional import interpolate
+
+from vlm_fix import AttentionEdit, Contrast, VlmFixError, param
+from vlm_fix.arch import Arch
+from vlm_fix.decoding.contrast import plausible
+from vlm_fix.decoding.draw import hashed
+from vlm_fix.decoding.kinds import Negative
+from vlm_fix.pruning.encoder import ImageTokens, views
+from vlm_fix.session import PAD, Call, Rows
+
+VISION = ("shuffle", "random", "uniform", "reversed", "none")
+LANGUAGE = ("reverse_and_normalize", "reverse", "uniform", "random", "none")
+
+
+@dataclass(frozen=True)
+class CausalMM(AttentionEdit, Contrast):
+    """Contrasts with answers under attention that means nothing, in the vision tower, in the decoder, or one branch each.
+
+    vision: the tower's attention A [H, S, S] in its last but one layer is edited, resized to the patch grid (bilinear) and
+    averaged over heads; it multiplies the image features. shuffle: the entries of each head permuted; random: U(0, 2);
+    uniform: mean A; reversed: max A - A.
+    language: in the branch's rows, a row's weights a over the n columns it sees become, reverse: max a - a;
+    reverse_and_normalize: that over its sum (the default); uniform: 1 / n; random: U(0, 1) over its sum.
+    z = (1 + k gamma) log p - gamma sum log p' over the k branches, tokens with p < beta max p cut off.
+
+    Source: arXiv 2410.04780; official code The-Martyr/CausalMM@6d1ae4e (gamma 1, epsilon .1 = beta; vision shuffle).
+    Deviations: there the counterfactual shares the cache of the answer, so that only the first token is contrasted; here
+    each branch has its own. Weights are normalised over the columns a row sees; the official uniform and random divide by
+    the whole length. Whatever is drawn depends on `seed`, the image and the place alone, so that batching changes nothing.
+    Qwen-VL: its merger begins with a norm, which undoes any factor, so merged features are multiplied (map at their grid);
+    of its layers the last fully attending one before the last layer is taken.
+    """
+
+    name: ClassVar[str] = "causalmm"
+    kind: ClassVar[str] = "contrast"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2410.04780"
+
+    branch: str = param("negative", "always its own branches", choices=("negative",))
+    gamma: float = param(1.0, "contrast strength", low=0)
+    beta: float = param(0.1, "plausibility cut-off", low=0, high=1)
+    vision: str = param("shuffle", "attention of the vision tower in a branch", choices=VISION)
+    language: str = param("reverse_and_normalize", "attention of the decoder in another branch", choices=LANGUAGE)
+    vision_layer: int | None = param(None, "vision layer whose attention is edited (last but one)", low=0)
+    seed: int = param(0, "seed of shuffle and random", low=0)
+
+    def defaults(self, arch: Arch) -> dict[str, Any]:
+        return {"vision_layer": max((i for i in arch.vision_full if i <= arch.vision_depth - 2), default=0)}
+
+    def resolve(self, arch: Arch) -> CausalMM:
+        method = super().resolve(arch)
+        assert isinstance(method, CausalMM)
+        return dataclasses.replace(method, layers=()) if self.language == "none" else method
+
+    @property
+    def neutral(self) -> bool:
+        return self.gamma == 0 or (self.vision == "none" and self.language == "none")
+
+    @property
+    def rows(self) -> str:
+        return "all"
+
+    @property
+    def passes(self) -> int:
+        return 1 if self.neutral else 1 + (self.vision != "none") + (self.language != "none")
+
+    def acts_in(self, branch: str) -> bool:
+        return branch == "language"
+
+    def encoder_layers(self, arch: Arch) -> tuple[int, ...] | None:
+        if self.vision == "none":
+            return None
+        assert self.vision_layer is not None
+        if self.vision_layer not in arch.vision_full:
+            known = ", ".join(map(str, arch.vision_full))
+            raise VlmFixError(
+                f"causalmm: vision_layer={self.vision_layer} has no full attention; layers with it: {known}."
+            )
+        return (self.vision_layer,)
+
+    def branches(self, call: Call) -> dict[str, Negative]:
+        branches = {"vision": Negative(call.inputs), "language": Negative(call.inputs)}
+        if self.vision != "none":
+            images = views(call)
+            branches["vision"] = Negative(call.inputs, lambda x: self.counterfactual(x, images))
+        return {name: branch for name, branch in branches.items() if getattr(self, name) != "none"}
+
+    def combine(self, l: torch.Tensor, *negatives: torch.Tensor) -> torch.Tensor:
+        k = len(negatives)
+        return plausible((1 + k * self.gamma) * l - self.gamma * torch.stack(negatives).sum(dim=0), l, self.beta)
+
+    def counterfactual(self, features: torch.Tensor, images: list[ImageTokens]) -> torch.Tensor:
+        """[N, C] embeddings of all images -> the same, weighted by the edited attention."""
+        parts = []
+        for image, own in zip(images, features.split([i.grid[0] * i.grid[1] for i in images]), strict=True):
+            assert image.raw is not None and image.project is not None
+            raw, weight = image.raw(), self.map(image)[:, None]
+            parts.append(image.project(raw * weight.to(raw)).to(own) if raw.dim() == 2 else own * weight.to(own))
+        return torch.cat(parts)
+
+    def map(self, image: ImageTokens) -> torch.Tensor:
+        """[N] float32 factors of one image's N tokens."""
+        assert image.pixels is not None and self.vision_layer is not None
+        query, key, scale = image.heads[self.vision_layer]
+        pixels = image.pixels.detach().float().cpu().contiguous().numpy().tobytes()
+        generator = torch.Generator().manual_seed(zlib.crc32(pixels, self.seed))
+        total = torch.zeros(image.grid, device=query.device)
+        for q, k in zip(query.float(), key.float(), strict=True):  # S x S for one head at a time
+            a = (q @ k.T * scale).softmax(dim=-1)
+            if self.vision == "shuffle":
+                a = a.flatten()[torch.randperm(a.numel(), generator=generator).to(a.device)].view_as(a)
+            elif self.vision == "random":
+                a = 2 * torch.rand(a.shape, generator=generator).to(a.device)
+            else:
+                a = a.max() - a if self.vision == "reversed" else a.mean().expand_as(a)
+            total += interpolate(a[None, None], size=image.grid, mode="bilinear", align_corners=False)[0, 0]
+        return (total / len(query)).flatten()
+
+    def weights(self, a: torch.Tensor, rows: Rows) -> torch.Tensor:
+        types = rows.session.types
+        assert types is not None
+        offset, at = max(0, types.shape[1] - a.shape[-1]), torch.arange(a.shape[-1], device=a.device)
+        columns, positions = at + offset, rows.positions.to(a.device)
+        padding = (types == PAD).to(a.device)
+        seen = (columns <= positions[:, None]) & ~padding[:, None, None, offset : offset + a.shape[-1]]
+        if self.language == "uniform":
+            new = seen.to(a.dtype).expand_as(a)
+        elif self.language == "random":
+            first = padding.sum(dim=1)[:, None, None, None]  # places count from each prompt's own beginning
+            heads = torch.arange(a.shape[1], device=a.device)[:, None, None]
+            new = hashed(self.seed, rows.layer, heads, positions[:, None] - first, columns - first).to(a.dtype) * seen
+        else:
+            new = (a.amax(dim=-1, keepdim=True) - a) * seen
+        if self.language == "reverse":
+            return new
+        total = new.sum(dim=-1, keepdim=True)
+        return torch.where(total > 0, new / total, a)  # the first row has one column and nothing to reverse

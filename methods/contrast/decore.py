@@ -1,0 +1,143 @@
+"""DeCoRe, decoding by contrasting retrieval heads (Gema et al., 2024)."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from vlm_fix import AttentionEdit, Contrast, VlmFixError, param
+from vlm_fix.arch import Arch
+from vlm_fix.calibration.files import Sample
+from vlm_fix.decoding.contrast import plausible
+from vlm_fix.engine import Engine
+from vlm_fix.families import prompt_positions
+from vlm_fix.method import parse_heads
+from vlm_fix.session import Call, Rows, Session
+
+
+@dataclass(frozen=True)
+class DeCoRe(AttentionEdit, Contrast):
+    """Contrasts with the model without its retrieval heads, the more the less sure the model is.
+
+    In the branch the listed heads' scores are set to 0 before the mask and softmax (uniform attention), on the last prompt
+    row and decode rows; the prompt's other rows are shared. z = (1 + a) log p - a log p' with a = alpha H(p), H in nats.
+
+    Source: arXiv 2410.18860; official code aryopg/DeCoRe@d1fa5a9 (50 heads of Llama's 1,024, alpha 1, no cut-off, greedy).
+    Heads: `vlm-fix calibrate decore`, see `calibrate`.
+    """
+
+    name: ClassVar[str] = "decore"
+    kind: ClassVar[str] = "contrast"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2410.18860"
+    needs_image: ClassVar[bool] = False
+
+    branch: str = param("negative", "always the second branch", choices=("negative",))
+    head_list: tuple[str, ...] | None = param(None, "retrieval heads as layer.head, e.g. 16.29|26.9")
+    alpha: float = param(1.0, "factor on the entropy", low=0)
+    cap: float | None = param(None, "upper limit of the strength", low=0)
+    normalised: bool = param(False, "divide the entropy by log V")
+    beta: float = param(0.0, "plausibility cut-off; the paper uses none", low=0, high=1)
+    share: float = param(50 / 1024, "share of all heads that `calibrate` names", low=0, high=1)
+
+    def resolve(self, arch: Arch) -> DeCoRe:
+        method = super().resolve(arch)
+        assert isinstance(method, DeCoRe) and isinstance(method.layers, tuple)
+        if not method.head_list:
+            raise VlmFixError(
+                "decore: the retrieval heads of this model are unknown; find them with `vlm-fix calibrate decore` and pass "
+                "its file as calibration, or name them, as in decore:head_list=16.29|26.9."
+            )
+        listed = {layer for layer, _ in parse_heads(self.name, method.head_list, arch)}
+        return dataclasses.replace(method, layers=tuple(i for i in method.layers if i in listed))
+
+    @property
+    def neutral(self) -> bool:
+        return self.alpha == 0
+
+    def logits(self, z: torch.Tensor, rows: Rows) -> torch.Tensor:
+        pairs = (item.split(".") for item in self.head_list or ())
+        heads = [int(head) for layer, head in pairs if int(layer) == rows.layer]
+        return z.index_fill(1, torch.tensor(heads, device=z.device), 0.0)
+
+    def negative(self, call: Call) -> dict[str, torch.Tensor]:
+        return call.inputs
+
+    def combine(self, l: torch.Tensor, l_neg: torch.Tensor) -> torch.Tensor:
+        entropy = torch.special.entr(l.exp()).sum(dim=-1, keepdim=True)
+        a = self.alpha * (entropy / torch.tensor(l.shape[-1]).log() if self.normalised else entropy)
+        a = a if self.cap is None else a.clamp(max=self.cap)
+        return plausible((l + a * (l - l_neg)).masked_fill(torch.isinf(l), -torch.inf), l, self.beta)
+
+    def calibrate(
+        self, model: Any, samples: Sequence[Sample], seed: int, progress: Callable[[str, float], None]
+    ) -> dict[str, Any]:
+        """Retrieval heads by copying (Wu et al., arXiv 2404.15574; nightdessert/Retrieval_Head@1012272).
+
+        A needle of 8 tokens is hidden in a haystack of the samples' own texts and then repeated. A head scores where its
+        largest weight, in the row that predicts the needle's next token, lies on that token in the haystack; its score is
+        the mean over tokens and needles. Deviations: needles are token ids drawn from the samples' texts, so that any
+        tokenizer will do, and are teacher-forced, so that a model that does not copy them well has heads to name, too.
+        """
+        config, drawn = model.config, random.Random(seed)
+        special = {getattr(config, name, None) for name in vars(config) if name.endswith("token_id")}
+        special |= {config.get_text_config().bos_token_id, model.generation_config.eos_token_id}
+        texts = [[t for t in s.inputs["input_ids"][0].tolist() if t not in special] for s in samples]
+        words = sorted({t for text in texts for t in text})
+        size, first = min(8, len(words)), config.get_text_config().bos_token_id
+        bos = [first] if isinstance(first, int) else []
+        if size < 2:
+            raise VlmFixError("decore: the samples hold fewer than two different words; take more of them.")
+        engine = Engine(model, [])
+        hits = torch.zeros(engine.arch.depth, engine.arch.heads)
+        engine.install(idle=True)
+        try:
+            for i in range(len(samples)):
+                hay = [t for text in drawn.sample(texts, min(4, len(texts))) for t in text]
+                needle, at = drawn.sample(words, size), drawn.randrange(len(hay) + 1)
+                ids = [*bos, *hay[:at], *needle, *hay[at:], *needle[:-1]]
+                hits += copies(engine, torch.tensor([ids], device=model.device), len(bos) + at, size) / len(samples)
+                progress("needles", (i + 1) / len(samples))
+        finally:
+            engine.remove()
+        best = hits.flatten().argsort(descending=True, stable=True)[: max(1, round(self.share * hits.numel()))]
+        if hits.max() == 0:
+            raise VlmFixError("decore: no head of this model looks at what it copies; it has no retrieval heads.")
+        return {
+            "head_list": tuple(f"{int(i) // hits.shape[1]}.{int(i) % hits.shape[1]}" for i in best if hits.flatten()[i])
+        }
+
+
+class Copying:
+    """An observer of the last rows: which heads look at the token that comes next."""
+
+    def __init__(self, targets: range, depth: int, heads: int):
+        self.targets, self.hits = targets, torch.zeros(depth, heads)
+
+    def first_row(self, session: Session) -> int:
+        return session.length - len(self.targets)
+
+    def weights(self, layer: int, session: Session, first: int, a: torch.Tensor, i: int) -> None:
+        found = a[0].argmax(dim=-1).cpu() == torch.tensor(self.targets)[i : i + a.shape[2]]
+        self.hits[layer] += found.float().sum(dim=-1) / len(self.targets)
+
+    def heads(self, layer: int, session: Session, output: torch.Tensor) -> None:
+        return None
+
+
+@torch.no_grad()
+def copies(engine: Engine, ids: torch.Tensor, start: int, size: int) -> torch.Tensor:
+    """[1, L] ids that end with all but the last of the `size` tokens at `start` -> hit rate of each head [layers, heads]."""
+    probe = Copying(range(start + 1, start + size), engine.arch.depth, engine.arch.heads)
+    engine.probe = probe
+    try:
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        positions, _ = prompt_positions(engine.model, engine.family, inputs)
+        engine.model(**inputs, position_ids=positions, use_cache=False, logits_to_keep=1)
+    finally:
+        engine.probe = None
+    return probe.hits

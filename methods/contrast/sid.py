@@ -1,0 +1,117 @@
+"""SID, self-introspective decoding (Huo et al., ICLR 2025)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch.nn.functional import pad
+
+from vlm_fix import AttentionEdit, Contrast, VlmFixError, param
+from vlm_fix.arch import Arch
+from vlm_fix.decoding.contrast import plausible
+from vlm_fix.method import Layers
+from vlm_fix.session import Call, Rows, Session
+
+
+@dataclass(frozen=True)
+class SID(AttentionEdit, Contrast):
+    """Contrasts with a branch that, from layer 2 on, sees only the image tokens that matter least.
+
+    s_j = mean_h A[h, t, j] of the layer before the first masked one, t the row that predicts the next token; the `keep`
+    image tokens of the prompt with the lowest s stay, no row of the branch sees the other image columns.
+    z = (1 + alpha) log p - alpha log p', tokens with p < beta max p cut off.
+
+    Source: arXiv 2408.02032; official code huofushuo/SID@127dd41 (masking variant; alpha .5, beta .1, k = 100 on POPE and
+    50 on CHAIR of LLaVA's 576 tokens, here as a share). Like there, each new token ranks the image tokens anew and the
+    prompt's rows take the ranking of its last row; refresh=False keeps that one, and the other columns leave the cache.
+    Several images are ranked together.
+    """
+
+    name: ClassVar[str] = "sid"
+    kind: ClassVar[str] = "contrast"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2408.02032"
+    marks: ClassVar[bool] = True
+
+    layers: Layers = param(
+        None, "layers that see only the least attended image tokens (2-); the layer before ranks them"
+    )
+    branch: str = param("negative", "always the second branch", choices=("negative",))
+    alpha: float = param(0.5, "contrast strength", low=0)
+    beta: float = param(0.1, "plausibility cut-off", low=0, high=1)
+    keep: float = param(100 / 576, "image tokens that stay: a count (> 1) or a share in (0, 1]", above=0)
+    refresh: bool = param(True, "rank the image tokens anew for each token")
+
+    def defaults(self, arch: Arch) -> dict[str, Any]:
+        return {"layers": f"{min(2, arch.depth - 1)}-"}
+
+    def resolve(self, arch: Arch) -> SID:
+        method = super().resolve(arch)
+        assert isinstance(method, SID) and isinstance(method.layers, tuple)
+        if method.layers[0] == 0:
+            raise VlmFixError("sid: layer 0 has no layer before it to rank the image tokens; begin with layers=1-.")
+        return dataclasses.replace(method, layers=(method.layers[0] - 1, *method.layers))
+
+    @property
+    def neutral(self) -> bool:
+        return self.alpha == 0
+
+    @property
+    def rows(self) -> str:
+        return "all"
+
+    @property
+    def fork(self) -> int | None:
+        assert isinstance(self.layers, tuple)
+        return self.layers[0] + 1
+
+    def hides(self, look: Callable[[int], torch.Tensor], rows: Rows) -> torch.Tensor | None:
+        session, state = rows.session, rows.state  # rankings by generated token, -1: the prompt's
+        assert isinstance(self.layers, tuple) and session.prompt_len is not None and session.types is not None
+        stop = session.start + session.length - session.prompt_len
+        start = max(session.start - session.prompt_len, -1)
+        if rows.layer == self.layers[0]:
+            if self.refresh:  # those of earlier forwards have been used
+                for old in [t for t in state if t < start]:
+                    del state[old]
+            new = [t for t in range(start, stop) if t == -1 or self.refresh]
+            if new:
+                visual = rows.visual[:, 0, 0]
+                past = max(0, session.types.shape[1] - visual.shape[1])  # what a sliding window has left behind
+                a = look(session.length - (stop - start)).mean(dim=1)
+                for i, t in enumerate(new):
+                    state[t] = pad(self.dropped(a[:, i], visual), (past, 0))
+            return None
+        if session is not session.whole and self.drops(session):  # they are gone
+            return None
+        wanted = list(range(start, stop)) if self.refresh else [-1]
+        if len(wanted) > 1:  # all rows of the prompt take its ranking
+            wanted = [wanted[0]] * (session.length - len(wanted)) + wanted
+        return torch.cat([rows.columns(state[t], self.layers[0])[:, 0] for t in wanted], dim=1)
+
+    def drops(self, session: Session) -> bool:
+        """True if no later token and no later layer looks at the masked columns again."""
+        depth = session.call.model.config.get_text_config().num_hidden_layers
+        return not self.refresh and len(self.layers or ()) == depth - self.layers[0]  # type: ignore[index]
+
+    def stays(self, session: Session) -> torch.Tensor | None:
+        return ~session.state(self)[-1] if self.drops(session) else None
+
+    def dropped(self, scores: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
+        """Scores and image columns [B, K] -> [B, K] True for image columns that are masked; ties keep the lower index."""
+        count = visual.sum(dim=1, keepdim=True)
+        keep = (self.keep * count).round().clamp(min=1) if self.keep <= 1 else count.clamp(max=int(self.keep))
+        order = scores.masked_fill(~visual, torch.inf).argsort(dim=1, stable=True)
+        rank = torch.empty_like(order).scatter_(
+            1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
+        )
+        return visual & (rank >= keep)
+
+    def negative(self, call: Call) -> dict[str, torch.Tensor]:
+        return call.inputs
+
+    def combine(self, l: torch.Tensor, l_neg: torch.Tensor) -> torch.Tensor:
+        return plausible((1 + self.alpha) * l - self.alpha * l_neg, l, self.beta)

@@ -1,0 +1,1 @@
+"""Methods that strengthen or silence attention heads."""

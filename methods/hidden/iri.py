@@ -1,0 +1,143 @@
+"""IRI, intermediate representation injection, and FCCT, the causal tracing behind it (Li et al., AAAI 2026)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from vlm_fix import HiddenEdit, VlmFixError, param
+from vlm_fix.arch import Arch
+from vlm_fix.calibration.files import LastRow, Sample, batches, hooked, overwrite
+from vlm_fix.families import family_of, get_part
+from vlm_fix.hidden.hooks import writers
+from vlm_fix.session import Call, Rows, Session
+
+PARTS = {"rr_attention": "attention_output", "rr_mlp": "mlp_output"}
+LAMBDAS = {"llava": (0.26, 0.16), "llava_next": (0.15, 0.08)}
+
+
+@dataclass(frozen=True)
+class IRI(HiddenEdit):
+    """Repeats what the causally most important layers wrote in later important layers, at the length it had there.
+
+    With a_l the attention output of layer l [C], on the last prompt row and decode rows, src the `sources` layers of
+    largest recovery rate RR and tgt the `targets` largest: for l in tgt with an earlier k in src,
+        b_l = a_l + lambda_a sum_{k in src, k < l} RR_k a_k;    a_l <- b_l ||a_l|| / ||b_l||;
+    the same for MLP outputs with their own rates and lambda_m. a_k is what layer k computed, before its own injection.
+    `calibrate` (FCCT): RR_l = (P_patched - P_corrupt) / (P_clean - P_corrupt), P the probability of the right answer,
+    where the corrupt run sees a noised image and the patched run gets the clean a_l in its last row. `layers` leaves out
+    targets, never sources.
+
+    Source: arXiv 2511.05923, no code found; lambda .26/.16 for LLaVA-1.5, .15/.08 for LLaVA-NeXT, .20/.10 for Qwen-VL-Chat
+    (taken for Qwen2.5-VL); 3 and 10 of 32 layers, scaled to the depth. Left open by the paper, chosen here: RR is the ratio
+    of means over the questions that are answered right and lose probability under the noise; the noise is Gaussian, `noise`
+    standard deviations of the image's own pixel values.
+    """
+
+    name: ClassVar[str] = "iri"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2511.05923"
+    idle_reason: ClassVar[str] = "no target layer comes after a source layer; raise targets or sources."
+
+    lambda_a: float | None = param(None, "strength of the attention injection", low=0)
+    lambda_m: float | None = param(None, "strength of the MLP injection", low=0)
+    rr_attention: tuple[float, ...] | None = param(None, "recovery rate of each layer's attention, by calibrate")
+    rr_mlp: tuple[float, ...] | None = param(None, "recovery rate of each layer's MLP, by calibrate")
+    sources: int | None = param(None, "layers that are injected: those of largest rate", low=1)
+    targets: int | None = param(None, "layers that are injected into: those of largest rate", low=1)
+    noise: float = param(3.0, "calibrate: noise on the image, in standard deviations of its pixel values", low=0)
+
+    def defaults(self, arch: Arch) -> dict[str, Any]:
+        a, m = (0.20, 0.10) if arch.family.mrope else LAMBDAS.get(arch.family.name, LAMBDAS["llava"])
+        count = {"sources": max(1, round(3 / 32 * arch.depth)), "targets": max(2, round(10 / 32 * arch.depth))}
+        return {"lambda_a": a, "lambda_m": m, **count}
+
+    def resolve(self, arch: Arch) -> IRI:
+        method = super().resolve(arch)
+        assert isinstance(method, IRI)
+        for name in PARTS:
+            rates = getattr(method, name)
+            if rates is None and not method.neutral:
+                raise VlmFixError(
+                    "iri: the recovery rates of this model are unknown; run `vlm-fix calibrate iri --model NAME --out "
+                    "iri.json` and pass calibration='iri.json' (--calibration iri.json)."
+                )
+            if rates is not None and len(rates) != arch.depth:
+                raise VlmFixError(f"iri: {name} holds {len(rates)} rates; this model has {arch.depth} layers.")
+        return method
+
+    @property
+    def neutral(self) -> bool:
+        return self.lambda_a == 0 and self.lambda_m == 0
+
+    @property
+    def sees(self) -> list[int]:
+        return sorted({*self.layers, *(i for name in PARTS for i in self.ranked(name)[: self.sources])})  # type: ignore[misc]
+
+    def ranked(self, rates: str) -> list[int]:
+        """Layers, the largest recovery rate first."""
+        return sorted(range(len(rate := getattr(self, rates))), key=lambda i: -rate[i])
+
+    def acted(self, session: Session) -> bool:
+        return "injected" in session.state(self)
+
+    def attention_output(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
+        return self.injected(x, rows, "rr_attention", self.lambda_a or 0.0)
+
+    def mlp_output(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
+        return self.injected(x, rows, "rr_mlp", self.lambda_m or 0.0)
+
+    def injected(self, x: torch.Tensor, rows: Rows, rates: str, strength: float) -> torch.Tensor:
+        """[B, R, C] -> [B, R, C]; the state keeps the sources' outputs of this forward."""
+        rate, state, layer, order = getattr(self, rates), rows.state, rows.layer, self.ranked(rates)
+        sources, targets = order[: self.sources], {*order[: self.targets]} & {*self.layers}  # type: ignore[misc]
+        earlier = [k for k in sources if k < layer and (rates, k) in state]
+        if layer in sources:
+            state[rates, layer] = x
+        if layer not in targets or not earlier or not strength:
+            return x
+        state["injected"] = True
+        y = x + strength * sum(rate[k] * state[rates, k].to(x.device) for k in earlier)
+        return y * (x.norm(dim=-1, keepdim=True) / y.norm(dim=-1, keepdim=True).clamp(min=1e-12))
+
+    def calibrate(
+        self, model: Any, samples: Sequence[Sample], seed: int, progress: Callable[[str, float], None]
+    ) -> dict[str, Any]:
+        """FCCT: rr_attention and rr_mlp, a rate per layer. One clean and one noised pass and 2 x depth decode steps."""
+        layers = get_part(model, (family := family_of(model)).language).layers
+        seeds = torch.randint(2**62, (len(samples),), generator=torch.Generator().manual_seed(seed)).tolist()
+        spots = {(name, i): writers(layer)[PARTS[name]] for name in PARTS for i, layer in enumerate(layers)}
+        gain = dict.fromkeys(spots, 0.0)
+        lost, used, done = 0.0, 0, 0
+        for part, inputs in batches(samples, 16, model.generation_config.pad_token_id or 0):
+            target, other = (torch.tensor([getattr(samples[i], n) for i in part]) for n in ("target", "other"))
+            logits, kept = LastRow(model, inputs).outputs(spots)
+            clean = logits.cpu().softmax(-1)
+            noised = [_noised(Call(model, family, samples[i].inputs), self.noise, seeds[i]) for i in part]
+            corrupt_run = LastRow(model, {**inputs, "pixel_values": torch.cat(noised)})
+            rows = torch.arange(len(part))
+            corrupt = corrupt_run.logits().cpu().softmax(-1)[rows, target]
+            right = (clean[rows, target] > clean[rows, other]) & (clean[rows, target] > corrupt)
+            lost += float((clean[rows, target] - corrupt)[right].sum())
+            used += int(right.sum())
+            for spot, module in spots.items():
+                with hooked([overwrite(module, kept[spot])]):
+                    patched = corrupt_run.logits().cpu().softmax(-1)[rows, target]
+                gain[spot] += float((patched - corrupt)[right].sum())
+            done += len(part)
+            progress("causal tracing", done / len(samples))
+        if not used:
+            raise VlmFixError(
+                "iri: no question was answered right and then unsettled by the noise; use more or easier questions, or "
+                "more noise (iri:noise=5)."
+            )
+        return {name: tuple(round(gain[name, i] / lost, 6) for i in range(len(layers))) for name in PARTS}
+
+
+def _noised(call: Call, scale: float, seed: int) -> torch.Tensor:
+    """Pixel values plus noise of `scale` times their own standard deviation."""
+    noise = torch.Generator().manual_seed(seed)
+    made = call.with_pixels(lambda x: x + scale * x.std() * torch.randn(x.shape, generator=noise).to(x))
+    return made["pixel_values"]

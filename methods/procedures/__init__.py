@@ -1,0 +1,1 @@
+"""Methods that run a program around generate."""

@@ -1,0 +1,150 @@
+"""CARVE, contrastive attention refinement for visual enhancement (Ge et al., 2025)."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch.nn.functional import interpolate, max_pool2d
+
+from vlm_fix import Layers, Procedure, VlmFixError, param
+from vlm_fix.arch import Arch
+from vlm_fix.decoding.contrast import Branch
+from vlm_fix.decoding.kinds import Negative
+from vlm_fix.families import image_cells
+from vlm_fix.methods.contrast.iava import Looking, instructed
+from vlm_fix.methods.contrast.icd import line_tokens
+from vlm_fix.pruning.shrink import resize, to_image, to_patches
+from vlm_fix.session import Call
+
+
+@dataclass(frozen=True)
+class CARVE(Procedure):
+    """Shows the model only what the question makes it look at, cropped and enlarged.
+
+    A_Q, A_G [V]: head-mean weights on the V tokens of an image, in the row that predicts token t of a greedy answer to the
+    question and to a general instruction. C = A_Q / (A_G + 1e-8), S = sum_t (t + 1) sum_l C over `layers` and the first
+    `steps` tokens of both, bilinear to pixels [H, W]. Of the `top` share of pixels in S, the connected regions (8
+    neighbours) with the largest sums of S stay, max(`regions`, floor(`share` n)) of n; other pixels turn black; the box
+    around what stays is enlarged (bicubic) to [H, W] and takes the image's place, or with images="both" comes right after it.
+
+    Source: arXiv 2509.06461, crop alone; official code at a1f0442, both images (layers 20-25 of 32, scaled here to the depth).
+    Deviations: the size of what the image processor gave stays: a crop of another shape is stretched. The general instruction
+    stands on a line of its own right after the (last) image and ends that prompt, apart from the chat template. Each image has
+    a map of its own. The default of `steps` and the 8 neighbours are this file's choice. top = 1 leaves the prompt alone.
+    """
+
+    name: ClassVar[str] = "carve"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2509.06461"
+    needs_image: ClassVar[bool] = True
+
+    images: str = param("crop", "what the model gets: the crop alone, or the image and it", choices=("crop", "both"))
+    top: float = param(0.2, "share of the pixels that pass the threshold", low=0, high=1)
+    regions: int = param(3, "least number of regions kept", low=1)
+    share: float = param(0.2, "share of the regions kept, if that is more", low=0, high=1)
+    steps: int = param(5, "tokens of the two short answers", low=1)
+    prompt: str = param("Write a general description of the image.", "the general instruction")
+    tokens: tuple[int, ...] | None = param(None, "its token ids, instead of `prompt`")
+    black: tuple[float, ...] | None = param(None, "normalised black (-mean / std), else the checkpoint's")
+    layers: Layers = param(None, "layers whose attention is read")
+
+    def defaults(self, arch: Arch) -> dict[str, Any]:
+        return {"layers": tuple(sorted({min(round(i / 32 * arch.depth), arch.depth - 1) for i in range(20, 26)}))}
+
+    @property
+    def neutral(self) -> bool:
+        return self.top == 1
+
+    def refine(self, call: Call) -> dict[str, Any]:
+        pixels, cells = call.inputs.get("pixel_values"), call.family.cells
+        grids: Any = call.inputs.get("image_grid_thw")
+        if pixels is None or cells not in ("pixels", "grid_thw") or (grids is not None and any(grids[:, 0] != 1)):
+            raise VlmFixError(
+                "carve needs pixel_values of whole images, not of tiles or videos: pass the processor's output, to a model "
+                f"such as llava or qwen2_5_vl (this is {call.family.name})."
+            )
+        black = torch.tensor(self.black or black_of(call.model.config.name_or_path)).to(pixels)
+        if len(black) != 3:
+            raise VlmFixError(f"carve: black={self.black} must hold one number for each of the 3 channels.")
+        maps, crops = self.maps(call), list[torch.Tensor]()
+        if cells == "pixels":
+            crops = [self.refined(*x, black)[None] for x in zip(pixels, maps, strict=True)]
+        else:
+            merge, patch = (getattr(call.model.config.vision_config, n) for n in ("spatial_merge_size", "patch_size"))
+            for x, s, (_, h, w) in zip(pixels.split(grids.prod(-1).tolist()), maps, grids.tolist(), strict=True):
+                image = to_image(x, (h // merge, w // merge), merge, patch)
+                crops.append(to_patches(self.refined(image, s, black), merge, patch))
+        new = torch.cat(crops)
+        return {"pixel_values": new} if self.images == "crop" else call.with_images_after(new)
+
+    def maps(self, call: Call) -> list[torch.Tensor]:
+        """S [h, w] of each image of the batch, in tokens, on the CPU."""
+        tokens = self.tokens or line_tokens(call.model, self.prompt, self.name)
+        question, general = (self.looks(call, inputs) for inputs in (call.inputs, instructed(call, tokens)))
+        total = torch.zeros(question[0][0].shape[1])
+        for t, ((q, q_goes_on), (g, g_goes_on)) in enumerate(zip(question, general, strict=True)):
+            total += (t + 1) * (q / (g + 1e-8)).sum(dim=0) * (q_goes_on & g_goes_on)
+        ids = call.inputs["input_ids"]
+        ids = ids[torch.isin(ids, call.model.__dict__["_vlm_fix_engine"].tokens.to(ids.device))]
+        return [total[c] for c in image_cells(call.model, call.family, {**call.inputs, "input_ids": ids[None]})]
+
+    def looks(self, call: Call, inputs: dict[str, Any]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Per token of a greedy answer: weights [layers, N] on the N image tokens of the batch, and [N] not yet ended."""
+        engine = call.model.__dict__["_vlm_fix_engine"]
+        ids, eos = inputs["input_ids"], call.model.generation_config.eos_token_id
+        ends, seen = torch.tensor([] if eos is None else eos, dtype=torch.long, device=ids.device), []
+        answer, alive = ids[:, :0], torch.ones(len(ids), dtype=torch.bool)
+        engine.probe, branch = Looking(), Branch(engine, call, "look", Negative(inputs))
+        try:
+            for _ in range(self.steps):
+                new = branch.logits(answer).argmax(dim=-1, keepdim=True)
+                a, visual = torch.stack([engine.probe.seen[i] for i in self.layers or ()]), engine.probe.visual
+                seen.append((a[:, visual], alive[visual.nonzero()[:, 0]]))
+                alive = alive & ~torch.isin(new[:, 0], ends).cpu()
+                answer = torch.cat([answer, new.to(ids.device)], dim=1)
+        finally:
+            engine.probe = None
+        return seen
+
+    def refined(self, image: torch.Tensor, s: torch.Tensor, black: torch.Tensor) -> torch.Tensor:
+        """Image [C, H, W], or [C frames, H, W], by its map s [h, w] -> the same size; black [C]."""
+        s = interpolate(s.double()[None, None], image.shape[-2:], mode="bilinear", align_corners=False)[0, 0]
+        regions = labelled(s >= s.flatten().topk(max(1, round(self.top * s.numel()))).values[-1])
+        found = regions[regions > 0].unique()
+        sums = torch.zeros(s.numel() + 1, dtype=s.dtype).index_add(0, regions.flatten(), s.flatten())
+        best = found[sums[found].argsort(descending=True, stable=True)]
+        kept = torch.isin(regions, best[: max(self.regions, int(self.share * len(found)))])
+        if kept.all():
+            return image
+        y, x = (kept.any(dim=dim).nonzero()[:, 0].tolist() for dim in (1, 0))
+        dark = black.repeat_interleave(len(image) // len(black))[:, None, None]
+        box = torch.where(kept.to(image.device), image, dark)[None, :, y[0] : y[-1] + 1, x[0] : x[-1] + 1]
+        return resize(box, (image.shape[1], image.shape[2]))[0]
+
+
+@functools.lru_cache(maxsize=16)
+def black_of(path: str) -> tuple[float, ...]:
+    """Normalised black, -mean / std of each channel, by the image processor of a checkpoint."""
+    from transformers import AutoImageProcessor
+
+    try:
+        how = AutoImageProcessor.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, ImportError) as problem:
+        raise VlmFixError(
+            f"carve needs the model's image processor to know black, but {path!r} has none: load the model from its directory "
+            "or hub name, or give -mean / std of each channel as carve:black=-1.79|-1.75|-1.48."
+        ) from problem
+    return tuple(-m / s for m, s in zip(how.image_mean, how.image_std, strict=True)) if how.do_normalize else (0.0,) * 3
+
+
+def labelled(mask: torch.Tensor) -> torch.Tensor:
+    """[H, W] bool -> the number of each pixel's region (its largest flat index + 1); 0 outside."""
+    new, labels = torch.arange(1, mask.numel() + 1).view(mask.shape) * mask, None
+    while labels is None or not torch.equal(new, labels):
+        labels = new
+        near = max_pool2d(labels.double()[None], 3, stride=1, padding=1)[0].long() * mask
+        to = torch.cat([near.new_zeros(1), near.flatten()]).scatter_reduce(0, labels.flatten(), near.flatten(), "amax")
+        new = to[to[near]]  # numbers name pixels: all that bear one follow it, two jumps at a time
+    return labels

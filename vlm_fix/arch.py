@@ -1,0 +1,44 @@
+"""What a method may know of a model: its family and its sizes. Plain data, at the bottom of everything."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Family:
+    """Attribute paths are relative to the `...ForConditionalGeneration` model.
+
+    `base` owns get_placeholder_mask and the text model; `encoder` names the way encoder attention is recomputed
+    (pruning/encoder.py), None: pruners are refused; `cells` how image tokens lie in the image (see `image_cells`);
+    `mrope` families have 3-D positions made by `base.get_rope_index`; others count positions from `first_position`. Where
+    the prompt is not `causal`, all its rows see its last one.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    base: str = "model"
+    language: str = "model.language_model"
+    vision: str = "model.vision_tower"
+    encoder: str | None = None
+    image_tokens: tuple[str, ...] = ("image_token_id",)
+    mrope: bool = False
+    first_position: int = 0
+    causal: bool = True
+    cells: str = "tiles"
+    tested: str = "random weights"
+
+
+@dataclass(frozen=True)
+class Arch:
+    """Sizes of one model, from which methods take their defaults."""
+
+    family: Family
+    depth: int
+    hidden: int
+    heads: int
+    vocab: int
+    text_type: str
+    vision_depth: int
+    vision_last: int  # index of the last vision layer whose output reaches the projector
+    vision_full: tuple[int, ...]  # vision layers with full (not windowed) attention

@@ -1,0 +1,117 @@
+"""The base classes of methods that act while tokens are chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from vlm_fix.method import Method
+from vlm_fix.session import Call, Session
+
+if TYPE_CHECKING:
+    from .logits import Step
+    from .loops import Search
+
+
+@dataclass(frozen=True)
+class Negative:
+    """A second branch of a contrast: its prompt, and what it does to the prompt's image features.
+
+    inputs: model inputs, as in `Call.inputs`; the vision tower runs again only if pixel_values is another tensor.
+    features: [N, C] image embeddings of the whole batch, in order -> the same, changed.
+    """
+
+    inputs: dict[str, Any]
+    features: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Contrast(Method):
+    """Contrasts the next-token distribution with that of a second branch with its own cache.
+
+    A branch may have another prompt, other image features, or an attention edit that is active only in it: the method is
+    then an AttentionEdit too, with branch="negative".
+    """
+
+    kind: ClassVar[str] = "contrast"
+
+    @property
+    def contrasts(self) -> bool:
+        """False if these parameters need no second branch."""
+        return not self.neutral
+
+    @property
+    def fork(self) -> int | None:
+        """The layer up to whose input a branch with the main branch's own prompt equals it; None: no such layer."""
+        return None
+
+    def stays(self, session: Session) -> torch.Tensor | None:
+        """[B, n] columns of a branch's prompt that its layers from `fork` on keep at all; None: every one."""
+        return None
+
+    @property
+    def passes(self) -> int:
+        """Forward passes per generated token, the model's own included: what an equal-compute baseline may spend."""
+        return 2 if self.contrasts else 1
+
+    def negative(self, call: Call) -> dict[str, torch.Tensor]:
+        """Model inputs of the second branch's prompt: `call.inputs`, `call.without_images()`, `call.with_pixels(f)`, ..."""
+        raise NotImplementedError
+
+    def branches(self, call: Call) -> dict[str, Negative]:
+        """The second branches by name; each has its own cache. An AttentionEdit asks for the name in `acts_in`."""
+        return {"negative": Negative(self.negative(call))}
+
+    def combine(self, l: torch.Tensor, l_neg: torch.Tensor) -> torch.Tensor:
+        """[B, V] float32 log-probabilities of both branches -> unnormalised scores, -inf where cut off. Pure."""
+        raise NotImplementedError
+
+    def combine_at(self, step: int, l: torch.Tensor, *negatives: torch.Tensor) -> torch.Tensor:
+        """`combine` after `step` generated tokens, for a strength that changes as the answer grows or several branches."""
+        return self.combine(l, *negatives)
+
+
+@dataclass(frozen=True)
+class LogitEdit(Method):
+    """Changes the next-token distribution of the one branch there is, after any contrast; acts in `generate` only."""
+
+    kind: ClassVar[str] = "logits"
+    needs_image: ClassVar[bool] = False
+
+    @property
+    def exits(self) -> tuple[int, ...]:
+        """Layers whose input `step.exit` is asked for (entry i of transformers' hidden_states is layer i's input)."""
+        return ()
+
+    def edit(self, l: torch.Tensor, step: Step) -> torch.Tensor:
+        """[B, V] float32 log-probabilities -> unnormalised scores, -inf where cut off. Pure."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Procedure(Method):
+    """A small program around `generate`: other inputs for it, or tokens chosen by a search of its own."""
+
+    kind: ClassVar[str] = "procedure"
+    needs_image: ClassVar[bool] = False
+    refuses: ClassVar[dict[str, str]] = {}
+    """Options of `generate` it cannot serve -> what to do instead, as the end of a sentence."""
+
+    def refine(self, call: Call) -> dict[str, Any]:
+        """Inputs that take the place of those in `call.inputs` before anything is generated, such as pixel_values."""
+        raise NotImplementedError
+
+    def search(self, run: Search) -> Any:
+        """Prefill, choose the tokens, return `run.output(...)`: what `generate` returns.
+
+        `generate` still prepares inputs, processors and stopping.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def does(cls, what: str) -> bool:
+        """True if the class overwrites `what` ("refine", "search")."""
+        return getattr(cls, what) is not getattr(Procedure, what)

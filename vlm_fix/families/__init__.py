@@ -1,0 +1,24 @@
+"""Model families: the table, image cells, position ids, and what differs between versions of transformers."""
+
+from vlm_fix.arch import Arch, Family
+
+from .cells import anyres_index, anyres_side, image_cells, visual_cells
+from .positions import prompt_positions
+from .table import FAMILIES, REFUSED, arch_of, family_of, get_part, image_token_ids, vision_blocks
+
+__all__ = [
+    "FAMILIES",
+    "REFUSED",
+    "Arch",
+    "Family",
+    "anyres_index",
+    "anyres_side",
+    "arch_of",
+    "family_of",
+    "get_part",
+    "image_cells",
+    "image_token_ids",
+    "prompt_positions",
+    "vision_blocks",
+    "visual_cells",
+]

@@ -1,0 +1,114 @@
+"""The one table of model families, and the look-ups that read it. Nothing else names a model class."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from vlm_fix.arch import Arch, Family
+from vlm_fix.errors import VlmFixError
+
+VIDEO = ("image_token_id", "video_token_id")
+FAMILIES = (
+    Family("llava", ("llava",), encoder="clip", cells="pixels", tested="picto-llava; random weights (CLIP + Llama)"),
+    Family(
+        "qwen2_5_vl",
+        ("qwen2_5_vl",),
+        vision="model.visual",
+        encoder="qwen2_5_vl",
+        image_tokens=VIDEO,
+        mrope=True,
+        cells="grid_thw",
+    ),
+    Family("qwen2_vl", ("qwen2_vl",), vision="model.visual", image_tokens=VIDEO, mrope=True, cells="grid_thw"),
+    Family("qwen3_vl", ("qwen3_vl",), vision="model.visual", image_tokens=VIDEO, mrope=True, cells="grid_thw"),
+    Family("glm4v", ("glm4v",), vision="model.visual", image_tokens=VIDEO, mrope=True, cells="grid_thw"),
+    Family("vipllava", ("vipllava",), cells="pixels"),
+    Family("llava_next", ("llava_next",), encoder="clip", cells="anyres"),
+    Family("llava_onevision", ("llava_onevision",), encoder="clip", image_tokens=VIDEO, cells="anyres"),
+    Family("internvl", ("internvl",)),
+    Family("gemma3", ("gemma3",)),
+    Family("paligemma", ("paligemma",), first_position=1, causal=False),
+    Family("idefics3", ("idefics3",), language="model.text_model", vision="model.vision_model"),
+    Family("smolvlm", ("smolvlm",), language="model.text_model", vision="model.vision_model"),
+    Family("mistral3", ("mistral3",), cells="sizes"),
+    Family("aya_vision", ("aya_vision",)),
+    Family("cohere2_vision", ("cohere2_vision",)),
+)
+REFUSED = {
+    "mllama": "it reads images through cross-attention layers, so no column of its self-attention shows the image",
+    "blip-2": "its language model is called on its own, from inside generate, with embeddings in place of tokens",
+    "instructblip": "its language model is called on its own, from inside generate, with embeddings in place of tokens",
+    "qwen3_5": "most of its layers are linear attention, which has no weights to edit",
+    "lfm2_vl": "most of its layers are convolutions, which have no weights to edit",
+    "llama4": "its chunked attention masks are not understood here",
+    "florence2": "it is an encoder-decoder",
+    "kosmos-2": "it does not use transformers' attention interface",
+}
+
+
+def family_of(model: nn.Module) -> Family:
+    """The family of a Hugging Face model; VlmFixError naming the supported ones otherwise."""
+    model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    for family in FAMILIES:
+        if model_type in family.model_types:
+            if not hasattr(model, "generate") or not hasattr(model, "lm_head"):
+                raise VlmFixError(
+                    f"{type(model).__name__} has no language-model head; load it with AutoModelForImageTextToText."
+                )
+            return family
+    if model_type in REFUSED:
+        raise VlmFixError(
+            f"models of type {model_type!r} are not supported: {REFUSED[model_type]}; `vlm-fix models` lists those that are."
+        )
+    raise VlmFixError(
+        f"models of type {model_type!r} are not supported; supported: {', '.join(f.name for f in FAMILIES)} "
+        "(`vlm-fix models`)."
+    )
+
+
+def get_part(model: Any, path: str) -> Any:
+    """`model.language_model` -> the module."""
+    for name in path.split("."):
+        model = getattr(model, name)
+    return model
+
+
+def vision_blocks(model: Any, family: Family) -> list[Any]:
+    """The transformer blocks of the vision tower, in order."""
+    tower = get_part(model, family.vision)
+    for module in tower.modules():
+        if (
+            isinstance(module, nn.ModuleList)
+            and len(module)
+            and any(hasattr(module[0], name) for name in ("self_attn", "attn", "attention"))
+        ):
+            return list(module)
+    raise VlmFixError(f"no transformer blocks were found in the vision tower of {type(model).__name__}.")
+
+
+def arch_of(model: Any) -> Arch:
+    """Sizes of `model`; raises VlmFixError for an unsupported family."""
+    family, config = family_of(model), model.config
+    text, depth = config.get_text_config(), len(vision_blocks(model, family))
+    layer = getattr(config, "vision_feature_layer", None)
+    last = depth - 1
+    if isinstance(layer, int):  # hidden_states has depth + 1 entries; entry i is the output of block i - 1
+        last = (layer + depth + 1 if layer < 0 else layer) - 1
+    full = getattr(config.vision_config, "fullatt_block_indexes", None)
+    return Arch(
+        family,
+        text.num_hidden_layers,
+        text.hidden_size,
+        text.num_attention_heads,
+        text.vocab_size,
+        text.model_type,
+        depth,
+        last,
+        tuple(range(depth) if full is None else full),
+    )
+
+
+def image_token_ids(model: Any, family: Family) -> list[int]:
+    return [i for name in family.image_tokens if (i := getattr(model.config, name, None)) is not None]

@@ -1,0 +1,1 @@
+"""observe: what a model attends to while it answers."""

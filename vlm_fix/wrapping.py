@@ -1,0 +1,81 @@
+"""wrap, unwrap, wrapped: put methods on a model and take them off again."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from vlm_fix.calibration import files as calibrations
+from vlm_fix.decoding.term import Term
+from vlm_fix.engine import Engine
+from vlm_fix.errors import VlmFixError
+from vlm_fix.families import arch_of
+from vlm_fix.families.compat import warn_if_untested
+from vlm_fix.registry import Spec, parse
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def wrap(model: Model, spec: Spec, calibration: calibrations.Files = None) -> Model:
+    """Install one method or a stack of methods on a Hugging Face vision-language model, in place.
+
+    spec: a name ("var"), a spec string ("pai:alpha=0.2,layers=2-31"), a Method, or a list of these. Returns the model.
+    calibration: a file of `vlm-fix calibrate`, or several; it fills the parameters that spec does not give. A
+    method without one takes calibration/METHOD.json of the checkpoint's folder, if that is there.
+    Raises VlmFixError for an unknown method or value, an unsupported or already wrapped model, a senseless stack, a
+    calibration of another method or model.
+    """
+    if not isinstance(model, torch.nn.Module) and not hasattr(model, "config"):
+        raise VlmFixError(f"wrap takes a loaded model, not {model!r}: load it with AutoModelForImageTextToText.")
+    current = model.__dict__.get("_vlm_fix_engine")
+    if current:
+        names = "+".join(m.name for m in current.methods)
+        raise VlmFixError(
+            f"the model is already wrapped with {names}; call vlm_fix.unwrap(model) first, or pass a list of methods."
+        )
+    warn_if_untested()
+    engine = plan(model, spec, calibration)
+    engine.install()
+    model.__dict__["_vlm_fix_engine"] = engine
+    return model
+
+
+def plan(model: Model, spec: Spec, calibration: calibrations.Files = None) -> Engine:
+    """The engine that `wrap` would install; raises what it would say of the methods, and touches nothing."""
+    methods = parse(spec)
+    found = calibrations.choose(calibration, model, methods)
+    if found:
+        methods = calibrations.apply(found, methods, arch_of(model))
+    return Engine(model, methods)
+
+
+def unwrap(model: Model) -> Model:
+    """Take everything off again; the model is bit for bit what it was. Unwrapping an unwrapped model does nothing."""
+    engine = model.__dict__.pop("_vlm_fix_engine", None)
+    if engine:
+        engine.remove()
+    return model
+
+
+def contrast_term(model: Any) -> Term | None:
+    """How large the term was that the contrast of a wrapped model added in its last `generate` call.
+
+    `.sd` is its standard deviation in nats over the tokens left uncut, None where no step left two; `.squares` and `.dof`
+    add up over calls. None without a contrast, before the first call, and after assisted decoding.
+    """
+    engine = model.__dict__.get("_vlm_fix_engine")
+    return engine.term if engine else None
+
+
+@contextlib.contextmanager
+def wrapped(model: Model, spec: Spec, calibration: calibrations.Files = None) -> Iterator[Model]:
+    """`with vlm_fix.wrapped(model, "vhr"): model.generate(...)`."""
+    wrap(model, spec, calibration)
+    try:
+        yield model
+    finally:
+        unwrap(model)
