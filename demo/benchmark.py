@@ -1,4 +1,4 @@
-"""The Benchmark tab: POPE and CHAIR on Picto scenes through `eval.runner`, watched and stopped from the page.
+"""The Benchmark tab: POPE and CHAIR on Picto scenes through `eval.run.runner`, watched and stopped from the page.
 
 A benchmark works on a twin of the model (same weights, methods of its own) and lets go of the model after every batch:
 whoever compares in the meantime waits for one batch at most.

@@ -36,7 +36,7 @@ import json, os, signal, sys, time
 import torch
 torch.set_num_threads(1)
 from rich.console import Console
-from vlm_fix.eval.runner import Settings, evaluate
+from vlm_fix.eval.run.runner import Settings, evaluate
 from vlm_fix.eval import chair, picto
 settings, output, waits = json.loads(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
 settings = Settings(**{k: tuple(map(tuple, v)) if k == "methods" else tuple(v) if isinstance(v, list) else v

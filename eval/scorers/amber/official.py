@@ -5,7 +5,7 @@ questions. The script (junyangwang0410/AMBER@534babf inference.py) gives percent
 and adds small terms to the denominators.
 
 Worked example: one of three mentions is hallucinated, 33.3 %, one of two objects covered, one of two typical ones named.
->>> from .amber_data import Scene
+>>> from .data import Scene
 >>> scene = Scene(1, "AMBER_1.jpg", ("tree", "dog"), ("cat", "bird"))
 >>> printed(score_captions(["A dog and two cats near a bench."], [scene], lexicon("official", "pattern")))
 {'CHAIR': 33.3, 'Cover': 50.0, 'Hal': 100.0, 'Cog': 50.0}

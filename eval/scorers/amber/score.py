@@ -20,7 +20,7 @@ AMBER score = (100 (1 - chair) + 100 F1) / 2, captions and all questions.
 VlmFixErrors name what does not line up; `amber_file.py` scores official answer files.
 
 Worked example:
->>> from .amber_data import lexicon
+>>> from .data import lexicon
 >>> scene = Scene(1, "AMBER_1.jpg", ("tree", "dog"), ("cat", "bird"))
 >>> text = "A dog and two cats near a bench."
 >>> score_captions([text], [scene], lexicon("ours", "pattern")).figures  # 2 of dog, cat, bench do not fit
