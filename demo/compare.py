@@ -22,11 +22,13 @@ from PIL import Image, ImageOps
 from transformers import TextIteratorStreamer
 
 import vlm_fix
+from vlm_fix.decoding import ProcedureWing
 from vlm_fix.errors import VlmFixError
 from vlm_fix.eval.run import generation, runner
 from vlm_fix.eval.scorers.chair import score as chair
 from vlm_fix.eval.tasks.sample import CAPTION_PROMPT
 from vlm_fix.registry import get_method
+from vlm_fix.wing import engine_of
 
 from . import examples
 from .models import Loaded
@@ -210,8 +212,8 @@ def _answer(
             plain = pane.stack == runner.BASELINE
             generation.reset_peak(model.device)
             with contextlib.nullcontext() if plain else vlm_fix.wrapped(model, pane.stack):
-                search = None if plain else model._vlm_fix_engine.procedure
-                streams = search is None or "streamer" not in search.refuses
+                procedures = None if plain else engine_of(model).wing(ProcedureWing)
+                streams = not procedures or all("streamer" not in m.refuses for m in procedures.searches)
                 more = {**options, "streamer": live} if streams else options
                 batch = generation.generate(model, loaded.processor, [image], [prompt], seed, **more)
             if not streams:

@@ -16,10 +16,12 @@ from PIL import Image, ImageDraw
 
 import vlm_fix
 from vlm_fix import Contrast, Observation
+from vlm_fix.decoding import ProcedureWing
 from vlm_fix.errors import VlmFixError
 from vlm_fix.eval.run import generation, runner
 from vlm_fix.families.table import family_of
 from vlm_fix.session import Call
+from vlm_fix.wing import engine_of
 
 from .compare import Pane
 from .models import Loaded
@@ -107,9 +109,10 @@ def look(loaded: Loaded, image: Image.Image, prompt: str, pane: Pane) -> View:
         seen, note, changed = base, "", dict[str, Any]()
         if not plain:
             with vlm_fix.wrapped(model, pane.stack):
-                engine = model._vlm_fix_engine
+                engine = engine_of(model)
                 call = Call(model, engine.family, dict(inputs))
-                changed = engine.refine(call)
+                procedures = engine.wing(ProcedureWing)
+                changed = procedures.refine(call) if procedures else {}
                 others = _other_branches(processor, call)
                 try:
                     seen = vlm_fix.observe(model, inputs, pane.ids)
@@ -166,7 +169,7 @@ def unpatch(processor: Any, pixels: torch.Tensor, grid: torch.Tensor) -> list[Im
 def _other_branches(processor: Any, call: Call) -> list[tuple[str, str, Image.Image]]:
     """Pictures of the pixels that a contrast on the model gives its other branches, if they are not the prompt's."""
     inputs, made = call.inputs, list[tuple[str, str, Image.Image]]()
-    for method in call.model._vlm_fix_engine.active:
+    for method in engine_of(call.model).active:
         if not isinstance(method, Contrast) or not method.contrasts:
             continue
         for name, branch in method.branches(call).items():

@@ -259,7 +259,7 @@ def test_fcct_without_usable_questions(models):
 def test_last_row_again_and_edits_in_every_family(name):
     """LastRow under a hook gives what whole forwards of single prompts give; IRI's batch gives what its rows give."""
     from vlm_fix.calibration.files import LastRow, Sample, batches
-    from vlm_fix.hidden.hooks import writers
+    from vlm_fix.hidden.wing import writers
 
     model, images = families.build(name), [1, 2, 1]
     singles = [families.prompt(name, images, rows=[row]) for row in range(3)]

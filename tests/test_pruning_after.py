@@ -16,7 +16,7 @@ from transformers.masking_utils import eager_mask
 
 import vlm_fix
 from vlm_fix.families.compat import CACHE, cache_of
-from vlm_fix.pruning.after import LayerPruner, top_per_image
+from vlm_fix.pruning.kinds import LayerPruner, top_per_image
 from vlm_fix.session import PAD, Call, Session, left_pack
 
 STEPS = 6

@@ -18,7 +18,7 @@ import vlm_fix
 from vlm_fix.attention import function
 from vlm_fix.families.compat import CACHE, cache_of
 from vlm_fix.hidden.edit import HiddenEdit
-from vlm_fix.pruning.after import ShortLayer
+from vlm_fix.pruning.cache import ShortLayer
 
 
 class SlowCache(Slow):

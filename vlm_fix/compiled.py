@@ -38,7 +38,7 @@ def number(engine: Any) -> int:
 
 def tracing(engine: Any, rows: int) -> bool:
     """True while a graph of `rows` query rows is made that may hold the operators; elsewhere it ends at our own code."""
-    inside = engine.one_graph and engine.call is not None and (rows == 1 or not engine.preparing)
+    inside = engine.one_graph(rows) and engine.call is not None
     return torch.compiler.is_compiling() and inside and not torch.is_grad_enabled()
 
 
@@ -46,13 +46,13 @@ def tracing(engine: Any, rows: int) -> bool:
 def _enter(
     ids: torch.Tensor, mask: torch.Tensor | None, past: torch.Tensor | None, start: int, engine: int
 ) -> torch.Tensor:
-    ENGINES[engine].resume(ids, mask, start if past is None else int(past))
+    ENGINES[engine].enter_compiled(ids, mask, start if past is None else int(past))
     return ids.clone()
 
 
 @torch.library.custom_op("vlm_fix::through", mutates_args=(), tags=TAGS)
 def _through(x: torch.Tensor, engine: int, what: str, layer: int) -> torch.Tensor:
-    new = ENGINES[engine].looks[what, layer](x)
+    new = ENGINES[engine].callbacks[what, layer](x)
     return x.clone() if new is None or new.data_ptr() == x.data_ptr() else new  # an operator's output is a new tensor
 
 
@@ -95,13 +95,13 @@ def enter(engine: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str
 
 
 def through(engine: Any, what: str, layer: int, x: torch.Tensor, rows: int) -> torch.Tensor | None:
-    """engine.looks[what, layer](x): a tensor of `rows` query rows looked at or changed; None: as it was."""
+    """engine.callbacks[what, layer](x): a tensor of `rows` query rows looked at or changed; None: as it was."""
     return _through(x, engine.key, what, layer) if tracing(engine, rows) else _look(engine, what, layer, x)
 
 
 @uncompiled
 def _look(engine: Any, what: str, layer: int, x: torch.Tensor) -> torch.Tensor | None:
-    return engine.looks[what, layer](x)
+    return engine.callbacks[what, layer](x)
 
 
 def attention(

@@ -103,30 +103,32 @@ class Session:
     """Columns of one cache: `types` [B, n] says for each column whether it is padding, text or visual."""
 
     call: Call
+    prompt_len: int  # in language-model columns; rows from prompt_len - 1 on predict new tokens
     branch: str = "main"
-    types: torch.Tensor | None = None
-    prompt_len: int | None = None  # in language-model columns; rows from prompt_len - 1 on predict new tokens
+    types: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.uint8))
     start: int = 0  # absolute position of the first query row of this forward
     length: int = 0  # query rows of this forward
     last_visual: list[int] = field(default_factory=list)  # per sample, -1 without an image
     kept: Any = None  # pruning.before.Kept, once visual tokens were dropped
-    images: torch.Tensor | None = None  # [B, n] which image of its row a prompt column shows, from 1; 0: none
-    vision: list[list[Any]] = field(default_factory=list)  # per row, its images as the tower saw them (ImageTokens)
     views: dict[int, View] = field(default_factory=dict)  # layer -> the columns it still has, where some were dropped
     states: dict[int, dict[Any, Any]] = field(default_factory=dict)
     tap: Callable[[int, torch.Tensor], None] | None = None  # sees the per-head outputs [B, H, q, D] of each layer
     plain: bool = False  # no edits: a pass that only observes
     looks: dict[int, Any] = field(default_factory=dict)  # of such a pass: layer -> its probe
-    embeds: list[torch.Tensor] | None = None  # main branch of a contrast: the prompt's embeddings [B', q, C], in chunks
-    newlines: list[list[tuple[int, int]]] = field(default_factory=list)  # per row: where image rows start and end
-    hidden: list[torch.Tensor] | None = None  # main branch: inputs [B', q, C] of the contrast's `fork`, in chunks
-    taken: tuple[torch.Tensor, torch.Tensor] | None = (
-        None  # second branch: these [B, L, C], and the prompt's position ids
-    )
-    features: torch.Tensor | None = None  # second branch: image embeddings [N, C] instead of a run of the vision tower
-    change: Callable[[torch.Tensor], torch.Tensor] | None = None  # second branch: `Negative.features`
     answer: torch.Tensor | None = None  # second branch: [B', t] ids of the columns after the prompt
+    parts: dict[type, Any] = field(default_factory=dict)  # what wings keep here, each in a class of its own
     _masks: dict[Any, Any] = field(default_factory=dict)  # what this forward's layers share; "wide" masks last longer
+
+    @property
+    def fresh(self) -> bool:
+        """True before the first forward."""
+        return not self.types.numel()
+
+    def part(self, cls: type[T]) -> T:
+        """A wing's own state in this session, made when first asked for."""
+        if cls not in self.parts:
+            self.parts[cls] = cls()
+        return self.parts[cls]
 
     def state(self, method: Method) -> dict[Any, Any]:
         """What `method` remembers in this session."""
@@ -134,11 +136,11 @@ class Session:
 
     def advance(self, past: int, types: torch.Tensor) -> None:
         """Note the columns of a new forward after `past` cached ones (a shorter past drops what was rolled back)."""
-        if self.types is not None and past:
+        if not self.fresh and past:
             if self.types.shape[0] != types.shape[0]:  # a cache that was expanded for beams or several samples
                 self.repeat(types.shape[0] // self.types.shape[0])
             for view in {id(v): v for v in self.views.values()}.values():
-                view.prompt_len = self.prompt_len - view.dropped if self.prompt_len is not None else None
+                view.prompt_len = self.prompt_len - view.dropped
                 view.advance(past - view.dropped, types)
             types = torch.cat([self.types[:, :past], types], dim=1)
         if not past:
@@ -171,7 +173,6 @@ class Session:
 
     def need_whole_prompt(self, name: str) -> None:
         """Raises VlmFixError if this forward holds only a part of the prompt."""
-        assert self.prompt_len is not None
         if self.start + self.length < self.prompt_len:
             raise VlmFixError(f"{name} needs the whole prompt in one forward; drop prefill_chunk_size.")
 
@@ -183,7 +184,6 @@ class Session:
         """
         ids = self.call.inputs["input_ids"]
         image = torch.isin(ids, tokens.to(ids.device))
-        assert self.types is not None
         if len(values) < int(image.sum()):  # an earlier turn's images were seen in that turn
             image = image & (torch.arange(ids.shape[1], device=ids.device) >= self.start)
         count, times = int(image.sum()), self.types.shape[0] // len(ids)
@@ -201,7 +201,6 @@ class Session:
 
     def on_columns(self, full: torch.Tensor) -> torch.Tensor:
         """[prompts, L] over the prompts as the user gave them -> [B, n]: repeated for beams, without pruned columns."""
-        assert self.types is not None
         full = full.repeat_interleave(self.types.shape[0] // len(full), dim=0)
         full = full.gather(1, self.kept.index.to(full.device)) if self.kept else full
         return pad_to(full[:, : self.types.shape[1]], self.types.shape[1])
@@ -216,7 +215,9 @@ class Session:
 
         def copy(session: Session, **changes: Any) -> Any:
             last = [session.last_visual[i] for i in rows.tolist()]
-            return dataclasses.replace(session, types=pick(session.types), last_visual=last, _masks={}, **changes)
+            return dataclasses.replace(
+                session, types=pick(session.types), last_visual=last, parts=dict(session.parts), _masks={}, **changes
+            )
 
         new = copy(self, states=pick(self.states), kept=self.kept and self.kept.take(rows), views={})
         copies: dict[int, View] = {}
@@ -242,18 +243,22 @@ class Session:
         """
         layers = list(layers)
         before = self.at(layers[0])
-        assert before.types is not None
         types = torch.where(mask, before.types.gather(1, index), PAD).to(before.types.dtype)
         return self.show(layers, before.places().gather(1, index), types, rows)
 
     def show(self, layers: Iterable[int], places: torch.Tensor, types: torch.Tensor, rows: bool = True) -> View:
         """From now on `layers` have the columns `places` [B, n] of the whole session, with `types` [B, n]; see `drop`."""
-        assert self.types is not None
         dropped = self.types.shape[1] - places.shape[1]
         view = View(
-            self.call, self.branch, states=self.states, parent=self, index=places, dropped=dropped, plain=self.plain
+            self.call,
+            self.prompt_len - dropped,
+            self.branch,
+            states=self.states,
+            parent=self,
+            index=places,
+            dropped=dropped,
+            plain=self.plain,
         )
-        view.prompt_len = self.prompt_len - dropped if self.prompt_len is not None else None
         view.advance(0, types)
         if not rows:
             view.start, view.length = self.start - dropped, self.length
@@ -262,7 +267,6 @@ class Session:
 
     def places(self) -> torch.Tensor:
         """[B, n] the whole session's column that each column is."""
-        assert self.types is not None
         return torch.arange(self.types.shape[1], device=self.types.device).expand_as(self.types)
 
     def translate(self, mask: torch.Tensor, made: Session) -> torch.Tensor:
@@ -274,7 +278,6 @@ class Session:
             prompt = mask.new_zeros(len(mask), n + made.dropped).scatter(1, made.index, pad_to(mask, n)[:, :n])
             mask = torch.cat([prompt, mask[:, n:]], dim=1)
         if isinstance(self, View):
-            assert self.types is not None
             n, full = self.index.shape[1], self.index.shape[1] + self.dropped
             prompt = pad_to(mask, max(full, mask.shape[1]))[:, :full].gather(1, self.index.to(mask.device))
             prompt = prompt * (self.types[:, :n] != PAD).to(prompt)
@@ -284,14 +287,12 @@ class Session:
     def ids(self) -> torch.Tensor:
         """[B', n] token ids of the columns; the prompt's alone in the main branch."""
         ids = self.call.inputs["input_ids"]
-        assert self.types is not None
         ids = ids.repeat_interleave(len(self.types) // len(ids), dim=0)
         ids = ids.gather(1, self.kept.index) if self.kept else ids
         return (ids if self.answer is None else torch.cat([ids, self.answer], dim=1))[:, : self.types.shape[1]]
 
     def masks(self, width: int, device: torch.device) -> dict[str, torch.Tensor]:
         """[B, 1, 1, width] boolean masks of the columns an attention layer sees: visual, before, after (text)."""
-        assert self.types is not None
         total = self.types.shape[1]
         if (width, device) not in self._masks:
             wide = self._masks.get(("wide", device))
@@ -315,7 +316,6 @@ class Session:
 
     def first_rows(self, rows: str) -> list[int]:
         """Per sample, the first edited query row of this forward, relative to it (>= length: none)."""
-        assert self.prompt_len is not None
         if rows == "all":
             return [0] * len(self.last_visual)
         last_prompt = self.prompt_len - 1
@@ -343,7 +343,6 @@ class View(Session):
         """[B, 1, q, K] True where this forward's rows may look; None if that is plain causal attention."""
         key = (-self.length, device)
         if key not in self._masks:
-            assert self.types is not None
             valid = (self.types != PAD).to(device)
             mask = None
             if not bool(valid.all()) or (self.start and self.length > 1):
@@ -374,7 +373,6 @@ class Rows:
     @property
     def prefill(self) -> bool:
         """True while the prompt is processed (its last row included)."""
-        assert self.session.prompt_len is not None
         return self.session.start < self.session.prompt_len
 
     def once(self, make: Callable[[Rows], T]) -> T:
@@ -395,7 +393,6 @@ class Rows:
         if layer is not None:
             mask = self.session.translate(mask, self.session.whole.at(layer))
         width = self.visual.shape[-1]
-        assert self.session.types is not None
         full = pad_to(mask.to(self.visual.device), self.session.types.shape[1])
         return pad_to(full[:, max(0, full.shape[1] - width) :], width)[:, None, None]
 
@@ -405,7 +402,6 @@ class Rows:
         It is made once for `mask` (that very tensor) and kept while generated columns, 0 in every group, are added.
         """
         session, width = self.session, self.visual.shape[-1]
-        assert session.types is not None
         place, total = ("wide", id(self.method), self.layer, self.visual.device), session.types.shape[1]
         of, wide = session._masks.get(place, (None, self.visual))
         if of is not mask or wide.shape[-1] < max(total, width):

@@ -10,6 +10,7 @@ import torch
 
 from vlm_fix.errors import VlmFixError
 from vlm_fix.session import Session
+from vlm_fix.wing import engine_of
 
 CONTENT = ("NN", "VB", "JJ", "RB", "CD")  # Penn tags of nouns, verbs, adjectives, adverbs and numbers begin so
 AUXILIARIES = {
@@ -24,7 +25,7 @@ def content_columns(session: Session) -> torch.Tensor:
     Raises VlmFixError where the tokenizer, NLTK or its tagger's data are missing.
     """
     call = session.call
-    engine, ids = call.model.__dict__["_vlm_fix_engine"], call.inputs["input_ids"]
+    engine, ids = engine_of(call.model), call.inputs["input_ids"]
     tokenizer = tokenizer_of(getattr(call.model, "name_or_path", "") or "")
     content = torch.zeros(ids.shape, dtype=torch.bool, device=ids.device)
     for row, image in zip(range(len(ids)), torch.isin(ids, engine.tokens.to(ids.device)), strict=True):

@@ -10,12 +10,14 @@ import torch
 from torch import nn
 
 from vlm_fix.calibration import files as calibrations
+from vlm_fix.decoding import ContrastWing
 from vlm_fix.decoding.term import Term
 from vlm_fix.engine import Engine
 from vlm_fix.errors import VlmFixError
 from vlm_fix.families import arch_of
 from vlm_fix.families.compat import warn_if_untested
 from vlm_fix.registry import Spec, parse
+from vlm_fix.wing import ATTRIBUTE
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -31,7 +33,7 @@ def wrap(model: Model, spec: Spec, calibration: calibrations.Files = None) -> Mo
     """
     if not isinstance(model, torch.nn.Module) and not hasattr(model, "config"):
         raise VlmFixError(f"wrap takes a loaded model, not {model!r}: load it with AutoModelForImageTextToText.")
-    current = model.__dict__.get("_vlm_fix_engine")
+    current = vars(model).get(ATTRIBUTE)
     if current:
         names = "+".join(m.name for m in current.methods)
         raise VlmFixError(
@@ -40,7 +42,7 @@ def wrap(model: Model, spec: Spec, calibration: calibrations.Files = None) -> Mo
     warn_if_untested()
     engine = plan(model, spec, calibration)
     engine.install()
-    model.__dict__["_vlm_fix_engine"] = engine
+    vars(model)[ATTRIBUTE] = engine
     return model
 
 
@@ -55,7 +57,7 @@ def plan(model: Model, spec: Spec, calibration: calibrations.Files = None) -> En
 
 def unwrap(model: Model) -> Model:
     """Take everything off again; the model is bit for bit what it was. Unwrapping an unwrapped model does nothing."""
-    engine = model.__dict__.pop("_vlm_fix_engine", None)
+    engine = vars(model).pop(ATTRIBUTE, None)
     if engine:
         engine.remove()
     return model
@@ -67,8 +69,9 @@ def contrast_term(model: Any) -> Term | None:
     `.sd` is its standard deviation in nats over the tokens left uncut, None where no step left two; `.squares` and `.dof`
     add up over calls. None without a contrast, before the first call, and after assisted decoding.
     """
-    engine = model.__dict__.get("_vlm_fix_engine")
-    return engine.term if engine else None
+    engine: Engine | None = vars(model).get(ATTRIBUTE)
+    wing = engine.wing(ContrastWing) if engine else None
+    return wing.term if wing else None
 
 
 @contextlib.contextmanager

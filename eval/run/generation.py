@@ -24,6 +24,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 import vlm_fix
 from vlm_fix.errors import VlmFixError
 from vlm_fix.eval.tasks.sample import Sample, load_image
+from vlm_fix.wing import ATTRIBUTE
 
 
 class _FirstToken(StoppingCriteria):
@@ -126,7 +127,7 @@ def _seed(seed: int, samples: Sequence[Sample]) -> int:
 
 def _warn_anew(model: Any) -> None:
     """A wrapped model warns once; here every batch tells, also after the warm-up, which nobody hears."""
-    engine = getattr(model, "_vlm_fix_engine", None)
+    engine = vars(model).get(ATTRIBUTE)
     if engine:
         engine.warned.clear()
 

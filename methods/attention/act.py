@@ -12,6 +12,7 @@ import torch
 import vlm_fix
 from vlm_fix import AttentionEdit, VlmFixError, param
 from vlm_fix.arch import Arch
+from vlm_fix.attention import AttentionWing
 from vlm_fix.attention.kernel import Scores, column_means
 from vlm_fix.attention.sinks import secondary_sinks
 from vlm_fix.calibration.files import Sample, answer_scores
@@ -127,7 +128,7 @@ class ACT(AttentionEdit):
             return float((target > other).double().mean())
 
         engine = vlm_fix.engine.Engine(model, [self])
-        edited, before = engine.edits, accuracy(None)
+        edited, before = engine.wing(AttentionWing).stacks, accuracy(None)
         names = [f"{layer}.{h}" for layer in range(len(edited)) if edited[layer] for h in range(engine.arch.heads)]
         gains = {}
         for i, name in enumerate(names):

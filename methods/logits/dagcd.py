@@ -71,7 +71,7 @@ class DAGCD(AttentionEdit, LogitEdit):
         if not step.index:
             state["chosen"] = weights.sum(dim=-1).topk(min(self.heads_used, weights.shape[1]), dim=-1).indices
         weights = weights.gather(1, state["chosen"][..., None].expand(-1, -1, weights.shape[2]))
-        end = self.end_tokens or step.processor.engine.model.generation_config.eos_token_id or ()
+        end = self.end_tokens or step.processor.host.model.generation_config.eos_token_id or ()
         ends = torch.tensor([end] if isinstance(end, int) else list(end), device=l.device)
         return torch.where(torch.isin(l.argmax(dim=-1), ends)[:, None], l, self.guided(l, weights, ids, inside))
 

@@ -42,7 +42,7 @@ class YesThreshold(LogitEdit):
     def edit(self, l: torch.Tensor, step: Step) -> torch.Tensor:
         if step.index:
             return l
-        model = step.processor.engine.model
+        model = step.processor.host.model
         return self.forced(l, self.yes or spellings(model, "Yes"), self.no or spellings(model, "No"))
 
     def forced(self, l: torch.Tensor, yes: tuple[int, ...], no: tuple[int, ...]) -> torch.Tensor:

@@ -8,8 +8,10 @@ from typing import Any, ClassVar
 import torch
 
 from vlm_fix import param
-from vlm_fix.pruning.after import received, share_of
-from vlm_fix.pruning.kv import Cached, CachePruner, SplitLayer, lay_aside, shorten, take_back
+from vlm_fix.pruning.cache import SplitLayer
+from vlm_fix.pruning.kinds import Cached, CachePruner, share_of
+from vlm_fix.pruning.kv import lay_aside, shorten, take_back
+from vlm_fix.pruning.rows import received
 from vlm_fix.session import PAD, VISUAL, Session
 
 

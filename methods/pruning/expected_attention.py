@@ -9,8 +9,8 @@ import torch
 
 from vlm_fix import param
 from vlm_fix.families import prompt_positions
-from vlm_fix.pruning.after import unrotated
-from vlm_fix.pruning.kv import Cached, CachePruner
+from vlm_fix.pruning.kinds import Cached, CachePruner
+from vlm_fix.pruning.rows import unrotated
 
 
 @dataclass(frozen=True)
@@ -61,16 +61,16 @@ class ExpectedAttention(CachePruner):
 
     def rotation(self, cached: Cached, dim: int) -> torch.Tensor:
         """R [B, D, D], float32."""
-        engine, session, x = cached.engine, cached.session, cached.seen.x
+        host, session, x = cached.host, cached.session, cached.seen.x
         if session.kept:  # a pruner before the language model may have numbered the rest anew
             first = session.kept.last_position.reshape(-1, len(x)).amax(dim=0) + 1
         else:
-            _, first = prompt_positions(engine.model, engine.family, session.call.inputs)
+            _, first = prompt_positions(host.model, host.family, session.call.inputs)
             first = first.repeat_interleave(len(x) // len(first))
         positions = (first[:, None] + torch.arange(self.future, device=first.device)).to(x.device)
-        if engine.family.mrope:
+        if host.family.mrope:
             positions = positions.expand(3, -1, -1)
-        cos, sin = (t.float().mean(dim=1) for t in engine.language.rotary_emb(x.float(), positions))
+        cos, sin = (t.float().mean(dim=1) for t in host.language.rotary_emb(x.float(), positions))
         half = torch.eye(dim // 2, device=x.device)
         swap = torch.zeros(dim, dim, device=x.device)
         swap[: dim // 2, dim // 2 :], swap[dim // 2 :, : dim // 2] = -half, half

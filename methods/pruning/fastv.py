@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from vlm_fix import param
-from vlm_fix.pruning.after import POSITIONS, LayerPruner, Tokens, share_of
+from vlm_fix.pruning.kinds import POSITIONS, LayerPruner, Tokens, share_of
 
 
 @dataclass(frozen=True)

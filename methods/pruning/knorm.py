@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from vlm_fix import param
-from vlm_fix.pruning.kv import Cached, CachePruner
+from vlm_fix.pruning.kinds import Cached, CachePruner
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ import torch
 
 from vlm_fix import param
 from vlm_fix.arch import Arch
-from vlm_fix.pruning.after import POSITIONS, LayerPruner, Tokens, share_of
+from vlm_fix.pruning.columns import ImageColumns
+from vlm_fix.pruning.kinds import POSITIONS, LayerPruner, Tokens, share_of
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class PTP(LayerPruner):
     def choose(self, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
         relevance = tokens.rows(torch.where(tokens.question.any(dim=1, keepdim=True), tokens.question, tokens.last))
         relevance, keep = relevance.amax(dim=1), torch.zeros_like(tokens.images, dtype=torch.bool)
-        for b, images in enumerate(tokens.session.whole.vision):
+        for b, images in enumerate(tokens.session.whole.part(ImageColumns).vision):
             saliency = [next(iter(image.first.values())).float() for image in images]
             saliency = [s if i.here is None else s[i.here] for s, i in zip(saliency, images, strict=True)]
             shares = [self.keep if self.keep <= 1 else self.keep / image.siblings for image in images]

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 
 from vlm_fix.arch import Arch
-from vlm_fix.pruning.after import StagedPruner, Tokens, schedule
+from vlm_fix.pruning.kinds import StagedPruner, Tokens, schedule
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ import torch
 
 from vlm_fix import param
 from vlm_fix.arch import Arch
-from vlm_fix.pruning.after import StagedPruner, Tokens, schedule, share_of
+from vlm_fix.pruning.columns import ImageColumns
+from vlm_fix.pruning.kinds import StagedPruner, Tokens, schedule, share_of
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class SparseVLM(StagedPruner):
 
     def choose(self, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
         rows = self.raters(tokens)
-        weights, whole = tokens.rows(rows), tokens.session.whole.images
+        weights, whole = tokens.rows(rows), tokens.session.whole.part(ImageColumns).images
         scores = weights.sum(dim=1) / rows.sum(dim=1, keepdim=True)
         assert whole is not None and self.keep is not None
         keep, hidden = torch.zeros_like(tokens.images, dtype=torch.bool), tokens.hidden.clone()

@@ -9,8 +9,8 @@ import torch
 
 from vlm_fix import VlmFixError, param
 from vlm_fix.arch import Arch
-from vlm_fix.pruning.after import LayerPruner, Tokens, compact_unless_mrope, share_of
 from vlm_fix.pruning.encoder import ImageTokens
+from vlm_fix.pruning.kinds import LayerPruner, Tokens, compact_unless_mrope, share_of
 from vlm_fix.pruning.merge import TokenMerger, nearest
 
 

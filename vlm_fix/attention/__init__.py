@@ -1,5 +1,6 @@
-"""The one registered attention and mask function, and the row kernel behind it."""
+"""Methods that change attention: their base class, the attention function and the kernels that run them."""
 
 from .function import NAME, register
+from .wing import AttentionWing, LayerHandle
 
-__all__ = ["NAME", "register"]
+__all__ = ["NAME", "AttentionWing", "LayerHandle", "register"]

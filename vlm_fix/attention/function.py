@@ -205,7 +205,7 @@ class Plan:
 
 def _plan(handle: Any, session: Session, query: torch.Tensor, key: torch.Tensor) -> Plan | None:
     """The edits of this layer that touch rows of this forward; None without any."""
-    stack = handle.engine.edits[handle.layer]
+    stack = handle.stack
     if not stack:
         return None
     place = (id(stack), key.shape[2], query.device)  # a model may be spread over several devices

@@ -12,6 +12,7 @@ import torch
 from vlm_fix.families.compat import cache_of, with_cache
 from vlm_fix.method import Method
 from vlm_fix.session import Rows, Session
+from vlm_fix.wing import engine_of
 
 
 @dataclass
@@ -40,7 +41,7 @@ def preview(session: Session, kwargs: dict[str, Any], looks: dict[int, Any] | No
     looks: layer -> its probe. States are the session's own. A cache with earlier columns is copied for the pass.
     """
     assert session.types is not None
-    engine, cache = session.call.model.__dict__["_vlm_fix_engine"], cache_of(kwargs)
+    engine, cache = engine_of(session.call.model), cache_of(kwargs)
     plain = Session(
         session.call,
         branch="preview",

@@ -11,7 +11,9 @@ import torch
 from vlm_fix.calibration.files import Sample, hooked
 from vlm_fix.errors import VlmFixError
 from vlm_fix.families.table import arch_of, get_part
+from vlm_fix.pruning import PruningWing
 from vlm_fix.session import PAD, Session
+from vlm_fix.wing import Host, engine_of
 
 from .preview import preview
 
@@ -80,9 +82,11 @@ def secondary_sinks(
     if limits is not None and len(limits) != 2:
         raise VlmFixError(f"{name}: life={'|'.join(map(str, limits))} must be two numbers of layers, as life=4|17.")
     assert session.types is not None and session.prompt_len is not None
-    engine = session.call.model.__dict__["_vlm_fix_engine"]
-    if engine.dropper:
-        raise VlmFixError(f"{name} follows sinks through all layers; it does not work with {engine.dropper.name}.")
+    engine: Host = engine_of(session.call.model)
+    pruning = engine.wing(PruningWing)
+    if pruning and pruning.pruners.dropper:
+        dropper = pruning.pruners.dropper.name
+        raise VlmFixError(f"{name} follows sinks through all layers; it does not work with {dropper}.")
     columns = torch.arange(session.types.shape[1], device=session.types.device)
     lives = Lives((session.types != PAD) & (columns < session.prompt_len))
     hooks = [

@@ -1,1 +1,7 @@
-"""Second branches and logits processors."""
+"""Methods that act while tokens are chosen: their base classes, branches, loops and the wings that run them."""
+
+from .contrast import ContrastWing
+from .logits import LogitWing
+from .procedures import ProcedureWing
+
+__all__ = ["ContrastWing", "LogitWing", "ProcedureWing"]

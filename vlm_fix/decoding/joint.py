@@ -17,6 +17,7 @@ from vlm_fix.attention.edits import AttentionEdit
 from vlm_fix.families import prompt_positions
 from vlm_fix.families.compat import CACHE_NAMES, cache_of, set_cache, with_cache
 from vlm_fix.session import PAD, TEXT, Session, View
+from vlm_fix.wing import Host, JointForward
 
 from .kinds import Contrast, LogitEdit
 
@@ -25,7 +26,7 @@ UNUSED = {"attention_mask", "mm_token_type_ids", "image_grid_thw", "video_grid_t
 KNOWN = {"input_ids", "position_ids", *CACHE_NAMES, "use_cache", "return_dict"} | UNUSED
 
 
-def joinable(engine: Any, session: Session, branches: list[Any], args: Any, kwargs: dict[str, Any]) -> bool:
+def joinable(host: Host, session: Session, branches: list[Any], args: Any, kwargs: dict[str, Any]) -> bool:
     """True for a plain decode step of one token per row, with every branch right behind it."""
     cache, ids = cache_of(kwargs), kwargs.get("input_ids")
     return (
@@ -38,8 +39,8 @@ def joinable(engine: Any, session: Session, branches: list[Any], args: Any, kwar
         and not any(v is not None and v is not False for k, v in kwargs.items() if k not in KNOWN)
         and "position_ids" not in session.call.inputs
         # one row twice is faster than two rows at once where a float32 vector product has its own kernel
-        and not (len(ids) == 1 and ids.device.type == "cpu" and engine.model.dtype == torch.float32)
-        and all(isinstance(m, AttentionEdit | Contrast | LogitEdit) for m in engine.active)
+        and not (len(ids) == 1 and ids.device.type == "cpu" and host.model.dtype == torch.float32)
+        and all(isinstance(m, AttentionEdit | Contrast | LogitEdit) for m in host.active)
         and all(
             b.tokens is not None
             and len(b.tokens) == len(ids)
@@ -65,16 +66,16 @@ class JointCache(Cache):
         return own
 
 
-class Joint:
+class Joint(JointForward):
     """The joined forwards of one call: row block 0 is the main branch, block i the i-th second branch."""
 
-    def __init__(self, engine: Any, main: Session, branches: list[Any], cache: Any):
-        self.engine, self.branches = engine, branches
+    def __init__(self, host: Host, main: Session, branches: list[Any], cache: Any):
+        self.host, self.branches = host, branches
         self.caches = [cache, *(b.cache for b in branches)]
-        self.sessions = [main, *(engine.sessions[b.cache] for b in branches)]
+        self.sessions = [main, *(host.sessions[b.cache] for b in branches)]
         self.padded = [bool((s.types == PAD).any()) for s in self.sessions]
         self.masks: list[torch.Tensor | None] = []
-        _, first = prompt_positions(engine.model, engine.family, main.call.inputs)
+        _, first = prompt_positions(host.model, host.family, main.call.inputs)
         first = first.repeat_interleave(len(branches[0].tokens) // len(first))
         self.first = torch.cat([first, *(b.next_position.to(first.device) for b in branches)])[:, None]
 
@@ -86,21 +87,23 @@ class Joint:
             session.advance(session.types.shape[1], torch.full_like(ids, TEXT).to(session.types))  # type: ignore[union-attr]
         pairs = zip(self.sessions, self.padded, strict=True)
         self.masks = [(s.types != PAD)[:, None, None] if padded else None for s, padded in pairs]
-        self.ids, self.engine.joint = ids, self
+        self.ids, self.host.joint = ids, self
         positions = self.first + step
         inputs = {
             **{k: v for k, v in kwargs.items() if k not in UNUSED},
             "input_ids": ids.repeat(len(self.sessions), 1),
-            "position_ids": positions.expand(3, -1, -1) if self.engine.family.mrope else positions,
+            "position_ids": positions.expand(3, -1, -1) if self.host.family.mrope else positions,
         }
         return with_cache(inputs, JointCache(self.caches))
 
-    def prepare(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """`Method.prepare` of each branch on its own rows."""
+    def prepare(
+        self, edit: Callable[[Session, dict[str, Any]], dict[str, Any]], kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """The language model's inputs after `edit(session, inputs)` of each branch's own rows."""
         count = len(self.sessions)
         rows = zip(kwargs["inputs_embeds"].chunk(count), kwargs["position_ids"].chunk(count, dim=-2), strict=True)
         own = [
-            self.engine._prepared(session, {**kwargs, "inputs_embeds": x, "position_ids": positions})
+            edit(session, {**kwargs, "inputs_embeds": x, "position_ids": positions})
             for session, (x, positions) in zip(self.sessions, rows, strict=True)
         ]
         embeds, positions = ([k[name] for k in own] for name in ("inputs_embeds", "position_ids"))
@@ -110,23 +113,24 @@ class Joint:
         self, function: Callable[..., Any], module: Any, query: torch.Tensor, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
         """[n B, H, 1, D] -> [n B, 1, H, D], each branch over its own cache."""
-        engine, outputs = self.engine, []
+        host, outputs = self.host, list[torch.Tensor]()
         blocks = zip(self.sessions, self.caches, self.masks, query.chunk(len(self.sessions)), strict=True)
-        engine.joint = None
+        host.joint = None
         try:
-            for engine.session, cache, mask, q in blocks:
+            for host.session, cache, mask, q in blocks:
                 layer = cache.layers[module.layer_idx]
-                view = engine.session.at(module.layer_idx)
+                assert host.session is not None
+                view = host.session.at(module.layer_idx)
                 mask = view.attention_mask(q.device) if isinstance(view, View) else mask
                 mask = mask if mask is None else mask.to(q.device)
                 outputs.append(function(module, q, layer.keys, layer.values, mask, *args, **kwargs)[0])
         finally:
-            engine.session, engine.joint = self.sessions[0], self
+            host.session, host.joint = self.sessions[0], self
         return torch.cat(outputs)
 
-    def part(self, output: Any) -> Any:
-        """Give every branch its logits; what is left is the main branch's output."""
-        self.engine.joint = None
+    def split(self, output: Any) -> Any:
+        """Split the joint output: hand each branch its logits and return the main branch's output."""
+        self.host.joint = None
         logits = output.logits.chunk(len(self.sessions))
         for branch, own in zip(self.branches, logits[1:], strict=True):
             branch.pending, branch.tokens = own[:, -1], torch.cat([branch.tokens, self.ids], dim=1)

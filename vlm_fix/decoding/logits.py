@@ -6,16 +6,20 @@ search, streaming and assisted decoding are all the same to it.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from transformers import LogitsProcessor
 
 from vlm_fix.families.table import image_token_ids
+from vlm_fix.options import GenerateOptions
 from vlm_fix.session import Call, Session
+from vlm_fix.wing import Host, Wing
 
 from .kinds import LogitEdit
 
@@ -35,7 +39,7 @@ class Step:
     @property
     def session(self) -> Session | None:
         """The main branch's session, with what an edit that is an AttentionEdit too has seen; None before the prompt."""
-        return self.processor.engine.main
+        return self.processor.host.main
 
     def seeds(self, seed: int) -> list[int]:
         """One per row, from `seed`, the row's images and tokens: the same whatever else is in the batch."""
@@ -51,21 +55,21 @@ class Step:
 
     def exit(self, layer: int, norm: bool) -> torch.Tensor:
         """[B', V] float32 logits of the input of `layer`, through the final norm (if asked) and the language head."""
-        engine, (rows, first) = self.processor.engine, self.processor.seen[layer]
+        host, (rows, first) = self.processor.host, self.processor.seen[layer]
         x = rows[:, self.index - first]
-        return engine.model.lm_head(engine.language.norm(x) if norm else x).float()
+        return host.model.lm_head(host.language.norm(x) if norm else x).float()
 
 
 class LogitEdits(LogitsProcessor):
     """Applies `edits` in order to the scores [B', V], renormalised; keeps the hidden states they ask for."""
 
-    def __init__(self, engine: Any, edits: list[LogitEdit], call: Call):
-        self.engine, self.edits, self.call = engine, edits, call
+    def __init__(self, host: Host, edits: list[LogitEdit], call: Call):
+        self.host, self.edits, self.call = host, edits, call
         self.seen: dict[
             int, tuple[torch.Tensor, int]
         ] = {}  # layer -> rows [B', n, C], generated tokens before the first
         self.handles = [
-            engine.language.layers[i].register_forward_pre_hook(functools.partial(self._see, i), with_kwargs=True)
+            host.language.layers[i].register_forward_pre_hook(functools.partial(self._see, i), with_kwargs=True)
             for i in sorted({i for e in edits for i in e.exits})
         ]
 
@@ -84,8 +88,8 @@ class LogitEdits(LogitsProcessor):
 
     def _see(self, layer: int, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         """Keep the rows that predict new tokens: one, or several while drafted tokens are checked."""
-        session = self.engine.session
-        if session is None or session.plain or session.branch != "main":
+        session = self.host.editing
+        if session is None or session.branch != "main":
             return
         x = (args[0] if args else kwargs["hidden_states"])[: session.types.shape[0]]  # without joined branches
         first = session.start - (session.prompt_len - 1)
@@ -95,6 +99,33 @@ class LogitEdits(LogitsProcessor):
     @functools.cached_property
     def prompts(self) -> list[int]:
         return fingerprints(self.call)
+
+
+class LogitWing(Wing):
+    """The edits of the next-token distribution, applied after any contrast."""
+
+    order = 50
+
+    def __init__(self, host: Host):
+        super().__init__(host)
+        self.edits = [m for m in host.active if isinstance(m, LogitEdit)]
+
+    @classmethod
+    def claim(cls, host: Host) -> Self | None:
+        wing = cls(host)
+        return wing if wing.edits else None
+
+    def one_graph(self, rows: int) -> bool:
+        return not any(edit.exits for edit in self.edits)
+
+    @contextlib.contextmanager
+    def around_generate(self, call: Call, options: GenerateOptions) -> Iterator[None]:
+        processor = LogitEdits(self.host, self.edits, call)
+        options.processors.append(processor)
+        try:
+            yield
+        finally:
+            processor.close()
 
 
 def fingerprints(call: Call) -> list[int]:

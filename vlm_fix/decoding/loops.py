@@ -16,8 +16,9 @@ from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecod
 from vlm_fix.errors import VlmFixError
 from vlm_fix.families import prompt_positions
 from vlm_fix.families.compat import CACHE_NAMES, cache_of, with_cache
-from vlm_fix.pruning.after import ShortLayer
+from vlm_fix.pruning.cache import ShortLayer
 from vlm_fix.session import Call
+from vlm_fix.wing import Host
 
 from .kinds import Procedure
 
@@ -34,7 +35,7 @@ REFUSED = {
 }
 
 
-def check(method: Procedure, setting: Callable[[str], Any]) -> None:
+def refuse(method: Procedure, setting: Callable[[str], Any]) -> None:
     """VlmFixError, before anything is computed, if generate was asked for something the search does not do."""
     for name, advice in {**REFUSED, **method.refuses}.items():
         value = setting(name)
@@ -48,7 +49,7 @@ def check(method: Procedure, setting: Callable[[str], Any]) -> None:
 class Search:
     """One generate call of a Procedure: a left-padded batch of B prompts, and what generate prepared for it."""
 
-    engine: Any
+    host: Host
     call: Call
     prompt: torch.Tensor  # [B, L] token ids
     processors: Callable[..., torch.Tensor]  # user's and configuration's: (ids [n, L + t], scores [n, V]) -> scores
@@ -59,15 +60,15 @@ class Search:
 
     def prefill(self) -> tuple[Sequences, torch.Tensor]:
         """The prompts in a cache, and the logits [B, V] after them."""
-        model = self.engine.model
+        model = self.host.model
         inputs = model.prepare_inputs_for_generation(self.prompt, is_first_iteration=True, **self.inputs)
         cache = cache_of(inputs)
         if cache is None:
             cache = DynamicCache(config=model.config.get_text_config())
         out = model(**with_cache(inputs, cache), return_dict=True)
-        _, position = prompt_positions(model, self.engine.family, self.call.inputs)
+        _, position = prompt_positions(model, self.host.family, self.call.inputs)
         mask = self.call.inputs["attention_mask"].to(self.prompt.device)
-        return Sequences(self.engine, cache, mask, position), out.logits[:, -1].float()
+        return Sequences(self.host, cache, mask, position), out.logits[:, -1].float()
 
     def beam_step(
         self, prompt: torch.Tensor, tokens: torch.Tensor, scores: torch.Tensor, z: torch.Tensor, done: Any
@@ -116,7 +117,7 @@ class Search:
 class Sequences:
     """n sequences with a cache of their own: `mask` [n, L] and next `position` [n] are the prompts'."""
 
-    engine: Any
+    host: Host
     cache: Any  # a DynamicCache
     mask: torch.Tensor
     position: torch.Tensor
@@ -130,11 +131,11 @@ class Sequences:
         inputs = {
             "input_ids": tokens,
             "attention_mask": torch.cat([self.mask, new], dim=1),
-            "position_ids": positions.expand(3, -1, -1) if self.engine.family.mrope else positions,
+            "position_ids": positions.expand(3, -1, -1) if self.host.family.mrope else positions,
             "use_cache": True,
             "logits_to_keep": 1,
         }
-        out = self.engine.model(**with_cache(inputs, self.cache))
+        out = self.host.model(**with_cache(inputs, self.cache))
         self.length += count
         for layer in self.cache.layers:  # a differentiated step must not reach into the next one
             layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
@@ -152,17 +153,17 @@ class Sequences:
 
     def take(self, rows: torch.Tensor) -> Sequences:
         """Copies of the given rows, with a cache of their own."""
-        cache = DynamicCache(config=self.engine.model.config.get_text_config())
+        cache = DynamicCache(config=self.host.model.config.get_text_config())
         for i, layer in enumerate(self.cache.layers):
             cache.update(layer.keys.index_select(0, rows), layer.values.index_select(0, rows), i)
             if isinstance(layer, ShortLayer):
                 cache.layers[i] = ShortLayer.of(cache.layers[i], layer.dropped)
-        self.engine.sessions[cache] = self.engine.sessions[self.cache].take(rows)
-        return Sequences(self.engine, cache, self.mask[rows], self.position[rows.to(self.position.device)], self.length)
+        self.host.sessions[cache] = self.host.sessions[self.cache].take(rows)
+        return Sequences(self.host, cache, self.mask[rows], self.position[rows.to(self.position.device)], self.length)
 
     def state(self, method: Procedure) -> dict[Any, Any]:
         """What `method.see` noted in the last forward."""
-        return self.engine.sessions[self.cache].state(method)
+        return self.host.sessions[self.cache].state(method)
 
     def need_rollback(self, name: str) -> None:
         """VlmFixError if the cache cannot forget tokens."""
@@ -170,7 +171,7 @@ class Sequences:
             raise VlmFixError(f"{name} rolls its cache back, which sliding-window attention layers cannot do.")
 
 
-def run(engine: Any, method: Procedure, call: Call, streamer: Any) -> Callable[..., Any]:
+def run(host: Host, method: Procedure, call: Call, streamer: Any) -> Callable[..., Any]:
     """The `custom_generate` of generate that runs `method`."""
 
     def loop(
@@ -183,7 +184,7 @@ def run(engine: Any, method: Procedure, call: Call, streamer: Any) -> Callable[.
     ) -> Any:
         inputs.pop("synced_gpus", None)
         found = method.search(
-            Search(engine, call, input_ids, logits_processor, stopping_criteria, generation_config, streamer, inputs)
+            Search(host, call, input_ids, logits_processor, stopping_criteria, generation_config, streamer, inputs)
         )
         if streamer is not None:
             streamer.end()

@@ -1,1 +1,5 @@
-"""Methods that change hidden states: their base class and the hooks that run them."""
+"""Methods that change hidden states: their base class and the wing that runs them."""
+
+from .wing import HiddenWing
+
+__all__ = ["HiddenWing"]

@@ -11,12 +11,16 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from vlm_fix.decoding import ProcedureWing
 from vlm_fix.engine import Engine
 from vlm_fix.errors import VlmFixError
 from vlm_fix.families import prompt_positions, visual_cells
 from vlm_fix.families.compat import with_cache
-from vlm_fix.hidden.hooks import writers
+from vlm_fix.hidden.wing import writers
+from vlm_fix.pruning import PruningWing
+from vlm_fix.pruning.pruners import Pruners
 from vlm_fix.session import PAD, VISUAL, Call, Session, View, pad_to
+from vlm_fix.wing import ATTRIBUTE
 
 
 @dataclass(frozen=True)
@@ -174,12 +178,12 @@ class Probe:
 
     def enter(self, engine: Engine, layer: int, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         """Hook before a layer."""
-        if engine.session is None or engine.session.plain:
+        if engine.editing is None:
             return
         x = (args[0] if args else kwargs["hidden_states"])[0].float()
         ratio = x.abs() / (x.square().mean(dim=-1, keepdim=True) + 1e-6).sqrt()
         phi = (ratio if self.dims is None else ratio[:, list(self.dims)]).amax(dim=-1)
-        session = engine.session.at(layer)
+        session = engine.editing.at(layer)
         if isinstance(session, View) and not session.start:
             index = session.index[0].to(phi.device)
             phi = phi.new_zeros(len(index) + session.dropped).scatter(0, index, phi)
@@ -187,11 +191,11 @@ class Probe:
 
     def leave(self, engine: Engine, what: str, layer: int, module: Any, args: Any, output: Any) -> None:
         """Hook after the module that writes attention's or the MLP's output."""
-        if engine.session is None or engine.session.plain:
+        if engine.editing is None:
             return
         x = output[0] if isinstance(output, tuple) else output
         x = x.view(1, -1, x.shape[-1])  # some MLPs work on [tokens, C]
-        x = x[0, self.first_answering(engine.session.at(layer)) :].float()
+        x = x[0, self.first_answering(engine.editing.at(layer)) :].float()
         self.add(f"{what}_norm", layer, x.norm(dim=-1))
         if self.outputs:
             self.add(what, layer, x.to(self.dtype))
@@ -252,12 +256,14 @@ def observe(
     given.setdefault("attention_mask", torch.ones_like(ids))
     answer = torch.as_tensor([] if answer_ids is None else answer_ids, dtype=torch.long, device=ids.device).flatten()
     with _engine(model) as engine, engine.lock, contextlib.ExitStack() as stack:
-        if engine.cacher:
+        pruning = engine.wing(PruningWing)
+        pruners = pruning.pruners if pruning else Pruners(engine, None, None, None)
+        if pruners.cacher:
             raise VlmFixError(
-                f"{engine.cacher.name} keeps other columns in every head; observe cannot tell them apart."
+                f"{pruners.cacher.name} keeps other columns in every head; observe cannot tell them apart."
             )
-        if engine.pruner and engine.pruner.edits("shrink"):
-            raise VlmFixError(f"{engine.pruner.name} shows the model another image; observe knows this one's patches.")
+        if pruners.pruner and pruners.pruner.edits("shrink"):
+            raise VlmFixError(f"{pruners.pruner.name} shows the model another image; observe knows this one's patches.")
         if sink_dims is not None and any(not 0 <= d < engine.arch.hidden for d in sink_dims):
             raise VlmFixError(f"sink_dims={tuple(sink_dims)} do not fit a model of hidden size {engine.arch.hidden}.")
         call, probe = Call(model, engine.family, given), Probe(tau, sink_dims, dtype, outputs, question, columns)
@@ -265,7 +271,9 @@ def observe(
             raise VlmFixError(
                 "observe needs an image, but the prompt contains no image token: pass images to the processor."
             )
-        engine.refine(call)
+        procedures = engine.wing(ProcedureWing)
+        if procedures:
+            procedures.refine(call)
         cells = visual_cells(model, engine.family, call.inputs)
         for i, layer in enumerate(engine.language.layers):
             written = writers(layer)
@@ -286,7 +294,7 @@ def observe(
 @contextlib.contextmanager
 def _engine(model: Any) -> Iterator[Engine]:
     """The engine on the model, or one without methods for as long as this lasts."""
-    engine = model.__dict__.get("_vlm_fix_engine")
+    engine = vars(model).get(ATTRIBUTE)
     if engine and engine.installed:
         yield engine
         return
@@ -335,7 +343,7 @@ def _collect(
     depth = engine.arch.depth
     assert session.types is not None
     types = session.types[0].cpu()
-    prompt = engine._classify(call.inputs["input_ids"], None)[0].cpu() == VISUAL
+    prompt = engine.classify(call.inputs["input_ids"])[0].cpu() == VISUAL
     entered = torch.ones(int(prompt.sum()), dtype=torch.bool)
     if session.kept is not None:
         places = torch.zeros_like(prompt).index_fill(

@@ -1,1 +1,5 @@
-"""Dropping visual tokens: encoder scores without eager attention, and the surgery before the language model."""
+"""Methods that drop image tokens: their base classes and the wing that runs them."""
+
+from .wing import PruningWing
+
+__all__ = ["PruningWing"]

@@ -7,7 +7,6 @@ mask and renumbers the positions. The cache is shorter than generate believes, w
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,99 +16,84 @@ from vlm_fix.families import FAMILIES, anyres_index, anyres_side, get_part
 from vlm_fix.session import PAD, VISUAL, Session, left_pack
 
 from . import shrink
+from .columns import ImageColumns, Kept
 from .encoder import ImageTokens, capture
 from .merge import TokenMerger
+from .pruners import Pruners
 
 
-@dataclass
-class Kept:
-    """What is left of a prompt: its mask [B, n], the last position id [..., B, 1], and its length before pruning.
-
-    `index` [B, n] are the kept columns' places in the whole prompt.
-    """
-
-    mask: torch.Tensor
-    last_position: torch.Tensor
-    full_length: int
-    index: torch.Tensor
-
-    def repeat(self, times: int) -> None:
-        """Repeat every row for beams, in place."""
-        self.mask = self.mask.repeat_interleave(times, dim=0)
-        self.index = self.index.repeat_interleave(times, dim=0)
-        self.last_position = self.last_position.repeat_interleave(times, dim=-2)
-
-    def take(self, rows: torch.Tensor) -> Kept:
-        """The given rows."""
-        mask, index, last = self.mask[rows], self.index[rows], self.last_position.index_select(-2, rows)
-        return dataclasses.replace(self, mask=mask, index=index, last_position=last)
-
-
-def install(engine: Any) -> list[Any]:
-    """The hooks of engine.pruner, and of what else needs to know which image a column shows."""
-    pruner = engine.pruner
-    if pruner and engine.family.mrope and pruner.positions == "compact":
+def check(pruners: Pruners) -> None:
+    """Raise VlmFixError where the model's positions or vision tower do not go with the pruners."""
+    host, pruner = pruners.host, pruners.pruner
+    if pruner and host.family.mrope and pruner.positions == "compact":
         raise VlmFixError(
             f"{pruner.name}: positions=compact has no meaning for M-RoPE's 3-D positions; use positions=original."
         )
-    pruners = engine.shortens
-    layers = {layer for m in pruners for layer in m.encoder_layers(engine.arch) or ()}
-    handles: list[Any] = []
-    if engine.family.encoder is None and (pruner or layers):
+    if host.family.encoder is None and (pruner or pruners.encoder_layers):
         known = ", ".join(f.name for f in FAMILIES if f.encoder)
         raise VlmFixError(
-            f"{pruners[0].name} cannot read the vision tower of {engine.family.name} models; it works with {known}."
+            f"{pruners.all[0].name} cannot read the vision tower of {host.family.name} models; it works with {known}."
         )
+    shrinks = pruner and pruner.edits("shrink")
+    if shrinks and host.family.cells == "anyres" and pruner.keep is not None and pruner.keep > 1:
+        raise VlmFixError(
+            f"{pruner.name}: {host.family.name} cuts images into crops; give keep as a share, such as keep=0.33."
+        )
+
+
+def install(pruners: Pruners) -> list[Any]:
+    """The hooks of the TokenPruner, and of what else needs to know which image a column shows."""
+    host, pruner = pruners.host, pruners.pruner
+    handles: list[Any] = []
     if pruner and pruner.edits("shrink"):
-        if engine.family.cells == "anyres" and pruner.keep is not None and pruner.keep > 1:
-            raise VlmFixError(
-                f"{pruner.name}: {engine.family.name} cuts images into crops; give keep as a share, such as keep=0.33."
-            )
-        handles = shrink.install(engine, pruner.shrink)
-    elif engine.family.encoder:
-        handles = capture(engine, get_part(engine.model, engine.family.vision), tuple(layers))
+        handles = shrink.install(host, pruner.shrink)
+    elif host.family.encoder:
+        handles = capture(host, get_part(host.model, host.family.vision), pruners.encoder_layers)
 
     def hook(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-        session = engine.session
-        if session is None or session.plain:
+        session = host.editing
+        if session is None:
             return None
         if session.start == 0 and max(session.last_visual) >= 0:
-            match(engine, session)
-            return (args, prune(engine, session, kwargs)) if pruner else None
+            match(pruners, session)
+            return (args, prune(pruners, session, kwargs)) if pruner else None
         if session.start and bool((session.types[:, session.start :] == VISUAL).any()):
-            raise VlmFixError(f"{pruners[0].name} takes the whole prompt at once; do not feed its images in pieces.")
+            raise VlmFixError(
+                f"{pruners.all[0].name} takes the whole prompt at once; do not feed its images in pieces."
+            )
         return (args, follow(session, kwargs)) if session.kept else None
 
     def refuse(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if kwargs.get("labels") is not None:
-            raise VlmFixError(f"{pruners[0].name} drops tokens, so labels have no place: unwrap the model for a loss.")
+            raise VlmFixError(
+                f"{pruners.all[0].name} drops tokens, so labels have no place: unwrap the model for a loss."
+            )
 
-    handles.append(engine.model.register_forward_pre_hook(refuse, with_kwargs=True))
-    return [*handles, engine.language.register_forward_pre_hook(hook, with_kwargs=True)]
+    handles.append(host.model.register_forward_pre_hook(refuse, with_kwargs=True))
+    return [*handles, host.language.register_forward_pre_hook(hook, with_kwargs=True)]
 
 
-def prune(engine: Any, session: Session, kwargs: dict[str, Any]) -> dict[str, Any]:
+def prune(pruners: Pruners, session: Session, kwargs: dict[str, Any]) -> dict[str, Any]:
     """The prompt's language-model inputs without the dropped tokens; unchanged if everything is kept."""
     types, embeds = session.types, kwargs["inputs_embeds"]
-    assert types is not None
-    keep, embeds = choose(engine, session, types, embeds)
+    keep, embeds = choose(pruners, session, types, embeds)
     if bool((keep | (types == PAD)).all()):
         return kwargs
     index, mask = left_pack(keep & (types != PAD))
     positions = kwargs.get("position_ids")
     if positions is None:
         positions = ((types != PAD).long().cumsum(-1) - 1).clamp(min=0)
-    default = "original" if engine.family.mrope else "compact"
-    if (engine.pruner.positions or default) == "compact":
+    default = "original" if pruners.host.family.mrope else "compact"
+    if (pruners.pruner.positions or default) == "compact":
         positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
     else:
         positions = positions.expand(*positions.shape[:-2], len(index), -1).gather(
             -1, index.expand(*positions.shape[:-2], *index.shape)
         )
     session.kept = Kept(mask.long(), positions[..., -1:], types.shape[1], index)
-    assert session.prompt_len is not None and session.images is not None
     session.prompt_len += index.shape[1] - types.shape[1]
-    session.images = session.images.gather(1, index) * mask
+    shown = session.part(ImageColumns)
+    shown.images = shown.images.gather(1, index) * mask
     session.advance(0, torch.where(mask, types.gather(1, index), PAD).to(types.dtype))
     return {
         **kwargs,
@@ -129,27 +113,26 @@ def follow(session: Session, kwargs: dict[str, Any]) -> dict[str, Any]:
     return {**kwargs, "attention_mask": torch.cat([kept.mask, later.to(kept.mask)], dim=1), "position_ids": positions}
 
 
-def match(engine: Any, session: Session) -> None:
-    """Find each image's columns: session.images [B, n] numbers them by row, session.vision holds what the tower saw.
+def match(pruners: Pruners, session: Session) -> None:
+    """Find each image's columns: `ImageColumns` numbers them by row and holds what the tower saw.
 
     Where nobody reads the tower's crops, an image (or one of its tiles) is an unbroken run of image tokens.
     """
-    call, types, family = session.call, session.types, engine.family
-    assert types is not None
-    reads = engine.pruner or any(m.encoder_layers(engine.arch) for m in engine.shortens)
+    call, types, family = session.call, session.types, pruners.host.family
+    reads = pruners.pruner or pruners.encoder_layers
     if family.cells == "anyres" and reads:
-        match_crops(engine, session)
+        match_crops(pruners, session)
         return
     seen: list[Any] = call.vision
     sizes = [image.grid[0] * image.grid[1] for image in seen]
     if family.encoder is None and family.cells == "sizes":  # rows of an image end in a token of their own
-        side = engine.model.config.vision_config.patch_size * engine.model.config.spatial_merge_size
+        side = pruners.host.model.config.vision_config.patch_size * pruners.host.model.config.spatial_merge_size
         sizes = [(h // side) * (w // side) for h, w in call.inputs["image_sizes"].tolist()]
         seen = [None] * len(sizes)
     elif family.encoder is None or family.cells == "anyres":
         visual = types == VISUAL
         begins = visual & ~torch.nn.functional.pad(visual, (1, 0))[:, :-1]
-        session.images = (begins.cumsum(dim=1) * visual).to(torch.int16)
+        session.part(ImageColumns).images = (begins.cumsum(dim=1) * visual).to(torch.int16)
         return
     # generate before transformers 5.18 runs the tower once per beam; later ones once per prompt, shared by its beams
     times = 1 if sum(sizes) == int((types == VISUAL).sum()) else types.shape[0] // call.batch
@@ -160,7 +143,7 @@ def match(engine: Any, session: Session) -> None:
             image, size = next(images, (None, 0))
             if not 0 < size <= len(columns):
                 raise VlmFixError(
-                    f"{engine.shortens[0].name} could not match the image tokens to the vision tower's patches; pass "
+                    f"{pruners.all[0].name} could not match the image tokens to the vision tower's patches; pass "
                     "pixel_values of images (no video, no pre-computed features) with "
                     "vision_feature_select_strategy='default'."
                 )
@@ -168,16 +151,15 @@ def match(engine: Any, session: Session) -> None:
             numbers[row * times : (row + 1) * times, columns[:size]] = len(found)
             columns = columns[size:]
         rows += [found] * times
-    session.images, session.vision = numbers, rows
+    session.parts[ImageColumns] = ImageColumns(numbers, rows)
 
 
-def match_crops(engine: Any, session: Session) -> None:
+def match_crops(pruners: Pruners, session: Session) -> None:
     """The same for images of several crops: each crop is an image of its own, `here` says which of its tokens are left.
 
-    Newline columns belong to no image; `session.newlines` says where their rows begin.
+    Newline columns belong to no image; `ImageColumns.newlines` says where their rows begin.
     """
-    call, types, base = session.call, session.types, get_part(engine.model, engine.family.base)
-    assert types is not None
+    call, types, base = session.call, session.types, get_part(pruners.host.model, pruners.host.family.base)
     packed = anyres_index(base, call.inputs) if "image_sizes" in call.inputs else []
     size = anyres_side(base) ** 2
     tiles = [int(index.max()) // size + 1 for index in packed]
@@ -185,7 +167,7 @@ def match_crops(engine: Any, session: Session) -> None:
     packed, times = [index for index in packed for _ in range(runs)], types.shape[0] // call.batch // runs
     if any(bool((index == -2).any()) for index in packed):
         raise VlmFixError(
-            f"{engine.shortens[0].name}: the image is larger than the model's {base.config.vision_aspect_ratio}, so that "
+            f"{pruners.all[0].name}: the image is larger than the model's {base.config.vision_aspect_ratio}, so that "
             "its packed features are resized and belong to no patch; give the processor a smaller image."
         )
     pictures, crops = iter(packed), iter(call.vision)
@@ -196,7 +178,7 @@ def match_crops(engine: Any, session: Session) -> None:
             index = next(pictures, None)
             if index is None or len(index) > len(columns):
                 raise VlmFixError(
-                    f"{engine.shortens[0].name} could not match the image tokens to the vision tower's patches; pass the "
+                    f"{pruners.all[0].name} could not match the image tokens to the vision tower's patches; pass the "
                     "processor's whole output: pixel_values and image_sizes of images (no video)."
                 )
             index = index.to(columns.device)
@@ -213,24 +195,24 @@ def match_crops(engine: Any, session: Session) -> None:
             columns = columns[len(index) :]
         rows += [found] * times
         newlines += [ends] * times
-    session.images, session.vision, session.newlines = numbers, rows, newlines
+    session.parts[ImageColumns] = ImageColumns(numbers, rows, newlines)
 
 
 @torch.no_grad()
 def choose(
-    engine: Any, session: Session, types: torch.Tensor, embeds: torch.Tensor
+    pruners: Pruners, session: Session, types: torch.Tensor, embeds: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """[B, L] True for text and kept visual columns, and the embeddings, merged ones replaced; image by image."""
-    keep, pruner = types != VISUAL, engine.pruner
+    keep, pruner = types != VISUAL, pruners.pruner
     merges = isinstance(pruner, TokenMerger)
     embeds = embeds.clone() if merges else embeds
-    assert session.images is not None
-    for row, images in enumerate(session.vision):
-        if row and images is session.vision[row - 1]:  # a beam of the same prompt
+    shown = session.part(ImageColumns)
+    for row, images in enumerate(shown.vision):
+        if row and images is shown.vision[row - 1]:  # a beam of the same prompt
             keep[row], embeds[row] = keep[row - 1], embeds[row - 1] if merges else embeds[row]
             continue
         for number, image in enumerate(images, 1):
-            columns = (session.images[row] == number).nonzero()[:, 0]
+            columns = (shown.images[row] == number).nonzero()[:, 0]
             image.features = features_of(image, embeds[row, columns.to(embeds.device)])
             own = share(pruner, image.siblings)
             index, merged = own.reduce(image) if merges else (own.select(image), None)
@@ -244,7 +226,7 @@ def choose(
             keep[row, chosen] = True
             if merged is not None:
                 embeds[row, chosen.to(embeds.device)] = merged[left.to(merged.device)].to(embeds)
-        for start, end in session.newlines[row] if session.newlines else ():
+        for start, end in shown.newlines[row] if shown.newlines else ():
             keep[row, end] = keep[row, start:end].any()
     return keep, embeds
 

@@ -14,6 +14,7 @@ from transformers.vision_utils import get_vision_window_index
 
 from vlm_fix.errors import VlmFixError
 from vlm_fix.families.table import vision_blocks
+from vlm_fix.wing import Host, engine_of
 
 Heads = tuple[torch.Tensor, torch.Tensor, float]
 """Queries and keys [H, S, D] of one image in the tower's own order of its S columns, and the scale of their product."""
@@ -172,7 +173,7 @@ class Qwen25VL:
             start += n
 
 
-def capture(engine: Any, tower: nn.Module, layers: tuple[int, ...], into: str = "vision") -> list[Any]:
+def capture(engine: Host, tower: nn.Module, layers: tuple[int, ...], into: str = "vision") -> list[Any]:
     """Hooks that append one ImageTokens per image to the running call (its list `into`) whenever the tower runs."""
     encoder: Any = {"clip": Clip, "qwen2_5_vl": Qwen25VL}[engine.family.encoder](engine.model)
     blocks, seen = vision_blocks(engine.model, engine.family), {}
@@ -204,7 +205,7 @@ def capture(engine: Any, tower: nn.Module, layers: tuple[int, ...], into: str = 
 
 def views(call: Any) -> list[ImageTokens]:
     """`call.views` of the call's images, once each: the tower runs again if it ran once per beam, or not yet."""
-    engine = call.model.__dict__["_vlm_fix_engine"]
+    engine = engine_of(call.model)
     tokens = int(torch.isin(call.inputs["input_ids"].cpu(), engine.tokens).sum())
     if sum(image.grid[0] * image.grid[1] for image in call.views) != tokens:
         call.views.clear()

@@ -8,138 +8,38 @@ further as the answer grows, and lay columns aside that only some steps compute.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
 from vlm_fix.errors import VlmFixError
 from vlm_fix.families.compat import cache_of
-from vlm_fix.method import Layers, Method, param
 from vlm_fix.session import PAD, VISUAL, Session, View, left_pack
+from vlm_fix.wing import Host
 
-from .after import (
-    Seen,
-    ShortLayer,
-    attention_chunks,
-    by_head,
-    check_model,
-    rotated,
-    rows_attention,
-    share_of,
-    top_per_image,
-)
+from .after import check_model
+from .cache import ShortLayer, SplitLayer, take
+from .columns import ImageColumns
+from .kinds import Cached, CachePruner, share_of, top_per_image
+from .rows import Seen
 
 
-@dataclass
-class Cached:
-    """One layer after its self-attention, as a CachePruner sees it: n columns, left-padded; keys are rotated.
-
-    After the prompt `keys` and `values` are all of it, whatever was dropped since; after a later step what it computed.
-    """
-
-    engine: Any
-    layer: int
-    session: Session
-    seen: Seen  # seen.x [B, q, C]: what went into self-attention; after the prompt q = n
-    keys: torch.Tensor  # [B, Hkv, n, D]
-    values: torch.Tensor  # [B, Hkv, n, D]
-    valid: torch.Tensor  # [B, n] False on padding
-    projected: torch.Tensor | None = None  # after a step: [B, q, H D] what q_proj made of seen.x
-
-    def last_row(self) -> torch.Tensor:
-        """[B, n] causal softmax attention of the prompt's last token, mean over heads."""
-        rows = torch.zeros_like(self.valid)
-        assert self.session.prompt_len is not None
-        rows[:, self.session.prompt_len - 1] = True
-        return rows_attention(self.seen, rows, self.valid)[:, 0]
-
-    def step_rows(self) -> torch.Tensor:
-        """[B, H, q, n] softmax attention of the rows of a step after the prompt."""
-        assert self.projected is not None
-        attn, view = self.seen.attn, self.session.at(self.layer)
-        assert isinstance(view, View)
-        cos, sin = (t.expand(len(self.projected), -1, -1) for t in self.seen.rotary)
-        mask = view.attention_mask(self.keys.device)
-        query = rotated(attn, by_head(attn, self.projected), cos, sin)
-        chunks = [*attention_chunks(query, self.keys, None if mask is None else mask[:, 0], attn.scaling)]
-        return torch.cat(chunks, dim=2) if len(chunks) > 1 else chunks[0]
+def check(host: Host, cacher: CachePruner) -> None:
+    """Raise VlmFixError for decoders that do not go with the pruner."""
+    check_model(host, cacher, prompt=False)
 
 
-@dataclass(frozen=True)
-class CachePruner(Method):
-    """Drops keys and values of visual tokens after the prompt. Overwrite `scores`."""
-
-    name: ClassVar[str] = "cache_pruner"
-    kind: ClassVar[str] = "pruning"
-
-    keep: float = param(0.5, "keys kept per image and layer: a count (> 1) or a share in (0, 1]", above=0)
-    layers: Layers = param(None, "language-model layers whose cache is pruned")
-
-    @property
-    def neutral(self) -> bool:
-        return self.keep == 1
-
-    @property
-    def wanders(self) -> bool:
-        """True if what a step computes depends on the steps before it: rows then cannot change places, as beams do."""
-        return False
-
-    def scores(self, cached: Cached) -> torch.Tensor:
-        """[B, Hkv, n] or [B, 1, n] (the same choice in all heads); the highest of each image's columns are kept."""
-        raise NotImplementedError
-
-    def before_step(self, session: Session, i: int, layer: SplitLayer) -> None:
-        """If it wanders: before layer i computes a step after the prompt."""
-
-    def after_prompt(self, cached: Cached, scores: torch.Tensor, layer: SplitLayer) -> None:
-        """If it wanders: `layer` was pruned to the columns of session.at(i), whose scores are [B, m]."""
-
-    def after_step(self, cached: Cached, layer: SplitLayer) -> None:
-        """If it wanders: after a step's self-attention over the columns of session.at(i)."""
-
-
-class SplitLayer(ShortLayer):
-    """A ShortLayer that can lay columns aside: `keys` and `values` are what a step computes, the rest stays stored."""
-
-    aside: tuple[torch.Tensor, torch.Tensor] | None = None  # keys, values [B, Hkv, r, D]
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)
-        if self.aside:
-            keys, values = (t.repeat_interleave(repeats, dim=0) for t in self.aside)
-            self.aside = keys, values
-
-    def crop(self, tokens_to_remove: int) -> None:
-        if tokens_to_remove:
-            raise VlmFixError(_ONE_WAY)
-
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:  # type: ignore[override]
-        raise VlmFixError(_ONE_WAY)
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        raise VlmFixError(_ONE_WAY)
-
-
-_ONE_WAY = (
-    "this pruner chooses what a step computes by the steps before it, so that its cache cannot be rolled back, nor its "
-    "rows moved: decode greedily or by sampling, or take another pruner."
-)
-
-
-def install(engine: Any) -> list[Any]:
-    """The hooks of engine.cacher."""
-    cacher = engine.cacher
-    check_model(engine, cacher, prompt=False)
+def install(host: Host, cacher: CachePruner) -> list[Any]:
+    """The hooks of a CachePruner."""
     projected: dict[int, torch.Tensor] = {}  # from q_proj to the end of the same self-attention
 
     def note(i: int, module: Any, args: Any, output: torch.Tensor) -> None:
-        if engine.session is not None and not engine.session.plain and engine.session.start:
+        if host.editing is not None and host.editing.start:
             projected[i] = output
 
     def enter(i: int, module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-        session, cache = engine.session, cache_of(kwargs)
-        if session is None or session.plain or not session.start or not isinstance(session.at(i), View):
+        session, cache = host.editing, cache_of(kwargs)
+        if session is None or not session.start or not isinstance(session.at(i), View):
             return None
         if cacher.wanders and cache is not None:
             cacher.before_step(session, i, cache.layers[i])
@@ -147,8 +47,8 @@ def install(engine: Any) -> list[Any]:
         return args, {**kwargs, "attention_mask": session.at(i).attention_mask(x.device), "position_ids": None}
 
     def leave(i: int, attn: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        session, cache = engine.session, cache_of(kwargs)
-        if session is None or session.plain or max(session.last_visual) < 0:
+        session, cache = host.editing, cache_of(kwargs)
+        if session is None or max(session.last_visual) < 0:
             return
         if session.start and not (cacher.wanders and isinstance(session.at(i), View)):
             return
@@ -158,15 +58,15 @@ def install(engine: Any) -> list[Any]:
         types = session.at(i).types if session.start else session.types
         seen = Seen(attn, x, kwargs["position_embeddings"], layer.keys)
         cached = Cached(
-            engine, i, session, seen, layer.keys, layer.values, types.to(x.device) != PAD, projected.pop(i, None)
+            host, i, session, seen, layer.keys, layer.values, types.to(x.device) != PAD, projected.pop(i, None)
         )
         with torch.no_grad():
             if session.start:
                 cacher.after_step(cached, layer)
             else:
-                cache.layers[i] = prune(cached, layer)
+                cache.layers[i] = prune(cacher, cached, layer)
 
-    layers = [(i, engine.language.layers[i]) for i in cacher.layers]
+    layers = [(i, host.language.layers[i]) for i in cacher.layers]
     return [
         *(m.register_forward_pre_hook(functools.partial(enter, i), with_kwargs=True) for i, m in layers),
         *(m.self_attn.register_forward_hook(functools.partial(leave, i), with_kwargs=True) for i, m in layers),
@@ -174,12 +74,11 @@ def install(engine: Any) -> list[Any]:
     ]
 
 
-def prune(cached: Cached, layer: Any) -> ShortLayer:
+def prune(cacher: CachePruner, cached: Cached, layer: Any) -> ShortLayer:
     """The cache layer after the prompt, thinned out; session.views[i] tells its columns from then on."""
-    cacher, session = cached.engine.cacher, cached.session
+    session = cached.session
     short = (SplitLayer if cacher.wanders else ShortLayer).of(layer, 0)  # refuses what cannot be thinned out
-    assert session.images is not None
-    images = session.images.to(cached.valid.device)
+    images = session.part(ImageColumns).images.to(cached.valid.device)
     scores = cacher.scores(cached)
     quota = functools.partial(share_of, cacher.keep)
     stays = (images == 0) & cached.valid
@@ -203,18 +102,9 @@ def shorten(session: Session, i: int, layer: ShortLayer, keep: torch.Tensor) -> 
     return index
 
 
-def take(parts: Any, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Columns `index` [B, Hkv or 1, m] of keys and values [B, Hkv, n, D]: row by row, far faster than gather on a CPU."""
-    batch, heads, n, _ = parts[0].shape
-    first = n * torch.arange(batch * heads, device=index.device).view(batch, heads, 1)
-    keys, values = (torch.nn.functional.embedding(first + index, x.flatten(0, 2)) for x in parts)
-    return keys, values
-
-
 def lay_aside(session: Session, i: int, layer: SplitLayer, core: torch.Tensor, state: dict[str, torch.Tensor]) -> None:
     """The next steps compute text and the visual columns `core` [B, m] alone; `state` remembers what else is stored."""
     view = session.at(i)
-    assert view.types is not None
     types = view.types.to(core.device)
     away = (types == VISUAL) & ~core
     if not away.any():
@@ -230,7 +120,6 @@ def take_back(session: Session, i: int, layer: SplitLayer, state: dict[str, torc
     if layer.aside is None:
         return
     view = session.at(i)
-    assert view.types is not None
     device, types = view.types.device, view.types
     stored = state.pop("real").to(device)
     real = torch.cat([stored, types != PAD], dim=1)

@@ -1,0 +1,108 @@
+"""What attention edits need on a model: the attention function's handle on each layer, and hooks before watched layers."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+
+from vlm_fix import compiled
+from vlm_fix.errors import VlmFixError
+from vlm_fix.method import Method
+from vlm_fix.session import Session
+from vlm_fix.wing import Host, Wing
+
+from .edits import AttentionEdit
+
+STAGES = ("logits", "log_weights", "weights", "heads", "see", "hides")
+
+
+@dataclass(frozen=True)
+class LayerHandle:
+    """What the attention function finds on an attention module."""
+
+    engine: Host
+    layer: int
+    stack: list[AttentionEdit]  # equal stacks of several layers are one list
+
+
+class AttentionWing(Wing):
+    """The active attention edits, layer by layer. It is always there: the attention function finds the engine by it."""
+
+    order = 20
+
+    def __init__(self, host: Host):
+        super().__init__(host)
+        self.edits = [m for m in host.active if isinstance(m, AttentionEdit)]
+        stacks = self._by_layer(lambda edit: any(map(edit.edits, STAGES)))
+        self.stacks = [next(s for s in stacks if s == stack) for stack in stacks]
+        self.watchers = self._by_layer(lambda edit: edit.edits("watch"))
+
+    @classmethod
+    def claim(cls, host: Host) -> Self | None:
+        return cls(host)
+
+    def _by_layer(self, wanted: Callable[[AttentionEdit], bool]) -> list[list[AttentionEdit]]:
+        """The edits of each layer that are `wanted`."""
+        chosen = [edit for edit in self.edits if wanted(edit)]
+        return [[edit for edit in chosen if i in (edit.layers or ())] for i in range(self.host.arch.depth)]
+
+    def check(self) -> None:
+        kinds = {m.name for m in self.host.active if getattr(m, "contrasts", False)}
+        alone = [edit.name for edit in self.edits if edit.branch == "negative"]
+        if alone and not kinds:
+            raise VlmFixError(f"{alone[0]}: branch=negative needs a contrast method beside it, as in vcd.")
+
+    def one_graph(self, rows: int) -> bool:
+        return True
+
+    def install(self) -> Iterable[Any]:
+        handles = []
+        for i, layer in enumerate(self.host.language.layers):
+            layer.self_attn._vlm_fix = LayerHandle(self.host, i, self.stacks[i])
+            handles.append(_Attribute(layer.self_attn, "_vlm_fix"))
+            if self.watchers[i]:
+                self.host.callbacks["watch", i] = functools.partial(self._show, i)
+                hook = functools.partial(self._watch, i)
+                handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+        return handles
+
+    def on_prompt(self, session: Session) -> None:
+        for edit in self.edits:
+            if edit.edits("begin") and edit.acts_in(session.branch):
+                edit.begin(session, session.call)
+
+    def _watch(self, layer: int, module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        x = args[0] if args else kwargs["hidden_states"]
+        new = compiled.through(self.host, "watch", layer, x, x.shape[1])
+        if new is None:
+            return None
+        return ((new, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": new})
+
+    def _show(self, layer: int, x: torch.Tensor) -> None:
+        """Show a layer's input [B, q, C] to the edits that ask for it."""
+        if self.host.editing is None:
+            return
+        sessions = self.host.joint.sessions if self.host.joint else [self.host.editing]
+        for session, rows in zip(sessions, x.chunk(len(sessions)), strict=True):
+            for edit in (e for e in self.watchers[layer] if e.acts_in(session.branch)):
+                edit.watch(rows, layer, session.at(layer))
+
+    def unused(self, session: Session) -> Iterator[tuple[Method, str]]:
+        for edit in dict.fromkeys(edit for stack in self.stacks for edit in stack):
+            if not (edit in self.host.touched and edit.acted(session)):
+                yield edit, edit.idle_reason
+
+
+@dataclass
+class _Attribute:
+    """An attribute put on a module, to be taken off like a hook."""
+
+    module: Any
+    name: str
+
+    def remove(self) -> None:
+        vars(self.module).pop(self.name, None)

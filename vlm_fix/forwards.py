@@ -1,0 +1,175 @@
+"""Forwards of a wrapped model: each finds the session of its KV cache, or opens one, and classifies its new columns."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from vlm_fix import compiled
+from vlm_fix.attention import NAME
+from vlm_fix.errors import VlmFixError
+from vlm_fix.families import prompt_positions
+from vlm_fix.families.compat import CACHE, cache_of, versions
+from vlm_fix.session import PAD, TEXT, Call, Session
+from vlm_fix.wing import Host
+
+
+class Forwards(Host):
+    """The hooks before and after the multimodal model's forward."""
+
+    def one_graph(self, rows: int) -> bool:
+        """True if a forward of this many query rows can run inside one compiled graph."""
+        return all(wing.one_graph(rows) for wing in self.wings)
+
+    def _enter(self, module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        """Before the multimodal model's forward: find or open the session and classify the new columns."""
+        ids = args[0] if args else kwargs.get("input_ids")
+        if ids is not None and compiled.tracing(self, ids.shape[1]):
+            return compiled.enter(self, args, kwargs)
+        return self._entered(module, args, kwargs)
+
+    @compiled.uncompiled
+    def _entered(self, module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        if self.session is not None and self.session.plain:  # a pass that only observes
+            return None
+        self._refuse_forward(module, kwargs)
+        ids, cache = args[0] if args else kwargs.get("input_ids"), cache_of(kwargs)
+        kinds = self.classify(ids, kwargs.get("inputs_embeds"))
+        past = 0 if cache is None else int(cache.get_seq_length())
+        self.session = self.joint = None  # if anything below fails, the next forward must not see an old one
+        session = self.sessions.get(cache) if cache is not None else None
+        if cache is None:
+            self._check_cacheless(ids, kwargs)
+        if session is None:
+            session = self._open(self.call or self._bare_call(ids, kwargs), past, kinds)
+            if cache is not None:
+                self.sessions[cache] = session
+        self._advance(session, past, kinds, kwargs.get("attention_mask"))
+        changed = (wing.enter(session, args, kwargs) for wing in self.wings)
+        return next((c for c in changed if c is not None), None)
+
+    def enter_compiled(self, ids: torch.Tensor, mask: torch.Tensor | None, past: int) -> None:
+        """`_enter` when a compiled graph runs: `generate` has one session, and it is the main one."""
+        self.session = None
+        assert self.call is not None
+        session, kinds = self.main if past else None, self.classify(ids)
+        if past and session is None and self.call.cache is not None:  # the next turn on a kept cache
+            session = self.sessions.get(self.call.cache)
+        self._advance(session or self._open(self.call, past, kinds), past, kinds, mask)
+
+    def _refuse_forward(self, module: Any, kwargs: dict[str, Any]) -> None:
+        if kwargs.get("output_attentions") or module.config.output_attentions:
+            raise VlmFixError(
+                "attention weights are never formed here: drop output_attentions=True, or unwrap the model first."
+            )
+        if "cu_seq_lens_q" in kwargs:
+            raise VlmFixError(
+                "packed sequences (cu_seq_lens) are not supported; pass a padded batch with its attention_mask."
+            )
+        now = module.config.get_text_config()._attn_implementation
+        if now != NAME:
+            raise VlmFixError(
+                f"attention was set to {now!r} after wrap, past every method: unwrap the model, then wrap it."
+            )
+
+    def _check_cacheless(self, ids: torch.Tensor | None, kwargs: dict[str, Any]) -> None:
+        """Refuse a decode step whose cache is not among its arguments: every method would silently do nothing."""
+        mask = kwargs.get("attention_mask")
+        again = self.call is not None and self.main is not None and self.main.call is self.call
+        if again and kwargs.get("use_cache") is not False:
+            what = "a later forward of generate came without a cache"
+        elif ids is not None and isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.shape[1] > ids.shape[1]:
+            what = "a decode step came without a cache"
+        else:
+            return
+        raise VlmFixError(
+            f"{what}, so no method can act in it: {versions()} does not hand caches on in a way known here, or the model "
+            f"was called without {CACHE}=. Run `vlm-fix doctor`, or unwrap the model."
+        )
+
+    def _open(self, call: Call, past: int, kinds: torch.Tensor) -> Session:
+        """A new session of the main branch."""
+        if past:
+            raise VlmFixError("the cache was filled while the model was not wrapped; start from the whole prompt.")
+        return Session(call, prompt_len=call.inputs["input_ids"].shape[1] if self.call else kinds.shape[1])
+
+    def _advance(self, session: Session, past: int, kinds: torch.Tensor, mask: Any) -> None:
+        """The session of this forward with its new columns, of `kinds` [B, q]; a new prompt begins."""
+        fresh = session.fresh
+        if session.branch == "main" and self.call is not None and (fresh or session.call is not self.call):
+            fresh, session.call = True, self.call  # a new prompt, or the next turn on a kept cache
+            session.prompt_len = self.call.inputs["input_ids"].shape[1]
+        elif session.branch == "main" and self.call is None and (fresh or kinds.shape[1] > 1):
+            session.prompt_len = past + kinds.shape[1]
+        if past >= session.prompt_len:  # an image token that the model generates shows no image
+            kinds = torch.full_like(kinds, TEXT)
+        kinds = self._without_padding(session, past, kinds, mask)
+        session.advance(past, kinds)
+        if session.branch == "main" and self.call is not None:
+            self.main = session
+        if fresh:
+            self._begin(session)
+        self.session = session
+
+    def _without_padding(self, session: Session, past: int, kinds: torch.Tensor, mask: Any) -> torch.Tensor:
+        """`kinds` [B, q] with PAD where a prompt's mask says so; VlmFixError where a prompt ends in padding."""
+        if past >= session.prompt_len:
+            return kinds
+        if not isinstance(mask, torch.Tensor) or mask.dim() != 2:  # a static cache's masks come ready-made
+            mask = session.call.inputs.get("attention_mask")
+        if mask is not None and mask.dim() == 2 and mask.shape[1] >= past + kinds.shape[1]:
+            mask = mask.repeat_interleave(len(kinds) // len(mask), dim=0)
+            kinds = torch.where(mask[:, past : past + kinds.shape[1]].to(kinds.device) == 0, PAD, kinds)
+        last = session.prompt_len - 1 - past
+        if last < kinds.shape[1] and bool((kinds[:, last] == PAD).any()):
+            raise VlmFixError(
+                "a prompt is padded on the right, so that its last token is not where methods act; pad on the left: "
+                'processor.tokenizer.padding_side = "left".'
+            )
+        return kinds
+
+    def _bare_call(self, ids: torch.Tensor | None, kwargs: dict[str, Any]) -> Call:
+        """The call of a forward outside `generate`."""
+        given = {k: v for k, v in kwargs.items() if isinstance(v, torch.Tensor)} | {"input_ids": ids}
+        if ids is not None and given.get("attention_mask") is None:
+            given["attention_mask"] = torch.ones_like(ids)
+        return Call(self.model, self.family, given)
+
+    def _begin(self, session: Session) -> None:
+        """First forward of a prompt: let methods prepare (text-only passes and the like)."""
+        if max(session.last_visual) >= 0:
+            for wing in self.wings:
+                wing.on_prompt(session)
+            return
+        needy = [m.name for m in self.active if m.needs_image]
+        if needy and self.call is None:
+            warnings.warn(f"{', '.join(needy)} did nothing: the input has no image tokens.", stacklevel=2)
+
+    def _leave(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        """After the forward: remember a cache that the model made itself, for a caller's own decoding loop."""
+        if not compiled.tracing(self, output[0].shape[1]):
+            self._left(output)
+
+    @compiled.uncompiled
+    def _left(self, output: Any) -> None:
+        if self.session is not None and self.session.plain:
+            return
+        cache = cache_of(output)
+        if cache is not None and self.session is not None and cache not in self.sessions and not self.joint:
+            self.sessions[cache] = self.session
+        self.session = None
+
+    @torch.no_grad()
+    def observe(self, inputs: dict[str, torch.Tensor], call: Call, tap: Callable[[int, torch.Tensor], None]) -> None:
+        """One cache-free forward of `inputs` without edits; `tap(layer, o [B, H, q, D])` sees per-head outputs."""
+        positions, _ = prompt_positions(self.model, self.family, inputs)
+        session = Session(call, prompt_len=inputs["input_ids"].shape[1], branch="observe", plain=True, tap=tap)
+        session.advance(0, self.classify(inputs["input_ids"]))
+        outer, self.session = self.session, session
+        try:
+            self.base(**inputs, position_ids=positions, use_cache=False)
+        finally:
+            self.session = outer

@@ -1,0 +1,104 @@
+"""Hooks that let HiddenEdit methods change what self-attention, MLP and whole layers put into the residual stream."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator
+from typing import Any, Self
+
+import torch
+
+from vlm_fix import compiled
+from vlm_fix.method import Method
+from vlm_fix.session import Rows, Session
+from vlm_fix.wing import Host, Wing
+
+from .edit import HiddenEdit
+
+
+def writers(layer: Any) -> dict[str, Any]:
+    """The modules whose outputs a decoder layer adds to the residual stream (its last norm, where it has one), and itself."""
+    if hasattr(layer, "pre_feedforward_layernorm"):  # Gemma 3
+        attention, mlp = layer.post_attention_layernorm, layer.post_feedforward_layernorm
+    elif hasattr(layer, "post_self_attn_layernorm"):  # GLM-4V
+        attention, mlp = layer.post_self_attn_layernorm, layer.post_mlp_layernorm
+    else:
+        attention, mlp = layer.self_attn, layer.mlp
+    return {"attention_output": attention, "mlp_output": mlp, "layer_output": layer}
+
+
+class HiddenWing(Wing):
+    """Hooks on the modules that write to the residual stream."""
+
+    order = 30
+
+    def __init__(self, host: Host):
+        super().__init__(host)
+        self.edits = [m for m in host.active if isinstance(m, HiddenEdit)]
+
+    @classmethod
+    def claim(cls, host: Host) -> Self | None:
+        wing = cls(host)
+        return wing if wing.edits else None
+
+    def one_graph(self, rows: int) -> bool:
+        return True
+
+    def install(self) -> Iterable[Any]:
+        handles = []
+        for i, layer in enumerate(self.host.language.layers):
+            for what, module in writers(layer).items():
+                edits = [e for e in self.edits if i in e.sees and e.edits(what)]
+                if edits:
+                    self.host.callbacks[what, i] = functools.partial(self._edit, edits, what, i)
+                    handles.append(module.register_forward_hook(functools.partial(self._write, what, i)))
+        return handles
+
+    def _write(
+        self, what: str, layer: int, module: Any, args: Any, output: Any
+    ) -> torch.Tensor | tuple[Any, ...] | None:
+        """The module's output [B, q, C], or a tuple that begins with it, with the edited rows in it."""
+        x = output[0] if isinstance(output, tuple) else output
+        new = compiled.through(self.host, what, layer, x, x.shape[1])
+        return (new, *output[1:]) if new is not None and isinstance(output, tuple) else new
+
+    def _edit(self, edits: list[HiddenEdit], what: str, layer: int, x: torch.Tensor) -> torch.Tensor | None:
+        """x [B, q, C] with the edited rows written over a copy; None if no row is edited."""
+        if self.host.editing is None:
+            return None
+        session, new = self.host.editing.at(layer), x
+        for edit in edits:
+            seen = _rows(edit, session, layer, x)
+            if seen is None:
+                continue
+            first, mask, rows = seen
+            self.host.touched.add(edit)
+            old = new[:, first:]
+            part = getattr(edit, what)(old.float(), rows).to(x.dtype)
+            part = part if mask is None else torch.where(mask[..., None], part, old)
+            new = part if first == 0 else torch.cat([new[:, :first], part], dim=1)
+        return None if new is x else new
+
+    def unused(self, session: Session) -> Iterator[tuple[Method, str]]:
+        for edit in self.edits:
+            if not (edit in self.host.touched and edit.acted(session)):
+                yield edit, edit.idle_reason
+
+
+def _rows(
+    edit: HiddenEdit, session: Session, layer: int, x: torch.Tensor
+) -> tuple[int, torch.Tensor | None, Rows] | None:
+    """The first edited row of this forward, which samples edit which rows from there on [B, R] (None: all), the view."""
+    count, device = x.shape[1], x.device
+    firsts = [
+        f if v >= 0 or not edit.needs_image else count
+        for f, v in zip(session.first_rows(edit.rows), session.last_visual, strict=True)
+    ]
+    first = min(firsts)
+    if first >= count:
+        return None
+    mask = None
+    if max(firsts) > first:
+        mask = torch.arange(first, count, device=device)[None] >= torch.tensor(firsts, device=device)[:, None]
+    positions = torch.arange(session.start + first, session.start + count, device=device)
+    return first, mask, Rows(layer, session, edit, positions, **session.masks(session.types.shape[1], device))

@@ -1,0 +1,89 @@
+"""Attention of chosen rows of a prompt, recomputed from what went into a layer."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .encoder import chunk_bytes
+
+
+@dataclass
+class Seen:
+    """One layer's self-attention over the prompt: what went into it [B, n, C], the rotary tables, the keys if cached."""
+
+    attn: Any
+    x: torch.Tensor
+    rotary: tuple[torch.Tensor, torch.Tensor]
+    keys: torch.Tensor | None = None
+
+
+def rows_attention(seen: Seen, rows: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """Causal softmax attention of chosen rows, float32 [B, R, n], mean over heads, R = the most rows of a sample.
+
+    rows, valid [B, n]. Only the chosen rows are ever formed, in chunks; shorter samples end in rows of zeros.
+    """
+    return torch.cat([a.mean(dim=1) for a in attention_chunks(*_chosen(seen, rows, valid))], dim=1)
+
+
+def received(seen: Seen, rows: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """[B, Hkv, n] causal softmax attention that columns get from chosen rows: summed over them and a key head's queries.
+
+    rows, valid [B, n]; float32, in chunks as in `rows_attention`.
+    """
+    query, keys, *rest = _chosen(seen, rows, valid)
+    parts = [a.unflatten(1, (keys.shape[1], -1)).sum(dim=(2, 3)) for a in attention_chunks(query, keys, *rest)]
+    return torch.stack(parts).sum(dim=0)
+
+
+def _chosen(seen: Seen, rows: torch.Tensor, valid: torch.Tensor) -> tuple[Any, ...]:
+    """What `attention_chunks` takes for chosen rows; the rows that a sample has less than others may look nowhere."""
+    attn, x = seen.attn, seen.x
+    count = max(1, int(rows.sum(dim=1).max()))
+    index = rows.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :count]  # [B, R], chosen ones first
+    real = rows.gather(1, index)
+    cos, sin = (t.expand(len(x), -1, -1) for t in seen.rotary)
+    keys = rotated(attn, unrotated(attn, x, "k"), cos, sin) if seen.keys is None else seen.keys
+    picked, cos, sin = (t.gather(1, index[..., None].expand(-1, -1, t.shape[-1])) for t in (x, cos, sin))
+    columns = torch.arange(x.shape[1], device=x.device)
+    allowed = (columns <= index[..., None]) & valid[:, None] & real[..., None]
+    return rotated(attn, unrotated(attn, picked), cos, sin), keys, allowed, attn.scaling
+
+
+def attention_chunks(
+    query: torch.Tensor, keys: torch.Tensor, allowed: torch.Tensor | None, scaling: float
+) -> Iterator[torch.Tensor]:
+    """Softmax attention of rotated queries [B, H, R, D] to keys [B, Hkv, n, D]: [B, H, r, n], chunk by chunk of rows.
+
+    allowed [B, R, n], None: all. In float32; a row without any allowed column is zero.
+    """
+    batch, heads, count, dim = query.shape
+    keys = keys.float().transpose(2, 3)
+    step = max(1, chunk_bytes(query) // (4 * batch * heads * keys.shape[-1]))
+    for i in range(0, count, step):
+        part = query[:, :, i : i + step].float().reshape(batch, keys.shape[1], -1, dim)
+        z = (part @ keys).view(batch, heads, -1, keys.shape[-1]) * scaling
+        if allowed is None:
+            yield z.softmax(dim=-1)
+        else:
+            yield z.masked_fill(~allowed[:, None, i : i + step], -torch.inf).softmax(dim=-1).nan_to_num(0.0)
+
+
+def unrotated(attn: Any, x: torch.Tensor, what: str = "q") -> torch.Tensor:
+    """Inputs of self-attention [B, n, C] -> queries or keys [B, H, n, D], normalised where the model does so."""
+    return by_head(attn, getattr(attn, f"{what}_proj")(x), what)
+
+
+def by_head(attn: Any, y: torch.Tensor, what: str = "q") -> torch.Tensor:
+    """What `q_proj` or `k_proj` made [B, n, H D] -> [B, H, n, D], normalised where the model does so."""
+    y = y.view(*y.shape[:2], -1, attn.head_dim)
+    return getattr(attn, f"{what}_norm", torch.nn.Identity())(y).transpose(1, 2)
+
+
+def rotated(attn: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """[B, H, n, D] turned by the rotary tables [B, n, D], as the model's own module does it."""
+    return sys.modules[type(attn).__module__].apply_rotary_pos_emb(x, x, cos, sin)[0]

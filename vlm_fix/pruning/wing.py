@@ -1,0 +1,90 @@
+"""What pruners need on a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, Self
+
+from vlm_fix.errors import VlmFixError
+from vlm_fix.families.compat import cache_of
+from vlm_fix.method import Method
+from vlm_fix.options import GenerateOptions
+from vlm_fix.session import VISUAL, Session
+from vlm_fix.wing import Host, Wing, names_of
+
+from . import after, before, kv
+from .kinds import CachePruner, LayerPruner, TokenPruner
+from .pruners import Pruners
+
+
+class PruningWing(Wing):
+    """Pruners before the language model, inside it and in its cache."""
+
+    order = 10
+
+    def __init__(self, host: Host):
+        super().__init__(host)
+
+        def first(kind: Any) -> Any:
+            return next((m for m in host.active if isinstance(m, kind)), None)
+
+        self.pruners = Pruners(host, first(TokenPruner), first(LayerPruner), first(CachePruner))
+
+    @classmethod
+    def claim(cls, host: Host) -> Self | None:
+        wing = cls(host)
+        return wing if wing.pruners.all else None
+
+    def check(self) -> None:
+        names = names_of(self.host.active, TokenPruner, LayerPruner)
+        if len(names) > 1:
+            raise VlmFixError(f"{' and '.join(names)} both prune tokens; use one of them at a time.")
+        cachers = names_of(self.host.active, CachePruner)
+        others = [m.name for m in self.host.active if isinstance(m, LayerPruner) or getattr(m, "marks", False)]
+        if cachers and len(cachers + others) > 1:
+            raise VlmFixError(
+                f"{cachers[0]} leaves each layer other columns after the prompt, which {(cachers[1:] + others)[0]} does "
+                "not follow; use one of them at a time."
+            )
+
+    def install(self) -> Iterable[Any]:
+        host, pruners = self.host, self.pruners
+        before.check(pruners)
+        if pruners.dropper:
+            after.check(host, pruners.dropper)
+        if pruners.cacher:
+            kv.check(host, pruners.cacher)
+        handles = before.install(pruners)
+        handles += after.install(host, pruners.dropper) if pruners.dropper else []
+        handles += kv.install(host, pruners.cacher) if pruners.cacher else []
+        return handles
+
+    def refuse(self, options: GenerateOptions) -> None:
+        wanders = self.pruners.cacher is not None and self.pruners.cacher.wanders
+        for name, used in {
+            "assisted decoding": options.assisted,
+            "a static cache": options.setting("cache_implementation"),
+            "chunked prefill": options.setting("prefill_chunk_size"),
+            "a cache of an earlier turn": cache_of(options.kwargs) is not None,
+            "beams": wanders and options.beams > 1,
+            "a decoding loop of a method": wanders and any(w.own_loop for w in self.host.wings),
+        }.items():
+            if used:
+                raise VlmFixError(f"{self.pruners.all[0].name} does not work with {name}; drop that option.")
+
+    def unused(self, session: Session) -> Iterator[tuple[Method, str]]:
+        for pruner in self.pruners.all:
+            if getattr(pruner, "keep", 1) != 1 and not self._drops(pruner, session):
+                yield pruner, "its keep covers every image token; lower it."
+
+    def _drops(self, pruner: Method, session: Session) -> bool:
+        """False if the finished call still has all the image tokens that `pruner` may drop (True without an image)."""
+        images = int((session.types == VISUAL).sum())
+        if not images:
+            return True
+        token_pruner = self.pruners.pruner
+        if pruner is token_pruner and (session.kept is not None or token_pruner.edits("shrink")):
+            return True
+        if pruner not in (self.pruners.dropper, self.pruners.cacher):
+            return False
+        return any(int((view.types == VISUAL).sum()) < images for view in session.views.values())

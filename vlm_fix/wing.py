@@ -1,0 +1,155 @@
+"""A wing is what one kind of method needs on a model; the engine is a host that calls its wings in one order.
+
+A kind of method is a base class and a wing beside it. Defining the wing registers it: no list has to be edited.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, ClassVar, Self, TypeVar
+
+import torch
+
+from vlm_fix.arch import Arch, Family
+from vlm_fix.errors import VlmFixError
+from vlm_fix.method import Method
+from vlm_fix.options import GenerateOptions
+from vlm_fix.session import TEXT, VISUAL, Call, Session
+
+W = TypeVar("W", bound="Wing")
+ATTRIBUTE = "_vlm_fix_engine"  # where a wrapped model keeps its engine
+
+
+class JointForward(ABC):
+    """One forward that runs the rows of several sessions, block by block."""
+
+    sessions: list[Session]
+
+    @abstractmethod
+    def attention(
+        self, function: Callable[..., Any], module: Any, query: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        """[n B, H, 1, D] -> [n B, 1, H, D], each block over its own cache."""
+
+    @abstractmethod
+    def prepare(
+        self, edit: Callable[[Session, dict[str, Any]], dict[str, Any]], kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """The language model's inputs after `edit(session, inputs)` of each block."""
+
+
+class Host:
+    """What wings and methods see of the engine on a model."""
+
+    model: Any
+    methods: list[Method]  # as the user gave them
+    active: list[Method]  # resolved for this model, without the neutral ones
+    arch: Arch
+    family: Family
+    base: Any  # the multimodal model without its language head
+    language: Any  # the decoder
+    tokens: torch.Tensor  # ids of image tokens
+    wings: Sequence[Wing]
+    installed: bool
+    key: int  # under which custom operators find the engine
+    callbacks: dict[tuple[str, int], Callable[[torch.Tensor], torch.Tensor | None]]  # see compiled.run_callback
+    lock: threading.RLock
+    session: Session | None  # of the forward that is running
+    call: Call | None  # the running `generate`
+    main: Session | None  # the main session of the running call
+    sessions: weakref.WeakKeyDictionary[Any, Session]  # by KV cache
+    joint: JointForward | None
+    probe: Any  # the recorder of an observing pass
+    touched: set[Method]  # edits that reached a row in this call
+    warned: set[Method]  # methods of which the user was told already
+
+    @property
+    def editing(self) -> Session | None:
+        """The session of this forward; None outside of forwards and in passes that only observe."""
+        return None if self.session is None or self.session.plain else self.session
+
+    def wing(self, cls: type[W]) -> W | None:
+        """The wing of this class, if a method needs it."""
+        return next((w for w in self.wings if isinstance(w, cls)), None)
+
+    def classify(self, ids: torch.Tensor | None, embeds: torch.Tensor | None = None) -> torch.Tensor:
+        """[B, q] TEXT or VISUAL, from the token ids or, without them, from the embeddings."""
+        if ids is not None:
+            return torch.isin(ids, self.tokens.to(ids.device)).to(torch.uint8) * (VISUAL - TEXT) + TEXT
+        assert embeds is not None
+        vectors = self.model.get_input_embeddings()(self.tokens.to(embeds.device))
+        return (embeds[:, :, None] == vectors).all(-1).any(-1).to(torch.uint8) * (VISUAL - TEXT) + TEXT
+
+    def has_image(self, ids: torch.Tensor) -> bool:
+        """True if a prompt contains an image token."""
+        return bool(torch.isin(ids, self.tokens.to(ids.device)).any())
+
+
+def engine_of(model: Any) -> Any:
+    """The engine on a wrapped model; VlmFixError without one."""
+    engine = vars(model).get(ATTRIBUTE)
+    if engine is None:
+        raise VlmFixError("this model is not wrapped: call vlm_fix.wrap(model, method) first.")
+    return engine
+
+
+class Wing(ABC):
+    """One kind of method on one model. Subclasses register themselves; `order` says when a wing is called."""
+
+    kinds: ClassVar[list[type[Wing]]] = []
+    order: ClassVar[int] = 100
+    own_loop: bool = False  # True if the wing chooses tokens in a loop of its own
+
+    def one_graph(self, rows: int) -> bool:
+        """True if a forward of this many query rows can run inside one compiled graph."""
+        return False
+
+    def __init__(self, host: Host):
+        self.host = host
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        Wing.kinds.append(cls)
+        Wing.kinds.sort(key=lambda kind: kind.order)
+
+    # The methods below do nothing where a kind has nothing to do.
+
+    @classmethod
+    @abstractmethod
+    def claim(cls, host: Host) -> Self | None:
+        """The wing for `host.active`; None if no method is of this kind."""
+
+    def check(self) -> None:  # noqa: B027
+        """Raise VlmFixError for stacks or models that have no meaning, before anything is touched."""
+
+    def install(self) -> Iterable[Any]:
+        """Put hooks on the model and return their handles, which the engine removes again."""
+        return ()
+
+    def refuse(self, options: GenerateOptions) -> None:  # noqa: B027
+        """Raise VlmFixError for options of `generate` that do not go with this kind, before the first token."""
+
+    @contextlib.contextmanager
+    def around_generate(self, call: Call, options: GenerateOptions) -> Iterator[None]:
+        """Change the options of a call, and clean up after it."""
+        yield
+
+    def on_prompt(self, session: Session) -> None:  # noqa: B027
+        """Prepare for a prompt with an image, once for each branch."""
+
+    def enter(self, session: Session, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        """Change the arguments of the multimodal model's forward; None leaves them alone."""
+        return None
+
+    def unused(self, session: Session) -> Iterator[tuple[Method, str]]:
+        """After a call: methods that changed nothing in it, with the reason."""
+        yield from ()
+
+
+def names_of(methods: Iterable[Method], *kinds: type) -> list[str]:
+    """The names of the methods of some kinds."""
+    return [m.name for m in methods if isinstance(m, kinds)]
