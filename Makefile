@@ -13,7 +13,7 @@ test: .venv/dev
 	$(BIN)/python -m pytest
 
 test-lmms: .venv-lmms/ready  ## lmms-eval itself, on the bundled model
-	.venv-lmms/bin/python -m pytest tests/test_lmms.py
+	.venv-lmms/bin/python -m pytest tests/eval/harness/test_lmms.py
 
 lint: .venv/dev
 	$(BIN)/ruff check .
@@ -49,12 +49,12 @@ reproduce-picto: .venv/run  ## train picto-llava again (about 45 minutes on two 
 	@touch $@
 
 # .venv and what lmms-eval imports on its way to a LLaVA, without the rest of its fifty requirements
-.venv-lmms/ready: .venv/dev tests/lmms.txt
+.venv-lmms/ready: .venv/dev tests/eval/harness/lmms.txt
 	rm -rf .venv-lmms
 	$(BIN)/python -m venv .venv-lmms
 	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
 	  > $$(.venv-lmms/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/shared.pth
-	.venv-lmms/bin/pip install -q --no-deps -r tests/lmms.txt
+	.venv-lmms/bin/pip install -q --no-deps -r tests/eval/harness/lmms.txt
 	@touch $@
 
 clean:

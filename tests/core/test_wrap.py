@@ -1,0 +1,253 @@
+"""wrap's errors, one sentence each; specs round-trip; the kernel against plain softmax on random shapes."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import vlm_fix
+from tests.support.models import IMAGE, make_inputs, single
+from vlm_fix.attention.kernel import edited_rows
+from vlm_fix.families.compat import CACHE, cache_of
+from vlm_fix.method import parse_layers
+from vlm_fix.registry import split_methods
+from vlm_fix.session import Call, Rows, Session, left_pack
+
+
+@pytest.mark.parametrize(
+    "spec, sentence",
+    [
+        ("vcdd", "there is no method 'vcdd'; did you mean 'vcd'"),
+        ("pai:alfa=1", "pai has no parameter 'alfa'; did you mean 'alpha'"),
+        ("pai:alpha=high", "pai: alpha='high' is not a valid value; it takes float"),
+        ("pai:alpha=-1", "pai: alpha=-1.0 must be a number at least 0"),
+        ("pai:alpha=nan", "pai: alpha=nan must be a number at least 0"),
+        ("var:p=1.5", "var: p=1.5 must be a number between 0 and 1"),
+        ("avar:system=40", "avar: system=40.0 must be a number between 0 and 1"),
+        ("vhr:prompt_rows=some", "prompt_rows='some' is not one of last, all"),
+        ("pai:layers=2-99", "pai: layers='2-99' does not fit this model, which has layers 0 to 3"),
+        ("pai:layers=1|3-2", "pai: 3-2 in layers='1|3-2' is reversed; write 2-3"),
+        ("var:sink_dims=3|640", "var: sink_dims=3|640 do not fit this model, which has dimensions 0 to 63"),
+        ("pai:layers=x", "pai: layers='x' is not of the form \"2-31\""),
+        ("pai:alpha", "'alpha' in 'pai:alpha' is not of the form name=value"),
+        ("hiprune:object_layer=9", "object_layer=9 must be a full-attention encoder layer: "),
+        (["vcd", "pai:gamma=1.1"], "vcd and pai both contrast; use one of them at a time"),
+        (["pai", "pai:alpha=1"], "pai is listed twice"),
+        ([], "no method was given"),
+    ],
+)
+def test_bad_specs(models, spec, sentence):
+    model = models["llava"]
+    with pytest.raises(vlm_fix.VlmFixError) as error:
+        vlm_fix.wrap(model, spec)
+    assert sentence in str(error.value) and "\n" not in str(error.value)
+    assert "generate" not in model.__dict__, "nothing half-patched may be left"
+    vlm_fix.wrap(vlm_fix.unwrap(model), "pai")
+    vlm_fix.unwrap(model)
+
+
+def test_bad_models_and_calls(models):
+    model = models["llava"]
+    with pytest.raises(vlm_fix.VlmFixError, match="'Linear' are not supported; supported: llava, qwen2_5_vl"):
+        vlm_fix.wrap(torch.nn.Linear(2, 2), "pai")
+    with pytest.raises(
+        vlm_fix.VlmFixError, match="has no language-model head; load it with AutoModelForImageTextToText"
+    ):
+        vlm_fix.wrap(model.model, "pai")
+    model.set_attn_implementation({"text_config": "eager"})
+    with pytest.raises(vlm_fix.VlmFixError, match="runs 'eager' attention.*set_attn_implementation\\(\"sdpa\"\\)"):
+        vlm_fix.wrap(model, "pai")
+    model.set_attn_implementation({"text_config": "sdpa"})
+    one = single("llava", [1], 0)
+    text = {"input_ids": torch.tensor([[1, 5, 6, 7]])}
+    with vlm_fix.wrapped(model, ["hiprune:keep=4", "vcd"]):
+        with pytest.raises(vlm_fix.VlmFixError, match="already wrapped with hiprune\\+vcd; call vlm_fix.unwrap"):
+            vlm_fix.wrap(model, "pai")
+        with pytest.raises(vlm_fix.VlmFixError, match="hiprune, vcd needs an image, but no prompt contains an image"):
+            model.generate(**text, max_new_tokens=2)
+        with pytest.raises(vlm_fix.VlmFixError, match="drop output_attentions=True"):
+            model.generate(**one, max_new_tokens=2, output_attentions=True)
+        with pytest.raises(vlm_fix.VlmFixError, match="drop output_attentions=True"):
+            model(**one, output_attentions=True)
+        with pytest.raises(vlm_fix.VlmFixError, match="pass the prompt as input_ids"):
+            model.generate(inputs_embeds=torch.zeros(1, 3, 64), max_new_tokens=2)
+        with pytest.raises(vlm_fix.VlmFixError, match="hiprune does not work with a static cache; drop that option"):
+            model.generate(**one, max_new_tokens=2, cache_implementation="static")
+    with vlm_fix.wrapped(model, "pai"):
+        with torch.no_grad(), pytest.warns(UserWarning, match="pai did nothing: the input has no image tokens"):
+            out = model(**text)
+        assert out.logits.shape[1] == 4
+    with torch.no_grad():
+        cache = cache_of(model(**one))
+    with (
+        vlm_fix.wrapped(model, "pai"),
+        pytest.raises(vlm_fix.VlmFixError, match="filled while the model was not wrapped"),
+    ):
+        model(input_ids=torch.tensor([[5]]), **{CACHE: cache})
+
+
+def test_prompts_padded_on_the_right_are_refused(family, model):
+    """In generate and in a forward of the caller's own; one prompt of a batch is enough."""
+    inputs = make_inputs(family, [1, 2])
+    padding = int((inputs["attention_mask"][0] == 0).sum())
+    assert padding
+    for key in {"input_ids", "attention_mask", "mm_token_type_ids"} & inputs.keys():
+        inputs[key][0] = inputs[key][0].roll(-padding)
+    for spec in ("pai", "vhr"):
+        with vlm_fix.wrapped(model, spec), torch.no_grad():
+            for run in (lambda: model(**inputs), lambda: model.generate(**inputs, max_new_tokens=1)):
+                with pytest.raises(vlm_fix.VlmFixError, match='padded on the right.*padding_side = "left"'):
+                    run()
+
+
+def test_a_method_that_changes_nothing_says_so_once(models):
+    model, one = models["llava"], single("llava", [1], 0)
+    with vlm_fix.wrapped(model, "var:tau=8.1"):  # above sqrt(64): no column can be a sink
+        with pytest.warns(UserWarning, match="var changed nothing in this call: no image token was a sink"):
+            model.generate(**one, max_new_tokens=2, do_sample=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            model.generate(**one, max_new_tokens=2, do_sample=False)
+
+
+def test_lists_serve_as_tuples(models):
+    """`layers` and `sink_dims` from Python, as a list, do what the spec string does."""
+    from vlm_fix.methods.attention.var import VAR
+
+    one, model, got = single("llava", [1], 0), models["llava"], []
+    text = "var:sink_dims=3|17|40,tau=1.5,min_visual_mass=0.1,layers=1|2"
+    method = VAR(sink_dims=[3, 17, 40], tau=1.5, min_visual_mass=0.1, layers=[1, 2])
+    for spec in (text, method):
+        with vlm_fix.wrapped(model, spec):
+            got.append(model.generate(**one, max_new_tokens=4, do_sample=False))
+    assert torch.equal(*got) and hash(method)
+
+
+def test_failed_call_leaves_nothing_behind(family, model):
+    """After an exception in the middle of generate the next call is right."""
+    inputs = make_inputs(family, [1, 2])
+
+    def fail(*args):
+        raise RuntimeError("stop")
+
+    with vlm_fix.wrapped(model, ["pai:alpha=0.5", "vcd:beta=0.01"]):
+        expected = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+        with pytest.raises(RuntimeError, match="stop"):
+            model.generate(**inputs, max_new_tokens=4, do_sample=False, stopping_criteria=[fail])
+        assert torch.equal(model.generate(**inputs, max_new_tokens=4, do_sample=False), expected)
+
+
+def test_next_turn_on_a_kept_cache(family, model):
+    """Two turns with one cache give what the whole conversation gives at once (an edit of the last layer leaves no trace
+    in the cache, so that both must be equal)."""
+    from transformers import DynamicCache
+
+    first = single(family, [1], 0)
+    with vlm_fix.wrapped(model, "pai:alpha=0.5,layers=3"):
+        cache = DynamicCache(config=model.config.get_text_config())
+        a = model.generate(**first, max_new_tokens=4, do_sample=False, **{CACHE: cache})
+        ids = torch.cat([a, torch.tensor([[7, 8, 9]])], 1)
+        turn = {**first, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if family == "qwen2_5_vl":
+            turn["mm_token_type_ids"] = (ids == IMAGE).int()
+        fresh = model.generate(**turn, max_new_tokens=4, do_sample=False)
+        for key in ("pixel_values", "image_grid_thw"):
+            turn.pop(key, None)
+        kept = model.generate(**turn, max_new_tokens=4, do_sample=False, **{CACHE: cache})
+    assert torch.equal(kept, fresh)
+
+
+@given(st.integers(1, 40), st.data())
+def test_layers(depth, data):
+    first = data.draw(st.integers(0, depth - 1))
+    last = data.draw(st.integers(first, depth - 1))
+    assert parse_layers(f"{first}-{last}", depth, "x") == tuple(range(first, last + 1))
+    assert parse_layers(f"{first}-", depth, "x") == tuple(range(first, depth))
+    assert parse_layers(f"{last}|{first}", depth, "x") == tuple(sorted({first, last}))
+
+
+@given(st.floats(0, 3), st.integers(0, 50), st.integers(51, 99), st.tuples(st.integers(0, 9), st.integers(10, 20)))
+def test_specs_round_trip(alpha, low, high, dims):
+    for text in (f"pai:alpha={alpha},layers={low}-{high}", f"var:sink_dims={dims[0]}|{dims[1]},rho=0.25"):
+        method = vlm_fix.parse_spec(text)
+        assert vlm_fix.parse_spec(method.spec()) == method
+    assert split_methods(f"vcd,var+pai:alpha={alpha},gamma=1.1,vhr") == [
+        ["vcd"],
+        ["var", f"pai:alpha={alpha},gamma=1.1"],
+        ["vhr"],
+    ]
+    assert split_methods("pai:alpha=1,gamma=1.1+vhr,vcd") == [["pai:alpha=1,gamma=1.1", "vhr"], ["vcd"]]
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.integers(1, 6),
+    st.integers(1, 9),
+    st.integers(0, 99),
+    st.booleans(),
+)
+def test_kernel_without_edits_is_attention(batch, groups, kv, rows, extra, seed, chunked):
+    """Grouped heads, masks with fully masked rows, any chunk size: equal to softmax by definition in float64."""
+    import vlm_fix.attention.kernel as kernel
+
+    g = torch.Generator().manual_seed(seed)
+    width = rows + extra
+    q, k, v = (torch.randn(batch, h, n, 4, generator=g) for h, n in ((groups * kv, rows), (kv, width), (kv, width)))
+    allowed = torch.rand(batch, 1, rows, width, generator=g) < 0.7
+    allowed[0, 0, 0] = False
+    session = Session(Call(None, None, {}), types=torch.ones(batch, width), prompt_len=width)
+    mask = torch.zeros(batch, 1, 1, width, dtype=torch.bool)
+    method = vlm_fix.parse_spec("pai")
+    edits = [(method, Rows(0, session, method, torch.arange(rows), mask, mask, mask), None)]
+    before, kernel.CHUNK_BYTES = kernel.CHUNK_BYTES, 1 if chunked else kernel.CHUNK_BYTES
+    try:
+        ours = edited_rows(q, k, v, allowed, kernel.Scores(0.5), edits)
+    finally:
+        kernel.CHUNK_BYTES = before
+    q, k, v = q.double(), k.double().repeat_interleave(groups, 1), v.double().repeat_interleave(groups, 1)
+    z = (q @ k.transpose(2, 3) * 0.5).masked_fill(~allowed, -torch.inf)
+    assert torch.allclose(ours.double(), z.softmax(-1).nan_to_num(0) @ v, atol=1e-5)
+
+
+@given(st.lists(st.lists(st.booleans(), min_size=5, max_size=5), min_size=1, max_size=4))
+def test_left_pack(rows):
+    keep = torch.tensor(rows)
+    index, mask = left_pack(keep)
+    for i, row in enumerate(rows):
+        wanted = [j for j, k in enumerate(row) if k]
+        assert index[i][mask[i]].tolist() == wanted
+        assert mask[i].tolist() == sorted(mask[i].tolist())
+
+
+def test_every_method_is_documented():
+    for cls in vlm_fix.list_methods():
+        assert cls.__doc__ and cls.kind
+        if cls.paper:
+            assert "Source:" in cls.__doc__, cls.name
+
+
+@pytest.mark.parametrize(
+    ("target", "spec"), [("name", "pai"), (None, 3), (None, None), (None, ["pai", 3]), (None, {"pai"})]
+)
+def test_what_is_no_model_or_no_method(models, target, spec):
+    with pytest.raises(vlm_fix.VlmFixError, match="wrap takes a loaded model" if target else "is no method"):
+        vlm_fix.wrap(target or models["llava"], spec)
+    assert "_vlm_fix_engine" not in models["llava"].__dict__
+
+
+def test_attention_set_after_wrap_is_refused(family, model):
+    inputs = make_inputs(family, [1])
+    before = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+    with vlm_fix.wrapped(model, "pai"):
+        model.set_attn_implementation({"text_config": "eager"})
+        with pytest.raises(vlm_fix.VlmFixError, match="set to 'eager' after wrap.*unwrap the model, then wrap it"):
+            model.generate(**inputs, max_new_tokens=3)
+    assert model.config.get_text_config()._attn_implementation == "sdpa"
+    assert torch.equal(model.generate(**inputs, max_new_tokens=3, do_sample=False), before)

@@ -1,0 +1,646 @@
+"""Decoding loops and edits of the next token against slow float64 references that recompute everything at every step."""
+
+from __future__ import annotations
+
+import inspect
+import zlib
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import eager_mask
+
+import vlm_fix
+from tests.support.models import IMAGE, make_inputs, single
+from tests.support.paths import PICTO_LLAVA
+from tests.support.references import base as ref
+from tests.support.references.decoding import Cake
+from tests.support.run import STEPS, error, greedy
+
+OPERAS = [
+    "opera:threshold=1,warmup=2,beams=3,candidates=3",
+    "opera:threshold=1,warmup=1,beams=2,candidates=2,scale=20,weight=0.5",
+    "opera:threshold=2,warmup=1,beams=1,candidates=2,layers=2,scale=80",
+    "opera:threshold=99,warmup=2,beams=3,candidates=2,weight=3",
+]
+SGRSES = [
+    "sgrs:layers=1-3",
+    "sgrs:layers=2|3,alpha=1.1,tries=2,top_k=4,seed=3",
+    "sgrs:layers=1,alpha=2,tries=1,window=2",
+]
+
+
+# ---- OPERA --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Recorder(ref.Reference):
+    """Keeps the weights of the rows that predict."""
+
+    seen: dict = field(default_factory=dict)
+
+    def weight(self, a, layer, head, row):
+        self.seen[row, head] = a.clone()
+        return a
+
+
+EOS = [7, 42]
+
+
+class Opera:
+    """Beam search after the published text, on whole sequences without a cache; one prompt."""
+
+    def __init__(self, model, inputs, spec):
+        self.twin, self.inputs, self.m = ref.double(model), inputs, vlm_fix.parse_spec(spec)
+        self.visual, self.start = ref.visual_columns(inputs["input_ids"]), inputs["input_ids"].shape[1]
+        self.layer, self.known = int(self.m.layers or 3), {}
+        self.returned = Counter()
+
+    def look(self, tokens):
+        """Logits after `tokens`, and the normalised rows [t][columns] of the tokens themselves."""
+        if IMAGE in tokens:
+            raise LookupError("an image token without an image: take another seed")
+        if tokens not in self.known:
+            run = Recorder(self.visual, self.start, [self.layer])
+            logits = ref.teacher_forced(self.twin, run, self.inputs, torch.tensor(tokens, dtype=torch.long))
+            rows = []
+            for row in range(self.start, self.start + len(tokens)):
+                peak = [max(float(run.seen[row, h][j]) for h in range(4)) for j in range(self.start + len(tokens))]
+                rows.append([p / sum(peak) for p in peak])
+            self.known[tokens] = logits[-1], rows
+        return self.known[tokens]
+
+    def penalty(self, tokens):
+        rows, m = self.look(tokens)[1], self.m
+        scores = []
+        for j in range(len(tokens)):
+            product = 1e-7
+            for i in range(j, len(tokens)):
+                product *= m.scale * rows[i][self.start + j]
+            scores.append(product)
+        place = max(range(len(scores)), key=lambda j: scores[j])
+        return -sum(rows[-1][j] for j in self.visual) if len(tokens) <= m.warmup else scores[place], place
+
+    def run(self, steps, eos=(), length_penalty=1.0):
+        m, mode = self.m, lambda v: min(set(v), key=lambda x: (-v.count(x), x))
+        beams, done = [((), 0.0)] + [((), -1e9)] * (m.beams - 1), []
+        states, places, picks, rejected = [], [], [], defaultdict(set)
+        while True:
+            t = len(beams[0][0])
+            states.append((beams, list(done)))
+            scored, best_places = [], []
+            for tokens, _ in beams:
+                logits, where = self.look(tokens)[0], []
+                row = torch.full_like(logits, -999)
+                for c in logits.topk(m.candidates).indices.tolist():
+                    phi, place = self.penalty((*tokens, c))
+                    row[c] = logits[c] - m.weight * min(phi, 65504)
+                    where.append(place)
+                scored.append(row)
+                best_places.append(mode(where))
+            places.append(best_places)
+            place = mode(best_places)
+            counts = [sum(past[i] == place for past in places) for i in range(m.beams)]
+            if all(c > m.threshold for c in counts) and place >= m.warmup:
+                to = next((p for p in (place + 1, place) if p < t and self.returned[p] < m.candidates), None)
+                if to is not None:
+                    self.returned[to] += 1
+                    beams, done = states[to]
+                    wrong = picks[to]
+                    states, places, picks = states[: to + 1], places[: to + 1], picks[:to]
+                    rejected = defaultdict(set, {p: r for p, r in rejected.items() if p <= to})
+                    rejected[to] |= wrong
+                    scored = [self.look(tokens)[0].clone() for tokens, _ in beams]
+                    for row in scored:
+                        row[:] = row - row.min()
+                    for parent, token in rejected[to]:
+                        scored[parent][token] = 0
+                    done = list(done)
+            totals = [(s + float(p), i, v) for i, (_, s) in enumerate(beams)
+                      for v, p in enumerate(scored[i].log_softmax(-1))]  # fmt: skip
+            totals.sort(key=lambda x: -x[0])
+            following, length = [], len(beams[0][0]) + 1
+            for rank, (total, parent, token) in enumerate(totals[: 2 * m.beams]):
+                tokens = (*beams[parent][0], token)
+                if token in eos or length == steps:
+                    if rank < m.beams:
+                        done = sorted([*done, (total / length**length_penalty, tokens)], reverse=True)[: m.beams]
+                elif len(following) < m.beams:
+                    following.append((tokens, total, parent))
+            over = len(done) == m.beams and done[-1][0] >= totals[0][0] / length**length_penalty
+            if over or not following:
+                return done[0]
+            picks.append({(parent, tokens[-1]) for tokens, _, parent in following})
+            beams = [(tokens, total) for tokens, total, _ in following]
+
+
+SEEDS = {"llava": (5, 1, 0, 0), "qwen2_5_vl": (14, 1, 1, 1)}  # no generated image token; the first three go back
+
+
+@pytest.mark.parametrize("number", range(len(OPERAS)))
+def test_opera_equals_reference(family, model, number):
+    """Same answer and score, with forced returns and with answers that end early."""
+    spec, eos = OPERAS[number], EOS if number < 2 else ()
+    inputs = single(family, [1, 2], 0, seed=SEEDS[family][number])
+    search = Opera(model, inputs, spec)
+    score, tokens = search.run(8, eos)
+    with vlm_fix.wrapped(model, spec):
+        out = model.generate(**inputs, max_new_tokens=8, do_sample=False, return_dict_in_generate=True,
+                             eos_token_id=list(eos) or None)  # fmt: skip
+    assert tuple(out.sequences[0, search.start :].tolist()) == tokens
+    assert abs(float(out.sequences_scores[0]) - score) < 1e-4
+    assert bool(search.returned) == (number < 3)
+
+
+def test_opera_is_beam_search_without_penalty_and_returns(family, model):
+    """With every token a candidate and no weight to speak of, it is what generate's own beam search finds."""
+    inputs = single(family, [1, 2], 0)
+    how = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": list(EOS), "return_dict_in_generate": True}
+    own = model.generate(**inputs, num_beams=3, output_scores=True, **how)
+    with vlm_fix.wrapped(model, "opera:weight=1e-9,beams=3,candidates=96,threshold=999"):
+        out = model.generate(**inputs, **how)
+    assert torch.equal(out.sequences, own.sequences)
+    assert torch.allclose(out.sequences_scores, own.sequences_scores, atol=1e-5)
+
+
+# ---- SGRS ---------------------------------------------------------------------------------------------------------------
+
+WEIGHTS: dict = {}  # layer -> A [1, H, L, L] of the last forward, in the graph
+LOCORE = None  # (beta, window, prompt length)
+
+
+def differentiable_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    z = query @ key.transpose(2, 3) * scaling
+    if LOCORE:
+        beta, window, start = LOCORE
+        extra = torch.zeros_like(z[0, 0])
+        for i in range(start, len(extra)):
+            for j in range(max(start, i - window + 1), i + 1):
+                extra[i, j] = torch.log(torch.tensor(1 + beta, dtype=torch.float64))
+        z = z + extra
+    a = (z + attention_mask).softmax(-1)
+    WEIGHTS[module.layer_idx] = a
+    return (a @ value).transpose(1, 2), a
+
+
+AttentionInterface.register("reference_gradients", differentiable_attention)
+AttentionMaskInterface.register("reference_gradients", eager_mask)
+
+
+def whole(twin, inputs, tokens):
+    """Logits [L + t, V] of prompt and tokens, with gradients."""
+    new = torch.tensor([tokens], dtype=torch.long).view(1, -1)
+    full = {**inputs, "input_ids": torch.cat([inputs["input_ids"], new], 1)}
+    full["attention_mask"] = torch.ones_like(full["input_ids"])
+    full["pixel_values"] = inputs["pixel_values"].double()
+    if "mm_token_type_ids" in full:
+        full["mm_token_type_ids"] = (full["input_ids"] == IMAGE).int()
+    twin.model.rope_deltas = None
+    with torch.enable_grad():
+        return twin(**full, use_cache=False).logits[0]
+
+
+def saliency(logits, row, candidate, layers, start):
+    """S of `candidate`, predicted by the last row, read at attention row `row`."""
+    with torch.enable_grad():
+        loss = -logits[-1].log_softmax(-1)[candidate]
+    total = 0.0
+    for layer in layers:
+        a = WEIGHTS[layer]
+        g = torch.autograd.grad(loss, a, retain_graph=True)[0]
+        x = (a * g).detach()[0, :, row]
+        mean = [sum(abs(float(x[h, j])) for h in range(4)) / 4 for j in range(a.shape[-1])]
+        norm = sum(v * v for v in mean) ** 0.5
+        total += sum(mean[start:]) / len(mean[start:]) / norm if norm else 0.0
+    return total / len(layers)
+
+
+def sgrs_reference(model, inputs, spec, steps):
+    """-> tokens, what happened, and the S of every candidate that was looked at."""
+    twin, m = ref.double(model), vlm_fix.parse_spec(spec)
+    twin.set_attn_implementation({"text_config": "reference_gradients"})
+    layers = vlm_fix.method.parse_layers(m.layers, 4, "")
+    grid, start = inputs.get("image_grid_thw"), inputs["input_ids"].shape[1]
+    crc = zlib.crc32(inputs["input_ids"][0].numpy().tobytes())
+    for image in inputs["pixel_values"].split([1, 1] if grid is None else [int(g.prod()) for g in grid]):
+        crc = zlib.crc32(image.contiguous().numpy().tobytes(), crc)
+    draw = torch.Generator().manual_seed(zlib.crc32(f"{m.seed},{crc}".encode()))
+    tokens, taken, events, every = [], [], Counter(), []
+    for t in range(steps):
+        logits = whole(twin, inputs, tokens)
+        scores = logits[-1].detach().clone()
+        scores[IMAGE] = -torch.inf
+        top, candidates = scores.topk(m.top_k)
+        order = torch.multinomial(top.softmax(-1).float(), m.top_k, generator=draw).tolist()
+        chosen, seen = candidates[order[0]], {}
+        if t:
+            recent = taken[-m.window :]
+            bar, chosen = m.alpha * sum(recent) / len(recent) if recent else 0.0, None
+            for i in order[: m.tries]:
+                seen[i] = saliency(logits, start + t - 1, int(candidates[i]), layers, start)
+                if seen[i] >= bar:
+                    chosen = candidates[i]
+                    taken.append(seen[i])
+                    break
+                events["rejected"] += 1
+            if chosen is None:
+                events["fell back"] += 1
+                for i in range(m.top_k):
+                    seen.setdefault(i, saliency(logits, start + t - 1, int(candidates[i]), layers, start))
+                best = max(seen, key=lambda i: seen[i])
+                chosen = candidates[best]
+                taken.append(seen[best])
+            every.append({int(candidates[i]): s for i, s in seen.items()})
+        tokens.append(int(chosen))
+    return tokens, events, every
+
+
+@pytest.mark.parametrize("locore", [False, True], ids=["alone", "locore"])
+@pytest.mark.parametrize("spec", SGRSES)
+def test_sgrs_equals_reference(family, model, spec, locore):
+    global LOCORE
+    inputs = single(family, [1, 2], 1)
+    stack = [spec, "locore:beta=0.6,window=3"] if locore else spec
+    ours = []
+    original = type(vlm_fix.parse_spec(spec)).saliency
+
+    def noted(self, logits, candidates, seqs):
+        s = original(self, logits, candidates, seqs)
+        ours.append((seqs.length, int(candidates[0, 0]), float(s[0])))
+        return s
+
+    try:
+        type(vlm_fix.parse_spec(spec)).saliency = noted
+        with vlm_fix.wrapped(model, stack):
+            out = model.generate(**inputs, max_new_tokens=10, suppress_tokens=[IMAGE])
+    finally:
+        type(vlm_fix.parse_spec(spec)).saliency = original
+    LOCORE = (0.6, 3, inputs["input_ids"].shape[1]) if locore else None
+    try:
+        tokens, events, every = sgrs_reference(model, inputs, spec, 10)
+    finally:
+        LOCORE = None
+    assert out[0, inputs["input_ids"].shape[1] :].tolist() == tokens
+    assert len(ours) == sum(map(len, every))
+    for t, candidate, s in ours:
+        theirs = every[t - 1][candidate]
+        assert theirs > 1e-4 and abs(s - theirs) < 1e-5
+    assert events["rejected"] and (events["fell back"] or "alpha" not in spec)
+    several = [s for s in every if len(s) > 1]
+    assert several and all(max(s.values()) - min(s.values()) > 1e-4 for s in several)
+
+
+def test_sgrs_reads_a_row_that_the_loss_reaches(family, model):
+    """The row of the candidate itself, which the official code reads, has no gradient: S = 0 for every candidate."""
+    inputs, tokens = single(family, [1, 2], 1), [5, 9, 30]
+    twin, start = ref.double(model), inputs["input_ids"].shape[1]
+    twin.set_attn_implementation({"text_config": "reference_gradients"})
+    for candidate in (11, 12):
+        logits = whole(twin, inputs, [*tokens, candidate])[:-1]
+        assert saliency(logits, start + 3, candidate, [1, 2], start) == 0
+        assert saliency(logits, start + 2, candidate, [1, 2], start) > 1e-3
+
+
+# ---- all loops ----------------------------------------------------------------------------------------------------------
+
+LOOPS = [OPERAS[0], "sgrs:layers=1-3,alpha=1"]
+
+
+@pytest.mark.parametrize("spec", LOOPS)
+def test_loop_batch_equals_single(family, model, spec):
+    """Left-padded, with and without returns, with answers of different lengths, beside an attention edit and a pruner."""
+    images, how = [1, 2, 1], {"max_new_tokens": 9, "do_sample": False, "eos_token_id": [42]}
+    for stack in ([spec], ["hiprune:keep=4", "pai:alpha=0.3", spec]):
+        with vlm_fix.wrapped(model, stack):
+            together = model.generate(**make_inputs(family, images), **how)
+            assert torch.equal(together, model.generate(**make_inputs(family, images), **how))
+            for row in range(3):
+                inputs = single(family, images, row)
+                alone = model.generate(**inputs, **how)[0, inputs["input_ids"].shape[1] :]
+                rest = together[row, make_inputs(family, images)["input_ids"].shape[1] :]
+                assert torch.equal(alone, rest[: len(alone)]) and (rest[len(alone) :] == 91).all()
+
+
+@pytest.mark.parametrize("spec", ["opera:weight=0", "sgrs:top_k=1"])
+def test_loop_neutral_is_bit_identical(family, model, spec):
+    inputs = make_inputs(family, [1, 2, 0])
+    before = greedy(model, inputs)
+    with vlm_fix.wrapped(model, spec):
+        after = greedy(model, inputs)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("spec", ["opera", "sgrs"])
+def test_loops_refuse_before_the_first_token(family, model, spec):
+    inputs = single(family, [1, 2], 0)
+    modes = {"prompt_lookup_num_tokens": 2, "cache_implementation": "static", "num_return_sequences": 2, "num_beams": 2,
+             "prefill_chunk_size": 8, "assistant_model": model, "use_cache": False, "output_scores": True,
+             "guidance_scale": 1.5}  # fmt: skip
+    modes |= {"do_sample": True, "streamer": object()} if spec == "opera" else {}
+    seen = []
+    handle = model.model.register_forward_pre_hook(lambda *a: seen.append(1))
+    with vlm_fix.wrapped(model, spec):
+        for name, value in modes.items():
+            with pytest.raises(vlm_fix.VlmFixError, match=name):
+                model.generate(**inputs, max_new_tokens=3, **{name: value})
+    handle.remove()
+    assert not seen
+    for other in ("vcd", "deco", "sgrs" if spec == "opera" else "opera"):
+        with pytest.raises(vlm_fix.VlmFixError, match=other):
+            vlm_fix.wrap(model, [spec, other])
+
+
+def test_loops_on_text(family, model):
+    inputs = single(family, [0, 1], 0)
+    with vlm_fix.wrapped(model, "opera"), pytest.raises(vlm_fix.VlmFixError, match="needs an image"):
+        model.generate(**inputs, max_new_tokens=3)
+    with vlm_fix.wrapped(model, "sgrs:layers=1"):
+        assert model.generate(**inputs, max_new_tokens=3).shape[1] == inputs["input_ids"].shape[1] + 3
+
+
+class Sink:
+    def __init__(self):
+        self.parts, self.ended = [], False
+
+    def put(self, value):
+        self.parts.append(value)
+
+    def end(self):
+        self.ended = True
+
+
+def test_sgrs_streams_and_obeys_its_seed(family, model):
+    inputs, sink = single(family, [1, 2], 0), Sink()
+    with vlm_fix.wrapped(model, "sgrs:layers=1-3"):
+        out = model.generate(**inputs, max_new_tokens=6, streamer=sink)
+        torch.manual_seed(99)
+        assert torch.equal(out, model.generate(**inputs, max_new_tokens=6))
+    assert sink.ended and torch.cat([p.reshape(-1) for p in sink.parts]).tolist() == out[0].tolist()
+    with vlm_fix.wrapped(model, "sgrs:layers=1-3,seed=1"):
+        assert not torch.equal(out, model.generate(**inputs, max_new_tokens=6))
+
+
+def test_sgrs_needs_no_parameter_gradients(family, model):
+    """A model whose weights are frozen gives the same answer, and no gradient is left anywhere."""
+    inputs = single(family, [1, 2], 0)
+    with vlm_fix.wrapped(model, "sgrs:layers=1-3"):
+        out = model.generate(**inputs, max_new_tokens=6)
+        try:
+            model.requires_grad_(False)
+            assert torch.equal(out, model.generate(**inputs, max_new_tokens=6))
+        finally:
+            model.requires_grad_(True)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_seeing_changes_nothing(family, model):
+    """`see` gets the weights that edits left, and the output is SDPA's own."""
+
+    @dataclass(frozen=True)
+    class Look(vlm_fix.AttentionEdit):
+        name = "look"
+
+        def see(self, a, rows):
+            NOTED.setdefault(rows.layer, []).append(a.sum(-1))
+
+    NOTED: dict = {}
+    inputs = make_inputs(family, [1, 2, 1])
+    before = greedy(model, inputs)
+    with vlm_fix.wrapped(model, Look()):
+        after = greedy(model, inputs)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert sorted(NOTED) == [0, 1, 2, 3] and all(len(v) == STEPS for v in NOTED.values())
+    assert all(error(a, torch.ones_like(a)) < 1e-5 for v in NOTED.values() for a in v)
+
+
+# ---- edits of the next token --------------------------------------------------------------------------------------------
+
+EDITS = [
+    "dagcd:alpha=6",
+    "dagcd:alpha=3,heads_used=3,top_rank=40,context=text,layers=1-3",
+    "dagcd:alpha=6,end_tokens=69|32",
+    "yes_threshold:yes=3|69|32,no=20|52,mass=0.02,margin=0.9",
+    "yes_threshold:yes=5,no=69|32,mass=0.01,margin=0.001",
+]
+
+
+@dataclass
+class Everything(Recorder):
+    def weight(self, a, layer, head, row):
+        self.seen[layer, row, head] = a.clone()
+        return a
+
+
+def edited(twin, spec, inputs, tokens):
+    """Scores [T, V] by the formulas, with the whole answer recomputed without a cache."""
+    m, ids, start = vlm_fix.parse_spec(spec), inputs["input_ids"][0].tolist(), inputs["input_ids"].shape[1]
+    visual = ref.visual_columns(inputs["input_ids"])
+    layers = list(vlm_fix.method.parse_layers(getattr(m, "layers", None), 4, ""))
+    run = Everything(visual, start, layers)
+    z = ref.teacher_forced(twin, run, inputs, tokens[:-1]).log_softmax(-1)
+    if m.name == "yes_threshold":
+        p = z[0].exp().tolist()
+        yes, no = sum(p[i] for i in m.yes), sum(p[i] for i in m.no)
+        if yes + no > m.mass and abs(yes - no) < m.margin:
+            z[0] = -torch.inf
+            z[0, max(m.yes, key=lambda i: p[i])] = 0
+        return z
+    context = [j for j in range(start) if j not in visual and (m.context == "text" or j > max(visual))]
+    heads = [(layer, h) for layer in layers for h in range(4)]
+    heads.sort(key=lambda lh: -sum(float(run.seen[lh[0], start - 1, lh[1]][j]) for j in context))
+    words = sorted({ids[j] for j in context})
+    for t in range(len(tokens)):
+        p, used = z[t].exp().tolist(), dict.fromkeys(words, 0.0)
+        if m.end_tokens and p.index(max(p)) in m.end_tokens:
+            continue
+        for layer, h in heads[: m.heads_used]:
+            a = run.seen[layer, start - 1 + t, h]
+            mean = {}
+            for v in words:
+                at = [float(a[j]) for j in context if ids[j] == v]
+                mean[v] = sum(at) / len(at)
+            for v in words:
+                used[v] += mean[v] / sum(mean.values())
+        used = {v: u for v, u in used.items() if sum(q > p[v] for q in p) < m.top_rank}
+        entropy = -sum(q * torch.tensor(q).double().log().item() for q in p if q > 0)
+        weight = m.alpha * entropy / torch.tensor(float(len(p))).double().log().item()
+        for v, u in used.items():
+            z[t, v] = torch.tensor(p[v] + weight * u / sum(used.values())).double().log()
+    return z.log_softmax(-1)
+
+
+@pytest.mark.parametrize("spec", EDITS)
+def test_logit_edit_equals_reference(family, model, spec):
+    inputs, twin = single(family, [1, 2], 1), ref.double(model)
+    with vlm_fix.wrapped(model, spec):
+        tokens, _, scores = greedy(model, inputs, suppress_tokens=None)
+    theirs = edited(twin, spec, inputs, tokens[0])
+    plain = ref.teacher_forced(twin, None, inputs, tokens[0, :-1]).log_softmax(-1)
+    cut = torch.isinf(theirs)
+    assert torch.equal(torch.isinf(scores[0]), cut)
+    assert error(scores[0][~cut], theirs[~cut]) < 1e-5
+    assert torch.equal(tokens[0], theirs.argmax(-1))
+    changed = (theirs.exp() - plain.exp()).abs().amax(-1) > 1e-2
+    assert changed.any() == ("margin=0.001" not in spec)
+    assert "end_tokens" not in spec or not changed.all()
+
+
+@pytest.mark.parametrize("spec", [EDITS[0], EDITS[3]])
+def test_logit_edit_in_every_mode(family, model, spec):
+    """A left-padded batch, beams, drafted tokens, a static cache and seeded samples; beside other methods."""
+    images, how = [1, 2, 1], {"max_new_tokens": 5, "do_sample": False}
+    twin = ref.double(model)
+    with vlm_fix.wrapped(model, spec):
+        together = model.generate(**make_inputs(family, images), **how)[:, -5:]
+        beams = model.generate(**make_inputs(family, images), num_beams=3, **how)[:, -5:]
+        for row in range(3):
+            inputs = single(family, images, row)
+            plain = model.generate(**inputs, **how)
+            assert torch.equal(plain[0, -5:], together[row])
+            for option in ({"prompt_lookup_num_tokens": 2}, {"cache_implementation": "static"}):
+                assert torch.equal(plain, model.generate(**inputs, **how, **option))
+            out = model.generate(**inputs, num_beams=3, length_penalty=0.0, return_dict_in_generate=True,
+                                 output_scores=True, **how)  # fmt: skip
+            assert torch.equal(out.sequences[0, -5:], beams[row])
+        theirs = edited(twin, spec, inputs, out.sequences[0, -5:])
+        total = float(theirs.gather(1, out.sequences[0, -5:, None]).sum())
+        assert abs(total - float(out.sequences_scores[0])) < 1e-4
+        runs = []
+        for _ in range(2):
+            torch.manual_seed(5)
+            runs.append(model.generate(**inputs, max_new_tokens=5, do_sample=True, num_return_sequences=3))
+        assert torch.equal(*runs)
+    stack = ["hiprune:keep=4", "pai:alpha=0.3", "vcd:beta=0.01", spec]
+    with vlm_fix.wrapped(model, stack):
+        together = greedy(model, make_inputs(family, images))[0]
+        for row in range(3):
+            assert torch.equal(greedy(model, single(family, images, row))[0][0], together[row])
+
+
+@pytest.mark.parametrize("spec", ["apc_only:beta=0.3", "gaussian_logits", "deco:layers=1-3", "dola:layers=0|1|2|3",
+                                  EDITS[0], EDITS[3]])  # fmt: skip
+def test_logit_edit_with_an_assistant(models, spec):
+    """Tokens drafted by a text model change nothing, and a streamer is told of each token once."""
+    from transformers import LlamaForCausalLM
+
+    model, inputs = models["llava"], single("llava", [1, 2], 0)
+    if "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
+        pytest.skip("this transformers hands the images to the text model, which refuses them")
+    assistant = LlamaForCausalLM(model.config.text_config).eval()  # its own decoder: most drafts are right
+    assistant.model.load_state_dict(model.model.language_model.state_dict())
+    assistant.lm_head.load_state_dict(model.lm_head.state_dict())
+    assistant.generation_config.eos_token_id = None
+    sink = Sink()
+    with vlm_fix.wrapped(model, spec):
+        plain = model.generate(**inputs, max_new_tokens=9, do_sample=False, streamer=sink)
+        assert torch.equal(
+            plain, model.generate(**inputs, max_new_tokens=9, do_sample=False, assistant_model=assistant)
+        )
+    assert sink.ended and torch.cat([p.reshape(-1) for p in sink.parts]).tolist() == plain[0].tolist()
+
+
+@pytest.mark.parametrize("spec", ["dagcd:alpha=0", "yes_threshold:margin=0"])
+def test_logit_edit_neutral_is_bit_identical(family, model, spec):
+    inputs = make_inputs(family, [1, 2, 0])
+    before = greedy(model, inputs)
+    with vlm_fix.wrapped(model, spec):
+        after = greedy(model, inputs)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_yes_threshold_reads_the_tokenizer(family, model, monkeypatch):
+
+    inputs = single(family, [1, 2], 0)
+    monkeypatch.setattr(model.config, "_name_or_path", "/nowhere")
+    with vlm_fix.wrapped(model, "yes_threshold"), pytest.raises(vlm_fix.VlmFixError, match="yes_threshold:yes="):
+        model.generate(**inputs, max_new_tokens=2)
+    monkeypatch.setattr(model.config, "_name_or_path", str(PICTO_LLAVA))
+    from vlm_fix.methods.logits.yes_threshold import spellings
+
+    assert spellings(model, "Yes") == (247,) and spellings(model, "No") == (142,)
+    with pytest.raises(vlm_fix.VlmFixError, match="no token for 'Zyzzyva'"):
+        spellings(model, "Zyzzyva")
+
+
+def test_worked_examples_by_hand():
+    """p = (.4, .3, .2, .1): numbers that can be checked on paper."""
+    l = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
+    rule = vlm_fix.parse_spec("yes_threshold")
+    assert rule.forced(l, (1,), (0,)).exp().tolist() == [[0, 1, 0, 0]]  # .7 > .2 and .1 < .5
+    assert torch.equal(vlm_fix.parse_spec("yes_threshold:mass=0.8").forced(l, (1,), (0,)), l)
+    assert torch.equal(vlm_fix.parse_spec("yes_threshold:margin=0.05").forced(l, (1,), (0,)), l)
+    # context 1 1 3 2 of which 2 is too unlikely; means .2 .1 .1 -> 2/4 1/4 1/4 -> 2/3 and 1/3 for tokens 1 and 2
+    weights = torch.tensor([[[0.3, 0.1, 0.1, 0.1]]])
+    ids, inside = torch.tensor([[1, 1, 3, 2]]), torch.ones(1, 4, dtype=torch.bool)
+    entropy = -float((l.exp() * l).sum() / torch.log(torch.tensor(4.0)))
+    p = vlm_fix.parse_spec("dagcd:alpha=1,top_rank=3").guided(l, weights, ids, inside).exp()[0].tolist()
+    assert p == pytest.approx([0.4, 0.3 + entropy * 2 / 3, 0.2 + entropy / 3, 0.1], rel=1e-5)
+
+
+# ---- LayerCake ----------------------------------------------------------------------------------------------------------
+
+CAKES = [
+    {"punctuation": (3, 10), "concepts": (40, 60), "beta": 0.01},
+    {"punctuation": (3, 40), "concepts": (41, 79), "punctuation_layers": "0-1", "concept_layers": "1-3",
+     "punctuation_above": 0.01, "concept_above": 0.02, "alpha": 0.5, "beta": 0.05},
+    {"punctuation": (3, 40), "concepts": (41, 79), "prompt_rows": "last", "concept_layers": "1|3", "beta": 0.01},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", range(len(CAKES)))
+def test_layercake_equals_reference(family, model, number):
+    inputs, twin = single(family, [1, 2, 1], 0, seed=3), ref.double(model)
+    values = {k: tuple(range(*v)) if isinstance(v, tuple) else v for k, v in CAKES[number].items()}
+    spec = vlm_fix.registry.get_method("layercake")(**values)
+    m = spec.resolve(vlm_fix.families.arch_of(model))
+
+    def theirs(tokens):
+        ids = [*inputs["input_ids"][0].tolist(), *tokens.tolist()]
+        start = inputs["input_ids"].shape[1]
+        cake = Cake(ref.visual_columns(inputs["input_ids"]), start, list(m.layers), m.prompt_rows, ids=ids, method=m)
+        main = ref.teacher_forced(twin, None, inputs, tokens[:-1])
+        main[:, IMAGE] = -torch.inf  # it would need an image
+        main = main.log_softmax(-1)
+        other = ref.teacher_forced(twin, cake, inputs, tokens[:-1]).log_softmax(-1)
+        z = (1 + m.alpha) * main - m.alpha * other
+        assert float((main - other)[:, :IMAGE].abs().max()) > 1e-2
+        return z.masked_fill(main.exp() < m.beta * main.exp().amax(-1, keepdim=True), -torch.inf).log_softmax(-1)
+
+    with vlm_fix.wrapped(model, spec):
+        tokens, _, scores = greedy(model, inputs, suppress_tokens=[IMAGE])
+        how = {"num_beams": 3, "length_penalty": 0.0, "return_dict_in_generate": True, "output_scores": True,
+               "suppress_tokens": [IMAGE]}  # fmt: skip
+        beams = model.generate(**inputs, max_new_tokens=6, do_sample=False, **how)
+        batch = greedy(model, make_inputs(family, [1, 2, 1], seed=3), suppress_tokens=[IMAGE])[0]
+    expected = theirs(tokens[0])
+    cut = torch.isinf(expected)
+    assert torch.equal(torch.isinf(scores[0]), cut)
+    assert error(scores[0][~cut], expected[~cut]) < 1e-5
+    assert torch.equal(batch[0], tokens[0])
+    best = beams.sequences[0, -6:]
+    assert abs(float(theirs(best).gather(1, best[:, None]).sum()) - float(beams.sequences_scores[0])) < 1e-4
+
+
+def test_layercake_neutral_and_tokenizer(family, model, monkeypatch):
+
+    from transformers import AutoTokenizer
+
+    inputs = single(family, [1, 2], 0)
+    before = greedy(model, inputs)
+    with vlm_fix.wrapped(model, "layercake:alpha=0"):
+        after = greedy(model, inputs)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    monkeypatch.setattr(model.config, "_name_or_path", "/nowhere")
+    with vlm_fix.wrapped(model, "layercake"), pytest.raises(vlm_fix.VlmFixError, match="layercake:punctuation="):
+        model.generate(**inputs, max_new_tokens=2)
+    path = str(PICTO_LLAVA)
+    monkeypatch.setattr(model.config, "_name_or_path", path)
+    tokenizer, cake = AutoTokenizer.from_pretrained(path), vlm_fix.parse_spec("layercake")
+    ids = tokenizer("is there a dog with the cat ? .", add_special_tokens=False)["input_ids"]
+    words = [tokenizer.decode([i]) for i in ids]
+    assert [w for w, i in zip(words, ids, strict=True) if i in cake.tokens(model, 0)] == ["?", "."]
+    assert [w for w, i in zip(words, ids, strict=True) if i in cake.tokens(model, 1)] == ["dog", "cat"]

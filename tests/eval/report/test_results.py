@@ -1,0 +1,62 @@
+"""results/: every file is what its command in reproduce.sh makes, and README and docs show these files."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.support.paths import ROOT
+from vlm_fix import cli
+from vlm_fix.eval.report import page
+from vlm_fix.registry import split_methods
+
+FOLDERS = sorted(path.parent.name for path in ROOT.glob("results/*/results.json"))
+
+
+def arguments(folder, tmp_path):
+    """What reproduce.sh gives to vlm-fix, one list per call."""
+    seen = tmp_path / "seen"
+    stub = tmp_path / "vlm-fix"
+    stub.write_text(f'#!/usr/bin/env bash\nprintf "%s\\x1f" "$@" >> {seen}; echo >> {seen}\n')
+    stub.chmod(0o755)
+    work = tmp_path / "clone" / "results"
+    work.mkdir(parents=True)
+    script = (ROOT / "results" / "reproduce.sh").read_text()
+    (work / "reproduce.sh").write_text(script.replace("\n  cp ", "\n  : "))
+    subprocess.run(
+        ["bash", work / "reproduce.sh", folder], check=True, env={"VLM_FIX": str(stub), "PATH": "/usr/bin:/bin"}
+    )
+    return [line.split("\x1f")[:-1] for line in seen.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_results_are_of_the_command_that_is_given(folder, tmp_path):
+    [command] = arguments(folder, tmp_path)
+    asked = vars(cli._parser().parse_args(command))
+    made = json.loads((ROOT / "results" / folder / "results.json").read_text())["settings"]
+    for name in ("benchmark", "limit", "batch_size", "seed", "variant", "sample", "scorer", "num_beams"):
+        assert made[name] == asked[name], name
+    assert made.get("controls", False) == asked["controls"]
+    assert made["methods"] == split_methods(asked["method"])
+    assert ",".join(map(str, made.get("seeds", []))) == asked["seeds"]
+
+
+def test_bench_files_are_of_the_commands_that_are_given(tmp_path):
+    commands = arguments("bench", tmp_path)
+    files = {path.name for path in (ROOT / "results" / "bench").glob("*.json")}
+    assert {Path(command[-1]).name for command in commands} == files
+    for command in commands:
+        asked = vars(cli._parser().parse_args(command))
+        made = json.loads((ROOT / asked["output"]).read_text())
+        for name in ("bench", "shape", "new_tokens", "rounds", "seed"):
+            assert made[name] == asked["kind" if name == "bench" else name], name
+
+
+def test_pages_show_the_results():
+    folders = [ROOT / "results" / folder for folder in FOLDERS]
+    assert (ROOT / "docs" / "leaderboard.md").read_text() == page.leaderboard(folders), "run `make leaderboard`"
+    readme = (ROOT / "README.md").read_text()
+    assert page.leaderboard([ROOT / "results" / "picto-shift"]) in readme, "run `make leaderboard`"

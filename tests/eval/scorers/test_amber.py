@@ -1,0 +1,165 @@
+"""AMBER: figures of the official script on made-up answers to all 15,220 prompts, and each rule on small cases."""
+
+import doctest
+import json
+import random
+import tarfile
+
+import nltk
+import pytest
+
+from tests.support.paths import DATA
+from vlm_fix import cli
+from vlm_fix.errors import VlmFixError
+from vlm_fix.eval.scorers.amber import data as amber_data
+from vlm_fix.eval.scorers.amber import official as amber_file
+from vlm_fix.eval.scorers.amber import score as amber
+from vlm_fix.eval.scorers.chair import words
+
+PACK = DATA / "nltk_pack.tar.gz"
+
+
+@pytest.fixture(scope="module")
+def nltk_data(tmp_path_factory):
+    """NLTK data from the pack, if they are not on this machine already."""
+    before = list(nltk.data.path)
+    if not words.nltk_ready():
+        if not PACK.exists():
+            pytest.skip(f"NLTK data are not on this machine and {PACK} does not exist")
+        folder = tmp_path_factory.mktemp("nltk")
+        with tarfile.open(PACK) as archive:
+            archive.extractall(folder, filter="data")
+        nltk.data.path.insert(0, str(folder / "nltk_pack"))
+    yield
+    nltk.data.path[:] = before
+
+
+def made_up() -> list[dict]:
+    """Answers that meet every rule: true, listed, similar, invented and other words, capitals, plurals, odd yes and no."""
+    rng = random.Random(0)
+    lexicon = amber_data.lexicon("official", "pattern")
+    vocabulary = sorted({*lexicon.stand_for, *(w for each in lexicon.stand_for.values() for w in each)})
+    rows = []
+    for scene in amber_data.scenes():
+        pool = [*scene.truth, *scene.hallu, *rng.sample(vocabulary, 2)]
+        pool += [w for name in scene.truth for w in lexicon.stand_for[name]]
+        a, b, c, d, e = rng.choices(pool, k=5)
+        text = f"There is a {a} and two {b}s near the {c}. {d.capitalize()}s and a {e} are behind it."
+        rows.append({"id": scene.id, "response": "" if rng.random() < 0.02 else text})
+    replies = ["Yes"] * 6 + ["No"] * 8 + ["yes", "No.", "Yes, there is.", "It is not clear"]
+    return rows + [{"id": question.id, "response": rng.choice(replies)} for question in amber_data.questions()]
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("amber") / "answers.json"
+    path.write_text(json.dumps(made_up()))
+    return path
+
+
+OFFICIAL = {
+    "captions": {"CHAIR": 32.9, "Cover": 34.0, "Hal": 72.3, "Cog": 16.6},
+    "existence": {"Accuracy": 44.8, "Precision": 100.0, "Recall": 44.8, "F1": 61.8},
+    "attribute": {"Accuracy": 39.6, "Precision": 50.7, "Recall": 45.0, "F1": 47.7},
+    "relation": {"Accuracy": 38.1, "Precision": 41.9, "Recall": 44.8, "F1": 43.3},
+    "questions": {"Accuracy": 41.2, "Precision": 66.8, "Recall": 44.9, "F1": 53.7},
+}
+
+
+def test_figures_are_those_of_the_official_script(file, nltk_data):
+    """Printed by inference.py of junyangwang0410/AMBER@534babf on these answers, its similarities read from our table."""
+    found = amber_file.score_file(file)
+    got = {part: amber_file.printed(r, 0.001 if part == "existence" else 0.0001) for part, r in found.items()}
+    assert got == OFFICIAL
+
+
+def test_the_package_holds_all_of_amber():
+    scenes, questions = amber_data.scenes(), amber_data.questions()
+    assert [scene.id for scene in scenes] == list(range(1, 1005))
+    assert [question.id for question in questions] == list(range(1005, 15221))
+    kinds = [question.kind for question in questions]
+    assert {kind: kinds.count(kind) for kind in set(kinds)} == {"existence": 4924, "attribute": 7628, "relation": 1664}
+    assert {question.label for question in questions if question.kind == "existence"} == {"no"}
+    lexicon = amber_data.lexicon("official", "pattern")
+    known = {*lexicon.stand_for, *(w for each in lexicon.stand_for.values() for w in each)}
+    assert len(known) == 418 and {w for pair in lexicon.similar for w in pair} <= known
+    assert {w for scene in scenes for w in scene.truth + scene.hallu} <= {*lexicon.stand_for}
+
+
+def test_worked_example():
+    for module in (amber, amber_data, amber_file):
+        run = doctest.testmod(module)
+        assert run.failed == 0 and run.attempted >= 3
+
+
+def figures(text, truth, hallu, scorer="official"):
+    scene = amber_data.Scene(1, "a.jpg", truth, hallu)
+    return amber.score_captions([text], [scene], amber_data.lexicon(scorer, "pattern")).figures
+
+
+def test_each_rule_of_a_caption():
+    assert figures("a dog and a dog", ("dog",), ("cat",)) == {"chair": 0, "cover": 1, "hal": 0, "cog": 0}
+    assert figures("a man", ("person",), ("cat",)) == {"chair": 0, "cover": 1, "hal": 0, "cog": 0}  # listed
+    assert figures("a bicycle", ("tree",), ("motorbike",))["cog"] == 1  # similar to a hallu word, and to no object
+    assert figures("a bicycle", ("tree",), ("motorbike",))["chair"] == 1
+    assert figures("a bicycle", ("tree",), ("motorbike",), "ours")["cog"] == 0
+    assert figures("a cat", ("dog",), ("cat",)) == {"chair": 0, "cover": 1, "hal": 0, "cog": 1}  # both at once
+    assert figures("an orange", ("dog",), ("cat",)) == {"chair": 0, "cover": 0, "hal": 0, "cog": 0}  # never judged
+    assert figures("Dogs", ("dog",), ("cat",))["cover"] == 0  # as written, so capitals are no mention
+    assert figures("Dogs", ("dog",), ("cat",), "ours")["cover"] == 1
+    assert figures("two ships", ("ship", "ship"), ("cat",))["cover"] == 0.5  # the second ship is never reached
+    assert figures(None, ("dog",), ("cat",)) == {"chair": 0, "cover": 0, "hal": 0, "cog": 0}
+
+
+def test_mentions_stand_where_they_are_written():
+    """Each with its place, what it fits and what it invents; the scores are their counts."""
+    scene = amber_data.Scene(1, "a.jpg", ("tree", "dog"), ("cat", "motorbike"))
+    text = 'A man\'s Dog, two "dogs", trees, an orange (bicycles) and a cat: wow!'
+    read = {}
+    for scorer in ("official", "ours"):
+        found = amber.mentions(text, scene, amber_data.lexicon(scorer, "pattern"))
+        read[scorer] = [(text[m.noun.start : m.noun.end], m.noun.node, m.fits, {*m.imagined}, m.wrong) for m in found]
+        figures = amber.score_captions([text], [scene], amber_data.lexicon(scorer, "pattern")).sums()
+        assert figures["hallucinated"] == sum(wrong for *_, wrong in read[scorer]) and figures["mentions"] == len(found)
+    man, dogs, trees = (
+        ("man", "man", None, set(), True),
+        ("dogs", "dog", 1, set(), False),
+        ("trees", "tree", 0, set(), False),
+    )
+    orange, bicycles = ("orange", "orange", None, set(), False), ("bicycles", "bicycle", None, {1}, True)
+    assert read["official"] == [man, dogs, trees, orange, bicycles, ("cat", "cat", 1, {0}, False)]
+    last = [("bicycles", "bicycle", None, set(), True), ("cat", "cat", None, {0}, True)]
+    assert read["ours"] == [man, ("Dog", "dog", 1, set(), False), dogs, trees, orange, *last]
+
+
+def test_yes_and_no():
+    replies = ["Yes", "No", "yes", "No.", "No, it is.", "", None, "not"]
+    read = {scorer: [amber.verdict(r, "no", scorer) for r in replies] for scorer in ("official", "ours", "vcd")}
+    assert read["official"] == ["yes", "no", *["unknown"] * 6]
+    assert read["ours"] == ["yes", "no", "yes", "no", "no", "unknown", "unknown", "unknown"]
+    assert read["vcd"][:5] == ["yes", "no", "yes", "no", "no"]
+    asked = [
+        amber_data.Question(i, "a.jpg", "?", "relation", label) for i, label in enumerate(["no", "no", "no", "yes"])
+    ]
+    result = amber.score_questions(["No", "Yes", "?", "No"], asked)
+    assert result.figures == {"accuracy": 1 / 4, "precision": 1 / 2, "recall": 1 / 3, "f1": 0.4, "yes_ratio": 1 / 4}
+    assert result.unparsed == 1
+
+
+def test_the_command_scores_a_file_and_wants_all_of_a_part(file, tmp_path, nltk_data, capsys):
+    assert cli.main(["score", "amber", str(file), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["captions"]["n"] == 1004 and said["amber_score"] == amber.amber_score(amber_file.score_file(file))
+    assert {part: said[part]["printed"] for part in OFFICIAL} == OFFICIAL
+    rows = made_up()
+    for kept, words_ in (
+        (rows[:-1], "no answer to 15220"),
+        ([*rows, {"id": 0, "response": ""}], "an answer to 0"),
+        ([*rows, rows[5]], "id 6 comes twice"),
+    ):
+        (tmp_path / "bad.json").write_text(json.dumps(kept))
+        with pytest.raises(VlmFixError, match=words_):
+            amber_file.score_file(tmp_path / "bad.json", variant="pattern")
+    (tmp_path / "bad.json").write_text(json.dumps([{"id": "1", "text": "A dog."}]))
+    assert cli.main(["score", "amber", str(tmp_path / "bad.json")]) == 2
+    assert 'row 1: AMBER wants "id"' in capsys.readouterr().err

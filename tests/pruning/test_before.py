@@ -1,0 +1,243 @@
+"""Token pruners against slow float64 references: the choice from its formula, the answer from a full-length prompt."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+
+import vlm_fix
+from tests.support.models import BUILD, make_inputs, single
+from tests.support.references import base as ref
+from tests.support.references.pruning_before import (
+    divprune,
+    images_of,
+    masked_logits,
+    sensitivity,
+    uniform_grid,
+    visionzip,
+    vscan,
+    zoo_prune,
+)
+from tests.support.run import error, greedy
+from vlm_fix.eval.bench import peak_mb
+from vlm_fix.pruning import encoder
+from vlm_fix.pruning.encoder import ImageTokens
+
+# ---- slow choices: loops over Python floats -------------------------------------------------------------------------
+
+
+MERGES = {"vscan:windows=2,llm_keep=1": (vscan, 8), "visionzip:contextual=0.4": (visionzip, 5)}
+CHOICES = {
+    "divprune": divprune,
+    "zoo_prune:directions=3,seed=4": zoo_prune,
+    "uniform_grid": uniform_grid,
+}
+EVERY = [*CHOICES, *MERGES, "random_tokens"]
+
+
+# ---- what the tower says, by hand -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spec", CHOICES)
+def test_answer_equals_reference(family, model, spec):
+    """Two images; the choice from the formula in float64, the logits from a full-length prompt with masked columns."""
+    inputs, budget = single(family, [1, 2], 1), 5
+    full = f"{spec}{',' if ':' in spec else ':'}keep={budget}"
+    with vlm_fix.wrapped(model, full):
+        tokens, logits, _ = greedy(model, inputs)
+    twin, kept, offset = copy.deepcopy(model).double(), [], 0
+    for image in images_of(family, twin, inputs):
+        kept += [offset + i for i in CHOICES[spec](image, budget, vlm_fix.parse_spec(full))]
+        offset += len(image["z"])
+    expected = masked_logits(family, twin, inputs, kept, tokens[0], compact=family == "llava")
+    assert error(logits[0], expected) < 1e-5
+    other = [i for i in range(offset) if i not in kept][: len(kept)]
+    assert error(logits[0], masked_logits(family, twin, inputs, other, tokens[0], compact=family == "llava")) > 1e-3
+
+
+@pytest.mark.parametrize("spec", MERGES)
+def test_merged_answer_equals_reference(family, model, spec):
+    inputs, (reduce, budget) = single(family, [1, 2], 1), MERGES[spec]
+    with vlm_fix.wrapped(model, f"{spec},keep={budget}"):
+        tokens, logits, _ = greedy(model, inputs)
+        method = model.__dict__["_vlm_fix_engine"].pruner
+    twin, kept, offset = copy.deepcopy(model).double(), {}, 0
+    for image in images_of(family, twin, inputs):
+        kept |= {offset + i: z for i, z in reduce(image, budget, method).items()}
+        offset += len(image["z"])
+    compact = family == "llava"
+    assert error(logits[0], masked_logits(family, twin, inputs, kept, tokens[0], compact)) < 1e-5
+    assert error(logits[0], masked_logits(family, twin, inputs, list(kept), tokens[0], compact)) > 1e-3, (
+        "nothing merged"
+    )
+
+
+def test_original_positions_equal_reference(models):
+    model, inputs = models["llava"], single("llava", [1, 2], 1)
+    with vlm_fix.wrapped(model, "uniform_grid:keep=7,positions=original"):
+        tokens, logits, _ = greedy(model, inputs)
+    kept = [36 * n + i for n in range(2) for i in uniform_grid({"grid": (6, 6)}, 7, None)]
+    expected = masked_logits("llava", copy.deepcopy(model).double(), inputs, kept, tokens[0])
+    assert error(logits[0], expected) < 1e-5
+
+
+@pytest.mark.parametrize("chunk", [1, 2000, 2**20])
+def test_column_scores_equal_loops_in_any_chunks(monkeypatch, chunk):
+    g = torch.Generator().manual_seed(chunk)
+    q, k = (3 * torch.randn(2, 3, 11, 8, generator=g) for _ in range(2))
+    monkeypatch.setattr(encoder, "chunk_bytes", lambda x: chunk)
+    scores = encoder.column_means(q, k, 8**-0.5)
+    for image in range(2):
+        expected = ref.received(q[image].double(), k[image].double(), 8**-0.5)
+        assert float((scores[image] - expected).abs().max() / expected.max()) < 1e-6
+
+
+def test_column_scores_hold_no_square_of_the_patches():
+    q, k = (torch.randn(1, 4, 1500, 8, generator=torch.Generator().manual_seed(i)) for i in range(2))
+    scores: list[torch.Tensor] = []
+    held = peak_mb(lambda: scores.append(encoder.column_means(q, k, 8**-0.5)), q.device)
+    assert 2 < held < 9  # the scores of all heads and patches would be 36 MB
+    expected = (q.double() @ k.double().mT * 8**-0.5).softmax(dim=-1).mean(dim=(1, 2))
+    assert float((scores[0] - expected).abs().max() / expected.max()) < 1e-6
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_selection_on_random_features(seed):
+    """Random features, and axis vectors whose distances are all 0 or 1: there every choice is a tie."""
+    g = torch.Generator().manual_seed(seed)
+    height, width = 3 + seed, 7 - seed
+    n = height * width
+    axis = torch.eye(5)[torch.randint(5, (n,), generator=g)] * 2.0 ** torch.randint(-3, 3, (n, 1), generator=g)
+    matrix = torch.randn(6, 5, generator=g)
+    raw = torch.randn(n, 6, generator=g)
+    for z in (torch.randn(n, 8, generator=g), axis):
+        image = ImageTokens((height, width), {}, features=z, raw=lambda: raw, project=lambda x: (x @ matrix).tanh())
+        slow = {"grid": (height, width), "z": z.double(), "raw": raw.double()}
+        slow["project"] = lambda x: (x @ matrix.double()).tanh()
+        method = vlm_fix.parse_spec("zoo_prune:step=0.5,directions=9")  # a step at which one side is not the other
+        expected = torch.tensor(sensitivity(slow, method))
+        assert float((method.sensitivity(image) - expected).abs().max() / expected.max()) < 1e-5
+        for spec, choose in CHOICES.items():
+            for budget in (1, 2, 5, n - 1, n):
+                method = vlm_fix.parse_spec(
+                    f"{spec}{',' if ':' in spec else ':'}keep={budget if budget > 1 else 1 / n}"
+                )
+                kept = method.select(image).tolist()
+                assert kept == sorted(set(kept)) and len(kept) == budget
+                assert kept == choose(slow, budget, method), (spec, budget)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_merging_on_random_features(seed):
+    """As above; whole-number scores and axis vectors as features and keys make every choice a tie."""
+    g = torch.Generator().manual_seed(seed)
+    height, width = 3 + seed, 7 - seed
+    n = height * width
+    matrix, raw = torch.randn(6, 5, generator=g), torch.randn(n, 6, generator=g)
+    scores = {layer: torch.randint(4, (n,), generator=g).float() for layer in (1, 3)}
+    for z in (torch.randn(n, 5, generator=g), torch.eye(5)[torch.randint(5, (n,), generator=g)]):
+        slow = {
+            "grid": (height, width),
+            "z": z.double(),
+            "raw": raw.double(),
+            "first": scores,
+            "keys": {3: z.double()},
+            "project": lambda x: (x @ matrix.double()).tanh(),
+        }
+        for spec, (reduce, _) in MERGES.items():
+            first = scores if "vscan" in spec else {3: scores[3]}
+            image = ImageTokens(
+                (height, width),
+                {},
+                first,
+                keys={3: z},
+                features=z,
+                raw=lambda: raw,
+                project=lambda x: (x @ matrix).tanh(),
+            )
+            for budget in (2, 5, 9, n - 1, n):
+                method = vlm_fix.parse_spec(f"{spec},keep={budget}")
+                kept, features = method.reduce(image)
+                expected = reduce(slow, budget, method)
+                assert kept.tolist() == list(expected) and len(kept) == budget
+                for index, feature in zip(kept.tolist(), features, strict=True):
+                    assert float((feature - expected[index]).abs().max()) < 1e-5
+                assert budget < n or torch.equal(features, z)
+
+
+def test_grid_is_exact_for_every_size():
+    for height in range(1, 8):
+        for width in range(1, 8):
+            image = ImageTokens((height, width), {})
+            for budget in range(2, height * width + 1):
+                kept = vlm_fix.parse_spec(f"uniform_grid:keep={budget}").select(image).tolist()
+                assert len(kept) == budget == len(set(kept)) and kept == sorted(kept)
+                assert kept[0] >= 0 and kept[-1] < height * width
+    image = ImageTokens((24, 24), {})
+    kept = vlm_fix.parse_spec("uniform_grid:keep=64").select(image).tolist()
+    assert kept == [y * 24 + x for y in range(1, 24, 3) for x in range(1, 24, 3)]
+
+
+def test_random_draw_is_uniform_and_belongs_to_the_image():
+    images = [ImageTokens((4, 5), {}, pixels=torch.full((3, 8, 8), float(i))) for i in range(400)]
+    method = vlm_fix.parse_spec("random_tokens:keep=5")
+    draws = [method.select(image).tolist() for image in images]
+    assert all(d == sorted(set(d)) and len(d) == 5 for d in draws)
+    counts = torch.tensor([i for d in draws for i in d]).bincount(minlength=20)
+    assert float((counts - 100).square().sum() / 75) < 43.8  # chi square, 19 degrees of freedom, p = .001
+    assert draws == [method.select(image).tolist() for image in images]
+    other = vlm_fix.parse_spec("random_tokens:keep=5,seed=1")
+    assert sum(other.select(image).tolist() == d for image, d in zip(images, draws, strict=True)) < 10
+
+
+@pytest.mark.parametrize("spec", EVERY)
+@pytest.mark.parametrize("keep", ["1.0", "1000"])
+@pytest.mark.filterwarnings("ignore:.* changed nothing in this call. its keep covers every image token")
+def test_neutral_is_bit_identical(family, model, spec, keep):
+    inputs = make_inputs(family, [1, 2, 0])
+    tokens, logits, _ = greedy(model, inputs)
+    with vlm_fix.wrapped(model, f"{spec}{',' if ':' in spec else ':'}keep={keep}"):
+        t, raw, _ = greedy(model, inputs)
+    assert torch.equal(t, tokens) and torch.equal(raw, logits)
+
+
+@pytest.mark.parametrize("spec", ["hiprune", "visionzip", "fastv", "knorm", "a_vl:core=1", "vscan:llm_keep=1"])
+def test_a_budget_that_covers_all_is_told_once(models, spec):
+    inputs, join = make_inputs("llava", [1, 2]), "," if ":" in spec else ":"
+    for keep, told in (("1000", 1), ("1.0", 0), ("0.5", 0)):
+        with (
+            vlm_fix.wrapped(models["llava"], f"{spec}{join}keep={keep}"),
+            warnings.catch_warnings(record=True) as caught,
+        ):
+            warnings.simplefilter("always")
+            greedy(models["llava"], inputs)
+            greedy(models["llava"], inputs)
+        idle = [str(w.message) for w in caught if "changed nothing" in str(w.message)]
+        assert len(idle) == told and all(f"{spec.partition(':')[0]} changed nothing" in line for line in idle)
+
+
+@pytest.mark.parametrize("spec", EVERY)
+def test_batch_equals_single(family, model, spec):
+    """Left-padded rows with 1, 2 and 1 images against each row alone; the default budget."""
+    images = [1, 2, 1]
+    plain = greedy(model, make_inputs(family, images))[1]
+    with vlm_fix.wrapped(model, spec):
+        tokens, logits, _ = greedy(model, make_inputs(family, images))
+        for row in range(3):
+            t, raw, _ = greedy(model, single(family, images, row))
+            assert torch.equal(t[0], tokens[row])
+            assert float((raw[0] - logits[row]).abs().max()) < 2e-4
+    assert not torch.equal(plain, logits)
+
+
+@pytest.mark.parametrize("spec", EVERY)
+def test_half_precision_and_no_state(family, spec):
+    model, inputs = BUILD[family](torch.bfloat16), single(family, [1, 2], 1, dtype=torch.bfloat16)
+    before = greedy(model, inputs)[1]
+    with vlm_fix.wrapped(model, spec):
+        first, again = greedy(model, inputs)[1], greedy(model, inputs)[1]
+    assert torch.equal(first, again) and not torch.equal(first, before)
+    assert torch.equal(greedy(model, inputs)[1], before)

@@ -1,0 +1,290 @@
+"""Tiny random-weight models of further families, and prompts for them: every config is the real one, made small."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tests.support.models import IMAGE, PAD, VOCAB, ready
+
+SIDE, PATCH = 24, 4  # pixels of a tile and of a patch: 6 x 6 patches
+TEXT = dict(
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    vocab_size=VOCAB,
+    max_position_embeddings=1024,
+    pad_token_id=PAD,
+    bos_token_id=1,
+    eos_token_id=2,
+    initializer_range=0.2,
+)
+TOWER = dict(
+    hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, image_size=SIDE, patch_size=PATCH
+)
+MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+QWEN_TOWER = dict(depth=4, num_heads=2, patch_size=PATCH, spatial_merge_size=2, temporal_patch_size=2, in_channels=3)
+SLIDING = dict(sliding_window=24, layer_types=["sliding_attention", "full_attention"] * 2)
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """One family: its config, and what one image is (`tokens` pieces of image tokens, `wrap` around each piece)."""
+
+    cls: str
+    text: str
+    vision: str | None
+    config: dict[str, Any]
+    tower: dict[str, Any]
+    text_config: dict[str, Any]
+    kind: str = "tile"  # tile, tiles, anyres, sizes, packed
+    tokens: int = 36  # per tile
+
+
+def _tiny(cls, text, vision, tokens=36, kind="tile", tower=None, text_config=None, **config):
+    return Tiny(cls, text, vision, config, {**TOWER, **(tower or {})}, {**TEXT, **(text_config or {})}, kind, tokens)
+
+
+CLIP = dict(vision_feature_layer=-2, vision_feature_select_strategy="default")
+SIGLIP = dict(tower={"vision_use_head": False})
+TINY = {
+    "vipllava": _tiny(
+        "VipLlava", "llama", "clip_vision_model", vision_feature_layers=[-2, -3], image_token_index=IMAGE
+    ),
+    "llava_next": _tiny(
+        "LlavaNext",
+        "mistral",
+        "clip_vision_model",
+        kind="anyres",
+        image_grid_pinpoints=[[24, 48], [48, 24], [48, 48]],
+        image_token_index=IMAGE,
+        text_config={"sliding_window": None},
+        **CLIP,
+    ),
+    "llava_onevision": _tiny(
+        "LlavaOnevision",
+        "qwen2",
+        "siglip_vision_model",
+        kind="anyres",
+        image_grid_pinpoints=[[24, 24], [24, 48], [48, 24], [48, 48]],
+        image_token_index=IMAGE,
+        video_token_index=92,
+        vision_aspect_ratio="anyres_max_2",
+        **SIGLIP,
+    ),
+    "internvl": _tiny(
+        "InternVL", "qwen2", "internvl_vision", tokens=9, kind="tiles", image_token_id=IMAGE, image_seq_length=9
+    ),
+    "gemma3": _tiny(
+        "Gemma3",
+        "gemma3_text",
+        "siglip_vision_model",
+        tokens=9,
+        mm_tokens_per_image=9,
+        image_token_index=IMAGE,
+        boi_token_index=93,
+        eoi_token_index=94,
+        text_config={"query_pre_attn_scalar": 16, **SLIDING},
+        **SIGLIP,
+    ),
+    "paligemma": _tiny(
+        "PaliGemma",
+        "gemma",
+        "siglip_vision_model",
+        projection_dim=64,
+        image_token_index=IMAGE,
+        tower={"vision_use_head": False, "projection_dim": 64},
+    ),
+    "paligemma2": _tiny(  # its scores are capped softly, and half of its layers have a window
+        "PaliGemma",
+        "gemma2",
+        "siglip_vision_model",
+        projection_dim=64,
+        image_token_index=IMAGE,
+        tower={"vision_use_head": False, "projection_dim": 64},
+        text_config={**SLIDING, "attn_logit_softcapping": 1.5, "query_pre_attn_scalar": 16},
+    ),
+    "idefics3": _tiny("Idefics3", "llama", None, tokens=9, kind="padded", image_token_id=IMAGE, scale_factor=2),
+    "smolvlm": _tiny("SmolVLM", "llama", None, tokens=9, kind="padded", image_token_id=IMAGE, scale_factor=2),
+    "mistral3": _tiny(
+        "Mistral3",
+        "mistral",
+        "pixtral",
+        kind="sizes",
+        image_token_index=IMAGE,
+        spatial_merge_size=2,
+        text_config={"sliding_window": None},
+        tower={"head_dim": 8, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+    ),
+    "aya_vision": _tiny(
+        "AyaVision", "cohere2", "siglip_vision_model", tokens=9, image_token_index=IMAGE, text_config=SLIDING, **SIGLIP
+    ),
+    "cohere2_vision": _tiny(
+        "Cohere2Vision",
+        "cohere2",
+        "siglip_vision_model",
+        tokens=9,
+        image_token_id=IMAGE,
+        alignment_intermediate_size=64,
+        text_config=SLIDING,
+        **SIGLIP,
+    ),
+    "qwen2_vl": _tiny(
+        "Qwen2VL",
+        "own",
+        None,
+        kind="packed",
+        tower={**QWEN_TOWER, "embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2},
+        text_config={"rope_parameters": MROPE},
+    ),
+    "qwen3_vl": _tiny(
+        "Qwen3VL",
+        "own",
+        None,
+        kind="packed",
+        tower={
+            **QWEN_TOWER,
+            "out_hidden_size": 64,
+            "num_position_embeddings": 36,
+            "deepstack_visual_indexes": [1, 2],
+        },
+        text_config={"rope_parameters": {**MROPE, "mrope_section": [4, 2, 2]}},
+    ),
+    "glm4v": _tiny(
+        "Glm4v",
+        "own",
+        None,
+        kind="packed",
+        tower={**QWEN_TOWER, "out_hidden_size": 64},
+        text_config={"rope_parameters": {**MROPE, "partial_rotary_factor": 1.0}},
+    ),
+}
+
+
+def build(name: str, dtype=torch.float32, seed=0):
+    """The model of a family, in float32 unless asked otherwise."""
+    import transformers
+
+    tiny = TINY[name]
+    vision = dict(tiny.tower)
+    if tiny.vision:
+        vision["model_type"] = tiny.vision
+    if tiny.kind == "packed":
+        ids = dict(image_token_id=IMAGE, video_token_id=92)
+        if name == "glm4v":
+            ids |= dict(image_start_token_id=93, image_end_token_id=94, video_start_token_id=95, video_end_token_id=95)
+        else:
+            ids |= dict(vision_start_token_id=93, vision_end_token_id=94)
+        config = getattr(transformers, tiny.cls + "Config")(vision_config=vision, text_config=tiny.text_config, **ids)
+    else:
+        text = {**tiny.text_config, "model_type": tiny.text}
+        config = getattr(transformers, tiny.cls + "Config")(vision_config=vision, text_config=text, **tiny.config)
+    torch.manual_seed(seed)
+    model = getattr(transformers, tiny.cls + "ForConditionalGeneration")(config)
+    for p in model.parameters():
+        if p.dim() > 1 and not p.any():  # Gemma 3's projector starts at zero: no image would be seen
+            p.data.normal_(std=0.2)
+    return ready(model, dtype)
+
+
+ANYRES = [(40, 20), (24, 40), (48, 48)]  # pixel sizes (h, w) before the processor
+
+
+def _anyres(name: str, size: tuple[int, int]) -> tuple[int, int]:
+    """(tiles, image tokens) of one image, counted as the processors do: base, unpadded tiles, a newline a row."""
+    h, w = size
+    points = TINY[name].config["image_grid_pinpoints"]
+
+    def fit(point):
+        scale = min(point[0] / h, point[1] / w)
+        return min(int(h * scale) * int(w * scale), h * w), -(point[0] * point[1])
+
+    ph, pw = max(points, key=fit)
+    rows, columns = ph // PATCH, pw // PATCH
+    if w / h > columns / rows:
+        new = int(round(h * (columns / w), 7))
+        rows -= 2 * ((rows - new) // 2)
+    else:
+        new = int(round(w * (rows / h), 7))
+        columns -= 2 * ((columns - new) // 2)
+    if name == "llava_onevision":
+        ratio = math.sqrt(rows * columns / (2 * 36))
+        if ratio > 1.1:
+            rows, columns = int(rows // ratio), int(columns // ratio)
+    return 1 + (ph // SIDE) * (pw // SIDE), 36 + rows * (columns + 1)
+
+
+def prompt(name: str, images: list[int], seed: int = 0, rows: list[int] | None = None) -> dict[str, torch.Tensor]:
+    """A left-padded batch; row i has images[i] images and its own text. `rows` picks some of them, padded anew."""
+    g, tiny = torch.Generator().manual_seed(seed), TINY[name]
+
+    def words(n):
+        return torch.randint(3, 80, (n,), generator=g).tolist()
+
+    made, number = [], 0
+    for i, n in enumerate(images):
+        ids, pixels, extra = [1, *words(3 + i)], [], []
+        for _ in range(n):
+            if tiny.kind == "packed":
+                h, w = [(6, 6), (4, 8), (8, 6)][number % 3]
+                patch = torch.randn(h * w, 3, 1, PATCH * PATCH, generator=g).expand(-1, -1, 2, -1)
+                pixels.append(patch.reshape(h * w, -1))
+                extra.append([1, h, w])
+                ids += [93] + [IMAGE] * (h * w // 4) + [94]
+            elif tiny.kind == "anyres":
+                tiles, count = _anyres(name, ANYRES[number % 3])
+                tile = torch.zeros(5, 3, SIDE, SIDE)
+                tile[:tiles] = torch.randn(tiles, 3, SIDE, SIDE, generator=g)
+                pixels.append(tile[None])
+                extra.append(ANYRES[number % 3])
+                ids += [IMAGE] * count
+            elif tiny.kind == "sizes":
+                h, w = [(24, 16), (16, 24), (24, 24)][number % 3]
+                image = torch.zeros(1, 3, SIDE, SIDE)
+                image[..., :h, :w] = torch.randn(1, 3, h, w, generator=g)
+                pixels.append(image)
+                extra.append([h, w])
+                for _ in range(h // 8):
+                    ids += [IMAGE] * (w // 8) + [93]  # row breaks
+                ids[-1] = 94
+            elif tiny.kind == "tiles":
+                tiles = 1 + 2 * (number % 2)
+                pixels.append(torch.randn(tiles, 3, SIDE, SIDE, generator=g))
+                ids += [93] + [IMAGE] * (tiny.tokens * tiles) + [94]
+            else:
+                pixels.append(torch.randn(1, 3, SIDE, SIDE, generator=g))
+                ids += [93] + [IMAGE] * tiny.tokens + [94]
+            number += 1
+            ids += words(2)
+        made.append((ids + words(7 - i), pixels, extra))
+    chosen = [made[i] for i in (rows if rows is not None else range(len(made)))]
+    length = max(len(ids) for ids, _, _ in chosen)
+    ids = torch.tensor([[PAD] * (length - len(r)) + r for r, _, _ in chosen])
+    inputs = {"input_ids": ids, "attention_mask": (ids != PAD).long()}
+    pixels = [p for _, ps, _ in chosen for p in ps]
+    extra = [e for _, _, es in chosen for e in es]
+    if name == "gemma3":
+        inputs["token_type_ids"] = (ids == IMAGE).int()
+    if name.startswith("paligemma"):
+        inputs["token_type_ids"] = torch.zeros_like(ids)
+    if tiny.kind == "packed":
+        inputs["mm_token_type_ids"] = (ids == IMAGE).int()
+    if not pixels:
+        return inputs
+    if tiny.kind == "padded":
+        most = max(len(ps) for _, ps, _ in chosen)
+        blank = torch.zeros(1, 3, SIDE, SIDE)
+        inputs["pixel_values"] = torch.stack([torch.cat(ps + [blank] * (most - len(ps))) for _, ps, _ in chosen])
+    else:
+        inputs["pixel_values"] = torch.cat(pixels)
+    if extra:
+        inputs["image_grid_thw" if tiny.kind == "packed" else "image_sizes"] = torch.tensor(extra)
+    if name == "llava_onevision":
+        inputs["batch_num_images"] = torch.ones(len(pixels), dtype=torch.long)
+    return inputs

@@ -1,0 +1,342 @@
+"""The matrix of attention and hidden-state methods: one row a method, its cells, and what a reference looks at.
+
+A cell is one greedy run of a left-padded batch, prompt and 8 steps, each row of it against the reference on that prompt
+alone. A method is one row of ROWS.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+import torch
+
+import vlm_fix
+from tests.support import families
+from tests.support.models import BUILD, IMAGE, PAD, VIDEO, make_inputs, single, tiny_llava
+from tests.support.references import attention as edits
+from tests.support.references import base as ref
+from tests.support.run import error, greedy
+from vlm_fix.attention import function
+
+LIMIT = {torch.float32: 1e-5, torch.bfloat16: 3e-2}  # largest difference of logits, relative to the largest logit
+EDIT = 6e-2  # the least that an edit must change them by
+BAND = 3e-2  # in bf16 a gate may fall the other way where its value is this close to the threshold, relative to it
+FAMILIES = ["llava", "qwen2_5_vl", "gemma3", "mistral"]
+WINDOWS = {"gemma3": 24, "mistral": 60}  # columns of their sliding windows
+COSINE = {
+    "llava": 0.2,
+    "qwen2_5_vl": 0.21,
+    "gemma3": 0.19,
+    "mistral": 0.2,
+    "video": 0.2,
+}  # random weights have no sinks
+
+
+@dataclass
+class Prompt:
+    """One prompt, and what references look at besides: in float64, or with `given` in the engine's own numbers."""
+
+    family: str
+    model: torch.nn.Module
+    inputs: dict
+    gates: ref.Gates = field(default_factory=ref.Gates)
+    given: Seen | None = None
+
+    @property
+    def at(self):
+        ids = self.inputs["input_ids"]
+        return {
+            "visual": ref.visual_columns(ids),
+            "prompt_len": ids.shape[1],
+            "gates": self.gates,
+            "given": self.given,
+        }
+
+    @property
+    def windows(self):
+        """{layer: columns a sliding window holds}"""
+        layers = {"gemma3": (0, 2), "mistral": ALL}.get(self.family, ())
+        return dict.fromkeys(layers, WINDOWS.get(self.family))
+
+    def text(self):
+        """{layer: per-head outputs [H, D] of the prompt's last token without its images}"""
+        if self.given:
+            return {layer: self.given.text(layer) for layer in range(4)}
+        return ref.text_only_outputs(self.model, self.inputs, range(4))
+
+    def encoder(self):
+        layers = {"qwen2_5_vl": (1, 3)}.get(self.family, (0, 2))
+        return edits.encoder_scores(self.given.model if self.given else self.model, self.inputs, layers)
+
+    def grids(self):
+        """Per image (height, width) in tokens."""
+        if "image_grid_thw" in self.inputs:
+            return [(h // 2, w // 2) for _, h, w in self.inputs["image_grid_thw"].tolist()]
+        return [(3, 3) if self.family == "gemma3" else (6, 6)] * len(self.inputs["pixel_values"])
+
+    def secondary(self, more, fewer):
+        states = self.given.states() if self.given else self.states()
+        return edits.secondary(self.gates, states, self.inputs["input_ids"].shape[1], COSINE[self.family], more, fewer)
+
+    def states(self):
+        """Inputs [L, C] of all layers and the final norm's output, in a plain pass."""
+        run, kept = ref.Reference([], 0, []), []
+        hook = ref.decoder(self.model).norm.register_forward_hook(lambda m, a, o: kept.append(o[0]))
+        ref.teacher_forced(self.model, run, self.inputs, self.inputs["input_ids"][0, :0])
+        hook.remove()
+        return [*(run.inputs[i] for i in range(4)), *kept]
+
+
+@dataclass
+class Seen:
+    """What the engine had of one row of a batch, without its padding, as float64."""
+
+    model: torch.nn.Module
+    chunks: dict
+    row: int
+    padding: int
+    plain: bool = False  # of a pass without edits over the prompt
+
+    @property
+    def dtype(self):
+        return self.chunks["projected", 0][0][0].dtype
+
+    def _joined(self, name, layer, dim):
+        parts = [torch.cat(parts, dim) for parts in zip(*self.chunks[name, layer], strict=True)]
+        return [part[self.row].narrow(dim - 1, self.padding, part.shape[dim] - self.padding).double() for part in parts]
+
+    def projected(self, layer):
+        """Queries, keys and values [H, L, D]."""
+        return self._joined("plain projected" if self.plain else "projected", layer, 2)
+
+    def inputs(self, layer):
+        """[L, C]"""
+        return self._joined("plain inputs" if self.plain else "inputs", layer, 1)[0]
+
+    def text(self, layer):
+        """[H, D], of the last row of a pass that only looks."""
+        return self.chunks["plain outputs", layer][0][0][self.row, -1].double()
+
+    def states(self):
+        return [self._joined("plain inputs", layer, 1)[0] for layer in range(5)]
+
+
+@contextlib.contextmanager
+def recorded(model, monkeypatch):
+    """-> {(name, layer): [tensors of one forward, ...]} of the model's runs in this block; wrap it inside."""
+    chunks, original, layers = defaultdict(list), function.attention, ref.decoder(model).layers
+
+    def plain():
+        return model.__dict__["_vlm_fix_engine"].session.plain
+
+    def attention(module, query, key, value, *args, **kwargs):
+        out = original(module, query, key, value, *args, **kwargs)
+        new = slice(-query.shape[2], None)
+        if plain():
+            chunks["plain outputs", module.layer_idx].append((out[0],))
+            chunks["plain projected", module.layer_idx].append((query, key, value))
+        else:
+            chunks["projected", module.layer_idx].append((query, key[:, :, new], value[:, :, new]))
+        return out
+
+    def note(i, x):
+        chunks["plain inputs" if plain() else "inputs", i].append((x.clone(),))
+
+    hooks = [
+        layer.register_forward_pre_hook(
+            lambda m, a, k, i=i: note(i, a[0] if a else k["hidden_states"]), with_kwargs=True
+        )
+        for i, layer in enumerate(layers)
+    ]
+    hooks.append(ref.decoder(model).norm.register_forward_hook(lambda m, a, o: note(4, o)))
+    with monkeypatch.context() as patch:
+        patch.setattr(function, "attention", attention)
+        try:
+            yield chunks
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def row(cls, layers, **values):
+    return lambda p: cls(**p.at, layers=list(layers), **values)
+
+
+ALL = (0, 1, 2, 3)
+CUT = ((0, 0), (0, 2), (1, 1), (1, 3), (3, 0), (3, 1), (3, 2))
+RATES = {"attention": (0.4, 0.1, 0.3, 0.2), "mlp": (0.1, 0.5, 0.2, 0.3)}
+IRI = "iri:rr_attention=0.4|0.1|0.3|0.2,rr_mlp=0.1|0.5|0.2|0.3,sources=2,targets=3,lambda_a=4,lambda_m=4"
+ROWS = {
+    "pai:alpha=0.7,layers=1-": row(ref.PaiReference, (1, 2, 3), alpha=0.7),
+    "var:tau=2,min_visual_mass=0.1,rho=0.2,p=0.9,layers=0-": row(
+        ref.VarReference, ALL, tau=2, rho=0.2, min_visual_mass=0.1, p=0.9
+    ),
+    "var:sink_dims=3|17|40,p=0.9,tau=1.5,min_visual_mass=0.1,rho=0.2,layers=0-": row(
+        ref.VarReference, ALL, tau=1.5, rho=0.2, min_visual_mass=0.1, dims=(3, 17, 40), p=0.9
+    ),
+    "var:detector=secondary,life=0|5,min_visual_mass=0,rho=0,p=0.9,layers=0-": lambda p: ref.VarReference(
+        **p.at, layers=[*ALL], p=0.9, rho=0, min_visual_mass=0, secondary=p.secondary(0, 5)
+    ),
+    "vhr:layers=0-": lambda p: ref.VhrReference(**p.at, layers=[*ALL], text=p.text()),
+    "vhr:prompt_rows=all,alpha=1.5": lambda p: ref.VhrReference(
+        **p.at, layers=[1, 2, 3], rows="all", alpha=1.5, text=p.text()
+    ),
+    "paint:alpha=1,beta=0.7,layers=0-": lambda p: edits.PAINT(
+        **p.at, layers=[*ALL], alpha=1, beta=0.7, encoder=p.encoder()
+    ),
+    "paint:alpha=3,beta=1,head_scale=sensitive,layers=0-": lambda p: edits.PAINT(
+        **p.at, layers=[*ALL], alpha=3, beta=1, sensitive=True, encoder=p.encoder()
+    ),
+    "gift:alpha=3,source_layer=1,layers=2-3": row(
+        edits.GIFT, (1, 2, 3), rows="after_image", alpha=3, source=1, edited_layers=(2, 3)
+    ),
+    "gift:alpha=2,source_layer=2,layers=1-3": row(
+        edits.GIFT, (1, 2, 3), rows="after_image", alpha=2, source=2, edited_layers=(1, 2, 3)
+    ),
+    "gift:alpha=2,source_layer=3,layers=0-2": row(
+        edits.GIFT, (0, 1, 2, 3), rows="after_image", alpha=2, source=3, edited_layers=(0, 1, 2)
+    ),
+    "locore:beta=2,window=3": row(edits.LocoRE, ALL, beta=2, window=3),
+    IRI: row(edits.IRI, ALL, rates=RATES, strength={"attention": 4, "mlp": 4}, sources=2, targets=3),
+    "avar:visual=1.8,system=0.4": row(edits.Factors, ALL, image=1.8, system=0.6),
+    "head_pursuit:head_list=1.0|3.2|3.3,factor=-1": row(
+        edits.HeadPursuit, (1, 3), factors={(1, 0): -1, (3, 2): -1, (3, 3): -1}
+    ),
+    "head_pursuit:head_list=0.1|2.2,factor=3,prompt_rows=all": row(
+        edits.HeadPursuit, (0, 2), rows="all", factors={(0, 1): 3, (2, 2): 3}
+    ),
+    "act:threshold=0.06,beta=0.1,layers=0-": row(edits.ACT, ALL, threshold=0.06, beta=0.1),
+    "act:threshold=0.04,beta=0,head_list=1.0|1.2|2.3": row(
+        edits.ACT, (1, 2), threshold=0.04, beta=0, heads=((1, 0), (1, 2), (2, 3))
+    ),
+    "act:sinks=secondary,life=1|4,beta=0.1,layers=0-": lambda p: edits.ACT(
+        **p.at, layers=[*ALL], beta=0.1, secondary=p.secondary(1, 4)
+    ),
+    "zerotuning:rate=0.1": row(edits.ZeroTuning, ALL, rate=0.1),
+    "zerotuning:rate=9,head_indices=0|3,layers=1-2": row(edits.ZeroTuning, (1, 2), rate=9, heads=(0, 3)),
+    "cca": lambda p: edits.CCA(**p.at, layers=[], grids=p.grids(), mrope="image_grid_thw" in p.inputs),
+    "cca:mask=false": lambda p: edits.CCA(
+        **p.at, layers=[], grids=p.grids(), mrope="image_grid_thw" in p.inputs, mask=False
+    ),
+    "cca:positions=false": lambda p: edits.CCA(
+        **p.at, layers=[], grids=p.grids(), mrope="image_grid_thw" in p.inputs, positions=False
+    ),
+    "vaf:enhance=2,suppress=0.5,layers=0-": row(edits.Factors, ALL, image=2, system=0.5),
+    "ad_hh:threshold=0.15,head_list=" + "|".join(f"{i}.{h}" for i, h in CUT): row(
+        edits.ADHH, (0, 1, 3), heads=CUT, threshold=0.15
+    ),
+    "hgai:alpha=1,layers=0-": row(edits.HGAI, ALL, alpha=1),
+    "spin:keep=0.8,epsilon=0.1,layers=0-": row(edits.SPIN, ALL, keep=3, epsilon=0.1),
+    "spin:keep=0.25,epsilon=0,layers=1|3": row(edits.SPIN, (1, 3), keep=1, epsilon=0),
+    "tame:gamma=0.4": lambda p: edits.TAME(**p.at, layers=[*ALL], gamma=0.4, windows=p.windows),
+    "tame:gamma=1,layers=1|3": lambda p: edits.TAME(**p.at, layers=[1, 3], gamma=1, windows=p.windows),
+}
+REFUSED = {
+    ("video", "paint"): "no video",
+    ("video", "cca"): "no video",
+    ("gemma3", "paint"): "cannot in gemma3",
+    ("gemma3", "cca"): "use cca:mask=false",
+    ("mistral", "cca"): "use cca:mask=false",
+}
+
+
+def mistral(dtype, seed=0):
+    """LLaVA with a Mistral decoder: one key head, a sliding window in every layer."""
+    from transformers import MistralConfig
+
+    return tiny_llava(dtype, seed, kv_heads=1, config=MistralConfig, sliding_window=WINDOWS["mistral"])
+
+
+@functools.cache
+def pair(family, dtype):
+    """The model and its float64 twin. Smaller weights in the decoder keep bf16's own error below half of LIMIT."""
+    build = {
+        **BUILD,
+        "video": BUILD["qwen2_5_vl"],
+        "mistral": mistral,
+        "gemma3": lambda dtype: families.build("gemma3", dtype),
+    }[family]
+    model = build(dtype)
+    for name, p in ref.decoder(model).named_parameters():
+        if p.dim() > 1 and "embed" not in name and family != "gemma3":
+            p.data.mul_(0.6)
+    return model, ref.double(model)
+
+
+def prompts(family, dtype):
+    """A left-padded batch and each of its rows alone; they show one image and two, or a video and an image and a video."""
+    seed, images = {"qwen2_5_vl": 0, "mistral": 4}.get(family, 3), [1, 2]  # images that have summary tokens, for PAINT
+    if family == "gemma3":
+        batch, *rows = (families.prompt(family, images, rows=rows) for rows in (None, [0], [1]))
+    elif family == "video":
+        batch, *rows = (videos(rows) for rows in ([0, 1], [0], [1]))
+    else:
+        kind = "llava" if family == "mistral" else family
+        batch = make_inputs(kind, images, seed)
+        rows = [single(kind, images, i, seed) for i in (0, 1)]
+    for inputs in (batch, *rows):
+        inputs |= {name: inputs[name].to(dtype) for name in {"pixel_values", "pixel_values_videos"} & inputs.keys()}
+    return batch, rows
+
+
+def videos(rows):
+    """Prompts of Qwen2.5-VL: a video of two pairs of frames; an image and a video."""
+    g, made = torch.Generator().manual_seed(3), []
+    for shown in ([(VIDEO, 2, 4, 6)], [(IMAGE, 1, 6, 6), (VIDEO, 2, 4, 4)]):
+        ids, pixels = [1, *torch.randint(3, 80, (3,), generator=g).tolist()], []
+        for token, t, h, w in shown:
+            pixels.append((token, [t, h, w], torch.randn(t * h * w, 3 * 2 * 16, generator=g)))
+            ids += [93, *[token] * (t * h * w // 4), 94, *torch.randint(3, 80, (4,), generator=g).tolist()]
+        made.append((ids, pixels))
+    width = max(len(made[i][0]) for i in rows)
+    ids = torch.tensor([[PAD] * (width - len(made[i][0])) + made[i][0] for i in rows])
+    inputs = {"input_ids": ids, "attention_mask": (ids != PAD).long()}
+    for token, values, grid in (
+        (IMAGE, "pixel_values", "image_grid_thw"),
+        (VIDEO, "pixel_values_videos", "video_grid_thw"),
+    ):
+        own = [p for i in rows for p in made[i][1] if p[0] == token]
+        if own:
+            inputs |= {values: torch.cat([p[2] for p in own]), grid: torch.tensor([p[1] for p in own])}
+    inputs["second_per_grid_ts"] = torch.ones(len(inputs["video_grid_thw"]))
+    inputs["mm_token_type_ids"] = ref.modalities(ids, inputs)
+    return inputs
+
+
+@torch.no_grad()
+def unwrapped(model, inputs, answer):
+    """Logits of the model without a method for the same tokens, in its own precision."""
+    ids = torch.cat([inputs["input_ids"], answer[None]], dim=1)
+    full = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    full |= {k: ref.modalities(ids, inputs) for k in ("token_type_ids", "mm_token_type_ids") if k in inputs}
+    model.model.rope_deltas = None
+    return model(**full, use_cache=False).logits[0, inputs["input_ids"].shape[1] - 1 :]
+
+
+def check(spec, make, family, dtype, monkeypatch, record_property):
+    """In bf16 the reference follows the decisions that its own loops take from the engine's queries, keys and inputs."""
+    model, twin = pair(family, dtype)
+    batch, rows = prompts(family, dtype)
+    with recorded(model, monkeypatch) as chunks, vlm_fix.wrapped(model, spec):
+        tokens, logits, _ = greedy(model, batch, suppress_tokens=[IMAGE, VIDEO])  # the reference would look for them
+    flips, decisions, changes = [], [], []
+    for i, inputs in enumerate(rows):
+        gates, answer = ref.Gates(), tokens[i, :-1]
+        if dtype == torch.bfloat16:
+            seen = Seen(model, chunks, i, int((batch["attention_mask"][i] == 0).sum()))
+            make(Prompt(family, twin, inputs, gates, seen)).forward(twin, inputs, answer)
+            gates = ref.Gates(taken=gates.own)
+        expected = make(Prompt(family, twin, inputs, gates)).forward(twin, inputs, answer)
+        flips, decisions = flips + gates.flips, decisions + list(gates.own.values())
+        assert gates.margin > 1e-6 or dtype == torch.bfloat16, "pick another seed: a gate lies on its threshold"
+        assert error(logits[i], expected) < LIMIT[dtype]
+        changes.append(error(unwrapped(model, inputs, answer), expected))
+    assert max(changes) > EDIT, "the edit must be larger than the limit: without it this test must fail"
+    if any(isinstance(d, bool) for d in decisions):
+        assert True in decisions and False in decisions, "gates must fall both ways"
+    farthest = max(flips, default=0)
+    record_property("gate_flips", (len(flips), len(decisions), farthest))
+    assert farthest < BAND and len(flips) <= 0.1 * len(decisions), (len(flips), len(decisions), farthest)
