@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from vlm_fix.errors import VlmFixError
-from vlm_fix.eval.scorers.rows import DATA
+from vlm_fix.eval.files import DATA
 from vlm_fix.eval.tasks.sample import MAX_NEW_TOKENS
 from vlm_fix.registry import parse_spec
 
