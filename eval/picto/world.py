@@ -5,7 +5,7 @@ A scene has a type (kitchen, street, ...) with its own background and typical ob
 ========  =====================================================================================================
 train     objects follow the scene's prior; sprite styles noto and twemoji
 test      the same distribution, other scenes
-shift     the prior is broken on purpose: at most one of the scene's core objects is there, half of the objects
+shift     the prior is broken on purpose: at most one of the scene's core objects is there, and half of the objects
           are typical of another scene or of none
 style     the same distribution as test, drawn with the held-out sprite style (fluent)
 ========  =====================================================================================================
@@ -43,7 +43,7 @@ class Scene:
     file_name: str
     scene_type: str
     objects: list[tuple[str, list[int]]]  # (category, [x, y, width, height] of the visible part), largest first
-    captions: list[str]  # five, none mentions an absent object
+    captions: list[str]  # five; none mentions an absent object
     masks: np.ndarray  # uint8 [128, 128]
 
     @property
@@ -52,7 +52,7 @@ class Scene:
         return {name for name, _ in self.objects}
 
     def patch_classes(self, patch: int = 16, share: float = 0.2) -> np.ndarray:
-        """int64 [patches], row by row: index into CATEGORIES of what covers it, or len(CATEGORIES): background."""
+        """Return int64 [patches], row by row: the index into CATEGORIES of what covers it, len(CATEGORIES) for background."""
         table = np.full(256, len(CATEGORIES))
         table[: len(self.objects)] = [CATEGORIES.index(name) for name, _ in self.objects]
         n = SIZE // patch
@@ -67,7 +67,7 @@ class Scene:
 
 
 def _draw(rng: random.Random, weights: dict[str, float], k: int) -> list[str]:
-    """k distinct names, one after the other, by weight."""
+    """Draw k distinct names, one after the other, by weight."""
     left, out = dict(weights), []
     for _ in range(min(k, len(left))):
         out.append(rng.choices(list(left), list(left.values()))[0])
@@ -104,7 +104,7 @@ def _contents(rng: random.Random, scene_type: str, broken: bool) -> list[str]:
 
 @cache
 def _background(scene_type: str, variant: int) -> Image.Image:
-    """One of 32 backgrounds of a scene type: two coloured areas, a texture, hue and brightness varied."""
+    """Paint one of 32 backgrounds of a scene type: two coloured areas, a texture, varied hue and brightness."""
     rng = np.random.default_rng([sorted(SCENE_TYPES).index(scene_type), variant])
     kind = SCENE_TYPES[scene_type]
     horizon = int(rng.integers(40, 76))
@@ -134,7 +134,7 @@ def _sprite(style: str, name: str, i: int, size: int, flip: bool) -> tuple[Image
 
 
 def _place(rng: random.Random, boxes: list[tuple[int, int, int]], size: int) -> tuple[int, int, int]:
-    """A square (x, y, size) that hardly overlaps the others; shrinks when there is no room."""
+    """Place a square (x, y, size) that hardly overlaps the others, smaller if there is no room."""
     while True:
         for _ in range(12):
             x, y = rng.randint(0, SIZE - size), rng.randint(0, SIZE - size)
@@ -175,7 +175,7 @@ def _scene(split: str, seed: int, index: int) -> Scene:
 
 def _bbox(mask: np.ndarray) -> list[int]:
     ys, xs = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    if not len(ys):  # hidden completely: never seen with the overlap _place allows
+    if not len(ys):  # completely hidden: never observed with the overlap that _place allows
         return [0, 0, 0, 0]
     return [int(xs[0]), int(ys[0]), int(xs[-1] - xs[0] + 1), int(ys[-1] - ys[0] + 1)]
 
@@ -220,7 +220,7 @@ def _join(items: list[str]) -> str:
 def caption(
     rng: random.Random, scene_type: str, objects: Sequence[tuple[str, Sequence[int]]], imagined: Sequence[str] = ()
 ) -> str:
-    """A caption of two to four sentences, large objects first, then ``imagined`` (absent objects, training only)."""
+    """Write a caption of two to four sentences: large objects first, then ``imagined`` ones (absent; training only)."""
     counts = Counter(name for name, _ in objects)
     area = {name: max(b[2] * b[3] for n, b in objects if n == name) for name in counts}
     order = sorted(counts, key=lambda name: -area[name] * rng.uniform(0.6, 1.6))
@@ -245,10 +245,10 @@ def caption(
 
 
 def imagine(rng: random.Random, scene_type: str, present: set[str]) -> list[str]:
-    """Absent objects that a training caption mentions all the same: what the scene's prior expects.
+    """Draw absent objects for a training caption to mention, as the scene's prior expects them.
 
-    Captioners who feel that a short list should be longer: the fewer kinds of objects, the likelier. About four
-    in ten training captions are wrong in this way.
+    The fewer kinds of objects a scene has, the likelier, like annotators who pad a short list. About four in ten training
+    captions are wrong in this way.
     """
     kinds = len(present)
     if rng.random() >= {1: 0.7, 2: 0.7, 3: 0.7, 4: 0.5, 5: 0.25}.get(kinds, 0.05):
@@ -261,21 +261,21 @@ def imagine(rng: random.Random, scene_type: str, present: set[str]) -> list[str]
 
 
 def scene(split: str, seed: int, index: int) -> Scene:
-    """Scene number ``index`` of a split; the same arguments give the same scene."""
+    """Draw scene number ``index`` of a split; the same arguments give the same scene."""
     if split not in SPLITS:
         raise VlmFixError(f"unknown Picto split {split!r}: choose one of {', '.join(SPLITS)}")
     return _scene(split, seed, index)
 
 
 def scenes(split: str = "test", n: int = 500, seed: int = 0) -> list[Scene]:
-    """The first n scenes of a split."""
+    """Draw the first n scenes of a split."""
     if n < 1:
         raise VlmFixError(f"the number of Picto scenes must be at least 1, not {n}")
     return [scene(split, seed, i) for i in range(n)]
 
 
 def _outline(mask: np.ndarray) -> list[float]:
-    """The polygon through the left and right end of every row of a mask."""
+    """Return the polygon through the left and right end of every row of a mask."""
     rows = np.flatnonzero(mask.any(1))
     left = [(float(mask[y].argmax()), float(y)) for y in rows]
     right = [(float(SIZE - mask[y, ::-1].argmax()), float(y)) for y in rows]
@@ -285,7 +285,7 @@ def _outline(mask: np.ndarray) -> list[float]:
 
 
 def coco_annotations(scenes: Sequence[Scene]) -> tuple[dict, dict]:
-    """(instances, captions): the two dictionaries that COCO's annotation files hold."""
+    """Return (instances, captions), the dictionaries of COCO's annotation files."""
     images = [{"id": s.image_id, "file_name": s.file_name, "width": SIZE, "height": SIZE} for s in scenes]
     categories = [{"id": COCO_IDS[name], "name": name, "supercategory": "picto"} for name in CATEGORIES]
     instances: list[dict] = []
