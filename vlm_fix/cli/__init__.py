@@ -9,7 +9,6 @@ import argparse
 import sys
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from vlm_fix.errors import VlmFixError
@@ -78,7 +77,8 @@ def _warn(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
 ) -> None:
     """Print the package's own warnings as a sentence, and those of libraries with their origin."""
-    if category is UserWarning and "vlm_fix" in Path(filename).parts:
+    ours = [module for name, module in sys.modules.items() if name.split(".")[0] == "vlm_fix"]
+    if category is UserWarning and filename in [getattr(module, "__file__", None) for module in ours]:
         print(f"warning: {message}", file=sys.stderr)
     else:
         sys.stderr.write(warnings.formatwarning(message, category, filename, lineno))
