@@ -3,7 +3,7 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3; do $$p -c 'import sys;
 BIN := .venv/bin
 LIMIT ?= 300
 
-.PHONY: run test test-lmms lint types docs leaderboard reproduce-picto clean
+.PHONY: run test test-lmms lint imports types docs leaderboard reproduce-picto clean
 
 run: .venv/run  ## baseline and five methods on the bundled model: POPE x 3 and CHAIR, table and figure
 	$(BIN)/vlm-fix eval all --model picto-llava --data picto:shift --method var,vhr,pai,vcd,hiprune \
@@ -15,13 +15,19 @@ test: .venv/dev
 test-lmms: .venv-lmms/ready  ## lmms-eval itself, on the bundled model
 	.venv-lmms/bin/python -m pytest tests/eval/harness/test_lmms.py
 
-lint: .venv/dev
+lint: .venv/dev imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: .venv/dev  ## of the package as installed, not of the folders
-	rm -rf build/typed && $(BIN)/pip install -q --no-deps --no-build-isolation --target build/typed .
+imports: build/typed  ## which part may import which, see [tool.importlinter] in pyproject.toml
+	cd build/typed && ../../$(BIN)/lint-imports --no-cache ../../pyproject.toml
+
+types: build/typed
 	cd build/typed && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p vlm_fix
+
+.PHONY: build/typed
+build/typed: .venv/dev  ## the package as installed: the folders of the repository have other import names
+	rm -rf build/typed && $(BIN)/pip install -q --no-deps --no-build-isolation --target build/typed .
 
 docs: .venv/run  ## docs/methods.md from the classes and results/, and the pruning curves
 	$(BIN)/python -m vlm_fix.eval.methods_page docs/methods.md

@@ -24,9 +24,10 @@ import gradio as gr
 from rich.console import Console
 
 from vlm_fix.errors import VlmFixError
+from vlm_fix.eval.files import write_atomic
 from vlm_fix.eval.report import tables as report
 from vlm_fix.eval.run import runner
-from vlm_fix.eval.run.store import write_atomic
+from vlm_fix.eval.settings import Settings
 from vlm_fix.registry import split_methods
 
 from .compare import Stop, Stopped, command, sentence
@@ -62,12 +63,12 @@ class Progress:
         )
 
 
-def settings_of(model: str, kind: str, split: str, scenes: int, stacks: Sequence[str], seed: int) -> runner.Settings:
+def settings_of(model: str, kind: str, split: str, scenes: int, stacks: Sequence[str], seed: int) -> Settings:
     """Settings of the runner; VlmFixError for a bad number or method."""
     if not 1 <= int(scenes) <= MOST:
         raise VlmFixError(f"A benchmark in the page has 1 to {MOST} scenes, not {scenes}: use vlm-fix eval for more.")
     methods = dict.fromkeys(tuple(stack) for text in stacks for stack in split_methods(text))
-    return runner.Settings(
+    return Settings(
         benchmark=kind,
         model=model,
         methods=tuple(methods),
@@ -79,7 +80,7 @@ def settings_of(model: str, kind: str, split: str, scenes: int, stacks: Sequence
     )
 
 
-def as_command(settings: runner.Settings) -> str:
+def as_command(settings: Settings) -> str:
     """The same benchmark on the command line."""
     options = {
         "model": settings.model,
@@ -93,7 +94,7 @@ def as_command(settings: runner.Settings) -> str:
     return command(settings.benchmark, options)
 
 
-def run(loaded: Loaded, settings: runner.Settings, folder: Path, stop: Stop) -> Iterator[Progress]:
+def run(loaded: Loaded, settings: Settings, folder: Path, stop: Stop) -> Iterator[Progress]:
     """Run, or continue, the benchmark in `folder`; the last Progress has the results, unless it was stopped.
 
     Raises what the runner raises. Closing the iterator stops the run after its batch.
@@ -112,7 +113,7 @@ def run(loaded: Loaded, settings: runner.Settings, folder: Path, stop: Stop) -> 
         try:
             with loaded.turn:
                 twin = loaded.twin()
-                outcome["results"] = runner.evaluate(
+                results = runner.evaluate(
                     settings,
                     folder,
                     resume=True,
@@ -120,6 +121,8 @@ def run(loaded: Loaded, settings: runner.Settings, folder: Path, stop: Stop) -> 
                     loaded=(twin, loaded.processor, loaded.identity),
                     watch=watch,
                 )
+                report.write(results, folder)
+                outcome["results"] = results
         except Stopped:
             pass
         except Exception as error:

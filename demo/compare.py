@@ -26,6 +26,7 @@ from vlm_fix.decoding import ProcedureWing
 from vlm_fix.errors import VlmFixError
 from vlm_fix.eval.run import generation, runner
 from vlm_fix.eval.scorers.chair import score as chair
+from vlm_fix.eval.settings import Settings
 from vlm_fix.eval.tasks.sample import CAPTION_PROMPT
 from vlm_fix.registry import get_method
 from vlm_fix.wing import engine_of
@@ -243,7 +244,7 @@ def sentence(error: Exception) -> str:
 def how(max_new_tokens: int, temperature: float) -> dict[str, Any]:
     """Keyword arguments of `generate`."""
     sample: dict[str, Any] = {"sample": True, "temperature": float(temperature)} if temperature else {}
-    return runner.Settings(**sample).generate_kwargs(int(max_new_tokens))
+    return Settings(**sample).generate_kwargs(int(max_new_tokens))
 
 
 def recipes(

@@ -1,4 +1,4 @@
-"""The program `python -m vlm_fix.eval.curves`."""
+"""Run `report/curves.py` as `python -m vlm_fix.eval.curves`."""
 
 from .report.curves import main
 

@@ -1,4 +1,4 @@
-"""The program `python -m vlm_fix.eval.methods_page`."""
+"""Run `report/methods_page.py` as `python -m vlm_fix.eval.methods_page`."""
 
 from .report.methods_page import main
 

@@ -1,55 +1,60 @@
 """Paired statistics: is a method better than the baseline on the same images?
 
-A metric here is a function of summed counts, for example ``c_i = hallucinated / mentions``. The bootstrap draws images
-with replacement (all rows of an image move together, since six POPE questions share one image), sums the counts of the
-drawn images for the baseline and for the method alike, and looks at the difference of the two metrics. One matrix
-product gives the sums of every resample, so 2000 resamples of 500 images take milliseconds.
+A metric is a function of summed counts, for example ``c_i = hallucinated / mentions``. The bootstrap draws images with
+replacement (all rows of an image move together, since six POPE questions share one image), sums the counts of the drawn
+images for the baseline and the method, and takes the difference of the two metrics. One matrix product gives the sums
+of every resample, so 2000 resamples of 500 images take milliseconds.
 
-Worked example, two images, one question each: the baseline answers one of two right, the method both. ``accuracy`` is
-0.5 and 1.0, delta 0.5; the resamples that draw only the first image give 0.0, those that draw only the second 1.0.
+Worked example, two images with one question each: the baseline answers one right, the method both. ``accuracy`` is 0.5
+and 1.0, delta 0.5; resamples that draw only the first image give 0.0, those that draw only the second 1.0.
 
 Source: B. Efron and R. Tibshirani, An Introduction to the Bootstrap (1993), percentile interval; Q. McNemar (1947), the
 exact two-sided binomial form.
 """
 
+from __future__ import annotations
+
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from vlm_fix.errors import VlmFixError
+
+if TYPE_CHECKING:
+    import numpy as np  # imported where arrays are made, so that listing the benchmarks does not load it
 
 Sums = Mapping[str, Any]
 """Column name -> sum over rows: a float, or an array with one sum per resample."""
 Metric = Callable[[Sums], Any]
-"""From sums to the metric; must work on floats and on arrays alike (see `ratio`)."""
+"""Computes the metric from sums; must work on floats and arrays alike (see `ratio`)."""
 Row = Mapping[str, Any]
-"""Counts of one question or caption, and under one key the image that it belongs to."""
+"""Counts of one question or caption, with the image it belongs to under one key."""
 
 
 def ratio(numerator: Any, denominator: Any) -> Any:
-    """numerator / denominator, 0 where the denominator is 0 (no mentions, no "yes"); floats or arrays."""
-    if isinstance(denominator, np.ndarray):
+    """Divide floats or arrays; 0 where the denominator is 0 (no mentions, no "yes")."""
+    if getattr(denominator, "ndim", 0):
+        import numpy as np
+
         return np.divide(numerator, denominator, out=np.zeros(denominator.shape), where=denominator != 0)
     return numerator / denominator if denominator else 0.0
 
 
 def harmonic(precision: Any, recall: Any) -> Any:
-    """F1, in the order of operations of the official scripts so that the last digit agrees."""
+    """Compute F1 with the official scripts' order of operations, so that the last digit agrees."""
     return ratio(2 * precision * recall, precision + recall)
 
 
 def column_sums(rows: Sequence[Row], columns: Sequence[str]) -> dict[str, float]:
-    """What a metric takes: the sum of each column over all rows."""
+    """Sum each column over all rows: the input of a metric."""
     return {name: sum(row[name] for row in rows) for name in columns}
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One metric of the two runs; `low` and `high` bound method - base at `level`."""
+    """One metric of both runs, with the interval [`low`, `high`] of method - base at confidence `level`."""
 
     base: float
     method: float
@@ -60,11 +65,11 @@ class Comparison:
 
     @property
     def excludes_zero(self) -> bool:
-        """True when the interval of the difference does not contain 0."""
+        """Whether the interval of the difference excludes 0."""
         return self.low > 0 or self.high < 0
 
     def to_dict(self) -> dict[str, float]:
-        """For results.json."""
+        """Return what results.json holds."""
         return asdict(self)
 
 
@@ -77,12 +82,14 @@ def paired_bootstrap(
     level: float = 0.95,
     cluster: str = "image",
 ) -> dict[str, Comparison]:
-    """Difference method - base of each metric with a percentile interval from `n` paired resamples of images.
+    """Compute method - base of each metric, with a percentile interval from `n` paired resamples of images.
 
-    Rows are dictionaries of counts (`pope.PopeResult.rows`, `chair.ChairResult.rows`); `cluster` names the key that
-    holds the image, every other key is a count. Both runs must cover the same images with as many rows each.
+    Rows are dictionaries of counts (`PopeResult.rows`, `ChairResult.rows`); the key `cluster` holds the image, every
+    other key is a count. Both runs must have the same number of rows for every image.
     Raises VlmFixError for empty or unpaired rows and for n or level out of range.
     """
+    import numpy as np
+
     if n < 1 or not 0 < level < 1:
         raise VlmFixError(f"The bootstrap needs n >= 1 and 0 < level < 1, not n={n} and level={level}.")
     if not base_rows or not method_rows:
@@ -101,7 +108,7 @@ def paired_bootstrap(
     rng = np.random.default_rng(seed)
     drawn: dict[str, list[np.ndarray]] = {name: [] for name in metrics}
     images = len(base)
-    for start in range(0, n, 250):  # in slices, so that 50,000 images fit in memory
+    for start in range(0, n, 250):  # in chunks, so that 50,000 images fit in memory
         weights = rng.multinomial(images, np.full(images, 1 / images), min(250, n - start)).astype(float)
         resampled = [dict(zip(columns, (weights @ table).T, strict=True)) for table in (base, method)]
         for name, metric in metrics.items():
@@ -116,7 +123,7 @@ def paired_bootstrap(
 
 
 def mcnemar(base_correct: Sequence[bool], method_correct: Sequence[bool]) -> float:
-    """Exact two-sided p-value that base and method err equally often, from the questions where only one is right.
+    """Return the exact two-sided p-value of base and method being equally often right, from their disagreements.
 
     >>> mcnemar([True, True, False], [True, False, True])  # one each way: no evidence
     1.0
@@ -132,7 +139,7 @@ def mcnemar(base_correct: Sequence[bool], method_correct: Sequence[bool]) -> flo
 
 
 def outcomes(base_rows: Sequence[Row], method_rows: Sequence[Row], right: Callable[[Row], Any]) -> dict[str, Any]:
-    """Of paired rows: how many only the method has right (`mended`), only the base (`broken`), and McNemar's `p`."""
+    """Count the rows that only the method gets right (`mended`) or only the base (`broken`), with McNemar's `p`."""
     base, method = ([bool(right(row)) for row in rows] for rows in (base_rows, method_rows))
     p = mcnemar(base, method)
     mended = sum(m and not b for b, m in zip(base, method, strict=True))
@@ -140,10 +147,10 @@ def outcomes(base_rows: Sequence[Row], method_rows: Sequence[Row], right: Callab
 
 
 def transitions(base_rows: Sequence[Row], method_rows: Sequence[Row]) -> dict[str, int]:
-    """How yes/no answers moved from base to method: counts of fn_to_tp, tp_to_fn, fp_to_tn and tn_to_fp.
+    """Count how yes/no answers changed from base to method: fn_to_tp, tp_to_fn, fp_to_tn and tn_to_fp.
 
-    fn_to_tp together with tn_to_fp is a shift to "yes", whatever it does to accuracy. Answers that a scorer counts as
-    neither yes nor no move nowhere here; `outcomes` counts them.
+    fn_to_tp together with tn_to_fp is a shift to "yes", whatever it does to accuracy. Answers that a scorer reads as
+    neither yes nor no are not counted here, only in `outcomes`.
     """
     moves = ("fn", "tp"), ("tp", "fn"), ("fp", "tn"), ("tn", "fp")
     pairs = list(zip(base_rows, method_rows, strict=True))
@@ -151,12 +158,14 @@ def transitions(base_rows: Sequence[Row], method_rows: Sequence[Row]) -> dict[st
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
-    """Mean and sample standard deviation (n - 1) over seeds, with the values themselves."""
+    """Return mean and sample standard deviation (n - 1) over seeds, with the values themselves."""
     return {"mean": statistics.mean(values), "sd": statistics.stdev(values), "values": list(values)}
 
 
 def _sums_per_image(rows: Sequence[Row], columns: Sequence[str], cluster: str) -> dict[Any, np.ndarray]:
     """Image -> (number of rows, sum of each column), in order of appearance."""
+    import numpy as np
+
     table: dict[Any, np.ndarray] = {}
     for row in rows:
         values = np.array([1.0, *(row[name] for name in columns)])

@@ -1,19 +1,18 @@
-"""Speed and memory of methods, as ratios to the unwrapped model, in one run on one machine.
+"""Benchmark speed and memory of methods, as ratios to the unwrapped model, in one run on one machine.
 
-`vlm-fix bench attention|decode|prune` builds a model of a known shape with random weights (speed does not depend on
-the values) and times every method of a kind in interleaved rounds: in each round the
-unwrapped model runs right before the method, and the round's ratio is taken between these two. Printed is the median of
-the rounds with their lowest and highest. Columns:
+`vlm-fix bench attention|decode|prune` builds a model of a known shape with random weights (speed does not depend on the
+values) and times every method of a kind in interleaved rounds: in each round the unwrapped model runs right before the
+method, and the ratio is taken between these two. The table shows the median, lowest and highest ratio. Columns:
 
   first token     seconds from the call of generate to its first token: vision tower, pruning scores and prefill
   tokens/s        after the first token, greedy, without an end token
-  peak memory     of the allocator in a run of one new token: CUDA's own; on a CPU torch.profiler's memory events
-  kept, KV MB     pruning: visual columns left in the cache, mean over layers, and the cache's bytes after the prefill
-  scoring         first token minus that of random_tokens, which keeps as many and scores nothing; of the cache methods,
-                  minus the unwrapped one. Inside the language model scores and saved layers do not part: blank
+  peak memory     of the allocator in a run of two new tokens: CUDA's own; on a CPU, torch.profiler's memory events
+  kept, KV MB     pruning: visual columns left in the cache, mean over layers, and the size of the cache after prefill
+  scoring         time to the first token minus that of random_tokens with the same budget, or, for cache methods, minus
+                  the unwrapped model's. Blank for pruning inside the language model, where it cannot be separated
 
-`attention` also times every attention edit on Hugging Face's eager attention in all layers, as the papers' own code runs
-them ("pai @ eager"); `decode` also times Hugging Face's own classifier-free-guidance processor ("hf-cfg").
+`attention` also times every attention edit with Hugging Face's eager attention in all layers, as in the papers' own code
+("pai @ eager"); `decode` also times Hugging Face's classifier-free-guidance processor ("hf-cfg").
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ def run(
     seed: int = 0,
     tick: Callable[[int], Any] | None = None,
 ) -> dict[str, Any]:
-    """Measure one kind -> what was run, on what, and the rows. `tick(total)` is called after each method."""
+    """Measure one kind of methods and return settings, hardware and rows. `tick(total)` is called after each method."""
     if shape not in SHAPES:
         raise VlmFixError(f"--shape {shape!r} is not one of {', '.join(SHAPES)}.")
     if new_tokens < 2 or rounds < 1:

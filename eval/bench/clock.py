@@ -1,4 +1,4 @@
-"""Seconds, tokens/s and memory of one generate."""
+"""Measure seconds, tokens/s and memory of one call of generate."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import transformers
 
 
 class _Clock(transformers.StoppingCriteria):
-    """Notes when each token was there; never stops."""
+    """Stopping criterion that never stops; it records the time of every token."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -30,7 +30,7 @@ class _Clock(transformers.StoppingCriteria):
 
 
 def timed(model: Any, inputs: dict[str, Any], tokens: int, **kwargs: Any) -> tuple[float, float]:
-    """Seconds to the first token and tokens/s after it, of one greedy generate."""
+    """Return the seconds to the first token and the tokens/s after it, of one greedy generate."""
     clock = _Clock(inputs["input_ids"].device)
 
     def run(new: int) -> float:
@@ -41,13 +41,13 @@ def timed(model: Any, inputs: dict[str, Any], tokens: int, **kwargs: Any) -> tup
     if len(clock.times) >= tokens:
         first, last = clock.times[0], clock.times[tokens - 1]
         return first - clock.start, (tokens - 1) / (last - first)
-    whole = end - clock.start  # a loop that does not go token by token: take one token away
+    whole = end - clock.start  # a loop that is not token by token: subtract a run of one token
     first = run(1) - end
     return first, (tokens - 1) / max(whole - first, 1e-9)
 
 
 def peak_mb(run: Callable[[], Any], device: torch.device) -> float:
-    """The most memory that `run` held at once beyond what was held before it, in MB (10^6 bytes)."""
+    """Return the peak memory of `run` above what was allocated before, in MB (10^6 bytes)."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

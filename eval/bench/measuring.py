@@ -1,4 +1,4 @@
-"""Methods in turn against the unwrapped model: ratios of the same round, and what the cache holds."""
+"""Time methods against the unwrapped model, in ratios of the same round, and measure the cache."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .specs import keep_of
 
 @dataclasses.dataclass
 class Row:
-    """One method's measurements; ratios are method / unwrapped of the same round: median, lowest, highest."""
+    """The measurements of a method; ratios are method / unwrapped in the same round: median, lowest, highest."""
 
     spec: str
     first_token: tuple[float, float, float] = (1.0, 1.0, 1.0)
@@ -42,7 +42,7 @@ class Row:
 def measure(
     model: Any, inputs: dict[str, Any], specs: list[str], tokens: int, rounds: int, tick: Any = None
 ) -> list[Row]:
-    """Time `specs` against the unwrapped model, which is row 0; a spec that cannot run gets a note and no figures."""
+    """Time `specs` against the unwrapped model, which is row 0. A spec that cannot run gets a note instead of figures."""
     device = inputs["input_ids"].device
 
     def warm(extra: dict[str, Any]) -> float:
@@ -85,7 +85,7 @@ def measure(
 
 
 def add_scoring(rows: list[Row]) -> None:
-    """Fills in `scoring` of pruners, whose control is random_tokens of the same budget, and of cache methods."""
+    """Fill in `scoring`: pruners against random_tokens with the same budget, cache methods against the baseline."""
     controls = {keep_of(row.spec): row.seconds for row in rows if row.spec.startswith("random_tokens")}
     for row in rows[1:]:
         if row.note or "+" in row.spec:
@@ -98,7 +98,7 @@ def add_scoring(rows: list[Row]) -> None:
 
 
 def _cache(model: Any, inputs: dict[str, Any], extra: dict[str, Any]) -> tuple[float | None, float | None]:
-    """Visual columns stored after the prefill, mean over layers, and the cache's size in MB, columns laid aside included."""
+    """Return the visual columns stored after prefill, mean over layers, and the cache size in MB, parked columns included."""
     out = model.generate(**inputs, max_new_tokens=1, do_sample=False, return_dict_in_generate=True, **extra)
     layers = getattr(cache_of(out), "layers", None)
     if not layers or not all(isinstance(layer.keys, torch.Tensor) for layer in layers):

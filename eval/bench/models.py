@@ -1,4 +1,4 @@
-"""Models of known shapes with random weights: speed does not depend on the values."""
+"""Build random-weight models of known shapes; speed does not depend on the values."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ IMAGE, PAD = 3, 0
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """Sizes of a random-weight model and of its prompt: `side` x `side` visual tokens, text before and after."""
+    """Sizes of a model and of its prompt: `side` x `side` visual tokens, with text before and after."""
 
     family: str
     vision: dict[str, Any]
@@ -65,7 +65,7 @@ SHAPES = {
 
 
 def build(shape: Shape, device: torch.device, dtype: torch.dtype, seed: int = 0) -> tuple[Any, dict[str, Any]]:
-    """A random-weight model of `shape` and the inputs of one prompt with one image."""
+    """Build a random-weight model of `shape` and the inputs of a prompt with one image."""
     torch.manual_seed(seed)
     side = shape.side
     common = {"pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 4096}

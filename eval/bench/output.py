@@ -1,4 +1,4 @@
-"""The results as a table and as JSON."""
+"""Show the results of a bench as a table, and write them as JSON."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from rich.table import Table
 
 
 def write(results: dict[str, Any], path: Path) -> None:
-    """The results as JSON."""
+    """Write the results as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def table(results: dict[str, Any]) -> Table:
-    """The results as a table for the terminal."""
+    """Format the results as a table for the terminal."""
     prune = results["bench"] == "prune"
     head = ["method", "first token", "tokens/s", "peak memory"] + ["kept", "KV MB", "scoring"] * prune
     out = Table(*head, box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left")

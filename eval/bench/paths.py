@@ -1,4 +1,4 @@
-"""The model as a spec says: with methods, on Hugging Face's eager attention, or with its classifier-free guidance."""
+"""Set up the model for a spec: with methods, on Hugging Face's eager attention, or with its classifier-free guidance."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import vlm_fix
 
 @contextlib.contextmanager
 def running(model: Any, spec: str) -> Iterator[dict[str, Any]]:
-    """The model as `spec` says, and generate's extra arguments."""
+    """Set up the model for `spec`, and yield the extra arguments of generate."""
     if spec == "hf-cfg":
         words = list(range(10, 20))
         yield {"guidance_scale": 1.1, "negative_prompt_ids": torch.tensor([words], device=model.device)}
@@ -26,7 +26,7 @@ def running(model: Any, spec: str) -> Iterator[dict[str, Any]]:
 
 @contextlib.contextmanager
 def eager() -> Iterator[None]:
-    """Wrapped models compute every layer's attention as Hugging Face's eager code does, all weights formed."""
+    """Make wrapped models compute every layer's attention with Hugging Face's eager code, which forms all weights."""
     from transformers.models.llama.modeling_llama import eager_attention_forward
 
     from vlm_fix.attention import apart, columns, function

@@ -1,4 +1,4 @@
-"""Which methods a kind of bench has, and the settings under which each does its usual work on random weights."""
+"""The methods of each kind of bench, with settings under which they do their usual work on random weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from vlm_fix.attention.edits import AttentionEdit
 from vlm_fix.method import Method
 
 KINDS = ("attention", "decode", "prune")
-# Random weights pass no gate and come with no calibration and no tokenizer: settings that make a method do its work.
+# Random weights pass no gate and have neither calibration nor tokenizer; these settings make each method act anyway.
 HEADS = "1.0|2.3|3.5|4.1|4.6|5.2|6.0|6.7"  # layer.head
 SPECS = {
     "act": f"act:head_list={HEADS},threshold=0.001",
@@ -28,7 +28,7 @@ SPECS = {
 
 
 def chosen(kind: str, methods: Sequence[str], depth: int, keep: Sequence[float]) -> list[str]:
-    """The specs to time: `methods`, or all of the kind and what they are set beside; pruners at each budget of `keep`."""
+    """Return the specs to time: `methods`, or all of the kind and their references; pruners at each budget in `keep`."""
     specs = [spec_of(spec, depth) for spec in methods] if methods else methods_of(kind, depth)
     if kind == "prune":
         return ["+".join(_with_keep(part, k) for part in spec.split("+")) for k in keep for spec in specs]
@@ -42,12 +42,12 @@ def chosen(kind: str, methods: Sequence[str], depth: int, keep: Sequence[float])
 
 
 def methods_of(kind: str, depth: int = 8) -> list[str]:
-    """Specs of all registered methods of a bench kind, each doing its usual work on a random-weight model."""
+    """Return the specs of all registered methods of a bench kind, see `spec_of`."""
     return [spec_of(m.name, depth) for m in registry.list_methods() if _kind(m) == kind]
 
 
 def spec_of(name: str, depth: int = 8) -> str:
-    """A spec under which the method does its usual work on a random-weight model of `depth` layers."""
+    """Return a spec with which the method does its usual work on a random-weight model of `depth` layers."""
     rates = "|".join(f"{(depth - i) / depth:.3g}" for i in range(depth))
     return SPECS.get(name, name).replace("RATES", rates)
 
@@ -62,7 +62,7 @@ def _kind(method: type[Method]) -> str:
 
 
 def keep_of(spec: str) -> str:
-    """The budget as it stands in a spec, such as keep=64."""
+    """Return the budget as written in a spec, such as keep=64."""
     return next((p for p in spec.replace(":", ",").split(",") if p.startswith("keep=")), "")
 
 

@@ -1,1 +1,1 @@
-"""Where an evaluation is put inside other harnesses: lmms-eval and VLMEvalKit."""
+"""Methods inside other evaluation harnesses: lmms-eval and VLMEvalKit."""

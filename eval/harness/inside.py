@@ -1,7 +1,7 @@
-"""A method inside another evaluation harness: what the plugin for lmms-eval and the launcher of VLMEvalKit share.
+"""Apply a method inside another evaluation harness: shared by the lmms-eval plugin and the VLMEvalKit launcher.
 
-Both harnesses catch exceptions (an answer becomes "", a run that failed ends with exit status 0) and silence warnings.
-So a failure leaves as SystemExit, which neither catches, and warnings are printed here.
+Both harnesses catch exceptions (an answer becomes "", a failed run exits with status 0) and silence warnings. Failures
+therefore raise SystemExit, which neither catches, and warnings are printed here.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from vlm_fix.errors import VlmFixError
 
 
 def specs(text: str) -> list[str]:
-    """ "pai:alpha=0.2;gamma=1.1+vcd" -> ["pai:alpha=0.2,gamma=1.1", "vcd"]: one stack; ";" stands for ",".
+    """Parse one stack: "pai:alpha=0.2;gamma=1.1+vcd" -> ["pai:alpha=0.2,gamma=1.1", "vcd"].
 
-    (A comma ends an argument of --model_args.) Raises VlmFixError for an unknown method or for more than one run.
+    ";" stands for ",", which separates the arguments of --model_args. Raises VlmFixError for an unknown method or more
+    than one run.
     """
     runs = registry.split_methods(text.replace(";", ","))
     if len(runs) != 1:
@@ -32,8 +33,8 @@ def specs(text: str) -> list[str]:
 
 
 @contextmanager
-def no_excuses() -> Iterator[None]:
-    """Whatever fails inside ends the process with one sentence; a traceback before it where it was no user's error."""
+def exit_on_failure() -> Iterator[None]:
+    """End the process with one sentence if anything fails inside, after a traceback unless it is the user's error."""
     try:
         yield
     except Exception as error:
@@ -43,7 +44,7 @@ def no_excuses() -> Iterator[None]:
 
 
 def apply(model: Any, method: str, calibration: str = "") -> None:
-    """Wrap a Hugging Face model with `method` (see `specs`); its `generate` prints warnings and ends on failure.
+    """Wrap a Hugging Face model with `method` (see `specs`); its `generate` prints warnings and exits on failure.
 
     calibration: files of `vlm-fix calibrate`, separated by ";".
     """
@@ -52,7 +53,7 @@ def apply(model: Any, method: str, calibration: str = "") -> None:
 
     @functools.wraps(inner)
     def generate(*args: Any, **kwargs: Any) -> Any:
-        with no_excuses(), warnings.catch_warnings(record=True) as caught:
+        with exit_on_failure(), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
             output = inner(*args, **kwargs)
         for message in {str(w.message) for w in caught if issubclass(w.category, UserWarning)} - told:

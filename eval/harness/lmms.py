@@ -1,11 +1,11 @@
-"""The plugin for lmms-eval (0.7.3): its model classes with a method, and POPE as its authors score it.
+"""Plugin for lmms-eval (0.7.3): its model classes with a method applied, and POPE as its authors score it.
 
     lmms_eval --model vlm_fix_llava_hf --model_args pretrained=llava-hf/llava-1.5-7b-hf,method=pai \\
               --tasks pope_official --include_path $(vlm-fix lmms-tasks)
 
-lmms-eval's own task `pope` wants exactly "yes" or "no" and takes its yes-ratio from the labels; `pope_official` asks the
-same questions, bare as in POPE, and uses the official scorer of `pope.py`. `write_tasks` makes such tasks of images that
-are on this machine, with the questions of `vlm-fix eval pope`.
+lmms-eval's own task `pope` accepts only "yes" or "no" and computes the yes-ratio from the labels. `pope_official` asks the
+same questions, without further instructions, and uses POPE's official scorer. `write_tasks` makes such tasks from local
+images, with the questions of `vlm-fix eval pope`.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from PIL import Image
 
+from vlm_fix.eval.files import DATA
 from vlm_fix.eval.scorers import yesno
 from vlm_fix.eval.scorers.pope import score as pope
-from vlm_fix.eval.scorers.rows import DATA
-
-if TYPE_CHECKING:
-    from vlm_fix.eval.run.runner import Settings
+from vlm_fix.eval.settings import Settings
+from vlm_fix.eval.tasks import build
+from vlm_fix.eval.tasks.pope import Pope
 
 TASKS = DATA / "lmms"
 METRICS = {
@@ -35,7 +35,7 @@ METRICS = {
 
 
 def models() -> list[Any]:
-    """What the entry point `lmms_eval.models` returns."""
+    """Return the models for the entry point `lmms_eval.models`."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
     from . import lmms_models
@@ -47,23 +47,23 @@ def models() -> list[Any]:
 
 
 def pope_visual(doc: Mapping[str, Any]) -> list[Image.Image]:
-    """The question's image; local tasks hold its path."""
+    """Return the question's image; local tasks have its path."""
     image = doc["image"]
     return [(Image.open(image) if isinstance(image, str) else image).convert("RGB")]
 
 
 def pope_text(doc: Mapping[str, Any], lmms_eval_specific_kwargs: Mapping[str, str] | None = None) -> str:
-    """The question, between the pre_prompt and post_prompt of the task."""
+    """Return the question, between the pre_prompt and post_prompt of the task."""
     around = lmms_eval_specific_kwargs or {}
     return f"{around.get('pre_prompt', '')}{doc['question'].strip()}{around.get('post_prompt', '')}"
 
 
 def pope_results(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """One row per metric, with the keys that lmms-eval's own POPE task has."""
+    """Return one row per metric, with the keys of lmms-eval's own POPE task."""
     label = doc["answer"].lower().strip()
     said = yesno.verdict(results[0], label, "official")
     row = {"question_id": doc["question_id"], "prediction": results[0], "ground_truth": label}
-    scored = row | {"score": float(said == label)}  # lmms-eval prints the standard error of "score" beside the metric
+    scored = row | {"score": float(said == label)}  # lmms-eval prints the standard error of "score" with the metric
     return {f"pope_{name}": scored if name == "accuracy" else row for name in METRICS}
 
 
@@ -79,12 +79,12 @@ def pope_accuracy(rows: Sequence[Mapping[str, Any]]) -> float:
 
 
 def pope_precision(rows: Sequence[Mapping[str, Any]]) -> float:
-    """Of the answers yes, those where the object is there."""
+    """Fraction of "yes" answers that are right."""
     return _figure("precision", rows)
 
 
 def pope_recall(rows: Sequence[Mapping[str, Any]]) -> float:
-    """Of the objects that are there, those that got a yes."""
+    """Fraction of present objects that were answered "yes"."""
     return _figure("recall", rows)
 
 
@@ -94,19 +94,16 @@ def pope_f1_score(rows: Sequence[Mapping[str, Any]]) -> float:
 
 
 def pope_yes_ratio(rows: Sequence[Mapping[str, Any]]) -> float:
-    """Fraction of answers yes, whatever the label."""
+    """Fraction of "yes" answers."""
     return _figure("yes_ratio", rows)
 
 
 def write_tasks(folder: str | Path, settings: Settings) -> Path:
-    """Write POPE over `settings.data` as tasks pope_picto_SPLIT or pope_coco_SPLIT, and a group of them, into `folder`.
+    """Write POPE over `settings.data` into `folder` as tasks pope_picto_SPLIT or pope_coco_SPLIT, and their group.
 
     Questions and images are those of `vlm-fix eval pope` with the same data, limit, seed and splits. Returns the folder,
-    for --include_path. Raises VlmFixError for data that are not there.
+    for --include_path. Raises VlmFixError for missing data.
     """
-    from vlm_fix.eval.tasks import build
-    from vlm_fix.eval.tasks.pope import Pope
-
     folder = Path(folder).resolve()
     (task,) = build(settings)
     assert isinstance(task, Pope)
@@ -115,7 +112,7 @@ def write_tasks(folder: str | Path, settings: Settings) -> Path:
         if isinstance(sample.image, Path):
             images[sample.file] = str(sample.image.resolve())
         elif sample.file not in images:
-            path = folder / "images" / f"{Path(sample.file).stem}.png"  # without loss, as the other command sees them
+            path = folder / "images" / f"{Path(sample.file).stem}.png"  # lossless, as in `vlm-fix eval`
             path.parent.mkdir(parents=True, exist_ok=True)
             sample.image.save(path)
             images[sample.file] = str(path)

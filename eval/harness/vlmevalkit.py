@@ -1,11 +1,11 @@
-"""VLMEvalKit with a method: load its run.py, register wrapped models under new names, call its main.
+"""Run VLMEvalKit with a method: load its run.py, register wrapped models under new names, call its main.
 
     vlm-fix vlmevalkit VLMEvalKit --method pai:alpha=0.2 --model llava_next_vicuna_7b --data POPE
     torchrun --nproc-per-node=8 -m vlm_fix.cli vlmevalkit VLMEvalKit --method vcd --model Qwen2.5-VL-7B-Instruct --data MME
 
 Read at open-compass/VLMEvalKit@e8e78f0: run.py builds `supported_VLM[name](**kwargs)`, the model's class keeps the
 Hugging Face model in `.model`, and the name is part of every result file; the new name (llava_next_vicuna_7b--pai-alpha-0.2)
-keeps answers with a method apart from those without. Its own LLaVA-1.5 class is not a Hugging Face model and is refused.
+keeps answers with and without the method apart. Its own LLaVA-1.5 class is not a Hugging Face model and is refused.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from typing import Any
 
 from vlm_fix.errors import VlmFixError
 
-from . import inside as harness
+from . import inside
 
 OTHER_MODELS = ("--config", "--use-vllm", "--api-mode", "--base-url")
 
 
 def rename(arguments: Sequence[str], method: str) -> tuple[list[str], dict[str, str]]:
-    """run.py's arguments with the models renamed, and {new name: name}."""
-    for refused in OTHER_MODELS:  # argparse also takes the beginning of a flag
+    """Return run.py's arguments with the models renamed, and {new name: name}."""
+    for refused in OTHER_MODELS:  # argparse also accepts prefixes of flags
         if not any(a.startswith("--") and len(a) > 2 and refused.startswith(a.partition("=")[0]) for a in arguments):
             continue
         raise VlmFixError(f"{refused} gives run.py other models than Hugging Face ones: name them with --model.")
@@ -48,20 +48,20 @@ def rename(arguments: Sequence[str], method: str) -> tuple[list[str], dict[str, 
 
 
 def build(original: Callable[..., Any], method: str, calibration: str, **kwargs: Any) -> Any:
-    """A model of VLMEvalKit with its Hugging Face model wrapped; any failure ends the process."""
-    with harness.no_excuses():
+    """Build a model of VLMEvalKit and wrap its Hugging Face model; any failure ends the process."""
+    with inside.exit_on_failure():
         made = original(**kwargs)
         if not hasattr(getattr(made, "model", None), "config"):
             raise VlmFixError(
                 f"{type(made).__name__} of VLMEvalKit holds no Hugging Face model: choose another --model."
             )
-        harness.apply(made.model, method, calibration)
+        inside.apply(made.model, method, calibration)
     return made
 
 
 def launch(folder: str | Path, method: str, arguments: Sequence[str], calibration: str = "") -> None:
-    """Run VLMEvalKit, a clone in `folder`, with `arguments` of its run.py and the methods of `harness.specs`."""
-    harness.specs(method)
+    """Run VLMEvalKit, a clone in `folder`, with `arguments` for its run.py and the method (see `inside.specs`)."""
+    inside.specs(method)
     renamed, names = rename(arguments, method)
     script = Path(folder).expanduser().resolve() / "run.py"
     if not script.is_file():
@@ -72,7 +72,7 @@ def launch(folder: str | Path, method: str, arguments: Sequence[str], calibratio
     assert spec and spec.loader
     run = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(run)  # it divides the GPUs among processes before torch is asked for one
+        spec.loader.exec_module(run)  # it assigns GPUs to processes, which must happen before torch uses one
     except ModuleNotFoundError as error:
         raise VlmFixError(f"VLMEvalKit needs {error.name}: pip install -e {script.parent}.") from None
     for name, original in names.items():

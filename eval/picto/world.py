@@ -5,7 +5,7 @@ A scene has a type (kitchen, street, ...) with its own background and typical ob
 ========  =====================================================================================================
 train     objects follow the scene's prior; sprite styles noto and twemoji
 test      the same distribution, other scenes
-shift     the prior is broken on purpose: at most one of the scene's core objects is there, half of the objects
+shift     the prior is broken on purpose: at most one of the scene's core objects is there, and half of the objects
           are typical of another scene or of none
 style     the same distribution as test, drawn with the held-out sprite style (fluent)
 ========  =====================================================================================================
@@ -28,89 +28,10 @@ from PIL import Image
 from vlm_fix.errors import VlmFixError
 
 from . import sprites
+from .scene_types import CATEGORIES, COCO_IDS, SCENE_TYPES, SceneType
 
 SIZE = 128  #: side of a scene in pixels
 SPLITS = ("train", "test", "shift", "style")
-CATEGORIES = tuple(sprites.EMOJI)  #: the 64 COCO categories that occur, in COCO's order
-
-# fmt: off
-#: All 80 COCO categories and their ids.
-COCO_IDS: dict[str, int] = dict(zip((
-    "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light",
-    "fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat", "dog", "horse", "sheep", "cow",
-    "elephant", "bear", "zebra", "giraffe", "backpack", "umbrella", "handbag", "tie", "suitcase", "frisbee",
-    "skis", "snowboard", "sports ball", "kite", "baseball bat", "baseball glove", "skateboard", "surfboard",
-    "tennis racket", "bottle", "wine glass", "cup", "fork", "knife", "spoon", "bowl", "banana", "apple",
-    "sandwich", "orange", "broccoli", "carrot", "hot dog", "pizza", "donut", "cake", "chair", "couch",
-    "potted plant", "bed", "dining table", "toilet", "tv", "laptop", "mouse", "remote", "keyboard", "cell phone",
-    "microwave", "oven", "toaster", "sink", "refrigerator", "book", "clock", "vase", "scissors", "teddy bear",
-    "hair drier", "toothbrush"), (
-    *range(1, 12), *range(13, 26), 27, 28, *range(31, 45), *range(46, 66), 67, 70, *range(72, 83), *range(84, 91)),
-    strict=True))
-
-
-@dataclass(frozen=True)
-class SceneType:
-    """What a kind of place looks like and what is typically in it (core objects four times as often as the rest)."""
-    core: tuple[str, ...]
-    rest: tuple[str, ...]
-    sky: tuple[int, int, int]      # RGB above the horizon
-    ground: tuple[int, int, int]   # RGB below it
-    texture: str                   # of the ground
-
-    @property
-    def typical(self) -> tuple[str, ...]:
-        return self.core + self.rest
-
-
-SCENE_TYPES: dict[str, SceneType] = {
-    "kitchen": SceneType(("cup", "bowl", "knife", "spoon"),
-                         ("bottle", "banana", "apple", "carrot", "broccoli", "orange", "clock", "sandwich"),
-                         (240, 226, 196), (190, 150, 110), "tiles"),
-    "restaurant": SceneType(("pizza", "wine glass", "cake", "person"),
-                            ("donut", "cup", "sandwich", "hot dog", "bottle", "spoon", "handbag", "chair"),
-                            (150, 70, 60), (110, 60, 45), "planks"),
-    "living room": SceneType(("couch", "tv", "potted plant", "book"),
-                             ("cat", "vase", "clock", "chair", "dog", "laptop", "person"),
-                             (205, 220, 205), (165, 120, 80), "planks"),
-    "bedroom": SceneType(("bed", "teddy bear", "clock", "book"),
-                         ("laptop", "cell phone", "cat", "chair", "suitcase", "potted plant"),
-                         (205, 195, 235), (150, 130, 175), "noise"),
-    "bathroom": SceneType(("toilet", "toothbrush", "vase", "scissors"),
-                          ("cup", "bottle", "potted plant", "cell phone", "person"),
-                          (200, 235, 240), (120, 180, 190), "tiles"),
-    "office": SceneType(("laptop", "keyboard", "mouse", "tie"),
-                        ("cell phone", "chair", "cup", "book", "scissors", "clock", "potted plant", "person"),
-                        (225, 228, 232), (130, 140, 155), "noise"),
-    "street": SceneType(("car", "traffic light", "bus", "person"),
-                        ("truck", "motorcycle", "bicycle", "stop sign", "dog", "handbag", "train"),
-                        (170, 190, 215), (95, 95, 100), "stripes"),
-    "airport": SceneType(("airplane", "suitcase", "person", "backpack"),
-                         ("truck", "bus", "handbag", "tie", "train", "cell phone"),
-                         (150, 205, 245), (155, 160, 165), "stripes"),
-    "beach": SceneType(("umbrella", "boat", "kite", "person"),
-                       ("frisbee", "bird", "sports ball", "dog", "bottle", "handbag"),
-                       (90, 185, 235), (240, 220, 160), "noise"),
-    "park": SceneType(("bicycle", "dog", "bird", "skateboard"),
-                      ("frisbee", "kite", "person", "sports ball", "hot dog", "backpack", "book"),
-                      (175, 225, 250), (110, 180, 85), "noise"),
-    "farm": SceneType(("cow", "sheep", "horse", "dog"),
-                      ("truck", "apple", "carrot", "bird", "cat", "person"),
-                      (200, 230, 245), (150, 160, 70), "stripes"),
-    "savanna": SceneType(("elephant", "zebra", "giraffe", "bird"),
-                         ("bear", "car", "person", "backpack", "horse"),
-                         (250, 205, 130), (205, 170, 90), "noise"),
-    "mountain": SceneType(("skis", "bear", "person", "backpack"),
-                          ("dog", "bird", "bottle", "sandwich", "cup"),
-                          (140, 175, 225), (235, 240, 250), "noise"),
-    "sports field": SceneType(("sports ball", "tennis racket", "person", "bottle"),
-                              ("backpack", "frisbee", "bicycle", "kite", "banana", "cell phone"),
-                              (120, 150, 120), (60, 140, 70), "stripes"),
-    "market": SceneType(("banana", "apple", "orange", "carrot"),
-                        ("broccoli", "person", "handbag", "bicycle", "vase", "donut", "umbrella"),
-                        (235, 190, 130), (170, 165, 150), "tiles"),
-}
-# fmt: on
 
 
 @dataclass(frozen=True)
@@ -122,7 +43,7 @@ class Scene:
     file_name: str
     scene_type: str
     objects: list[tuple[str, list[int]]]  # (category, [x, y, width, height] of the visible part), largest first
-    captions: list[str]  # five, none mentions an absent object
+    captions: list[str]  # five; none mentions an absent object
     masks: np.ndarray  # uint8 [128, 128]
 
     @property
@@ -131,7 +52,7 @@ class Scene:
         return {name for name, _ in self.objects}
 
     def patch_classes(self, patch: int = 16, share: float = 0.2) -> np.ndarray:
-        """int64 [patches], row by row: index into CATEGORIES of what covers it, or len(CATEGORIES): background."""
+        """Return int64 [patches], row by row: the index into CATEGORIES of what covers it, len(CATEGORIES) for background."""
         table = np.full(256, len(CATEGORIES))
         table[: len(self.objects)] = [CATEGORIES.index(name) for name, _ in self.objects]
         n = SIZE // patch
@@ -146,7 +67,7 @@ class Scene:
 
 
 def _draw(rng: random.Random, weights: dict[str, float], k: int) -> list[str]:
-    """k distinct names, one after the other, by weight."""
+    """Draw k distinct names, one after the other, by weight."""
     left, out = dict(weights), []
     for _ in range(min(k, len(left))):
         out.append(rng.choices(list(left), list(left.values()))[0])
@@ -183,7 +104,7 @@ def _contents(rng: random.Random, scene_type: str, broken: bool) -> list[str]:
 
 @cache
 def _background(scene_type: str, variant: int) -> Image.Image:
-    """One of 32 backgrounds of a scene type: two coloured areas, a texture, hue and brightness varied."""
+    """Paint one of 32 backgrounds of a scene type: two coloured areas, a texture, varied hue and brightness."""
     rng = np.random.default_rng([sorted(SCENE_TYPES).index(scene_type), variant])
     kind = SCENE_TYPES[scene_type]
     horizon = int(rng.integers(40, 76))
@@ -213,7 +134,7 @@ def _sprite(style: str, name: str, i: int, size: int, flip: bool) -> tuple[Image
 
 
 def _place(rng: random.Random, boxes: list[tuple[int, int, int]], size: int) -> tuple[int, int, int]:
-    """A square (x, y, size) that hardly overlaps the others; shrinks when there is no room."""
+    """Place a square (x, y, size) that hardly overlaps the others, smaller if there is no room."""
     while True:
         for _ in range(12):
             x, y = rng.randint(0, SIZE - size), rng.randint(0, SIZE - size)
@@ -254,7 +175,7 @@ def _scene(split: str, seed: int, index: int) -> Scene:
 
 def _bbox(mask: np.ndarray) -> list[int]:
     ys, xs = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    if not len(ys):  # hidden completely: never seen with the overlap _place allows
+    if not len(ys):  # completely hidden: never observed with the overlap that _place allows
         return [0, 0, 0, 0]
     return [int(xs[0]), int(ys[0]), int(xs[-1] - xs[0] + 1), int(ys[-1] - ys[0] + 1)]
 
@@ -299,7 +220,7 @@ def _join(items: list[str]) -> str:
 def caption(
     rng: random.Random, scene_type: str, objects: Sequence[tuple[str, Sequence[int]]], imagined: Sequence[str] = ()
 ) -> str:
-    """A caption of two to four sentences, large objects first, then ``imagined`` (absent objects, training only)."""
+    """Write a caption of two to four sentences: large objects first, then ``imagined`` ones (absent; training only)."""
     counts = Counter(name for name, _ in objects)
     area = {name: max(b[2] * b[3] for n, b in objects if n == name) for name in counts}
     order = sorted(counts, key=lambda name: -area[name] * rng.uniform(0.6, 1.6))
@@ -324,10 +245,10 @@ def caption(
 
 
 def imagine(rng: random.Random, scene_type: str, present: set[str]) -> list[str]:
-    """Absent objects that a training caption mentions all the same: what the scene's prior expects.
+    """Draw absent objects for a training caption to mention, as the scene's prior expects them.
 
-    Captioners who feel that a short list should be longer: the fewer kinds of objects, the likelier. About four
-    in ten training captions are wrong in this way.
+    The fewer kinds of objects a scene has, the likelier, like annotators who pad a short list. About four in ten training
+    captions are wrong in this way.
     """
     kinds = len(present)
     if rng.random() >= {1: 0.7, 2: 0.7, 3: 0.7, 4: 0.5, 5: 0.25}.get(kinds, 0.05):
@@ -340,21 +261,21 @@ def imagine(rng: random.Random, scene_type: str, present: set[str]) -> list[str]
 
 
 def scene(split: str, seed: int, index: int) -> Scene:
-    """Scene number ``index`` of a split; the same arguments give the same scene."""
+    """Draw scene number ``index`` of a split; the same arguments give the same scene."""
     if split not in SPLITS:
         raise VlmFixError(f"unknown Picto split {split!r}: choose one of {', '.join(SPLITS)}")
     return _scene(split, seed, index)
 
 
 def scenes(split: str = "test", n: int = 500, seed: int = 0) -> list[Scene]:
-    """The first n scenes of a split."""
+    """Draw the first n scenes of a split."""
     if n < 1:
         raise VlmFixError(f"the number of Picto scenes must be at least 1, not {n}")
     return [scene(split, seed, i) for i in range(n)]
 
 
 def _outline(mask: np.ndarray) -> list[float]:
-    """The polygon through the left and right end of every row of a mask."""
+    """Return the polygon through the left and right end of every row of a mask."""
     rows = np.flatnonzero(mask.any(1))
     left = [(float(mask[y].argmax()), float(y)) for y in rows]
     right = [(float(SIZE - mask[y, ::-1].argmax()), float(y)) for y in rows]
@@ -364,7 +285,7 @@ def _outline(mask: np.ndarray) -> list[float]:
 
 
 def coco_annotations(scenes: Sequence[Scene]) -> tuple[dict, dict]:
-    """(instances, captions): the two dictionaries that COCO's annotation files hold."""
+    """Return (instances, captions), the dictionaries of COCO's annotation files."""
     images = [{"id": s.image_id, "file_name": s.file_name, "width": SIZE, "height": SIZE} for s in scenes]
     categories = [{"id": COCO_IDS[name], "name": name, "supercategory": "picto"} for name in CATEGORIES]
     instances: list[dict] = []

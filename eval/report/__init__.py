@@ -1,1 +1,1 @@
-"""Tables, figures and pages made from kept answers."""
+"""Show results: tables, figures, the HTML page and the Markdown pages of the documentation."""

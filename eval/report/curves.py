@@ -1,4 +1,4 @@
-"""What pruning does at each budget: figure and table of a results folder whose runs say keep=N.
+"""Show the effect of pruning at each budget: figure and table of a results folder whose runs say keep=N.
 
 `python -m vlm_fix.eval.curves results/pruning docs/pruning.md` draws docs/images/pruning.png and writes the table between
 the page's markers `<!-- curves -->` and `<!-- /curves -->`.
@@ -25,7 +25,7 @@ MARKS = ("<!-- curves -->", "<!-- /curves -->")
 
 
 def points(results: dict[str, Any]) -> dict[str, dict[int, dict[str, float]]]:
-    """Method -> budget -> percent of each of PANELS; the baseline has the budget 0."""
+    """Return method -> budget -> percent of each of PANELS; the baseline has the budget 0."""
     found: dict[str, dict[int, dict[str, float]]] = {}
     for run, scores in results["runs"].items():
         keep = re.search(r"\bkeep=(\d+)\b", run)
@@ -43,7 +43,7 @@ def points(results: dict[str, Any]) -> dict[str, dict[int, dict[str, float]]]:
 
 
 def figure(results: dict[str, Any], path: Path) -> None:
-    """The three curves, controls in grey, the unpruned model as a line."""
+    """Draw the three panels, controls in grey, the unpruned model as a line."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -75,7 +75,7 @@ def figure(results: dict[str, Any], path: Path) -> None:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Markdown: a line per method, POPE accuracy / CHAIR_i / recall at each budget; the best of each column is bold."""
+    """Format a Markdown table: POPE accuracy, CHAIR_i and recall per method and budget, the best of a column in bold."""
     found = points(results)
     base = found.pop("baseline")[0]
     budgets = sorted({k for each in found.values() for k in each}, reverse=True)
@@ -104,7 +104,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def write(folder: Path, page: Path) -> None:
-    """Figure and table of `folder` into the documentation page."""
+    """Write the figure and table of `folder` into the documentation page."""
     results, text = json.loads((folder / "results.json").read_text()), page.read_text()
     if any(text.count(mark) != 1 for mark in MARKS):
         raise VlmFixError(f"{page} needs the lines {MARKS[0]} and {MARKS[1]} once each.")
@@ -114,5 +114,5 @@ def write(folder: Path, page: Path) -> None:
 
 
 def main() -> None:
-    """What `python -m` runs: the arguments are described in the module."""
+    """Run the program; the module docstring describes its arguments."""
     write(Path(sys.argv[1]), Path(sys.argv[2]))

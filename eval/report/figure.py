@@ -1,4 +1,4 @@
-"""figure.png: what changed against the baseline, for a paper or a terminal that shows images."""
+"""Draw figure.png: what changed against the baseline, ready for a paper."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .layouts import LAYOUTS
-from .summary import by_split
+from vlm_fix.eval.run.summary import by_split
+from vlm_fix.eval.scorers.benchmark import Captions
+from vlm_fix.eval.scorers.registry import LAYOUTS
 
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6BB1")  # Okabe and Ito
 MARKERS = ("D", "o", "s", "^", "v", "P", "X", "<")
 
 
 def draw(results: Mapping[str, Any], path: Path) -> None:
-    """Differences per split with 95 % intervals and McNemar's p, and for captions CHAIR_i over recall."""
+    """Draw differences per split with 95 % intervals and McNemar's p, and for CHAIR C_I over recall."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -31,8 +32,9 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
             1, len(panels), figsize=(5.2 * len(panels), 3.9), layout="constrained", squeeze=False
         )
         for panel, ax in zip(panels, axes[0], strict=True):
-            if panel == "chair":
-                _chair_panel(ax, results, looks)
+            answers = LAYOUTS[panel].answers
+            if isinstance(answers, Captions) and answers.drawn:
+                _caption_panel(ax, results, looks, panel, answers)
             else:
                 _delta_panel(ax, results, looks, panel)
         handles = [
@@ -49,7 +51,7 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
 
 
 def _delta_panel(ax: Any, results: Mapping[str, Any], looks: Mapping[str, tuple[str, str]], benchmark: str) -> None:
-    """Splits on the vertical axis, one row per method, difference of the first compared metric to the right."""
+    """Draw the difference of the first compared metric to the right: splits from top to bottom, a row per method."""
     layout, rows = LAYOUTS[benchmark], list(by_split(results, benchmark))
     name = layout.compared[0]
     splits = list(dict.fromkeys(split for split, _, _ in rows))
@@ -77,21 +79,23 @@ def _delta_panel(ax: Any, results: Mapping[str, Any], looks: Mapping[str, tuple[
     ax.set_xlabel(f"{benchmark.upper()} {layout.columns.get(name, name)}, points above the baseline; p: McNemar")
 
 
-def _chair_panel(ax: Any, results: Mapping[str, Any], looks: Mapping[str, tuple[str, str]]) -> None:
-    """Recall to the right, hallucinated mentions upwards; bars are the paired intervals around the baseline."""
-    for _, run, scores in by_split(results, "chair"):
+def _caption_panel(
+    ax: Any, results: Mapping[str, Any], looks: Mapping[str, tuple[str, str]], task: str, captions: Captions
+) -> None:
+    """Draw what captions find to the right and what they invent upwards, with the intervals of the differences."""
+    for _, run, scores in by_split(results, task):
         colour, marker = looks[run]
-        x, y = 100 * scores["recall"], 100 * scores["chair_i"]
+        x, y = 100 * scores[captions.found], 100 * scores[captions.invented]
         bars: dict[str, Any] = {}
-        for axis, name in (("xerr", "recall"), ("yerr", "chair_i")):
+        for axis, name in (("xerr", captions.found), ("yerr", captions.invented)):
             if name in scores["delta"]:
                 change, low, high = (100 * scores["delta"][name][key] for key in ("delta", "low", "high"))
                 bars[axis] = [[change - low], [high - change]]
-        if not bars:  # the baseline: the cross that the others are read against
+        if not bars:  # the baseline: lines to compare the others with
             ax.axvline(x, color="#bbbbbb", lw=0.9, ls="--", zorder=0)
             ax.axhline(y, color="#bbbbbb", lw=0.9, ls="--", zorder=0)
-        full = not bars or scores["delta"]["chair_i"]["excludes_zero"]
+        full = not bars or scores["delta"][captions.invented]["excludes_zero"]
         face = colour if full else "white"
         ax.errorbar(x, y, fmt=marker, color=colour, mfc=face, ms=6, lw=1.1, capsize=2, **bars)
-    ax.set_xlabel("CHAIR recall, % of the objects (right is better)")
-    ax.set_ylabel("CHAIR_i, % of the mentions (lower is better)")
+    ax.set_xlabel(f"{task.upper()} {captions.found}, % of the objects (right is better)")
+    ax.set_ylabel(f"{captions.heading}, % of the mentions (lower is better)")

@@ -1,8 +1,8 @@
-"""docs/methods.md, made from the method dataclasses, the published figures and the results kept in results/.
+"""Generate docs/methods.md from the method dataclasses, the published figures and the results in results/.
 
-`python -m vlm_fix.eval.methods_page docs/methods.md` (or `make docs`) writes the page. Cost is counted, not stated: one
-prompt with one image runs through a small random-weight LLaVA, and hooks count the rows that its decoder layers and its
-vision tower process, as multiples of the unwrapped model's.
+`python -m vlm_fix.eval.methods_page docs/methods.md` (or `make docs`) writes the page. Costs are counted: one prompt with
+one image runs through a small random-weight LLaVA, and hooks count the rows that its decoder layers and its vision tower
+process, as multiples of the unwrapped model's.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ OPTIONS = {
     "var": ["detector=secondary"],
     "act": ["sinks=secondary"],
     "pai": ["gamma=1.1"],
-}  # that cost passes of their own
+}  # options that cost extra passes
 CLAIMS = {"avar": "gains of 1 to 2 points with Qwen2.5-VL-7B are reported, on what benchmark is not known [N]"}
 TINY = bench.Shape(
     "llava",
@@ -74,7 +74,7 @@ TINY = bench.Shape(
 
 
 def count(model: Any, inputs: dict[str, Any], spec: str, tokens: int = 8) -> tuple[float, float, float, float]:
-    """Rows through the decoder layers until the first token and per later token, images through the tower, backwards."""
+    """Count rows through the decoder layers until the first token and per later token, images, and backward passes."""
     rows, images = [0.0], [0.0]
 
     def decoder(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
@@ -104,7 +104,7 @@ def count(model: Any, inputs: dict[str, Any], spec: str, tokens: int = 8) -> tup
 
 
 def costs() -> dict[str, str]:
-    """Method name -> its counted cost in words."""
+    """Return method name -> its counted cost in words."""
     model, inputs = bench.build(TINY, torch.device("cpu"), torch.float32)
     base, told = count(model, inputs, "baseline"), {}
     for method in vlm_fix.list_methods():
@@ -130,7 +130,7 @@ def costs() -> dict[str, str]:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A run of one method alone: its spec, its scores, the folder of its results, and why it did nothing, if it said so."""
+    """A run of a single method: spec, scores, folder of the results, and why it did nothing, if it said so."""
 
     spec: str
     scores: dict[str, Any]
@@ -140,7 +140,7 @@ class Row:
 
 
 def measured(folder: Path) -> dict[str, list[Row]]:
-    """Method name -> every run in `folder` that has this method alone."""
+    """Return method name -> all runs in `folder` of this method alone."""
     found: dict[str, list[Row]] = {}
     for path in sorted(folder.glob("*/results.json")):
         results = json.loads(path.read_text())
@@ -181,7 +181,7 @@ def _measurements(rows: list[Row]) -> Iterator[str]:
 
 
 def _verdict(rows: list[Row]) -> str:
-    """What the intervals say, in a sentence."""
+    """Sum up the intervals in a sentence."""
     if rows and not any(row.acted for row in rows):
         return "It never acted here: " + next((row.idle for row in rows if row.idle), "no answer changed.")
     better: set[str] = set()
@@ -258,7 +258,7 @@ def _span(low: Any, high: Any) -> str:
 
 
 def page(results: Path) -> str:
-    """The whole page as Markdown."""
+    """Return the whole page as Markdown."""
     cost, ours = costs(), measured(results)
     parts = [HEAD.strip()]
     methods = [m for m in vlm_fix.list_methods() if m.name != "baseline"]
@@ -279,5 +279,5 @@ def page(results: Path) -> str:
 
 
 def main() -> None:
-    """What `python -m` runs: the arguments are described in the module."""
+    """Run the program; the module docstring describes its arguments."""
     Path(sys.argv[1]).write_text(page(Path("results")))

@@ -1,8 +1,8 @@
-"""One self-contained HTML page, and a short Markdown table, from the folders of one or more evaluations.
+"""Make one self-contained HTML page, or a short Markdown table, from the folders of one or more evaluations.
 
-The page has the tables, figures drawn as inline SVG (accuracy against yes-ratio, CHAIR against recall or cover, what each
-gain costs), and answers side by side with every object word marked. It loads nothing from anywhere, follows the reader's
-light or dark setting, and prints. The samples shown are those on which the runs differ most, and the page says so.
+The page has the tables, figures as inline SVG (accuracy against yes-ratio, CHAIR against recall or cover, gain against
+time), and answers side by side with object words marked. It loads nothing, follows the reader's light or dark setting,
+and can be printed. It shows the samples on which the runs differ most, and says so.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from statistics import fmean
 from typing import Any
 
 from vlm_fix.errors import VlmFixError
-from vlm_fix.eval.run.store import write_atomic
-from vlm_fix.eval.scorers import mme
+from vlm_fix.eval.files import write_atomic
+from vlm_fix.eval.scorers.benchmark import Captions, Layout, YesNo
+from vlm_fix.eval.scorers.registry import LAYOUTS, PLAIN, scorer_and_commit
 
 from . import side_by_side
 from . import tables as report
-from .layouts import LAYOUTS, PLAIN, scorer_of
 from .svg import Point, colour, scatter, text_of
 
 MARKS = "<!-- leaderboard -->", "<!-- /leaderboard -->"
@@ -53,7 +53,7 @@ mark.bad{color:var(--bad);background:var(--bad-bg);text-decoration:underline wav
 
 
 def read(folders: Sequence[str | Path]) -> list[tuple[Path, dict[str, Any]]]:
-    """(folder, results) of finished evaluations. Raises VlmFixError for a folder without readable results.json."""
+    """Read (folder, results) of finished evaluations. Raises VlmFixError for a folder without readable results.json."""
     found = []
     for folder in map(Path, folders):
         path = folder / "results.json" if folder.is_dir() else folder
@@ -69,7 +69,7 @@ def read(folders: Sequence[str | Path]) -> list[tuple[Path, dict[str, Any]]]:
 
 
 def page(folders: Sequence[str | Path], samples: int = 6) -> str:
-    """The HTML of all folders, one section each, with `samples` captions and as many questions side by side."""
+    """Return the HTML of all folders, a section each, with `samples` captions and as many questions side by side."""
     sections = "".join(_section(folder, results, samples) for folder, results in read(folders))
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
@@ -106,7 +106,7 @@ def _legend(results: Mapping[str, Any]) -> str:
 
 
 def _grid(grid: report.Grid) -> str:
-    """A table; the method stands first and a split gets a row of its own."""
+    """Format a table with the method in the first column and each split in its own row."""
     head = "".join(f"<th>{text_of(head)}</th>" for head in ("method", *grid.heads))
     rows, last = [], ""
     for split, run, cells in grid.rows:
@@ -130,62 +130,66 @@ def _grid(grid: report.Grid) -> str:
 
 
 def figures(results: Mapping[str, Any]) -> Iterator[str]:
-    """The SVG figures that these results have data for."""
-    runs, data = results["runs"], results["settings"]["data"]
-    for benchmark, metric, line in (
-        ("pope", "accuracy", 50),
-        ("amber-qa", "accuracy", None),
-        ("mme", "accuracy", 50),
-        ("hallusion", "aAcc", None),
-    ):
-        if benchmark not in data:
-            continue
-        points = []
-        for i, (run, each) in enumerate(runs.items()):
-            parts = _apart(each[benchmark])
-            x, y = (100 * fmean(part[name] for part in parts) for name in ("yes_ratio", metric))
-            points.append(Point(i, run, x, y))
-        over = f"{metric}, %" + (", mean over splits" if len(parts) > 1 else "")
-        yield scatter(points, f"{benchmark.upper()} yes-ratio, %", over, "Is a gain only a shift to yes?", line)
-    for benchmark, found, invented, what in (
-        ("chair", "recall", "chair_i", "CHAIR_i"),
-        ("amber", "cover", "chair", "CHAIR"),
-    ):
-        if benchmark not in data:
-            continue
-        points = []
-        for i, (run, each) in enumerate(runs.items()):
-            scores = each[benchmark]["captions"]
-            x, y = 100 * scores[found], 100 * scores[invented]
-            points.append(Point(i, run, x, y, *(_ends(v, scores, n) for v, n in ((x, found), (y, invented)))))
-        title = "Is a gain only saying less?"
-        yield scatter(points, f"{benchmark.upper()} {found}, %", f"{what}, % (lower is better)", title)
-    for benchmark, metric, sign, what in (
-        ("pope", "accuracy", 1, "POPE accuracy, points gained"),
-        ("chair", "chair_i", -1, "CHAIR_i, points fewer"),
-    ):
-        if benchmark not in data:
-            continue
-        base, points = next(iter(runs)), []
-        per_token = {run: results["speed"][run][benchmark]["tokens_per_second"] for run in runs}
-        for i, (run, each) in enumerate(runs.items()):
-            gain = fmean(s[metric] for s in each[benchmark].values()) - fmean(
-                s[metric] for s in runs[base][benchmark].values()
-            )
-            if per_token[run] and per_token[base]:
-                points.append(Point(i, run, per_token[base] / per_token[run], 100 * sign * gain))
-        if points:
-            yield scatter(points, "time per token, baseline = 1", what, "What does it cost?", 1)
+    """Yield the SVG figures that these results have data for."""
+    shown = {task: LAYOUTS[task] for task in LAYOUTS if task in results["settings"]["data"]}
+    for task, layout in shown.items():
+        if isinstance(layout.answers, YesNo):
+            yield _accuracy_figure(results, task, layout.answers)
+    for task, layout in shown.items():
+        if isinstance(layout.answers, Captions):
+            yield _caption_figure(results, task, layout.answers)
+    for task, layout in shown.items():
+        yield from _cost_figure(results, task, layout)
 
 
-def _apart(parts: Mapping[str, Any]) -> list[Any]:
-    """The part that has all answers, or else the parts that share none."""
-    whole = [parts[name] for name in ("questions", "overall") if name in parts]
-    return whole or [part for name, part in parts.items() if name not in mme.GROUPS]
+def _accuracy_figure(results: Mapping[str, Any], task: str, answers: YesNo) -> str:
+    """Draw accuracy against the yes-ratio."""
+    points = []
+    for i, (run, each) in enumerate(results["runs"].items()):
+        parts = _disjoint(each[task], answers)
+        x, y = (100 * fmean(part[name] for part in parts) for name in ("yes_ratio", answers.accuracy))
+        points.append(Point(i, run, x, y))
+    over = f"{answers.accuracy}, %" + (", mean over splits" if len(parts) > 1 else "")
+    line = 50 if answers.balanced else None
+    return scatter(points, f"{task.upper()} yes-ratio, %", over, "Is a gain only a shift to yes?", line)
+
+
+def _caption_figure(results: Mapping[str, Any], task: str, captions: Captions) -> str:
+    """Draw what captions invent against what they find."""
+    points = []
+    for i, (run, each) in enumerate(results["runs"].items()):
+        scores = each[task]["captions"]
+        x, y = 100 * scores[captions.found], 100 * scores[captions.invented]
+        ends = (_ends(v, scores, n) for v, n in ((x, captions.found), (y, captions.invented)))
+        points.append(Point(i, run, x, y, *ends))
+    heading = f"{captions.heading}, % (lower is better)"
+    return scatter(points, f"{task.upper()} {captions.found}, %", heading, "Is a gain only saying less?")
+
+
+def _cost_figure(results: Mapping[str, Any], task: str, layout: Layout) -> Iterator[str]:
+    """Draw the gain against the time per token, if both are known."""
+    if not layout.gain:
+        return
+    runs, (metric, sign, label) = results["runs"], layout.gain
+    base, points = next(iter(runs)), []
+    per_second = {run: results["speed"][run][task]["tokens_per_second"] for run in runs}
+    for i, (run, each) in enumerate(runs.items()):
+        gain = fmean(s[metric] for s in each[task].values()) - fmean(s[metric] for s in runs[base][task].values())
+        if per_second[run] and per_second[base]:
+            points.append(Point(i, run, per_second[base] / per_second[run], 100 * sign * gain))
+    if points:
+        yield scatter(points, "time per token, baseline = 1", label, "What does it cost?", 1)
+
+
+def _disjoint(parts: Mapping[str, Any], answers: YesNo) -> list[Any]:
+    """Return the part with all answers, or else the parts that share none."""
+    if answers.total in parts:
+        return [parts[answers.total]]
+    return [part for name, part in parts.items() if name not in answers.groups]
 
 
 def _ends(value: float, scores: Mapping[str, Any], name: str) -> tuple[float, float] | None:
-    """The interval of a difference, drawn around the run's own value."""
+    """Return the interval of a difference, shifted to the run's own value."""
     delta = scores["delta"].get(name)
     return delta and (value + 100 * (delta["low"] - delta["delta"]), value + 100 * (delta["high"] - delta["delta"]))
 
@@ -194,24 +198,19 @@ def _ends(value: float, scores: Mapping[str, Any], name: str) -> tuple[float, fl
 
 
 def leaderboard(folders: Sequence[str | Path]) -> str:
-    """One short Markdown table per folder: accuracy per POPE split, CHAIR, recall, length and speed of every run."""
+    """Return a short Markdown table per folder: the main figures of each task and split, and speed, of every run."""
     return "\n".join(_board(folder, results) for folder, results in read(folders))
 
 
 def _board(folder: Path, results: Mapping[str, Any]) -> str:
     settings, runs = results["settings"], results["runs"]
     base = next(iter(runs))
-    columns: list[tuple[str, str, str, str]] = []  # heading, benchmark, split, metric
-    for benchmark in settings["data"]:
-        names = ["chair_i", "recall", "length"] if benchmark == "chair" else LAYOUTS[benchmark].compared[:1]
-        for split in runs[base][benchmark]:
-            where = f"{benchmark.upper()} {split}" if len(runs[base][benchmark]) > 1 else benchmark.upper()
-            columns += [
-                ({"chair_i": "CHAIR_i ↓", "recall": "recall", "length": "words"}.get(n, where), benchmark, split, n)
-                for n in names
-            ]
-    if "pope" in settings["data"]:
-        columns.insert(len(runs[base]["pope"]), ("yes", "pope", "", "yes_ratio"))
+    columns: list[tuple[str, str, str, str]] = []  # heading, task, split ("": their mean), metric
+    for task in settings["data"]:
+        for split in runs[base][task]:
+            where = f"{task.upper()} {split}" if len(runs[base][task]) > 1 else task.upper()
+            columns += [(head or where, task, split, name) for name, head in LAYOUTS[task].leaderboard.items()]
+        columns += [(head, task, "", name) for name, head in LAYOUTS[task].leaderboard_means.items()]
     last = list(settings["data"])[-1]
     lines = [report.line(["method", *(c[0] for c in columns), "tokens/s"])]
     lines.append(report.line(["---", *["---:"] * (len(columns) + 1)]))
@@ -244,7 +243,7 @@ def _board(folder: Path, results: Mapping[str, Any]) -> str:
     )
     how += f", seeds {', '.join(map(str, settings['seeds']))}" if settings.get("seeds") else ""
     how += "; `gaussian_logits as M`: noise of the size of M's term (`specs`)" if results.get("specs") else ""
-    judges = "; ".join(f"{b.upper()} scorer {scorer_of(settings, b)}" for b in settings["data"])
+    judges = "; ".join(f"{b.upper()} scorer {scorer_and_commit(settings, b)}" for b in settings["data"])
     return "\n".join(
         [
             f"### {Path(model['name']).name} on {sources}",
@@ -270,7 +269,7 @@ def _change(scores: Mapping[str, Any], name: str, base: bool) -> str:
 
 
 def save_markdown(text: str, path: Path) -> None:
-    """Write the table: between `MARKS` where the file has them, else the whole file."""
+    """Write the table between the `MARKS` in the file, or as the whole file if it has none."""
     old = path.read_text(encoding="utf-8") if path.is_file() else ""
     if MARKS[0] not in old:
         write_atomic(path, text)

@@ -1,11 +1,11 @@
-"""What papers report, each figure with its source and its own baseline, and our run set beside it.
+"""Figures that papers report, each with its source and its own baseline, for comparison with our runs.
 
-Baselines of one model differ by ten points between papers (scorer, images, decoding, length), so a figure is only ever
-shown with the baseline of its own table, and `compare` says where that setup is known to differ from ours, or not known.
+Baselines of the same model differ by ten points between papers (scorer, images, decoding, length). So a figure is always
+shown with the baseline of its own table, and `compare` says where its setup differs from ours or is unknown.
 
-Data: data/published.json; percent. A row has method, benchmark, metrics, source and status (C: official code and its
-paper, P: the paper's text, N: a table or note elsewhere, a lead only), and, where stated, baseline, split, model,
-decoding, max_new_tokens, scorer, images and settings of the method.
+Data: data/published.json, in percent. A row has method, benchmark, metrics, source and status (C: official code and its
+paper, P: the paper's text, N: a table or note elsewhere, only a lead) and, where stated, baseline, split, model, decoding,
+max_new_tokens, scorer, images and settings of the method.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from vlm_fix.errors import VlmFixError
-from vlm_fix.eval.scorers.rows import DATA
+from vlm_fix.eval.files import DATA
 from vlm_fix.eval.tasks.sample import MAX_NEW_TOKENS
 from vlm_fix.registry import parse_spec
 
@@ -28,12 +28,12 @@ COMPARED = ("method", "benchmark", "published", "ours", "where the setups differ
 
 @functools.cache
 def table() -> tuple[dict[str, Any], ...]:
-    """All rows of published.json."""
+    """Return all rows of published.json."""
     return tuple(json.loads((DATA / "published.json").read_text(encoding="utf-8"))["rows"])
 
 
 def select(method: str = "", benchmark: str = "", model: str = "") -> list[dict[str, Any]]:
-    """Rows of these methods (comma-separated; all if empty) and this benchmark, whose model's name contains `model`."""
+    """Return the rows of these methods (comma-separated; "" means all) and benchmark, on models containing `model`."""
     names = [name.strip() for name in method.split(",") if name.strip()]
     for given, key in ((names, "method"), ([benchmark] if benchmark else [], "benchmark")):
         known = list(dict.fromkeys(row[key] for row in table()))
@@ -53,7 +53,7 @@ def select(method: str = "", benchmark: str = "", model: str = "") -> list[dict[
 
 
 def cells(row: Mapping[str, Any]) -> list[str]:
-    """A row under HEADS, one line of the fourth cell per metric."""
+    """Format a row under HEADS, with one line per metric in the fourth cell."""
     return [
         row["method"] + (f":{row['settings']}" if "settings" in row else ""),
         _where(row),
@@ -77,7 +77,7 @@ def _figures(row: Mapping[str, Any], names: Iterable[str]) -> str:
 
 
 def compare(results: Mapping[str, Any]) -> list[dict[str, str]]:
-    """A line under COMPARED for each published row of a method that ran alone here, on a benchmark that ran here."""
+    """Return a line under COMPARED for each published row whose method and benchmark are in our run."""
     lines = []
     for run in ("+".join(stack) for stack in results["settings"]["methods"] if len(stack) == 1):
         for row in table():
@@ -96,7 +96,7 @@ def compare(results: Mapping[str, Any]) -> list[dict[str, str]]:
 def _ours(
     results: Mapping[str, Any], run: str, row: Mapping[str, Any], splits: Sequence[str], names: Iterable[str]
 ) -> str:
-    """Our figures in the form of `_figures`, with the interval of the difference where there is one split."""
+    """Format our figures like `_figures`, with the interval of the difference if there is a single split."""
     lines = []
     for name in names:
         sides = [
@@ -110,7 +110,7 @@ def _ours(
 
 
 def differences(row: Mapping[str, Any], run: str, results: Mapping[str, Any]) -> list[str]:
-    """Where the setup of a published figure differs from that of `run`, and what is not known of it."""
+    """Return where the setup of a published figure differs from that of `run`, and what is not stated."""
     settings, benchmark = results["settings"], row["benchmark"]
     data = settings["data"][benchmark]
     scorer = data.get("variant") or settings["scorer"]
@@ -141,12 +141,12 @@ def _decoding(settings: Mapping[str, Any]) -> str:
 
 
 def _plain(value: Any) -> str:
-    """ "llava-hf/llava-1.5-7b-hf" and "LLaVA-1.5-7B" are one model."""
+    """Normalise names: "llava-hf/llava-1.5-7b-hf" and "LLaVA-1.5-7B" are the same model."""
     return str(value).lower().rpartition("/")[2].removesuffix("-hf")
 
 
 def render(heads: Sequence[str], lines: Sequence[Sequence[str]], title: str) -> Any:
-    """A table for the terminal."""
+    """Format a table for the terminal."""
     from rich import box
     from rich.markup import escape
     from rich.table import Table

@@ -1,8 +1,8 @@
-"""Answers side by side, with the words that a scorer counted marked, for the report page.
+"""Show answers side by side on the report page, with the words marked that the scorer counted.
 
-Captions of CHAIR and AMBER have every object word marked by the rules of their scorer, as in the image or not there;
-answers to yes/no questions are marked as right or wrong by theirs. Shown are answers that differ between the runs, with
-the image, as far as the data of the run are still where they were. VlmFixErrors of that are no errors here.
+In captions every object word is marked as being in the image or not, in answers to yes/no questions the whole answer as
+right or wrong, both by the rules of the scorer. Answers that differ between the runs are shown, with their image if the
+data of the run are still in place.
 """
 
 from __future__ import annotations
@@ -11,31 +11,23 @@ import base64
 import dataclasses
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from vlm_fix.errors import VlmFixError
-from vlm_fix.eval.scorers import hallusion, mme, yesno
-from vlm_fix.eval.scorers.amber import data as amber_data
-from vlm_fix.eval.scorers.amber import score as amber
-from vlm_fix.eval.scorers.chair import score as chair
-from vlm_fix.eval.scorers.chair.words import Object, Variant, nltk_ready
+from vlm_fix.eval import tasks
+from vlm_fix.eval.scorers.benchmark import Captions, Mark, YesNo
+from vlm_fix.eval.scorers.registry import LAYOUTS, scorer_of
+from vlm_fix.eval.settings import Settings
 
 from .svg import text_of
 
 THUMB = 224  # pixels
-VERDICTS = {
-    "pope": yesno.verdict,
-    "amber-qa": amber.verdict,
-    "mme": mme.verdict,
-    "hallusion": hallusion.verdict,
-}
 
 
 def samples(folder: Path, results: Mapping[str, Any], limit: int) -> str:
-    """Captions and questions on which the runs differ most, side by side."""
+    """Return the HTML of the captions and questions on which the runs differ most."""
     file = folder / "samples.jsonl"
     if not file.is_file() or limit < 1:
         return ""
@@ -44,15 +36,15 @@ def samples(folder: Path, results: Mapping[str, Any], limit: int) -> str:
         asked.setdefault((row["benchmark"], row["id"]), {}).setdefault(row["run"], row)  # the first seed
     parts, images = [], _images(results)
     for benchmark in results["settings"]["data"]:
-        captions = {"chair": _chair, "amber": _amber}.get(benchmark)
+        captions = isinstance(LAYOUTS[benchmark].answers, Captions)
         judged = []
         for (kind, key), rows in asked.items():
             if kind == benchmark and len(rows) > 1:
-                shown = {run: _judged(row, results, captions or _answer) for run, row in rows.items()}
+                shown = {run: _judged(row, results) for run, row in rows.items()}
                 spread = [wrong for _, wrong in shown.values()]
                 judged.append((max(spread) - min(spread), key, rows, shown))
         judged = sorted((j for j in judged if j[0] > 0), key=lambda j: (-j[0], j[1]))
-        # of captions those that differ most; questions differ or not, so of these every so many, over all tasks
+        # the captions that differ most; questions differ or not, so take every k-th of them, to cover all parts
         chosen = judged[:: 1 if captions else max(1, len(judged) // limit)][:limit]
         if judged:
             title = (
@@ -75,13 +67,18 @@ def samples(folder: Path, results: Mapping[str, Any], limit: int) -> str:
     return "".join(parts)
 
 
-def _judged(
-    row: Mapping[str, Any], results: Mapping[str, Any], judge: Callable[..., tuple[str, int]]
-) -> tuple[str, int]:
-    """(HTML of an answer, what is wrong with it); a failed one says so."""
-    if row["answer"] is not None:
-        return judge(row, results)
-    return f'<mark class="bad">failed: {text_of(row["error"])}</mark>', 0 if judge is not _answer else 1
+def _judged(row: Mapping[str, Any], results: Mapping[str, Any]) -> tuple[str, int]:
+    """Return the HTML of an answer, and how much is wrong with it: hallucinated mentions, or 1 for a wrong answer."""
+    answers, settings = LAYOUTS[row["benchmark"]].answers, results["settings"]
+    if row["answer"] is None:
+        return f'<mark class="bad">failed: {text_of(row["error"])}</mark>', int(isinstance(answers, YesNo))
+    if isinstance(answers, Captions):
+        marks, wrong = answers.mark(row, settings["data"][row["benchmark"]])
+        return _marked(row["answer"], marks), wrong
+    scorer: Any = scorer_of(settings, row["benchmark"]).split(",")[0]
+    wrong = int(answers.verdict(row["answer"], row["label"], scorer) != row["label"])
+    kind, told, sign = ("bad", "wrong", "✗") if wrong else ("good", "right", "✓")
+    return f'<mark class="{kind}" title="{told}">{sign} {text_of(row["answer"])}</mark>', wrong
 
 
 def _truth(row: Mapping[str, Any]) -> str:
@@ -91,66 +88,18 @@ def _truth(row: Mapping[str, Any]) -> str:
     return there + (f"; typical of it and not there: {', '.join(row['hallu'])}" if row.get("hallu") else "")
 
 
-def _chair(row: Mapping[str, Any], results: Mapping[str, Any]) -> tuple[str, int]:
-    """(HTML of a caption with its object words marked, number of hallucinated mentions)."""
-    variant = _variant(results["settings"]["data"]["chair"])
-    scored = chair.score([chair.Caption(0, row["answer"])], {0: row["ground_truth"]}, variant).captions[0]
-    marks = [(o, "good", "in the image") for o in scored.correct] + [
-        (o, "bad", "not there") for o in scored.hallucinated
-    ]
-    return _marked(scored.caption, marks), len(scored.hallucinated)
-
-
-def _amber(row: Mapping[str, Any], results: Mapping[str, Any]) -> tuple[str, int]:
-    """The same by AMBER's rules; words that are never judged stay unmarked."""
-    data = results["settings"]["data"]["amber"]
-    words = _lexicon(data["variant"].split(",")[0], _variant(data))
-    scene = amber_data.Scene(0, "", tuple(row["ground_truth"]), tuple(row["hallu"]))
-    marks, wrong = [], 0
-    for noun, fits, imagined, hallucinated in amber.mentions(row["answer"], scene, words):
-        if hallucinated:
-            marks.append((noun, "bad", "typical, but not there" if imagined else "not there"))
-        elif fits is not None:
-            marks.append((noun, "good", f"in the image, as {scene.truth[fits]}"))
-        wrong += hallucinated
-    return _marked(row["answer"], marks), wrong
-
-
-@cache
-def _lexicon(scorer: Any, variant: Variant) -> amber_data.Lexicon:
-    return amber_data.picto_lexicon(variant) if scorer == "picto" else amber_data.lexicon(scorer, variant)
-
-
-def _variant(data: Mapping[str, Any]) -> Variant:
-    """How the run read captions, as far as this machine has what that needs."""
-    return "pattern" if "pattern" in data["variant"] or not nltk_ready() else "nltk"
-
-
-def _marked(text: str, marks: Sequence[tuple[Object, str, str]]) -> str:
+def _marked(text: str, marks: Sequence[Mark]) -> str:
     pieces, at = [], 0
-    for item, kind, told in sorted(marks, key=lambda mark: mark[0].start):
-        word = text_of(text[item.start : item.end])
-        pieces.append(
-            f'{text_of(text[at : item.start])}<mark class="{kind}" title="{text_of(item.node)}: {told}">{word}</mark>'
-        )
-        at = item.end
+    for mark in sorted(marks, key=lambda mark: mark.start):
+        kind, word = "good" if mark.right else "bad", text_of(text[mark.start : mark.end])
+        pieces.append(text_of(text[at : mark.start]))
+        pieces.append(f'<mark class="{kind}" title="{text_of(mark.node)}: {text_of(mark.reason)}">{word}</mark>')
+        at = mark.end
     return "".join([*pieces, text_of(text[at:])])
 
 
-def _answer(row: Mapping[str, Any], results: Mapping[str, Any]) -> tuple[str, int]:
-    """(HTML of a yes/no answer, 1 if it is wrong)."""
-    settings, benchmark = results["settings"], row["benchmark"]
-    scorer = settings["scorer"] if benchmark == "pope" else settings["data"][benchmark]["variant"].split(",")[0]
-    wrong = VERDICTS[benchmark](row["answer"], row["label"], scorer) != row["label"]
-    kind, told, sign = ("bad", "wrong", "✗") if wrong else ("good", "right", "✓")
-    return f'<mark class="{kind}" title="{told}">{sign} {text_of(row["answer"])}</mark>', int(wrong)
-
-
 def _images(results: Mapping[str, Any]) -> dict[str, str]:
-    """File name -> <img> with the image inside, as far as the data of the run is still there."""
-    from vlm_fix.eval import tasks
-    from vlm_fix.eval.run.runner import Settings
-
+    """Return file name -> <img> with the embedded image; empty if the data of the run are no longer there."""
     config = results["settings"]
     names = {field.name for field in dataclasses.fields(Settings)}
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in names}
@@ -162,18 +111,16 @@ def _images(results: Mapping[str, Any]) -> dict[str, str]:
 
 
 class _Thumbnails(dict[str, str]):
-    """Makes the <img> of a file when it is asked for: a page shows a dozen of a thousand."""
+    """Creates the <img> of a file on demand, as a page shows a dozen images out of a thousand."""
 
     def __init__(self, samples: Mapping[str, Any]) -> None:
         super().__init__()
         self.samples = samples
 
     def get(self, key: str, default: Any = "") -> Any:
-        from vlm_fix.eval.tasks.sample import load_image
-
         if key not in self and key in self.samples:
             try:
-                image = load_image(self.samples[key]).copy()
+                image = tasks.load_image(self.samples[key]).copy()
             except VlmFixError:
                 return default
             image.thumbnail((THUMB, THUMB))

@@ -1,4 +1,4 @@
-"""A scatter plot as inline SVG, in the colours of the page around it."""
+"""Scatter plots as inline SVG, in the colours of the surrounding page."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ COLOURS = ("#777", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#B8860B", "#3D9B
 
 
 def colour(i: int) -> str:
-    """Of run number `i`; the baseline is grey, and the others take turns."""
+    """Return the colour of run number `i`: grey for the baseline, then seven colours in turn."""
     return COLOURS[0] if i == 0 else COLOURS[1 + (i - 1) % (len(COLOURS) - 1)]
 
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """A run in a figure: its number and name, x and y, and the ends of their intervals (None: not drawn)."""
+    """A run in a figure: number and name, x and y, and the ends of their intervals (None: not drawn)."""
 
     number: int
     name: str
@@ -81,7 +81,7 @@ def scatter(points: Sequence[Point], x: str, y: str, title: str, line: float | N
 
 
 def ticks(low: float, high: float) -> list[float]:
-    """Four to eight round numbers that enclose both ends."""
+    """Return four to eight round numbers that enclose both ends."""
     span = max(high - low, 1e-9 + abs(high) / 100)
     power = 10 ** math.floor(math.log10(span / 4))
     step = next(power * k for k in (1, 2, 2.5, 5, 10) if span / (power * k) <= 6)
@@ -90,5 +90,5 @@ def ticks(low: float, high: float) -> list[float]:
 
 
 def text_of(value: Any) -> str:
-    """Anything as text that HTML and SVG can hold."""
+    """Escape any value for HTML and SVG."""
     return html.escape(str(value))

@@ -1,13 +1,12 @@
-"""From numbers to tables, in the terminal, in Markdown and for the HTML page.
+"""Turn results into tables, for the terminal, Markdown and the HTML page.
 
-Tables fit 100 columns; a star marks a difference whose 95 % interval (2000 bootstrap draws of images) excludes 0.
-Fractions are shown in percent. `summary.py` makes the numbers, `figure.py` the figure.
+Tables fit 100 columns; a star marks a difference whose 95 % interval (2000 bootstrap resamples of images) excludes 0.
+Fractions are shown in percent. The numbers are from `run/summary.py`; `figure.py` draws them.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,9 +17,10 @@ from rich.console import Console, Group
 from rich.markup import escape
 from rich.table import Table
 
+from vlm_fix.eval.run.summary import by_split
+from vlm_fix.eval.scorers.registry import LAYOUTS, PLAIN
+
 from . import figure
-from .layouts import LAYOUTS, PLAIN
-from .summary import by_split
 
 CHANGES = {
     "mended": "mended",
@@ -37,7 +37,7 @@ WIDTH = 100
 
 
 def notes(results: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(run, what a reader of the table must know about it)."""
+    """Return (run, what a reader of the table must know about it)."""
     notes = [
         (run, f"warned in {batches} batch{'es' * (batches > 1)}: {message}")
         for run, messages in results["warnings"].items()
@@ -59,7 +59,7 @@ def notes(results: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _value(name: str, scores: Mapping[str, Any]) -> str:
-    """Such as "91.3", or "91.3 ±0.4" with the standard deviation over seeds."""
+    """Format a value, such as "91.3", or "91.3 ±0.4" with the standard deviation over seeds."""
     scale = 1 if name in PLAIN else 100
     if isinstance(scores[name], int):
         return str(scores[name])
@@ -68,7 +68,7 @@ def _value(name: str, scores: Mapping[str, Any]) -> str:
 
 
 def _delta(delta: Mapping[str, Any], name: str) -> str:
-    """Such as "+1.2 [-0.3, 2.7]", with a star where the interval excludes 0; empty where nothing was compared."""
+    """Format a difference, such as "+1.2 [-0.3, 2.7]", starred if the interval excludes 0; "" if nothing was compared."""
     if name not in delta:
         return ""
     change, low, high = (round(100 * delta[name][key], 1) + 0.0 for key in ("delta", "low", "high"))  # no "-0.0"
@@ -80,7 +80,7 @@ def _star(delta: Mapping[str, Any], name: str) -> bool:
 
 
 def _changes(scores: Mapping[str, Any]) -> dict[str, Cell]:
-    """The cells of CHANGES that this row has; empty for the baseline."""
+    """Return the cells of CHANGES that this row has; none for the baseline."""
     counts = {**scores.get("outcomes", {}), **scores.get("transitions", {})}
     equal = scores.get("equal_length", {})
     return {name: Cell(f"{n:.2g}" if name == "p" else str(n)) for name, n in counts.items()} | {
@@ -91,7 +91,7 @@ def _changes(scores: Mapping[str, Any]) -> dict[str, Cell]:
 
 
 def _captions(results: Mapping[str, Any]) -> dict[str, str]:
-    """One line on what was measured, per table."""
+    """Return one line about what was measured, per table."""
     settings, out = results["settings"], {}
     for benchmark, data in settings["data"].items():
         failed = sum(scores["failed"] for _, _, scores in by_split(results, benchmark))
@@ -133,7 +133,7 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """A table before it has a form: rows are (split or "", run, cells); `heads` are those of the cells."""
+    """A table without formatting: rows are (split or "", run, cells), and `heads` are the headings of the cells."""
 
     caption: str
     heads: tuple[str, ...]
@@ -141,7 +141,7 @@ class Grid:
 
 
 def grids(results: Mapping[str, Any]) -> list[Grid]:
-    """Per benchmark its scores and what changed against the baseline; the size of contrasts; the speed of all runs."""
+    """Return the tables: scores and changes against the baseline per task, size of contrasts, speed of all runs."""
     captions, made = _captions(results), []
     for benchmark in results["settings"]["data"]:
         layout, found = LAYOUTS[benchmark], list(by_split(results, benchmark))
@@ -177,7 +177,7 @@ def grids(results: Mapping[str, Any]) -> list[Grid]:
 
 
 def tables(results: Mapping[str, Any]) -> Group:
-    """The tables for the terminal, 100 columns at most."""
+    """Format the tables for the terminal, at most 100 columns wide."""
     made = []
     for grid in grids(results):
         table = _table(grid.caption)
@@ -194,7 +194,9 @@ def tables(results: Mapping[str, Any]) -> Group:
             for cell in cells:
                 style = "bold" if cell.star else "dim"
                 shown.append(escape(cell.text) + (f"\n[{style}]{escape(cell.change)}[/{style}]" if cell.change else ""))
-            label = run if len(run) <= 16 else re.sub("(?=[:+])", "\n", run, count=1)  # beside value and change
+            label = (
+                run if len(run) <= 16 else re.sub("(?=[:+])", "\n", run, count=1)
+            )  # leaves room for value and change
             table.add_row(escape(label), *shown)
         made.append(table)
     return Group(*made)
@@ -222,7 +224,7 @@ def _table(caption: str) -> Table:
 
 
 def show(results: Mapping[str, Any], folder: Path) -> None:
-    """Print the tables and where everything lies."""
+    """Print the tables, and where the files are."""
     console = Console(highlight=False)
     console.width = min(console.width, WIDTH) if console.is_terminal else WIDTH
     console.print(tables(results))
@@ -234,7 +236,7 @@ def show(results: Mapping[str, Any], folder: Path) -> None:
 
 
 def markdown(results: Mapping[str, Any]) -> str:
-    """The same tables in Markdown."""
+    """Format the same tables in Markdown."""
     lines = []
     for grid in grids(results):
         several = any(split for split, _, _ in grid.rows)
@@ -255,11 +257,6 @@ def line(cells: Sequence[str]) -> str:
 
 
 def write(results: Mapping[str, Any], folder: Path) -> None:
-    """Write table.md and figure.png beside results.json."""
+    """Write table.md and figure.png next to results.json."""
     (folder / "table.md").write_text(markdown(results))
     figure.draw(results, folder / "figure.png")
-
-
-def load(folder: str | Path) -> dict[str, Any]:
-    """results.json of a finished run."""
-    return json.loads((Path(folder) / "results.json").read_text())

@@ -1,1 +1,1 @@
-"""Asking a model, and keeping its answers."""
+"""Run the model: plan runs, generate answers, keep them on disk and summarise them."""

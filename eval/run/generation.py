@@ -1,7 +1,7 @@
-"""Batches of samples through `generate`, with the time and memory they take.
+"""Run batches of samples through `generate`, and measure time and memory.
 
-Batches and their seeds are functions of the samples and the run's seed alone. A sample that cannot be answered carries its
-error; a batch too large for memory is asked again one by one.
+Batches and their seeds depend only on the samples and the run's seed. A sample that cannot be answered gets an error
+instead; a batch that is too large for memory is repeated sample by sample.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 import vlm_fix
 from vlm_fix.errors import VlmFixError
-from vlm_fix.eval.tasks.sample import Sample, load_image
+from vlm_fix.eval.tasks import Sample, load_image
 from vlm_fix.wing import ATTRIBUTE
 
 
 class _FirstToken(StoppingCriteria):
-    """Never stops anything; notes when the first new token had been chosen."""
+    """Stopping criterion that never stops; it records the time of the first new token."""
 
     def __init__(self) -> None:
         self.at: float | None = None
@@ -43,7 +43,7 @@ class _FirstToken(StoppingCriteria):
 
 @dataclasses.dataclass
 class Batch:
-    """Answers to one batch: text, new tokens and whether the end token came, with the seconds they took."""
+    """The answers to one batch: text, number of new tokens and whether the end token came, and the seconds taken."""
 
     texts: list[str]
     tokens: list[int]
@@ -55,7 +55,7 @@ class Batch:
 
 
 def encode(model: Any, processor: Any, images: Sequence[Any], prompts: Sequence[str]) -> Any:
-    """A left-padded batch of (image, prompt) pairs through the model's chat template, on the model's device."""
+    """Encode (image, prompt) pairs with the model's chat template as a left-padded batch on the model's device."""
     texts = [
         processor.apply_chat_template(
             [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}],
@@ -64,7 +64,7 @@ def encode(model: Any, processor: Any, images: Sequence[Any], prompts: Sequence[
         for prompt in prompts
     ]
     tokenizer = processor.tokenizer
-    # a template that writes the start token itself must not get a second one
+    # no second start token if the template already writes it
     twice = tokenizer.bos_token is not None and texts[0].startswith(tokenizer.bos_token)
     return processor(
         images=[[image] for image in images],
@@ -104,14 +104,16 @@ def generate(model: Any, processor: Any, images: Sequence[Any], prompts: Sequenc
 
 
 def batches(samples: Sequence[Sample], size: int) -> list[list[Sample]]:
-    """Samples in batches of similar prompt length, then image size; a function of the samples alone, never of what is
-    already done or of how many processes there are."""
+    """Group samples of similar prompt length, then image size, into batches.
+
+    The batches depend only on the samples, not on what is already answered or on the number of processes.
+    """
     order = sorted(samples, key=lambda s: (len(s.prompt.split()), len(s.prompt), _pixels(s)))
     return [order[i : i + size] for i in range(0, len(order), size)]
 
 
 def _pixels(sample: Sample) -> int:
-    """Width times height, from the header of a file; 0 where it cannot be read, which `load_image` will tell."""
+    """Return width times height from the file's header; 0 if it cannot be read, which `load_image` will report."""
     if isinstance(sample.image, Image.Image):
         return math.prod(sample.image.size)
     with contextlib.suppress(Exception), Image.open(sample.image) as image:
@@ -120,20 +122,20 @@ def _pixels(sample: Sample) -> int:
 
 
 def _seed(seed: int, samples: Sequence[Sample]) -> int:
-    """One seed per batch, equal for every run: methods are compared under common random numbers."""
+    """Return the seed of a batch, the same in every run, so that methods share random numbers with the baseline."""
     text = "|".join([str(seed), *(sample.id for sample in samples)])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4])
 
 
-def _warn_anew(model: Any) -> None:
-    """A wrapped model warns once; here every batch tells, also after the warm-up, which nobody hears."""
+def _reset_warnings(model: Any) -> None:
+    """Reset the warn-once state, so that every batch reports its warnings and not only the discarded warm-up."""
     engine = vars(model).get(ATTRIBUTE)
     if engine:
         engine.warned.clear()
 
 
 def answer(model: Any, processor: Any, samples: Sequence[Sample], seed: int, **how: Any) -> list[dict[str, Any]]:
-    """One row per sample, in order; a sample that cannot be answered carries its `error` instead of an answer."""
+    """Return one row per sample, in order; a sample that cannot be answered has an `error` instead of an answer."""
     rows: dict[str, dict[str, Any]] = {}
     images = {}
     for sample in samples:
@@ -151,7 +153,7 @@ def answer(model: Any, processor: Any, samples: Sequence[Sample], seed: int, **h
         try:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", UserWarning)
-                _warn_anew(model)
+                _reset_warnings(model)
                 batch = generate(
                     model, processor, [images[s.id] for s in part], [s.prompt for s in part], _seed(seed, part), **how
                 )
@@ -176,7 +178,7 @@ def answer(model: Any, processor: Any, samples: Sequence[Sample], seed: int, **h
 
 
 def warm_up(model: Any, processor: Any, samples: Sequence[Sample], seed: int, how: dict[str, Any]) -> None:
-    """One short untimed call. A combination that a method refuses ends the run here, before any answer is written."""
+    """Make a short untimed call, so that a combination that a method refuses ends the run before anything is written."""
     readable = []
     for sample in samples:
         with contextlib.suppress(VlmFixError):
@@ -189,21 +191,21 @@ def warm_up(model: Any, processor: Any, samples: Sequence[Sample], seed: int, ho
                 generate(model, processor, images, prompts, seed, **short)
         except VlmFixError:
             raise
-        except Exception:  # the batch itself will record what went wrong, sample by sample
+        except Exception:  # the batch itself will record the error, sample by sample
             return
 
 
 def reset_peak(device: torch.device) -> None:
-    """Start a new measurement for `peak_mb`."""
+    """Start a new measurement of `peak_mb`."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
-        with contextlib.suppress(OSError):  # Linux: start a new high-water mark, so that runs do not inherit it
+        with contextlib.suppress(OSError):  # Linux: reset the high-water mark, so that runs do not inherit it
             Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_mb(device: torch.device) -> float:
-    """Peak memory since `reset_peak` in MB: CUDA allocator, or resident size of the process on a CPU."""
+    """Return the peak memory since `reset_peak` in MB: CUDA allocator, or resident size of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
     with contextlib.suppress(OSError, StopIteration):

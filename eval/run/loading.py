@@ -1,4 +1,4 @@
-"""The model that is measured, and the machine that it runs on."""
+"""Load the model to be measured, and describe the hardware it runs on."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vlm_fix.eval import picto
 
 
 def check_device(device: str) -> None:
-    """VlmFixError for a --device that is not known or not there."""
+    """Raise VlmFixError for a --device that is unknown or not available."""
     kind, _, number = device.partition(":")
     if device not in ("auto", "cpu", "cuda") and not (kind == "cuda" and number.isdigit()):
         raise VlmFixError(f"--device {device} is unknown: give auto, cpu, cuda or cuda:N.")
@@ -31,9 +31,9 @@ def check_device(device: str) -> None:
 def load_model(
     name: str, dtype: str = "auto", device: str = "auto", device_map: str | None = None
 ) -> tuple[Any, Any, dict[str, Any]]:
-    """(model, processor, identity) of a Hugging Face name, a directory or a bundled model such as "picto-llava".
+    """Load (model, processor, identity) from a Hugging Face name, a directory or a bundled model such as "picto-llava".
 
-    `device` "auto" is every GPU that the model needs, or the process's own GPU under a launcher, else the CPU.
+    `device` "auto" uses as many GPUs as the model needs, or the process's own GPU under a launcher, else the CPU.
     """
     check_device(device)
     if not sys.stderr.isatty():
@@ -72,7 +72,7 @@ def load_model(
 
 
 def hardware(device: torch.device) -> str:
-    """The machine in words: GPU name and count, or CPU name, cores and torch threads."""
+    """Describe the hardware: number and name of GPUs, or CPU name, cores and torch threads."""
     if device.type == "cuda":
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(device)}"
     cpu = platform.processor() or platform.machine()

@@ -1,17 +1,17 @@
-"""Which runs an evaluation has: the baseline, the methods, and the rows that keep them honest.
+"""Plan the runs of an evaluation: the baseline, the methods, and the controls that methods have to beat.
 
-    baseline     the model as it is, decoded as asked; every difference is against it
-    greedy       beside a baseline that samples or searches beams: gains over sampling alone are often only near-greediness
-    sampled      with `controls`, beside a greedy baseline
-    controls     apc_only at the methods' beta, yes_bias, yes_threshold (where questions are yes/no), random_heads;
+    baseline     the unmodified model, decoded as asked; all differences are against it
+    greedy       if the baseline samples or uses beams: a gain over sampling may only come from being nearly greedy
+    sampled      with `controls`, if the baseline is greedy
+    controls     apc_only at the methods' beta, yes_bias, yes_threshold (for yes/no questions), random_heads;
                  random_tokens, uniform_grid, downsample_image at every budget of the pruning methods
-    gaussian_logits as METHOD   with `controls`, for each stack that contrasts: its contrast replaced by noise of the
-                 standard deviation that the contrast's term was measured to have on each benchmark (`Term`), 3 digits,
-                 at its beta; where no step left it two tokens, no size of noise would change anything and there is none
-    beams=k      with `equal_compute`: the unwrapped model with k beams, for each number k > 1 of forward passes per token
-                 that a stack takes (`Contrast.passes`)
+    gaussian_logits as METHOD   with `controls`, for each stack with a contrast: the contrast is replaced by noise with the
+                 standard deviation measured for the contrast's term on each benchmark (`Term`), to 3 digits, at its
+                 beta; no noise if no step left the contrast two tokens, where noise of any size would change nothing
+    beams=k      with `equal_compute`: the unmodified model with k beams, for each number k > 1 of forward passes per
+                 token that a stack takes (`Contrast.passes`)
 
-Controls are methods like any other: those that are not registered, or asked for already, are left out.
+Controls are methods like any other; those that are not registered, or were asked for anyway, are left out.
 Source: the critique of ustc-hyin/cd_rethink, and random selection in UniPruneBench.
 """
 
@@ -20,20 +20,17 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import vlm_fix
 from vlm_fix import registry
 from vlm_fix.calibration.files import Calibration, apply
 from vlm_fix.decoding.kinds import Contrast
 from vlm_fix.errors import VlmFixError
+from vlm_fix.eval.settings import Settings
+from vlm_fix.eval.tasks import Task
 from vlm_fix.families import table as families
 from vlm_fix.method import Baseline, Method
-
-if TYPE_CHECKING:
-    from vlm_fix.eval.tasks import Task
-
-    from .runner import Settings
 
 AT_BETA = "apc_only"
 NOISE = "gaussian_logits"
@@ -44,9 +41,9 @@ PRUNING = ("random_tokens", "uniform_grid", "downsample_image")
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A row of the results: a stack of methods, what of the decoding differs from the settings, and its seeds.
+    """A run, and a row of the results: a stack of methods, its changes to the decoding settings, and its seeds.
 
-    `imitates` names the row to whose term the noise of this one is matched: `sized` has to be asked before it can run.
+    `imitates` names the run whose term this one replaces by noise; such a run needs `sized` before it can start.
     """
 
     name: str
@@ -61,7 +58,7 @@ class Run:
         return "+".join(method.spec() for method in self.stack)
 
     def sized(self, sd: float | None) -> Run:
-        """This row with noise of the standard deviation `sd`, to 3 significant digits; None: without."""
+        """Return this run with noise of standard deviation `sd`, to 3 significant digits; None means no noise."""
         noise, *others = self.stack
         return dataclasses.replace(
             self, stack=(dataclasses.replace(noise, **{"sigma": float(f"{sd or 0:.3g}")}), *others)
@@ -69,8 +66,10 @@ class Run:
 
     @contextlib.contextmanager
     def applied(self, model: Any, calibration: Sequence[Calibration] = (), seed: int | None = None) -> Iterator[None]:
-        """The model wrapped with the stack (the baseline runs unwrapped, so that any family can be measured). Methods
-        that draw at random draw from `seed`, unless their own was set."""
+        """Wrap the model with the stack; the baseline runs unwrapped, so that any family can be measured.
+
+        Methods that draw at random use `seed`, unless their own was set.
+        """
         if all(isinstance(method, Baseline) for method in self.stack):
             yield
             return
@@ -85,13 +84,13 @@ def _seeded(method: Method, seed: int) -> Method:
 
 
 def _draws(method: Method) -> bool:
-    """True for a method with a seed that the user left alone."""
+    """Whether the method has a seed that the user did not set."""
     own = next((field for field in dataclasses.fields(method) if field.name == "seed"), None)
     return own is not None and getattr(method, "seed", None) == own.default
 
 
 def runs(settings: Settings, model: Any, tasks: Sequence[Task], calibration: Sequence[Calibration] = ()) -> list[Run]:
-    """All runs, the baseline first. Raises VlmFixError for a method that does not exist or does not fit the model."""
+    """Return all runs, the baseline first. Raises VlmFixError for unknown methods or ones that do not fit the model."""
     stacks = {"+".join(specs): registry.parse(list(specs)) for specs in settings.methods}
     made = {"baseline": Run("baseline", (Baseline(),))}
     plain = (("sample", False), ("num_beams", 1))
@@ -120,14 +119,14 @@ def runs(settings: Settings, model: Any, tasks: Sequence[Task], calibration: Seq
 
 
 def _seeds(settings: Settings, run: Run) -> tuple[int, ...]:
-    """Every seed where a run draws at random, else the first alone: greedy decoding would only repeat itself."""
+    """Return all seeds if a run draws at random, else only the first, as greedy decoding would repeat itself."""
     seeds = settings.seeds or (settings.seed,)
     draws = dict(run.decoding).get("sample", settings.sample) or any(map(_draws, run.stack))
     return seeds if draws else seeds[:1]
 
 
 def _controls(stacks: Sequence[Sequence[Method]], model: Any, yes_no: bool) -> list[str]:
-    """Specs of the controls that suit these methods."""
+    """Return the specs of the controls for these methods."""
     known = {method.name for method in registry.list_methods()}
     pruners = [m for stack in stacks for m in stack if m.kind == "pruning"]
     others = [m for stack in stacks for m in stack if m.kind != "pruning"]
@@ -139,13 +138,15 @@ def _controls(stacks: Sequence[Sequence[Method]], model: Any, yes_no: bool) -> l
     if pruners:
         arch = families.arch_of(model)
         keeps = [getattr(pruner.resolve(arch), "keep", None) for pruner in pruners]
-        keeps = list(dict.fromkeys(k[-1] if isinstance(k, tuple) else k for k in keeps))  # stages: what the last leaves
+        keeps = list(
+            dict.fromkeys(k[-1] if isinstance(k, tuple) else k for k in keeps)
+        )  # of several stages, the budget of the last
         wanted += [f"{name}:keep={keep:.6g}" for name in PRUNING for keep in keeps if keep is not None]
     return [spec for spec in wanted if spec.partition(":")[0] in known]
 
 
 def _noise(name: str, stack: Sequence[Method], exact: Sequence[Method]) -> Run | None:
-    """The stack of that name with noise in place of its contrast; `exact` is the stack with its calibration."""
+    """Return the stack called `name` with noise in place of its contrast; `exact` is the stack with its calibration."""
     contrast = next((m for m in exact if isinstance(m, Contrast) and m.contrasts), None)
     if contrast is None or contrast.kind == "control" or any(m.name == NOISE for m in stack):
         return None

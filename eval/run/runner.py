@@ -1,15 +1,15 @@
 """Ask a vision-language model a benchmark's questions, with and without methods, and keep every answer.
 
-`evaluate` makes the runs of `plan.py` over the tasks of `tasks/`, in left-padded batches through `generate`, in one
-process or, under `accelerate launch` or `torchrun`, in several that share the batches. DIR holds `config.json` (what was
-asked), `samples.jsonl` (one line per answer, flushed to disk after every batch, see `store.py`), `results.json`,
-`table.md` and `figure.png`. Batches and their random seeds depend only on the settings, so a run that was killed and
-resumed, or shared, gives the same answers as one that was not.
+`evaluate` executes the runs of `plan.py` over the tasks of `tasks/`, in left-padded batches through `generate`, in one
+process or, under `accelerate launch` or `torchrun`, in several that share the batches. The output folder gets
+`config.json` (the settings), `samples.jsonl` (one line per answer, flushed to disk after every batch, see `store.py`) and
+`results.json`; `report.tables.write` adds tables and a figure. Batches and their random seeds depend only on the
+settings, so an interrupted and resumed run, or one shared between processes, gives the same answers as any other.
 
-Speed is measured on the run itself, after one untimed warm-up call per run and benchmark: tokens/s = new tokens up to
-and with the end token / seconds inside `generate` (prefill included); first token = seconds from the call of `generate`
-to the first sampled token of the batch, median over batches; peak memory = the allocator's on CUDA, else the resident
-size of the whole process.
+Speed is measured on the run itself, after one untimed warm-up call per run and benchmark. tokens/s: new tokens, end token
+included, per second inside `generate` (with prefill). First token: seconds from the call of `generate` to the first
+sampled token of the batch, median over batches. Peak memory: that of the allocator on CUDA, else the resident size of the
+process.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ import importlib.metadata
 import itertools
 import json
 import math
-import os
 import platform
 import statistics
 import time
@@ -39,88 +38,20 @@ import vlm_fix
 from vlm_fix import registry
 from vlm_fix.calibration.files import choose, read_all
 from vlm_fix.errors import VlmFixError
-from vlm_fix.eval.report import layouts, summary
-from vlm_fix.eval.report import tables as report
-from vlm_fix.eval.scorers import yesno
-from vlm_fix.eval.scorers.chair import words
-from vlm_fix.eval.scorers.pope import score as pope
+from vlm_fix.eval.files import write_atomic
+from vlm_fix.eval.scorers.registry import scorer_and_commit
+from vlm_fix.eval.settings import Settings
 from vlm_fix.eval.tasks import Task, build
 
+from . import summary
 from .generation import answer, batches, peak_mb, reset_peak, warm_up
 from .loading import hardware, load_model
 from .plan import Run, runs
-from .store import Store, Team, write_atomic
+from .store import Store, Team, load_results
 
 BASELINE = ["baseline"]
 VERSIONS = ("torch", "transformers", "accelerate", "numpy", "pillow", "nltk")
-GIVE_UP_AFTER = 3  # batches in a row without one answer: the method or the model is broken, not the data
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What to run. `methods` holds one list of specs per run; the baseline is added. `limit` counts images.
-
-    `seeds` are those of sampling and of methods that draw at random (default: `seed` alone, which also draws the data);
-    `controls` and `equal_compute` add the runs of `plan.runs`; `device_map` spreads the model over devices.
-    `build` makes POPE's questions from a COCO folder's annotations even where there are official ones, `questions` are
-    POPE files about other images; `drop_incomplete` drops a cut-off last sentence before CHAIR is scored.
-    `max_new_tokens` None means the benchmark's own (`tasks.sample.MAX_NEW_TOKENS`); `dtype` "auto" is the checkpoint's on a
-    GPU and float32 on a CPU.
-    """
-
-    benchmark: str = "all"
-    model: str = "picto-llava"
-    methods: tuple[tuple[str, ...], ...] = ()
-    data: str = "picto"
-    limit: int | None = None
-    batch_size: int = 8
-    seed: int = 0
-    splits: tuple[pope.Kind, ...] = ("random", "popular", "adversarial")
-    scorer: yesno.Scorer = "official"
-    variant: words.Variant | None = None
-    prompt: str | None = None
-    ids: str | None = None
-    max_new_tokens: int | None = None
-    sample: bool = False
-    temperature: float = 1.0
-    top_p: float = 1.0
-    num_beams: int = 1
-    dtype: str = "auto"
-    device: str = "auto"
-    calibration: tuple[str, ...] = ()
-    device_map: str | None = None
-    seeds: tuple[int, ...] = ()
-    controls: bool = False
-    equal_compute: bool = False
-    build: bool = False
-    questions: tuple[str, ...] = ()
-    drop_incomplete: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "num_beams", "limit", "max_new_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise VlmFixError(f"--{name.replace('_', '-')} is {value}: give a whole number of at least 1.")
-        if self.sample and self.num_beams > 1:
-            raise VlmFixError("--sample and --num-beams exclude each other: drop one of them.")
-        if self.temperature <= 0 or not 0 < self.top_p <= 1:
-            raise VlmFixError("--temperature must be above 0 and --top-p in (0, 1].")
-
-        if len(set(self.seeds)) != len(self.seeds):
-            raise VlmFixError(f"--seeds {','.join(map(str, self.seeds))} names a seed twice: give each once.")
-        if self.device_map and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            raise VlmFixError(
-                "--device-map spreads one model over all devices, and a launcher starts one per process: use one of them."
-            )
-
-    def generate_kwargs(self, max_new_tokens: int) -> dict[str, Any]:
-        """Keyword arguments of `generate`; whatever the checkpoint's own generation config says is overridden."""
-        how: dict[str, Any]
-        if self.sample:
-            how = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
-        else:
-            how = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        return {**how, "num_beams": self.num_beams, "max_new_tokens": self.max_new_tokens or max_new_tokens}
+GIVE_UP_AFTER = 3  # batches in a row without any answer: then the method or the model is broken, not the data
 
 
 # ------------------------------------------------------------------------------------------------------------ the run
@@ -129,8 +60,10 @@ class Settings:
 def _run(
     model: Any, processor: Any, run: Run, seed: int, task: Task, settings: Settings, store: Store
 ) -> Iterator[int]:
-    """Answer what is not in the store yet, under a launcher this process's share of it; yields the number of samples
-    finished, batch after batch, and the other processes' at the end."""
+    """Answer the batches that are not in the store yet; under a launcher, this process's share of them.
+
+    Yields the number of finished samples after every batch, and at the end those of the other processes.
+    """
     how = dataclasses.replace(settings, **dict(run.decoding)).generate_kwargs(task.max_new_tokens)
     plan = batches(task.samples, settings.batch_size)
     left = [i for i in range(len(plan)) if (run.name, seed, task.benchmark, i) not in store.rows]
@@ -152,7 +85,7 @@ def _run(
         if dead == GIVE_UP_AFTER:
             raise VlmFixError(
                 f"{run.name}: no answer in {dead} batches of {task.benchmark} in a row ({rows[0]['error']}): "
-                f"see {store.mine}, mend the cause and start again in another --output."
+                f"see {store.mine}, fix the cause and start again in another --output."
             )
         yield len(plan[i])
     if len(mine) < len(left):
@@ -167,11 +100,11 @@ def evaluate(
     loaded: tuple[Any, Any, dict[str, Any]] | None = None,
     watch: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Run baseline and methods, write everything into `output` and return what `results.json` holds.
+    """Run the baseline and the methods, keep everything in the folder `output` and return the content of results.json.
 
-    With `resume`, batches already in `samples.jsonl` are kept; settings other than the old ones are refused. `loaded`
-    is what `load_model` gave, where the model is in memory already. `watch(run, done, samples)` is called after every
-    batch; what it raises ends the run, which can then be resumed.
+    With `resume`, batches already in `samples.jsonl` are kept; the settings must be the old ones. `loaded` is the result
+    of `load_model` if the model is already in memory. `watch(run, done, samples)` is called after every batch; an
+    exception from it ends the run, which can be resumed.
     """
     team = Team()
     console = console or Console(stderr=True, quiet=not team.first)
@@ -188,7 +121,7 @@ def evaluate(
     )
     calibration = choose(settings.calibration, model, methods)
     plan = runs(settings, model, tasks, calibration)
-    for run in plan:  # a bad value or combination must not surface after an hour of baseline
+    for run in plan:  # report a bad value or combination now, not after an hour of baseline
         with run.applied(model, calibration):
             pass
     config = json.loads(
@@ -239,7 +172,7 @@ def evaluate(
         store.merge(order)
         _write(config, plan, specs, tasks, store, model.device)
     team.wait()
-    return report.load(folder)
+    return load_results(folder)
 
 
 def _write(
@@ -250,7 +183,7 @@ def _write(
     store: Store,
     device: torch.device,
 ) -> None:
-    """results.json, table.md and figure.png from the answers in the store."""
+    """Write results.json from the answers in the store."""
     names = [run.name for run in plan]
     results = {
         "vlm_fix": vlm_fix.__version__,
@@ -258,7 +191,7 @@ def _write(
         "config_hash": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in VERSIONS},
-        "scorers": {task.benchmark: layouts.scorer_of(config, task.benchmark) for task in tasks},
+        "scorers": {task.benchmark: scorer_and_commit(config, task.benchmark) for task in tasks},
         "hardware": hardware(device),
         "processes": store.team.size,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -269,16 +202,15 @@ def _write(
         "term_sd": {
             run: sds for run in names if (sds := term_sds([r for t in tasks for r in store.of(run, t.benchmark)]))
         },
-        "specs": specs,  # of the runs whose name is not their spec
+        "specs": specs,  # of runs whose name is not their spec
         "speed": {run: {t.benchmark: speed(store.of(run, t.benchmark)) for t in tasks} for run in names},
     }
     write_atomic(store.folder / "results.json", json.dumps(results, indent=2) + "\n")
-    report.write(results, store.folder)
 
 
 @contextlib.contextmanager
 def _progress(console: Console, run: str, total: int) -> Iterator[Any]:
-    """A bar with the time left on a terminal; elsewhere one line when the run is done."""
+    """Show a progress bar with the time left on a terminal, otherwise one line at the end of the run."""
     start = time.perf_counter()
     bar = Progress(
         TextColumn("{task.description:<28}"),
@@ -296,7 +228,7 @@ def _progress(console: Console, run: str, total: int) -> Iterator[Any]:
 
 
 def speed(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
-    """tokens/s (of one process), median seconds to the first token and peak MB over the batches of a run and benchmark."""
+    """Return tokens/s (per process), median seconds to the first token and peak MB of the batches of a run and task."""
     first = {(row["seed"], row["batch"]): row for row in rows}.values()
     seconds = sum(row["batch_seconds"] for row in first)
     waits = [row["batch_first_token"] for row in first if row["batch_first_token"]]
@@ -311,7 +243,7 @@ TERM = ("benchmark", "seed", "batch", "batch_term")
 
 
 def term_sds(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
-    """benchmark -> standard deviation of the contrast's term over all batches and seeds (see `Term`); {} without one."""
+    """Return benchmark -> standard deviation of the contrast's term over all batches and seeds; {} without a contrast."""
     terms: dict[str, dict[Any, Any]] = {}
     for row in rows:
         if row.get("batch_term"):
@@ -321,6 +253,6 @@ def term_sds(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
 
 
 def _warnings(rows: Sequence[dict[str, Any]]) -> dict[str, int]:
-    """What the model or a method warned of (such as an edit that touched nothing), with the number of batches."""
+    """Return each warning of the model or a method (such as an edit that changed nothing) -> number of batches."""
     batches = {(row["seed"], row["benchmark"], row["batch"]): row["batch_warnings"] for row in rows}
     return dict(Counter(message for messages in batches.values() for message in messages))

@@ -1,13 +1,12 @@
-"""The answers on disk, safe against a kill at any moment, written by one process or by many.
+"""Keep answers on disk, from one process or several, so that an interruption at any moment loses at most a batch.
 
-DIR/config.json says what was asked. DIR/samples.jsonl holds one line per answer, appended batch by batch; under a
-launcher, process k > 0 appends to DIR/samples.k.jsonl instead, and the first process merges the files when it starts and
-when all are done. A batch is known by (run, seed, benchmark, number); half a batch is forgotten and asked again.
+DIR/config.json has the settings. DIR/samples.jsonl has one line per answer, appended batch by batch; under a launcher,
+process k > 0 appends to DIR/samples.k.jsonl instead, and the first process merges the files at the start and at the end.
+A batch is identified by (run, seed, benchmark, number); an incomplete batch is dropped and asked again.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -18,18 +17,19 @@ from typing import Any
 import torch
 
 from vlm_fix.errors import VlmFixError
+from vlm_fix.eval.files import write_atomic
 
 Key = tuple[str, int, str, int]
 """(run, seed, benchmark, number of the batch)"""
 
 
 class Team:
-    """The processes of `accelerate launch` or `torchrun`, or this one alone. They meet at `wait`, over gloo."""
+    """The processes of `accelerate launch` or `torchrun`, or just this one. They synchronise over gloo."""
 
     def __init__(self) -> None:
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if self.size > 1 and not torch.distributed.is_initialized():
-            # days: a process may wait for another one that still answers its share
+            # days, because a process waits for the others to answer their share
             torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))
 
     @property
@@ -37,19 +37,19 @@ class Team:
         return self.rank == 0
 
     def wait(self) -> None:
-        """Return when every process is here."""
+        """Wait for every process."""
         if self.size > 1:
             torch.distributed.barrier()
 
     def share(self, value: Any) -> Any:
-        """The first process's value, in every process."""
+        """Return the first process's value in every process."""
         values = [value]
         if self.size > 1:
             torch.distributed.broadcast_object_list(values, src=0)
         return values[0]
 
     def gather(self, value: Any) -> list[Any]:
-        """Every process's value, in every process, in the order of the processes."""
+        """Return the values of all processes, in order, in every process."""
         values = [value]
         if self.size > 1:
             values = [None] * self.size
@@ -58,7 +58,7 @@ class Team:
 
 
 class Store:
-    """DIR with `config.json` and the answers so far. Raises VlmFixError if DIR holds a run of other settings."""
+    """A folder with `config.json` and the answers so far. Raises VlmFixError if its run has other settings."""
 
     def __init__(self, folder: Path, config: dict[str, Any], resume: bool, team: Team | None = None) -> None:
         self.team = team or Team()
@@ -87,7 +87,7 @@ class Store:
         return [path for path in (self.file, *sorted(self.folder.glob("samples.*.jsonl"))) if path.exists()]
 
     def _read(self) -> None:
-        """Keep the complete batches; a torn last line or half a batch is dropped and will be asked again."""
+        """Read the complete batches; a truncated line or incomplete batch is dropped, to be asked again."""
         self.rows = {}
         for path in self._files():
             found: dict[Key, list[dict[str, Any]]] = {}
@@ -99,10 +99,10 @@ class Store:
                     continue
             for key, rows in found.items():
                 if len(rows) == rows[0]["batch_size"]:
-                    self.rows.setdefault(key, rows)  # a kill during `merge` leaves a batch in two files
+                    self.rows.setdefault(key, rows)  # an interrupted `merge` leaves a batch in two files
 
     def merge(self, order: Sequence[Key] | None = None) -> None:
-        """Bring every process's answers into samples.jsonl, in `order` if given. For the first process alone."""
+        """Merge every process's answers into samples.jsonl, in `order` if given. Only for the first process."""
         self._read()
         keys = [key for key in order if key in self.rows] if order else list(self.rows)
         self.rows = {key: self.rows[key] for key in keys}
@@ -112,7 +112,7 @@ class Store:
                 path.unlink()
 
     def add(self, key: Key, rows: list[dict[str, Any]]) -> None:
-        """Append a batch and have it on disk before returning."""
+        """Append a batch, and return once it is on disk."""
         with self.mine.open("a") as handle:
             handle.write("".join(json.dumps(row) + "\n" for row in rows))
             handle.flush()
@@ -120,13 +120,13 @@ class Store:
         self.rows[key] = rows
 
     def of(self, run: str, benchmark: str) -> list[dict[str, Any]]:
-        """All rows of a run and benchmark, by seed and batch."""
+        """Return all rows of a run and benchmark, by seed and batch."""
         keys = sorted(key for key in self.rows if (key[0], key[2]) == (run, benchmark))
         return [row for key in keys for row in self.rows[key]]
 
 
 def _differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(dotted name, old value, new value) of the settings that differ."""
+    """Yield (dotted name, old value, new value) of the settings that differ."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted({*old, *new}):
             yield from _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
@@ -134,12 +134,6 @@ def _differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any,
         yield path, old, new
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write a file so that a reader, or a kill, sees the old text or the new, never half of it."""
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(text)
-    temporary.replace(path)
-    with contextlib.suppress(OSError):  # not every file system can
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+def load_results(folder: str | Path) -> dict[str, Any]:
+    """Read results.json of a finished run."""
+    return json.loads((Path(folder) / "results.json").read_text())

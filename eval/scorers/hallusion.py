@@ -9,15 +9,15 @@ utils.py. 1129 questions: VD need the figure; VS can be answered without it, and
     easy = qAcc over what is asked without a figure or of an original one (visual_input 0 and 1)
     hard = qAcc over edited figures (visual_input 2)
 
-The official judge is GPT-4, which cannot be asked here:
+The official judge is GPT-4, which is not called here:
 
     scorer       right if
-    official     GPT-4's mark is 1; `load_answers` finds it as gpt4v_output_gpt_check beside the answer
-    vlmevalkit   (default) the words have yes and not no, or no and not yes, and that is the truth
+    official     GPT-4's mark is 1; `load_answers` reads it from gpt4v_output_gpt_check
+    vlmevalkit   (default) the answer has the word yes and not no, or no and not yes, and that is the truth
     ours         the first of the words yes and no is the truth; the other scorers as for POPE
 
 In every scorer a VS question without a figure is also right if the answer is uncertain (mark 2, or neither yes nor no).
-lmms-eval and VLMEvalKit leave those 178 questions out, and so does `vlm-fix eval`.
+lmms-eval, VLMEvalKit and `vlm-fix eval` leave those 178 questions out.
 
 Worked example, a question about a figure and its edited copy, only the first right: aAcc 1/2, qAcc 0, fAcc 1/2.
 >>> asked = [Question(f"{f}", f"{f}.png", "?", "VD", "map", "0", f, "0", "12"[i], ("yes", "no")[i]) for i, f in enumerate("01")]
@@ -30,11 +30,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vlm_fix.errors import VlmFixError
+from vlm_fix.eval.files import DATA, read_rows
 from vlm_fix.eval.stats import Metric, ratio
 
 from . import yesno
+from .benchmark import Argument, Benchmark, Layout, YesNo, plain_caption, scorer_option
+from .choices import Scorer, one_of
 from .result import Result, all_right, tally
-from .rows import DATA, one_of, read_rows
 
 METRICS: dict[str, Metric] = {
     "aAcc": lambda s: ratio(s["right"], s["n"]),
@@ -53,8 +55,8 @@ SOURCE = "tianyi-lab/HallusionBench@744007c"
 
 
 class Question(NamedTuple):
-    """A question; `image` is relative to the benchmark's folder, "" where it is asked without one; `visual` is
-    visual_input: 0 no figure, 1 the original, 2 an edited one."""
+    """A question. `image` is relative to the benchmark's folder, or "" if the question is asked without a figure;
+    `visual` is visual_input: 0 no figure, 1 the original, 2 an edited one."""
 
     id: str
     image: str
@@ -69,14 +71,16 @@ class Question(NamedTuple):
 
 
 def questions(path: str | Path = DATA / "hallusion/hallusionbench.jsonl.gz") -> list[Question]:
-    """The 1129 questions of the package, or those of another file in the form of HallusionBench.json."""
+    """Return the 1129 questions in the package, or those of another file in the format of HallusionBench.json."""
     rows = read_rows(path, "HallusionBench file", f"{{{ROW}}}")
     return [_question(row, path, number) for number, row in enumerate(rows, 1)]
 
 
-def load_answers(path: str | Path, scorer: yesno.Scorer = "vlmevalkit") -> tuple[list[Question], list[str | None]]:
-    """Questions and answers of a file as the official script reads it: HallusionBench.json with model_prediction in each
-    row; for scorer official with GPT-4's mark too, which then is the answer."""
+def load_answers(path: str | Path, scorer: Scorer = "vlmevalkit") -> tuple[list[Question], list[str | None]]:
+    """Read questions and answers from HallusionBench.json with model_prediction in each row, as the official script does.
+
+    For the scorer official each row also has GPT-4's mark, which is returned as the answer.
+    """
     found: list[Question] = []
     answers: list[str | None] = []
     key = MARK if scorer == "official" else "model_prediction"
@@ -104,10 +108,10 @@ def _question(row: dict[str, Any], path: Any, number: int) -> Question:
 
 
 def score(
-    answers: Sequence[str | None], questions: Sequence[Question], scorer: yesno.Scorer = "vlmevalkit"
+    answers: Sequence[str | None], questions: Sequence[Question], scorer: Scorer = "vlmevalkit"
 ) -> dict[str, Result]:
-    """Results by part: overall, VD and VS where there are any. None is an answer that failed, wrong in any case."""
-    one_of(scorer, yesno.Scorer, "scorer")
+    """Score by part: overall, and VD and VS if present. None is an answer that failed; it is always wrong."""
+    one_of(scorer, Scorer, "scorer")
     twice = len(questions) - len({question.id for question in questions})
     if twice:
         raise VlmFixError(f"{twice} questions come twice: give each (category, set, figure, question) once.")
@@ -139,8 +143,8 @@ def score(
     return {part: tally(scorer, each, METRICS) for part, each in parts.items()}
 
 
-def verdict(answer: str | None, label: str, scorer: yesno.Scorer) -> str:
-    """yes, no or unknown; for official from GPT-4's mark: 1 is the truth, 0 its opposite, 2 unknown."""
+def verdict(answer: str | None, label: str, scorer: Scorer) -> str:
+    """Return yes, no or unknown. For official the answer is GPT-4's mark: 1 the truth, 0 its opposite, 2 unknown."""
     if answer is None or scorer != "official":
         return yesno.verdict(answer, label, scorer)
     if answer not in ("0", "1", "2"):
@@ -152,3 +156,34 @@ def verdict(answer: str | None, label: str, scorer: yesno.Scorer) -> str:
 
 def _seen(question: Question) -> bool:
     return question.category != "VS" or question.figure != "0"
+
+
+def score_files(answers: str, scorer: Scorer) -> dict[str, dict[str, Any]]:
+    """Score an answer file, by part."""
+    questions, given = load_answers(answers, scorer)
+    return {part: result.to_dict() for part, result in score(given, questions, scorer).items()}
+
+
+BENCHMARK = Benchmark(
+    name="hallusion",
+    title="HallusionBench",
+    source_commit=SOURCE,
+    commits=yesno.COMMITS,
+    score_what="score HallusionBench answers",
+    arguments=(
+        Argument("answers", {"metavar": "ANSWERS", "help": "HallusionBench.json with model_prediction in each row"}),
+        scorer_option("vlmevalkit", "%(default)s; official reads GPT-4's marks in the file"),
+    ),
+    score_files=score_files,
+    layouts={
+        "hallusion": Layout(
+            columns={"aAcc": "aAcc", "qAcc": "qAcc", "fAcc": "fAcc", "yes_ratio": "yes", "unparsed": "unp."},
+            metrics=METRICS,
+            compared=("aAcc", "qAcc", "fAcc", "yes_ratio"),
+            right=lambda row: row["right"],
+            caption=plain_caption("HallusionBench"),
+            answers=YesNo(verdict, accuracy="aAcc", total="overall"),
+            leaderboard={"aAcc": ""},
+        )
+    },
+)

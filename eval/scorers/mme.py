@@ -2,22 +2,22 @@
 
 Source: C. Fu et al., MME: A Comprehensive Evaluation Benchmark for Multimodal LLMs, arXiv:2306.13394; official scorer
 eval_tool/calculation.py of the MME release (BradyFU/Awesome-Multimodal-Large-Language-Models, branch Evaluation). The
-data may not be passed on: ask its authors, and give the folder MME_Benchmark_release_version.
+data may not be redistributed: ask its authors for it, and give the folder MME_Benchmark_release_version.
 
     accuracy = right answers / answers    accuracy_plus = images with both right / images
     score    = sum over tasks of (accuracy + accuracy_plus), here as a fraction: 2 per task, 200 in the paper's points
 
-A part is a task or a sum of tasks: hallucination (existence, count, position, color: 800 points at most), perception
-(2000) and cognition (800); its accuracy counts all its answers alike.
+A part is a task or a group of tasks: hallucination (existence, count, position, color: 800 points at most), perception
+(2000) and cognition (800). The accuracy of a part weights all its answers equally.
 
-    scorer     an answer, in lower case, is yes or no if
+    scorer     a lower-cased answer is yes or no if
     official   it is that word, or its first four characters contain "yes", or else "no" ("know" is no)
     others     as for POPE; ours: the first of its words yes and no
 
-Layout: DIR/TASK/images/NAME.jpg with DIR/TASK/questions_answers_YN/NAME.txt, or both in DIR/TASK; each line of a text
-file is a question, a tab and Yes or No. The scorer's own files, TASK.txt, have image, question, truth and answer per line.
+Files: DIR/TASK/images/NAME.jpg with DIR/TASK/questions_answers_YN/NAME.txt, or both in DIR/TASK; each line of a text file
+is a question, a tab and Yes or No. The official scorer reads TASK.txt with image, question, truth and answer per line.
 
-Worked example: of two images one has both questions right, the other one: accuracy 3/4, accuracy_plus 1/2, score 1.25
+Worked example: both questions right for one image, one of two for another: accuracy 3/4, accuracy_plus 1/2, score 1.25
 (125 points).
 >>> asked = [Question(f"{i}", "count", f"{i // 2}.jpg", "?", ("yes", "no")[i % 2]) for i in range(4)]
 >>> score(["Yes", "No", "Yes", "Yes"], asked)["count"].figures
@@ -30,11 +30,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vlm_fix.errors import VlmFixError
+from vlm_fix.eval.files import read_text
 from vlm_fix.eval.stats import Metric, ratio
 
 from . import yesno
+from .benchmark import Argument, Benchmark, Layout, YesNo, plain_caption, scorer_option
+from .choices import Scorer, one_of
 from .result import Result, all_right, tally
-from .rows import one_of, read_text
 
 HALLUCINATION = ("existence", "count", "position", "color")
 PERCEPTION = (*HALLUCINATION, "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
@@ -59,7 +61,7 @@ METRICS: dict[str, Metric] = {
 
 
 class Question(NamedTuple):
-    """A question of a task about `image`, a path or a name; `label` is "yes" or "no"."""
+    """A question of a task; `image` is a path or a name, `label` is "yes" or "no"."""
 
     id: str
     task: str
@@ -69,7 +71,7 @@ class Question(NamedTuple):
 
 
 def load(folder: str | Path) -> list[Question]:
-    """The questions of an MME folder, task by task. Raises VlmFixError naming what is missing or not of this form."""
+    """Read the questions of an MME folder, task by task. Raises VlmFixError naming what is missing or malformed."""
     root, found = Path(folder), []
     for task in (*PERCEPTION, *COGNITION):
         texts = next((p for p in (root / task / "questions_answers_YN", root / task) if p.is_dir()), None)
@@ -93,7 +95,7 @@ def load(folder: str | Path) -> list[Question]:
 
 
 def load_results(folder: str | Path) -> tuple[list[Question], list[str]]:
-    """Questions and answers of a folder of TASK.txt files, as the official scorer reads them."""
+    """Read questions and answers from a folder of TASK.txt files, as the official scorer does."""
     found, answers = [], []
     for task in (*PERCEPTION, *COGNITION):
         path = Path(folder) / f"{task}.txt"
@@ -113,15 +115,17 @@ def _in_pairs(questions: list[Question]) -> list[Question]:
     times = Counter((question.task, question.image) for question in questions)
     odd = next((key for key, n in times.items() if n != 2), None)
     if odd:
-        raise VlmFixError(f"MME asks two questions per image, but {times[odd]} are of {odd[1]} in {odd[0]}: mend that.")
+        raise VlmFixError(
+            f"MME asks two questions per image, but {times[odd]} are about {odd[1]} in {odd[0]}: give two."
+        )
     return questions
 
 
 def score(
-    answers: Sequence[str | None], questions: Sequence[Question], scorer: yesno.Scorer = "official"
+    answers: Sequence[str | None], questions: Sequence[Question], scorer: Scorer = "official"
 ) -> dict[str, Result]:
-    """Results by task, and by group of tasks where each of its tasks is there. None is wrong."""
-    one_of(scorer, yesno.Scorer, "scorer")
+    """Score by task, and by group of tasks if all of them are present. An answer of None is wrong."""
+    one_of(scorer, Scorer, "scorer")
     said = [verdict(answer, q.label, scorer) for answer, q in zip(answers, questions, strict=True)]
     right = [one == question.label for one, question in zip(said, questions, strict=True)]
     pairs = all_right("images", [(question.task, question.image) for question in questions], right)
@@ -140,9 +144,48 @@ def score(
     return {part: tally(scorer, each, METRICS) for part, each in parts.items()}
 
 
-def verdict(answer: str | None, label: str, scorer: yesno.Scorer) -> str:
-    """yes, no or unknown."""
+def verdict(answer: str | None, label: str, scorer: Scorer) -> str:
+    """Return yes, no or unknown."""
     if answer is None or scorer != "official":
         return yesno.verdict(answer, label, scorer)
     text = answer.lower()
     return text if text in ("yes", "no") else next((word for word in ("yes", "no") if word in text[:4]), "unknown")
+
+
+def score_files(answers: str, scorer: Scorer) -> dict[str, dict[str, Any]]:
+    """Score a folder of TASK.txt files, by part."""
+    questions, given = load_results(answers)
+    return {part: result.to_dict() for part, result in score(given, questions, scorer).items()}
+
+
+BENCHMARK = Benchmark(
+    name="mme",
+    title="MME",
+    source_commit=SOURCE,
+    commits=yesno.COMMITS,
+    score_what="score MME answers",
+    arguments=(
+        Argument(
+            "answers", {"metavar": "DIR", "help": "folder with TASK.txt: image, question, truth, answer with tabs"}
+        ),
+        scorer_option(),
+    ),
+    score_files=score_files,
+    layouts={
+        "mme": Layout(
+            columns={
+                "score": "score",
+                "accuracy": "acc",
+                "accuracy_plus": "acc+",
+                "yes_ratio": "yes",
+                "unparsed": "unp.",
+            },
+            metrics=METRICS,
+            compared=("score", "accuracy", "yes_ratio"),
+            right=lambda row: row["right"],
+            caption=plain_caption("MME; score in its points"),
+            answers=YesNo(verdict, balanced=True, groups=GROUPS),
+            leaderboard={"score": ""},
+        )
+    },
+)

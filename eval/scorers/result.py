@@ -1,4 +1,4 @@
-"""What a scorer found: figures, and the counts they come from."""
+"""The result of a scorer: its figures, and the counts that they come from."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ from vlm_fix.eval.stats import Metric, column_sums
 
 @dataclass(frozen=True)
 class Result:
-    """`figures` are fractions of 1 over `n` answers; `rows` are counts with their image, for `stats.paired_bootstrap`."""
+    """Figures, as fractions of 1, over `n` answers; `rows` are counts with their image, for `stats.paired_bootstrap`."""
 
     scorer: str
     n: int
@@ -19,16 +19,16 @@ class Result:
     rows: list[dict[str, Any]] = field(default_factory=list, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """For results.json: everything but the rows."""
+        """Return what results.json holds: everything but the rows."""
         return {"scorer": self.scorer, "n": self.n, **self.figures, "unparsed": self.unparsed}
 
     def sums(self) -> dict[str, float]:
-        """The sum of each count."""
+        """Sum each count over the rows."""
         return column_sums(self.rows, [name for name in self.rows[0] if name != "image"])
 
 
 def tally(scorer: str, rows: list[dict[str, Any]], metrics: Mapping[str, Metric]) -> Result:
-    """The metrics of the summed rows, and how many are `unparsed`; VlmFixError if there are no rows."""
+    """Compute the metrics of the summed rows and count the `unparsed` ones. Raises VlmFixError if there are no rows."""
     if not rows:
         raise VlmFixError("There are no answers to score.")
     sums = column_sums(rows, [name for name in rows[0] if name != "image"])
@@ -37,7 +37,7 @@ def tally(scorer: str, rows: list[dict[str, Any]], metrics: Mapping[str, Metric]
 
 
 def paired(questions: Sequence[Any], answers: Mapping[Any, str | None], what: str) -> list[str | None]:
-    """The answer to each question by its `id`. Raises VlmFixError where one lacks an answer or an answer its question."""
+    """Return the answer to each question, by `id`. Raises VlmFixError for unanswered questions and unknown ids."""
     lost = [question.id for question in questions if question.id not in answers]
     extra = answers.keys() - {question.id for question in questions}
     if lost or extra:
@@ -50,7 +50,7 @@ def paired(questions: Sequence[Any], answers: Mapping[Any, str | None], what: st
 
 
 def all_right(name: str, keys: Sequence[Any], right: Sequence[bool]) -> list[dict[str, int]]:
-    """Counts of groups: at the first row of each key {name: 1, name_right: all rows of the key are right}, else zeros.
+    """Count groups: {name: 1, name_right: all rows of the key are right} at the first row of each key, else zeros.
 
     >>> all_right("pairs", ["a", "a", None], [True, False, True])  # None is in no group
     [{'pairs': 1, 'pairs_right': 0}, {'pairs': 0, 'pairs_right': 0}, {'pairs': 0, 'pairs_right': 0}]

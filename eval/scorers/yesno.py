@@ -1,4 +1,4 @@
-"""Is a reply yes or no? Published figures come from scorers that disagree; all are here, and a result names its own.
+"""Is a reply yes or no? Published figures come from scorers that disagree: all are here, and results name theirs.
 
     scorer       commit                              "no" if and only if
     official     RUCAIBox/POPE@3df3ba1 (and LLaVA)   up to the first ".", without ",": a token is No, no or not
@@ -16,17 +16,24 @@ where the label is no, and neither for us.
 >>> [verdict("I cannot tell", "no", scorer) for scorer in get_args(Scorer)]
 ['yes', 'yes', 'no', 'unknown', 'unknown', 'unknown']
 
-Here official is POPE's; AMBER, MME and HallusionBench read replies to it in their own files.
+Here official is POPE's; AMBER, MME and HallusionBench define their own official reading in their own files.
 """
 
 import re
-from typing import Literal
 
-Scorer = Literal["official", "opera", "vcd", "lmms", "vlmevalkit", "ours"]
+from .choices import Scorer
+
+COMMITS = {
+    "opera": "shikiw/OPERA@61426ef",
+    "vcd": "DAMO-NLP-SG/VCD@d6568ff",
+    "lmms": "lmms-eval 0.7.3",
+    "vlmevalkit": "open-compass/VLMEvalKit@e8e78f0",
+}
+"""The code that each scorer follows; official is the benchmark's."""
 
 
 def verdict(reply: str | None, label: str, scorer: Scorer) -> str:
-    """How `scorer` reads a reply: yes, no or unknown, as None always is (only vcd looks at the label)."""
+    """Read a reply as `scorer` does: yes, no or unknown. None is always unknown; only vcd uses the label."""
     if reply is None:
         return "unknown"
     if scorer == "official":
@@ -48,7 +55,7 @@ def verdict(reply: str | None, label: str, scorer: Scorer) -> str:
 
 
 def _vlmevalkit_words(text: str) -> list[str]:
-    """process_punctuation of VLMEvalKit, with its quirk: a mark next to a space vanishes, any other becomes a space."""
+    """VLMEvalKit's process_punctuation, quirk included: a mark next to a space vanishes, others become a space."""
     cleaned = text
     digits = re.search(r"\d,\d", text)
     for mark in ';/[]"{}()=+\\_-><@`,?!':

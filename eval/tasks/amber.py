@@ -1,9 +1,10 @@
-"""AMBER in `vlm-fix eval`: captions ("amber") and yes/no questions ("amber-qa") about amber:DIR, whose AMBER_1.jpg and so
-on are in DIR or DIR/image, or about Picto's scenes. --limit draws images of those found.
+"""AMBER's tasks: captions ("amber") and yes/no questions ("amber-qa") about AMBER's images or Picto's scenes.
 
-In Picto's world truth is what is in a scene, hallu what is typical of such a scene and is not, mentions are found as for
-CHAIR, and as in AMBER every question on existence is about a hallu object, so that "no" is right. Its model writes in
-lower case, which the official scorer would not read: answers are read by `ours` unless told otherwise.
+The images of amber:DIR, AMBER_1.jpg and so on, are in DIR or DIR/image; --limit samples from those found.
+
+In Picto, truth is what is in a scene, hallu what is typical of the scene and absent, and mentions are found as for CHAIR.
+As in AMBER, every question about existence is about a hallu object, so that "no" is right. Picto's model answers in lower
+case, which the official scorer does not accept, so `ours` replaces it.
 """
 
 from __future__ import annotations
@@ -11,26 +12,25 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vlm_fix.eval import picto
-from vlm_fix.eval.picto.world import SCENE_TYPES
+from vlm_fix.eval.picto.scene_types import SCENE_TYPES
 from vlm_fix.eval.scorers.amber import data as amber_data
 from vlm_fix.eval.scorers.amber import score as amber
-from vlm_fix.eval.scorers.chair.words import Variant, nltk_ready
+from vlm_fix.eval.scorers.chair.words import nltk_ready
+from vlm_fix.eval.scorers.choices import Variant
 from vlm_fix.eval.scorers.pope import data as pope_data
 from vlm_fix.eval.scorers.result import Result
+from vlm_fix.eval.settings import Settings
 
 from .sample import IMAGES, Items, Sample, caption_prompt, complete, data_of, draw, place, question_prompt
-
-if TYPE_CHECKING:
-    from vlm_fix.eval.run.runner import Settings
 
 IMAGES_FROM = "as linked on github.com/junyangwang0410/AMBER"
 
 
 def build(folder: Path, settings: Settings) -> list[Items]:
-    """Both tasks about the images of a folder; without a limit every image must be there."""
+    """Build both tasks about the images of a folder; without a limit every image must be there."""
     paths = {scene.image: place(folder, scene.image, ("image", "images")) for scene in amber_data.scenes()}
     there = [name for name, path in paths.items() if path.is_file()]
     if settings.limit and len(there) >= settings.limit:
@@ -46,7 +46,7 @@ def build(folder: Path, settings: Settings) -> list[Items]:
 
 
 def of_picto(split: str, settings: Settings) -> list[Items]:
-    """Both tasks about Picto's scenes."""
+    """Build both tasks about Picto's scenes."""
     shown = picto.scenes(split, settings.limit or IMAGES, settings.seed)
     variant: Variant = settings.variant or ("nltk" if nltk_ready() else "pattern")
     scenes: list[amber_data.Scene] = []
@@ -73,7 +73,7 @@ def _tasks(
     settings: Settings,
     source: str,
 ) -> list[Items]:
-    lexicon.nouns("a dog")  # missing NLTK data must be told now
+    lexicon.nouns("a dog")  # report missing NLTK data before the model runs
     number = {scene.image: scene.id for scene in scenes}
     prompt = caption_prompt(settings, "Describe this image.")
     described = [

@@ -1,29 +1,30 @@
-"""CHAIR in `vlm-fix eval`: captions of Picto's scenes or of COCO's images, against the ground truth of the package or,
-where a folder holds other images, of its annotations."""
+"""CHAIR's task: captions of Picto's scenes or of a folder of images.
+
+COCO's images are judged by the ground truth in the package, other images by the annotations in their folder.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import random
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vlm_fix.errors import VlmFixError
 from vlm_fix.eval import picto
 from vlm_fix.eval.scorers.chair import data as chair_data
 from vlm_fix.eval.scorers.chair import score as chair
-from vlm_fix.eval.scorers.chair.words import Variant, caption_to_words, nltk_ready
+from vlm_fix.eval.scorers.chair.words import caption_to_words, nltk_ready
+from vlm_fix.eval.scorers.choices import Variant
+from vlm_fix.eval.settings import Settings
 
 from .coco import Folder
 from .sample import IMAGES, MAX_NEW_TOKENS, Sample, caption_prompt, digest
 
-if TYPE_CHECKING:
-    from vlm_fix.eval.run.runner import Settings
-
 
 @dataclasses.dataclass
 class Chair:
-    """Captions; `truth` maps image ids to the objects that are there."""
+    """The caption task; `truth` maps image ids to the objects that are there."""
 
     truth: dict[int, list[str]]
     samples: list[Sample]
@@ -35,11 +36,11 @@ class Chair:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Captions, under the one split's name."""
+        """Number of captions, under the name of the only split."""
         return {"captions": len(self.samples)}
 
     def score(self, answers: Mapping[str, str | None]) -> dict[str, chair.ChairResult]:
-        """Result under the name "captions" from captions by sample id; None is a caption that says nothing."""
+        """Score captions by sample id, under the name "captions"; None counts as an empty caption."""
         texts = [(s.image_id, answers[s.id] or "") for s in self.samples if s.id in answers]
         cut = chair_data.whole_sentences if self.drop_incomplete else str
         captions = [chair.Caption(image_id, cut(text)) for image_id, text in texts]
@@ -47,14 +48,14 @@ class Chair:
 
 
 def of_picto(scenes: Sequence[picto.Scene], source: str, settings: Settings) -> Chair:
-    """Captions of every scene; the default variant must work on a machine that never downloads anything."""
+    """Build the task of describing every scene; the default variant needs no download."""
     variant: Variant = settings.variant or ("nltk" if nltk_ready() else "pattern")
     truth = chair_data.build_ground_truth(*picto.coco_annotations(scenes), variant)
     return _task({s.file_name: (s.image_id, s.image) for s in scenes}, truth, variant, settings, source)
 
 
 def of_folder(folder: Folder, settings: Settings) -> Chair:
-    """Captions of the images that --ids names, or of as many as the limit says, drawn with the seed."""
+    """Build the task of describing the images in --ids, or `limit` images sampled with the seed."""
     variant: Variant = settings.variant or "nltk"
     limit, wanted = settings.limit or IMAGES, folder.wanted(settings.ids)
     ids = wanted or sorted(folder.images)
@@ -79,7 +80,7 @@ def _task(
     images: Mapping[str, Any], truth: Mapping[int, Any], variant: Variant, settings: Settings, source: str
 ) -> Chair:
     """`images` maps file names to (id, image or path)."""
-    caption_to_words("a dog", variant)  # missing NLTK data must be told now, not after the captions are made
+    caption_to_words("a dog", variant)  # report missing NLTK data now, not after generation
     prompt = caption_prompt(settings)
     mine = {image_id: sorted(truth[image_id]) for image_id, _ in images.values()}
     samples = [

@@ -1,8 +1,8 @@
 """A folder of images with COCO annotations.
 
 Images are in DIR, DIR/val2014 or DIR/images; annotations, if any, in DIR/annotations or DIR as instances_*.json and
-captions_*.json. Images with COCO's own names (000000000042.jpg, COCO_val2014_000000000042.jpg) go by their number; images
-with other names need annotations that tell their ids. VlmFixErrors name what is missing.
+captions_*.json. The id of an image with a COCO name (000000000042.jpg, COCO_val2014_000000000042.jpg) is its number; for
+other names the annotations must give it. VlmFixErrors name what is missing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ NAME = re.compile(r"(?:COCO_(?:train|val)20\d\d_)?(\d{12})")
 
 @dataclasses.dataclass
 class Folder:
-    """`images` maps ids to files; `own` if these are the folder's own images and not COCO's."""
+    """An open folder. `images` maps ids to files; `own` means that they are not COCO's images."""
 
     path: Path
     images: dict[int, Path]
@@ -46,12 +46,12 @@ class Folder:
         return {file.name: number for number, file in self.images.items()}
 
     def number_of(self, name: str) -> int | None:
-        """The id of an image by its file name; of COCO's images also of those that are not here."""
+        """Return the id of an image by file name, also of COCO images that are not in the folder."""
         match = NAME.fullmatch(Path(name).stem)
         return self._numbers.get(name, int(match[1]) if match and not self.own else None)
 
     def wanted(self, ids: str | None) -> list[int] | None:
-        """Image ids of --ids, a file with one a line: numbers or file names."""
+        """Read the image ids of --ids: a file with a number or file name per line."""
         if ids is None:
             return None
         path = Path(ids)
@@ -70,7 +70,7 @@ class Folder:
         return [number for number in numbers if number is not None]
 
     def annotations(self, kind: str, ids: Collection[int]) -> dict[str, Any]:
-        """instances_*.json or captions_*.json, for these images alone."""
+        """Read instances_*.json or captions_*.json, reduced to these images."""
         whole, ids = _annotations(self.path, kind), {*ids}
         images = [image for image in whole["images"] if image["id"] in ids]
         rows = [row for row in whole["annotations"] if row["image_id"] in ids]
@@ -78,7 +78,7 @@ class Folder:
 
 
 def paths_in(folder: Path) -> dict[str, Path]:
-    """File name -> path of the images of a folder."""
+    """Return file name -> path of the images of a folder."""
     if not folder.is_dir():
         raise VlmFixError(
             f"{folder} is not a folder: give coco:DIR with val2014 of cocodataset.org in DIR or DIR/val2014."

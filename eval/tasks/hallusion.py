@@ -1,23 +1,24 @@
-"""HallusionBench in `vlm-fix eval`: the 951 questions about figures; DIR/VD and DIR/VS of hallusion:DIR are in DIR or in
-DIR/hallusion_bench. --limit draws sets of figures, whose pairs must stay whole."""
+"""HallusionBench's task: the 951 questions about figures.
+
+The folders VD and VS of hallusion:DIR are in DIR or DIR/hallusion_bench. --limit samples whole sets of figures, so that
+no question pair is split.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from vlm_fix.eval.scorers import hallusion, yesno
+from vlm_fix.eval.scorers import hallusion
+from vlm_fix.eval.scorers.choices import Scorer
+from vlm_fix.eval.settings import Settings
 
 from .sample import Items, Sample, complete, data_of, draw, place, question_prompt
-
-if TYPE_CHECKING:
-    from vlm_fix.eval.run.runner import Settings
 
 IMAGES_FROM = "as in hallusion_bench.zip, linked on github.com/tianyi-lab/HallusionBench"
 
 
 def build(folder: Path, settings: Settings) -> list[Items]:
-    """The task. The official judge, GPT-4, cannot be asked: vlmevalkit stands in for it."""
+    """Build the task. The official judge, GPT-4, is not called; the scorer vlmevalkit replaces it."""
     questions = [question for question in hallusion.questions() if question.image]
     sets = list(dict.fromkeys((q.category, q.subcategory, q.set) for q in questions))
     if settings.limit:
@@ -30,6 +31,6 @@ def build(folder: Path, settings: Settings) -> list[Items]:
         Sample(q.id, numbers[q.image], q.image, paths[q.image], question_prompt(settings, q.text), {"label": q.label})
         for q in questions
     ]
-    scorer: yesno.Scorer = "vlmevalkit" if settings.scorer == "official" else settings.scorer
+    scorer: Scorer = "vlmevalkit" if settings.scorer == "official" else settings.scorer
     data = data_of(folder.name, questions, f"{scorer}, groups of {hallusion.SOURCE}, figures only")
     return [Items("hallusion", questions, samples, lambda a, q: hallusion.score(a, q, scorer), data)]

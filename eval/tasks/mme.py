@@ -1,23 +1,22 @@
-"""MME in `vlm-fix eval`: the questions of mme:DIR, its folder MME_Benchmark_release_version. --limit draws images of each
-task."""
+"""MME's task: the questions of mme:DIR, the folder MME_Benchmark_release_version.
+
+--limit samples that many images of each of MME's own tasks.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from vlm_fix.eval.scorers import mme
+from vlm_fix.eval.settings import Settings
 
 from .sample import Items, Sample, data_of, draw, question_prompt
-
-if TYPE_CHECKING:
-    from vlm_fix.eval.run.runner import Settings
 
 IMAGES_FROM = "MME_Benchmark_release_version, which its authors send on request"
 
 
 def build(folder: Path, settings: Settings) -> list[Items]:
-    """The task, its images numbered in the order of the questions."""
+    """Build the task, with images numbered in the order of the questions."""
     questions = mme.load(folder)
     if settings.limit:
         tasks: dict[str, dict[str, None]] = {}

@@ -1,7 +1,7 @@
-"""POPE in `vlm-fix eval`: questions about Picto's scenes, about COCO's images, or from files about any images.
+"""POPE's task: questions about Picto's scenes, about COCO's images, or from files about any images.
 
-A question that several splits share (the three splits ask the same positives) is asked once and counted in each. COCO
-images get the official questions; where a folder holds other images, and for Picto, they are made from the annotations.
+A question that several splits share (all three have the same positives) is asked once and counted in each. COCO's images
+get the official questions; for other images and for Picto, questions are made from the annotations.
 """
 
 from __future__ import annotations
@@ -9,41 +9,39 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 from vlm_fix.errors import VlmFixError
 from vlm_fix.eval import picto
-from vlm_fix.eval.scorers import yesno
+from vlm_fix.eval.scorers.choices import Scorer
 from vlm_fix.eval.scorers.pope import data as pope_data
 from vlm_fix.eval.scorers.pope import score as pope
+from vlm_fix.eval.settings import Settings
 
 from .coco import Folder, paths_in
 from .sample import IMAGES, MAX_NEW_TOKENS, Sample, question_prompt
-
-if TYPE_CHECKING:
-    from vlm_fix.eval.run.runner import Settings
 
 SPLITS = get_args(pope.Kind)
 
 
 @dataclasses.dataclass
 class Pope:
-    """Yes/no questions; `questions` by split, scored per split."""
+    """The yes/no task; `questions` are by split, and each split is scored on its own."""
 
     questions: dict[str, list[pope.Question]]
     samples: list[Sample]
-    scorer: yesno.Scorer
+    scorer: Scorer
     data: dict[str, Any]
     benchmark: str = "pope"
     max_new_tokens: int = MAX_NEW_TOKENS["pope"]
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Questions per split."""
+        """Number of questions per split."""
         return {split: len(questions) for split, questions in self.questions.items()}
 
     def score(self, answers: Mapping[str, str | None]) -> dict[str, pope.PopeResult]:
-        """Result per split from answers by sample id; None is wrong, questions that are not in `answers` are left out."""
+        """Score answers by sample id, per split. None is wrong; questions missing from `answers` are left out."""
         results = {}
         for split, questions in self.questions.items():
             asked = [q for q in questions if _id(q) in answers]
@@ -54,14 +52,14 @@ class Pope:
 
 
 def of_picto(scenes: Sequence[picto.Scene], images: int, source: str, settings: Settings) -> Pope:
-    """Questions about `images` of the scenes, which may be more: those with fewer than three objects are left out."""
+    """Build the task about `images` of the scenes; those with fewer than three objects are skipped."""
     instances, _ = picto.coco_annotations(scenes)
     questions = _made(instances, images, settings)
     return _task(questions, {s.file_name: (s.image_id, s.image) for s in scenes}, settings, source)
 
 
 def of_folder(folder: Folder, settings: Settings) -> Pope:
-    """The official questions where the folder's images are COCO's, else questions made from its annotations."""
+    """Build the task: official questions if the folder has COCO's images, else made from its annotations."""
     limit, wanted = settings.limit or IMAGES, folder.wanted(settings.ids)
     official = {kind: pope_data.coco_questions(kind) for kind in settings.splits}
     names = list(dict.fromkeys(q.image for each in official.values() for q in each))
@@ -92,7 +90,7 @@ def of_folder(folder: Folder, settings: Settings) -> Pope:
 
 
 def of_files(folder: Path, settings: Settings) -> Pope:
-    """The questions of --questions, a split per file; with a limit those about the first images that they name."""
+    """Build the task from --questions, a split per file; a limit keeps the first images that they name."""
     paths, asked = paths_in(folder), {Path(file).stem: pope_data.load_questions(file) for file in settings.questions}
     names = list(dict.fromkeys(q.image for each in asked.values() for q in each))[: settings.limit]
     lost = [name for name in names if name not in paths]

@@ -1,9 +1,9 @@
-"""What every task is made of: samples, and what makes, draws and hashes them.
+"""Samples, the general task `Items`, and helpers that find, sample and hash their data.
 
-A sample is one image with one prompt. `Items` is the task of a benchmark whose scorer judges answers in parts; POPE and
-CHAIR have tasks of their own. All have benchmark, samples, data, sizes, max_new_tokens and score(answers by sample id) ->
-{part: result}, whose result has n, rows (counts with their image) and to_dict(). An answer of None is a sample that
-failed: it stays in the score, as wrong.
+A sample is one image with one prompt. `Items` is the task of benchmarks whose scorer judges answers in parts; POPE and
+CHAIR have their own classes. All tasks have benchmark, samples, data, sizes, max_new_tokens and score(answers by sample
+id) -> {part: result}; a result has n, rows (counts with their image) and to_dict(). An answer of None is a sample that
+failed: it counts as wrong.
 """
 
 from __future__ import annotations
@@ -14,15 +14,13 @@ import json
 import random
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from PIL import Image
 
 from vlm_fix.errors import VlmFixError
 from vlm_fix.eval.scorers.result import Result
-
-if TYPE_CHECKING:
-    from vlm_fix.eval.run.runner import Settings
+from vlm_fix.eval.settings import Settings
 
 CAPTION_PROMPT = "Please describe this image in detail."
 IMAGES = 500  # the size of POPE and CHAIR as published
@@ -31,7 +29,7 @@ MAX_NEW_TOKENS = {"pope": 16, "chair": 512}
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One image and one prompt; `reference` holds what the answer is held against (label or ground-truth objects)."""
+    """One image and one prompt; `reference` has the label or ground-truth objects that the answer is judged by."""
 
     id: str
     image_id: int
@@ -41,13 +39,13 @@ class Sample:
     reference: dict[str, Any]
 
     def describe(self) -> dict[str, Any]:
-        """Its part of a line in samples.jsonl."""
+        """Return the sample's part of a line in samples.jsonl."""
         return {"id": self.id, "image_id": self.image_id, "image": self.file, "prompt": self.prompt, **self.reference}
 
 
 @dataclasses.dataclass
 class Items:
-    """Anything that is asked and then judged in parts: `items` go with `samples`, `judge` gives the parts' results."""
+    """A task judged in parts: `items` correspond to `samples`, and `judge` returns the result of each part."""
 
     benchmark: str
     items: Sequence[Any]
@@ -58,18 +56,18 @@ class Items:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Answers per part."""
+        """Number of answers per part."""
         return {part: result.n for part, result in self.judge([None] * len(self.items), self.items).items()}
 
     def score(self, answers: Mapping[str, str | None]) -> dict[str, Result]:
-        """Result per part from answers by sample id; None is wrong, what is not in `answers` is left out."""
+        """Score answers by sample id, per part. None is wrong; samples missing from `answers` are left out."""
         asked = [item for item, s in zip(self.items, self.samples, strict=True) if s.id in answers]
         given = [answers[s.id] for s in self.samples if s.id in answers]
         return self.judge(given, asked) if asked else {}
 
 
 def load_image(sample: Sample) -> Image.Image:
-    """The sample's image in RGB; a file that cannot be read is a VlmFixError that names it."""
+    """Return the sample's image in RGB. Raises VlmFixError naming a file that cannot be read."""
     if isinstance(sample.image, Image.Image):
         return sample.image
     try:
@@ -83,30 +81,30 @@ def load_image(sample: Sample) -> Image.Image:
 
 
 def question_prompt(settings: Settings, text: str) -> str:
-    """The question in the template of --prompt, which may be one for captions."""
+    """Fill the question into --prompt, unless that is a prompt for captions."""
     template = settings.prompt if settings.prompt and "{question}" in settings.prompt else "{question}"
     return template.replace("{question}", text)
 
 
 def caption_prompt(settings: Settings, usual: str = CAPTION_PROMPT) -> str:
-    """--prompt, unless that is a template for questions."""
+    """Return --prompt, unless that is a template for questions."""
     return settings.prompt if settings.prompt and "{question}" not in settings.prompt else usual
 
 
 def digest(data: Any) -> str:
-    """sha256 of anything that JSON can hold."""
+    """Return the sha256 of any JSON data."""
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
 def data_of(source: str, items: Sequence[Any], scorer: str, commit: str = "") -> dict[str, Any]:
-    """The data of `Items` for config.json; the official scorer goes with its `commit`."""
+    """Describe the data of `Items` for config.json; the official scorer is named with its `commit`."""
     named = f"{scorer}, {commit}" if commit and scorer.startswith("official") else scorer
     images = len({item.image for item in items})
     return {"source": source, "images": images, "items": len(items), "variant": named, "sha256": digest(items)}
 
 
 def place(folder: Path, name: str, inside: Sequence[str]) -> Path:
-    """The file in the folder or one of the folders `inside` it; the first place where it is nowhere."""
+    """Find a file in the folder or in one of its subfolders `inside`; the path in the folder if it is in none."""
     places = [folder / name, *(folder / each / name for each in inside)]
     return next((path for path in places if path.is_file()), places[0])
 
@@ -122,5 +120,5 @@ def complete(paths: Mapping[str, Path], folder: Path, source: str) -> None:
 
 
 def draw(names: Sequence[Any], settings: Settings) -> set[Any]:
-    """--limit of the names, drawn with the seed; all without a limit."""
+    """Sample --limit of the names with the seed; without a limit, return all."""
     return {*random.Random(settings.seed).sample(list(names), min(settings.limit or len(names), len(names)))}

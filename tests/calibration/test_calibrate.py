@@ -340,7 +340,7 @@ def test_calibrate_and_evaluate(tmp_path, capsys):
 
 def test_a_search_must_beat_the_model_alone(monkeypatch, capsys, tmp_path):
     """Also the value that changes nothing does not: no file is written. The command holds what was chosen."""
-    from vlm_fix.eval.run import calibrate as module
+    from vlm_fix.eval import calibrate as module
 
     out = tmp_path / "pai.json"
     command = [
@@ -380,7 +380,7 @@ SCORE += ["questions", "mended", "broken", "mcnemar_p"]
 
 
 def test_halves_and_answer_tokens():
-    from vlm_fix.eval.run import calibrate as module
+    from vlm_fix.eval import calibrate as module
     from vlm_fix.eval.run import loading
 
     model, processor, _ = loading.load_model("picto-llava")

@@ -237,3 +237,12 @@ def test_places_that_nobody_named_are_checked_too(tmp_path, capsys, monkeypatch)
         assert cli.main(command.split()) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("error: ") and ("cannot be written" in line or "is a folder" in line)
+
+
+def test_the_command_line_starts_without_heavy_imports():
+    heavy = ("torch", "transformers", "numpy", "nltk", "PIL")
+    code = "import sys; from vlm_fix.cli import main; main(['--help'] if len(sys.argv) < 2 else sys.argv[1:])"
+    loaded = f"import sys, atexit; atexit.register(lambda: print([m for m in {heavy} if m in sys.modules])); {code}"
+    for command in ([], ["score", "--help"], ["eval", "--help"], ["score", "mme", "nowhere"]):
+        out = subprocess.run([sys.executable, "-c", loaded, *command], capture_output=True, text=True).stdout
+        assert out.rstrip().endswith("[]"), (command, out[-200:])

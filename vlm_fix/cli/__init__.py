@@ -1,6 +1,6 @@
-"""The command `vlm-fix`, one file per command: each adds its parser and runs it.
+"""The command line `vlm-fix`, one file per command: each adds its parser and runs it.
 
-Everything heavy is imported inside the command that needs it, so that `--help` and `score` start at once.
+Heavy modules are imported inside the commands that need them, so that `--help` and `score` start quickly.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import argparse
 import sys
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from vlm_fix.errors import VlmFixError
@@ -77,8 +76,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _warn(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
 ) -> None:
-    """What the package itself warns of, as a sentence; a library's warning with where it comes from."""
-    if category is UserWarning and "vlm_fix" in Path(filename).parts:
+    """Print the package's own warnings as a sentence, and those of libraries with their origin."""
+    ours = [module for name, module in sys.modules.items() if name.split(".")[0] == "vlm_fix"]
+    if category is UserWarning and filename in [getattr(module, "__file__", None) for module in ours]:
         print(f"warning: {message}", file=sys.stderr)
     else:
         sys.stderr.write(warnings.formatwarning(message, category, filename, lineno))

@@ -31,7 +31,7 @@ def add_to(commands: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     if args.output:
         check_place(args.output)
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler announces itself otherwise
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # silence the banner of torch's profiler
     from rich.console import Console
     from rich.progress import Progress
 

@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from vlm_fix.eval.run.calibrate import calibrate, parse_search
+    from vlm_fix.eval.calibrate import calibrate, parse_search
 
     search, stderr = parse_search(args.search), Console(stderr=True)
     columns = TextColumn("{task.description:<20}"), BarColumn(), TimeRemainingColumn()

@@ -1,4 +1,4 @@
-"""What commands share: making a parser, options that several have, places to write to, tables for the terminal."""
+"""Parsers, options, output paths and terminal tables that several commands share."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 from vlm_fix.errors import VlmFixError
+from vlm_fix.eval.scorers.choices import Scorer, Variant
 
 LAYOUT = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=28)
-SCORERS = ("official", "opera", "vcd", "lmms", "vlmevalkit", "ours")
-VARIANTS = ("nltk", "pattern")
+SCORERS, VARIANTS = get_args(Scorer), get_args(Variant)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the whole usage before it."""
+    """Reports errors in one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}; see `{self.prog} --help`.\n")
@@ -31,7 +31,7 @@ def add(
     run: Callable[[argparse.Namespace], None] | None = None,
     epilog: str | None = None,
 ) -> argparse.ArgumentParser:
-    """A parser of the command `name` in `group`; what it has parsed goes to `run`."""
+    """Add the parser of command `name` to `group`; `run` gets the parsed arguments."""
     made = group.add_parser(
         name, help=help, description=f"{help[0].upper()}{help[1:]}.", epilog=epilog, formatter_class=LAYOUT
     )
@@ -61,7 +61,7 @@ def add_json(parser: Any, help: str = "for machines") -> None:
 
 
 def check_place(place: str, folder: bool = False) -> None:
-    """A result that cannot be written, to a file or into a folder, must not surface after the work is done."""
+    """Raise VlmFixError if a file or folder cannot be written, before the work is done rather than after."""
     path = Path(place)
     existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     within = existing if existing.is_dir() else existing.parent
@@ -72,7 +72,7 @@ def check_place(place: str, folder: bool = False) -> None:
 
 
 def written(value: Any) -> str:
-    """A setting's value as it is written in a spec."""
+    """Format a setting's value as in a spec."""
     if value is None:
         return "auto"
     if isinstance(value, float):
@@ -88,7 +88,7 @@ def table(*columns: str, gap: int = 1) -> Any:
 
 
 def console() -> Any:
-    """As wide as the terminal, at most 100 columns."""
+    """Return a console as wide as the terminal, but at most 100 columns."""
     from rich.console import Console
 
     made = Console(highlight=False)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 from vlm_fix.errors import VlmFixError
+from vlm_fix.eval.scorers.registry import BENCHMARKS
+from vlm_fix.eval.settings import Settings
 
 from .common import SCORERS, VARIANTS, add, add_images, add_json, add_model, add_weights, check_place, console
 
@@ -24,9 +27,7 @@ DIR of --output gets results.json, table.md, figure.png and samples.jsonl, every
 
 def add_to(commands: Any) -> None:
     parser = add(commands, "eval", "measure a model with and without methods", run, ABOUT)
-    parser.add_argument(
-        "benchmark", choices=("pope", "chair", "all", "amber", "mme", "hallusion"), help="all is pope and chair"
-    )
+    parser.add_argument("benchmark", choices=(*BENCHMARKS, "all"), help="all is pope and chair")
     what = parser.add_argument_group("what to run")
     add_model(what)
     what.add_argument("--method", default="", metavar="A,B+C", help="runs beside the baseline, see below")
@@ -70,7 +71,7 @@ def add_to(commands: Any) -> None:
 
     kept = parser.add_argument_group("what to keep")
     kept.add_argument("--output", metavar="DIR", help="folder for the results (runs/DATE-TIME)")
-    kept.add_argument("--resume", action="store_true", help="continue a killed run in --output")
+    kept.add_argument("--resume", action="store_true", help="continue an interrupted run in --output")
     add_json(kept, "print results.json instead of tables")
 
 
@@ -89,6 +90,7 @@ def run(args: argparse.Namespace) -> None:
     results = evaluate(_settings(args), args.output, resume=args.resume)
     if not team.first:
         return
+    report.write(results, Path(args.output))
     beside = published.compare(results) if args.compare_published else []
     if args.json:
         print(json.dumps(results | ({"published": beside} if args.compare_published else {}), indent=2))
@@ -103,11 +105,8 @@ def run(args: argparse.Namespace) -> None:
         )
 
 
-def _settings(args: argparse.Namespace) -> Any:
-    """The options as `eval.runner.Settings`."""
-    import dataclasses
-
-    from vlm_fix.eval.run.runner import Settings
+def _settings(args: argparse.Namespace) -> Settings:
+    """Return the options as the settings of an evaluation."""
     from vlm_fix.registry import split_methods
 
     names = {field.name for field in dataclasses.fields(Settings)}

@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> None:
     from vlm_fix.eval.harness import lmms
 
     if args.out:
-        from vlm_fix.eval.run.runner import Settings
+        from vlm_fix.eval.settings import Settings
 
         settings = Settings("pope", data=args.data, ids=args.ids, limit=args.limit, seed=args.seed)
         print(lmms.write_tasks(args.out, settings))

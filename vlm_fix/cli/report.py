@@ -31,8 +31,8 @@ def run(args: argparse.Namespace) -> None:
     out = args.out or ("" if args.markdown else "report.html")
     for place in filter(None, (out, args.markdown)):
         check_place(place)
+    from vlm_fix.eval.files import write_atomic
     from vlm_fix.eval.report import page
-    from vlm_fix.eval.run.store import write_atomic
 
     if args.markdown:
         page.save_markdown(page.leaderboard(args.folders), Path(args.markdown))

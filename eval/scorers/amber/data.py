@@ -1,13 +1,13 @@
-"""AMBER's images, questions and words, as they come with the package.
+"""AMBER's images, questions and words, as included in the package.
 
 Source: junyangwang0410/AMBER@534babf data/ and inference.py, which asks spaCy which words are similar. A lexicon says how
 captions are read: which words are nouns, and which stand for another (relation.json).
 
-Difference from the official figures: the script asks spaCy's en_core_web_lg while it runs, here data/amber/similar.txt
-has the 87 of 87,153 pairs above .8 in en_core_web_md 3.7.1, whose 20,000 vectors are lg's; a rarer word gets that of a
-neighbour. Thus 48 pairs have cosine 1, as crocodile and zebra, and fit here where lg may tell them apart.
+Difference from the official figures: the script queries spaCy's en_core_web_lg at run time. Here data/amber/similar.txt
+has the 87 of 87,153 pairs above .8 in en_core_web_md 3.7.1, whose 20,000 vectors are lg's; a rarer word gets the vector
+of a neighbour. So 48 pairs have cosine 1, such as crocodile and zebra, and match here where lg may tell them apart.
 
-Worked example: in AMBER's first image five things are typical and missing; man stands under person, bicycle does not.
+Worked example: in AMBER's first image five typical things are missing; man is listed under person, bicycle is not.
 >>> scenes()[0].hallu
 ('cloud', 'sun', 'bird', 'dog', 'flower')
 >>> words = lexicon("official", "pattern")
@@ -19,11 +19,11 @@ import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
-from vlm_fix.eval.scorers.chair.words import Object, Variant, find_nouns, find_objects
-from vlm_fix.eval.scorers.rows import DATA, one_of, read_rows
-from vlm_fix.eval.scorers.yesno import Scorer
+from vlm_fix.eval.files import DATA, read_rows
+from vlm_fix.eval.scorers.chair.words import Object, find_nouns, find_objects
+from vlm_fix.eval.scorers.choices import Scorer, Variant, one_of
 
-KINDS = {  # type in annotations.json -> dimension; the script counts what it does not know as a relation
+KINDS = {  # type in annotations.json -> dimension; the script counts unknown types as relations
     "discriminative-hallucination": "existence",
     "discriminative-attribute-state": "attribute",
     "discriminative-attribute-number": "attribute",
@@ -53,8 +53,8 @@ class Question(NamedTuple):
 
 
 class Lexicon(NamedTuple):
-    """How captions are read: nouns of a text as nodes, word -> words that stand for it, words never judged, similar
-    pairs."""
+    """How captions are read: the function that finds nouns, word -> words that stand for it, words that are never
+    judged, and pairs of similar words."""
 
     scorer: str
     nouns: Callable[[str], Sequence[Object]]
@@ -64,19 +64,19 @@ class Lexicon(NamedTuple):
 
 
 def scenes() -> list[Scene]:
-    """The 1004 images of AMBER in the order of their ids."""
+    """Return the 1004 images of AMBER in the order of their ids."""
     rows = read_rows(DATA / "amber/generative.jsonl.gz", "AMBER annotations")
     return [Scene(r["id"], r["image"], tuple(r["truth"]), tuple(r["hallu"])) for r in rows]
 
 
 def questions() -> list[Question]:
-    """The 14,216 questions of AMBER in the order of their ids."""
+    """Return the 14,216 questions of AMBER in the order of their ids."""
     rows = read_rows(DATA / "amber/discriminative.jsonl.gz", "AMBER questions")
     return [Question(r["id"], r["image"], r["query"], KINDS[r["type"]], r["truth"]) for r in rows]
 
 
 def lexicon(scorer: Scorer = "official", variant: Variant = "nltk") -> Lexicon:
-    """AMBER's words. `variant` pattern takes every token's singular for a noun and needs no NLTK data."""
+    """Return AMBER's words. The variant `pattern` treats every token's singular as a noun and needs no NLTK data."""
     one_of(scorer, Scorer, "scorer")
     ours = scorer == "ours"
     stand_for = json.loads((DATA / "amber/relation.json").read_text())
@@ -93,5 +93,5 @@ def lexicon(scorer: Scorer = "official", variant: Variant = "nltk") -> Lexicon:
 
 
 def picto_lexicon(variant: Variant = "nltk") -> Lexicon:
-    """Picto's words: the objects that CHAIR finds, each standing for itself alone."""
+    """Return Picto's words: the objects that CHAIR finds, each standing only for itself."""
     return Lexicon(f"picto, {variant} words", lambda text: find_objects(text, variant)[1], {}, (), ())

@@ -1,10 +1,10 @@
 """AMBER's official answer files, and their figures as the official script prints them.
 
 A file is a JSON array or JSON lines of {"id": 1, "response": "..."}: ids up to 1004 are captions, the others answers to
-questions. The script (junyangwang0410/AMBER@534babf inference.py) gives percent rounded to .1, F1 of the rounded figures,
-and adds small terms to the denominators.
+questions. The script (junyangwang0410/AMBER@534babf inference.py) prints percentages rounded to .1, computes F1 from the
+rounded figures, and adds small terms to the denominators.
 
-Worked example: one of three mentions is hallucinated, 33.3 %, one of two objects covered, one of two typical ones named.
+Worked example: one of three mentions is hallucinated (33.3 %), one of two objects covered, one of two typical ones named.
 >>> from .data import Scene
 >>> scene = Scene(1, "AMBER_1.jpg", ("tree", "dog"), ("cat", "bird"))
 >>> printed(score_captions(["A dog and two cats near a bench."], [scene], lexicon("official", "pattern")))
@@ -14,10 +14,9 @@ Worked example: one of three mentions is hallucinated, 33.3 %, one of two object
 from pathlib import Path
 
 from vlm_fix.errors import VlmFixError
-from vlm_fix.eval.scorers.chair.words import Variant
+from vlm_fix.eval.files import read_rows
+from vlm_fix.eval.scorers.choices import Scorer, Variant
 from vlm_fix.eval.scorers.result import Result, paired
-from vlm_fix.eval.scorers.rows import read_rows
-from vlm_fix.eval.scorers.yesno import Scorer
 
 from .data import Question, lexicon, questions, scenes
 from .score import score_captions, score_questions
@@ -26,8 +25,11 @@ ANSWER = '{"id": 1, "response": "A tree in a park."}'
 
 
 def score_file(path: str | Path, scorer: Scorer = "official", variant: Variant = "nltk") -> dict[str, Result]:
-    """Results of an official answer file, rows with id and response, by part: captions, existence, attribute, relation
-    and, where these three are there, questions. A part is scored if it has answers, and then needs all of them."""
+    """Score an official answer file, rows with id and response, by part.
+
+    Parts are captions, existence, attribute, relation and, if those three are present, questions. A part is scored if the
+    file has answers to it, and must then be complete.
+    """
     said: dict[int, str | None] = {}
     for number, row in enumerate(read_rows(path, "answer file", ANSWER), 1):
         if not isinstance(row.get("id"), int) or not isinstance(row.get("response"), str):
@@ -54,7 +56,7 @@ def score_file(path: str | Path, scorer: Scorer = "official", variant: Variant =
 
 
 def printed(result: Result, small: float = 0.0001) -> dict[str, float]:
-    """The figures as the official script prints them; `small` is in F1's denominator, .001 there for existence."""
+    """Return the figures as the official script prints them; `small` is added to F1's denominator (existence: .001)."""
     s = result.sums()
 
     def percent(part: str, whole: float) -> float:

@@ -1,23 +1,24 @@
-"""AMBER: what a caption mentions, covers and invents; yes/no questions on existence, attribute and relation.
+"""AMBER: what a caption mentions, covers and invents; yes/no questions about existence, attribute and relation.
 
 Source: J. Wang et al., AMBER: An LLM-free Multi-dimensional Benchmark for MLLMs Hallucination Evaluation,
-arXiv:2311.07397; official scorer junyangwang0410/AMBER@534babf inference.py. People noted per image the objects that are
-there (truth) and typical ones that are not (hallu). A mention is a noun among the 418 words of relation.json; it fits an
-object if it is it, stands under it in relation.json, or is similar to either (spaCy cosine > .8).
+arXiv:2311.07397; official scorer junyangwang0410/AMBER@534babf inference.py. Annotators listed for each image the
+objects that are there (truth) and typical ones that are not (hallu). A mention is a noun among the 418 words of
+relation.json; it fits an object if it is the same word, is listed under it in relation.json, or is similar to either
+(spaCy cosine > .8).
 
     chair = mentions that fit no true object / mentions        cover = true objects mentioned / true objects
     hal   = captions with such a mention / captions            cog   = hallu objects mentioned / hallu objects
 
-Questions count "no" as positive: precision = right no / said no, recall = right no / questions whose truth is no.
-AMBER score = (100 (1 - chair) + 100 F1) / 2, captions and all questions.
+Questions count "no" as positive: precision = right no / answers of no, recall = right no / questions with label no.
+AMBER score = (100 (1 - chair) + 100 F1) / 2, over captions and all questions.
 
     scorer     captions                                              questions
-    official   nouns as written ("Dog" opening a sentence is none),  the answer is exactly "Yes" or "No"
+    official   nouns as written (a leading "Dog" is not a noun),     the answer is exactly "Yes" or "No"
                similar words fit
-    ours       nouns in lower case, relation.json alone              the first word that is yes or no, in any case
+    ours       nouns in lower case, only relation.json               the first word that is yes or no, in any case
     others     as official                                           as for POPE
 
-VlmFixErrors name what does not line up; `amber_file.py` scores official answer files.
+`official.py` scores official answer files.
 
 Worked example:
 >>> from .data import lexicon
@@ -34,9 +35,8 @@ from typing import Any, NamedTuple
 
 from vlm_fix.eval.scorers import yesno
 from vlm_fix.eval.scorers.chair.words import Object
+from vlm_fix.eval.scorers.choices import Scorer, one_of
 from vlm_fix.eval.scorers.result import Result, tally
-from vlm_fix.eval.scorers.rows import one_of
-from vlm_fix.eval.scorers.yesno import Scorer
 from vlm_fix.eval.stats import Metric, harmonic, ratio
 
 from .data import Lexicon, Question, Scene
@@ -59,7 +59,7 @@ SOURCE = "junyangwang0410/AMBER@534babf"
 
 
 class Mention(NamedTuple):
-    """A noun, the true object that it fits, the typical but absent ones that it names (both as places in the scene's
+    """A noun, the true object that it fits, the typical but absent ones that it names (both as indices into the scene's
     lists), and whether it is hallucinated."""
 
     noun: Object
@@ -69,7 +69,7 @@ class Mention(NamedTuple):
 
 
 def mentions(caption: str, scene: Scene, words: Lexicon) -> list[Mention]:
-    """What a caption mentions, in its order."""
+    """Return what a caption mentions, in order."""
     truth, hallu = (_listed(objects, words) for objects in (scene.truth, scene.hallu))
     found = []
     for noun in words.nouns(caption):
@@ -77,7 +77,7 @@ def mentions(caption: str, scene: Scene, words: Lexicon) -> list[Mention]:
         if name in words.safe or name in truth:
             found.append(Mention(noun, None if name in words.safe else truth[name], frozenset(), False))
             continue
-        # the script goes on after a hallu word, and a noun that is similar to a true object is forgiven
+        # like the script: a hallu word does not end the search, and a noun similar to a true object is forgiven
         like = {name, *(other for other in (*hallu, *truth) if (name, other) in words.similar)}
         imagined = {hallu[word] for word in (name, *[word for word in hallu if word in like][:1]) if word in hallu}
         fits = next((truth[word] for word in truth if word in like), None)
@@ -86,7 +86,7 @@ def mentions(caption: str, scene: Scene, words: Lexicon) -> list[Mention]:
 
 
 def score_captions(captions: Sequence[str | None], scenes: Sequence[Scene], words: Lexicon) -> Result:
-    """CHAIR, Cover, Hal and Cog of one caption per scene; None is a caption that says nothing."""
+    """Compute CHAIR, Cover, Hal and Cog of one caption per scene; None counts as an empty caption."""
     rows = []
     for caption, scene in zip(captions, scenes, strict=True):
         found = mentions(caption or "", scene, words)
@@ -99,7 +99,7 @@ def score_captions(captions: Sequence[str | None], scenes: Sequence[Scene], word
 
 
 def _listed(objects: Sequence[str], words: Lexicon) -> dict[str, int]:
-    """Word -> which object it stands for: relation.json's words come before the objects', and the first one counts."""
+    """Word -> index of the object it stands for; words of relation.json take precedence, and the first match counts."""
     listed: dict[str, int] = {}
     for place, name in enumerate(objects):
         for word in words.stand_for.get(name, ()):
@@ -112,7 +112,7 @@ def _listed(objects: Sequence[str], words: Lexicon) -> dict[str, int]:
 def score_questions(
     answers: Sequence[str | None], questions: Sequence[Question], scorer: Scorer = "official"
 ) -> Result:
-    """Accuracy, and precision, recall and F1 of "no"; None is an answer that failed, wrong like an unparsed one."""
+    """Compute accuracy, and precision, recall and F1 of "no". None is an answer that failed: wrong, like unparsed ones."""
     one_of(scorer, Scorer, "scorer")
     rows: list[dict[str, Any]] = []
     for answer, question in zip(answers, questions, strict=True):
@@ -124,19 +124,21 @@ def score_questions(
 
 
 def verdict(answer: str | None, label: str, scorer: Scorer) -> str:
-    """yes, no or unknown."""
+    """Return yes, no or unknown."""
     if scorer == "official":
         return {"Yes": "yes", "No": "no"}.get(answer or "", "unknown")
     return yesno.verdict(answer, label, scorer)
 
 
 def whole(captions: Result, questions: Result) -> Result:
-    """The AMBER score as a fraction; its rows are the counts of both parts, so that a bootstrap of images draws the
-    caption and the questions of an image together."""
+    """Compute the AMBER score as a fraction.
+
+    Its rows are the counts of both parts, so that the bootstrap draws the caption and the questions of an image together.
+    """
     none = dict.fromkeys([*captions.rows[0], *questions.rows[0]], 0)
     return tally(captions.scorer, [none | row for row in (*captions.rows, *questions.rows)], WHOLE)
 
 
 def amber_score(found: Mapping[str, Result]) -> float:
-    """(100 (1 - chair) + 100 F1) / 2 of the parts captions and questions, 0 to 100."""
+    """Compute (100 (1 - chair) + 100 F1) / 2 from the parts captions and questions, 0 to 100."""
     return 100 * whole(found["captions"], found["questions"]).figures["score"]

@@ -1,1 +1,73 @@
-"""CHAIR."""
+"""CHAIR: objects that captions mention although they are not in the image."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from vlm_fix.eval.scorers.benchmark import Argument, Benchmark, Captions, Gain, Layout, Mark, variant_option
+from vlm_fix.eval.scorers.choices import Variant
+
+from . import data as files
+from . import score, words
+
+
+def score_files(captions: str, variant: Variant, drop_incomplete: bool, ground_truth: str | None) -> score.ChairResult:
+    """Score a caption file."""
+    truth = files.ground_truth(ground_truth or "coco", variant)
+    found = files.load_captions(captions)
+    if drop_incomplete:
+        found = [caption._replace(text=files.whole_sentences(caption.text)) for caption in found]
+    return score.score(found, truth, variant)
+
+
+def _caption(settings: Mapping[str, Any], data: Mapping[str, Any]) -> str:
+    how = " (works without NLTK data)" if data["variant"] == "pattern" else ""
+    text = f"CHAIR: {data['source']}; {data['images']} captions; variant {data['variant']}{how}"
+    text += f"; {data['captions']}" if "captions" in data else ""
+    return text + "; lower C_S and C_I are better, lower recall is not"
+
+
+def readable_variant(data: Mapping[str, Any]) -> Variant:
+    """Return how a run read its captions, or `pattern` if NLTK's data are not installed here."""
+    return "pattern" if "pattern" in data["variant"] or not words.nltk_ready() else "nltk"
+
+
+def mark(row: Mapping[str, Any], data: Mapping[str, Any]) -> tuple[list[Mark], int]:
+    """Mark every object word of an answer in samples.jsonl, and count the hallucinated ones."""
+    caption, truth = score.Caption(0, row["answer"]), {0: row["ground_truth"]}
+    (scored,) = score.score([caption], truth, readable_variant(data)).captions
+    marks = [Mark(o.start, o.end, o.node, True, "in the image") for o in scored.correct]
+    marks += [Mark(o.start, o.end, o.node, False, "not there") for o in scored.hallucinated]
+    return marks, len(scored.hallucinated)
+
+
+BENCHMARK = Benchmark(
+    name="chair",
+    title="CHAIR",
+    source_commit=words.COMMITS["nltk"],
+    commits=words.COMMITS,
+    score_what="score captions with CHAIR",
+    arguments=(
+        Argument("captions", {"metavar": "CAPTIONS", "help": "JSON lines or array: image_id, caption"}),
+        variant_option(),
+        Argument("--drop-incomplete", {"action": "store_true", "help": "drop a cut-off last sentence first"}),
+        Argument(
+            "--ground-truth",
+            {"metavar": "FILE", "help": "objects per image; COCO train+val2014 is in the package"},
+        ),
+    ),
+    score_files=score_files,
+    layouts={
+        "chair": Layout(
+            columns={"chair_s": "C_S", "chair_i": "C_I", "recall": "recall", "f1": "F1", "length": "length"},
+            metrics=score.METRICS,
+            compared=("chair_s", "chair_i", "recall"),
+            right=lambda row: not row["hallucinating"],
+            caption=_caption,
+            answers=Captions(mark, "recall", "chair_i", "CHAIR_i", drawn=True, at_equal_length=score.at_equal_length),
+            leaderboard={"chair_i": "CHAIR_i ↓", "recall": "recall", "length": "words"},
+            gain=Gain("chair_i", -1, "CHAIR_i, points fewer"),
+        )
+    },
+)

@@ -1,9 +1,9 @@
-"""What CHAIR scores: caption files, and which of COCO's 80 objects are in an image.
+"""The input of CHAIR: caption files, and which of COCO's 80 objects are in each image.
 
-Source: shikiw/OPERA@61426ef chair.py (variant nltk) and LisaAnne/Hallucination@6e4d33c utils/chair.py (pattern): an image
-holds the categories of its instances and every object that its five reference captions mention.
+Source: shikiw/OPERA@61426ef chair.py (variant nltk) and LisaAnne/Hallucination@6e4d33c utils/chair.py (pattern): the
+objects of an image are the categories of its instances and those that its five reference captions mention.
 
-Worked example: an image with the instance "dog" and the reference caption "A puppy beside two cats" holds dog and cat.
+Worked example: an image with the instance "dog" and the reference caption "A puppy beside two cats" has dog and cat.
 >>> instances = {"categories": [{"id": 1, "name": "dog"}], "images": [{"id": 7}],
 ...              "annotations": [{"image_id": 7, "category_id": 1}]}
 >>> captions = {"images": [], "annotations": [{"image_id": 7, "caption": "A puppy beside two cats"}]}
@@ -19,17 +19,21 @@ from pathlib import Path
 from typing import Any
 
 from vlm_fix.errors import VlmFixError
-from vlm_fix.eval.scorers.rows import DATA, one_of, read_rows, read_text
+from vlm_fix.eval.files import DATA, read_rows, read_text
+from vlm_fix.eval.scorers.choices import Variant, one_of
 
 from .score import Caption
-from .words import Variant, caption_to_words, nodes
+from .words import caption_to_words, nodes
 
 CAPTION = '{"image_id": 310196, "caption": "A man on a snowboard."}'
 
 
 def load_captions(path: str | Path) -> list[Caption]:
-    """Captions from JSON lines or a JSON array with image_id (a number or a name such as COCO_val2014_000000000123.jpg)
-    and caption (or text, or answer). Warns of images that come twice; raises VlmFixError naming a bad row."""
+    """Read captions from JSON lines or a JSON array.
+
+    A row has image_id, a number or a name such as COCO_val2014_000000000123.jpg, and caption (or text, or answer). Warns
+    of images with several captions; raises VlmFixError naming a bad row.
+    """
     captions = []
     for number, row in enumerate(read_rows(path, "caption file", CAPTION), 1):
         text = next((row[key] for key in ("caption", "text", "answer") if key in row), None)
@@ -46,9 +50,9 @@ def load_captions(path: str | Path) -> list[Caption]:
 
 
 def whole_sentences(text: str) -> str:
-    """The caption up to its last full stop, question or exclamation mark, for captions cut at a number of tokens.
+    """Cut a caption after its last full stop, question mark or exclamation mark: drops a truncated last sentence.
 
-    A caption without any stays as it is: a description that names objects is not made to say nothing.
+    A caption without any of them is returned as it is, so that it still names its objects.
 
     >>> whole_sentences("A dog on a sofa. It looks at a ca")
     'A dog on a sofa.'
@@ -58,8 +62,10 @@ def whole_sentences(text: str) -> str:
 
 
 def ground_truth(source: str | Path = "coco", variant: Variant = "nltk") -> dict[int, frozenset[str]]:
-    """The map in the package ("coco": the 123,287 images of train and val 2014, those of 2017 among them), or that of a
-    JSON file {"image id": ["object", ...]}, gzip or not."""
+    """Return image id -> objects, from the package or a JSON file {"image id": ["object", ...]}, gzipped or not.
+
+    "coco" is the map in the package, of the 123,287 images of train and val 2014, which include those of 2017.
+    """
     one_of(variant, Variant, "variant")
     path = DATA / f"chair/gt_objects_{variant}_trainval2014.json.gz" if source == "coco" else source
     try:
@@ -71,10 +77,10 @@ def ground_truth(source: str | Path = "coco", variant: Variant = "nltk") -> dict
 
 
 def build_ground_truth(instances: Any, captions: Any, variant: Variant = "nltk") -> dict[int, frozenset[str]]:
-    """The same map from COCO-format instances and captions (dictionaries or pycocotools COCO objects).
+    """Build the same map from COCO-format instances and captions (dictionaries or pycocotools COCO objects).
 
-    Raises VlmFixError for a category that is not one of COCO's 80 or a word of the synonym list, which no caption could
-    be matched with.
+    Raises VlmFixError for a category that is neither one of COCO's 80 nor in the synonym list, as no caption could match
+    it.
     """
     boxes, references = (getattr(data, "dataset", data) for data in (instances, captions))
     strange = [category["name"] for category in boxes["categories"] if category["name"] not in nodes()]

@@ -1,12 +1,12 @@
 """CHAIR: which objects does a caption mention that are not in the image?
 
-Source: A. Rohrbach et al., Object Hallucination in Image Captioning, EMNLP 2018, arXiv:1809.02156. There are
-two scorers whose numbers do not compare, each with its own truth: `nltk` (shikiw/OPERA@61426ef chair.py, the default)
-and `pattern` (LisaAnne/Hallucination@6e4d33c utils/chair.py); `words.py` tells how they read a caption,
-`chair_data.py` where captions and truth come from.
+Source: A. Rohrbach et al., Object Hallucination in Image Captioning, EMNLP 2018, arXiv:1809.02156. There are two
+variants with their own ground truth, whose numbers are not comparable: `nltk` (shikiw/OPERA@61426ef chair.py, the
+default) and `pattern` (LisaAnne/Hallucination@6e4d33c utils/chair.py). `words.py` says how they read a caption, `data.py`
+where captions and ground truth come from.
 
-Every word that names one of COCO's 80 objects is a mention. An object outside the image's ground truth, that is its
-instance categories and what its five reference captions mention, is hallucinated.
+Every word that names one of COCO's 80 objects is a mention. It is hallucinated if the object is not in the image's ground
+truth: its instance categories and what its five reference captions mention.
 
     chair_s (C_S) = captions with a hallucinated mention / captions
     chair_i (C_I) = hallucinated mentions / mentions
@@ -23,9 +23,10 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from vlm_fix.errors import VlmFixError
+from vlm_fix.eval.scorers.choices import Variant
 from vlm_fix.eval.stats import Metric, column_sums, harmonic, ratio
 
-from .words import Object, Variant, find_objects
+from .words import Object, find_objects
 
 GroundTruth = Mapping[int, Collection[str]]
 """Image id -> the objects in it (COCO names)."""
@@ -49,7 +50,7 @@ class Caption(NamedTuple):
 
 @dataclass(frozen=True)
 class CaptionScore:
-    """One caption: the objects it mentions that are in the image and those that are not, and its merged tokens."""
+    """One caption: the mentioned objects that are in the image, those that are not, and its number of merged tokens."""
 
     image_id: int
     caption: str
@@ -60,7 +61,7 @@ class CaptionScore:
 
 @dataclass(frozen=True)
 class ChairResult:
-    """Fractions of 1 (length: tokens). `captions` and `rows` follow the input; rows are counts for paired_bootstrap."""
+    """Fractions of 1 (length: tokens). `captions` and `rows` (counts for paired_bootstrap) are in input order."""
 
     variant: str
     n: int
@@ -74,12 +75,12 @@ class ChairResult:
     rows: list[dict[str, Any]] = field(repr=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """For results.json: everything but the per-caption lists."""
+        """Return what results.json holds: everything but the per-caption lists."""
         return {"variant": self.variant, "n": self.n} | {name: getattr(self, name) for name in METRICS}
 
 
 def score(captions: Iterable[Caption], truth: GroundTruth, variant: Variant = "nltk") -> ChairResult:
-    """CHAIR of `captions`; each counts, also two of one image. Raises VlmFixError for an image without ground truth."""
+    """Score `captions`, also several of one image. Raises VlmFixError for an image without ground truth."""
     captions = list(captions)
     if not captions:
         raise VlmFixError("There are no captions to score.")
@@ -114,14 +115,14 @@ def score(captions: Iterable[Caption], truth: GroundTruth, variant: Variant = "n
 
 
 def at_equal_length(base: ChairResult, method: ChairResult) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Rows of both runs with every pair of captions of one image cut to the words of the shorter one.
+    """Return the rows of both runs with each pair of captions cut to the number of words of the shorter one.
 
-    A longer caption names more objects, wrong ones too, so C_S and C_I grow with length. With w_i the words of caption i
-    in either run and t_i = min(w_i of base, w_i of method), a mention counts if it begins within the first t_i words:
+    Longer captions name more objects, wrong ones too, so C_S and C_I grow with length. With w_i the words of caption i in
+    either run and t_i = min(w_i of base, w_i of method), a mention counts if it begins within the first t_i words:
 
         C_I at equal length = hallucinated mentions within t_i / mentions within t_i, summed over captions
 
-    and likewise C_S and recall. Both runs need the same captions in the same order. Source: of this project.
+    and likewise C_S and recall. Both runs need captions of the same images in the same order. Source: this project.
     """
     sides: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
     if [c.image_id for c in base.captions] != [c.image_id for c in method.captions]:

@@ -1,9 +1,9 @@
-"""POPE questions: from files, from the package, or made for any images whose objects are known.
+"""POPE questions: read from files or the package, or made for any images with known objects.
 
 Source: Y. Li et al., EMNLP 2023, arXiv:2305.10355; question maker RUCAIBox/POPE@3df3ba1 main.py.
 
-Worked example: of two images the first has a dog, a cup and a cat, the second a dog, a cup and a car. Asked about the
-first: "Is there a dog in the image?" (yes), then an object that is not there, which can only be the car (no).
+Worked example: one image has a dog, a cup and a cat, another a dog, a cup and a car. The questions about the first are
+"Is there a dog in the image?" (yes), then one about an absent object, which can only be the car (no).
 >>> scenes = [("1.jpg", ["dog", "cup", "cat"]), ("2.jpg", ["dog", "cup", "car"])]
 >>> made = make_questions(scenes, "popular", images=2, per_image=2)
 >>> [(q.text, q.label) for q in made if q.image == "1.jpg"]
@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 from vlm_fix.errors import VlmFixError
-from vlm_fix.eval.scorers.rows import DATA, one_of, read_rows
+from vlm_fix.eval.files import DATA, read_rows
+from vlm_fix.eval.scorers.choices import one_of
 
 from .score import Answer, Kind, Question
 
@@ -26,7 +27,7 @@ ANSWER = '{"question_id": 1, "text": "No."}'
 
 
 def load_questions(path: str | Path) -> list[Question]:
-    """Questions of a POPE file: JSON lines or a JSON array, gzip or not. Raises VlmFixError naming line and key."""
+    """Read a POPE question file: JSON lines or array, gzipped or not. Raises VlmFixError naming row and key."""
     questions = []
     for number, row in enumerate(read_rows(path, "POPE question file", QUESTION), 1):
         for key in ("question_id", "image", "text", "label"):
@@ -40,12 +41,12 @@ def load_questions(path: str | Path) -> list[Question]:
 
 
 def coco_questions(kind: Kind) -> list[Question]:
-    """The official 3000 questions about 500 val2014 images that come with the package."""
+    """Return the official 3000 questions about 500 val2014 images, which are in the package."""
     return load_questions(DATA / f"pope/coco_pope_{one_of(kind, Kind, 'kind')}.jsonl.gz")
 
 
 def load_answers(path: str | Path) -> list[Answer]:
-    """Answers as LLaVA writes them (question_id, prompt, text) or POPE (question, answer; numbered by line then)."""
+    """Read answers in the format of LLaVA (question_id, prompt, text) or POPE (question, answer; numbered by line)."""
     answers = []
     for number, row in enumerate(read_rows(path, "answer file", ANSWER), 1):
         text = row.get("text", row.get("answer"))
@@ -61,17 +62,18 @@ def load_answers(path: str | Path) -> list[Answer]:
 def make_questions(
     instances: Any, kind: Kind = "random", images: int = 500, per_image: int = 6, seed: int = 0, quirks: bool = False
 ) -> list[Question]:
-    """POPE questions by the official algorithm, on any COCO-format data.
+    """Make POPE questions by the official algorithm, on any COCO-format data.
 
     instances: a COCO instances dictionary, a pycocotools COCO, or a list of (image, object names in order).
-    Images with at least per_image/2 objects are kept and `images` of them sampled (one seed gives the same images for
-    every kind). Each gets its first per_image/2 objects, and after each a negative, not in the image and not asked
-    before: drawn uniformly (random), the most frequent (popular), or the one seen most often with that positive
-    (adversarial); the latter two fall back to random. Raises VlmFixError when there are too few images or objects.
+    `images` images are sampled from those with at least per_image/2 objects; the same seed gives the same images for
+    every kind. Questions ask about the first per_image/2 objects of an image, each followed by one about an absent
+    object that was not asked before: drawn uniformly (random), the most frequent one (popular), or the one seen most
+    often with the object before (adversarial). The latter two fall back to random.
+    Raises VlmFixError if there are too few images or objects.
 
-    With `quirks` the questions are those of RUCAIBox/POPE@3df3ba1 main.py after random.seed(seed), to the letter: random
-    negatives are redrawn until one is free, one stream of random numbers runs through the three kinds, and before a
-    vowel the template's every "a" becomes "an" ("Is there an apple in the imange?").
+    With `quirks` the questions are exactly those of RUCAIBox/POPE@3df3ba1 main.py after random.seed(seed): random
+    negatives are redrawn until one is free, the three kinds share one stream of random numbers, and before a vowel every
+    "a" of the template becomes "an" ("Is there an apple in the imange?").
     """
     one_of(kind, Kind, "kind")
     half, rng = per_image // 2, random.Random(seed)
@@ -89,7 +91,9 @@ def make_questions(
     ranking = {name: [other for other, _ in counts.most_common()] for name, counts in together.items()}
     popular = [name for name, _ in frequency.most_common()]
     kinds: tuple[Kind, ...] = get_args(Kind)
-    for each in kinds[: kinds.index(kind) + 1] if quirks else (kind,):  # the stream has passed the kinds before
+    for each in (
+        kinds[: kinds.index(kind) + 1] if quirks else (kind,)
+    ):  # the shared random stream has passed the kinds before
         questions: list[Question] = []
         for image, objects in sample:
             free = dict.fromkeys(name for name in frequency if name not in objects)
@@ -114,12 +118,12 @@ def make_questions(
 
 
 def question_text(name: str) -> str:
-    """The official template with its article; as in the published files, not "imange" as the script would write."""
+    """Fill in the official template, spelt as in the published files and not "imange" as the script writes."""
     return f"Is there {'an' if name[0] in 'aeiou' else 'a'} {name} in the image?"
 
 
 def _objects(instances: Any) -> list[tuple[str, list[str]]]:
-    """(file name, its object names without repeats, in the order of the annotations)."""
+    """Return (file name, distinct object names) in the order of the annotations."""
     if isinstance(instances, Sequence):
         return [(image, list(dict.fromkeys(names))) for image, names in instances]
     data = getattr(instances, "dataset", instances)  # a pycocotools COCO holds the dictionary there

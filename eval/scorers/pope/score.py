@@ -1,14 +1,14 @@
 """POPE: yes/no questions about objects that are, and are not, in an image.
 
 Source: Y. Li et al., Evaluating Object Hallucination in Large Vision-Language Models, EMNLP 2023, arXiv:2305.10355;
-official scorer RUCAIBox/POPE@3df3ba1. Those that disagree with it about what "no" is are in `yesno.py` with their commits,
-question files and the question maker in `pope_data.py`.
+official scorer RUCAIBox/POPE@3df3ba1. Other scorers read "no" differently; `yesno.py` has them with their commits.
+Question files and the question maker are in `data.py`.
 
     accuracy  = right answers / questions           yes_ratio = answers of yes / questions
     precision = right yes / answers of yes          recall    = right yes / questions with label yes
 
 Worked example: "Yes." to a question with label yes and "No." to one with label no are a true positive and a true negative,
-except for lmms, which wants "yes" and "no" alone and counts both wrong.
+except for lmms, which accepts only "yes" and "no" and counts both as wrong.
 
 A question file has lines like {"question_id": 1, "image": "COCO_val2014_000000310196.jpg",
 "text": "Is there a snowboard in the image?", "label": "yes"}.
@@ -22,10 +22,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from vlm_fix.errors import VlmFixError
-from vlm_fix.eval.scorers.rows import one_of
-from vlm_fix.eval.scorers.yesno import Scorer, verdict
+from vlm_fix.eval.scorers.choices import Scorer, one_of
+from vlm_fix.eval.scorers.yesno import verdict
 from vlm_fix.eval.stats import Metric, column_sums, harmonic, ratio
 
+SOURCE = "RUCAIBox/POPE@3df3ba1"
 Kind = Literal["random", "popular", "adversarial"]
 
 METRICS: dict[str, Metric] = {
@@ -39,7 +40,7 @@ METRICS: dict[str, Metric] = {
 
 @dataclass(frozen=True)
 class Question:
-    """One question; `image` is a file name, `label` "yes" or "no"."""
+    """A question; `image` is a file name, `label` "yes" or "no"."""
 
     question_id: int | str
     image: str
@@ -49,7 +50,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model said, None if it failed to say anything; `prompt` is "" where the file does not hold it."""
+    """A model's answer, None if it failed; `prompt` is "" if the file does not have it."""
 
     question_id: int | str
     text: str | None
@@ -58,9 +59,12 @@ class Answer:
 
 @dataclass(frozen=True)
 class PopeResult:
-    """Counts and fractions (0 to 1) of one split. lmms, vlmevalkit and ours can leave tp+fp+tn+fn below n: answers that are
-    neither. `unparsed` counts answers with no yes and no no word at all, whatever the scorer makes of them.
-    `correct` and `rows` (counts with their image, for `stats.paired_bootstrap`) follow the order of the questions."""
+    """Counts and fractions (0 to 1) of one split.
+
+    With lmms, vlmevalkit and ours tp+fp+tn+fn can be below n, as some answers are neither yes nor no. `unparsed` counts
+    the answers without any word for yes or no, however the scorer reads them. `correct` and `rows` (counts with their
+    image, for `stats.paired_bootstrap`) are in the order of the questions.
+    """
 
     scorer: str
     n: int
@@ -79,15 +83,15 @@ class PopeResult:
     rows: list[dict[str, Any]] = field(repr=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """For results.json: everything but the per-question lists."""
+        """Return what results.json holds: everything but the per-question lists."""
         return {name: value for name, value in asdict(self).items() if name not in ("correct", "rows")}
 
 
 def score(questions: Sequence[Question], answers: Sequence[Answer], scorer: Scorer = "official") -> PopeResult:
-    """Score answers, matched by question_id, exactly as `scorer` does. Raises VlmFixError when they do not line up.
+    """Score answers, matched by question_id, exactly as `scorer` does. Raises VlmFixError if they do not line up.
 
-    An answer of None (the model failed) is wrong under every scorer: neither yes nor no, unparsed, and a miss (FN) where
-    the object is there.
+    An answer of None (the model failed) is wrong under every scorer: neither yes nor no, unparsed, and a miss (FN) if the
+    object is in the image.
     """
     one_of(scorer, Scorer, "scorer")
     replies = _aligned(questions, answers)
@@ -114,12 +118,12 @@ def score(questions: Sequence[Question], answers: Sequence[Answer], scorer: Scor
 
 
 def questions_sha256(questions: Iterable[Question]) -> str:
-    """Hash of the questions as JSON lines: for the official files, that of the file itself with "\\n" line ends."""
+    """Hash the questions as JSON lines. For the official files this is the hash of the file with "\\n" line ends."""
     return hashlib.sha256("".join(json.dumps(asdict(q)) + "\n" for q in questions).encode()).hexdigest()
 
 
 def _aligned(questions: Sequence[Question], answers: Sequence[Answer]) -> list[str | None]:
-    """The reply to each question."""
+    """Return the reply to each question."""
     if not questions or not answers:
         raise VlmFixError(f"There are no {'answers' if questions else 'questions'} to score.")
     by_id = {answer.question_id: answer for answer in answers}

@@ -16,6 +16,7 @@ from vlm_fix.eval.report import methods_page, page, published
 from vlm_fix.eval.report import tables as report
 from vlm_fix.eval.run import generation, loading, plan
 from vlm_fix.eval.run.runner import Settings, evaluate
+from vlm_fix.eval.run.store import load_results
 from vlm_fix.families.table import arch_of
 
 MODEL = os.environ.get("VLM_FIX_TEST_MODEL", "picto-llava")
@@ -129,12 +130,12 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("noise") / "out"
     settings = Settings(model=MODEL, methods=(("vcd",), ("pai", "vcd:beta=1")), controls=True, limit=2, batch_size=4,
                         splits=("random",), max_new_tokens=12, variant="pattern")  # fmt: skip
-    evaluate(settings, folder, console=Console(quiet=True))
+    report.write(evaluate(settings, folder, console=Console(quiet=True)), folder)
     return folder
 
 
 def test_noise_has_the_size_that_the_contrast_was_measured_to_have_on_each_benchmark(model, folder):
-    results = report.load(folder)
+    results = load_results(folder)
     rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     sigma, several = {}, 0
     for benchmark in ("pope", "chair"):
@@ -162,7 +163,7 @@ def test_noise_has_the_size_that_the_contrast_was_measured_to_have_on_each_bench
 
 
 def test_a_contrast_without_a_term_is_told_and_gets_no_noise(folder):
-    results, name = report.load(folder), "pai+vcd:beta=1"
+    results, name = load_results(folder), "pai+vcd:beta=1"
     assert results["term_sd"][name] == {"pope": None, "chair": None}
     spec = "gaussian_logits:sigma=0.0,beta=1.0+pai"
     assert results["specs"][f"gaussian_logits as {name}"] == {"pope": spec, "chair": spec}
@@ -172,7 +173,7 @@ def test_a_contrast_without_a_term_is_told_and_gets_no_noise(folder):
 
 
 def test_tables_and_pages_show_the_sizes_and_the_control(folder):
-    results = report.load(folder)
+    results = load_results(folder)
     grid = next(g for g in report.grids(results) if g.caption == report.TERM)
     assert [(run, [c.text for c in cells]) for _, run, cells in grid.rows] == [
         ("vcd", [f"{results['term_sd']['vcd'][b]:.3g}" for b in ("pope", "chair")]),

@@ -32,12 +32,12 @@ TIMED = ("batch_seconds", "batch_first_token", "peak_mb")
 
 # Runs the evaluation once, in forks of one warm process that are killed after the given seconds, then to the end.
 KILLED = """
-import json, os, signal, sys, time
+import json, os, pathlib, signal, sys, time
 import torch
 torch.set_num_threads(1)
 from rich.console import Console
+from vlm_fix.eval.report import tables
 from vlm_fix.eval.run.runner import Settings, evaluate
-from vlm_fix.eval import chair, picto
 settings, output, waits = json.loads(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
 settings = Settings(**{k: tuple(map(tuple, v)) if k == "methods" else tuple(v) if isinstance(v, list) else v
                        for k, v in settings.items()})
@@ -45,7 +45,7 @@ killed, ends = 0, []
 for wait in [*waits, None]:
     child = os.fork()
     if child == 0:
-        evaluate(settings, output, resume=True, console=Console(quiet=True))
+        tables.write(evaluate(settings, output, resume=True, console=Console(quiet=True)), pathlib.Path(output))
         os._exit(0)
     if wait is not None:
         time.sleep(wait)

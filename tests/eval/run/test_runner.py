@@ -15,9 +15,8 @@ from rich.console import Console
 
 from vlm_fix.errors import VlmFixError
 from vlm_fix.eval import tasks
-from vlm_fix.eval.report import summary
 from vlm_fix.eval.report import tables as report
-from vlm_fix.eval.run import generation, loading, runner
+from vlm_fix.eval.run import generation, loading, runner, summary
 from vlm_fix.eval.run.runner import Settings, evaluate
 from vlm_fix.eval.scorers import yesno
 from vlm_fix.eval.scorers.pope import data as pope_data
@@ -28,7 +27,9 @@ QUIET = Console(quiet=True)
 
 
 def run(folder, resume=False, **settings):
-    return evaluate(Settings(**{**SMALL, **settings}), folder, resume=resume, console=QUIET)
+    results = evaluate(Settings(**{**SMALL, **settings}), folder, resume=resume, console=QUIET)
+    report.write(results, folder)
+    return results
 
 
 def rows(folder):

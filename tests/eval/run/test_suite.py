@@ -15,8 +15,9 @@ from rich.console import Console
 from vlm_fix import cli
 from vlm_fix.errors import VlmFixError
 from vlm_fix.eval import picto, tasks
-from vlm_fix.eval.report import page, summary
-from vlm_fix.eval.run import loading, runner
+from vlm_fix.eval.report import page
+from vlm_fix.eval.report import tables as report
+from vlm_fix.eval.run import loading, runner, summary
 from vlm_fix.eval.run.runner import Settings
 from vlm_fix.eval.scorers import hallusion
 from vlm_fix.eval.scorers.amber import data as amber_data
@@ -39,7 +40,7 @@ def scenes():
 def folders(tmp_path_factory, scenes):
     """Image folders of the three benchmarks in their own layouts: 4 images, 2 of each of two tasks, every figure."""
     root = tmp_path_factory.mktemp("suite")
-    for kind in tasks.SUITE:
+    for kind in tasks.OWN_IMAGES:
         (root / kind).mkdir()
     for number, scene in enumerate(scenes[:4], 1):
         scene.image.save(root / "amber" / f"AMBER_{number}.jpg")
@@ -66,7 +67,9 @@ def run(folder, loaded, **settings):
         "batch_size": 8,
         "max_new_tokens": 32,
     }
-    return runner.evaluate(Settings(**given | settings), folder, console=QUIET, loaded=loaded)
+    results = runner.evaluate(Settings(**given | settings), folder, console=QUIET, loaded=loaded)
+    report.write(results, folder)
+    return results
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from tests.support.paths import DATA
 from vlm_fix.errors import VlmFixError
 from vlm_fix.eval.scorers.chair import data as chair_data
+from vlm_fix.eval.scorers.chair import nltk_tools, words
 from vlm_fix.eval.scorers.chair import score as chair
-from vlm_fix.eval.scorers.chair import words
 
 ORACLE = DATA / "oracle"
 VARIANTS = ("nltk", "pattern")
@@ -215,15 +215,15 @@ def test_missing_nltk_data_are_named_and_the_pattern_variant_works(monkeypatch: 
     asked: list[str] = []
     monkeypatch.setattr(nltk.data, "path", [])
     monkeypatch.setattr(nltk, "download", lambda name, **_: asked.append(name))
-    words._nltk_models.cache_clear()
+    nltk_tools.models.cache_clear()
     try:
         assert not words.nltk_ready()
         with pytest.raises(VlmFixError, match=r"nltk\.downloader punkt_tab .* use --variant pattern, which works now"):
             words.caption_to_words("a dog", "nltk")
-        assert asked == list(words.NLTK_PACKAGES)
+        assert asked == list(nltk_tools.PACKAGES)
         assert words.caption_to_words("a dog", "pattern").node_words == ["dog"]
     finally:
-        words._nltk_models.cache_clear()
+        nltk_tools.models.cache_clear()
 
 
 def test_a_cut_off_last_sentence_is_dropped_on_request() -> None:

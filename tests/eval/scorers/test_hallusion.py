@@ -8,8 +8,8 @@ import pytest
 
 from vlm_fix import cli
 from vlm_fix.errors import VlmFixError
+from vlm_fix.eval.files import DATA, read_rows
 from vlm_fix.eval.scorers import hallusion
-from vlm_fix.eval.scorers.rows import DATA, read_rows
 from vlm_fix.eval.stats import column_sums
 
 

@@ -107,7 +107,7 @@ def test_bad_folders_get_one_sentence(release, tmp_path_factory):
     with pytest.raises(VlmFixError, match="holds no results of MME"):
         mme.load_results(empty)
     (release / "color" / "b.txt").write_text("Is it red?\tYes\n")
-    with pytest.raises(VlmFixError, match="1 are of .*b.png in color"):
+    with pytest.raises(VlmFixError, match="1 are about .*b.png in color"):
         mme.load(release)
     (release / "color" / "b.txt").write_text("Is it red? Yes\n")
     with pytest.raises(VlmFixError, match="b.txt, line 1: not a question"):

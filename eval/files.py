@@ -1,17 +1,19 @@
-"""Reading benchmark files: the package's own and the user's, with one sentence for each thing that can be wrong."""
+"""Read the package's and the user's files, with one clear error for each thing that can be wrong; write files safely."""
 
+import contextlib
 import gzip
 import json
+import os
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from vlm_fix.errors import VlmFixError
 
-DATA = Path(__file__).parents[1] / "data"
+DATA = Path(__file__).parent / "data"
 
 
 def read_text(path: str | Path, what: str) -> str:
-    """Text of a file, gzip or not; one sentence that says `what` it is if it cannot be read."""
+    """Return the text of a file, gzipped or not. The error of an unreadable file says `what` it should have been."""
     try:
         data = Path(path).read_bytes()
         return (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8-sig")
@@ -20,8 +22,10 @@ def read_text(path: str | Path, what: str) -> str:
 
 
 def read_rows(path: str | Path, what: str, example: str = "{...}") -> list[dict[str, Any]]:
-    """Rows of a JSON-lines file or JSON array, gzip or not; one sentence, with `example` of a row, if it is missing, empty
-    or broken."""
+    """Return the rows of a JSON-lines file or JSON array, gzipped or not.
+
+    Raises VlmFixError, with an `example` row, for a file that is missing, empty or malformed.
+    """
     text = read_text(path, what)
     lines = [line for line in text.split("\n") if line.strip()]
     try:
@@ -37,8 +41,12 @@ def read_rows(path: str | Path, what: str, example: str = "{...}") -> list[dict[
     return rows
 
 
-def one_of(value: str, choices: Any, what: str) -> str:
-    """`value`, if the Literal type `choices` lists it."""
-    if value not in get_args(choices):
-        raise VlmFixError(f"Unknown {what} {value!r}; choose one of {', '.join(get_args(choices))}.")
-    return value
+def write_atomic(path: Path, text: str) -> None:
+    """Write a file so that readers see either the old text or the new, even if the process is killed meanwhile."""
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(text)
+    temporary.replace(path)
+    with contextlib.suppress(OSError):  # some file systems cannot sync a folder
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)

@@ -1,9 +1,9 @@
-"""`vlm-fix calibrate`: find a method's parameters for one model on labelled yes/no questions, score them on others.
+"""Calibrate: find a method's parameters for one model on labelled yes/no questions, and score them on others.
 
-Questions are POPE's adversarial ones (the absent object that goes best with one that is there) over Picto or a folder of
-COCO images. Images are split in two halves at random; parameters are found on one half, the score before and after comes
-from the other. A strength search takes the value that answers most questions of the first half right; among equals the
-one that is surer of the right answers. Use other images for a benchmark afterwards.
+The questions are POPE's adversarial ones (about the absent object seen most often with a present one), over Picto or a
+folder of COCO images. Images are split at random into two halves: parameters are found on the first, the scores before
+and after are from the second. A search takes the value that answers most questions of the first half right; among equals,
+the one most confident in the right answers. Use other images for benchmarks afterwards.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ import vlm_fix
 from vlm_fix.calibration.files import Calibration, Sample, accuracy, answer_scores, sizes, sureness
 from vlm_fix.errors import VlmFixError
 from vlm_fix.eval import tasks
-from vlm_fix.eval.picto.world import COCO_IDS
+from vlm_fix.eval.picto.scene_types import COCO_IDS
+from vlm_fix.eval.run import generation, loading
+from vlm_fix.eval.settings import Settings
 from vlm_fix.eval.stats import mcnemar
 from vlm_fix.families.table import arch_of
 from vlm_fix.method import Method
 from vlm_fix.registry import parse_spec
-
-from . import generation, loading, runner
 
 WORDS = (("yes", "no"), ("Yes", "No"), (" yes", " no"), (" Yes", " No"))
 Progress = Callable[[str, float], None]
@@ -42,7 +42,7 @@ Progress = Callable[[str, float], None]
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What was found, and what a search tried on the first half: (options, accuracy), the model alone ({}) first."""
+    """The calibration, and what a search tried on the first half: (options, accuracy), the model alone ({}) first."""
 
     calibration: Calibration
     tried: list[tuple[dict[str, str], float]]
@@ -62,15 +62,15 @@ def calibrate(
 ) -> Result:
     """Calibrate the method `spec` with `limit` questions to find parameters and as many to score them.
 
-    What spec sets is kept in the result. search: option -> values to try, all combinations. loaded: (model, processor,
-    identity) of `loading.load_model`.
-    Raises VlmFixError for bad input and where nothing is found, or no value of a search beats the model alone.
+    Parameters set in `spec` are kept. `search` maps options to the values to try, in all combinations. `loaded` is the
+    (model, processor, identity) of `loading.load_model`.
+    Raises VlmFixError for bad input, if nothing is found, or if no value of a search beats the model alone.
     """
     method = parse_spec(spec)
     if limit < 2:
         raise VlmFixError(f"--limit is {limit}: give at least 2 questions a half.")
     grid = [dict(zip(search or {}, values, strict=True)) for values in itertools.product(*(search or {}).values())]
-    for options in grid:  # a bad value must not surface after the causal tracing
+    for options in grid:  # report a bad value now, not after the causal tracing
         _with(method, options)
     own = type(method).calibrate is not Method.calibrate
     if not own and not search:
@@ -141,7 +141,7 @@ def parse_search(items: Sequence[str]) -> dict[str, list[str]]:
 
 
 def _with(method: Method, options: Mapping[str, str]) -> Method:
-    """`method` with text options, checked."""
+    """Return `method` with options given as text, checked."""
     parsed = type(method).from_options(dict(options))
     return dataclasses.replace(method, **{name: getattr(parsed, name) for name in options})
 
@@ -154,7 +154,7 @@ def _command(spec: str, model: str, data: str, limit: int, seed: int, search: An
 
 
 def _questions(data: str, limit: int, seed: int) -> tasks.pope.Pope:
-    settings = runner.Settings(
+    settings = Settings(
         benchmark="pope", data=data, limit=math.ceil(2 * limit / 6) + 1, seed=seed, splits=("adversarial",)
     )
     (task,) = tasks.build(settings)
@@ -169,7 +169,7 @@ def _hash(task: tasks.pope.Pope) -> str:
 def _halves(
     task: tasks.pope.Pope, limit: int, seed: int
 ) -> tuple[list[tasks.sample.Sample], list[tasks.sample.Sample]]:
-    """At most `limit` questions each, without a common image."""
+    """Split into two halves of at most `limit` questions that share no image."""
     images = sorted({s.file for s in task.samples})
     random.Random(seed).shuffle(images)
     where = {file: i % 2 for i, file in enumerate(images)}
@@ -190,20 +190,20 @@ def _encoded(
 
 
 def _first_id(processor: Any, before: str, text: str) -> int:
-    """The first token of `text` where it follows `before`."""
+    """Return the first token of `text` when it follows `before`."""
     head, whole = (processor.tokenizer.encode(t, add_special_tokens=False) for t in (before, before + text))
     return whole[min(len(head), len(whole) - 1)]
 
 
 def _vocabulary(processor: Any, words: Sequence[str]) -> dict[str, int]:
-    """Word -> its first token inside a sentence, without the words that the tokenizer does not know."""
+    """Return word -> its first token inside a sentence, without words unknown to the tokenizer."""
     ids = {word: _first_id(processor, "a", f" {word}") for word in words}
     return {word: i for word, i in ids.items() if i != processor.tokenizer.unk_token_id}
 
 
 @torch.no_grad()
 def _answer_ids(model: Any, processor: Any, inputs: Sequence[dict[str, Any]]) -> tuple[int, int]:
-    """First tokens of yes and no, in the writing (capitals, leading space) that the model finds likeliest."""
+    """Return the first tokens of yes and no, in the spelling (capitals, leading space) that the model prefers."""
     pairs = [(_first_id(processor, "", y), _first_id(processor, "", n)) for y, n in WORDS]
     pairs = [pair for pair in dict.fromkeys(pairs) if pair[0] != pair[1]]
     if not pairs:
@@ -214,7 +214,7 @@ def _answer_ids(model: Any, processor: Any, inputs: Sequence[dict[str, Any]]) ->
 
 
 def _scores(model: Any, samples: Sequence[Sample], method: Method | None) -> torch.Tensor:
-    """[N, 2] of (right, wrong) answers; the unwrapped model where there is no method."""
+    """Return the [N, 2] scores of (right, wrong) answers, of the unwrapped model if there is no method."""
     with warnings.catch_warnings(action="ignore"):
         if method is None:
             return answer_scores(model, samples)
@@ -223,8 +223,8 @@ def _scores(model: Any, samples: Sequence[Sample], method: Method | None) -> tor
 
 
 def _compare(before: torch.Tensor, after: torch.Tensor, present: torch.Tensor) -> dict[str, Any]:
-    """Of the held-out half: accuracy, share of yes answers, mean log-probability of the right answer (of the two), how
-    many answers turned and McNemar's p."""
+    """Compare the held-out half: accuracy, yes-ratio, mean log-probability of the right answer (of the two), numbers of
+    changed answers and McNemar's p."""
     base, new = (s[:, 0] > s[:, 1] for s in (before, after))
     return {
         "questions": len(present),

@@ -1,23 +1,18 @@
-"""From answers to numbers: every run is scored and compared with the baseline, paired by question and caption.
+"""Score the answers of every run and compare them with the baseline's, paired by question or caption.
 
-A sample that failed stays in: it counts as wrong (POPE) or as a caption that says nothing (CHAIR), and is told.
+A sample that failed is not dropped: it counts as wrong or as an empty caption, and is reported.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from vlm_fix.eval.scorers.amber import score as amber
-from vlm_fix.eval.scorers.chair import score as chair
-from vlm_fix.eval.scorers.result import Result
+from vlm_fix.eval.scorers.benchmark import Captions, Overall
+from vlm_fix.eval.scorers.registry import BENCHMARKS, LAYOUTS
 from vlm_fix.eval.stats import Metric, column_sums, outcomes, paired_bootstrap, spread, transitions
-
-from .layouts import LAYOUTS
-
-if TYPE_CHECKING:
-    from vlm_fix.eval.tasks import Task
+from vlm_fix.eval.tasks import Task
 
 
 def summarise(
@@ -26,11 +21,11 @@ def summarise(
     rows_of: Callable[[str, str], Sequence[Mapping[str, Any]]],
     seed: int = 0,
 ) -> dict[str, dict[str, dict[str, dict[str, Any]]]]:
-    """run -> benchmark -> split -> metrics, `failed`, and what changed against the first run.
+    """Return run -> benchmark -> split -> metrics, `failed`, and what changed against the first run.
 
-    `delta` {metric: Comparison}, `outcomes` and `transitions` (see `stats`) and, for captions, `equal_length` {metric:
-    Comparison}. A run with several seeds shows its counts summed over them, with `seeds` {metric: mean, sd, values}; a
-    run with one is compared with each seed of the other. The p of several seeds is the largest.
+    What changed is `delta` {metric: Comparison}, `outcomes` and `transitions` (see `stats`) and, for CHAIR,
+    `equal_length` {metric: Comparison}. The counts of several seeds are summed, with `seeds` {metric: mean, sd, values};
+    a run with one seed is compared with each seed of the other, and p is the largest over seeds.
     """
     baseline = next(iter(runs))
     summary: dict[str, Any] = {run: {} for run in runs}
@@ -42,28 +37,37 @@ def summarise(
                 split: _summary(task, split, ours, {} if run == baseline else scored[baseline], seed)
                 for split in task.sizes
             }
-    if {"amber", "amber-qa"} <= {task.benchmark for task in tasks if task.sizes}:
-        whole = {run: _amber_whole(every["amber"][run], every["amber-qa"][run]) for run in runs}
-        for run, results in whole.items():
-            row, found = summary[run]["amber"]["captions"], _figures(amber.WHOLE, list(results.values()))
-            row["score"] = found["score"]
-            if "seeds" in found:
-                row["seeds"] |= found["seeds"]
-            if run != baseline:
-                row["delta"] |= _compared(amber.WHOLE, _rows(_pairs(results, whole[baseline])), seed)
+    for overall in (made.overall for made in BENCHMARKS.values()):
+        if overall and {*overall.tasks} <= {task.benchmark for task in tasks if task.sizes}:
+            _add_overall(summary, overall, every, seed)
     return summary
 
 
-def _amber_whole(captions: Mapping[int, _Scored], questions: Mapping[int, _Scored]) -> dict[int, Result]:
-    """By seed; the last part of the questions is all of them."""
-    return {
-        s: amber.whole(each.results["captions"], [*questions[s].results.values()][-1]) for s, each in captions.items()
+def _add_overall(
+    summary: dict[str, Any], overall: Overall, every: Mapping[str, Mapping[str, dict[int, _Scored]]], seed: int
+) -> None:
+    """Add the figures over two tasks to the summary of the first."""
+    first, second = overall.tasks
+    whole: dict[str, dict[int, Any]] = {
+        run: {  # the last part of the second task has all its answers
+            s: overall.combine(scored.results[overall.part], [*every[second][run][s].results.values()][-1])
+            for s, scored in every[first][run].items()
+        }
+        for run in summary
     }
+    baseline = next(iter(summary))
+    for run, results in whole.items():
+        row, found = summary[run][first][overall.part], _figures(overall.metrics, list(results.values()))
+        row |= {name: found[name] for name in overall.metrics}
+        if "seeds" in found:
+            row["seeds"] |= found["seeds"]
+        if run != baseline:
+            row["delta"] |= _compared(overall.metrics, _rows(_pairs(results, whole[baseline])), seed)
 
 
 @dataclasses.dataclass
 class _Scored:
-    """The results of one seed by split, and how many samples failed in each."""
+    """The results of one seed by split, and the number of failed samples in each."""
 
     results: dict[str, Any]
     failed: dict[str, int]
@@ -87,7 +91,7 @@ def _by_seed(task: Task, rows: Sequence[Mapping[str, Any]]) -> dict[int, _Scored
 def _summary(
     task: Task, split: str, ours: Mapping[int, _Scored], theirs: Mapping[int, _Scored], seed: int
 ) -> dict[str, Any]:
-    """Metrics of one run and split; compared with `theirs`, the baseline, unless that is empty."""
+    """Return the metrics of one run and split, compared with `theirs`, the baseline, unless that is empty."""
     layout = LAYOUTS[task.benchmark]
     results = [scored.results[split] for scored in ours.values()]
     summary = _figures(layout.metrics, results)
@@ -102,14 +106,14 @@ def _summary(
     if {"tp", "fp", "tn", "fn"} <= pairs[0][0].rows[0].keys():
         moves = [transitions(base.rows, method.rows) for base, method in pairs]
         summary["transitions"] = {name: sum(move[name] for move in moves) for name in moves[0]}
-    if isinstance(results[0], chair.ChairResult):
-        cut = [chair.at_equal_length(base, method) for base, method in pairs]
+    if isinstance(layout.answers, Captions) and layout.answers.at_equal_length:
+        cut = [layout.answers.at_equal_length(base, method) for base, method in pairs]
         summary["equal_length"] = _compared({name: layout.metrics[name] for name in layout.compared}, cut, seed)
     return summary
 
 
 def _figures(metrics: Mapping[str, Metric], results: Sequence[Any]) -> dict[str, Any]:
-    """The figures of one seed, or those of all seeds' counts with `seeds`, their spread."""
+    """Return the figures of one seed, or of the summed counts of all seeds with their spread as `seeds`."""
     figures = results[0].to_dict()
     if len(results) == 1:
         return figures
@@ -126,7 +130,7 @@ def _figures(metrics: Mapping[str, Metric], results: Sequence[Any]) -> dict[str,
 
 
 def _pairs(ours: Mapping[int, Any], theirs: Mapping[int, Any]) -> list[tuple[Any, Any]]:
-    """(baseline, method) per seed; a run with one seed stands beside each of the other's."""
+    """Pair (baseline, method) per seed; a run with a single seed is paired with each seed of the other."""
     base, method = ({s: side.get(s, next(iter(side.values()))) for s in {*ours, *theirs}} for side in (theirs, ours))
     return [(base[s], method[s]) for s in sorted(base)]
 
@@ -136,7 +140,7 @@ def _rows(pairs: Sequence[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
 
 
 def _compared(metrics: Mapping[str, Metric], pairs: Sequence[Any], seed: int) -> dict[str, Any]:
-    """metric -> Comparison of the paired rows, all seeds of an image moving together."""
+    """Return metric -> Comparison of the paired rows; the bootstrap draws all seeds of an image together."""
     base, method = ([row for pair in pairs for row in pair[side]] for side in (0, 1))
     return {
         name: comparison.to_dict() | {"excludes_zero": comparison.excludes_zero}
@@ -147,7 +151,7 @@ def _compared(metrics: Mapping[str, Metric], pairs: Sequence[Any], seed: int) ->
 def changed(
     runs: Iterable[str], tasks: Sequence[Task], rows_of: Callable[[str, str], Sequence[Mapping[str, Any]]]
 ) -> dict[str, dict[str, int]]:
-    """run -> answers, and how many differ from the baseline's: a method that changed none did nothing here."""
+    """Return run -> number of answers, and how many differ from the baseline's (none: the method did nothing)."""
     said = {
         run: {(t.benchmark, r["id"], r.get("seed", 0)): r["answer"] for t in tasks for r in rows_of(run, t.benchmark)}
         for run in runs
@@ -164,7 +168,7 @@ def changed(
 
 
 def by_split(results: Mapping[str, Any], benchmark: str) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
-    """(split, run, metrics), split by split."""
+    """Yield (split, run, metrics), split by split."""
     for split in dict.fromkeys(split for run in results["runs"].values() for split in run.get(benchmark, {})):
         for run, scores in results["runs"].items():
             if split in scores.get(benchmark, {}):

@@ -1,0 +1,31 @@
+"""The list of benchmarks. Tables, pages and the command line go through it; a new benchmark is added here.
+
+What `vlm-fix eval` asks for a benchmark is in `tasks/`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from . import amber, chair, hallusion, mme, pope
+from .benchmark import Benchmark, Layout
+
+BENCHMARKS: dict[str, Benchmark] = {
+    module.BENCHMARK.name: module.BENCHMARK for module in (pope, chair, amber, mme, hallusion)
+}
+LAYOUTS: dict[str, Layout] = {task: each for made in BENCHMARKS.values() for task, each in made.layouts.items()}
+PLAIN = {"unparsed", "length", "n", "failed"}
+"""Figures that are numbers; all others are fractions."""
+
+
+def scorer_of(settings: Mapping[str, Any], task: str) -> str:
+    """Return the scorer or variant that judged a task, as its data or else the settings name it."""
+    return settings["data"][task].get("variant", settings["scorer"])
+
+
+def scorer_and_commit(settings: Mapping[str, Any], task: str) -> str:
+    """Return the scorer of a task with the commit that it follows, such as "official, RUCAIBox/POPE@3df3ba1"."""
+    name = scorer_of(settings, task)
+    made = next(benchmark for benchmark in BENCHMARKS.values() if task in benchmark.layouts)
+    return f"{name}, {made.commits[name]}" if name in made.commits else name

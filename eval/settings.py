@@ -1,0 +1,77 @@
+"""The options of an evaluation, checked: what is asked of which model, and how answers are generated."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any
+
+from vlm_fix.errors import VlmFixError
+from vlm_fix.eval.scorers.choices import Scorer, Variant
+from vlm_fix.eval.scorers.pope.score import Kind
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The options of an evaluation. `methods` has one list of specs per run; the baseline is added.
+
+    What to ask:  `data` and `limit`, a number of images; `seed` draws the data. `build` makes POPE's questions from a COCO
+    folder's annotations even if there are official ones; `questions` are POPE files about other images. `prompt` None and
+    `max_new_tokens` None mean the benchmark's own. `drop_incomplete` drops a cut-off last sentence before CHAIR is scored.
+    How to run:  `seeds` are for sampling and for methods that draw at random (default: `seed`); `controls` and
+    `equal_compute` add the runs of `plan.runs`; `dtype` "auto" is the checkpoint's on a GPU and float32 on a CPU;
+    `device_map` spreads the model over devices.
+    """
+
+    benchmark: str = "all"
+    model: str = "picto-llava"
+    methods: tuple[tuple[str, ...], ...] = ()
+    data: str = "picto"
+    limit: int | None = None
+    batch_size: int = 8
+    seed: int = 0
+    splits: tuple[Kind, ...] = ("random", "popular", "adversarial")
+    scorer: Scorer = "official"
+    variant: Variant | None = None
+    prompt: str | None = None
+    ids: str | None = None
+    max_new_tokens: int | None = None
+    sample: bool = False
+    temperature: float = 1.0
+    top_p: float = 1.0
+    num_beams: int = 1
+    dtype: str = "auto"
+    device: str = "auto"
+    calibration: tuple[str, ...] = ()
+    device_map: str | None = None
+    seeds: tuple[int, ...] = ()
+    controls: bool = False
+    equal_compute: bool = False
+    build: bool = False
+    questions: tuple[str, ...] = ()
+    drop_incomplete: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "num_beams", "limit", "max_new_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise VlmFixError(f"--{name.replace('_', '-')} is {value}: give a whole number of at least 1.")
+        if self.sample and self.num_beams > 1:
+            raise VlmFixError("--sample and --num-beams exclude each other: drop one of them.")
+        if self.temperature <= 0 or not 0 < self.top_p <= 1:
+            raise VlmFixError("--temperature must be above 0 and --top-p in (0, 1].")
+        if len(set(self.seeds)) != len(self.seeds):
+            raise VlmFixError(f"--seeds {','.join(map(str, self.seeds))} names a seed twice: give each once.")
+        if self.device_map and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise VlmFixError(
+                "--device-map spreads one model over all devices, and a launcher starts one per process: use one of them."
+            )
+
+    def generate_kwargs(self, max_new_tokens: int) -> dict[str, Any]:
+        """Return the keyword arguments of `generate`, which override the checkpoint's own generation config."""
+        how: dict[str, Any]
+        if self.sample:
+            how = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+        else:
+            how = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        return {**how, "num_beams": self.num_beams, "max_new_tokens": self.max_new_tokens or max_new_tokens}
