@@ -2,18 +2,39 @@
 PYTHON ?= $(shell for p in python3.12 python3.11 python3; do $$p -c 'import sys; sys.exit(sys.version_info[:2] not in [(3,11),(3,12)])' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 LIMIT ?= 300
+# one worker a core with one thread each: several times faster than one process with a thread a core
+JOBS ?= $(shell python3 -c 'import os; print(max(1, min(8, os.cpu_count() or 1)))' 2>/dev/null || echo 2)
+PYTEST := -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+VERSIONS := tests/test_versions.py tests/test_doctor.py  # what every supported transformers has to pass
+PIP := pip install -qq
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_ROOT_USER_ACTION := ignore
 
-.PHONY: run test test-lmms lint imports types docs leaderboard reproduce-picto clean
+.PHONY: run test test-lmms test-oldest test-newest lint imports types docs leaderboard reproduce-picto clean
 
 run: .venv/run  ## baseline and five methods on the bundled model: POPE x 3 and CHAIR, table and figure
 	$(BIN)/vlm-fix eval all --model picto-llava --data picto:shift --method var,vhr,pai,vcd,hiprune \
 	  --limit $(LIMIT) --batch-size 32 --seed 0 --variant pattern --output runs/picto-shift --resume
 
-test: .venv/dev
-	$(BIN)/python -m pytest
+test test-lmms test-oldest test-newest: export OMP_NUM_THREADS := 1
+test test-lmms test-oldest test-newest: export HF_HUB_OFFLINE := 1
+test test-lmms test-oldest test-newest: export HF_HUB_DISABLE_TELEMETRY := 1
+
+test: .venv/dev  ## JOBS=N workers (one a core), ARGS="--durations=20" for pytest
+	$(BIN)/python $(PYTEST)
+
+test-oldest: .venv-oldest/ready  ## a reduced matrix on the oldest transformers that is supported
+	.venv-oldest/bin/python $(PYTEST) $(VERSIONS)
+
+test-newest: .venv/dev  ## the same on the newest that the package index has, if that is not the pinned one
+	@newest=$$($(BIN)/$(PIP) --dry-run --no-deps --ignore-installed --report - transformers \
+	  | $(BIN)/python -c 'import json, sys; print(json.load(sys.stdin)["install"][0]["metadata"]["version"])') \
+	&& pinned=$$(sed -n 's/^transformers==//p' constraints.txt) \
+	&& if [ "$$newest" = "$$pinned" ]; then echo "transformers $$newest is the newest there is, and make test runs on it"; \
+	else $(MAKE) .venv-newest/$$newest && .venv-newest/bin/python $(PYTEST) $(VERSIONS); fi
 
 test-lmms: .venv-lmms/ready  ## lmms-eval itself, on the bundled model
-	.venv-lmms/bin/python -m pytest tests/eval/harness/test_lmms.py
+	.venv-lmms/bin/python $(PYTEST) tests/eval/harness/test_lmms.py
 
 lint: .venv/dev imports
 	$(BIN)/ruff check .
@@ -27,7 +48,7 @@ types: build/typed
 
 .PHONY: build/typed
 build/typed: .venv/dev  ## the package as installed: the folders of the repository have other import names
-	rm -rf build/typed && $(BIN)/pip install -q --no-deps --no-build-isolation --target build/typed .
+	rm -rf build/typed && $(BIN)/$(PIP) --no-deps --no-build-isolation --target build/typed .
 
 docs: .venv/run  ## docs/methods.md from the classes and results/, and the pruning curves
 	$(BIN)/python -m vlm_fix.eval.methods_page docs/methods.md
@@ -43,25 +64,40 @@ reproduce-picto: .venv/run  ## train picto-llava again (about 45 minutes on two 
 .venv/bin/python:
 	@test -n "$(PYTHON)" || { echo "vlm-fix needs Python 3.11 or 3.12; set PYTHON=/path/to/python3.12"; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q --upgrade pip
+	$(BIN)/$(PIP) --upgrade pip
 
 .venv/run: .venv/bin/python pyproject.toml constraints.txt
-	$(BIN)/pip install -q -c constraints.txt torch
-	$(BIN)/pip install -q -c constraints.txt -e '.[eval]'
+	$(BIN)/$(PIP) -c constraints.txt torch
+	$(BIN)/$(PIP) -c constraints.txt -e '.[eval]'
 	@touch $@
 
 .venv/dev: .venv/run
-	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	$(BIN)/$(PIP) -c constraints.txt -e '.[dev]'
 	@touch $@
 
-# .venv and what lmms-eval imports on its way to a LLaVA, without the rest of its fifty requirements
+# An environment beside .venv that sees all of it; what is installed in it goes before.
+define beside
+rm -rf $(1)
+$(BIN)/python -m venv $(1)
+$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+  > $$($(1)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/shared.pth
+endef
+
+# what lmms-eval imports on its way to a LLaVA, without the rest of its fifty requirements
 .venv-lmms/ready: .venv/dev tests/eval/harness/lmms.txt
-	rm -rf .venv-lmms
-	$(BIN)/python -m venv .venv-lmms
-	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
-	  > $$(.venv-lmms/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/shared.pth
-	.venv-lmms/bin/pip install -q --no-deps -r tests/eval/harness/lmms.txt
+	$(call beside,.venv-lmms)
+	.venv-lmms/bin/$(PIP) --no-deps -r tests/eval/harness/lmms.txt
+	@touch $@
+
+.venv-oldest/ready: .venv/dev tests/oldest.txt
+	$(call beside,.venv-oldest)
+	.venv-oldest/bin/$(PIP) --no-deps -r tests/oldest.txt
+	@touch $@
+
+.venv-newest/%: .venv/dev
+	$(call beside,.venv-newest)
+	.venv-newest/bin/$(PIP) transformers==$*
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-lmms build runs *.egg-info
+	rm -rf .venv .venv-lmms .venv-oldest .venv-newest build runs *.egg-info

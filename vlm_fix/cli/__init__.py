@@ -13,16 +13,45 @@ from typing import Any
 
 from vlm_fix.errors import VlmFixError
 
-from . import bench, calibrate, demo, eval, lmms_tasks, methods, models, picto, published, report, score, vlmevalkit
+from . import (
+    bench,
+    calibrate,
+    demo,
+    doctor,
+    eval,
+    lmms_tasks,
+    methods,
+    models,
+    picto,
+    published,
+    report,
+    score,
+    vlmevalkit,
+)
 from .common import LAYOUT, Parser
 
-COMMANDS = (eval, calibrate, score, published, report, methods, models, bench, lmms_tasks, vlmevalkit, demo, picto)
+COMMANDS = (
+    eval,
+    calibrate,
+    score,
+    published,
+    report,
+    methods,
+    models,
+    doctor,
+    bench,
+    lmms_tasks,
+    vlmevalkit,
+    demo,
+    picto,
+)
 EXAMPLES = """examples:
   vlm-fix eval pope --method var                           bundled model and data: runs anywhere, on a CPU
   vlm-fix eval all --method var,vhr,pai,vcd,hiprune --limit 50 --output runs/first
   vlm-fix eval chair --model llava-hf/llava-1.5-7b-hf --data coco:/data/coco --method pai,vcd
   vlm-fix score chair captions.jsonl --variant pattern
-  vlm-fix methods"""
+  vlm-fix methods
+  vlm-fix doctor                                           does every kind of method act on this installation?"""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -42,7 +71,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns 0, 2 after a user's error (one sentence on stderr) or 130 when interrupted."""
+    """Run one command. Returns 0; 1 if doctor found a fault; 2 after a user's error; 130 when interrupted.
+
+    A user's error is one sentence on stderr.
+    """
     args, rest = _parser().parse_known_args(argv)
     if rest and "rest" not in args:
         _parser().error(f"unrecognized arguments: {' '.join(rest)}")
@@ -50,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _warn
-            args.run(args)
+            return args.run(args) or 0
     except VlmFixError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

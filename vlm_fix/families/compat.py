@@ -43,14 +43,19 @@ def versions() -> str:
     return f"transformers {transformers.__version__} (tested: {OLDEST} to {NEWEST})"
 
 
-def warn_if_untested() -> None:
-    """Warn, once per process, on a transformers older or newer than any that was tested."""
-    global _warned
+def is_tested() -> bool:
+    """True if this transformers lies in the range that was tested."""
     try:
         release = Version(transformers.__version__).release[:2]
     except InvalidVersion:
-        release = (0,)
-    if not _warned and not Version(OLDEST).release <= release <= Version(NEWEST).release:
+        return False
+    return Version(OLDEST).release <= release <= Version(NEWEST).release
+
+
+def warn_if_untested() -> None:
+    """Warn, once per process, on a transformers older or newer than any that was tested."""
+    global _warned
+    if not _warned and not is_tested():
         _warned = True
         warnings.warn(
             f"{versions()} is not a version that vlm-fix was tested on; run `vlm-fix doctor` to see whether every kind of "
