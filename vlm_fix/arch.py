@@ -10,7 +10,8 @@ class Family:
     """Attribute paths are relative to the `...ForConditionalGeneration` model.
 
     `base` owns get_placeholder_mask and the text model; `encoder` names the way encoder attention is recomputed
-    (pruning/encoder.py), None: pruners are refused; `cells` how image tokens lie in the image (see `image_cells`);
+    (pruning/encoder.py), None: pruners are refused; `cells` how image tokens lie in the image (see `image_cells`), "none": a
+    resampler makes them; a model type may name the tower it is meant for ("llava+pixtral");
     `mrope` families have 3-D positions made by `base.get_rope_index`; others count positions from `first_position`. Where
     the prompt is not `causal`, all its rows see its last one.
     """
@@ -42,3 +43,4 @@ class Arch:
     vision_depth: int
     vision_last: int  # index of the last vision layer whose output reaches the projector
     vision_full: tuple[int, ...]  # vision layers with full (not windowed) attention
+    attention: tuple[int, ...]  # language-model layers with softmax attention; a hybrid decoder's others have none

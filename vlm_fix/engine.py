@@ -19,7 +19,7 @@ import torch
 from vlm_fix import attention, compiled, decoding, hidden, inputs, pruning  # noqa: F401 (built-in wings register themselves)
 from vlm_fix.errors import VlmFixError
 from vlm_fix.families import arch_of, get_part, image_token_ids
-from vlm_fix.families.compat import cache_of
+from vlm_fix.families.compat import cache_of, generate_of
 from vlm_fix.forwards import Forwards
 from vlm_fix.method import Method
 from vlm_fix.options import GenerateOptions
@@ -107,7 +107,7 @@ class Engine(Forwards):
         """The model's `generate` as it was before `wrap`."""
         if self.own_generate is not MISSING:
             return self.own_generate(ids, **kwargs)
-        return type(self.model).generate(self.model, ids, **kwargs)
+        return generate_of(self.model)(self.model, ids, **kwargs)
 
     # ---- generate ----------------------------------------------------------------------------------------------------
 

@@ -219,6 +219,10 @@ def parse_heads(name: str, items: Sequence[str], arch: Arch) -> list[tuple[int, 
             raise VlmFixError(
                 f"{name}: {item!r} is not layer.head; layers end at {arch.depth - 1}, heads at {arch.heads - 1}."
             )
+        if int(layer) not in arch.attention:
+            raise VlmFixError(
+                f"{name}: layer {layer} of {item!r} has no attention weights; layers {arch.attention} do."
+            )
         heads.append((int(layer), int(head)))
     return heads
 

@@ -56,7 +56,8 @@ class GIFT(AttentionEdit):
         else:
             depth, source, first, last, alpha = (40, 10, 14, 20, 5.0) if arch.depth == 40 else (32, 11, 12, 22, 5.0)
         scaled = [min(arch.depth - 1, round(x / depth * arch.depth)) for x in (source, first, last)]
-        return {"alpha": alpha, "source_layer": scaled[0], "layers": f"{scaled[1]}-{scaled[2]}"}
+        source = min(arch.attention, key=lambda i: abs(i - scaled[0]))
+        return {"alpha": alpha, "source_layer": source, "layers": f"{scaled[1]}-{scaled[2]}"}
 
     def resolve(self, arch: Arch) -> GIFT:
         method = super().resolve(arch)
@@ -64,6 +65,8 @@ class GIFT(AttentionEdit):
         source = method.source_layer
         if source >= arch.depth:
             raise VlmFixError(f"gift: source_layer={source} does not exist; there are layers 0 to {arch.depth - 1}.")
+        if source not in arch.attention:
+            raise VlmFixError(f"gift: source_layer={source} has no attention weights; layers {arch.attention} do.")
         edit = source in method.layers if method.edit_source is None else method.edit_source
         layers = {*method.layers} - {source} | ({source} if edit else set())
         if not layers:

@@ -46,14 +46,18 @@ class SID(AttentionEdit, Contrast):
     refresh: bool = param(True, "rank the image tokens anew for each token")
 
     def defaults(self, arch: Arch) -> dict[str, Any]:
-        return {"layers": f"{min(2, arch.depth - 1)}-"}
+        return {"layers": f"{min(max(2, arch.attention[0] + 1), arch.depth - 1)}-"}
 
     def resolve(self, arch: Arch) -> SID:
         method = super().resolve(arch)
         assert isinstance(method, SID) and isinstance(method.layers, tuple)
-        if method.layers[0] == 0:
-            raise VlmFixError("sid: layer 0 has no layer before it to rank the image tokens; begin with layers=1-.")
-        return dataclasses.replace(method, layers=(method.layers[0] - 1, *method.layers))
+        before = [i for i in arch.attention if i < method.layers[0]]
+        if not before:
+            raise VlmFixError(
+                f"sid: layer {method.layers[0]} has no layer before it to rank the image tokens; begin with "
+                f"layers={arch.attention[0] + 1}-."
+            )
+        return dataclasses.replace(method, layers=(before[-1], *method.layers))
 
     @property
     def neutral(self) -> bool:

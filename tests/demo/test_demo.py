@@ -33,6 +33,7 @@ gr = pytest.importorskip("gradio", reason="the demo needs gradio")
 import vlm_fix  # noqa: E402
 from tests.support.paths import ROOT  # noqa: E402
 from vlm_fix import VlmFixError, cli, list_methods, parse_spec  # noqa: E402
+from vlm_fix.decoding import ProcedureWing  # noqa: E402
 from vlm_fix.demo import app, benchmark, compare, examples, inside, look, models, tools  # noqa: E402
 from vlm_fix.demo.page import stop_with  # noqa: E402
 from vlm_fix.demo.panes import about, card, control, remember  # noqa: E402
@@ -40,6 +41,7 @@ from vlm_fix.eval import picto  # noqa: E402
 from vlm_fix.eval.run import generation, runner  # noqa: E402
 from vlm_fix.eval.scorers.chair import data as chair_data  # noqa: E402
 from vlm_fix.session import Call  # noqa: E402
+from vlm_fix.wing import engine_of  # noqa: E402
 
 PROMPT = compare.CAPTION_PROMPT
 EXTRA: dict[str, str] = {}  # methods that need a parameter
@@ -286,8 +288,8 @@ def test_a_crop_takes_the_images_place(loaded):
     view = inside.look(loaded, image, PROMPT, pane)
     inputs = dict(generation.encode(loaded.model, loaded.processor, [image], [PROMPT]))
     with vlm_fix.wrapped(loaded.model, "carve"):
-        call = Call(loaded.model, loaded.model._vlm_fix_engine.family, inputs)
-        crop = loaded.model._vlm_fix_engine.refine(call)["pixel_values"]
+        call = Call(loaded.model, engine_of(loaded.model).family, inputs)
+        crop = engine_of(loaded.model).wing(ProcedureWing).refine(call)["pixel_values"]
     assert view.picture.tobytes() == inside.unpixel(loaded.processor, crop)[0].tobytes()
     assert [(title, shown) for title, _, shown in view.others] == [("Before carve", image)]
     plain = vlm_fix.observe(loaded.model, {**inputs, "pixel_values": crop}, pane.ids)
@@ -304,8 +306,8 @@ def test_a_crop_comes_after_the_image(loaded):
     view = inside.look(loaded, image, PROMPT, pane)
     inputs = dict(generation.encode(loaded.model, loaded.processor, [image], [PROMPT]))
     with vlm_fix.wrapped(loaded.model, methods):
-        call = Call(loaded.model, loaded.model._vlm_fix_engine.family, dict(inputs))
-        both = {**inputs, **loaded.model._vlm_fix_engine.refine(call)}
+        call = Call(loaded.model, engine_of(loaded.model).family, dict(inputs))
+        both = {**inputs, **engine_of(loaded.model).wing(ProcedureWing).refine(call)}
     sent, crop = inside.unpixel(loaded.processor, both["pixel_values"])
     assert view.picture.tobytes() == sent.tobytes() and not view.note
     assert [(title, shown) for title, _, shown in view.others] == [("carve: a second image", crop)]

@@ -13,10 +13,12 @@ import vlm_fix
 from tests.support import families
 from tests.support.models import GRIDS, IMAGE, PAD, make_inputs, single
 from tests.support.references.base import Reference, double, teacher_forced, visual_columns
+from vlm_fix.decoding import ProcedureWing
 from vlm_fix.errors import VlmFixError
 from vlm_fix.families.compat import CACHE
 from vlm_fix.methods.procedures.carve import CARVE, labelled
 from vlm_fix.session import Call
+from vlm_fix.wing import engine_of
 
 BLACK, GENERAL = (-1.8, -1.75, -1.5), (11, 12, 13)
 METHOD = CARVE(tokens=GENERAL, black=BLACK, steps=3)
@@ -26,8 +28,8 @@ BOTH = CARVE(tokens=GENERAL, black=BLACK, steps=3, images="both")
 def refined(model, inputs, method=METHOD):
     """What generate is given in place of the inputs' pixel_values."""
     with vlm_fix.wrapped(model, method):
-        engine = model._vlm_fix_engine
-        return engine.refine(Call(model, engine.family, dict(inputs)))["pixel_values"]
+        engine = engine_of(model)
+        return engine.wing(ProcedureWing).refine(Call(model, engine.family, dict(inputs)))["pixel_values"]
 
 
 # ---- the reference ------------------------------------------------------------------------------------------------------
@@ -164,7 +166,7 @@ def test_map_and_crop_are_the_formulas(model, family):
     inputs = single(family, [1, 2, 1], 1)
     s = reference_map(double(model), inputs)
     with vlm_fix.wrapped(model, METHOD):
-        engine = model._vlm_fix_engine
+        engine = engine_of(model)
         assert engine.active[0].layers == (2, 3)
         found = engine.active[0].maps(Call(model, engine.family, dict(inputs)))
     assert close(found, s)
@@ -247,7 +249,7 @@ def test_a_batch_equals_single_runs(model, family, ends):
             inputs = single(family, images, 1)
             s = reference_map(double(model), inputs)
             with vlm_fix.wrapped(model, METHOD):
-                engine = model._vlm_fix_engine
+                engine = engine_of(model)
                 found = engine.active[0].maps(Call(model, engine.family, dict(inputs)))
             assert close(found, s)
     finally:

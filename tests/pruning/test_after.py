@@ -14,8 +14,10 @@ from tests.support.references.pruning_after import STEPS, Slow, quota
 from tests.support.references.pruning_before import images_of, ranked
 from tests.support.run import VAR_TINY, error, greedy
 from vlm_fix.families.compat import CACHE, cache_of
+from vlm_fix.pruning import PruningWing
 from vlm_fix.pruning.kinds import LayerPruner, top_per_image
 from vlm_fix.session import PAD, Call, Session, left_pack
+from vlm_fix.wing import engine_of
 
 # ---- slow choices ---------------------------------------------------------------------------------------------------
 
@@ -155,7 +157,7 @@ def fits(family, spec):
 
 
 def matched(model):
-    return model.__dict__["_vlm_fix_engine"].dropper
+    return engine_of(model).wing(PruningWing).pruners.dropper
 
 
 @pytest.mark.parametrize("spec", SPECS)

@@ -23,8 +23,9 @@ from tests.support.references.pruning_before import (
 )
 from tests.support.run import error, greedy
 from vlm_fix.eval.bench import peak_mb
-from vlm_fix.pruning import encoder
+from vlm_fix.pruning import PruningWing, encoder
 from vlm_fix.pruning.encoder import ImageTokens
+from vlm_fix.wing import engine_of
 
 # ---- slow choices: loops over Python floats -------------------------------------------------------------------------
 
@@ -63,7 +64,7 @@ def test_merged_answer_equals_reference(family, model, spec):
     inputs, (reduce, budget) = single(family, [1, 2], 1), MERGES[spec]
     with vlm_fix.wrapped(model, f"{spec},keep={budget}"):
         tokens, logits, _ = greedy(model, inputs)
-        method = model.__dict__["_vlm_fix_engine"].pruner
+        method = engine_of(model).wing(PruningWing).pruners.pruner
     twin, kept, offset = copy.deepcopy(model).double(), {}, 0
     for image in images_of(family, twin, inputs):
         kept |= {offset + i: z for i, z in reduce(image, budget, method).items()}

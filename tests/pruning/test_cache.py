@@ -18,7 +18,9 @@ from tests.support.run import VAR_TINY, error, greedy
 from vlm_fix.attention import function
 from vlm_fix.families.compat import CACHE, cache_of
 from vlm_fix.hidden.edit import HiddenEdit
+from vlm_fix.pruning import PruningWing
 from vlm_fix.pruning.cache import ShortLayer
+from vlm_fix.wing import engine_of
 
 
 class SlowCache(Slow):
@@ -173,7 +175,7 @@ def test_answers_equal_reference(family, model, spec):
     images = [1, 2, 1]
     with vlm_fix.wrapped(model, spec):
         tokens, logits, _ = greedy(model, make_inputs(family, images), STEPS, suppress_tokens=[IMAGE])
-        method = model.__dict__["_vlm_fix_engine"].cacher
+        method = engine_of(model).wing(PruningWing).pruners.cacher
     plain = greedy(model, make_inputs(family, images), STEPS, suppress_tokens=[IMAGE])[1]
     assert torch.equal(plain[:, 0], logits[:, 0]), "the prompt is computed in full"
     assert float((plain[:, 1] - logits[:, 1]).abs().max()) > 1e-3

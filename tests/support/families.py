@@ -51,6 +51,35 @@ def _tiny(cls, text, vision, tokens=36, kind="tile", tower=None, text_config=Non
     return Tiny(cls, text, vision, config, {**TOWER, **(tower or {})}, {**TEXT, **(text_config or {})}, kind, tokens)
 
 
+EXPERTS = dict(
+    moe_intermediate_size=32,
+    num_experts=4,
+    num_experts_per_tok=2,
+    shared_expert_intermediate_size=32,
+)
+GLM_IDS = dict(image_start_token_id=93, image_end_token_id=94, video_start_token_id=95, video_end_token_id=95)
+QWEN3_5_TOWER = {**QWEN_TOWER, "out_hidden_size": 64, "num_position_embeddings": 36}
+HYBRID = dict(
+    layer_types=["linear_attention", "full_attention"] * 2,
+    linear_num_key_heads=2,
+    linear_num_value_heads=4,
+    linear_key_head_dim=8,
+    linear_value_head_dim=8,
+    rope_parameters={**MROPE, "mrope_section": [4, 2, 2], "mrope_interleaved": True, "partial_rotary_factor": 1.0},
+)
+PIXTRAL = {"head_dim": 8, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "llama_4_scaling_beta": 0.1,
+    "max_position_embeddings": 64,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+}
 CLIP = dict(vision_feature_layer=-2, vision_feature_select_strategy="default")
 SIGLIP = dict(tower={"vision_use_head": False})
 TINY = {
@@ -163,6 +192,183 @@ TINY = {
         kind="packed",
         tower={**QWEN_TOWER, "out_hidden_size": 64},
         text_config={"rope_parameters": {**MROPE, "partial_rotary_factor": 1.0}},
+        **GLM_IDS,
+    ),
+    "qwen3_vl_moe": _tiny(
+        "Qwen3VLMoe",
+        "own",
+        None,
+        kind="packed",
+        tower={**QWEN_TOWER, "out_hidden_size": 64, "num_position_embeddings": 36, "deepstack_visual_indexes": [1, 2]},
+        text_config={"rope_parameters": {**MROPE, "mrope_section": [4, 2, 2]}, **EXPERTS},
+    ),
+    "qwen3_5": _tiny("Qwen3_5", "own", None, kind="packed", tower=QWEN3_5_TOWER, text_config=HYBRID),
+    "qwen3_5_moe": _tiny(
+        "Qwen3_5Moe", "own", None, kind="packed", tower=QWEN3_5_TOWER, text_config={**HYBRID, **EXPERTS}
+    ),
+    "glm46v": _tiny(
+        "Glm46V",
+        "own",
+        None,
+        kind="packed",
+        tower={**QWEN_TOWER, "out_hidden_size": 64, "model_type": "glm4v_vision"},
+        text_config={"rope_parameters": {**MROPE, "partial_rotary_factor": 1.0}, "model_type": "glm4v_text"},
+        **GLM_IDS,
+    ),
+    "glm4v_moe": _tiny(
+        "Glm4vMoe",
+        "own",
+        None,
+        kind="packed",
+        tower={**QWEN_TOWER, "out_hidden_size": 64},
+        text_config={
+            "rope_parameters": {**MROPE, "partial_rotary_factor": 1.0},
+            "n_routed_experts": 4,
+            "n_shared_experts": 1,
+            **EXPERTS,
+        },
+        **GLM_IDS,
+    ),
+    "llava_next_video": _tiny(
+        "LlavaNextVideo",
+        "llama",
+        "clip_vision_model",
+        kind="anyres",
+        image_grid_pinpoints=[[24, 48], [48, 24], [48, 48]],
+        image_token_index=IMAGE,
+        video_token_index=92,
+        **CLIP,
+    ),
+    "video_llava": _tiny(
+        "VideoLlava", "llama", "clip_vision_model", image_token_index=IMAGE, video_token_index=92, **CLIP
+    ),
+    "deepseek_vl": _tiny("DeepseekVL", "llama", "siglip_vision_model", image_token_id=IMAGE, **SIGLIP),
+    "janus": _tiny(
+        "Janus",
+        "llama",
+        "janus_vision_model",
+        image_token_id=IMAGE,
+        tower={"projection_dim": 64, "depth": 2, "num_image_tokens": 36, "mlp_ratio": 2},
+        vq_config=dict(
+            embed_dim=32,
+            num_embeddings=16,
+            latent_channels=32,
+            base_channels=32,
+            channel_multiplier=[1, 1],
+            num_res_blocks=1,
+            projection_dim=64,
+            image_token_embed_dim=64,
+            num_hidden_layers=2,
+            hidden_size=64,
+        ),
+    ),
+    "got_ocr2": _tiny(
+        "GotOcr2",
+        "qwen2",
+        "",
+        tokens=4,
+        image_token_index=IMAGE,
+        image_seq_length=4,
+        tower={
+            "output_channels": 16,
+            "initializer_range": 0.2,
+            "window_size": 4,
+            "global_attn_indexes": [1, 3],
+            "mlp_dim": 64,
+        },
+    ),
+    "aria": _tiny(
+        "Aria",
+        "aria_text",
+        "idefics3_vision",
+        tokens=9,
+        image_token_index=IMAGE,
+        projector_patch_to_query_dict={"36": 9},
+        initializer_range=0.2,
+        vision_feature_layer=-1,
+        text_config={"moe_num_experts": 4, "moe_topk": 2},
+    ),
+    "ovis2": _tiny(
+        "Ovis2",
+        "qwen2",
+        "",
+        tokens=36,
+        image_token_id=IMAGE,
+        visual_indicator_token_ids=[85, 86, 87, 88, 89],
+        hidden_size=64,
+        vocab_size=VOCAB,
+        tower={"vocab_size": 48, "hidden_stride": 1},
+    ),
+    "exaone4_5": _tiny(
+        "Exaone4_5_",
+        "own",
+        None,
+        kind="packed",
+        tower={**QWEN_TOWER, "num_key_value_heads": 1, "out_hidden_size": 64, "window_size": 16}
+        | {"fullatt_block_indexes": [1, 3]},
+        text_config={**SLIDING, "model_type": "exaone4"},
+    ),
+    "video_llama_3": _tiny(
+        "VideoLlama3",
+        "own",
+        None,
+        kind="packed",
+        tower={"num_channels": 3},
+        text_config={"model_type": "qwen2"},
+    ),
+    "idefics2": _tiny(
+        "Idefics2",
+        "mistral",
+        None,
+        tokens=5,
+        kind="padded",
+        image_token_id=IMAGE,
+        perceiver_config=dict(
+            hidden_size=64,
+            resampler_n_latents=5,
+            resampler_depth=2,
+            resampler_n_heads=4,
+            resampler_head_dim=16,
+            num_key_value_heads=2,
+            initializer_range=0.2,
+        ),
+        text_config={"sliding_window": None},
+    ),
+    "lfm2_vl": _tiny(
+        "Lfm2Vl",
+        "lfm2",
+        "siglip2_vision_model",
+        kind="naflex",
+        image_token_id=IMAGE,
+        downsample_factor=2,
+        projector_hidden_size=64,
+        tower={"num_patches": 36, "vision_use_head": False},
+        text_config={
+            "layer_types": ["conv", "full_attention"] * 2,
+            "conv_L_cache": 3,
+            "block_auto_adjust_ff_dim": False,
+        },
+    ),
+    "ministral3": _tiny(  # Mistral 3's later text model
+        "Mistral3",
+        "ministral3",
+        "pixtral",
+        kind="sizes",
+        image_token_index=IMAGE,
+        spatial_merge_size=2,
+        text_config={"sliding_window": None, "rope_parameters": YARN},
+        tower=PIXTRAL,
+    ),
+    "llava_pixtral": _tiny(
+        "Llava",
+        "mistral",
+        "pixtral",
+        kind="sizes",
+        image_token_index=IMAGE,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+        text_config={"sliding_window": None},
+        tower=PIXTRAL,
     ),
 }
 
@@ -177,10 +383,7 @@ def build(name: str, dtype=torch.float32, seed=0):
         vision["model_type"] = tiny.vision
     if tiny.kind == "packed":
         ids = dict(image_token_id=IMAGE, video_token_id=92)
-        if name == "glm4v":
-            ids |= dict(image_start_token_id=93, image_end_token_id=94, video_start_token_id=95, video_end_token_id=95)
-        else:
-            ids |= dict(vision_start_token_id=93, vision_end_token_id=94)
+        ids |= tiny.config or dict(vision_start_token_id=93, vision_end_token_id=94)
         config = getattr(transformers, tiny.cls + "Config")(vision_config=vision, text_config=tiny.text_config, **ids)
     else:
         text = {**tiny.text_config, "model_type": tiny.text}
@@ -233,7 +436,8 @@ def prompt(name: str, images: list[int], seed: int = 0, rows: list[int] | None =
         for _ in range(n):
             if tiny.kind == "packed":
                 h, w = [(6, 6), (4, 8), (8, 6)][number % 3]
-                patch = torch.randn(h * w, 3, 1, PATCH * PATCH, generator=g).expand(-1, -1, 2, -1)
+                frames = 1 if name == "video_llama_3" else 2
+                patch = torch.randn(h * w, 3, 1, PATCH * PATCH, generator=g).expand(-1, -1, frames, -1)
                 pixels.append(patch.reshape(h * w, -1))
                 extra.append([1, h, w])
                 ids += [93] + [IMAGE] * (h * w // 4) + [94]
@@ -250,9 +454,17 @@ def prompt(name: str, images: list[int], seed: int = 0, rows: list[int] | None =
                 image[..., :h, :w] = torch.randn(1, 3, h, w, generator=g)
                 pixels.append(image)
                 extra.append([h, w])
-                for _ in range(h // 8):
-                    ids += [IMAGE] * (w // 8) + [93]  # row breaks
+                side = PATCH * tiny.config.get("spatial_merge_size", 1)
+                for _ in range(h // side):
+                    ids += [IMAGE] * (w // side) + [93]  # row breaks
                 ids[-1] = 94
+            elif tiny.kind == "naflex":
+                h, w = [(6, 6), (4, 8), (6, 4)][number % 3]
+                patch = torch.zeros(1, 36, 3 * PATCH * PATCH)
+                patch[:, : h * w] = torch.randn(1, h * w, 3 * PATCH * PATCH, generator=g)
+                pixels.append(patch)
+                extra.append([h, w])
+                ids += [93] + [IMAGE] * (h * w // 4) + [94]
             elif tiny.kind == "tiles":
                 tiles = 1 + 2 * (number % 2)
                 pixels.append(torch.randn(tiles, 3, SIDE, SIDE, generator=g))
@@ -273,7 +485,7 @@ def prompt(name: str, images: list[int], seed: int = 0, rows: list[int] | None =
         inputs["token_type_ids"] = (ids == IMAGE).int()
     if name.startswith("paligemma"):
         inputs["token_type_ids"] = torch.zeros_like(ids)
-    if tiny.kind == "packed":
+    if tiny.kind == "packed" and name not in ("exaone4_5", "video_llama_3"):
         inputs["mm_token_type_ids"] = (ids == IMAGE).int()
     if not pixels:
         return inputs
@@ -284,7 +496,14 @@ def prompt(name: str, images: list[int], seed: int = 0, rows: list[int] | None =
     else:
         inputs["pixel_values"] = torch.cat(pixels)
     if extra:
-        inputs["image_grid_thw" if tiny.kind == "packed" else "image_sizes"] = torch.tensor(extra)
+        inputs[{"packed": "image_grid_thw", "naflex": "spatial_shapes"}.get(tiny.kind, "image_sizes")] = torch.tensor(
+            extra
+        )
+    if tiny.kind == "naflex":
+        sizes = torch.tensor(extra).prod(dim=-1, keepdim=True)
+        inputs["pixel_attention_mask"] = (torch.arange(36) < sizes).long()
+    if name == "video_llama_3":
+        inputs["image_merge_sizes"] = torch.tensor([2] * len(extra))
     if name == "llava_onevision":
         inputs["batch_num_images"] = torch.ones(len(pixels), dtype=torch.long)
     return inputs

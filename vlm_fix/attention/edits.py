@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import typing
 from collections.abc import Callable
@@ -10,6 +11,8 @@ from typing import ClassVar
 
 import torch
 
+from vlm_fix.arch import Arch
+from vlm_fix.errors import VlmFixError
 from vlm_fix.method import Layers, Method, param
 from vlm_fix.session import Call, Rows, Session
 
@@ -54,6 +57,18 @@ class AttentionEdit(Method):
     idle_reason: ClassVar[str] = "no row of it was reached."
     layers: Layers = param(None, "language-model layers to edit")
     branch: str = param("both", "beside a contrast: the branch it acts in", choices=("both", "main", "negative"))
+
+    def resolve(self, arch: Arch) -> Method:
+        """`layers` become those of them that have attention weights at all."""
+        method = super().resolve(arch)
+        assert isinstance(method, AttentionEdit) and isinstance(method.layers, tuple)
+        layers = tuple(i for i in method.layers if i in arch.attention)
+        if not layers:
+            raise VlmFixError(
+                f"{self.name}: none of the layers {', '.join(map(str, method.layers))} has attention weights; in this model "
+                f"layers {', '.join(map(str, arch.attention))} do."
+            )
+        return dataclasses.replace(method, layers=layers)
 
     def acts_in(self, branch: str) -> bool:
         """True if it acts in this branch: "main", or a name of `Contrast.branches`."""

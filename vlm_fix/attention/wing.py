@@ -11,6 +11,7 @@ import torch
 
 from vlm_fix import compiled
 from vlm_fix.errors import VlmFixError
+from vlm_fix.families import attention_modules
 from vlm_fix.method import Method
 from vlm_fix.session import Session
 from vlm_fix.wing import Host, Wing
@@ -60,10 +61,11 @@ class AttentionWing(Wing):
         return True
 
     def install(self) -> Iterable[Any]:
-        handles = []
+        handles: list[Any] = []
+        for i, attn in attention_modules(self.host.language).items():
+            attn._vlm_fix = LayerHandle(self.host, i, self.stacks[i])
+            handles.append(_Attribute(attn, "_vlm_fix"))
         for i, layer in enumerate(self.host.language.layers):
-            layer.self_attn._vlm_fix = LayerHandle(self.host, i, self.stacks[i])
-            handles.append(_Attribute(layer.self_attn, "_vlm_fix"))
             if self.watchers[i]:
                 self.host.callbacks["watch", i] = functools.partial(self._show, i)
                 hook = functools.partial(self._watch, i)

@@ -16,7 +16,7 @@ from transformers import DynamicCache
 from vlm_fix.attention.edits import AttentionEdit
 from vlm_fix.errors import VlmFixError
 from vlm_fix.families import prompt_positions
-from vlm_fix.families.compat import with_cache
+from vlm_fix.families.compat import keeps_columns, with_cache
 from vlm_fix.inputs import InputWing
 from vlm_fix.session import PAD, VISUAL, Call, Session
 from vlm_fix.wing import Host
@@ -65,7 +65,8 @@ class Branch:
             out = self.prefill()
             times = generated.shape[0] // self.mask.shape[0]
             if times > 1:  # beams or several samples of one prompt: they share its keys
-                self.cache.batch_repeat_interleave(times)
+                rows = torch.arange(len(out), device=out.device).repeat_interleave(times)
+                self.cache.reorder_cache(rows)  # type: ignore[arg-type]
                 self.host.sessions[self.cache].repeat(times)
                 self.mask = self.mask.repeat_interleave(times, dim=0)
                 self.next_position = self.next_position.repeat_interleave(times, dim=0)  # type: ignore[union-attr]
@@ -148,7 +149,7 @@ class Branch:
         if first is None or self.inputs is not self.main.inputs or self.change is not None:
             return 0
         layers: Any = cache.layers if type(cache) is DynamicCache and not cache.offloading else None
-        if not layers or any(layer.is_sliding for layer in layers):
+        if not layers or not keeps_columns(cache):
             return 0
         if host.wing(InputWing) or not all(m is self.contrast or self._keeps_layers(m, first) for m in host.active):
             return 0
@@ -179,7 +180,7 @@ class Branch:
         cache = next((c for c, s in host.sessions.items() if s is main), None) if main else None
         if cache is None or not all(map(self._keeps_prompt, host.active)):
             return 0
-        if any(getattr(layer, "is_sliding", False) for layer in cache.layers):
+        if not keeps_columns(cache):
             return 0
         theirs, ids, mask = self.main.inputs, self.inputs["input_ids"], self.inputs["attention_mask"]
         n = min(ids.shape[1] - 1, theirs["input_ids"].shape[1])
@@ -222,9 +223,10 @@ class Branch:
             self.cache.reorder_cache(parent)  # type: ignore[arg-type]
             n = int(best.min()) // 2
         if old.shape[1] > n:
-            if any(getattr(layer, "is_sliding", False) for layer in self.cache.layers):
+            if not keeps_columns(self.cache):
                 raise VlmFixError(
-                    f"{self.name} cannot roll back a sliding-window cache; use greedy, sampling or beam search."
+                    f"{self.name} cannot roll back the cache of sliding windows or linear attention; use greedy, sampling "
+                    "or beam search."
                 )
             self.cache.crop(n - old.shape[1])
         return n

@@ -15,7 +15,7 @@ from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecod
 
 from vlm_fix.errors import VlmFixError
 from vlm_fix.families import prompt_positions
-from vlm_fix.families.compat import CACHE_NAMES, cache_of, with_cache
+from vlm_fix.families.compat import CACHE_NAMES, cache_of, keeps_columns, with_cache
 from vlm_fix.pruning.cache import ShortLayer
 from vlm_fix.session import Call
 from vlm_fix.wing import Host
@@ -167,8 +167,10 @@ class Sequences:
 
     def need_rollback(self, name: str) -> None:
         """VlmFixError if the cache cannot forget tokens."""
-        if any(getattr(layer, "is_sliding", False) for layer in self.cache.layers):
-            raise VlmFixError(f"{name} rolls its cache back, which sliding-window attention layers cannot do.")
+        if not keeps_columns(self.cache):
+            raise VlmFixError(
+                f"{name} rolls its cache back, which sliding-window and linear attention layers cannot do."
+            )
 
 
 def run(host: Host, method: Procedure, call: Call, streamer: Any) -> Callable[..., Any]:

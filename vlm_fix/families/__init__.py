@@ -4,7 +4,7 @@ from vlm_fix.arch import Arch, Family
 
 from .cells import anyres_index, anyres_side, image_cells, visual_cells
 from .positions import prompt_positions
-from .table import FAMILIES, REFUSED, arch_of, family_of, get_part, image_token_ids, vision_blocks
+from .table import FAMILIES, REFUSED, arch_of, attention_modules, family_of, get_part, image_token_ids, vision_blocks
 
 __all__ = [
     "FAMILIES",
@@ -14,6 +14,7 @@ __all__ = [
     "anyres_index",
     "anyres_side",
     "arch_of",
+    "attention_modules",
     "family_of",
     "get_part",
     "image_cells",

@@ -20,15 +20,23 @@ def image_cells(model: Any, family: Family, inputs: dict[str, Any]) -> list[torc
     Where a model cuts an image into tiles of a fixed size, each tile counts as an image (a thumbnail of the whole is
     among them); LLaVA-NeXT and OneVision give the whole image first and then all tiles in one grid, newlines left out.
     """
+    if family.cells == "none":
+        raise VlmFixError(
+            f"a resampler makes the image tokens of {family.name} models: none of them shows a certain patch."
+        )
     ids, config = inputs["input_ids"], model.config
     tokens = torch.tensor(image_token_ids(model, family)).to(ids)
     visual = torch.isin(ids[0], tokens).cpu()
     count, pixels = int(visual.sum()), inputs.get("pixel_values")
     if family.cells == "grid_thw" and inputs.get("image_grid_thw") is not None:
-        merge = config.vision_config.spatial_merge_size
-        cells = _rectangles([(t * h // merge, w // merge) for t, h, w in inputs["image_grid_thw"].tolist()])
+        grids = inputs["image_grid_thw"].tolist()
+        merges = _merges(config, inputs, "image", len(grids))
+        cells = _rectangles([(t * h // m, w // m) for (t, h, w), m in zip(grids, merges, strict=True)])
+    elif family.cells == "spatial" and inputs.get("spatial_shapes") is not None:
+        size = config.downsample_factor
+        cells = _rectangles([(h // size, w // size) for h, w in inputs["spatial_shapes"].tolist()])
     elif family.cells == "sizes" and inputs.get("image_sizes") is not None:
-        size = config.vision_config.patch_size * config.spatial_merge_size
+        size = config.vision_config.patch_size * getattr(config, "spatial_merge_size", 1)
         cells = _rectangles([(h // size, w // size) for h, w in inputs["image_sizes"].tolist()])
     elif family.cells == "anyres" and inputs.get("image_sizes") is not None:
         cells = _anyres(get_part(model, family.base), inputs)
@@ -57,16 +65,21 @@ def image_cells(model: Any, family: Family, inputs: dict[str, Any]) -> list[torc
 
 
 def visual_cells(model: Any, family: Family, inputs: dict[str, Any]) -> list[torch.Tensor]:
-    """`image_cells`, and [h, w] of each frame (two frames, where a model merges them) of videos, in the prompt's order."""
+    """`image_cells`, and [h, w] of each frame (two frames, where a model merges them) of videos, in the prompt's order.
+
+    Empty where the image tokens show no certain patch.
+    """
+    if family.cells == "none":
+        return []
     if inputs.get("pixel_values_videos") is None:
         return image_cells(model, family, inputs)
     ids, types = inputs["input_ids"], inputs.get("mm_token_type_ids")
     moving = (ids == getattr(model.config, "video_token_id", -1) if types is None else types == 2)[0]
     video = moving[torch.isin(ids[0], torch.tensor(image_token_ids(model, family)).to(ids))].cpu()
     if family.cells == "grid_thw" and inputs.get("video_grid_thw") is not None:
-        merge = model.config.vision_config.spatial_merge_size
         grids = inputs["video_grid_thw"].tolist()
-        found = _rectangles([(h // merge, w // merge) for t, h, w in grids for _ in range(t)])
+        merges = _merges(model.config, inputs, "video", len(grids))
+        found = _rectangles([(h // m, w // m) for (t, h, w), m in zip(grids, merges, strict=True) for _ in range(t)])
     elif family.cells == "anyres":  # pooled 2 x 2, one newline at the end of a video
         videos, frames = inputs["pixel_values_videos"].shape[:2]
         side = math.ceil(anyres_side(get_part(model, family.base)) / 2)
@@ -83,6 +96,12 @@ def visual_cells(model: Any, family: Family, inputs: dict[str, Any]) -> list[tor
         still = image_cells(model, family, {**inputs, "input_ids": ids[:, ~moving]})
         places += [(~video).nonzero()[:, 0][c] for c in still]
     return sorted(places, key=lambda c: int(c[0, 0]))
+
+
+def _merges(config: Any, inputs: dict[str, Any], what: str, count: int) -> list[int]:
+    """Patches along one side of a token, of each image or video."""
+    given = inputs.get(f"{what}_merge_sizes")
+    return [config.vision_config.spatial_merge_size] * count if given is None else given.tolist()
 
 
 def _rectangles(sizes: list[tuple[int, int]], start: int = 0) -> list[torch.Tensor]:

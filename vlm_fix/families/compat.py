@@ -13,7 +13,9 @@ from typing import Any
 
 import transformers
 from packaging.version import InvalidVersion, Version
-from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation import GenerateDecoderOnlyOutput, GenerationMixin
+
+from vlm_fix.errors import VlmFixError
 
 OLDEST, NEWEST = "5.17", "5.24"  # of transformers: what the tests ran on, both ends included
 CACHE_NAMES = ("cache", "past_key_values")
@@ -36,6 +38,24 @@ def with_cache(arguments: Mapping[str, Any], cache: Any) -> dict[str, Any]:
 def set_cache(output: Any, cache: Any) -> None:
     """Put `cache` into the output of a forward."""
     setattr(output, CACHE, cache)
+
+
+def generate_of(model: Any) -> Any:
+    """The model's `generate`, as a function of the model; Janus' own drops logits_processor without a word."""
+    if model.config.model_type != "janus":
+        return type(model).generate
+
+    def generate(model: Any, inputs: Any, generation_mode: str = "text", **kwargs: Any) -> Any:
+        if generation_mode != "text":
+            raise VlmFixError("methods act on answers in words; unwrap the model to generate images.")
+        return GenerationMixin.generate(model, inputs, **{**kwargs, "guidance_scale": None})
+
+    return generate
+
+
+def keeps_columns(cache: Any) -> bool:
+    """True if every layer of the cache holds the keys of all columns: no window, no running state in their place."""
+    return all(hasattr(layer, "keys") and not getattr(layer, "is_sliding", False) for layer in cache.layers)
 
 
 def versions() -> str:

@@ -35,13 +35,36 @@ FAMILIES = (
     Family("mistral3", ("mistral3",), cells="sizes"),
     Family("aya_vision", ("aya_vision",)),
     Family("cohere2_vision", ("cohere2_vision",)),
+    Family(
+        "qwen3_5",
+        ("qwen3_5", "qwen3_5_moe"),
+        vision="model.visual",
+        image_tokens=VIDEO,
+        mrope=True,
+        cells="grid_thw",
+    ),
+    Family("qwen3_vl_moe", ("qwen3_vl_moe",), vision="model.visual", image_tokens=VIDEO, mrope=True, cells="grid_thw"),
+    Family("glm46v", ("glm46v",), vision="model.visual", image_tokens=VIDEO, mrope=True, cells="grid_thw"),
+    Family("glm4v_moe", ("glm4v_moe",), vision="model.visual", image_tokens=VIDEO, mrope=True, cells="grid_thw"),
+    Family("llava_next_video", ("llava_next_video",), encoder="clip", image_tokens=VIDEO, cells="anyres"),
+    Family(
+        "video_llava", ("video_llava",), vision="model.image_tower", encoder="clip", image_tokens=VIDEO, cells="pixels"
+    ),
+    Family("deepseek_vl", ("deepseek_vl",), vision="model.vision_model"),
+    Family("janus", ("janus",), vision="model.vision_model"),
+    Family("got_ocr2", ("got_ocr2",)),
+    Family("aria", ("aria",), cells="none"),
+    Family("ovis2", ("ovis2",)),
+    Family("exaone4_5", ("exaone4_5",), vision="model.visual", image_tokens=VIDEO, cells="grid_thw"),
+    Family("video_llama_3", ("video_llama_3",), vision="model.vision_model", image_tokens=VIDEO, cells="grid_thw"),
+    Family("idefics2", ("idefics2",), language="model.text_model", vision="model.vision_model", cells="none"),
+    Family("lfm2_vl", ("lfm2_vl",), cells="spatial"),
+    Family("llava_pixtral", ("llava+pixtral",), cells="sizes"),
 )
 REFUSED = {
     "mllama": "it reads images through cross-attention layers, so no column of its self-attention shows the image",
     "blip-2": "its language model is called on its own, from inside generate, with embeddings in place of tokens",
     "instructblip": "its language model is called on its own, from inside generate, with embeddings in place of tokens",
-    "qwen3_5": "most of its layers are linear attention, which has no weights to edit",
-    "lfm2_vl": "most of its layers are convolutions, which have no weights to edit",
     "llama4": "its chunked attention masks are not understood here",
     "florence2": "it is an encoder-decoder",
     "kosmos-2": "it does not use transformers' attention interface",
@@ -50,9 +73,12 @@ REFUSED = {
 
 def family_of(model: nn.Module) -> Family:
     """The family of a Hugging Face model; VlmFixError naming the supported ones otherwise."""
-    model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    config = getattr(model, "config", None)
+    model_type = getattr(config, "model_type", type(model).__name__)
+    tower = getattr(getattr(config, "vision_config", None), "model_type", None)
+    kind = f"{model_type}+{tower}" if any(f"{model_type}+{tower}" in f.model_types for f in FAMILIES) else model_type
     for family in FAMILIES:
-        if model_type in family.model_types:
+        if kind in family.model_types:
             if not hasattr(model, "generate") or not hasattr(model, "lm_head"):
                 raise VlmFixError(
                     f"{type(model).__name__} has no language-model head; load it with AutoModelForImageTextToText."
@@ -73,6 +99,11 @@ def get_part(model: Any, path: str) -> Any:
     for name in path.split("."):
         model = getattr(model, name)
     return model
+
+
+def attention_modules(language: Any) -> dict[int, Any]:
+    """The self-attention of each layer that has one: a hybrid decoder's linear-attention or convolution layers do not."""
+    return {i: layer.self_attn for i, layer in enumerate(language.layers) if hasattr(layer, "self_attn")}
 
 
 def vision_blocks(model: Any, family: Family) -> list[Any]:
@@ -107,6 +138,7 @@ def arch_of(model: Any) -> Arch:
         depth,
         last,
         tuple(range(depth) if full is None else full),
+        tuple(attention_modules(get_part(model, family.language))),
     )
 
 

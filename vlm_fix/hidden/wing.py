@@ -15,6 +15,9 @@ from vlm_fix.wing import Host, Wing
 
 from .edit import HiddenEdit
 
+MIXERS = ("self_attn", "linear_attn", "conv")  # the last two: layers of hybrid decoders
+MLPS = ("mlp", "feed_forward")
+
 
 def writers(layer: Any) -> dict[str, Any]:
     """The modules whose outputs a decoder layer adds to the residual stream (its last norm, where it has one), and itself."""
@@ -23,7 +26,8 @@ def writers(layer: Any) -> dict[str, Any]:
     elif hasattr(layer, "post_self_attn_layernorm"):  # GLM-4V
         attention, mlp = layer.post_self_attn_layernorm, layer.post_mlp_layernorm
     else:
-        attention, mlp = layer.self_attn, layer.mlp
+        attention = next(m for name in MIXERS if (m := getattr(layer, name, None)) is not None)
+        mlp = next(m for name in MLPS if (m := getattr(layer, name, None)) is not None)
     return {"attention_output": attention, "mlp_output": mlp, "layer_output": layer}
 
 

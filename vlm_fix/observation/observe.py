@@ -30,7 +30,7 @@ class Observation:
     Row r predicts `tokens[r]`: row 0 is the prompt's last, the last row predicts what would come next (rows = n + 1 for
     n answer tokens). Columns are those that enter the language model: with a pruner, fewer than the prompt had. Masses are
     sums of post-softmax weights as the wrapped methods left them; system is text before the first image, text is text
-    after the last one, the answer included.
+    after the last one, the answer included. A hybrid decoder's layers without attention weights hold zeros.
     """
 
     tokens: torch.Tensor  # [n] the answer
@@ -92,6 +92,8 @@ class Observation:
 
         sinks=False sets each layer's sink columns to 0. Raises VlmFixError for an image, row, layer or head there is not.
         """
+        if not self.cells:
+            raise VlmFixError("the image tokens of this model show no certain patch, so there is no map of them.")
         depth, count, rows, _ = self.weights_to_image.shape
         for what, chosen, size in (
             ("image", [image], len(self.cells)),
@@ -203,8 +205,9 @@ class Probe:
     def stack(self, what: str, depth: int, dim: int) -> torch.Tensor:
         """[layers, ...], the forwards joined along `dim`; columns outside a layer's window are 0, on the left."""
         whole = []
+        some = next(parts for (name, _), parts in self.parts.items() if name == what)
         for i in range(depth):
-            parts = self.parts[what, i]
+            parts = self.parts.get((what, i)) or [torch.zeros_like(p) for p in some]  # linear attention has no weights
             width = max(p.shape[-1] for p in parts)
             if what == "image":
                 parts = [torch.nn.functional.pad(p, (width - p.shape[-1], 0)) for p in parts]
@@ -374,11 +377,17 @@ def _collect(
         image_sinks=spread(sinks[:, types == VISUAL]),
         cells=tuple(cells),
         heads=probe.stack("heads", depth, 0),
-        heads_text=torch.stack([text[i] for i in range(depth)]) if text else None,
+        heads_text=torch.stack([text.get(i, torch.zeros_like(next(iter(text.values())))) for i in range(depth)])
+        if text
+        else None,
         attention_norm=probe.stack("attention_output_norm", depth, 0),
         mlp_norm=probe.stack("mlp_output_norm", depth, 0),
         attention_output=probe.stack("attention_output", depth, 0) if probe.outputs else None,
         mlp_output=probe.stack("mlp_output", depth, 0) if probe.outputs else None,
         question_to_image=spread(probe.stack("question", depth, 1)) if probe.question else None,
-        column_sums=torch.stack([probe.sums[i].cpu() for i in range(depth)]) if probe.columns else None,
+        column_sums=torch.stack(
+            [probe.sums.get(i, torch.zeros_like(next(iter(probe.sums.values())))).cpu() for i in range(depth)]
+        )
+        if probe.columns
+        else None,
     )

@@ -27,7 +27,10 @@ from .rows import Seen
 def check_model(host: Host, method: Method, prompt: bool = True) -> None:
     """Refuse decoders with sliding windows and, for what acts in the prompt, those that tie image tokens to their places."""
     config = host.model.config.get_text_config()
-    reason = "sliding windows" if set(getattr(config, "layer_types", None) or ()) - {"full_attention"} else ""
+    others = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    reason = ""
+    if others:
+        reason = "sliding windows" if "sliding_attention" in others else " and ".join(sorted(others)).replace("_", " ")
     if prompt and getattr(getattr(host.model.config, "vision_config", None), "deepstack_visual_indexes", None):
         reason = "image features of several depths"
     if prompt and (getattr(config, "use_bidirectional_attention", None) or "gemma" in config.model_type):

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 
 from vlm_fix.errors import VlmFixError
-from vlm_fix.families import FAMILIES, anyres_index, anyres_side, get_part
+from vlm_fix.families import anyres_index, anyres_side, get_part
 from vlm_fix.session import PAD, VISUAL, Session, left_pack
 
 from . import shrink
 from .columns import ImageColumns, Kept
-from .encoder import ImageTokens, capture
+from .encoder import ImageTokens, capture, unreadable
 from .merge import TokenMerger
 from .pruners import Pruners
 
@@ -30,10 +30,7 @@ def check(pruners: Pruners) -> None:
             f"{pruner.name}: positions=compact has no meaning for M-RoPE's 3-D positions; use positions=original."
         )
     if host.family.encoder is None and (pruner or pruners.encoder_layers):
-        known = ", ".join(f.name for f in FAMILIES if f.encoder)
-        raise VlmFixError(
-            f"{pruners.all[0].name} cannot read the vision tower of {host.family.name} models; it works with {known}."
-        )
+        raise VlmFixError(unreadable(host, pruners.all[0].name))
     shrinks = pruner and pruner.edits("shrink")
     if shrinks and host.family.cells == "anyres" and pruner.keep is not None and pruner.keep > 1:
         raise VlmFixError(
@@ -126,7 +123,8 @@ def match(pruners: Pruners, session: Session) -> None:
     seen: list[Any] = call.vision
     sizes = [image.grid[0] * image.grid[1] for image in seen]
     if family.encoder is None and family.cells == "sizes":  # rows of an image end in a token of their own
-        side = pruners.host.model.config.vision_config.patch_size * pruners.host.model.config.spatial_merge_size
+        config = pruners.host.model.config
+        side = config.vision_config.patch_size * getattr(config, "spatial_merge_size", 1)
         sizes = [(h // side) * (w // side) for h, w in call.inputs["image_sizes"].tolist()]
         seen = [None] * len(sizes)
     elif family.encoder is None or family.cells == "anyres":

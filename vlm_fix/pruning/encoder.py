@@ -13,7 +13,7 @@ from torch import nn
 from transformers.vision_utils import get_vision_window_index
 
 from vlm_fix.errors import VlmFixError
-from vlm_fix.families.table import vision_blocks
+from vlm_fix.families.table import FAMILIES, vision_blocks
 from vlm_fix.wing import Host, engine_of
 
 Heads = tuple[torch.Tensor, torch.Tensor, float]
@@ -173,8 +173,17 @@ class Qwen25VL:
             start += n
 
 
+def unreadable(host: Host, name: str) -> str:
+    """Why the method `name`, which looks into the vision tower, is refused."""
+    known = ", ".join(f.name for f in FAMILIES if f.encoder)
+    return f"{name} cannot read the vision tower of {host.family.name} models; it works with {known}."
+
+
 def capture(engine: Host, tower: nn.Module, layers: tuple[int, ...], into: str = "vision") -> list[Any]:
     """Hooks that append one ImageTokens per image to the running call (its list `into`) whenever the tower runs."""
+    if engine.family.encoder is None:
+        looking = [m.name for m in engine.active if m.encoder_layers(engine.arch) is not None]
+        raise VlmFixError(unreadable(engine, looking[0]))
     encoder: Any = {"clip": Clip, "qwen2_5_vl": Qwen25VL}[engine.family.encoder](engine.model)
     blocks, seen = vision_blocks(engine.model, engine.family), {}
 

@@ -18,6 +18,8 @@ from vlm_fix.eval.run import generation, loading, plan
 from vlm_fix.eval.run.runner import Settings, evaluate
 from vlm_fix.eval.run.store import load_results
 from vlm_fix.families.table import arch_of
+from vlm_fix.pruning import PruningWing
+from vlm_fix.wing import engine_of
 
 MODEL = os.environ.get("VLM_FIX_TEST_MODEL", "picto-llava")
 
@@ -99,7 +101,7 @@ def test_a_run_seeds_its_methods_unless_the_user_did(model):
     fixed = made(model, methods=(("random_tokens:keep=8,seed=5",),))["random_tokens:keep=8,seed=5"]
     for each, seed, expected in ((run, 4, 4), (run, None, 0), (fixed, 4, 5)):
         with each.applied(model, seed=seed):
-            assert model._vlm_fix_engine.pruner.seed == expected
+            assert engine_of(model).wing(PruningWing).pruners.pruner.seed == expected
     assert not hasattr(model, "_vlm_fix_engine")
     with made(model)["baseline"].applied(model, seed=1):
         assert not hasattr(model, "_vlm_fix_engine")

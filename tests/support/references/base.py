@@ -162,6 +162,10 @@ def double(model):
     """A float64 copy whose language model runs the reference attention."""
     twin = copy.deepcopy(model).double().eval()
     twin.set_attn_implementation({"text_config": "reference_loops"})
+    if getattr(twin.config.get_text_config(), "num_experts_per_tok", None) or hasattr(
+        twin.config.get_text_config(), "moe_topk"
+    ):
+        twin.set_experts_implementation("eager")  # the default has no float64
     return twin
 
 
