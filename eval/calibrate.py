@@ -25,7 +25,8 @@ import torch
 import transformers
 
 import vlm_fix
-from vlm_fix.calibration.files import Calibration, Sample, accuracy, answer_scores, sizes, sureness
+from vlm_fix.calibrated import Calibration, sizes
+from vlm_fix.calibration.search import accuracy, answer_scores, sureness
 from vlm_fix.errors import VlmFixError
 from vlm_fix.eval import tasks
 from vlm_fix.eval.picto.scene_types import COCO_IDS
@@ -35,6 +36,7 @@ from vlm_fix.eval.stats import mcnemar
 from vlm_fix.families.table import arch_of
 from vlm_fix.method import Method
 from vlm_fix.registry import parse_spec
+from vlm_fix.sample import Sample
 
 WORDS = (("yes", "no"), ("Yes", "No"), (" yes", " no"), (" Yes", " No"))
 Progress = Callable[[str, float], None]

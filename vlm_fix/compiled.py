@@ -69,11 +69,9 @@ def _attention(
     engine: int,
     layer: int,
 ) -> torch.Tensor:
-    from vlm_fix.attention.function import edited_attention
-
-    module = ENGINES[engine].language.layers[layer].self_attn
     kwargs = {"sliding_window": sliding_window, "is_causal": is_causal, "softcap": softcap}
-    return edited_attention(module, query, key, value, mask, scaling=scaling, **kwargs)[0].contiguous()
+    function = ENGINES[engine].attention_functions[layer]
+    return function(query, key, value, mask, scaling=scaling, **kwargs)[0].contiguous()
 
 
 _enter.register_fake(lambda ids, *rest: torch.empty_like(ids))

@@ -40,7 +40,7 @@ class Engine(Forwards):
         self.language = get_part(model, self.family.language)
         self.tokens = torch.tensor(image_token_ids(model, self.family))
         self.active = [m for m in (m.resolve(self.arch) for m in methods) if not m.neutral]
-        self.callbacks = {}
+        self.callbacks, self.attention_functions = {}, {}
         self.session = self.call = self.main = self.joint = self.probe = None
         self.touched, self.warned = set(), set()
         self.sessions = weakref.WeakKeyDictionary()

@@ -20,7 +20,7 @@ from vlm_fix.errors import VlmFixError
 
 if TYPE_CHECKING:
     from vlm_fix.arch import Arch
-    from vlm_fix.calibration.files import Sample
+    from vlm_fix.sample import Sample
     from vlm_fix.session import Session
 
 Layers = str | tuple[int, ...] | None

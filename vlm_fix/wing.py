@@ -57,6 +57,7 @@ class Host:
     installed: bool
     key: int  # under which custom operators find the engine
     callbacks: dict[tuple[str, int], Callable[[torch.Tensor], torch.Tensor | None]]  # see compiled.run_callback
+    attention_functions: dict[int, Callable[..., Any]]  # by layer, of the language model
     lock: threading.RLock
     session: Session | None  # of the forward that is running
     call: Call | None  # the running `generate`

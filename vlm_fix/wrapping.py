@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from vlm_fix.calibration import files as calibrations
+from vlm_fix import calibrated
 from vlm_fix.decoding import ContrastWing
 from vlm_fix.decoding.term import Term
 from vlm_fix.engine import Engine
@@ -22,7 +22,7 @@ from vlm_fix.wing import ATTRIBUTE
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def wrap(model: Model, spec: Spec, calibration: calibrations.Files = None) -> Model:
+def wrap(model: Model, spec: Spec, calibration: calibrated.Files = None) -> Model:
     """Install one method or a stack of methods on a Hugging Face vision-language model, in place.
 
     spec: a name ("var"), a spec string ("pai:alpha=0.2,layers=2-31"), a Method, or a list of these. Returns the model.
@@ -46,12 +46,12 @@ def wrap(model: Model, spec: Spec, calibration: calibrations.Files = None) -> Mo
     return model
 
 
-def plan(model: Model, spec: Spec, calibration: calibrations.Files = None) -> Engine:
+def plan(model: Model, spec: Spec, calibration: calibrated.Files = None) -> Engine:
     """The engine that `wrap` would install; raises what it would say of the methods, and touches nothing."""
     methods = parse(spec)
-    found = calibrations.choose(calibration, model, methods)
+    found = calibrated.choose(calibration, model, methods)
     if found:
-        methods = calibrations.apply(found, methods, arch_of(model))
+        methods = calibrated.apply(found, methods, arch_of(model))
     return Engine(model, methods)
 
 
@@ -75,7 +75,7 @@ def contrast_term(model: Any) -> Term | None:
 
 
 @contextlib.contextmanager
-def wrapped(model: Model, spec: Spec, calibration: calibrations.Files = None) -> Iterator[Model]:
+def wrapped(model: Model, spec: Spec, calibration: calibrated.Files = None) -> Iterator[Model]:
     """`with vlm_fix.wrapped(model, "vhr"): model.generate(...)`."""
     wrap(model, spec, calibration)
     try:

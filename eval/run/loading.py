@@ -13,7 +13,7 @@ import torch
 import transformers
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from vlm_fix.calibration.files import weights_id
+from vlm_fix.calibrated import weights_id
 from vlm_fix.errors import VlmFixError
 from vlm_fix.eval import picto
 

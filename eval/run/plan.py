@@ -24,7 +24,7 @@ from typing import Any
 
 import vlm_fix
 from vlm_fix import registry
-from vlm_fix.calibration.files import Calibration, apply
+from vlm_fix.calibrated import Calibration, apply
 from vlm_fix.decoding.kinds import Contrast
 from vlm_fix.errors import VlmFixError
 from vlm_fix.eval.settings import Settings

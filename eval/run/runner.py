@@ -36,7 +36,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import vlm_fix
 from vlm_fix import registry
-from vlm_fix.calibration.files import choose, read_all
+from vlm_fix.calibrated import choose, read_all
 from vlm_fix.errors import VlmFixError
 from vlm_fix.eval.files import write_atomic
 from vlm_fix.eval.scorers.registry import scorer_and_commit

@@ -15,8 +15,9 @@ from vlm_fix.arch import Arch
 from vlm_fix.attention import AttentionWing
 from vlm_fix.attention.kernel import Scores, column_means
 from vlm_fix.attention.sinks import secondary_sinks
-from vlm_fix.calibration.files import Sample, answer_scores
+from vlm_fix.calibration.search import answer_scores
 from vlm_fix.method import parse_heads
+from vlm_fix.sample import Sample
 from vlm_fix.session import PAD, Rows, Session
 
 

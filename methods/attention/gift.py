@@ -13,7 +13,8 @@ from torch.nn.functional import pad
 from vlm_fix import AttentionEdit, VlmFixError, param
 from vlm_fix.arch import Arch
 from vlm_fix.attention.preview import Look, preview
-from vlm_fix.calibration.files import Sample, best_value
+from vlm_fix.calibration.search import best_value
+from vlm_fix.sample import Sample
 from vlm_fix.session import VISUAL, Call, Rows, Session
 from vlm_fix.words import content_columns
 

@@ -11,9 +11,9 @@ import torch
 from vlm_fix import AttentionEdit, Method, VlmFixError, param
 from vlm_fix.arch import Arch
 from vlm_fix.attention.sinks import massive_ratios, secondary_sinks
-from vlm_fix.calibration.files import Sample
 from vlm_fix.families import arch_of
 from vlm_fix.method import parse_layers
+from vlm_fix.sample import Sample
 from vlm_fix.session import PAD, Rows, Session, pad_to
 
 # (family, text model, hidden size, layers, words of the tokenizer) -> massive-activation dimensions: LLaVA-1.5-7B and 13B

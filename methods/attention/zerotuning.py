@@ -12,7 +12,8 @@ import torch
 
 from vlm_fix import AttentionEdit, Columns, VlmFixError, param, wrapped
 from vlm_fix.arch import Arch
-from vlm_fix.calibration.files import Sample, answer_scores, sureness
+from vlm_fix.calibration.search import answer_scores, sureness
+from vlm_fix.sample import Sample
 from vlm_fix.session import PAD, Rows
 
 

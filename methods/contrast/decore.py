@@ -12,11 +12,11 @@ import torch
 
 from vlm_fix import AttentionEdit, Contrast, VlmFixError, param
 from vlm_fix.arch import Arch
-from vlm_fix.calibration.files import Sample
 from vlm_fix.decoding.contrast import plausible
 from vlm_fix.engine import Engine
 from vlm_fix.families import prompt_positions
 from vlm_fix.method import parse_heads
+from vlm_fix.sample import Sample
 from vlm_fix.session import Call, Rows, Session
 
 

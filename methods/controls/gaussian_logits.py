@@ -10,7 +10,7 @@ import torch
 from vlm_fix import param
 from vlm_fix.decoding.contrast import plausible
 from vlm_fix.decoding.kinds import LogitEdit
-from vlm_fix.decoding.logits import Step
+from vlm_fix.decoding.step import Step
 
 
 @dataclass(frozen=True)

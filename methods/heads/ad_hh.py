@@ -11,9 +11,11 @@ import torch
 
 from vlm_fix import AttentionEdit, VlmFixError, param
 from vlm_fix.arch import Arch
-from vlm_fix.calibration.files import LastRow, Sample, batches, hooked
+from vlm_fix.calibration.search import LastRow, batches
 from vlm_fix.families import family_of, get_part
+from vlm_fix.hooks import hooked
 from vlm_fix.method import parse_heads
+from vlm_fix.sample import Sample
 from vlm_fix.session import Rows
 
 # (layers, heads) of the language model -> "layer.head" of LLaVA-1.5 7B and 13B

@@ -12,9 +12,11 @@ from torch.nn.functional import normalize
 
 from vlm_fix import AttentionEdit, VlmFixError, param
 from vlm_fix.arch import Arch
-from vlm_fix.calibration.files import Sample, batches, hooked
+from vlm_fix.calibration.search import batches
 from vlm_fix.families import family_of, get_part
+from vlm_fix.hooks import hooked
 from vlm_fix.method import parse_heads
+from vlm_fix.sample import Sample
 from vlm_fix.session import Rows
 
 

@@ -10,9 +10,11 @@ import torch
 
 from vlm_fix import HiddenEdit, VlmFixError, param
 from vlm_fix.arch import Arch
-from vlm_fix.calibration.files import LastRow, Sample, batches, hooked, overwrite
+from vlm_fix.calibration.search import LastRow, batches
 from vlm_fix.families import family_of, get_part
 from vlm_fix.hidden.wing import writers
+from vlm_fix.hooks import hooked, overwrite
+from vlm_fix.sample import Sample
 from vlm_fix.session import Call, Rows, Session
 
 PARTS = {"rr_attention": "attention_output", "rr_mlp": "mlp_output"}

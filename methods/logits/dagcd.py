@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 
 from vlm_fix import AttentionEdit, param
 from vlm_fix.decoding.kinds import LogitEdit
-from vlm_fix.decoding.logits import Step
+from vlm_fix.decoding.step import Step
 from vlm_fix.session import TEXT, Rows, Session
 
 
@@ -71,7 +71,7 @@ class DAGCD(AttentionEdit, LogitEdit):
         if not step.index:
             state["chosen"] = weights.sum(dim=-1).topk(min(self.heads_used, weights.shape[1]), dim=-1).indices
         weights = weights.gather(1, state["chosen"][..., None].expand(-1, -1, weights.shape[2]))
-        end = self.end_tokens or step.processor.host.model.generation_config.eos_token_id or ()
+        end = self.end_tokens or step.host.model.generation_config.eos_token_id or ()
         ends = torch.tensor([end] if isinstance(end, int) else list(end), device=l.device)
         return torch.where(torch.isin(l.argmax(dim=-1), ends)[:, None], l, self.guided(l, weights, ids, inside))
 

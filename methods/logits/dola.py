@@ -11,7 +11,7 @@ from vlm_fix import Layers, param
 from vlm_fix.arch import Arch
 from vlm_fix.decoding.contrast import plausible
 from vlm_fix.decoding.kinds import LogitEdit
-from vlm_fix.decoding.logits import Step
+from vlm_fix.decoding.step import Step
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 
 from vlm_fix import VlmFixError, param
 from vlm_fix.decoding.kinds import LogitEdit
-from vlm_fix.decoding.logits import Step
+from vlm_fix.decoding.step import Step
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class YesThreshold(LogitEdit):
     def edit(self, l: torch.Tensor, step: Step) -> torch.Tensor:
         if step.index:
             return l
-        model = step.processor.host.model
+        model = step.host.model
         return self.forced(l, self.yes or spellings(model, "Yes"), self.no or spellings(model, "No"))
 
     def forced(self, l: torch.Tensor, yes: tuple[int, ...], no: tuple[int, ...]) -> torch.Tensor:

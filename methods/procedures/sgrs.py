@@ -11,7 +11,7 @@ import torch
 from vlm_fix import AttentionEdit, Layers, Procedure, param
 from vlm_fix.arch import Arch
 from vlm_fix.decoding.logits import fingerprints
-from vlm_fix.decoding.loops import Search, Sequences
+from vlm_fix.decoding.search import Search, Sequences
 from vlm_fix.session import Rows
 
 

@@ -247,7 +247,8 @@ def test_official_var_leak(family, model):
 
 def test_act_calibrates_heads(model, family):
     """The sweep keeps the heads that, alone, answer more samples right: here against the sweep by hand."""
-    from vlm_fix.calibration.files import Sample, answer_scores
+    from vlm_fix.calibration.search import answer_scores
+    from vlm_fix.sample import Sample
 
     samples = [
         Sample(single(family, [1, 1], row, seed=seed), 5 + seed, 40 + seed) for seed in range(4) for row in (0, 1)

@@ -18,8 +18,10 @@ from tests.support.labelled import labelled
 from tests.support.models import BUILD, make_inputs
 from tests.support.references import base as ref
 from vlm_fix import cli
-from vlm_fix.calibration.files import Calibration, Sample, answer_scores, sizes, weights_id
+from vlm_fix.calibrated import Calibration, sizes, weights_id
+from vlm_fix.calibration.search import answer_scores
 from vlm_fix.families.table import arch_of
+from vlm_fix.sample import Sample
 
 
 def written(path, model, method="zerotuning", **found):

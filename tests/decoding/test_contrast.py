@@ -543,7 +543,7 @@ def test_combine_by_hand():
 
 def test_calibrate_decore(family, model):
     """The same heads for the same seed, the model as it was, and a spec that wraps."""
-    from vlm_fix.calibration.files import Sample
+    from vlm_fix.sample import Sample
 
     samples = [Sample(single(family, [1], 0, seed=s), 5, 6) for s in range(4)]
     before = {k: v.clone() for k, v in model.state_dict().items()}

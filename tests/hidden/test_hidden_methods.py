@@ -258,8 +258,9 @@ def test_fcct_without_usable_questions(models):
 @pytest.mark.parametrize("name", families.TINY)
 def test_last_row_again_and_edits_in_every_family(name):
     """LastRow under a hook gives what whole forwards of single prompts give; IRI's batch gives what its rows give."""
-    from vlm_fix.calibration.files import LastRow, Sample, batches
+    from vlm_fix.calibration.search import LastRow, batches
     from vlm_fix.hidden.wing import writers
+    from vlm_fix.sample import Sample
 
     model, images = families.build(name), [1, 2, 1]
     singles = [families.prompt(name, images, rows=[row]) for row in range(3)]

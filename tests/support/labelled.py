@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tests.support.models import single
-from vlm_fix.calibration.files import Sample
+from vlm_fix.sample import Sample
 
 
 def labelled(family, images=(1, 2, 1), seed=0, **kw):

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from vlm_fix.calibration.files import Sample, hooked
 from vlm_fix.errors import VlmFixError
 from vlm_fix.families.table import arch_of, get_part
+from vlm_fix.hooks import hooked
 from vlm_fix.pruning import PruningWing
+from vlm_fix.sample import Sample
 from vlm_fix.session import PAD, Session
 from vlm_fix.wing import Host, engine_of
 

@@ -17,6 +17,7 @@ from vlm_fix.session import Session
 from vlm_fix.wing import Host, Wing
 
 from .edits import AttentionEdit
+from .function import edited_attention
 
 STAGES = ("logits", "log_weights", "weights", "heads", "see", "hides")
 
@@ -65,6 +66,7 @@ class AttentionWing(Wing):
         for i, attn in attention_modules(self.host.language).items():
             attn._vlm_fix = LayerHandle(self.host, i, self.stacks[i])
             handles.append(_Attribute(attn, "_vlm_fix"))
+            self.host.attention_functions[i] = functools.partial(edited_attention, attn)
         for i, layer in enumerate(self.host.language.layers):
             if self.watchers[i]:
                 self.host.callbacks["watch", i] = functools.partial(self._show, i)

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 
 from vlm_fix.method import Method
 from vlm_fix.session import Call, Session
 
-if TYPE_CHECKING:
-    from .logits import Step
-    from .loops import Search
+from .search import Search
+from .step import Step
 
 
 @dataclass(frozen=True)

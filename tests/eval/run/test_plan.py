@@ -9,7 +9,7 @@ from rich.console import Console
 
 import vlm_fix
 from vlm_fix import registry
-from vlm_fix.calibration.files import Calibration, sizes
+from vlm_fix.calibrated import Calibration, sizes
 from vlm_fix.errors import VlmFixError
 from vlm_fix.eval import tasks
 from vlm_fix.eval.report import methods_page, page, published

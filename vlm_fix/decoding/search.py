@@ -1,0 +1,147 @@
+"""What a Procedure's own search works with: prompts with their cache, which it extends, copies and rolls back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import DynamicCache, GenerationConfig
+from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
+
+from vlm_fix.errors import VlmFixError
+from vlm_fix.families import prompt_positions
+from vlm_fix.families.compat import cache_of, keeps_columns, with_cache
+from vlm_fix.method import Method
+from vlm_fix.pruning.cache import ShortLayer
+from vlm_fix.session import Call
+from vlm_fix.wing import Host
+
+
+@dataclass
+class Search:
+    """One generate call of a Procedure: a left-padded batch of B prompts, and what generate prepared for it."""
+
+    host: Host
+    call: Call
+    prompt: torch.Tensor  # [B, L] token ids
+    processors: Callable[..., torch.Tensor]  # user's and configuration's: (ids [n, L + t], scores [n, V]) -> scores
+    stopping: Callable[..., torch.Tensor]  # (ids [n, L + t], None) -> [n] booleans
+    config: GenerationConfig
+    streamer: Any
+    inputs: dict[str, Any]  # the model's other inputs
+
+    def prefill(self) -> tuple[Sequences, torch.Tensor]:
+        """The prompts in a cache, and the logits [B, V] after them."""
+        model = self.host.model
+        inputs = model.prepare_inputs_for_generation(self.prompt, is_first_iteration=True, **self.inputs)
+        cache = cache_of(inputs)
+        if cache is None:
+            cache = DynamicCache(config=model.config.get_text_config())
+        out = model(**with_cache(inputs, cache), return_dict=True)
+        _, position = prompt_positions(model, self.host.family, self.call.inputs)
+        mask = self.call.inputs["attention_mask"].to(self.prompt.device)
+        return Sequences(self.host, cache, mask, position), out.logits[:, -1].float()
+
+    def beam_step(
+        self, prompt: torch.Tensor, tokens: torch.Tensor, scores: torch.Tensor, z: torch.Tensor, done: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[tuple[float, torch.Tensor]]]:
+        """One step of beam search for one prompt: n beams tokens [n, t] with `scores` [n] and next logits z [n, V].
+
+        Returns tokens [n, t + 1], scores, the beams they come from (all empty if the search is over), and the up to n
+        finished answers, best first, as (score / length ** length_penalty, tokens).
+        """
+        count, length, penalty = len(tokens), tokens.shape[1] + 1, self.config.length_penalty
+        penalty = 1.0 if penalty is None else penalty
+        log_p = self.processors(torch.cat([prompt, tokens], dim=1), z.log_softmax(dim=-1))
+        best, flat = (scores[:, None] + log_p).view(-1).topk(2 * count)
+        parents, new = flat // z.shape[1], flat % z.shape[1]
+        tokens = torch.cat([tokens[parents], new[:, None]], dim=1)
+        ends = self.stopping(torch.cat([prompt[:1].expand(len(tokens), -1), tokens], dim=1), None).to(best.device)
+        finished = [(float(best[i]) / length**penalty, tokens[i]) for i in range(count) if ends[i]]
+        done = sorted([*done, *finished], key=lambda d: -d[0])[:count]
+        attainable = float(best[0]) / length**penalty
+        full = len(done) == count and (self.config.early_stopping is True or done[-1][0] >= attainable)
+        keep = (~ends).nonzero()[: 0 if full else count, 0]
+        left = len(keep)
+        keep = keep[[min(i, left - 1) for i in range(count if left else 0)]]
+        scores = best[keep]
+        scores[left:] = -1e9  # with several ends there may be too few that go on
+        return tokens[keep], scores, parents[keep], done
+
+    @property
+    def pad(self) -> int:
+        """The id that fills up finished rows."""
+        pad, eos = self.config.pad_token_id, self.config.eos_token_id
+        return pad if pad is not None else eos[0] if isinstance(eos, list) else eos if eos is not None else 0
+
+    def output(self, answers: list[torch.Tensor], **more: Any) -> Any:
+        """Answers [t_b], one for each prompt -> what generate returns; `more` are further fields of its output class."""
+        width = max(len(a) for a in answers)
+        rows = [torch.nn.functional.pad(a, (0, width - len(a)), value=self.pad) for a in answers]
+        sequences: Any = torch.cat([self.prompt, torch.stack(rows)], dim=1)
+        if not self.config.return_dict_in_generate:
+            return sequences
+        kind = GenerateBeamDecoderOnlyOutput if "sequences_scores" in more else GenerateDecoderOnlyOutput
+        return kind(sequences=sequences, **more)
+
+
+@dataclass
+class Sequences:
+    """n sequences with a cache of their own: `mask` [n, L] and next `position` [n] are the prompts'."""
+
+    host: Host
+    cache: Any  # a DynamicCache
+    mask: torch.Tensor
+    position: torch.Tensor
+    length: int = 0  # generated tokens in the cache
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Append tokens [n, k]; the logits [n, V] after the last one."""
+        count, device = tokens.shape[1], tokens.device
+        new = torch.ones(len(tokens), self.length + count, dtype=self.mask.dtype, device=device)
+        positions = self.position.to(device)[:, None] + torch.arange(self.length, self.length + count, device=device)
+        inputs = {
+            "input_ids": tokens,
+            "attention_mask": torch.cat([self.mask, new], dim=1),
+            "position_ids": positions.expand(3, -1, -1) if self.host.family.mrope else positions,
+            "use_cache": True,
+            "logits_to_keep": 1,
+        }
+        out = self.host.model(**with_cache(inputs, self.cache))
+        self.length += count
+        for layer in self.cache.layers:  # a differentiated step must not reach into the next one
+            layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
+        return out.logits[:, -1].float()
+
+    def crop(self, count: int) -> None:
+        """Take the last `count` tokens off again."""
+        if count:
+            self.cache.crop(-count)
+            self.length -= count
+
+    def reorder(self, rows: torch.Tensor) -> None:
+        """Row i becomes what row rows[i] was; rows of one prompt only."""
+        self.cache.reorder_cache(rows)  # type: ignore[arg-type]
+
+    def take(self, rows: torch.Tensor) -> Sequences:
+        """Copies of the given rows, with a cache of their own."""
+        cache = DynamicCache(config=self.host.model.config.get_text_config())
+        for i, layer in enumerate(self.cache.layers):
+            cache.update(layer.keys.index_select(0, rows), layer.values.index_select(0, rows), i)
+            if isinstance(layer, ShortLayer):
+                cache.layers[i] = ShortLayer.of(cache.layers[i], layer.dropped)
+        self.host.sessions[cache] = self.host.sessions[self.cache].take(rows)
+        return Sequences(self.host, cache, self.mask[rows], self.position[rows.to(self.position.device)], self.length)
+
+    def state(self, method: Method) -> dict[Any, Any]:
+        """What `method.see` noted in the last forward."""
+        return self.host.sessions[self.cache].state(method)
+
+    def need_rollback(self, name: str) -> None:
+        """VlmFixError if the cache cannot forget tokens."""
+        if not keeps_columns(self.cache):
+            raise VlmFixError(
+                f"{name} rolls its cache back, which sliding-window and linear attention layers cannot do."
+            )
