@@ -5,7 +5,7 @@ LIMIT ?= 300
 # one worker a core with one thread each: several times faster than one process with a thread a core
 JOBS ?= $(shell python3 -c 'import os; print(max(1, min(8, os.cpu_count() or 1)))' 2>/dev/null || echo 2)
 PYTEST := -m pytest -n $(JOBS) --dist worksteal $(ARGS)
-VERSIONS := tests/test_versions.py tests/test_doctor.py  # what every supported transformers has to pass
+VERSIONS := tests/families/test_versions.py tests/cli/test_doctor.py  # what every supported transformers has to pass
 PIP := pip install -qq
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
@@ -89,9 +89,9 @@ endef
 	.venv-lmms/bin/$(PIP) --no-deps -r tests/eval/harness/lmms.txt
 	@touch $@
 
-.venv-oldest/ready: .venv/dev tests/oldest.txt
+.venv-oldest/ready: .venv/dev tests/families/oldest.txt
 	$(call beside,.venv-oldest)
-	.venv-oldest/bin/$(PIP) --no-deps -r tests/oldest.txt
+	.venv-oldest/bin/$(PIP) --no-deps -r tests/families/oldest.txt
 	@touch $@
 
 .venv-newest/%: .venv/dev

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: tests load nothing from a hub
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 from tests.support.models import BUILD
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import make_inputs, single
 
 import vlm_fix
+from tests.support.models import make_inputs, single
 from vlm_fix.families import compat
 
 RATES = "0.9|0.6|0.4|0.2"
@@ -35,7 +35,7 @@ MODES = {
     "chunked prompt": {"prefill_chunk_size": 11},
     "prompt lookup": {"prompt_lookup_num_tokens": 2},
 }
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 STEPS = 6
 
 
