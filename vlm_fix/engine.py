@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from vlm_fix import attention, compiled, decoding, hidden, inputs, pruning  # noqa: F401 (built-in wings register themselves)
+from vlm_fix import attention, compiled, copies, decoding, hidden, inputs, pruning  # noqa: F401 (built-in wings register themselves)
 from vlm_fix.errors import VlmFixError
 from vlm_fix.families import arch_of, get_part, image_token_ids
 from vlm_fix.families.compat import cache_of, generate_of
@@ -24,7 +24,7 @@ from vlm_fix.forwards import Forwards
 from vlm_fix.method import Method
 from vlm_fix.options import GenerateOptions
 from vlm_fix.session import Call
-from vlm_fix.wing import Wing
+from vlm_fix.wing import ATTRIBUTE, Running, Wing
 
 MISSING: Any = object()
 
@@ -41,8 +41,7 @@ class Engine(Forwards):
         self.tokens = torch.tensor(image_token_ids(model, self.family))
         self.active = [m for m in (m.resolve(self.arch) for m in methods) if not m.neutral]
         self.callbacks, self.attention_functions = {}, {}
-        self.session = self.call = self.main = self.joint = self.probe = None
-        self.touched, self.warned = set(), set()
+        self.running, self.warned = Running(), set()
         self.sessions = weakref.WeakKeyDictionary()
         self.lock, self.installed = threading.RLock(), False
         self.key = compiled.number(self)
@@ -95,7 +94,19 @@ class Engine(Forwards):
     def remove(self) -> None:
         """Restore the model exactly."""
         self.installed = False
+        copies.remove(self)
         self._undo.close()
+
+    @contextlib.contextmanager
+    def away(self) -> Iterator[None]:
+        """The model as it was before `wrap`, for as long as this lasts."""
+        own = {name: vars(self.model).pop(name) for name in (ATTRIBUTE, *copies.PROTOCOL)}
+        self.remove()
+        try:
+            yield
+        finally:
+            self.install()
+            vars(self.model).update(own)
 
     def _put_back_generate(self) -> None:
         """The `generate` that the caller had put on the model, or its class's."""
@@ -131,13 +142,23 @@ class Engine(Forwards):
             wing.refuse(options)
 
     @contextlib.contextmanager
-    def running(self, call: Call) -> Iterator[None]:
-        """`call` is the one that forwards belong to, until this ends."""
+    def during(self, call: Call) -> Iterator[None]:
+        """`call` is the one that this thread's forwards belong to, until this ends."""
         self.call, self.touched = call, set()
         try:
             yield
         finally:
             self.call = self.session = self.main = self.joint = None
+
+    @contextlib.contextmanager
+    def outside(self) -> Iterator[None]:
+        """While `generate` runs the caller's own code: forwards in it are not the call's."""
+        mine = vars(self.running).copy()
+        self.session = self.call = self.main = self.joint = None
+        try:
+            yield
+        finally:
+            vars(self.running).update(mine)
 
     def keep(self, output: Any) -> None:
         """Remember the session of the cache in `generate`'s output, for the next turn; a compiled prefill shows no cache."""
@@ -160,10 +181,10 @@ def generate(engine: Engine, model: Any, *args: Any, **kwargs: Any) -> Any:
     engine.refuse(options)
     with engine.lock, contextlib.ExitStack() as stack:
         call = Call(model, engine.family, options.tensors(), cache=cache_of(options.kwargs))
-        stack.enter_context(engine.running(call))
+        stack.enter_context(engine.during(call))
         for wing in engine.wings:
             stack.enter_context(wing.around_generate(call, options))
-        output = engine.plain_generate(call.inputs["input_ids"], **options.final_kwargs())
+        output = engine.plain_generate(call.inputs["input_ids"], **options.final_kwargs(engine.outside))
         engine.report_unused()
         engine.keep(output)
         for finish in options.finish:

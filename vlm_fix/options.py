@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import GenerationMixin, LogitsProcessorList
+from transformers import GenerationMixin, LogitsProcessorList, StoppingCriteriaList
 
 from vlm_fix.errors import VlmFixError
 
@@ -70,15 +71,26 @@ class GenerateOptions:
         """The prompt's model inputs."""
         return {**{k: v for k, v in self.kwargs.items() if isinstance(v, torch.Tensor)}, "input_ids": self.ids}
 
-    def final_kwargs(self) -> dict[str, Any]:
-        """The keyword arguments for the model's own `generate`."""
+    def final_kwargs(self, outside: Callable[[], AbstractContextManager[None]]) -> dict[str, Any]:
+        """The keyword arguments for the model's own `generate`; the caller's processors and criteria run in `outside()`."""
         kwargs = dict(self.kwargs)
-        if self.processors:
-            kwargs["logits_processor"] = LogitsProcessorList(
-                [*self.processors, *(kwargs.get("logits_processor") or [])]
-            )
-        if (
-            self.setting("compile_config") is None
-        ):  # CUDA graphs, which a static cache starts by itself, replay no Python
-            kwargs.setdefault("disable_compile", True)
+        theirs = [_callers(p, outside) for p in kwargs.get("logits_processor") or []]
+        if self.processors or theirs:
+            kwargs["logits_processor"] = LogitsProcessorList([*self.processors, *theirs])
+        if criteria := kwargs.get("stopping_criteria"):
+            kwargs["stopping_criteria"] = StoppingCriteriaList(_callers(c, outside) for c in criteria)
+        if self.setting("compile_config") is None:
+            kwargs.setdefault("disable_compile", True)  # CUDA graphs, which a static cache starts, replay no Python
         return kwargs
+
+
+def _callers(function: Any, outside: Callable[[], AbstractContextManager[None]]) -> Any:
+    """A processor or criterion of the caller's own, which may run the model; transformers tells its own by their type."""
+    if type(function).__module__.startswith(("transformers.", "vlm_fix.")):
+        return function
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with outside():
+            return function(*args, **kwargs)
+
+    return run

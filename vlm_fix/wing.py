@@ -42,6 +42,23 @@ class JointForward(ABC):
         """The language model's inputs after `edit(session, inputs)` of each block."""
 
 
+class Running(threading.local):
+    """What runs on a model at this moment, in this thread."""
+
+    def __init__(self) -> None:
+        self.session: Session | None = None  # of the forward that is running
+        self.call: Call | None = None  # the running `generate`
+        self.main: Session | None = None  # the main session of the running call
+        self.joint: JointForward | None = None
+        self.probe: Any = None  # the recorder of an observing pass
+        self.touched: set[Method] = set()  # edits that reached a row in this call
+
+
+def _running(name: str) -> Any:
+    """A property of a host that each thread has for itself: forwards in several threads do not meet."""
+    return property(lambda host: getattr(host.running, name), lambda host, value: setattr(host.running, name, value))
+
+
 class Host:
     """What wings and methods see of the engine on a model."""
 
@@ -59,14 +76,16 @@ class Host:
     callbacks: dict[tuple[str, int], Callable[[torch.Tensor], torch.Tensor | None]]  # see compiled.run_callback
     attention_functions: dict[int, Callable[..., Any]]  # by layer, of the language model
     lock: threading.RLock
-    session: Session | None  # of the forward that is running
-    call: Call | None  # the running `generate`
-    main: Session | None  # the main session of the running call
+    running: Running
     sessions: weakref.WeakKeyDictionary[Any, Session]  # by KV cache
-    joint: JointForward | None
-    probe: Any  # the recorder of an observing pass
-    touched: set[Method]  # edits that reached a row in this call
     warned: set[Method]  # methods of which the user was told already
+
+    session = _running("session")
+    call = _running("call")
+    main = _running("main")
+    joint = _running("joint")
+    probe = _running("probe")
+    touched = _running("touched")
 
     @property
     def editing(self) -> Session | None:
@@ -90,9 +109,26 @@ class Host:
         return bool(torch.isin(ids, self.tokens.to(ids.device)).any())
 
 
+def bare(model: Any) -> Any:
+    """The Hugging Face model inside a PEFT model or one from `torch.compile`, which keep it as it is."""
+    while True:
+        inside = vars(model).get("_modules", {})
+        if "_orig_mod" in inside:
+            model = inside["_orig_mod"]
+        elif hasattr(type(model), "get_base_model"):
+            model = model.get_base_model()
+        else:
+            return model
+
+
+def installed(model: Any) -> Any:
+    """The engine on a model, None without one."""
+    return vars(bare(model)).get(ATTRIBUTE)
+
+
 def engine_of(model: Any) -> Any:
     """The engine on a wrapped model; VlmFixError without one."""
-    engine = vars(model).get(ATTRIBUTE)
+    engine = installed(model)
     if engine is None:
         raise VlmFixError("this model is not wrapped: call vlm_fix.wrap(model, method) first.")
     return engine

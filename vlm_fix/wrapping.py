@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from vlm_fix import calibrated
+from vlm_fix import calibrated, copies
 from vlm_fix.decoding import ContrastWing
 from vlm_fix.decoding.term import Term
 from vlm_fix.engine import Engine
@@ -17,7 +17,7 @@ from vlm_fix.errors import VlmFixError
 from vlm_fix.families import arch_of
 from vlm_fix.families.compat import warn_if_untested
 from vlm_fix.registry import Spec, parse
-from vlm_fix.wing import ATTRIBUTE
+from vlm_fix.wing import ATTRIBUTE, bare, installed
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -25,6 +25,7 @@ Model = TypeVar("Model", bound=nn.Module)
 def wrap(model: Model, spec: Spec, calibration: calibrated.Files = None) -> Model:
     """Install one method or a stack of methods on a Hugging Face vision-language model, in place.
 
+    model: also a PEFT model, or one from `torch.compile`: the model inside is wrapped.
     spec: a name ("var"), a spec string ("pai:alpha=0.2,layers=2-31"), a Method, or a list of these. Returns the model.
     calibration: a file of `vlm-fix calibrate`, or several; it fills the parameters that spec does not give. A
     method without one takes calibration/METHOD.json of the checkpoint's folder, if that is there.
@@ -33,7 +34,7 @@ def wrap(model: Model, spec: Spec, calibration: calibrated.Files = None) -> Mode
     """
     if not isinstance(model, torch.nn.Module) and not hasattr(model, "config"):
         raise VlmFixError(f"wrap takes a loaded model, not {model!r}: load it with AutoModelForImageTextToText.")
-    current = vars(model).get(ATTRIBUTE)
+    current = installed(model)
     if current:
         names = "+".join(m.name for m in current.methods)
         raise VlmFixError(
@@ -42,22 +43,23 @@ def wrap(model: Model, spec: Spec, calibration: calibrated.Files = None) -> Mode
     warn_if_untested()
     engine = plan(model, spec, calibration)
     engine.install()
-    vars(model)[ATTRIBUTE] = engine
+    vars(engine.model)[ATTRIBUTE] = engine
+    copies.install(engine, wrap)
     return model
 
 
 def plan(model: Model, spec: Spec, calibration: calibrated.Files = None) -> Engine:
     """The engine that `wrap` would install; raises what it would say of the methods, and touches nothing."""
-    methods = parse(spec)
-    found = calibrated.choose(calibration, model, methods)
+    methods, inside = parse(spec), bare(model)
+    found = calibrated.choose(calibration, inside, methods)
     if found:
-        methods = calibrated.apply(found, methods, arch_of(model))
-    return Engine(model, methods)
+        methods = calibrated.apply(found, methods, arch_of(inside))
+    return Engine(inside, methods)
 
 
 def unwrap(model: Model) -> Model:
     """Take everything off again; the model is bit for bit what it was. Unwrapping an unwrapped model does nothing."""
-    engine = vars(model).pop(ATTRIBUTE, None)
+    engine = vars(bare(model)).pop(ATTRIBUTE, None)
     if engine:
         engine.remove()
     return model
@@ -69,7 +71,7 @@ def contrast_term(model: Any) -> Term | None:
     `.sd` is its standard deviation in nats over the tokens left uncut, None where no step left two; `.squares` and `.dof`
     add up over calls. None without a contrast, before the first call, and after assisted decoding.
     """
-    engine: Engine | None = vars(model).get(ATTRIBUTE)
+    engine: Engine | None = installed(model)
     wing = engine.wing(ContrastWing) if engine else None
     return wing.term if wing else None
 

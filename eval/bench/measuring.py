@@ -14,7 +14,7 @@ from vlm_fix.errors import VlmFixError
 from vlm_fix.families.compat import cache_of
 from vlm_fix.pruning.kinds import CachePruner, TokenPruner
 from vlm_fix.session import VISUAL
-from vlm_fix.wing import ATTRIBUTE
+from vlm_fix.wing import installed
 
 from .clock import peak_mb, timed
 from .models import IMAGE
@@ -103,7 +103,7 @@ def _cache(model: Any, inputs: dict[str, Any], extra: dict[str, Any]) -> tuple[f
     layers = getattr(cache_of(out), "layers", None)
     if not layers or not all(isinstance(layer.keys, torch.Tensor) for layer in layers):
         return None, None
-    engine, aside = vars(model).get(ATTRIBUTE), [getattr(layer, "aside", None) or () for layer in layers]
+    engine, aside = installed(model), [getattr(layer, "aside", None) or () for layer in layers]
     session = engine and engine.sessions.get(cache_of(out))
     if session:
         visual = [int((session.at(i).types == VISUAL).sum()) for i in range(len(layers))]

@@ -24,7 +24,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 import vlm_fix
 from vlm_fix.errors import VlmFixError
 from vlm_fix.eval.tasks import Sample, load_image
-from vlm_fix.wing import ATTRIBUTE
+from vlm_fix.wing import installed
 
 
 class _FirstToken(StoppingCriteria):
@@ -129,7 +129,7 @@ def _seed(seed: int, samples: Sequence[Sample]) -> int:
 
 def _reset_warnings(model: Any) -> None:
     """Reset the warn-once state, so that every batch reports its warnings and not only the discarded warm-up."""
-    engine = vars(model).get(ATTRIBUTE)
+    engine = installed(model)
     if engine:
         engine.warned.clear()
 

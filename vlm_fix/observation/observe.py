@@ -20,7 +20,7 @@ from vlm_fix.hidden.wing import writers
 from vlm_fix.pruning import PruningWing
 from vlm_fix.pruning.pruners import Pruners
 from vlm_fix.session import PAD, VISUAL, Call, Session, View, pad_to
-from vlm_fix.wing import ATTRIBUTE
+from vlm_fix.wing import installed
 
 
 @dataclass(frozen=True)
@@ -297,7 +297,7 @@ def observe(
 @contextlib.contextmanager
 def _engine(model: Any) -> Iterator[Engine]:
     """The engine on the model, or one without methods for as long as this lasts."""
-    engine = vars(model).get(ATTRIBUTE)
+    engine = installed(model)
     if engine and engine.installed:
         yield engine
         return
