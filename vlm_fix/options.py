@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -80,7 +81,12 @@ class GenerateOptions:
         if criteria := kwargs.get("stopping_criteria"):
             kwargs["stopping_criteria"] = StoppingCriteriaList(_callers(c, outside) for c in criteria)
         if self.setting("compile_config") is None:
-            kwargs.setdefault("disable_compile", True)  # CUDA graphs, which a static cache starts, replay no Python
+            # CUDA graphs, which a static cache starts by itself, replay no Python
+            if (config := kwargs.get("generation_config")) is None:
+                kwargs.setdefault("disable_compile", True)
+            else:
+                kwargs["generation_config"] = config = copy.deepcopy(config)
+                config.disable_compile = True
         return kwargs
 
 
