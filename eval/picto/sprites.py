@@ -1,6 +1,6 @@
-"""The sprites of the Picto world: COCO category -> emoji, and the program that cut the PNGs beside this file.
+"""The sprites of the Picto world: COCO category -> emoji, and the program that made the PNGs in sprites/.
 
-Only `load` runs when scenes are drawn. `python -m vlm_fix.eval.picto.sprites` rebuilds sprites/ from a Noto Color Emoji
+Drawing scenes only needs `load`. `python -m vlm_fix.eval.picto.sprites` rebuilds sprites/ from a Noto Color Emoji
 font and from the npm packages emoji-datasource-twitter and @lobehub/fluent-emoji-3d (see sprites/ATTRIBUTION.md).
 """
 
@@ -90,7 +90,7 @@ EMOJI: dict[str, str] = {
 
 @cache
 def load(style: str) -> dict[str, list[Image.Image]]:
-    """Category -> its sprites of one style as 64 x 64 RGBA images, in the order of EMOJI."""
+    """Return category -> its sprites of one style, 64 x 64 RGBA images in the order of EMOJI."""
     if style not in STYLES:
         raise VlmFixError(f"unknown sprite style {style!r}: choose one of {', '.join(STYLES)}.")
     out = {}
@@ -105,7 +105,7 @@ def _file(name: str, i: int) -> str:
 
 
 def _square(img: Image.Image) -> Image.Image:
-    """Crop to what is visible, centre on a square and resize to SIZE."""
+    """Crop to the visible part, centre on a square and resize to SIZE."""
     img = img.convert("RGBA")
     img = img.crop(img.getchannel("A").point(lambda a: 255 * (a > 24)).getbbox())
     side = max(img.size)

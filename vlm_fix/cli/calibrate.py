@@ -8,8 +8,8 @@ from typing import Any
 
 from .common import add, add_json, add_model, add_weights, check_place, written
 
-ABOUT = """METHOD is a name from `vlm-fix methods`, with settings if you like: iri, iri:noise=5. What a method
-finds for itself is found first; --search then tries values of any setting. FILE is read by
+ABOUT = """METHOD is a name from `vlm-fix methods`, optionally with settings: iri, iri:noise=5. The method
+first finds its own parameters; --search then tries values of any setting. FILE is read by
 wrap(model, METHOD, calibration=FILE), by `vlm-fix eval --calibration FILE`, and, as calibration/METHOD.json in the
 folder of a checkpoint, without being named.
 

@@ -56,7 +56,7 @@ def add_images(parser: Any) -> None:
     parser.add_argument("--limit", type=int, metavar="N", help="number of images (500)")
 
 
-def add_json(parser: Any, help: str = "for machines") -> None:
+def add_json(parser: Any, help: str = "print JSON") -> None:
     parser.add_argument("--json", action="store_true", help=help)
 
 

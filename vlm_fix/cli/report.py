@@ -8,8 +8,8 @@ from typing import Any
 
 from .common import add, check_place
 
-ABOUT = """The page loads nothing from anywhere and holds tables, figures and answers side by side. A Markdown file
-with the lines <!-- leaderboard --> and <!-- /leaderboard --> keeps all else that is in it.
+ABOUT = """The page is self-contained: tables, figures and answers side by side. A Markdown file that has the
+lines <!-- leaderboard --> and <!-- /leaderboard --> is only changed between them.
 
   vlm-fix report runs/first runs/second --out report.html
   vlm-fix report results/*/results.json --markdown docs/leaderboard.md"""
