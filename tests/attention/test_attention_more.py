@@ -310,18 +310,6 @@ def test_defaults_fit_every_depth(models, depth):
             assert vlm_fix.parse_spec(resolved.spec()) == replace(resolved, layers="|".join(map(str, resolved.layers)))
 
 
-NEUTRAL = ["tame:gamma=0", "act:beta=1", "act:threshold=1", "paint:alpha=0,beta=0", "cca:positions=false,mask=false"]
-
-
-@pytest.mark.parametrize("spec", NEUTRAL)
-def test_neutral_is_bit_identical(family, model, spec):
-    inputs = make_inputs(family, [1, 2, 0])
-    tokens, logits, _ = greedy(model, inputs)
-    with vlm_fix.wrapped(model, spec):
-        t, seen, _ = greedy(model, inputs)
-    assert torch.equal(t, tokens) and torch.equal(seen, logits)
-
-
 def test_stack_with_pruning_and_contrast(family, model):
     """Encoder scores for PAINT beside a pruner's own; the scores follow the tokens that are kept."""
     images, stack = [1, 2, 1], ["hiprune:keep=6", "paint", "tame", "act:threshold=0.06", "vcd:beta=0.01"]
