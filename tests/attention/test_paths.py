@@ -121,7 +121,7 @@ def test_paths_agree_in_a_padded_batch(family, model, spec, paths):
 
 
 @pytest.mark.filterwarnings("ignore:var changed nothing in this call")
-def test_the_choice(models, paths):
+def test_share_of_rows_chooses_columns_or_the_row_kernel(models, paths):
     """A quarter of the rows or more: columns; fewer, decode rows and edits that need weights: the row kernel."""
     model, short, long = models["llava"], single("llava", [1], 0), single("llava", [1], 0, text=40)
     length = short["input_ids"].shape[1]

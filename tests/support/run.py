@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
+from transformers.generation.streamers import BaseStreamer
+
+from tests.support.models import BUILD, single
 
 VAR_TINY = "tau=2.2,min_visual_mass=0.1,rho=0.2,layers=1-3"  # random weights have no massive activations: lower gates
 STEPS = 8
@@ -39,3 +44,22 @@ def works_unwrapped(model, inputs, option):
         right = False
     assert right or "prefill_chunk_size" in option
     return right
+
+
+@functools.cache
+def works(family, number):
+    """True if the model without a method can do the option with this number."""
+    return works_unwrapped(BUILD[family](), single(family, [1, 2], 1), OPTIONS[number])
+
+
+class Streamed(BaseStreamer):
+    """A streamer that keeps the tokens of one prompt and its answer."""
+
+    def __init__(self):
+        self.tokens, self.ended = [], False
+
+    def put(self, value):
+        self.tokens += value.flatten().tolist()
+
+    def end(self):
+        self.ended = True

@@ -1,0 +1,69 @@
+"""The page and its server."""
+
+import contextlib
+import socket
+import sys
+import types
+import urllib.request
+
+import pytest
+
+gr = pytest.importorskip("gradio", reason="the demo needs gradio")
+
+from vlm_fix import cli  # noqa: E402
+from vlm_fix.demo import app, compare  # noqa: E402
+from vlm_fix.demo.page import stop_with  # noqa: E402
+
+
+def test_the_page_is_built(catalogue):
+    page = app.build(catalogue)
+    labels = {getattr(block, "label", None) for block in page.blocks.values()}
+    assert {"Image", "Prompt", "Baseline", "Methods 1", "Methods 3", "As Python", "Number of scenes"} <= labels
+    folders = [block for block in page.blocks.values() if getattr(block, "elem_id", None) == "folder"]
+    assert [block.visible for block in folders] == [False]  # others may reach this page
+
+
+def test_each_visitor_stops_their_own_run():
+    stops = {"me": compare.Stop(), "you": compare.Stop()}
+    mine, yours = stops.values()
+    with gr.Blocks() as page:
+        stop_with(page, gr.Button(), stops)
+    press, leave = (event.fn for event in page.fns.values())
+    press(types.SimpleNamespace(session_hash="nobody"))
+    press(types.SimpleNamespace(session_hash="me"))
+    assert mine.is_set() and not yours.is_set() and len(stops) == 2
+    leave(types.SimpleNamespace(session_hash="you"))
+    assert yours.is_set() and list(stops) == ["me"]
+
+
+def test_without_gradio_one_sentence(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.delitem(sys.modules, "vlm_fix.demo.app")
+    assert cli.main(["demo"]) == 2
+    assert "pip install '.[demo]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("where", [["--port", "99999"], ["--host", "203.0.113.9"]])
+def test_an_address_that_cannot_be_served(where, capsys):
+    assert cli.main(["demo", *where]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: The page cannot be served on") and error.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_only_this_machine_and_small_files(site):
+    port = int(site.rsplit(":", 1)[1])
+    with socket.socket() as other, contextlib.suppress(OSError):
+        other.connect((socket.gethostbyname(socket.gethostname()), port))
+        assert other.getpeername()[0].startswith("127.")
+    body = (
+        b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
+        + bytes(21 << 20)
+        + b"\r\n--x--\r\n"
+    )
+    request = urllib.request.Request(
+        f"{site}/gradio_api/upload", body, {"Content-Type": "multipart/form-data; boundary=x"}
+    )
+    with pytest.raises(urllib.error.HTTPError) as error:
+        urllib.request.urlopen(request)
+    assert error.value.code == 413

@@ -1,0 +1,193 @@
+"""The page in a browser."""
+
+import io
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytest.importorskip("gradio", reason="the demo needs gradio")
+
+from tests.demo.shared import PROMPT, last
+from tests.support.paths import ROOT
+from vlm_fix.demo import compare, examples
+from vlm_fix.eval import picto
+
+
+@pytest.mark.slow
+def test_in_a_browser(page, artifacts, loaded, scene):
+    page.click("#go")
+    page.wait_for_selector("#pane2 .card.done", timeout=60_000)
+    panes = last(compare.compare(loaded, scene, PROMPT, [["vcd"], ["vhr"]]))
+    for i, pane in enumerate(panes):
+        assert page.inner_text(f"#pane{i} .said") == pane.text.strip()
+    assert page.locator("mark.hallucinated").count() >= 1
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    page.screenshot(path=artifacts / "compare-phone.png", full_page=True)
+
+    page.get_by_text("vcd: settings").click()
+    number = page.get_by_label("number input for alpha").first
+    number.fill("2")
+    number.press("Tab")
+    page.wait_for_timeout(500)
+    page.locator("#examples button.thumbnail-item").nth(1).click()
+    page.wait_for_timeout(500)
+    page.click("#go")
+    page.wait_for_function("document.querySelector('#pane1 h3').innerText == 'vcd:alpha=2.0'")
+    page.wait_for_selector("#pane2 .card.done", timeout=60_000)
+    page.get_by_text("Copy what was run").click()
+    page.wait_for_selector("#python >> text=vcd:alpha=2.0")
+    assert 'find("scene:1")' in page.inner_text("#python")
+    assert "--method vcd:alpha=2.0,vhr" in page.inner_text("#command")
+    page.locator("#m1 input").fill("icd")
+    page.locator("#m1 input").press("Enter")
+    page.wait_for_selector("#pane1 .card.failed >> text=vcd and icd both contrast")
+
+
+@pytest.mark.slow
+def test_two_sessions_in_a_browser(browser, site, loaded, tmp_path):
+    pages = [browser.new_context().new_page() for _ in range(2)]
+    for i, page in enumerate(pages):
+        page.goto(site)
+        page.wait_for_selector("#pane2")
+        page.locator("#examples button.thumbnail-item").nth(i + 1).click()
+        page.wait_for_timeout(1000)
+    for page in pages:
+        page.click("#go")
+    for i, page in enumerate(pages):
+        page.wait_for_selector("#pane2 .card.done", timeout=60_000)
+        examples.scenes()[i + 1].image.save(tmp_path / "scene.png")
+        panes = last(compare.compare(loaded, tmp_path / "scene.png", PROMPT, [["vcd"], ["vhr"]]))
+        assert [page.inner_text(f"#pane{n} .said") for n in range(3)] == [pane.text.strip() for pane in panes]
+        page.context.close()
+
+
+@pytest.mark.slow
+def test_pictures_of_the_tabs(browser, site, artifacts):
+    """As on a desk, light and dark; `docs/images` has some of them."""
+    page = browser.new_page(viewport={"width": 1360, "height": 900}, device_scale_factor=1.25)
+    page.goto(site)
+    page.wait_for_selector("#pane2")
+    page.locator("#count label").nth(2).click()
+    page.click("#go")
+    page.wait_for_selector("#pane3 .card.done", timeout=60_000)
+    tops = [page.locator(f"#pane{i}").bounding_box()["y"] for i in range(4)]
+    assert max(tops) - min(tops) < 5, "four panes stand beside each other"
+    take(page, artifacts / "demo.png")
+    page.locator("#pane3 mark.hallucinated").first.click()
+    page.wait_for_selector("#maps >> text=patches reach the last layer", timeout=60_000)
+    assert page.locator("#maps figure").count() == 4
+    take(page, artifacts / "demo-inside.png")
+    page.get_by_role("tab", name="Benchmark").click()
+    page.get_by_text("Open earlier results").click()
+    page.fill("#folder textarea, #folder input", str(ROOT / "results/picto-shift"))
+    page.press("#folder textarea, #folder input", "Enter")
+    page.wait_for_selector("#table table")
+    take(page, artifacts / "demo-benchmark.png")
+    page.close()
+
+
+def take(page, file):
+    """Two pictures of a page; dark must not show light cards, nor light dark ones."""
+    shades = []
+    for mode in ("dark", "light"):
+        page.evaluate(f"document.body.classList.toggle('dark', {str(mode == 'dark').lower()})")
+        page.wait_for_timeout(400)
+        path = file if mode == "light" else file.with_stem(f"{file.stem}-dark")
+        page.screenshot(path=path, full_page=True)
+        shades.append(np.asarray(Image.open(path).convert("L")))
+    assert np.median(shades[0]) < 80 and np.median(shades[1]) > 200
+
+
+@pytest.mark.slow
+def test_looking_inside_in_a_browser(page, artifacts):
+    page.get_by_role("tab", name="Look inside").click()
+    page.wait_for_selector("#look-notice >> text=Compare something first")
+    page.get_by_role("tab", name="Compare").click()
+    page.click("#go")
+    page.wait_for_selector("#pane2 .card.done", timeout=60_000)
+    page.locator("#pane0 mark.hallucinated").first.click()
+    page.wait_for_selector("#maps figure img", timeout=60_000)
+    assert (
+        page.inner_text("#answer .word[aria-pressed=true]") == page.inner_text("#answer .word.hallucinated") == "ball"
+    )
+    assert page.locator("#maps figure").count() == 2 and not page.locator("#look-notice .notice").count()
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    before = page.get_attribute("#maps figure:nth-child(2) img", "src")
+    page.locator("#answer .word").nth(4).focus()  # the keyboard reaches every word
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#answer .word[data-word='4'][aria-pressed=true]")
+    assert page.get_attribute("#maps figure:nth-child(2) img", "src") != before
+    page.get_by_label("vhr", exact=True).click()
+    page.wait_for_selector("#maps >> text=vhr minus baseline", timeout=60_000)
+    page.locator("#heads .thumbs button").nth(2).click()
+    page.wait_for_selector("#maps >> text=/layer \\d, head \\d/")
+    page.screenshot(path=artifacts / "inside-phone.png", full_page=True)
+
+
+@pytest.mark.slow
+def test_a_benchmark_in_a_browser(page, artifacts, tmp_path):
+    page.get_by_role("tab", name="Benchmark").click()
+    page.get_by_label("number input for Number of scenes").fill("200")
+    page.get_by_label("number input for Number of scenes").press("Tab")
+    page.click("#run")
+    page.wait_for_selector("#bar >> text=/baseline: [1-9]/", timeout=60_000)
+    page.click("#halt")
+    page.wait_for_selector("#bar >> text=/stopped after [1-9]/", timeout=60_000)
+    page.get_by_label("number input for Number of scenes").fill("5")
+    page.get_by_label("number input for Number of scenes").press("Tab")
+    page.click("#run")
+    page.wait_for_selector("#figure img", timeout=120_000)
+    page.wait_for_selector("#bar >> text=/answers in/")
+    assert page.locator("#table table").count() >= 3 and page.locator("#table td small").count() > 10
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    with page.expect_download() as download:
+        page.click("#save")
+    shutil.unpack_archive(download.value.path(), tmp_path / "out", "zip")
+    assert (tmp_path / "out/samples.jsonl").exists()
+    page.get_by_text("Open earlier results").click()
+    page.locator("#upload ~ input[type=file], #open input[type=file]").first.set_input_files(
+        {"name": "results.json", "mimeType": "application/json", "buffer": b"{}"}
+    )
+    page.wait_for_selector("#bench-notice .notice >> text=This is no results.json")
+    page.fill("#folder textarea, #folder input", str(ROOT / "results/picto-shift"))
+    page.press("#folder textarea, #folder input", "Enter")
+    page.wait_for_selector("#table >> text=300 scenes")
+    page.screenshot(path=artifacts / "benchmark-phone.png", full_page=True)
+
+
+@pytest.mark.slow
+def test_models_in_a_browser(page):
+    box = page.locator("#model input")
+    box.fill("/nowhere/${1+1}{{name}}<b>")
+    box.press("Enter")
+    page.wait_for_selector("#model-notice .notice >> text=could not be loaded")
+    assert "/nowhere/${1+1}{{name}}<b>" in page.inner_text("#model-notice")
+    page.click("#go")
+    page.wait_for_selector("#notice .notice >> text=could not be loaded")
+    box.fill(str(picto.model_path("picto-llava")))
+    box.press("Enter")
+    page.wait_for_selector("#about >> text=7 million parameters")
+    page.click("#go")
+    page.wait_for_selector("#pane2 .card.done", timeout=60_000)
+    assert page.locator("#notice .notice").count() == 0
+
+
+@pytest.mark.slow
+def test_a_bad_upload_in_a_browser(page):
+    page.locator("#image button[aria-label*='Clear'], #image button[aria-label*='Remove']").first.click()
+    upload = page.locator("#image input[type=file]").first
+    upload.set_input_files({"name": "bad.png", "mimeType": "image/png", "buffer": b"not an image"})
+    page.wait_for_selector("#notice .notice")
+    assert page.inner_text("#notice") == "This file is not a readable image: give a PNG, JPEG, WEBP, BMP, GIF file."
+    good = io.BytesIO()
+    Image.new("RGB", (50, 40), "blue").save(good, "PNG")
+    page.locator("#image button[aria-label*='Clear'], #image button[aria-label*='Remove']").first.click()
+    page.locator("#image input[type=file]").first.set_input_files(
+        {"name": "good.png", "mimeType": "image/png", "buffer": good.getvalue()}
+    )
+    page.wait_for_selector("#notice .notice", state="detached")
+    page.click("#go")
+    page.wait_for_selector("#pane2 .card.done", timeout=60_000)
+    assert page.locator("mark.grounded").count() == 1  # the legend's alone: no truth is known
