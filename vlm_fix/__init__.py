@@ -11,20 +11,49 @@ from typing import TYPE_CHECKING, Any
 from vlm_fix.errors import VlmFixError
 
 if TYPE_CHECKING:
-    from .attention.edits import AttentionEdit, Columns
+    from .attention.edits import (
+        AttentionEdit,
+        ColumnEdit,
+        ColumnFactors,
+        ColumnMasker,
+        FewColumnsEdit,
+        HeadEdit,
+        LayerInputReader,
+        LogWeightEdit,
+        PromptStart,
+        QueryKeyReader,
+        ScoreEdit,
+        Unchanged,
+        WeightEdit,
+        WeightReader,
+    )
     from .decoding.kinds import Contrast, LogitEdit, Procedure
     from .hidden.edit import HiddenEdit
+    from .memory import Memory
     from .method import Layers, Method, param
     from .observation.observe import Observation, observe
     from .pruning.kinds import TokenPruner
     from .registry import list_methods, parse_spec
+    from .scope import RowScope
     from .wrapping import contrast_term, unwrap, wrap, wrapped
 
 __version__ = "0.1.0"
 _HOMES = {  # imported on first use: scoring files and `--help` need no torch
     "attention.edits": (
         "AttentionEdit",
-        "Columns",
+        "ColumnEdit",
+        "ColumnFactors",
+        "ColumnMasker",
+        "FewColumnsEdit",
+        "HeadEdit",
+        "LayerInputReader",
+        "LogWeightEdit",
+        "PromptStart",
+        "QueryKeyReader",
+        "ScoreEdit",
+        "Unchanged",
+        "WeightEdit",
+        "WeightReader",
     ),
     "decoding.kinds": (
         "Contrast",
@@ -32,6 +61,7 @@ _HOMES = {  # imported on first use: scoring files and `--help` need no torch
         "Procedure",
     ),
     "hidden.edit": ("HiddenEdit",),
+    "memory": ("Memory",),
     "method": (
         "Layers",
         "Method",
@@ -46,6 +76,7 @@ _HOMES = {  # imported on first use: scoring files and `--help` need no torch
         "list_methods",
         "parse_spec",
     ),
+    "scope": ("RowScope",),
     "wrapping": (
         "contrast_term",
         "unwrap",
@@ -55,16 +86,30 @@ _HOMES = {  # imported on first use: scoring files and `--help` need no torch
 }
 __all__ = [
     "AttentionEdit",
-    "Columns",
+    "ColumnEdit",
+    "ColumnFactors",
+    "ColumnMasker",
     "Contrast",
+    "FewColumnsEdit",
+    "HeadEdit",
     "HiddenEdit",
+    "LayerInputReader",
     "Layers",
+    "LogWeightEdit",
     "LogitEdit",
+    "Memory",
     "Method",
     "Observation",
     "Procedure",
+    "PromptStart",
+    "QueryKeyReader",
+    "RowScope",
+    "ScoreEdit",
     "TokenPruner",
+    "Unchanged",
     "VlmFixError",
+    "WeightEdit",
+    "WeightReader",
     "contrast_term",
     "list_methods",
     "observe",

@@ -1,7 +1,7 @@
 """What a method is. The dataclass of a method is its configuration, its command-line options and its demo sliders.
 
 A method never stores run-time state on itself: what it must remember lives in the Session of one call
-(`rows.state`, `session.state(self)`), keyed by layer, as tensors that lead with the batch dimension.
+(`rows.memory`, `session.memory`), as tensors that lead with the batch dimension.
 """
 
 from __future__ import annotations

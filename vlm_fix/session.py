@@ -14,9 +14,12 @@ from typing import Any, TypeVar
 import torch
 
 from vlm_fix.errors import VlmFixError
+from vlm_fix.memory import ColumnCache, ForwardCache, Memory, with_rows
 from vlm_fix.method import Method
+from vlm_fix.scope import RowRange, RowScope
 
 T = TypeVar("T")
+M = TypeVar("M", bound=Memory)
 
 PAD, TEXT, VISUAL = 0, 1, 2
 SLACK = 256  # generated columns for which masks are made in advance
@@ -111,13 +114,26 @@ class Session:
     last_visual: list[int] = field(default_factory=list)  # per sample, -1 without an image
     kept: Any = None  # pruning.before.Kept, once visual tokens were dropped
     views: dict[int, View] = field(default_factory=dict)  # layer -> the columns it still has, where some were dropped
-    states: dict[int, dict[Any, Any]] = field(default_factory=dict)
+    states: dict[Any, Any] = field(default_factory=dict)  # see `memory` and `state`
     tap: Callable[[int, torch.Tensor], None] | None = None  # sees the per-head outputs [B, H, q, D] of each layer
     plain: bool = False  # no edits: a pass that only observes
     looks: dict[int, Any] = field(default_factory=dict)  # of such a pass: layer -> its probe
     answer: torch.Tensor | None = None  # second branch: [B', t] ids of the columns after the prompt
     parts: dict[type, Any] = field(default_factory=dict)  # what wings keep here, each in a class of its own
-    _masks: dict[Any, Any] = field(default_factory=dict)  # what this forward's layers share; "wide" masks last longer
+    forward: ForwardCache = field(default_factory=ForwardCache)
+    columns: ColumnCache = field(default_factory=ColumnCache)
+
+    def memory(self, method: Method, kind: type[M]) -> M:
+        """What `method` remembers in this session, as a `kind` of Memory; made on first use."""
+        key = id(method), kind
+        if key not in self.states:
+            self.states[key] = kind()
+        return self.states[key]
+
+    def forget(self, method: Method) -> None:
+        """Drop everything that is remembered for `method`."""
+        for key in [k for k in self.states if k == id(method) or (isinstance(k, tuple) and k[0] == id(method))]:
+            del self.states[key]
 
     @property
     def fresh(self) -> bool:
@@ -131,7 +147,7 @@ class Session:
         return self.parts[cls]
 
     def state(self, method: Method) -> dict[Any, Any]:
-        """What `method` remembers in this session."""
+        """What a pruner remembers in this session, by keys of its own."""
         return self.states.setdefault(id(method), {})
 
     def advance(self, past: int, types: torch.Tensor) -> None:
@@ -147,7 +163,8 @@ class Session:
             self.views.clear()
         self.types, self.start, self.length = types, past, types.shape[1] - past
         grown = past > 0 and bool((types[:, past:] == TEXT).all())
-        self._masks = {k: v for k, v in self._masks.items() if grown and k[0] == "wide"}
+        self.forward = ForwardCache()
+        self.columns = self.columns if grown else ColumnCache()
         if past == 0 or not grown:
             columns = torch.arange(types.shape[1], device=types.device)
             self.last_visual = torch.where(types == VISUAL, columns, -1).amax(dim=1).tolist()
@@ -156,15 +173,13 @@ class Session:
         """Repeat every row `times` times in place, like a beam search does with its inputs."""
 
         def grow(value: Any) -> Any:
-            if isinstance(value, torch.Tensor) and value.dim():
-                return value.repeat_interleave(times, dim=0)
-            return {k: grow(v) for k, v in value.items()} if isinstance(value, dict) else value
+            return with_rows(value, lambda x: x.repeat_interleave(times, dim=0))
 
         states = grow(self.states)
         for session in {id(s): s for s in (self, *self.views.values())}.values():
             session.states = states
             session.types = grow(session.types)
-            session._masks = {}
+            session.forward, session.columns = ForwardCache(), ColumnCache()
             session.last_visual = [v for v in session.last_visual for _ in range(times)]
             if isinstance(session, View):
                 session.index = grow(session.index)
@@ -209,15 +224,12 @@ class Session:
         """A session of the given rows, for a cache that was copied row by row."""
 
         def pick(value: Any) -> Any:
-            if isinstance(value, torch.Tensor) and value.dim():
-                return value.index_select(0, rows.to(value.device))
-            return {k: pick(v) for k, v in value.items()} if isinstance(value, dict) else value
+            return with_rows(value, lambda x: x.index_select(0, rows.to(x.device)))
 
         def copy(session: Session, **changes: Any) -> Any:
             last = [session.last_visual[i] for i in rows.tolist()]
-            return dataclasses.replace(
-                session, types=pick(session.types), last_visual=last, parts=dict(session.parts), _masks={}, **changes
-            )
+            changes |= {"types": pick(session.types), "last_visual": last, "parts": dict(session.parts)}
+            return dataclasses.replace(session, forward=ForwardCache(), columns=ColumnCache(), **changes)
 
         new = copy(self, states=pick(self.states), kept=self.kept and self.kept.take(rows), views={})
         copies: dict[int, View] = {}
@@ -294,8 +306,8 @@ class Session:
     def masks(self, width: int, device: torch.device) -> dict[str, torch.Tensor]:
         """[B, 1, 1, width] boolean masks of the columns an attention layer sees: visual, before, after (text)."""
         total = self.types.shape[1]
-        if (width, device) not in self._masks:
-            wide = self._masks.get(("wide", device))
+        if (width, device) not in self.forward.kinds:
+            wide = self.columns.kinds.get(device)
             if wide is None or wide["visual"].shape[-1] < total or width > total:
                 # generated columns are text: masks of the next SLACK steps are made at once. A cache's unused end is not.
                 slack, kind = (SLACK, TEXT) if width <= total else (width - total, PAD)
@@ -309,18 +321,19 @@ class Session:
                 made = {"visual": visual, "before": before, "after": text & later & any_image}
                 wide = {k: v[:, None, None].to(device) for k, v in made.items()}
                 if width <= total:
-                    self._masks["wide", device] = wide
+                    self.columns.kinds[device] = wide
             offset = max(0, total - width)  # sliding-window layers keep only the newest columns
-            self._masks[width, device] = {k: v[..., offset : offset + width] for k, v in wide.items()}
-        return self._masks[width, device]
+            self.forward.kinds[width, device] = {k: v[..., offset : offset + width] for k, v in wide.items()}
+        return self.forward.kinds[width, device]
 
-    def first_rows(self, rows: str) -> list[int]:
-        """Per sample, the first edited query row of this forward, relative to it (>= length: none)."""
-        if rows == "all":
-            return [0] * len(self.last_visual)
-        last_prompt = self.prompt_len - 1
-        first = [last_prompt if rows == "last" else min(v + 1, last_prompt) for v in self.last_visual]
-        return [max(f - self.start, 0) for f in first]
+    def rows_in(self, scope: RowScope, needs_image: bool) -> RowRange:
+        """The rows of this forward in `scope`; none of the samples without an image if `needs_image`."""
+        last, after = self.prompt_len - 1, scope is RowScope.AFTER_IMAGE
+        starts = []
+        for image in self.last_visual:
+            start = 0 if scope is RowScope.ALL else min(image + 1, last) if after else last
+            starts.append(self.length if needs_image and image < 0 else max(start - self.start, 0))
+        return RowRange(tuple(starts), self.length)
 
 
 @dataclass
@@ -341,8 +354,7 @@ class View(Session):
 
     def attention_mask(self, device: torch.device) -> torch.Tensor | None:
         """[B, 1, q, K] True where this forward's rows may look; None if that is plain causal attention."""
-        key = (-self.length, device)
-        if key not in self._masks:
+        if device not in self.forward.allowed:
             valid = (self.types != PAD).to(device)
             mask = None
             if not bool(valid.all()) or (self.start and self.length > 1):
@@ -350,8 +362,8 @@ class View(Session):
                 rows = columns[self.start :, None]
                 # a row of padding sees itself: no kernel then meets a row without any column
                 mask = ((columns <= rows) & valid[:, None] | (columns == rows))[:, None]
-            self._masks[key] = {} if mask is None else {"allowed": mask}
-        return self._masks[key].get("allowed")
+            self.forward.allowed[device] = mask
+        return self.forward.allowed[device]
 
 
 @dataclass
@@ -366,9 +378,9 @@ class Rows:
     before: torch.Tensor
     after: torch.Tensor
 
-    @property
-    def state(self) -> dict[Any, Any]:
-        return self.session.state(self.method)
+    def memory(self, kind: type[M]) -> M:
+        """What the method remembers in the session, see `Session.memory`."""
+        return self.session.memory(self.method, kind)
 
     @property
     def prefill(self) -> bool:
@@ -376,13 +388,13 @@ class Rows:
         return self.session.start < self.session.prompt_len
 
     def once(self, make: Callable[[Rows], T]) -> T:
-        """make(self), a method of the edit, made once in a forward and shared by the layers with the same columns."""
-        place = ("once", id(self.method), make.__name__, self.visual.shape[-1], self.visual.device)
-        of, made = self.session._masks.get(place, (None, None))
-        if of is not self.positions:  # the first layer, or another chunk of rows
+        """make(self), a method of the edit, computed once a forward and shared by the layers with the same columns."""
+        place = (id(self.method), make.__name__, self.visual.shape[-1], self.visual.device)
+        positions, made = self.session.forward.once.get(place, (None, None))
+        if positions is not self.positions:  # the first layer, or another chunk of rows
             made = make(self)
-            self.session._masks[place] = self.positions, made
-        return made
+            self.session.forward.once[place] = self.positions, made
+        return made  # type: ignore[return-value]
 
     def columns(self, mask: torch.Tensor, layer: int | None = None) -> torch.Tensor:
         """[B, n] booleans over the columns seen so far -> [B, 1, 1, K]; columns that came later are False.
@@ -402,13 +414,13 @@ class Rows:
         It is made once for `mask` (that very tensor) and kept while generated columns, 0 in every group, are added.
         """
         session, width = self.session, self.visual.shape[-1]
-        place, total = ("wide", id(self.method), self.layer, self.visual.device), session.types.shape[1]
-        of, wide = session._masks.get(place, (None, self.visual))
+        place, total = (id(self.method), self.layer, self.visual.device), session.types.shape[1]
+        of, wide = session.columns.groups.get(place, (None, self.visual))
         if of is not mask or wide.shape[-1] < max(total, width):
             device = self.visual.device
             made = make(pad_to(mask, total).to(device), (session.types == VISUAL).to(device))
             wide = torch.nn.functional.pad(made, (0, max(0, width - total) + SLACK))
-            session._masks[place] = mask, wide
+            session.columns.groups[place] = mask, wide
         offset = max(0, total - width)
         return wide[..., offset : offset + width]
 

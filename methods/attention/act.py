@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 
 import vlm_fix
-from vlm_fix import AttentionEdit, VlmFixError, param
+from vlm_fix import FewColumnsEdit, Memory, QueryKeyReader, RowScope, Unchanged, VlmFixError, param
 from vlm_fix.arch import Arch
 from vlm_fix.attention import AttentionWing
-from vlm_fix.attention.kernel import Scores, column_means
+from vlm_fix.attention.inputs import QueryRows
+from vlm_fix.attention.kernel import column_means
 from vlm_fix.attention.sinks import secondary_sinks
 from vlm_fix.calibration.search import answer_scores
 from vlm_fix.method import parse_heads
@@ -21,8 +22,13 @@ from vlm_fix.sample import Sample
 from vlm_fix.session import PAD, Rows, Session
 
 
+@dataclass
+class ACTMemory(Memory):
+    sinks: dict[int, torch.Tensor] = field(default_factory=dict)  # layer -> [B, H, n] booleans, in the edited heads
+
+
 @dataclass(frozen=True)
-class ACT(AttentionEdit):
+class ACT(FewColumnsEdit, QueryKeyReader):
     """Takes attention from sinks other than the first one and hands it to all other columns in proportion.
 
     While the prompt is read, column j of head h is a sink iff the mean of A[h, i, j] over the rows i that see it exceeds
@@ -39,8 +45,9 @@ class ACT(AttentionEdit):
 
     name: ClassVar[str] = "act"
     paper: ClassVar[str] = "https://arxiv.org/abs/2406.15765"
-    spares: ClassVar[str] = "any"
-    marks: ClassVar[bool] = True
+    row_scope = RowScope.ALL
+    may_leave_unchanged: ClassVar[Unchanged] = Unchanged.ANY_ROW
+    tracks_columns: ClassVar[bool] = True
     needs_image: ClassVar[bool] = False
     idle_reason: ClassVar[str] = "no column but the first was a sink of its heads; lower threshold."
 
@@ -64,10 +71,6 @@ class ACT(AttentionEdit):
         return dataclasses.replace(method, layers=tuple(i for i in method.layers if i in listed))
 
     @property
-    def rows(self) -> str:
-        return "all"
-
-    @property
     def neutral(self) -> bool:
         return self.beta == 1 or self.head_list == () or (self.threshold == 1 and self.sinks == "mass")
 
@@ -79,38 +82,40 @@ class ACT(AttentionEdit):
         if session.start == 0:
             found = secondary_sinks(session, kwargs, self.life, self.name)[:, :, None]
             heads = session.call.model.__dict__["_vlm_fix_engine"].arch.heads
-            layers = [i for i in range(len(found)) if i in (self.layers or ())]
-            session.state(self).update({i: found[i] & self.heads_of(i, heads, found.device) for i in layers})
+            sinks = session.memory(self, ACTMemory).sinks
+            for i in (i for i in range(len(found)) if i in (self.layers or ())):
+                sinks[i] = found[i] & self.heads_of(i, heads, found.device)
         return kwargs
 
-    def scan(self, q: torch.Tensor, k: torch.Tensor, allowed: torch.Tensor | None, scores: Scores, rows: Rows) -> None:
-        """state[layer] = [B, H, n] booleans of the prompt's sinks, in the heads that are edited."""
-        session = rows.session
-        assert session.types is not None and session.prompt_len is not None
+    def read_queries_and_keys(self, inputs: QueryRows, rows: Rows) -> None:
+        """Find the prompt's sinks."""
+        session, device = rows.session, inputs.query.device
         if self.sinks != "mass" or not rows.prefill:
             return
         session.need_whole_prompt(self.name)
-        real = (session.types != PAD).to(q.device)
+        real = (session.types != PAD).to(device)
         prompt = real[:, session.start :] & (rows.positions < session.prompt_len)
-        found = column_means(q, k, allowed, scores, prompt) > self.threshold
+        found = column_means(inputs, prompt) > self.threshold
         found = found & rows.columns(real)[:, :, 0]
-        found = found & (found.cumsum(dim=-1) > 1) & self.heads_of(rows.layer, q.shape[1], q.device)
+        found = found & (found.cumsum(dim=-1) > 1) & self.heads_of(rows.layer, found.shape[1], device)
         hidden = session.types.shape[1] - found.shape[-1]  # columns that a sliding window has left behind
-        rows.state[rows.layer] = torch.nn.functional.pad(found, (max(0, hidden), 0))[..., : session.types.shape[1]]
+        seen = torch.nn.functional.pad(found, (max(0, hidden), 0))[..., : session.types.shape[1]]
+        rows.memory(ACTMemory).sinks[rows.layer] = seen
 
-    def weights(self, a: torch.Tensor, rows: Rows) -> torch.Tensor:
-        sink = rows.groups(rows.state[rows.layer], lambda sink, visual: sink.to(a.dtype))
-        return self.reweigh(a, sink[:, :, None], rows)
+    def edit_weights(self, weights: torch.Tensor, rows: Rows) -> torch.Tensor:
+        sinks = rows.memory(ACTMemory).sinks[rows.layer]
+        sink = rows.groups(sinks, lambda sink, visual: sink.to(weights.dtype))
+        return self.reweight(weights, sink[:, :, None], rows)
 
-    def apart(self, rows: Rows) -> torch.Tensor:
-        sinks = rows.state[rows.layer]
+    def separate_columns(self, rows: Rows) -> torch.Tensor:
+        sinks = rows.memory(ACTMemory).sinks[rows.layer]
         return rows.columns(sinks.flatten(0, 1)).view(*sinks.shape[:2], 1, -1)
 
-    def reweigh(self, a: torch.Tensor, sink: torch.Tensor, rows: Rows) -> torch.Tensor:
-        sinks = a * sink
-        rest = a - sinks
+    def reweight(self, weights: torch.Tensor, separate: torch.Tensor, rows: Rows) -> torch.Tensor:
+        sinks = weights * separate
+        rest = weights - sinks
         inside, outside = sinks.sum(dim=-1, keepdim=True), rest.sum(dim=-1, keepdim=True)
-        gain = 1 + (1 - self.beta) * inside / outside.clamp(min=torch.finfo(a.dtype).tiny)
+        gain = 1 + (1 - self.beta) * inside / outside.clamp(min=torch.finfo(weights.dtype).tiny)
         return torch.addcmul(sinks * torch.where(outside > 0, self.beta, 1.0), rest, gain)
 
     def heads_of(self, layer: int, heads: int, device: torch.device) -> torch.Tensor:

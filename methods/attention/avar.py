@@ -7,12 +7,12 @@ from typing import ClassVar
 
 import torch
 
-from vlm_fix import AttentionEdit, Columns, param
+from vlm_fix import ColumnEdit, ColumnFactors, RowScope, param
 from vlm_fix.session import Rows
 
 
 @dataclass(frozen=True)
-class AVAR(AttentionEdit):
+class AVAR(ColumnEdit):
     """Raises the visual attention score, VAS = mean over layers, heads and output rows of sum A[V] / sum A[S].
 
     z[V] <- visual z[V];   z[S] <- (1 - system) z[S], before the mask and softmax, on prompt rows after the image and on
@@ -25,6 +25,7 @@ class AVAR(AttentionEdit):
 
     name: ClassVar[str] = "avar"
     paper: ClassVar[str] = "https://arxiv.org/abs/2603.03825"
+    row_scope = RowScope.AFTER_IMAGE
 
     visual: float = param(1.15, "factor on the image columns' scores", low=0)
     system: float = param(
@@ -32,13 +33,9 @@ class AVAR(AttentionEdit):
     )
 
     @property
-    def rows(self) -> str:
-        return "after_image"
-
-    @property
     def neutral(self) -> bool:
         return self.visual == 1 and self.system == 0
 
-    def columns(self, rows: Rows) -> Columns:
+    def column_factors(self, rows: Rows) -> ColumnFactors:
         visual = torch.full(rows.visual.shape, self.visual, device=rows.visual.device)
-        return Columns(torch.where(rows.visual, visual, torch.where(rows.before, 1 - self.system, 1.0)))
+        return ColumnFactors(torch.where(rows.visual, visual, torch.where(rows.before, 1 - self.system, 1.0)))

@@ -7,10 +7,15 @@ from typing import Any, ClassVar
 
 import torch
 
-from vlm_fix import Method, VlmFixError, param
+from vlm_fix import Memory, Method, VlmFixError, param
 from vlm_fix.families import image_cells
 from vlm_fix.families.compat import cache_of
 from vlm_fix.session import PAD, VISUAL, Session
+
+
+@dataclass
+class CCAMemory(Memory):
+    shift: torch.Tensor | None = None  # [B, 1] what is added to the positions of generated tokens
 
 
 @dataclass(frozen=True)
@@ -40,22 +45,20 @@ class CCA(Method):
         return not (self.positions or self.mask)
 
     def prepare(self, session: Session, kwargs: dict[str, Any]) -> dict[str, Any]:
-        types, state = session.types, session.state(self)
-        assert types is not None
+        types, memory = session.types, session.memory(self, CCAMemory)
         if session.kept:
             raise VlmFixError("cca needs every token of the image's grid; use it without a pruning method.")
         if not bool((types[:, session.start :] == VISUAL).any()):
-            shift = state.get("shift")
-            if not self.positions or shift is None:
+            if not self.positions or memory.shift is None:
                 return kwargs
-            return {**kwargs, "position_ids": moved(session, kwargs, shift)}
+            return {**kwargs, "position_ids": moved(session, kwargs, memory.shift)}
         session.need_whole_prompt(self.name)
         if session.start:
             raise VlmFixError(
                 "cca numbers the images of a conversation together: for a new image pass all of it, without the kept cache."
             )
         ring, image, shift = self.places(session)
-        state["shift"] = shift[:, -1:]
+        memory.shift = shift[:, -1:]
         if self.mask:
             kwargs = {**kwargs, "attention_mask": self.allowed(session, kwargs, ring, image)}
         if self.positions:
@@ -89,7 +92,6 @@ class CCA(Method):
     ) -> torch.Tensor:
         """[B, 1, q, K] booleans: causal without padding, and rings within each image."""
         types, cache = session.types, cache_of(kwargs)
-        assert types is not None
         text = session.call.model.config.get_text_config()
         window = "sliding_attention" if getattr(text, "sliding_window", None) else "full_attention"
         kinds = getattr(text, "layer_types", None) or [window]  # Mistral's windows are in every layer, and not listed
@@ -115,7 +117,6 @@ def moved(
     """
     places = kwargs.get("position_ids")
     if places is None:
-        assert session.types is not None
         places = torch.arange(session.start, session.types.shape[1], device=session.types.device)[None]
     if session.call.family.mrope and places.dim() == 3:
         axes = places[-3:] if image is None else torch.where(image > 0, places[-3:-2], places[-3:])

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch.nn.functional import pad
 
-from vlm_fix import AttentionEdit, VlmFixError, param
+from vlm_fix import PromptStart, RowScope, Unchanged, VlmFixError, WeightEdit, param
 from vlm_fix.arch import Arch
-from vlm_fix.attention.preview import Look, preview
+from vlm_fix.attention.preview import PlainWeights, preview
 from vlm_fix.calibration.search import best_value
 from vlm_fix.sample import Sample
 from vlm_fix.session import VISUAL, Call, Rows, Session
 from vlm_fix.words import content_columns
 
-from .saliency import saliency, top_half
+from .saliency import GIFTMemory, saliency_map, top_half
 
 
-@dataclass(frozen=True)
-class GIFT(AttentionEdit):
+@dataclasses.dataclass(frozen=True)
+class GIFT(WeightEdit, PromptStart):
     """Amplifies attention to what the eyes turned to while the question was read, and to the question by as much.
 
     At `source_layer`, for query tokens q (prompt text after the images): shift = sum_q relu(A[q, V] - A[q-1, V]).
@@ -43,8 +42,8 @@ class GIFT(AttentionEdit):
 
     name: ClassVar[str] = "gift"
     paper: ClassVar[str] = "https://arxiv.org/abs/2510.22067"
-    spares: ClassVar[str] = "prompt"
-    marks: ClassVar[bool] = True
+    may_leave_unchanged: ClassVar[Unchanged] = Unchanged.PROMPT_ROWS
+    tracks_columns: ClassVar[bool] = True
 
     alpha: float | None = param(None, "strength: the most salient column's weight grows by exp(alpha)", low=0, high=50)
     source_layer: int | None = param(None, "layer whose attention gives the map", low=0)
@@ -81,61 +80,58 @@ class GIFT(AttentionEdit):
         return isinstance(self.layers, tuple) and self.layers[0] < (self.source_layer or 0)
 
     @property
-    def rows(self) -> str:
-        return "last" if self.prepares else "after_image"
+    def row_scope(self) -> RowScope:
+        return RowScope.LAST if self.prepares else RowScope.AFTER_IMAGE
 
     @property
     def neutral(self) -> bool:
         return self.alpha == 0
 
-    def begin(self, session: Session, call: Call) -> None:
-        """A new turn on a kept cache asks a new question."""
-        session.state(self).clear()
+    def on_prompt(self, session: Session, call: Call) -> None:
+        """Forget the question of an earlier turn on a kept cache."""
+        session.forget(self)
 
     def prepare(self, session: Session, kwargs: dict[str, Any]) -> dict[str, Any]:
-        assert self.source_layer is not None and session.prompt_len is not None
+        assert self.source_layer is not None
         if session.start < session.prompt_len and max(session.last_visual) >= 0:
-            preview(session, kwargs, {self.source_layer: Look(self, self.look)})
+            preview(session, kwargs, {self.source_layer: PlainWeights(self, self.read)})
         return kwargs
 
-    def weights(self, a: torch.Tensor, rows: Rows) -> torch.Tensor:
-        assert rows.session.prompt_len is not None
+    def edit_weights(self, weights: torch.Tensor, rows: Rows) -> torch.Tensor:
         if rows.layer == self.source_layer and rows.prefill and not self.prepares:
-            self.look(a, rows)
-        if "map" not in rows.state or (rows.layer == self.source_layer and not self.edit_source):
-            return a
+            self.read(weights, rows)
+        m = rows.memory(GIFTMemory).saliency
+        if m is None or (rows.layer == self.source_layer and not self.edit_source):
+            return weights
         answering = rows.positions >= rows.session.prompt_len - 1
-        return torch.where(answering[:, None], self.enhanced(a, rows), a)
+        return torch.where(answering[:, None], self.enhanced(weights, m, rows), weights)
 
-    def look(self, a: torch.Tensor, rows: Rows) -> None:
-        """Add the gaze shifts of these rows to state["shift"] [B, H, n]; at the last one, set state["map"] [B, n]."""
-        session, state = rows.session, rows.state
-        assert session.types is not None and session.prompt_len is not None
-        total = session.types.shape[1]  # over the session's columns, whatever this layer sees of them
+    def read(self, a: torch.Tensor, rows: Rows) -> None:
+        """Add the shifts of these rows [B, H, R, K]; after the prompt's last one, make the saliency map."""
+        session, memory, total = rows.session, rows.memory(GIFTMemory), rows.session.types.shape[1]
         seen = pad(a * rows.visual, (max(0, total - a.shape[-1]), 0))[..., :total]
-        previous = state.get("previous", seen[:, :, 0])
+        previous = seen[:, :, 0] if memory.previous is None else memory.previous
         previous = torch.cat([pad(previous, (0, total - previous.shape[-1]))[:, :, None], seen[:, :, :-1]], dim=2)
         last = torch.tensor(session.last_visual, device=a.device)
         query = (rows.positions >= last[:, None] + 2) & (rows.positions < session.prompt_len)
         if self.pos == "content":
             query = query & content_columns(session).to(a.device)[:, rows.positions]
         shift = ((seen - previous).clamp(min=0) * query[:, None, :, None]).sum(dim=2)
-        if "shift" in state:  # what an earlier chunk of the prompt saw before another image came does not count
-            old = pad(state["shift"], (0, total - state["shift"].shape[-1]))
-            shift = shift + old * (state["last"] == last)[:, None, None]
-        state.update(shift=shift, previous=seen[:, :, -1], last=last)
+        if memory.shift is not None:  # what an earlier chunk of the prompt saw before another image came does not count
+            old = pad(memory.shift, (0, total - memory.shift.shape[-1]))
+            shift = shift + old * (memory.last_image == last)[:, None, None]
+        memory.shift, memory.previous, memory.last_image = shift, seen[:, :, -1], last
         if int(rows.positions[-1]) >= session.prompt_len - 1:
-            state["map"] = saliency(shift, session.types == VISUAL)
+            memory.saliency = saliency_map(shift, session.types == VISUAL)
 
-    def enhanced(self, a: torch.Tensor, rows: Rows) -> torch.Tensor:
-        """The edit of weights [B, H, R, K]."""
-        types, prompt_len = rows.session.types, rows.session.prompt_len
-        assert types is not None and prompt_len is not None and self.alpha is not None
-        prompt = torch.arange(types.shape[1], device=a.device).expand(types.shape) < prompt_len
-        query, made_in = rows.after & rows.columns(prompt), -1 if self.prepares else self.source_layer
+    def enhanced(self, a: torch.Tensor, m: torch.Tensor, rows: Rows) -> torch.Tensor:
+        """The edit of weights [B, H, R, K] by the saliency map m [B, n]."""
+        columns = torch.arange(rows.session.types.shape[1], device=a.device).expand(rows.session.types.shape)
+        query = rows.after & rows.columns(columns < rows.session.prompt_len)
         seeing = top_half((a * rows.visual).sum(dim=-1))[..., None] & rows.visual
         reading = top_half((a * query).sum(dim=-1))[..., None] & query
-        new = torch.where(seeing, a * (self.alpha * rows.columns(rows.state["map"], made_in)).exp(), a)
+        m = (self.alpha or 0.0) * rows.columns(m, -1 if self.prepares else self.source_layer)
+        new = torch.where(seeing, a * m.exp(), a)
         tiny = torch.finfo(a.dtype).tiny
         before, after = ((x * seeing).sum(dim=(1, 3), keepdim=True) for x in (a, new))
         new = torch.where(reading, new * after / before.clamp(min=tiny), new)
@@ -149,6 +145,6 @@ class GIFT(AttentionEdit):
         best = best_value(model, self, "source_layer", range(depth), samples, progress)
         if best is None:
             raise VlmFixError(
-                "gift: no source layer makes this model answer these questions better; use others, or more."
+                "gift: no source layer makes this model answer these questions better; use others or more."
             )
         return {"source_layer": best}

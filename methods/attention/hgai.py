@@ -7,13 +7,13 @@ from typing import Any, ClassVar
 
 import torch
 
-from vlm_fix import AttentionEdit, param
+from vlm_fix import ScoreEdit, param
 from vlm_fix.arch import Arch
 from vlm_fix.session import Rows
 
 
 @dataclass(frozen=True)
-class HGAI(AttentionEdit):
+class HGAI(ScoreEdit):
     """Adds to every head's image scores what all heads together think of each image column.
 
     z[h, V] <- z[h, V] + alpha mean_h' |z[h', V]|, before the mask and softmax, on the last prompt row and decode rows.
@@ -34,5 +34,6 @@ class HGAI(AttentionEdit):
     def neutral(self) -> bool:
         return self.alpha == 0
 
-    def logits(self, z: torch.Tensor, rows: Rows) -> torch.Tensor:
-        return torch.where(rows.visual, z + self.alpha * z.abs().mean(dim=1, keepdim=True), z)
+    def edit_scores(self, scores: torch.Tensor, rows: Rows) -> torch.Tensor:
+        raised = scores + self.alpha * scores.abs().mean(dim=1, keepdim=True)
+        return torch.where(rows.visual, raised, scores)

@@ -8,13 +8,13 @@ from typing import Any, ClassVar
 
 import torch
 
-from vlm_fix import AttentionEdit, param
+from vlm_fix import LogWeightEdit, Unchanged, param
 from vlm_fix.arch import Arch
 from vlm_fix.session import Rows
 
 
 @dataclass(frozen=True)
-class LocoRE(AttentionEdit):
+class LocoRE(LogWeightEdit):
     """Strengthens attention from the current step to the tokens generated just before.
 
     A[last, j] <- (1 + beta) A[last, j] for the `window` most recent output columns j, renormalised, that is
@@ -28,7 +28,7 @@ class LocoRE(AttentionEdit):
 
     name: ClassVar[str] = "locore"
     paper: ClassVar[str] = "https://arxiv.org/abs/2601.20279"
-    spares: ClassVar[str] = "prompt"
+    may_leave_unchanged: ClassVar[Unchanged] = Unchanged.PROMPT_ROWS
     needs_image: ClassVar[bool] = False
     idle_reason: ClassVar[str] = "it acts from the second token on; generate more."
 
@@ -48,7 +48,7 @@ class LocoRE(AttentionEdit):
     def bias(self, rows: Rows) -> torch.Tensor:
         """[R, K]: log(1 + beta) on each row's most recent output columns, else 0."""
         session, width = rows.session, rows.visual.shape[-1]
-        assert session.types is not None and session.prompt_len is not None and self.beta is not None
+        assert self.beta is not None
         offset = max(0, session.types.shape[1] - width)  # sliding-window layers keep only the newest columns
         columns = torch.arange(offset, offset + width, device=rows.visual.device)
         age = rows.positions[:, None] - columns

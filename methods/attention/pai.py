@@ -7,14 +7,14 @@ from typing import Any, ClassVar
 
 import torch
 
-from vlm_fix import AttentionEdit, Contrast, param
+from vlm_fix import Contrast, ScoreEdit, param
 from vlm_fix.arch import Arch
 from vlm_fix.decoding.contrast import plausible
 from vlm_fix.session import Call, Rows
 
 
 @dataclass(frozen=True)
-class PAI(AttentionEdit, Contrast):
+class PAI(ScoreEdit, Contrast):
     """Raises the raw attention scores of image columns on the row that predicts the next token.
 
     z[V] <- z[V] + alpha |z[V]|, before the mask and softmax, on the last prompt row and every decode row.
@@ -45,8 +45,8 @@ class PAI(AttentionEdit, Contrast):
     def contrasts(self) -> bool:
         return self.gamma > 1
 
-    def logits(self, z: torch.Tensor, rows: Rows) -> torch.Tensor:
-        return torch.where(rows.visual, z + self.alpha * z.abs(), z) if self.alpha else z
+    def edit_scores(self, scores: torch.Tensor, rows: Rows) -> torch.Tensor:
+        return torch.where(rows.visual, scores + self.alpha * scores.abs(), scores) if self.alpha else scores
 
     def negative(self, call: Call) -> dict[str, torch.Tensor]:
         return call.without_images()

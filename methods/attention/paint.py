@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 
-from vlm_fix import AttentionEdit, VlmFixError, param
+from vlm_fix import Memory, ScoreEdit, VlmFixError, WeightEdit, param
 from vlm_fix.arch import Arch
 from vlm_fix.pruning.encoder import ImageTokens
 from vlm_fix.session import VISUAL, Rows, Session, pad_to
 
 
+@dataclass
+class PAINTMemory(Memory):
+    strength: torch.Tensor | None = None  # [B, n] alpha on local tokens, beta on summary tokens, 0 elsewhere
+    added: dict[int, torch.Tensor] = field(default_factory=dict)  # layer -> what its `edit_weights` adds
+
+
 @dataclass(frozen=True)
-class PAINT(AttentionEdit):
+class PAINT(ScoreEdit, WeightEdit):
     """Raises the raw scores of the image tokens that the vision encoder's class token looks at, early and late.
 
     With s_l the class token's attention to the N patches in encoder layer l: summary = patches with
@@ -32,7 +38,7 @@ class PAINT(AttentionEdit):
 
     name: ClassVar[str] = "paint"
     paper: ClassVar[str] = "https://arxiv.org/abs/2501.12206"
-    marks: ClassVar[bool] = True
+    tracks_columns: ClassVar[bool] = True
 
     alpha: float = param(0.7, "share of |z| added to the scores of local tokens", low=0)
     beta: float = param(0.3, "share of |z| added to the scores of summary tokens", low=0)
@@ -56,10 +62,10 @@ class PAINT(AttentionEdit):
             )
         method = super().resolve(arch)
         assert isinstance(method, PAINT)
-        for field in ("local_layer", "summary_layer"):
-            if getattr(method, field) not in arch.vision_full:
+        for name in ("local_layer", "summary_layer"):
+            if getattr(method, name) not in arch.vision_full:
                 names = ", ".join(map(str, arch.vision_full))
-                raise VlmFixError(f"paint: {field}={getattr(method, field)} must be a full-attention layer: {names}.")
+                raise VlmFixError(f"paint: {name}={getattr(method, name)} must be a full-attention layer: {names}.")
         return method
 
     @property
@@ -79,33 +85,36 @@ class PAINT(AttentionEdit):
         return result.masked_fill(late > high + 1.5 * (high - low), self.beta)
 
     def prepare(self, session: Session, kwargs: dict[str, Any]) -> dict[str, Any]:
-        assert session.types is not None
         if bool((session.types[:, session.start :] == VISUAL).any()):
             if "pixel_values_videos" in session.call.inputs:
                 raise VlmFixError("paint scores the tokens of images, no video; pass its frames as images, or unwrap.")
             values = [self.strengths(image) for image in session.call.views]
             tokens = session.call.model.__dict__["_vlm_fix_engine"].tokens
-            new, state = session.on_images(torch.cat(values or [torch.zeros(0)]), tokens), session.state(self)
-            seen = (
-                pad_to(state.get("strength", new), session.start) if session.start else new[:, :0]
-            )  # of earlier turns
-            state["strength"] = torch.cat([seen, new[:, session.start :]], dim=1)
+            new, memory = (
+                session.on_images(torch.cat(values or [torch.zeros(0)]), tokens),
+                session.memory(self, PAINTMemory),
+            )
+            earlier = new if memory.strength is None else memory.strength
+            earlier = pad_to(earlier, session.start) if session.start else new[:, :0]
+            memory.strength = torch.cat([earlier, new[:, session.start :]], dim=1)
         return kwargs
 
     def strength(self, rows: Rows) -> torch.Tensor:
         """[B, 1, 1, K]"""
-        return rows.columns(rows.state["strength"], -1) if "strength" in rows.state else rows.visual * 0.0
+        strength = rows.memory(PAINTMemory).strength
+        return rows.visual * 0.0 if strength is None else rows.columns(strength, -1)
 
-    def logits(self, z: torch.Tensor, rows: Rows) -> torch.Tensor:
-        added = rows.once(self.strength) * z.abs()
+    def edit_scores(self, scores: torch.Tensor, rows: Rows) -> torch.Tensor:
+        added = rows.once(self.strength) * scores.abs()
         if self.head_scale == "all":
-            return z + added
-        rows.state["added", rows.layer] = added  # for `weights`, which follows on the same rows
-        return z
+            return scores + added
+        rows.memory(PAINTMemory).added[rows.layer] = added  # for `edit_weights`, which follows on the same rows
+        return scores
 
-    def weights(self, a: torch.Tensor, rows: Rows) -> torch.Tensor:
+    def edit_weights(self, weights: torch.Tensor, rows: Rows) -> torch.Tensor:
+        a = weights
         if self.head_scale == "all":
             return a
         seen = (a * rows.visual).sum(dim=-1, keepdim=True)
         scale = seen / seen.amax(dim=1, keepdim=True).clamp(min=torch.finfo(a.dtype).tiny)
-        return (a.log() + scale * rows.state.pop(("added", rows.layer))).softmax(dim=-1).nan_to_num(0.0)
+        return (a.log() + scale * rows.memory(PAINTMemory).added.pop(rows.layer)).softmax(dim=-1).nan_to_num(0.0)

@@ -1,11 +1,23 @@
-"""From shifts of attention between the words of a question to one map over the image (GIFT)."""
+"""GIFT's saliency map over the image, from shifts of attention between the words of a question."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
+from vlm_fix import Memory
 
-def saliency(shift: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
+
+@dataclass
+class GIFTMemory(Memory):
+    shift: torch.Tensor | None = None  # [B, H, n] the shifts of the question's rows so far
+    previous: torch.Tensor | None = None  # [B, H, n] the last row's weights on the image
+    last_image: torch.Tensor | None = None  # [B] the last image column when `shift` was summed
+    saliency: torch.Tensor | None = None  # [B, n] m, once the question was read
+
+
+def saliency_map(shift: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
     """Summed shifts [B, H, n] and the image columns [B, n] -> m [B, n] in [0, 1], 0 outside the images.
 
     Mean over the half of the heads that shifted most, clamped to mean +- 3 std and scaled over the image.

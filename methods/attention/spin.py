@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 
-from vlm_fix import AttentionEdit, param
+from vlm_fix import HeadEdit, Memory, ScoreEdit, param
 from vlm_fix.arch import Arch
 from vlm_fix.session import Rows
 
 
+@dataclass
+class SPINMemory(Memory):
+    """factors: layer -> the factors [B, H, R] of its heads, in chunks of rows; between its two stages only."""
+
+    factors: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+
+
 @dataclass(frozen=True)
-class SPIN(AttentionEdit):
+class SPIN(ScoreEdit, HeadEdit):
     """Turns down the heads that look at the image least, anew at each step.
 
     With s_h = sum z[h, V] over raw scores: on the last prompt row and decode rows, the int(keep H) heads with the
@@ -40,14 +47,16 @@ class SPIN(AttentionEdit):
     def neutral(self) -> bool:
         return self.keep == 1 or self.epsilon == 1
 
-    def logits(self, z: torch.Tensor, rows: Rows) -> torch.Tensor:
+    def edit_scores(self, scores: torch.Tensor, rows: Rows) -> torch.Tensor:
+        """Choose the heads; the scores stay as they are."""
         assert self.keep is not None
+        z = scores
         kept = (z * rows.visual).sum(dim=-1).topk(max(1, int(self.keep * z.shape[1])), dim=1).indices
         factor = torch.full(z.shape[:3], self.epsilon, dtype=z.dtype, device=z.device)
-        rows.state.setdefault(rows.layer, []).append(
-            factor.scatter(1, kept, 1.0)
-        )  # for `heads`, after all chunks of rows
-        return z
+        chunks = rows.memory(SPINMemory).factors.setdefault(rows.layer, [])
+        chunks.append(factor.scatter(1, kept, 1.0))
+        return scores
 
-    def heads(self, o: torch.Tensor, rows: Rows) -> torch.Tensor:
-        return o * torch.cat(rows.state.pop(rows.layer), dim=2)[..., None].to(o.dtype)
+    def edit_heads(self, outputs: torch.Tensor, rows: Rows) -> torch.Tensor:
+        chunks = rows.memory(SPINMemory).factors.pop(rows.layer)
+        return outputs * torch.cat(chunks, dim=2)[..., None].to(outputs.dtype)

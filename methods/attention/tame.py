@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 
-from vlm_fix import AttentionEdit, param
-from vlm_fix.attention.edits import Columns
-from vlm_fix.attention.kernel import Scores
+from vlm_fix import ColumnEdit, ColumnFactors, Memory, QueryKeyReader, RowScope, param
+from vlm_fix.attention.inputs import QueryRows
 from vlm_fix.session import PAD, Rows
 
 
+@dataclass
+class TAMEMemory(Memory):
+    """factors: layer -> the factor [B, q] of each row of the running forward."""
+
+    factors: dict[int, torch.Tensor] = field(default_factory=dict)
+
+
 @dataclass(frozen=True)
-class TAME(AttentionEdit):
+class TAME(ColumnEdit, QueryKeyReader):
     """Sharpens attention by the size of the queries and keys, which is said to keep anchor tokens from spreading.
 
         z <- (1 + gamma / log tr(Q Q^T)) (1 + gamma / log tr(K K^T)) z, before the mask and softmax, on every row,
@@ -31,24 +37,20 @@ class TAME(AttentionEdit):
 
     name: ClassVar[str] = "tame"
     paper: ClassVar[str] = "https://openreview.net/forum?id=zGb4WgCW5i"
-    marks: ClassVar[bool] = True
+    row_scope = RowScope.ALL
+    tracks_columns: ClassVar[bool] = True
     needs_image: ClassVar[bool] = False
-    shared: ClassVar[bool] = False
+    same_in_all_layers: ClassVar[bool] = False
 
     gamma: float = param(0.8, "strength: share that 1 / log(trace) adds to the scores, for queries and for keys", low=0)
-
-    @property
-    def rows(self) -> str:
-        return "all"
 
     @property
     def neutral(self) -> bool:
         return self.gamma == 0
 
-    def scan(self, q: torch.Tensor, k: torch.Tensor, allowed: torch.Tensor | None, scores: Scores, rows: Rows) -> None:
-        """state[layer] = the factor [B, q] of each row of this forward."""
-        session = rows.session
-        assert session.types is not None and session.prompt_len is not None
+    def read_queries_and_keys(self, inputs: QueryRows, rows: Rows) -> None:
+        """Compute the factors of this forward's rows."""
+        session, q, k = rows.session, inputs.query, inputs.key
         if rows.prefill:
             session.need_whole_prompt(self.name)
         real = session.types != PAD
@@ -60,10 +62,11 @@ class TAME(AttentionEdit):
         last = rows.positions.clamp(min=session.prompt_len - 1) - hidden
         traces = queries, keys.cumsum(dim=1)[:, last.clamp(max=k.shape[2] - 1)]
         factors = [1 + self.gamma / trace.log().clamp(min=1) for trace in traces]
-        rows.state[rows.layer] = factors[0] * factors[1]
+        rows.memory(TAMEMemory).factors[rows.layer] = factors[0] * factors[1]
 
-    def columns(self, rows: Rows) -> Columns:
-        return Columns(rows=rows.state[rows.layer][:, None, rows.positions - rows.session.start, None])
+    def column_factors(self, rows: Rows) -> ColumnFactors:
+        factors = rows.memory(TAMEMemory).factors[rows.layer]
+        return ColumnFactors(row_factor=factors[:, None, rows.positions - rows.session.start, None])
 
 
 def size(x: torch.Tensor) -> torch.Tensor:

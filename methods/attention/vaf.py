@@ -7,13 +7,13 @@ from typing import Any, ClassVar
 
 import torch
 
-from vlm_fix import AttentionEdit, Columns, param
+from vlm_fix import ColumnEdit, ColumnFactors, RowScope, param
 from vlm_fix.arch import Arch
 from vlm_fix.session import Rows
 
 
 @dataclass(frozen=True)
-class VAF(AttentionEdit):
+class VAF(ColumnEdit):
     """Multiplies raw scores in the middle layers: image columns up, system-prompt columns down.
 
     z[V] <- enhance z[V];   z[S] <- suppress z[S], before the mask and softmax, on prompt rows after the image and on
@@ -27,6 +27,7 @@ class VAF(AttentionEdit):
 
     name: ClassVar[str] = "vaf"
     paper: ClassVar[str] = "https://arxiv.org/abs/2503.13107"
+    row_scope = RowScope.AFTER_IMAGE
 
     enhance: float = param(1.15, "factor on the image columns' scores", low=0)
     suppress: float = param(0.95, "factor on the scores of text before the image", low=0)
@@ -35,13 +36,9 @@ class VAF(AttentionEdit):
         return {"layers": f"{round(9 / 32 * arch.depth)}-{round(14 / 32 * arch.depth)}"}
 
     @property
-    def rows(self) -> str:
-        return "after_image"
-
-    @property
     def neutral(self) -> bool:
         return self.enhance == 1 and self.suppress == 1
 
-    def columns(self, rows: Rows) -> Columns:
+    def column_factors(self, rows: Rows) -> ColumnFactors:
         enhance = torch.full(rows.visual.shape, self.enhance, device=rows.visual.device)
-        return Columns(torch.where(rows.visual, enhance, torch.where(rows.before, self.suppress, 1.0)))
+        return ColumnFactors(torch.where(rows.visual, enhance, torch.where(rows.before, self.suppress, 1.0)))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 
-from vlm_fix import AttentionEdit, Method, VlmFixError, param
+from vlm_fix import LayerInputReader, Memory, Method, RowScope, Unchanged, VlmFixError, WeightEdit, param
 from vlm_fix.arch import Arch
 from vlm_fix.attention.sinks import massive_ratios, secondary_sinks
 from vlm_fix.families import arch_of
@@ -26,8 +26,14 @@ SINK_DIMS = {
 }
 
 
+@dataclass
+class VARMemory(Memory):
+    sinks: dict[int, torch.Tensor] = field(default_factory=dict)  # layer -> [B, n] booleans of the columns so far
+    dims: dict[int, torch.Tensor] = field(default_factory=dict)  # layer -> [B, C] detected massive dimensions
+
+
 @dataclass(frozen=True)
-class VAR(AttentionEdit):
+class VAR(WeightEdit, LayerInputReader):
     """Moves attention from sink tokens to the other image tokens, in heads that look at the image.
 
     On a layer's input x, column j is a sink iff max_{d in sink_dims} |x_jd| / rms(x_j) > tau (prompt columns only, text
@@ -46,8 +52,9 @@ class VAR(AttentionEdit):
 
     name: ClassVar[str] = "var"
     paper: ClassVar[str] = "https://arxiv.org/abs/2503.03321"
-    spares: ClassVar[str] = "any"
-    marks: ClassVar[bool] = True
+    row_scope = RowScope.AFTER_IMAGE
+    may_leave_unchanged: ClassVar[Unchanged] = Unchanged.ANY_ROW
+    tracks_columns: ClassVar[bool] = True
     idle_reason: ClassVar[str] = (
         "no image token was a sink (lower tau, or give sink_dims or another detector), or no head looked at the image enough "
         "(lower min_visual_mass or rho)."
@@ -65,10 +72,8 @@ class VAR(AttentionEdit):
 
     def defaults(self, arch: Arch) -> dict[str, Any]:
         sizes = (arch.family.name, arch.text_type, arch.hidden, arch.depth)
-        fits = (
-            d for (*key, words), d in SINK_DIMS.items() if (*key,) == sizes and 0 <= arch.vocab - words < 512
-        )  # padded
-        known = next(fits, None)
+        vocab = range(arch.vocab - 511, arch.vocab + 1)  # it may be padded
+        known = next((dims for (*key, words), dims in SINK_DIMS.items() if (*key,) == sizes and words in vocab), None)
         return {"layers": f"{min(2, arch.depth - 1)}-", "sink_dims": known}
 
     def resolve(self, arch: Arch) -> Method:
@@ -78,10 +83,6 @@ class VAR(AttentionEdit):
                 f"var: sink_dims={dims} do not fit this model, which has dimensions 0 to {arch.hidden - 1}."
             )
         return super().resolve(arch)
-
-    @property
-    def rows(self) -> str:
-        return "after_image"
 
     @property
     def neutral(self) -> bool:
@@ -94,31 +95,33 @@ class VAR(AttentionEdit):
     def prepare(self, session: Session, kwargs: dict[str, Any]) -> dict[str, Any]:
         if session.start == 0:
             found = secondary_sinks(session, kwargs, self.life, self.name)
-            session.state(self).update({i: found[i] for i in range(len(found)) if i in (self.layers or ())})
+            sinks = {i: found[i] for i in range(len(found)) if i in (self.layers or ())}
+            session.memory(self, VARMemory).sinks.update(sinks)
         return kwargs
 
-    def watch(self, x: torch.Tensor, layer: int, session: Session) -> None:
-        """Note the sinks among the new prompt columns: state[layer] is [B, columns so far]."""
-        assert session.types is not None and session.prompt_len is not None
+    def read_layer_input(self, hidden: torch.Tensor, layer: int, session: Session) -> None:
+        """Find the sinks among the new prompt columns."""
         if session.start >= session.prompt_len or self.detector == "secondary":
             return
-        x = x.float()
+        x = hidden.float()
         ratio = x.abs() / (x.square().mean(dim=-1, keepdim=True) + 1e-6).sqrt()
-        state, types = session.state(self), session.types.to(x.device)
+        memory, types = session.memory(self, VARMemory), session.types.to(x.device)
         if self.sink_dims is not None:
             phi = ratio[..., list(self.sink_dims)].amax(dim=-1)
         else:
             if session.start == 0:
                 first = (types != PAD).int().argmax(dim=1)
-                state["dims", layer] = ratio[torch.arange(len(x), device=x.device), first] > self.tau  # [B, hidden]
-            phi = (ratio * state["dims", layer][:, None]).amax(dim=-1)
+                memory.dims[layer] = ratio[torch.arange(len(x), device=x.device), first] > self.tau  # [B, hidden]
+            phi = (ratio * memory.dims[layer][:, None]).amax(dim=-1)
         new = torch.arange(session.start, types.shape[1], device=x.device)
         real = (types[:, session.start :] != PAD) & (new < session.prompt_len)  # assisted decoding adds guesses at once
         sinks = (phi > self.tau) & real
-        state[layer] = torch.cat([pad_to(state[layer], session.start), sinks], dim=1) if session.start else sinks
+        earlier = [pad_to(memory.sinks[layer], session.start)] if session.start else []
+        memory.sinks[layer] = torch.cat([*earlier, sinks], dim=1)
 
-    def weights(self, a: torch.Tensor, rows: Rows) -> torch.Tensor:
-        groups, tiny = rows.groups(rows.state[rows.layer], self.groups).to(a.dtype), torch.finfo(a.dtype).tiny
+    def edit_weights(self, weights: torch.Tensor, rows: Rows) -> torch.Tensor:
+        a, sinks = weights, rows.memory(VARMemory).sinks[rows.layer]
+        groups, tiny = rows.groups(sinks, self.groups).to(a.dtype), torch.finfo(a.dtype).tiny
         mass = torch.bmm(a.flatten(1, 2), groups[:, :4].mT)  # sinks, V \ sink, V, and (1 - rho) A[V] - A[sink & V]
         _, plain, image, gate = mass.split(1, dim=-1)
         chosen = (plain >= tiny) & (image >= self.min_visual_mass) & (gate >= (self.rho - 1) * 1e-6)

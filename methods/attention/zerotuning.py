@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from vlm_fix import AttentionEdit, Columns, VlmFixError, param, wrapped
+from vlm_fix import ColumnEdit, ColumnFactors, RowScope, VlmFixError, param, wrapped
 from vlm_fix.arch import Arch
 from vlm_fix.calibration.search import answer_scores, sureness
 from vlm_fix.sample import Sample
@@ -18,7 +18,7 @@ from vlm_fix.session import PAD, Rows
 
 
 @dataclass(frozen=True)
-class ZeroTuning(AttentionEdit):
+class ZeroTuning(ColumnEdit):
     """Rescales the attention that every row pays to the first token (BOS, the best-known sink).
 
     A[:, h, :, 0] <- rate A[:, h, :, 0], rows renormalised, for h in `head_indices`: the same as z[..., 0] += log(rate).
@@ -34,6 +34,7 @@ class ZeroTuning(AttentionEdit):
 
     name: ClassVar[str] = "zerotuning"
     paper: ClassVar[str] = "https://arxiv.org/abs/2505.11739"
+    row_scope = RowScope.ALL
     needs_image: ClassVar[bool] = False
 
     rate: float = param(0.6, "factor on the attention to the first token, before the row is renormalised", low=1e-6)
@@ -48,16 +49,11 @@ class ZeroTuning(AttentionEdit):
         return method
 
     @property
-    def rows(self) -> str:
-        return "all"
-
-    @property
     def neutral(self) -> bool:
         return self.rate == 1 or self.head_indices == ()
 
-    def columns(self, rows: Rows) -> Columns:
+    def column_factors(self, rows: Rows) -> ColumnFactors:
         types = rows.session.types
-        assert types is not None
         first = (types != PAD).int().argmax(dim=1, keepdim=True)
         column = rows.columns(torch.zeros_like(types, dtype=torch.bool).scatter(1, first, True))
         heads = None
@@ -65,7 +61,7 @@ class ZeroTuning(AttentionEdit):
             count = rows.session.call.model.config.get_text_config().num_attention_heads
             heads = torch.zeros(count, device=column.device)
             heads[list(self.head_indices)] = 1
-        return Columns(bias=column * math.log(self.rate), heads=heads)
+        return ColumnFactors(bias=column * math.log(self.rate), heads=heads)
 
     def calibrate(
         self, model: Any, samples: Sequence[Sample], seed: int, progress: Callable[[str, float], None]

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch.nn.functional import interpolate
 
-from vlm_fix import AttentionEdit, Contrast, VlmFixError, param
+from vlm_fix import Contrast, RowScope, VlmFixError, WeightEdit, param
 from vlm_fix.arch import Arch
 from vlm_fix.decoding.contrast import plausible
 from vlm_fix.decoding.draw import hashed
@@ -23,7 +23,7 @@ LANGUAGE = ("reverse_and_normalize", "reverse", "uniform", "random", "none")
 
 
 @dataclass(frozen=True)
-class CausalMM(AttentionEdit, Contrast):
+class CausalMM(WeightEdit, Contrast):
     """Contrasts with answers under attention that means nothing, in the vision tower, in the decoder, or one branch each.
 
     vision: the tower's attention A [H, S, S] in its last but one layer is edited, resized to the patch grid (bilinear) and
@@ -44,6 +44,7 @@ class CausalMM(AttentionEdit, Contrast):
     name: ClassVar[str] = "causalmm"
     kind: ClassVar[str] = "contrast"
     paper: ClassVar[str] = "https://arxiv.org/abs/2410.04780"
+    row_scope = RowScope.ALL
 
     branch: str = param("negative", "always its own branches", choices=("negative",))
     gamma: float = param(1.0, "contrast strength", low=0)
@@ -64,10 +65,6 @@ class CausalMM(AttentionEdit, Contrast):
     @property
     def neutral(self) -> bool:
         return self.gamma == 0 or (self.vision == "none" and self.language == "none")
-
-    @property
-    def rows(self) -> str:
-        return "all"
 
     @property
     def passes(self) -> int:
@@ -125,9 +122,9 @@ class CausalMM(AttentionEdit, Contrast):
             total += interpolate(a[None, None], size=image.grid, mode="bilinear", align_corners=False)[0, 0]
         return (total / len(query)).flatten()
 
-    def weights(self, a: torch.Tensor, rows: Rows) -> torch.Tensor:
+    def edit_weights(self, weights: torch.Tensor, rows: Rows) -> torch.Tensor:
+        a = weights
         types = rows.session.types
-        assert types is not None
         offset, at = max(0, types.shape[1] - a.shape[-1]), torch.arange(a.shape[-1], device=a.device)
         columns, positions = at + offset, rows.positions.to(a.device)
         padding = (types == PAD).to(a.device)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from vlm_fix import AttentionEdit, Contrast, VlmFixError, param
+from vlm_fix import Contrast, ScoreEdit, VlmFixError, param
 from vlm_fix.arch import Arch
 from vlm_fix.decoding.contrast import plausible
 from vlm_fix.engine import Engine
@@ -21,7 +21,7 @@ from vlm_fix.session import Call, Rows, Session
 
 
 @dataclass(frozen=True)
-class DeCoRe(AttentionEdit, Contrast):
+class DeCoRe(ScoreEdit, Contrast):
     """Contrasts with the model without its retrieval heads, the more the less sure the model is.
 
     In the branch the listed heads' scores are set to 0 before the mask and softmax (uniform attention), on the last prompt
@@ -59,10 +59,10 @@ class DeCoRe(AttentionEdit, Contrast):
     def neutral(self) -> bool:
         return self.alpha == 0
 
-    def logits(self, z: torch.Tensor, rows: Rows) -> torch.Tensor:
+    def edit_scores(self, scores: torch.Tensor, rows: Rows) -> torch.Tensor:
         pairs = (item.split(".") for item in self.head_list or ())
         heads = [int(head) for layer, head in pairs if int(layer) == rows.layer]
-        return z.index_fill(1, torch.tensor(heads, device=z.device), 0.0)
+        return scores.index_fill(1, torch.tensor(heads, device=scores.device), 0.0)
 
     def negative(self, call: Call) -> dict[str, torch.Tensor]:
         return call.inputs

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from vlm_fix import AttentionEdit, Contrast, Layers, VlmFixError, param
+from vlm_fix import Contrast, Layers, RowScope, VlmFixError, WeightEdit, param
 from vlm_fix.arch import Arch
 from vlm_fix.decoding.contrast import plausible
 from vlm_fix.method import parse_layers
@@ -24,7 +24,7 @@ until very was were what when where which while who whom whose why will with wou
 
 
 @dataclass(frozen=True)
-class LayerCake(AttentionEdit, Contrast):
+class LayerCake(WeightEdit, Contrast):
     """Contrasts with the model that overlooks punctuation in early layers and content words in middle layers.
 
     In the branch, for text columns j of the prompt and the answer: A[i, j] = 0 where j is punctuation, the layer in
@@ -72,14 +72,15 @@ class LayerCake(AttentionEdit, Contrast):
         return dataclasses.replace(method, layers=layers, punctuation_layers=early, concept_layers=middle)
 
     @property
-    def rows(self) -> str:
-        return self.prompt_rows
+    def row_scope(self) -> RowScope:
+        return RowScope(self.prompt_rows)
 
     @property
     def neutral(self) -> bool:
         return self.alpha == 0
 
-    def weights(self, a: torch.Tensor, rows: Rows) -> torch.Tensor:
+    def edit_weights(self, weights: torch.Tensor, rows: Rows) -> torch.Tensor:
+        a = weights
         gone = torch.zeros_like(a, dtype=torch.bool)
         types, ids = rows.session.types, rows.session.ids()
         for kind, layers, least in (

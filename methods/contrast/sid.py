@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch.nn.functional import pad
 
-from vlm_fix import AttentionEdit, Contrast, VlmFixError, param
+from vlm_fix import ColumnMasker, Contrast, Memory, RowScope, VlmFixError, param
 from vlm_fix.arch import Arch
 from vlm_fix.decoding.contrast import plausible
 from vlm_fix.method import Layers
 from vlm_fix.session import Call, Rows, Session
 
 
+@dataclass
+class SIDMemory(Memory):
+    """masked: generated token, -1 for the prompt -> [B, n] True for the image columns that its ranking masks."""
+
+    masked: dict[int, torch.Tensor] = field(default_factory=dict)
+
+
 @dataclass(frozen=True)
-class SID(AttentionEdit, Contrast):
+class SID(ColumnMasker, Contrast):
     """Contrasts with a branch that, from layer 2 on, sees only the image tokens that matter least.
 
     s_j = mean_h A[h, t, j] of the layer before the first masked one, t the row that predicts the next token; the `keep`
@@ -34,7 +41,8 @@ class SID(AttentionEdit, Contrast):
     name: ClassVar[str] = "sid"
     kind: ClassVar[str] = "contrast"
     paper: ClassVar[str] = "https://arxiv.org/abs/2408.02032"
-    marks: ClassVar[bool] = True
+    row_scope = RowScope.ALL
+    tracks_columns: ClassVar[bool] = True
 
     layers: Layers = param(
         None, "layers that see only the least attended image tokens (2-); the layer before ranks them"
@@ -64,37 +72,33 @@ class SID(AttentionEdit, Contrast):
         return self.alpha == 0
 
     @property
-    def rows(self) -> str:
-        return "all"
-
-    @property
     def fork(self) -> int | None:
         assert isinstance(self.layers, tuple)
         return self.layers[0] + 1
 
-    def hides(self, look: Callable[[int], torch.Tensor], rows: Rows) -> torch.Tensor | None:
-        session, state = rows.session, rows.state  # rankings by generated token, -1: the prompt's
-        assert isinstance(self.layers, tuple) and session.prompt_len is not None and session.types is not None
+    def mask_columns(self, weights_from: Callable[[int], torch.Tensor], rows: Rows) -> torch.Tensor | None:
+        session, masked = rows.session, rows.memory(SIDMemory).masked
+        assert isinstance(self.layers, tuple)
         stop = session.start + session.length - session.prompt_len
         start = max(session.start - session.prompt_len, -1)
         if rows.layer == self.layers[0]:
             if self.refresh:  # those of earlier forwards have been used
-                for old in [t for t in state if t < start]:
-                    del state[old]
+                for old in [t for t in masked if t < start]:
+                    del masked[old]
             new = [t for t in range(start, stop) if t == -1 or self.refresh]
             if new:
                 visual = rows.visual[:, 0, 0]
                 past = max(0, session.types.shape[1] - visual.shape[1])  # what a sliding window has left behind
-                a = look(session.length - (stop - start)).mean(dim=1)
+                a = weights_from(session.length - (stop - start)).mean(dim=1)
                 for i, t in enumerate(new):
-                    state[t] = pad(self.dropped(a[:, i], visual), (past, 0))
+                    masked[t] = pad(self.dropped(a[:, i], visual), (past, 0))
             return None
         if session is not session.whole and self.drops(session):  # they are gone
             return None
         wanted = list(range(start, stop)) if self.refresh else [-1]
         if len(wanted) > 1:  # all rows of the prompt take its ranking
             wanted = [wanted[0]] * (session.length - len(wanted)) + wanted
-        return torch.cat([rows.columns(state[t], self.layers[0])[:, 0] for t in wanted], dim=1)
+        return torch.cat([rows.columns(masked[t], self.layers[0])[:, 0] for t in wanted], dim=1)
 
     def drops(self, session: Session) -> bool:
         """True if no later token and no later layer looks at the masked columns again."""
@@ -102,7 +106,7 @@ class SID(AttentionEdit, Contrast):
         return not self.refresh and len(self.layers or ()) == depth - self.layers[0]  # type: ignore[index]
 
     def stays(self, session: Session) -> torch.Tensor | None:
-        return ~session.state(self)[-1] if self.drops(session) else None
+        return ~session.memory(self, SIDMemory).masked[-1] if self.drops(session) else None
 
     def dropped(self, scores: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
         """Scores and image columns [B, K] -> [B, K] True for image columns that are masked; ties keep the lower index."""

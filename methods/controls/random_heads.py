@@ -9,13 +9,13 @@ from typing import Any, ClassVar
 
 import torch
 
-from vlm_fix import AttentionEdit, param
+from vlm_fix import HeadEdit, RowScope, param
 from vlm_fix.arch import Arch
 from vlm_fix.session import Rows
 
 
 @dataclass(frozen=True)
-class RandomHeads(AttentionEdit):
+class RandomHeads(HeadEdit):
     """Control: scales as many heads as VHR does, in the same layers and rows, but drawn at random.
 
     Every layer: A_i <- alpha A_i for floor(H / 2) of its H heads (VHR takes those above the median of H values), drawn
@@ -37,16 +37,17 @@ class RandomHeads(AttentionEdit):
         return {"layers": f"{min(1, arch.depth - 1)}|{arch.depth - tail}-"}
 
     @property
-    def rows(self) -> str:
-        return self.prompt_rows
+    def row_scope(self) -> RowScope:
+        return RowScope(self.prompt_rows)
 
     @property
     def neutral(self) -> bool:
         return self.alpha == 1
 
-    def heads(self, o: torch.Tensor, rows: Rows) -> torch.Tensor:
-        factors = [self.alpha if i in chosen(self.seed, rows.layer, o.shape[1]) else 1.0 for i in range(o.shape[1])]
-        return o * torch.tensor(factors, dtype=o.dtype, device=o.device)[:, None, None]
+    def edit_heads(self, outputs: torch.Tensor, rows: Rows) -> torch.Tensor:
+        count = outputs.shape[1]
+        factors = [self.alpha if i in chosen(self.seed, rows.layer, count) else 1.0 for i in range(count)]
+        return outputs * torch.tensor(factors, dtype=outputs.dtype, device=outputs.device)[:, None, None]
 
 
 @functools.lru_cache(maxsize=1024)

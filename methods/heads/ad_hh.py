@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from vlm_fix import AttentionEdit, VlmFixError, param
+from vlm_fix import Unchanged, VlmFixError, WeightEdit, param
 from vlm_fix.arch import Arch
 from vlm_fix.calibration.search import LastRow, batches
 from vlm_fix.families import family_of, get_part
@@ -29,7 +29,7 @@ KNOWN = {
 
 
 @dataclass(frozen=True)
-class ADHH(AttentionEdit):
+class ADHH(WeightEdit):
     """Cuts the text off from heads that are known to hallucinate, at steps where they lean on it.
 
     For each listed head, on the last prompt row and decode rows: if sum A[h, T] >= threshold, A[h, T] <- 0, without
@@ -45,7 +45,7 @@ class ADHH(AttentionEdit):
 
     name: ClassVar[str] = "ad_hh"
     paper: ClassVar[str] = "https://openreview.net/forum?id=Bjq4W7P2Us"
-    spares: ClassVar[str] = "any"
+    may_leave_unchanged: ClassVar[Unchanged] = Unchanged.ANY_ROW
     idle_reason: ClassVar[str] = "no listed head gave the text after the image that much attention; lower threshold."
 
     threshold: float = param(0.4, "attention on the text after the image that cuts a head off; above 1: never", low=0)
@@ -73,7 +73,8 @@ class ADHH(AttentionEdit):
     def neutral(self) -> bool:
         return self.threshold > 1 or not self.layers
 
-    def weights(self, a: torch.Tensor, rows: Rows) -> torch.Tensor:
+    def edit_weights(self, weights: torch.Tensor, rows: Rows) -> torch.Tensor:
+        a = weights
         listed = torch.zeros(a.shape[1], 1, 1, dtype=torch.bool, device=a.device)
         for item in self.head_list or ():
             layer, _, head = item.partition(".")

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch.nn.functional import normalize
 
-from vlm_fix import AttentionEdit, VlmFixError, param
+from vlm_fix import HeadEdit, RowScope, VlmFixError, param
 from vlm_fix.arch import Arch
 from vlm_fix.calibration.search import batches
 from vlm_fix.families import family_of, get_part
@@ -21,7 +21,7 @@ from vlm_fix.session import Rows
 
 
 @dataclass(frozen=True)
-class HeadPursuit(AttentionEdit):
+class HeadPursuit(HeadEdit):
     """Scales the outputs of the heads whose writing is best explained by the words of a concept.
 
     o_h <- factor o_h before o_proj, for the heads in `head_list`: 5 brings the concept out, -1 suppresses it.
@@ -62,20 +62,20 @@ class HeadPursuit(AttentionEdit):
         )
 
     @property
-    def rows(self) -> str:
-        return self.prompt_rows
+    def row_scope(self) -> RowScope:
+        return RowScope(self.prompt_rows)
 
     @property
     def neutral(self) -> bool:
         return self.factor == 1 or self.head_list == () or self.layers == ()
 
-    def heads(self, o: torch.Tensor, rows: Rows) -> torch.Tensor:
-        scale = torch.ones(o.shape[1], 1, 1, dtype=o.dtype, device=o.device)
+    def edit_heads(self, outputs: torch.Tensor, rows: Rows) -> torch.Tensor:
+        scale = torch.ones(outputs.shape[1], 1, 1, dtype=outputs.dtype, device=outputs.device)
         for item in self.head_list or ():
             layer, _, head = item.partition(".")
             if int(layer) == rows.layer:
                 scale[int(head)] = self.factor
-        return o * scale
+        return outputs * scale
 
     def calibrate(
         self, model: Any, samples: Sequence[Sample], seed: int, progress: Callable[[str, float], None]

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 
-from vlm_fix import AttentionEdit, param
+from vlm_fix import HeadEdit, Memory, PromptStart, RowScope, param
 from vlm_fix.arch import Arch
 from vlm_fix.session import Call, Rows, Session
 
 
+@dataclass
+class VHRMemory(Memory):
+    text_only: dict[int, torch.Tensor] = field(default_factory=dict)  # layer -> A_i(text only) [B, H, D]
+    chosen: dict[int, torch.Tensor] = field(default_factory=dict)  # layer -> H_l as booleans [B, H]
+
+
 @dataclass(frozen=True)
-class VHR(AttentionEdit):
+class VHR(HeadEdit, PromptStart):
     """Scales up the heads whose output changes most when the image is taken away.
 
     With A_i the output of head i before o_proj at the prompt's last token:
@@ -40,27 +46,23 @@ class VHR(AttentionEdit):
         return {"layers": f"{min(1, arch.depth - 1)}|{arch.depth - tail}-"}
 
     @property
-    def rows(self) -> str:
-        return self.prompt_rows
+    def row_scope(self) -> RowScope:
+        return RowScope(self.prompt_rows)
 
     @property
     def neutral(self) -> bool:
         return self.alpha == 1
 
-    def begin(self, session: Session, call: Call) -> None:
-        """The text-only pass: state["text", layer] = A_i(text only), [B, H, D]."""
+    def on_prompt(self, session: Session, call: Call) -> None:
+        """Run the text-only pass."""
         engine = call.model.__dict__["_vlm_fix_engine"]
-        state = session.state(self)
+        times = session.types.shape[0] // call.batch  # beams repeat each prompt
+        text_only = session.memory(self, VHRMemory).text_only
 
-        def keep(layer: int, o: torch.Tensor) -> None:
-            state["text", layer] = o[:, :, -1].float()
+        def keep(layer: int, outputs: torch.Tensor) -> None:
+            text_only[layer] = outputs[:, :, -1].float().repeat_interleave(times, dim=0)
 
         engine.observe(call.without_images(), call, keep)
-        assert session.types is not None
-        times = session.types.shape[0] // call.batch  # beams repeat each prompt
-        if times > 1:
-            for key, value in state.items():
-                state[key] = value.repeat_interleave(times, dim=0)
 
     def choose(self, with_image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         """Head outputs [B, H, D] with the image and without -> chosen heads [B, H]."""
@@ -73,11 +75,11 @@ class VHR(AttentionEdit):
         divergence = divergence.masked_fill(outlying(divergence) & outlying(activity), 0)
         return divergence > divergence.quantile(0.5, dim=1, keepdim=True)
 
-    def heads(self, o: torch.Tensor, rows: Rows) -> torch.Tensor:
-        state, session = rows.state, rows.session
-        assert session.prompt_len is not None
+    def edit_heads(self, outputs: torch.Tensor, rows: Rows) -> torch.Tensor:
+        memory, session = rows.memory(VHRMemory), rows.session
         if rows.prefill:
             session.need_whole_prompt(f"{self.name}:prompt_rows={self.prompt_rows}")
             last = session.prompt_len - 1 - (session.start + session.length)  # assisted decoding adds guesses behind it
-            state[rows.layer] = self.choose(o[:, :, last].float(), state["text", rows.layer].to(o.device))
-        return o * (1 + (self.alpha - 1) * state[rows.layer].to(o.dtype))[:, :, None, None]
+            text_only = memory.text_only[rows.layer].to(outputs.device)
+            memory.chosen[rows.layer] = self.choose(outputs[:, :, last].float(), text_only)
+        return outputs * (1 + (self.alpha - 1) * memory.chosen[rows.layer].to(outputs.dtype))[:, :, None, None]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 
-from vlm_fix import HiddenEdit, VlmFixError, param
+from vlm_fix import HiddenEdit, Memory, VlmFixError, param
 from vlm_fix.arch import Arch
 from vlm_fix.calibration.search import LastRow, batches
 from vlm_fix.families import family_of, get_part
@@ -19,6 +19,12 @@ from vlm_fix.session import Call, Rows, Session
 
 PARTS = {"rr_attention": "attention_output", "rr_mlp": "mlp_output"}
 LAMBDAS = {"llava": (0.26, 0.16), "llava_next": (0.15, 0.08)}
+
+
+@dataclass
+class IRIMemory(Memory):
+    outputs: dict[tuple[str, int], torch.Tensor] = field(default_factory=dict)  # (rates, layer) -> a source's [B, R, C]
+    injected: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,8 +88,8 @@ class IRI(HiddenEdit):
         """Layers, the largest recovery rate first."""
         return sorted(range(len(rate := getattr(self, rates))), key=lambda i: -rate[i])
 
-    def acted(self, session: Session) -> bool:
-        return "injected" in session.state(self)
+    def changed_something(self, session: Session) -> bool:
+        return session.memory(self, IRIMemory).injected
 
     def attention_output(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
         return self.injected(x, rows, "rr_attention", self.lambda_a or 0.0)
@@ -92,16 +98,16 @@ class IRI(HiddenEdit):
         return self.injected(x, rows, "rr_mlp", self.lambda_m or 0.0)
 
     def injected(self, x: torch.Tensor, rows: Rows, rates: str, strength: float) -> torch.Tensor:
-        """[B, R, C] -> [B, R, C]; the state keeps the sources' outputs of this forward."""
-        rate, state, layer, order = getattr(self, rates), rows.state, rows.layer, self.ranked(rates)
+        """[B, R, C] -> [B, R, C]; remembers the sources' outputs of this forward."""
+        rate, memory, layer, order = getattr(self, rates), rows.memory(IRIMemory), rows.layer, self.ranked(rates)
         sources, targets = order[: self.sources], {*order[: self.targets]} & {*self.layers}  # type: ignore[misc]
-        earlier = [k for k in sources if k < layer and (rates, k) in state]
+        earlier = [k for k in sources if k < layer and (rates, k) in memory.outputs]
         if layer in sources:
-            state[rates, layer] = x
+            memory.outputs[rates, layer] = x
         if layer not in targets or not earlier or not strength:
             return x
-        state["injected"] = True
-        y = x + strength * sum(rate[k] * state[rates, k].to(x.device) for k in earlier)
+        memory.injected = True
+        y = x + strength * sum(rate[k] * memory.outputs[rates, k].to(x.device) for k in earlier)
         return y * (x.norm(dim=-1, keepdim=True) / y.norm(dim=-1, keepdim=True).clamp(min=1e-12))
 
     def calibrate(
@@ -141,5 +147,4 @@ class IRI(HiddenEdit):
 def _noised(call: Call, scale: float, seed: int) -> torch.Tensor:
     """Pixel values plus noise of `scale` times their own standard deviation."""
     noise = torch.Generator().manual_seed(seed)
-    made = call.with_pixels(lambda x: x + scale * x.std() * torch.randn(x.shape, generator=noise).to(x))
-    return made["pixel_values"]
+    return call.with_pixels(lambda x: x + scale * x.std() * torch.randn(x.shape, generator=noise).to(x))["pixel_values"]

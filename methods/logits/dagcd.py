@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch.nn.functional import pad
 
-from vlm_fix import AttentionEdit, param
+from vlm_fix import Memory, WeightReader, param
 from vlm_fix.decoding.kinds import LogitEdit
 from vlm_fix.decoding.step import Step
 from vlm_fix.session import TEXT, Rows, Session
 
 
+@dataclass
+class DAGCDMemory(Memory):
+    weights: dict[int, torch.Tensor] = field(default_factory=dict)  # layer -> [B, H, R, P] of one forward's rows
+    read_at: dict[int, torch.Tensor] = field(default_factory=dict)  # layer -> Session.types of that forward
+    chosen: torch.Tensor | None = None  # [B, heads] among the heads of all layers
+
+
 @dataclass(frozen=True)
-class DAGCD(AttentionEdit, LogitEdit):
+class DAGCD(WeightReader, LogitEdit):
     """Adds to likely next tokens what attention puts on the same tokens in the context, the more the less sure the model is.
 
     u_h[v] = mean of head h's weights, in the row that predicts, over the context columns that hold token v, made to sum
@@ -46,38 +53,36 @@ class DAGCD(AttentionEdit, LogitEdit):
     def neutral(self) -> bool:
         return self.alpha == 0
 
-    def see(self, a: torch.Tensor, rows: Rows) -> None:
-        session = rows.session
-        assert session.types is not None and session.prompt_len is not None
+    def read_weights(self, weights: torch.Tensor, rows: Rows) -> None:
+        a, session, memory = weights, rows.session, rows.memory(DAGCDMemory)
         seen = pad(a, (max(0, session.types.shape[1] - a.shape[-1]), 0))[..., : session.prompt_len]
-        old = rows.state.get(rows.layer)
-        if old and old["columns"] is session.types:  # a further chunk of the rows of one forward
-            seen = torch.cat([old["a"], seen], dim=2)
-        rows.state[rows.layer] = {"columns": session.types, "a": seen}
+        if memory.read_at.get(rows.layer) is session.types:  # a further chunk of the rows of one forward
+            seen = torch.cat([memory.weights[rows.layer], seen], dim=2)
+        memory.weights[rows.layer], memory.read_at[rows.layer] = seen, session.types
 
     def edit(self, l: torch.Tensor, step: Step) -> torch.Tensor:
         session = step.session
         if session is None:
             return l  # drafting, before the prompt was seen
-        assert session.types is not None and session.prompt_len is not None and isinstance(self.layers, tuple)
-        state, last = session.state(self), session.prompt_len - 1
+        assert isinstance(self.layers, tuple)
+        memory, last = session.memory(self, DAGCDMemory), session.prompt_len - 1
         row = last + step.index - max(session.start, last)
-        if row >= state[self.layers[0]]["a"].shape[2]:
+        if row >= memory.weights[self.layers[0]].shape[2]:
             return l  # drafting tries its proposals on made-up scores first
-        weights = torch.cat([state[i]["a"][:, :, row].to(l.device) for i in self.layers], dim=1)  # [B, layers H, P]
+        weights = torch.cat([memory.weights[i][:, :, row].to(l.device) for i in self.layers], dim=1)  # [B, layers H, P]
         ids, inside = self.context_of(session)
         ids, inside = ids.to(l.device), inside.to(l.device)
         weights = weights * inside[:, None]
         if not step.index:
-            state["chosen"] = weights.sum(dim=-1).topk(min(self.heads_used, weights.shape[1]), dim=-1).indices
-        weights = weights.gather(1, state["chosen"][..., None].expand(-1, -1, weights.shape[2]))
+            memory.chosen = weights.sum(dim=-1).topk(min(self.heads_used, weights.shape[1]), dim=-1).indices
+        assert memory.chosen is not None
+        weights = weights.gather(1, memory.chosen[..., None].expand(-1, -1, weights.shape[2]))
         end = self.end_tokens or step.host.model.generation_config.eos_token_id or ()
         ends = torch.tensor([end] if isinstance(end, int) else list(end), device=l.device)
         return torch.where(torch.isin(l.argmax(dim=-1), ends)[:, None], l, self.guided(l, weights, ids, inside))
 
     def context_of(self, session: Session) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids [B, P] of the prompt's columns, and which of them are context."""
-        assert session.types is not None
         ids, types = session.ids()[:, : session.prompt_len], session.types[:, : session.prompt_len]
         inside = types == TEXT
         if self.context == "question":

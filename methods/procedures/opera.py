@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass, field
+from statistics import mode
 from typing import Any, ClassVar
 
 import torch
+from torch.nn.functional import normalize, pad
 
-from vlm_fix import AttentionEdit, Layers, Procedure, param
+from vlm_fix import Layers, Memory, Procedure, WeightReader, param
 from vlm_fix.arch import Arch
 from vlm_fix.decoding.search import Search, Sequences
 from vlm_fix.session import Rows
@@ -27,8 +29,14 @@ class Beams:
     place: list[int] = field(default_factory=list)  # per beam, the column that its candidates trust most
 
 
+@dataclass
+class OPERAMemory(Memory):
+    row: torch.Tensor = field(default_factory=lambda: torch.zeros(0))  # [B, K] A of the last row
+    image: torch.Tensor = field(default_factory=lambda: torch.zeros(0))  # [B] its sum over the image columns
+
+
 @dataclass(frozen=True)
-class OPERA(AttentionEdit, Procedure):
+class OPERA(WeightReader, Procedure):
     """Beam search that penalises candidates whose attention piles up on one earlier token, and goes back behind it.
 
     A [n, K]: last-layer weights of a candidate's own row, maximum over heads, made to sum to 1; over the t + 1 response
@@ -49,7 +57,6 @@ class OPERA(AttentionEdit, Procedure):
     name: ClassVar[str] = "opera"
     kind: ClassVar[str] = "procedure"
     paper: ClassVar[str] = "https://arxiv.org/abs/2311.17911"
-    needs_image: ClassVar[bool] = True
     refuses: ClassVar[dict[str, str]] = {
         "num_beams": "set opera:beams=N instead",
         "do_sample": "it is a beam search; pass do_sample=False",
@@ -73,9 +80,10 @@ class OPERA(AttentionEdit, Procedure):
     def neutral(self) -> bool:
         return self.weight == 0
 
-    def see(self, a: torch.Tensor, rows: Rows) -> None:
-        peak = torch.nn.functional.normalize(a[:, :, -1].amax(dim=1), p=1, dim=-1)
-        rows.state.update(row=peak, image=(peak * rows.visual[:, 0, 0]).sum(dim=-1))
+    def read_weights(self, weights: torch.Tensor, rows: Rows) -> None:
+        peak = normalize(weights[:, :, -1].amax(dim=1), p=1, dim=-1)
+        memory = rows.memory(OPERAMemory)
+        memory.row, memory.image = peak, (peak * rows.visual[:, 0, 0]).sum(dim=-1)
 
     def search(self, run: Search) -> Any:
         sequences, logits = run.prefill()
@@ -84,17 +92,14 @@ class OPERA(AttentionEdit, Procedure):
         for i, row in enumerate(logits):
             same = torch.full((self.beams,), i, device=row.device)
             answers.append(self.answer(run, run.prompt[same], sequences.take(same), row.expand(self.beams, -1)))
-        best = torch.tensor([score for score, _ in answers], device=logits.device)
-        return run.output([tokens for _, tokens in answers], sequences_scores=best)
+        scores, tokens = zip(*answers, strict=True)
+        return run.output(list(tokens), sequences_scores=torch.tensor(scores, device=logits.device))
 
     def answer(self, run: Search, prompt: torch.Tensor, seqs: Sequences, logits: torch.Tensor) -> tuple[float, Any]:
         """(score, tokens) of the best beam of one prompt [n, L] whose first token has `logits` [n, V]."""
-        scores = torch.full((self.beams,), -1e9, device=logits.device)
-        scores[0] = 0  # the beams are alike at first
+        scores = torch.tensor([0.0] + [-1e9] * (self.beams - 1), device=logits.device)  # the beams are alike at first
         beams = Beams(prompt[:, :0], scores, torch.arange(self.beams, device=logits.device), [], logits[:, :0])
-        history: list[Beams] = []
-        returns: Counter[int] = Counter()
-        rejected: dict[int, list[torch.Tensor]] = {}
+        history, returns, rejected = list[Beams](), Counter[int](), dict[int, list[torch.Tensor]]()
         while True:
             history.append(beams)
             z, beams.place = self.penalised(logits, seqs, beams)
@@ -114,8 +119,8 @@ class OPERA(AttentionEdit, Procedure):
             beams.sums = beams.sums[beams.parents]
             seqs.reorder(beams.parents)
             logits = seqs.forward(beams.tokens[:, -1:])
-            own = (self.scale * seqs.state(self)["row"][:, -beams.tokens.shape[1] :]).log()
-            beams.sums = torch.nn.functional.pad(beams.sums, (0, 1)) + own
+            row = seqs.memory(self, OPERAMemory).row[:, -beams.tokens.shape[1] :]
+            beams.sums = pad(beams.sums, (0, 1)) + (self.scale * row).log()
 
     def penalised(self, logits: torch.Tensor, seqs: Sequences, beams: Beams) -> tuple[torch.Tensor, list[int]]:
         """Logits [n, V] with the penalty, -999 but for the candidates, and each beam's most trusted column."""
@@ -124,27 +129,22 @@ class OPERA(AttentionEdit, Procedure):
         for value, token in zip(values.T, tokens.T, strict=True):
             seqs.forward(token[:, None])
             seqs.crop(1)
-            seen = seqs.state(self)
-            log_s = torch.nn.functional.pad(beams.sums, (0, 1)) + (self.scale * seen["row"][:, -size:]).log()
+            seen = seqs.memory(self, OPERAMemory)
+            log_s = pad(beams.sums, (0, 1)) + (self.scale * seen.row[:, -size:]).log()
             phi, place = (log_s + math.log(1e-7)).exp().clamp(max=65504).max(dim=-1)
-            phi = -seen["image"] if size <= self.warmup else phi
+            phi = -seen.image if size <= self.warmup else phi
             z.scatter_(1, token[:, None], (value - self.weight * phi)[:, None])
             places.append(place)
-        return z, [mode(p) for p in torch.stack(places, dim=1).tolist()]
+        return z, [mode(sorted(p)) for p in torch.stack(places, dim=1).tolist()]
 
     def rollback(self, places: list[list[int]], returns: Counter[int]) -> int | None:
         """The position to choose again; counted in `returns`."""
-        place = mode(places[-1])
-        seen = [sum(place == then[i] for then in places) for i in range(self.beams)]
-        if min(seen) <= self.threshold or place < self.warmup:
+        place = mode(sorted(places[-1]))  # the smallest of several
+        seen = min(sum(place == then[i] for then in places) for i in range(self.beams))
+        if seen <= self.threshold or place < self.warmup:
             return None
         for position in (place + 1, place):
             if position < len(places) - 1 and returns[position] < self.candidates:
                 returns[position] += 1
                 return position
         return None
-
-
-def mode(values: list[int]) -> int:
-    """The most frequent value, the smallest of several."""
-    return min(set(values), key=lambda v: (-values.count(v), v))

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 
-from vlm_fix import AttentionEdit, Layers, Procedure, param
+from vlm_fix import Layers, Memory, Procedure, WeightReader, param
 from vlm_fix.arch import Arch
 from vlm_fix.decoding.logits import fingerprints
 from vlm_fix.decoding.search import Search, Sequences
 from vlm_fix.session import Rows
 
 
+@dataclass
+class SGRSMemory(Memory):
+    """weights: layer -> A [B, H, 1, K] of the last forward, part of its graph."""
+
+    weights: dict[int, torch.Tensor] = field(default_factory=dict)
+
+
 @dataclass(frozen=True)
-class SGRS(AttentionEdit, Procedure):
+class SGRS(WeightReader, Procedure):
     """Samples a token and takes it only if the answer so far matters to it as much as to the tokens before.
 
     For a candidate c drawn from the `top_k` likeliest, with A [H, K] the weights of the row that predicts c and
@@ -57,9 +64,10 @@ class SGRS(AttentionEdit, Procedure):
     def neutral(self) -> bool:
         return self.top_k == 1
 
-    def see(self, a: torch.Tensor, rows: Rows) -> None:
+    def read_weights(self, weights: torch.Tensor, rows: Rows) -> None:
         if torch.is_grad_enabled():
-            rows.state[rows.layer] = a if a.requires_grad else a.requires_grad_()
+            kept = weights if weights.requires_grad else weights.requires_grad_()
+            rows.memory(SGRSMemory).weights[rows.layer] = kept
 
     def search(self, run: Search) -> Any:
         seqs, logits = run.prefill()
@@ -118,7 +126,7 @@ class SGRS(AttentionEdit, Procedure):
 
     def saliency(self, logits: torch.Tensor, candidates: torch.Tensor, seqs: Sequences) -> torch.Tensor:
         """S [B] of candidates [B, 1], from the last forward, which was run with gradients."""
-        weights = [seqs.state(self)[layer] for layer in self.layers or ()]
+        weights = [seqs.memory(self, SGRSMemory).weights[layer] for layer in self.layers or ()]
         with torch.enable_grad():  # a row's weights reach its own candidate only
             loss = -logits.log_softmax(dim=-1).gather(1, candidates).sum()
         total = torch.zeros(len(logits), device=logits.device)

@@ -65,7 +65,6 @@ class AVL(CachePruner):
 
     def step(self, session: Session) -> int:
         """1 for the first step after the prompt."""
-        assert session.prompt_len is not None
         return session.start - session.prompt_len + 1
 
     def state(self, session: Session, i: int) -> dict[str, Any]:
@@ -107,13 +106,11 @@ class AVL(CachePruner):
 
     def texts(self, session: Session) -> list[int]:
         """Text columns after each row's last image so far, evicted or not; 0 for a row without an image."""
-        assert session.types is not None
         return [session.types.shape[1] - 1 - last if last >= 0 else 0 for last in session.last_visual]
 
     def lay_aside(self, session: Session, i: int, layer: SplitLayer, weights: torch.Tensor) -> None:
         """Pick the core among the image columns that layer i holds by `weights` [B, m], all images together."""
         types = session.at(i).types
-        assert types is not None and session.types is not None
         visual = (types == VISUAL).to(weights.device)
         core = torch.zeros_like(visual)
         for row, total in enumerate((session.types == VISUAL).sum(dim=1).tolist()):
@@ -135,7 +132,6 @@ class AVL(CachePruner):
         old, heavy = old[:, None].to(got.device), heavy[:, None, None].to(got.device)
         rank = got.masked_fill(~old, -torch.inf).argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
         types = session.at(i).types
-        assert types is not None
         ahead = (types.shape[1] - got.shape[2], 0)
         gone = torch.nn.functional.pad(old & (rank >= heavy), ahead)
         index = shorten(session, i, layer, (types.to(got.device) != PAD)[:, None] & ~gone)

@@ -15,11 +15,12 @@ def test_paint_follows_the_kept_tokens(model, family):
     inputs = single(family, [1, 2], 1)
     seen = {}
     from vlm_fix.methods.attention.paint import PAINT as Method
+    from vlm_fix.methods.attention.paint import PAINTMemory
 
     def spy(self, session, kwargs, original=Method.prepare):
         kwargs = original(self, session, kwargs)
         if session.start == 0:
-            seen[session.kept is not None] = (session.state(self)["strength"][0], session.kept)
+            seen[session.kept is not None] = (session.memory(self, PAINTMemory).strength[0], session.kept)
         return kwargs
 
     with pytest.MonkeyPatch.context() as patch:

@@ -19,9 +19,10 @@ from tests.support.models import BUILD, make_inputs, single
 from tests.support.references import attention as edits
 from tests.support.references import base as ref
 from tests.support.run import error, greedy
-from vlm_fix.attention import apart, function
+from vlm_fix.attention import AttentionPath, AttentionWing, few_columns, strategies
 from vlm_fix.attention.columns import column_attention
-from vlm_fix.attention.edits import Columns
+from vlm_fix.attention.edits import ColumnFactors
+from vlm_fix.attention.inputs import AttentionInputs
 from vlm_fix.registry import get_method
 
 STATIC = [s for s in ROWS if s.startswith(("zerotuning", "vaf", "avar"))]
@@ -31,17 +32,17 @@ STATIC = [s for s in ROWS if s.startswith(("zerotuning", "vaf", "avar"))]
 def paths(monkeypatch):
     """Notes which path each layer takes; call it with "kernel" or "columns" to force one."""
     seen = []
-    for name in ("edited_rows", "column_attention", "apart_attention"):
-        original = getattr(function, name)
+    for name in ("edited_rows", "column_attention", "few_columns_attention"):
+        original = getattr(strategies, name)
 
         def spy(*args, name=name, original=original, **kwargs):
-            seen.append((name, args[0].shape[2] if name == "edited_rows" else args[1].shape[2]))
+            seen.append((name, args[0].query.shape[2]))
             return original(*args, **kwargs)
 
-        monkeypatch.setattr(function, name, spy)
+        monkeypatch.setattr(strategies, name, spy)
 
     def force(path):
-        monkeypatch.setattr(function, "PATH", path)
+        monkeypatch.setattr(AttentionWing, "path", AttentionPath(path))
         seen.clear()
         return seen
 
@@ -68,7 +69,7 @@ def test_columns_apart_equal_reference(name, beta, threshold, paths):
     seen = paths("auto")
     with vlm_fix.wrapped(model, spec):
         tokens, logits, _ = greedy(model, inputs, 4, suppress_tokens=[90])
-    assert set(seen) == {("apart_attention", length), ("edited_rows", 1)}
+    assert set(seen) == {("few_columns_attention", length), ("edited_rows", 1)}
     twin = ref.double(model)
     run = edits.ACT(ref.visual_columns(inputs["input_ids"]), length, [0, 1, 2], threshold=threshold, beta=beta)
     expected = ref.teacher_forced(twin, run, inputs, tokens[0, :-1])
@@ -79,15 +80,15 @@ def test_columns_apart_equal_reference(name, beta, threshold, paths):
 
 @torch.no_grad()
 def test_columns_apart_in_a_padded_batch(family, model, paths, monkeypatch):
-    """The same rows as the kernel's; more columns apart than MOST go to the kernel."""
+    """The same rows as the kernel's; more separate columns than the limit go to the kernel."""
     inputs, logits = make_inputs(family, [1, 2, 0]), {}
     real = inputs["attention_mask"].bool()
     for path, most, used in (("kernel", 24, 0), ("auto", 24, 2), ("auto", 0, 2)):
         seen = paths(path)
-        monkeypatch.setattr(apart, "MOST", most)
+        monkeypatch.setattr(few_columns, "MAX_SEPARATE_COLUMNS", most)
         with vlm_fix.wrapped(model, "act:threshold=0.05,layers=1-2"):
             logits[path, most] = model(**inputs).logits[real]
-        assert sum(name == "apart_attention" for name, _ in seen) == used
+        assert sum(name == "few_columns_attention" for name, _ in seen) == used
     assert torch.equal(logits["kernel", 24], logits["auto", 0])
     assert float((logits["kernel", 24] - logits["auto", 24]).abs().max()) < 1e-4
     assert not torch.equal(logits["kernel", 24], logits["auto", 24])
@@ -156,13 +157,15 @@ def test_column_attention_equals_softmax(batch, kv_heads, groups, rows, seed, ma
     if masked:
         mask = (torch.rand(batch, 1, rows, rows, generator=g) < 0.6) | torch.eye(rows, dtype=torch.bool)
     forms = [
-        Columns(torch.rand(batch, 1, 1, rows, generator=g), torch.randn(batch, 1, 1, rows, generator=g)),
-        Columns(bias=torch.randn(batch, 1, 1, rows, generator=g), heads=(torch.rand(heads, generator=g) < 0.5).float()),
-        Columns(scale=2 * torch.rand(batch, 1, 1, rows, generator=g)),
+        ColumnFactors(torch.rand(batch, 1, 1, rows, generator=g), torch.randn(batch, 1, 1, rows, generator=g)),
+        ColumnFactors(
+            bias=torch.randn(batch, 1, 1, rows, generator=g), heads=(torch.rand(heads, generator=g) < 0.5).float()
+        ),
+        ColumnFactors(scale=2 * torch.rand(batch, 1, 1, rows, generator=g)),
     ]
     module = torch.nn.Module()
     module.num_key_value_groups, module.is_causal = groups, True
-    ours = column_attention(module, q, k, v, mask, 0.4, forms)
+    ours = column_attention(AttentionInputs(module, q, k, v, mask, 0.4), forms)
     for b in range(batch):
         for h in range(heads):
             for r in range(rows):

@@ -49,20 +49,20 @@ def test_secondary_sinks_live_between_the_limits_of_the_depth():
 @pytest.mark.filterwarnings("ignore:var changed nothing in this call")
 def test_var_forgets_the_sinks_of_the_sample_before(family, model):
     """VAR's official code keeps the sinks of the first sample for later ones; here the second sees its own only."""
-    from vlm_fix.methods.attention.var import VAR
+    from vlm_fix.methods.attention.var import VAR, VARMemory
 
     spec = "var:tau=2.2,min_visual_mass=0.1,rho=0.2,layers=1-3"
     first, second = single(family, [2], 0, seed=1), single(family, [1], 0, seed=2)
     with vlm_fix.wrapped(model, spec):
         alone, sinks = greedy(model, second)[1], {}
 
-        def note(self, x, layer, session, original=VAR.watch):
+        def note(self, x, layer, session, original=VAR.read_layer_input):
             original(self, x, layer, session)
             own = sinks.setdefault(id(session), (session, {}))[1]  # held: the next session may take a freed one's id
-            own[layer] = session.state(self)[layer].clone()
+            own[layer] = session.memory(self, VARMemory).sinks[layer].clone()
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(VAR, "watch", note)
+            patch.setattr(VAR, "read_layer_input", note)
             greedy(model, first)
             after = greedy(model, second)[1]
         (_, old), (_, new) = sinks.values()
@@ -71,11 +71,11 @@ def test_var_forgets_the_sinks_of_the_sample_before(family, model):
             "the samples must differ in sinks"
         )
 
-        def leak(self, a, rows, original=VAR.weights):
-            rows.state[rows.layer] = old[rows.layer][:, :width]
+        def leak(self, a, rows, original=VAR.edit_weights):
+            rows.memory(VARMemory).sinks[rows.layer] = old[rows.layer][:, :width]
             return original(self, a, rows)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(VAR, "weights", leak)
+            patch.setattr(VAR, "edit_weights", leak)
             assert not torch.equal(greedy(model, second)[1], alone), "a leak must be visible here"
     assert torch.equal(after, alone)

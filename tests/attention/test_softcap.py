@@ -14,8 +14,9 @@ from tests.support import families
 from tests.support.families import prompt
 from tests.support.models import IMAGE
 from tests.support.run import error, greedy
-from vlm_fix.attention import flex, function
-from vlm_fix.attention.edits import Columns
+from vlm_fix.attention import AttentionPath, AttentionWing, flex
+from vlm_fix.attention.edits import ColumnFactors
+from vlm_fix.attention.inputs import QueryRows
 from vlm_fix.attention.kernel import Scores, edited_rows
 
 
@@ -67,7 +68,7 @@ def expected(model, inputs, tokens, edit, monkeypatch):
 @pytest.mark.parametrize("spec", EDITS)
 def test_capped_scores_equal_reference(model, spec, path, monkeypatch):
     """Prefill and 8 steps, with windows shorter than the prompt; a batch equals its rows; afterwards it is eager again."""
-    monkeypatch.setattr(function, "PATH", path)
+    monkeypatch.setattr(AttentionWing, "path", AttentionPath(path))
     before, inputs = model.config.text_config._attn_implementation, prompt("paligemma2", [1, 2], rows=[1])
     with vlm_fix.wrapped(model, spec):
         tokens, logits, _ = greedy(model, inputs, suppress_tokens=[IMAGE])
@@ -83,7 +84,7 @@ def test_capped_scores_equal_reference(model, spec, path, monkeypatch):
 def test_paths_agree(model, spec, monkeypatch):
     inputs, seen = prompt("paligemma2", [1, 2]), []
     for path in ("kernel", "flex"):
-        monkeypatch.setattr(function, "PATH", path)
+        monkeypatch.setattr(AttentionWing, "path", AttentionPath(path))
         with vlm_fix.wrapped(model, spec):
             seen.append(greedy(model, inputs, 4, suppress_tokens=[IMAGE])[1])
     assert float((seen[0] - seen[1]).abs().max()) < 1e-4
@@ -117,8 +118,8 @@ def arguments(cap):
     allowed[0, :, :, :5] = False  # padding: its rows see nothing
     column, row = torch.rand(2, 2, 40, generator=g)
     forms = [
-        Columns(scale=column[:, None, None], rows=row[:, None, :, None]),
-        Columns(bias=torch.randn(2, 1, 1, 40, generator=g), heads=torch.tensor([1.0, 0, 0, 1])),
+        ColumnFactors(scale=column[:, None, None], row_factor=row[:, None, :, None]),
+        ColumnFactors(bias=torch.randn(2, 1, 1, 40, generator=g), heads=torch.tensor([1.0, 0, 0, 1])),
     ]
     return q, k, v, allowed, Scores(0.3, cap), forms
 
@@ -137,7 +138,7 @@ def test_cpu_never_compiles_flex(monkeypatch):
     """torch 2.13 compiles it wrongly for processors without AVX-512."""
     monkeypatch.setattr(flex, "_compiled", lambda: pytest.fail("flex_attention was compiled on a CPU"))
     q, k, v, allowed, scores, forms = arguments(1.5)
-    flex.flex_rows(q, k, v, flex.block_mask(q, k, allowed), scores, forms)
+    flex.flex_rows(QueryRows(q, k, v, allowed, scores), flex.block_mask(q, k, allowed), forms)
 
 
 @pytest.mark.parametrize("cap", [None, 1.5])
@@ -153,11 +154,11 @@ def test_flex_equals_the_formula(cap, compiled, monkeypatch):
     q, k, v, allowed, scores, forms = arguments(cap)
     z = q.double() @ k.double().repeat_interleave(2, dim=1).mT * 0.3
     z = z if cap is None else cap * torch.tanh(z / cap)
-    z = z * forms[0].scale * forms[0].rows + forms[1].bias * forms[1].heads[:, None, None]
+    z = z * forms[0].scale * forms[0].row_factor + forms[1].bias * forms[1].heads[:, None, None]
     a = z.masked_fill(~allowed, -torch.inf).softmax(dim=-1).nan_to_num(0.0)
     with torch.no_grad():
-        ours = flex.flex_rows(q, k, v, flex.block_mask(q, k, allowed), scores, forms)
-        plain = flex.flex_rows(q, k, v, flex.block_mask(q, k, allowed), scores, [])
+        ours = flex.flex_rows(QueryRows(q, k, v, allowed, scores), flex.block_mask(q, k, allowed), forms)
+        plain = flex.flex_rows(QueryRows(q, k, v, allowed, scores), flex.block_mask(q, k, allowed), [])
     torch.compiler.reset()
     assert torch.allclose(ours.double(), a @ v.double().repeat_interleave(2, dim=1), atol=1e-5)
-    assert torch.allclose(plain, edited_rows(q, k, v, allowed, scores, []), atol=1e-5)
+    assert torch.allclose(plain, edited_rows(QueryRows(q, k, v, allowed, scores)), atol=1e-5)

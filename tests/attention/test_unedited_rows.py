@@ -65,19 +65,20 @@ def test_a_row_beside_an_edited_one(family, models, half):
 @pytest.mark.parametrize("path", ["auto", "kernel"])
 def test_rows_before_a_sink(models, half, monkeypatch, path):
     """ACT edits the rows that see a sink; those before it are SDPA's, by either way of computing the others."""
-    from vlm_fix.attention import function
+    from vlm_fix.attention import AttentionPath, AttentionWing
+    from vlm_fix.methods.attention.act import ACTMemory
 
-    monkeypatch.setattr(function, "PATH", path)
+    monkeypatch.setattr(AttentionWing, "path", AttentionPath(path))
     model, dtype = (models["llava"], torch.float32) if path == "auto" else (half["llava"], torch.bfloat16)
     inputs, seen = single("llava", [1], 0, seed=2, dtype=dtype), []
     method = get_method("act")
-    scan = method.scan
+    read = method.read_queries_and_keys
 
-    def spy(self, q, k, allowed, scaling, rows):
-        scan(self, q, k, allowed, scaling, rows)
-        seen.append(rows.state[rows.layer])
+    def spy(self, inputs, rows):
+        read(self, inputs, rows)
+        seen.append(rows.memory(ACTMemory).sinks[rows.layer])
 
-    monkeypatch.setattr(method, "scan", spy)
+    monkeypatch.setattr(method, "read_queries_and_keys", spy)
     plain, edited = logits(model, inputs), logits(model, inputs, "act:threshold=0.1,layers=2")
     first = int(seen[0][0].any(dim=0).int().argmax())
     assert 5 < first < plain.shape[1] - 1

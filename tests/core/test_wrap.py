@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 import vlm_fix
 from tests.support.models import IMAGE, make_inputs, single
+from vlm_fix.attention.inputs import QueryRows
 from vlm_fix.attention.kernel import edited_rows
+from vlm_fix.attention.stages import LayerEdits, Stages
 from vlm_fix.families.compat import CACHE, cache_of
 from vlm_fix.method import parse_layers
 from vlm_fix.registry import split_methods
@@ -205,10 +207,11 @@ def test_kernel_without_edits_is_attention(batch, groups, kv, rows, extra, seed,
     session = Session(Call(None, None, {}), types=torch.ones(batch, width), prompt_len=width)
     mask = torch.zeros(batch, 1, 1, width, dtype=torch.bool)
     method = vlm_fix.parse_spec("pai")
-    edits = [(method, Rows(0, session, method, torch.arange(rows), mask, mask, mask), None)]
+    seen = Rows(0, session, method, torch.arange(rows), mask, mask, mask)
+    edits = LayerEdits(Stages.of([method]), [seen], [None])
     before, kernel.CHUNK_BYTES = kernel.CHUNK_BYTES, 1 if chunked else kernel.CHUNK_BYTES
     try:
-        ours = edited_rows(q, k, v, allowed, kernel.Scores(0.5), edits)
+        ours = edited_rows(QueryRows(q, k, v, allowed, kernel.Scores(0.5)), edits)
     finally:
         kernel.CHUNK_BYTES = before
     q, k, v = q.double(), k.double().repeat_interleave(groups, 1), v.double().repeat_interleave(groups, 1)

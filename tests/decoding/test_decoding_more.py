@@ -378,14 +378,14 @@ def test_sgrs_needs_no_parameter_gradients(family, model):
 
 
 def test_seeing_changes_nothing(family, model):
-    """`see` gets the weights that edits left, and the output is SDPA's own."""
+    """`read_weights` gets the weights that edits left, and the output is SDPA's own."""
 
     @dataclass(frozen=True)
-    class Look(vlm_fix.AttentionEdit):
+    class Look(vlm_fix.WeightReader):
         name = "look"
 
-        def see(self, a, rows):
-            NOTED.setdefault(rows.layer, []).append(a.sum(-1))
+        def read_weights(self, weights, rows):
+            NOTED.setdefault(rows.layer, []).append(weights.sum(-1))
 
     NOTED: dict = {}
     inputs = make_inputs(family, [1, 2, 1])

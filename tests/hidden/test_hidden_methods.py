@@ -34,8 +34,8 @@ class Shift(HiddenEdit):
     where: str = "last"
 
     @property
-    def rows(self):
-        return self.where
+    def row_scope(self):
+        return vlm_fix.RowScope(self.where)
 
     def mlp_output(self, x, rows):
         return x / 2 if rows.layer == 2 else x

@@ -2,37 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch.nn.functional import pad
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from .edits import Columns
+from .edits import ColumnFactors
+from .inputs import AttentionInputs
 
 
-def column_attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    scaling: float,
-    forms: list[Columns],
-    **kwargs: Any,
-) -> torch.Tensor:
-    """Attention of all rows with z <- scale rows z + bias, scales first. Shapes as `attention`: -> [B, q, H, D].
+def column_attention(inputs: AttentionInputs, factors: list[ColumnFactors]) -> torch.Tensor:
+    """Attention of all rows [B, q, H, D] with z <- scale row_factor z + bias, scales first.
 
     scale (q . k) = q . (scale k), and scaling [q, 1] . [k, bias / scaling] = scaling q . k + bias: the matrix of scores
     is never formed and the causal kernels stay. Below float32 the bias is split in two parts, high and low.
     """
+    query, key, value, scaling = inputs.query, inputs.key, inputs.value, inputs.scores.scaling
     dim = query.shape[-1]
     biases: list[tuple[torch.Tensor, torch.Tensor | None]] = []
-    for scale, bias, heads, rows in forms:
+    for scale, bias, heads, row_factor in factors:
         if scale is not None:
             key = (key * scale.transpose(2, 3)).to(key.dtype)
-        if rows is not None:
-            query = (query * rows).to(query.dtype)
+        if row_factor is not None:
+            query = (query * row_factor).to(query.dtype)
         if bias is not None:
             biases.append((bias, heads))
     for bias, heads in biases:
@@ -45,4 +37,4 @@ def column_attention(
             query = torch.cat([query, on[None, :, None, None].expand(*query.shape[:3], 1)], dim=-1)
     extra = -query.shape[-1] % 8 if biases else 0  # fused kernels want equal head sizes, multiples of 8
     query, key, value = (pad(x, (0, query.shape[-1] + extra - x.shape[-1])) for x in (query, key, value))
-    return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **kwargs)[0][..., :dim]
+    return replace(inputs, query=query, key=key, value=value, scaling=scaling).sdpa()[..., :dim]

@@ -1,62 +1,92 @@
-"""The base class of methods that change attention, and the changes by column or row that stay on SDPA."""
+"""The base classes of methods that change or read attention: a method inherits one class for each stage it acts in.
+
+One layer runs its stages in this order:
+  LayerInputReader, ColumnMasker, QueryKeyReader, ScoreEdit, LogWeightEdit, (mask, softmax), WeightEdit, WeightReader, HeadEdit
+ColumnEdit and FewColumnsEdit are restricted forms of these, with which many rows stay on SDPA.
+
+Shapes: B samples, H query heads, Hkv key heads, q query rows of the forward, R edited rows, K columns, D head size. Tensors
+of edited rows are float32.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import enum
 import functools
-import typing
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field
+from typing import ClassVar, NamedTuple, final
 
 import torch
 
 from vlm_fix.arch import Arch
 from vlm_fix.errors import VlmFixError
+from vlm_fix.memory import Memory
 from vlm_fix.method import Layers, Method, param
+from vlm_fix.scope import RowScope
 from vlm_fix.session import Call, Rows, Session
 
-from .scores import Scores
+from .inputs import QueryRows
 
 
-class Columns(typing.NamedTuple):
-    """A change of scores by column or by row: z[b, h, r, j] <- scale[b, j] rows[b, r] z[b, h, r, j] + bias[b, j] heads[h].
+class ColumnFactors(NamedTuple):
+    """A change of scores z by column or by row:
 
-    The bias is a log-weight: it is added after all logit edits of a stack.
+    z[b, h, r, j] <- scale[b, j] row_factor[b, r] z[b, h, r, j] + bias[b, j] heads[h]
+
+    The bias is a log-weight: it is added after all score edits of a stack.
     """
 
     scale: torch.Tensor | None = None  # [B, 1, 1, K], None: 1
     bias: torch.Tensor | None = None  # [B, 1, 1, K], None: 0
     heads: torch.Tensor | None = None  # [H] 0 or 1, None: all 1
-    rows: torch.Tensor | None = None  # [B, 1, R, 1], None: 1
+    row_factor: torch.Tensor | None = None  # [B, 1, R, 1], None: 1
+
+
+class Unchanged(enum.Enum):
+    """The rows of its scope in which an edit may find nothing to change: these keep SDPA's own output."""
+
+    NO_ROW = enum.auto()
+    PROMPT_ROWS = enum.auto()  # decode rows are always changed
+    ANY_ROW = enum.auto()
+
+
+@dataclass
+class Changes(Memory):
+    """Whether an edit that may leave rows unchanged has changed any."""
+
+    in_layer: dict[int, bool | torch.Tensor] = field(default_factory=dict)
+    in_decode_rows: bool = False
+
+    def note(self, layer: int, moved: torch.Tensor) -> None:
+        """moved [B, R]: the rows that were changed just now."""
+        known = self.in_layer.get(layer, False)
+        if known is not True:
+            some = moved.any() | known
+            self.in_layer[layer] = some if some.is_cuda else bool(some)  # on CUDA asking would wait for the device
+
+    def any(self) -> bool:
+        """True also if nothing was noted."""
+        return self.in_decode_rows or not self.in_layer or any(map(bool, self.in_layer.values()))
 
 
 @dataclass(frozen=True)
 class AttentionEdit(Method):
-    """Changes attention in the language model, on the rows named by `rows`, in `layers`.
-
-    Overwrite what you need; each gets float32 tensors for R edited rows over K columns, H query heads, D head size:
-      logits(z [B,H,R,K], rows)  -> raw scores before the mask and softmax
-      log_weights(rows)          -> [.., R or 1, K] logarithms of factors on the weights: added after all edits' `logits`
-      columns(rows)              -> Columns, both in a form with which many rows stay on SDPA; one for all layers if `shared`
-      weights(a [B,H,R,K], rows) -> post-softmax weights
-      apart(rows), reweigh(a, apart, rows) -> weights that multiply all columns but a few by one factor: rows stay on SDPA
-      heads(o [B,H,R,D], rows)   -> per-head output before o_proj (needs no weights: stays on SDPA)
-      scan(q [B,H,q,D], k [B,Hkv,K,D], allowed, scores, rows) -> look at all queries and keys before rows are edited
-      see(a [B,H,R,K], rows)     -> look at the weights that all edits have left; the output stays SDPA's
-      watch(x [B,q,C], layer, session) -> look at a layer's input before its norm
-      hides(look, rows)          -> [B, R or 1, K] columns to mask, if `rows` is "all": before SDPA and the other edits;
-                                    look(i): the unedited weights [B,H,R-i,K] of the rows from i on
-      begin(session, call)       -> run once when a prompt starts (text-only passes and the like)
-    """
+    """Acts on the attention of the language model in `layers`, on the rows of `row_scope`. Inherit stages, not this class."""
 
     kind: ClassVar[str] = "attention"
-    marks: ClassVar[bool] = False  # True if it remembers columns of the prompt (masks or weights for them) for later
-    spares: ClassVar[str] = ""  # which of its rows it may leave as they are: "any", "prompt" rows only, "" for none
-    shared: ClassVar[bool] = True  # `columns` is the same in all layers
     idle_reason: ClassVar[str] = "no row of it was reached."
+    tracks_columns: ClassVar[bool] = False
+    """True if it remembers something for each prompt column, which must then be mapped when columns are dropped."""
+    may_leave_unchanged: ClassVar[Unchanged] = Unchanged.NO_ROW
+
     layers: Layers = param(None, "language-model layers to edit")
     branch: str = param("both", "beside a contrast: the branch it acts in", choices=("both", "main", "negative"))
+
+    @property
+    def row_scope(self) -> RowScope:
+        return RowScope.LAST
 
     def resolve(self, arch: Arch) -> Method:
         """`layers` become those of them that have attention weights at all."""
@@ -74,66 +104,139 @@ class AttentionEdit(Method):
         """True if it acts in this branch: "main", or a name of `Contrast.branches`."""
         return self.branch == "both" or (self.branch == "main") == (branch == "main")
 
-    @property
-    def rows(self) -> str:
-        """ "last": the last prompt row and decode rows; "after_image": also prompt rows after the images; "all"."""
-        return "last"
-
-    def columns(self, rows: Rows) -> Columns:
-        return Columns()
-
-    def form(self, rows: Rows) -> Columns:
-        """`columns`, made once a forward if all layers share it."""
-        return rows.once(self.columns) if self.shared else self.columns(rows)
-
-    def logits(self, z: torch.Tensor, rows: Rows) -> torch.Tensor:
-        form = self.form(rows)
-        z = z if form.scale is None else z * form.scale
-        return z if form.rows is None else z * form.rows
-
-    def log_weights(self, rows: Rows) -> torch.Tensor | None:
-        """Broadcasts to [B, H, R, K]: what is added to the scores that all logit edits have left; None: nothing."""
-        form = self.form(rows)
-        return form.bias if form.bias is None or form.heads is None else form.bias * form.heads[:, None, None]
-
-    def weights(self, a: torch.Tensor, rows: Rows) -> torch.Tensor:
-        return a
-
-    def apart(self, rows: Rows) -> torch.Tensor:
-        """[B, H, 1, K] booleans; `weights` must then be reweigh(a, apart(rows), rows)."""
-        raise NotImplementedError
-
-    def reweigh(self, a: torch.Tensor, apart: torch.Tensor, rows: Rows) -> torch.Tensor:
-        """[B, H, R, K] weights -> the same, edited; the columns not in `apart` may come as one, which holds their sum."""
-        raise NotImplementedError
-
-    def heads(self, o: torch.Tensor, rows: Rows) -> torch.Tensor:
-        return o
-
-    def scan(self, q: torch.Tensor, k: torch.Tensor, allowed: torch.Tensor | None, scores: Scores, rows: Rows) -> None:
-        return None
-
-    def see(self, a: torch.Tensor, rows: Rows) -> None:
-        return None
-
-    def hides(self, look: Callable[[int], torch.Tensor], rows: Rows) -> torch.Tensor | None:
-        return None
-
-    def watch(self, x: torch.Tensor, layer: int, session: Session) -> None:
-        return None
-
-    def begin(self, session: Session, call: Call) -> None:
-        return None
-
-    def acted(self, session: Session) -> bool:
+    def changed_something(self, session: Session) -> bool:
         """False if the finished session shows that nothing was edited; the user is then told `idle_reason`."""
-        noted = [v for k, v in session.state(self).items() if isinstance(k, tuple) and k[0] == "changed"]
-        return not noted or any(map(bool, noted))
+        return session.memory(self, Changes).any()
 
     @classmethod
     @functools.cache
     def edits(cls, what: str) -> bool:
-        """True if the class overwrites `what`, the name of a hook above."""
-        if what in ("logits", "log_weights") and cls.edits("columns"):
-            return True
-        return getattr(cls, what) is not getattr(AttentionEdit, what)
+        """Temporary: the question by the stages' old names, until the engine asks for the classes."""
+        return issubclass(cls, OLD_NAMES[what])
+
+
+class ScoreEdit(AttentionEdit, ABC):
+    """Changes raw scores, before the mask and the softmax."""
+
+    @abstractmethod
+    def edit_scores(self, scores: torch.Tensor, rows: Rows) -> torch.Tensor:
+        """[B, H, R, K] -> [B, H, R, K]."""
+
+
+class LogWeightEdit(AttentionEdit, ABC):
+    """Multiplies weights by factors before they are normalised: adds their logarithms after all score edits."""
+
+    @abstractmethod
+    def log_weights(self, rows: Rows) -> torch.Tensor | None:
+        """The logarithms of the factors; broadcasts to [B, H, R, K]. None: every factor is 1."""
+
+
+class ColumnEdit(ScoreEdit, LogWeightEdit):
+    """Changes scores by column or by row alone: where many rows are edited, they stay on SDPA."""
+
+    same_in_all_layers: ClassVar[bool] = True
+
+    @abstractmethod
+    def column_factors(self, rows: Rows) -> ColumnFactors:
+        """The factors of one layer, of all layers if `same_in_all_layers`."""
+
+    @final
+    def cached_column_factors(self, rows: Rows) -> ColumnFactors:
+        """`column_factors`, computed once a forward if all layers share them."""
+        return rows.once(self.column_factors) if self.same_in_all_layers else self.column_factors(rows)
+
+    @final
+    def edit_scores(self, scores: torch.Tensor, rows: Rows) -> torch.Tensor:
+        factors = self.cached_column_factors(rows)
+        scores = scores if factors.scale is None else scores * factors.scale
+        return scores if factors.row_factor is None else scores * factors.row_factor
+
+    @final
+    def log_weights(self, rows: Rows) -> torch.Tensor | None:
+        _, bias, heads, _ = self.cached_column_factors(rows)
+        return bias if bias is None or heads is None else bias * heads[:, None, None]
+
+
+class WeightEdit(AttentionEdit, ABC):
+    """Changes attention weights, after the softmax."""
+
+    @abstractmethod
+    def edit_weights(self, weights: torch.Tensor, rows: Rows) -> torch.Tensor:
+        """[B, H, R, K] -> [B, H, R, K]; rows of the result need not sum to 1."""
+
+
+class FewColumnsEdit(WeightEdit):
+    """Changes a few columns one by one and multiplies all others by one factor: a whole prompt stays on SDPA.
+
+    `edit_weights(a, rows)` must equal `reweight(a, separate_columns(rows), rows)`.
+    """
+
+    @abstractmethod
+    def separate_columns(self, rows: Rows) -> torch.Tensor:
+        """[B, H, 1, K] booleans: the columns that are changed one by one."""
+
+    @abstractmethod
+    def reweight(self, weights: torch.Tensor, separate: torch.Tensor, rows: Rows) -> torch.Tensor:
+        """[B, H, R, n] weights -> edited ones. The other columns may come as a single one, which holds their sum."""
+
+
+class HeadEdit(AttentionEdit, ABC):
+    """Changes what each head outputs, before o_proj. It needs no weights, so that all rows stay on SDPA."""
+
+    @abstractmethod
+    def edit_heads(self, outputs: torch.Tensor, rows: Rows) -> torch.Tensor:
+        """[B, H, R, D] -> [B, H, R, D]."""
+
+
+class WeightReader(AttentionEdit, ABC):
+    """Reads the weights that all edits have left; the output stays SDPA's."""
+
+    @abstractmethod
+    def read_weights(self, weights: torch.Tensor, rows: Rows) -> None:
+        """[B, H, R, K], in chunks of rows."""
+
+
+class QueryKeyReader(AttentionEdit, ABC):
+    """Reads queries and keys before any row of the layer is edited."""
+
+    @abstractmethod
+    def read_queries_and_keys(self, inputs: QueryRows, rows: Rows) -> None:
+        """The rows of the forward from the first edited one on, with all keys."""
+
+
+class ColumnMasker(AttentionEdit, ABC):
+    """Masks columns for all rows of a layer, before SDPA and every other stage. Its `row_scope` must be ALL."""
+
+    @abstractmethod
+    def mask_columns(self, weights_from: Callable[[int], torch.Tensor], rows: Rows) -> torch.Tensor | None:
+        """[B, R or 1, K] True for columns to mask. `weights_from(i)` [B, H, R - i, K]: unedited weights from row i on."""
+
+
+class LayerInputReader(AttentionEdit, ABC):
+    """Reads the hidden states that enter a layer, before its norm."""
+
+    @abstractmethod
+    def read_layer_input(self, hidden: torch.Tensor, layer: int, session: Session) -> None:
+        """[B, q, C]."""
+
+
+class PromptStart(AttentionEdit, ABC):
+    """Runs something once when a prompt starts, such as a text-only pass."""
+
+    @abstractmethod
+    def on_prompt(self, session: Session, call: Call) -> None: ...
+
+
+OLD_NAMES = {
+    "logits": ScoreEdit,
+    "log_weights": LogWeightEdit,
+    "columns": ColumnEdit,
+    "weights": WeightEdit,
+    "apart": FewColumnsEdit,
+    "heads": HeadEdit,
+    "see": WeightReader,
+    "scan": QueryKeyReader,
+    "hides": ColumnMasker,
+    "watch": LayerInputReader,
+    "begin": PromptStart,
+}

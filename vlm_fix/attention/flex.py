@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from .edits import Columns
-from .kernel import Scores
+from .edits import ColumnFactors
+from .inputs import QueryRows
 
 
 @functools.cache
@@ -30,32 +30,24 @@ def block_mask(query: torch.Tensor, key: torch.Tensor, allowed: torch.Tensor | N
     return create_block_mask(visible, batch, None, count, width, device=str(query.device))
 
 
-def flex_rows(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    visible: BlockMask,
-    scores: Scores,
-    forms: list[Columns],
-) -> torch.Tensor:
-    """`edited_rows` of all rows with `forms` alone: query [B, H, q, D], key and value [B, Hkv, K, D] -> [B, H, q, D].
+def flex_rows(inputs: QueryRows, visible: BlockMask, factors: list[ColumnFactors]) -> torch.Tensor:
+    """`edited_rows` [B, H, q, D] of all rows under `factors` alone; `visible` stands in place of `inputs.allowed`.
 
     Nothing of size q x K is formed on CUDA, where the pass is compiled; elsewhere flex_attention runs uncompiled, and does.
     """
+    query, key, value, _, scores = inputs
     shape = (query.shape[0], 1, query.shape[2], key.shape[2])
-    factors = [x.expand(shape) for form in forms for x in (form.scale, form.rows) if x is not None]
+    scales = [x.expand(shape) for own in factors for x in (own.scale, own.row_factor) if x is not None]
     every = torch.ones(query.shape[1], device=query.device)
     biases = [
-        (form.bias.expand(shape), every if form.heads is None else form.heads)
-        for form in forms
-        if form.bias is not None
+        (own.bias.expand(shape), every if own.heads is None else own.heads) for own in factors if own.bias is not None
     ]
     cap = scores.softcap
 
     def score(z: torch.Tensor, b: torch.Tensor, h: torch.Tensor, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
         z = z if cap is None else cap * torch.tanh(z / cap)
-        for factor in factors:
-            z = z * factor[b, 0, i, j]
+        for scale in scales:
+            z = z * scale[b, 0, i, j]
         for bias, heads in biases:
             z = z + bias[b, 0, i, j] * heads[h]
         return z

@@ -1,8 +1,7 @@
-"""Row kernel: the edited rows of one attention layer, exactly, without ever forming a q x K matrix for all rows."""
+"""Row kernel: compute the edited rows of one attention layer exactly, without a q x K matrix of all rows."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -10,60 +9,53 @@ import torch
 
 from vlm_fix.session import Rows
 
-from .edits import AttentionEdit
+from .edits import AttentionEdit, Changes, Unchanged
+from .inputs import QueryRows
 from .scores import Scores
+from .stages import NO_EDITS, LayerEdits
+
+__all__ = ["Scores", "column_means", "edited_heads", "edited_rows", "edited_weights", "note_changes"]
 
 CHUNK_BYTES = 4 * 2**20  # float32 score memory per chunk of rows, twice that on CUDA; an edit may hold a few times that
 
 
 def edited_rows(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    allowed: torch.Tensor | None,
-    scores: Scores,
-    edits: list[tuple[AttentionEdit, Rows, torch.Tensor | None]],
-    probe: Callable[[torch.Tensor, int], None] | None = None,
+    inputs: QueryRows,
+    edits: LayerEdits = NO_EDITS,
+    record: Callable[[torch.Tensor, int], None] | None = None,
     windowed: bool = False,
-    plain: Callable[[], torch.Tensor] | None = None,
+    unedited: Callable[[], torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Attention of R rows under `edits`, applied in order.
+    """Attention of R rows under `edits`, in float32 [B, H, R, D].
 
-    query [B, H, R, D], key and value [B, Hkv, K, D] (grouped-query heads are not repeated), allowed [B or 1, 1 or H, R, K]
-    booleans or an additive float mask, or None. Each edit comes with what it sees and the rows [B, R] it applies to
-    (None: all). Returns float32 [B, H, R, D]: logit edits, log-weights, mask, softmax, weight edits, value product, head
-    edits.
-    `probe(a [B, H, r, K], i)` sees the edited weights of rows i to i + r, chunk by chunk. `windowed`: logit edits see 0 in
-    the columns a row may not see, as if a sliding window had dropped them already. `plain() [B, H, R, D]`: what rows keep
-    whose weights no edit changes, asked for where there may be some.
+    Stages follow each other as in `attention.edits`; within a stage, edits follow the order of the stack.
+    record(a [B, H, r, K], i): called with the edited weights of rows i to i + r, chunk by chunk.
+    windowed: score edits see 0 in the columns that a row may not see, as if a sliding window had dropped them already.
+    unedited() [B, H, R, D]: the output of rows whose weights no edit changes; called only where there may be some.
     """
+    query, key, value, *_ = inputs
     step = _step(query, key)
-    whole = step >= query.shape[2]
+    single_chunk = step >= query.shape[2]
     shape, compute = (*query.shape[:3], value.shape[-1]), torch.promote_types(query.dtype, torch.float32)
-    out = query.new_empty(shape, dtype=compute) if not whole else None  # before any chunk, whose memory is used again
+    # allocated before any chunk, whose memory is used again
+    out = None if single_chunk else query.new_empty(shape, dtype=compute)
     for i in range(0, query.shape[2], step):
-        part, seen, visible = slice(i, i + step), edits, allowed
-        if not whole:
-            seen = [
-                (e, dataclasses.replace(r, positions=r.positions[part]), m if m is None else m[:, part])
-                for e, r, m in edits
-            ]
-            visible = allowed if allowed is None else allowed[:, :, part]
-        changed: list[torch.Tensor] | None = None if plain is None else []
-        a = edited_weights(query[:, :, part], key, visible, scores, seen, windowed, changed)
-        if probe:
-            probe(a, i)
-        for edit, rows, _ in seen:
-            if edit.edits("see"):
-                edit.see(a, rows)
+        part = slice(i, i + step)
+        own, chunk = (edits, inputs) if single_chunk else (edits.part(part), inputs.part(part))
+        changed: list[torch.Tensor] | None = None if unedited is None else []
+        a = edited_weights(chunk, own, windowed, changed)
+        if record:
+            record(a, i)
+        for place, reader in own.stages.weight_readers:
+            reader.read_weights(a, own.rows[place])
         moved = functools.reduce(torch.logical_or, changed) if changed else None
         known = moved is not None and moved.device.type == "cpu"  # elsewhere asking would wait for the device
-        if plain is not None and (moved is None or (known and not bool(moved.any()))):
-            mixed = plain()[:, :, part].to(a.dtype)
+        if unedited is not None and (moved is None or (known and not bool(moved.any()))):
+            mixed = unedited()[:, :, part].to(a.dtype)
         else:
             mixed = (_grouped(a, key.shape[1]) @ value.to(a.dtype)).view(*a.shape[:3], -1)
-            if plain is not None and moved is not None and not (known and bool(moved.all())):
-                mixed = torch.where(moved[:, None, :, None], mixed, plain()[:, :, part].to(a.dtype))
+            if unedited is not None and moved is not None and not (known and bool(moved.all())):
+                mixed = torch.where(moved[:, None, :, None], mixed, unedited()[:, :, part].to(a.dtype))
         if out is None:
             return edited_heads(mixed, edits)
         out[:, :, part] = mixed
@@ -72,15 +64,10 @@ def edited_rows(
 
 
 def edited_weights(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    allowed: torch.Tensor | None,
-    scores: Scores,
-    edits: list[tuple[AttentionEdit, Rows, torch.Tensor | None]],
-    windowed: bool,
-    changed: list[torch.Tensor] | None = None,
+    inputs: QueryRows, edits: LayerEdits = NO_EDITS, windowed: bool = False, changed: list[torch.Tensor] | None = None
 ) -> torch.Tensor:
     """The edited weights of one chunk of rows, [B, H, R, K]; `changed` gets the rows [B, R] that each edit changed."""
+    query, key, _, allowed, scores = inputs
     compute = torch.promote_types(query.dtype, torch.float32)
     packed, keys = _grouped(query.to(compute) * scores.scaling, key.shape[1]), key.to(compute)
     # on a CPU a product with few columns is up to three times as fast as the same one with few rows
@@ -90,39 +77,35 @@ def edited_weights(
         z = scores.softcap * torch.tanh(z / scores.softcap)
     if windowed and allowed is not None:
         z = z.masked_fill(~allowed, 0) if allowed.dtype == torch.bool else z.masked_fill(allowed < 0, 0)
-    for edit, rows, mask in edits:
-        if edit.edits("logits"):
-            z = _edited(edit, rows, mask, edit.logits(z, rows), z, changed)
-    for edit, rows, mask in edits:  # log-weights multiply what the scores became, in whatever order edits are listed
-        if edit.edits("log_weights"):
-            bias = edit.log_weights(rows)
-            z = z if bias is None else _edited(edit, rows, mask, z + bias, z, changed)
+    for i, score_edit in edits.stages.scores:
+        z = _edited(edits, i, score_edit, score_edit.edit_scores(z, edits.rows[i]), z, changed)
+    for i, log_edit in edits.stages.log_weights:  # they multiply what the scores became, whatever the stack's order
+        bias = log_edit.log_weights(edits.rows[i])
+        z = z if bias is None else _edited(edits, i, log_edit, z + bias, z, changed)
     if allowed is not None:
         z = z.masked_fill(~allowed, -torch.inf) if allowed.dtype == torch.bool else z + allowed
     a = z.softmax(dim=-1)
     if allowed is not None:
         a = a.nan_to_num(0.0)  # rows of padding attend to nothing
-    for edit, rows, mask in edits:
-        if edit.edits("weights"):
-            a = _edited(edit, rows, mask, edit.weights(a, rows), a, changed)
+    for i, weight_edit in edits.stages.weights:
+        a = _edited(edits, i, weight_edit, weight_edit.edit_weights(a, edits.rows[i]), a, changed)
     return a
 
 
-def column_means(
-    query: torch.Tensor, key: torch.Tensor, allowed: torch.Tensor | None, scores: Scores, real: torch.Tensor
-) -> torch.Tensor:
+def column_means(inputs: QueryRows, real: torch.Tensor) -> torch.Tensor:
     """[B, H, K]: the plain attention weight of each column, mean over the rows that see it; `real` [B, R]: rows to count.
 
-    Arguments as in `edited_rows`; chunks of rows, so that no R x K matrix is formed.
+    Computed in chunks of rows, so that no R x K matrix is formed.
     """
+    query, key, _, allowed, _ = inputs
     step = _step(query, key)
     total = torch.zeros(*query.shape[:2], key.shape[2], device=query.device)
     count = torch.zeros_like(total[:, :1])
     for i in range(0, query.shape[2], step):
-        rows = real[:, None, i : i + step, None]
-        seen = rows if allowed is None else rows & _boolean(allowed[:, :, i : i + step])
-        visible = allowed if allowed is None else allowed[:, :, i : i + step]
-        total += (edited_weights(query[:, :, i : i + step], key, visible, scores, [], False) * rows).sum(dim=2)
+        part = slice(i, i + step)
+        rows = real[:, None, part, None]
+        seen = rows if allowed is None else rows & _boolean(allowed[:, :, part])
+        total += (edited_weights(inputs.part(part)) * rows).sum(dim=2)
         count = count + seen.sum(dim=2)
     return total / count.clamp(min=1)
 
@@ -141,35 +124,32 @@ def _grouped(x: torch.Tensor, kv_heads: int) -> torch.Tensor:
     return x.reshape(x.shape[0], kv_heads, -1, x.shape[-1])
 
 
-def edited_heads(out: torch.Tensor, edits: list[tuple[AttentionEdit, Rows, torch.Tensor | None]]) -> torch.Tensor:
+def edited_heads(out: torch.Tensor, edits: LayerEdits) -> torch.Tensor:
     """Apply the head edits to per-head outputs [B, H, R, D]."""
-    for edit, rows, mask in edits:
-        if edit.edits("heads"):
-            out = _where(mask, edit.heads(out, rows), out)
+    for i, edit in edits.stages.heads:
+        out = _where(edits.masks[i], edit.edit_heads(out, edits.rows[i]), out)
     return out
 
 
 def _edited(
+    edits: LayerEdits,
+    i: int,
     edit: AttentionEdit,
-    rows: Rows,
-    mask: torch.Tensor | None,
     new: torch.Tensor,
     old: torch.Tensor,
     changed: list[torch.Tensor] | None,
 ) -> torch.Tensor:
-    new = _where(mask, new, old)
+    new = _where(edits.masks[i], new, old)
     if changed is not None and new is not old:
-        changed.append(note_changes(edit, rows, new, old))
+        changed.append(note_changes(edit, edits.rows[i], new, old))
     return new
 
 
 def note_changes(edit: AttentionEdit, rows: Rows, new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
-    """[B, R]: the rows of scores or weights [B, H, R, K] that differ; whether any did is kept for `edit.acted`."""
+    """[B, R]: the rows of scores or weights [B, H, R, K] that differ; kept for `edit.changed_something`."""
     moved = (new != old).any(dim=-1).any(dim=1)
-    state, key = rows.state, ("changed", rows.layer)
-    if edit.spares and state.get(key) is not True:
-        some = moved.any() | state.get(key, False)
-        state[key] = some if some.is_cuda else bool(some)
+    if edit.may_leave_unchanged is not Unchanged.NO_ROW:
+        rows.memory(Changes).note(rows.layer, moved)
     return moved
 
 

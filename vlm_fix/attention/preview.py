@@ -11,24 +11,24 @@ import torch
 
 from vlm_fix.families.compat import cache_of, with_cache
 from vlm_fix.method import Method
+from vlm_fix.scope import RowScope
 from vlm_fix.session import Rows, Session
 from vlm_fix.wing import engine_of
 
 
 @dataclass
-class Look:
-    """A probe of one layer: `see(a [B, H, r, K], rows)` gets the plain weights of the rows after the image, in chunks."""
+class PlainWeights:
+    """Recorder of one layer: calls `read(a [B, H, r, K], rows)` with the plain weights of the rows after the image."""
 
     method: Method
-    see: Callable[[torch.Tensor, Rows], None]
+    read: Callable[[torch.Tensor, Rows], None]
 
     def first_row(self, session: Session) -> int:
-        firsts = zip(session.first_rows("after_image"), session.last_visual, strict=True)
-        return min((first for first, image in firsts if image >= 0), default=session.length)
+        return session.rows_in(RowScope.AFTER_IMAGE, needs_image=True).first
 
     def weights(self, layer: int, session: Session, first: int, a: torch.Tensor, i: int) -> None:
         positions = torch.arange(a.shape[2], device=a.device) + session.start + first + i
-        self.see(a, Rows(layer, session, self.method, positions, **session.masks(a.shape[-1], a.device)))
+        self.read(a, Rows(layer, session, self.method, positions, **session.masks(a.shape[-1], a.device)))
 
     def heads(self, layer: int, session: Session, output: torch.Tensor) -> None:
         return None
@@ -38,9 +38,8 @@ class Look:
 def preview(session: Session, kwargs: dict[str, Any], looks: dict[int, Any] | None = None) -> torch.Tensor:
     """Hidden states [B, q, C] after the final norm; kwargs are the language model's (`Method.prepare`).
 
-    looks: layer -> its probe. States are the session's own. A cache with earlier columns is copied for the pass.
+    looks: layer -> its recorder. States are the session's own. A cache with earlier columns is copied for the pass.
     """
-    assert session.types is not None
     engine, cache = engine_of(session.call.model), cache_of(kwargs)
     plain = Session(
         session.call,

@@ -82,7 +82,6 @@ def secondary_sinks(
     session.need_whole_prompt(name)
     if limits is not None and len(limits) != 2:
         raise VlmFixError(f"{name}: life={'|'.join(map(str, limits))} must be two numbers of layers, as life=4|17.")
-    assert session.types is not None and session.prompt_len is not None
     engine: Host = engine_of(session.call.model)
     pruning = engine.wing(PruningWing)
     if pruning and pruning.pruners.dropper:

@@ -1,11 +1,11 @@
-"""What attention edits need on a model: the attention function's handle on each layer, and hooks before watched layers."""
+"""What attention edits need on a model: a handle for the attention function and hooks that read layer inputs."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 
@@ -16,10 +16,23 @@ from vlm_fix.method import Method
 from vlm_fix.session import Session
 from vlm_fix.wing import Host, Wing
 
-from .edits import AttentionEdit
+from .edits import (
+    AttentionEdit,
+    ColumnMasker,
+    HeadEdit,
+    LayerInputReader,
+    LogWeightEdit,
+    PromptStart,
+    ScoreEdit,
+    WeightEdit,
+    WeightReader,
+)
 from .function import edited_attention
+from .strategies import AttentionPath
 
-STAGES = ("logits", "log_weights", "weights", "heads", "see", "hides")
+STAGES = ScoreEdit | LogWeightEdit | WeightEdit | HeadEdit | WeightReader | ColumnMasker  # of the attention function
+
+E = TypeVar("E", bound=AttentionEdit)
 
 
 @dataclass(frozen=True)
@@ -29,28 +42,29 @@ class LayerHandle:
     engine: Host
     layer: int
     stack: list[AttentionEdit]  # equal stacks of several layers are one list
+    path: AttentionPath
 
 
 class AttentionWing(Wing):
     """The active attention edits, layer by layer. It is always there: the attention function finds the engine by it."""
 
     order = 20
+    path = AttentionPath.AUTO
 
     def __init__(self, host: Host):
         super().__init__(host)
         self.edits = [m for m in host.active if isinstance(m, AttentionEdit)]
-        stacks = self._by_layer(lambda edit: any(map(edit.edits, STAGES)))
+        stacks = self._by_layer([edit for edit in self.edits if isinstance(edit, STAGES)])
         self.stacks = [next(s for s in stacks if s == stack) for stack in stacks]
-        self.watchers = self._by_layer(lambda edit: edit.edits("watch"))
+        self.readers = self._by_layer([edit for edit in self.edits if isinstance(edit, LayerInputReader)])
 
     @classmethod
     def claim(cls, host: Host) -> Self | None:
         return cls(host)
 
-    def _by_layer(self, wanted: Callable[[AttentionEdit], bool]) -> list[list[AttentionEdit]]:
-        """The edits of each layer that are `wanted`."""
-        chosen = [edit for edit in self.edits if wanted(edit)]
-        return [[edit for edit in chosen if i in (edit.layers or ())] for i in range(self.host.arch.depth)]
+    def _by_layer(self, edits: list[E]) -> list[list[E]]:
+        """Those of `edits` that act in each layer."""
+        return [[edit for edit in edits if i in (edit.layers or ())] for i in range(self.host.arch.depth)]
 
     def check(self) -> None:
         kinds = {m.name for m in self.host.active if getattr(m, "contrasts", False)}
@@ -64,11 +78,11 @@ class AttentionWing(Wing):
     def install(self) -> Iterable[Any]:
         handles: list[Any] = []
         for i, attn in attention_modules(self.host.language).items():
-            attn._vlm_fix = LayerHandle(self.host, i, self.stacks[i])
+            attn._vlm_fix = LayerHandle(self.host, i, self.stacks[i], self.path)
             handles.append(_Attribute(attn, "_vlm_fix"))
             self.host.attention_functions[i] = functools.partial(edited_attention, attn)
         for i, layer in enumerate(self.host.language.layers):
-            if self.watchers[i]:
+            if self.readers[i]:
                 self.host.callbacks["watch", i] = functools.partial(self._show, i)
                 hook = functools.partial(self._watch, i)
                 handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
@@ -76,8 +90,8 @@ class AttentionWing(Wing):
 
     def on_prompt(self, session: Session) -> None:
         for edit in self.edits:
-            if edit.edits("begin") and edit.acts_in(session.branch):
-                edit.begin(session, session.call)
+            if isinstance(edit, PromptStart) and edit.acts_in(session.branch):
+                edit.on_prompt(session, session.call)
 
     def _watch(self, layer: int, module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         x = args[0] if args else kwargs["hidden_states"]
@@ -92,12 +106,12 @@ class AttentionWing(Wing):
             return
         sessions = self.host.joint.sessions if self.host.joint else [self.host.editing]
         for session, rows in zip(sessions, x.chunk(len(sessions)), strict=True):
-            for edit in (e for e in self.watchers[layer] if e.acts_in(session.branch)):
-                edit.watch(rows, layer, session.at(layer))
+            for edit in (e for e in self.readers[layer] if e.acts_in(session.branch)):
+                edit.read_layer_input(rows, layer, session.at(layer))
 
     def unused(self, session: Session) -> Iterator[tuple[Method, str]]:
         for edit in dict.fromkeys(edit for stack in self.stacks for edit in stack):
-            if not (edit in self.host.touched and edit.acted(session)):
+            if not (edit in self.host.touched and edit.changed_something(session)):
                 yield edit, edit.idle_reason
 
 

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from vlm_fix.attention.edits import AttentionEdit
+from vlm_fix.attention.edits import AttentionEdit, LayerInputReader, PromptStart
 from vlm_fix.errors import VlmFixError
 from vlm_fix.families import prompt_positions
 from vlm_fix.families.compat import keeps_columns, with_cache
 from vlm_fix.inputs import InputWing
+from vlm_fix.scope import RowScope
 from vlm_fix.session import PAD, VISUAL, Call, Session
 from vlm_fix.wing import Host
 
@@ -171,7 +172,7 @@ class Branch:
         """True if the method leaves the layers before `first` as the unwrapped model makes them."""
         if isinstance(method, AttentionEdit):
             assert isinstance(method.layers, tuple)
-            return min(method.layers) >= first and not method.edits("begin") and not method.edits("watch")
+            return min(method.layers) >= first and not isinstance(method, PromptStart | LayerInputReader)
         return isinstance(method, LogitEdit)
 
     def _adopt(self, session: Session, positions: torch.Tensor) -> int:
@@ -205,7 +206,7 @@ class Branch:
         """True if the method leaves the prompt's columns before the last as the unwrapped model makes them."""
         if isinstance(method, AttentionEdit):
             here = [b for b in ("main", self.name) if method.acts_in(b)]
-            stays = method.rows == "last" and not method.edits("begin") and not method.edits("watch")
+            stays = method.row_scope is RowScope.LAST and not isinstance(method, PromptStart | LayerInputReader)
             return not here or (method is self.contrast and stays)
         return isinstance(method, Contrast | LogitEdit)
 

@@ -161,7 +161,7 @@ class ContrastWing(Wing):
         view = session.at(i)
         if not isinstance(view, View):
             return None
-        tables = view._masks.get("rotary", kwargs["position_embeddings"])
+        tables = view.forward.rotary or kwargs["position_embeddings"]
         changed = {"attention_mask": view.attention_mask(x.device), "position_embeddings": tables, "position_ids": None}
         return (x, *args[1:]) if args else (), {**kwargs, **changed} | ({} if args else {"hidden_states": x})
 
@@ -177,5 +177,5 @@ class ContrastWing(Wing):
         view, index = session.drop(layers, index, real), index.to(x.device)
         x = torch.cat([hidden.to(x), x], dim=1).gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
         places = positions.to(x.device).gather(-1, index.expand(*positions.shape[:-1], -1))
-        view._masks["rotary"] = self.host.language.rotary_emb(x, places)
+        view.forward.rotary = self.host.language.rotary_emb(x, places)
         return x

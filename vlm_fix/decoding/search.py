@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import DynamicCache, GenerationConfig
@@ -13,10 +13,13 @@ from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecod
 from vlm_fix.errors import VlmFixError
 from vlm_fix.families import prompt_positions
 from vlm_fix.families.compat import cache_of, keeps_columns, with_cache
+from vlm_fix.memory import Memory
 from vlm_fix.method import Method
 from vlm_fix.pruning.cache import ShortLayer
 from vlm_fix.session import Call
 from vlm_fix.wing import Host
+
+M = TypeVar("M", bound=Memory)
 
 
 @dataclass
@@ -135,9 +138,9 @@ class Sequences:
         self.host.sessions[cache] = self.host.sessions[self.cache].take(rows)
         return Sequences(self.host, cache, self.mask[rows], self.position[rows.to(self.position.device)], self.length)
 
-    def state(self, method: Method) -> dict[Any, Any]:
-        """What `method.see` noted in the last forward."""
-        return self.host.sessions[self.cache].state(method)
+    def memory(self, method: Method, kind: type[M]) -> M:
+        """What `method` remembers, as of the last forward."""
+        return self.host.sessions[self.cache].memory(method, kind)
 
     def need_rollback(self, name: str) -> None:
         """VlmFixError if the cache cannot forget tokens."""

@@ -9,12 +9,13 @@ from typing import ClassVar
 import torch
 
 from vlm_fix.method import Layers, Method, param
+from vlm_fix.scope import RowScope
 from vlm_fix.session import Rows, Session
 
 
 @dataclass(frozen=True)
 class HiddenEdit(Method):
-    """Changes what a layer writes to the residual stream, on the rows named by `rows` (see AttentionEdit), in `layers`.
+    """Changes what a layer writes to the residual stream, on the rows of `row_scope`, in `layers`.
 
     Overwrite what you need; each gets and returns float32 [B, R, C] for R edited rows:
       attention_output(x, rows) -> what self-attention adds (after o_proj, and after the norm that some models put there)
@@ -28,8 +29,8 @@ class HiddenEdit(Method):
     layers: Layers = param(None, "language-model layers to edit")
 
     @property
-    def rows(self) -> str:
-        return "last"
+    def row_scope(self) -> RowScope:
+        return RowScope.LAST
 
     @property
     def sees(self) -> Sequence[int]:
@@ -44,7 +45,7 @@ class HiddenEdit(Method):
     def layer_output(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
         return x
 
-    def acted(self, session: Session) -> bool:
+    def changed_something(self, session: Session) -> bool:
         """False if the finished session shows that nothing could be edited; the user is then told `idle_reason`."""
         return True
 

@@ -85,7 +85,7 @@ class HiddenWing(Wing):
 
     def unused(self, session: Session) -> Iterator[tuple[Method, str]]:
         for edit in self.edits:
-            if not (edit in self.host.touched and edit.acted(session)):
+            if not (edit in self.host.touched and edit.changed_something(session)):
                 yield edit, edit.idle_reason
 
 
@@ -93,16 +93,10 @@ def _rows(
     edit: HiddenEdit, session: Session, layer: int, x: torch.Tensor
 ) -> tuple[int, torch.Tensor | None, Rows] | None:
     """The first edited row of this forward, which samples edit which rows from there on [B, R] (None: all), the view."""
-    count, device = x.shape[1], x.device
-    firsts = [
-        f if v >= 0 or not edit.needs_image else count
-        for f, v in zip(session.first_rows(edit.rows), session.last_visual, strict=True)
-    ]
-    first = min(firsts)
-    if first >= count:
+    device, edited = x.device, session.rows_in(edit.row_scope, edit.needs_image)
+    first = edited.first
+    if first >= edited.end:
         return None
-    mask = None
-    if max(firsts) > first:
-        mask = torch.arange(first, count, device=device)[None] >= torch.tensor(firsts, device=device)[:, None]
-    positions = torch.arange(session.start + first, session.start + count, device=device)
-    return first, mask, Rows(layer, session, edit, positions, **session.masks(session.types.shape[1], device))
+    positions = torch.arange(session.start + first, session.start + edited.end, device=device)
+    rows = Rows(layer, session, edit, positions, **session.masks(session.types.shape[1], device))
+    return first, edited.mask(first, device), rows

@@ -40,7 +40,7 @@ class PruningWing(Wing):
         if len(names) > 1:
             raise VlmFixError(f"{' and '.join(names)} both prune tokens; use one of them at a time.")
         cachers = names_of(self.host.active, CachePruner)
-        others = [m.name for m in self.host.active if isinstance(m, LayerPruner) or getattr(m, "marks", False)]
+        others = [m.name for m in self.host.active if isinstance(m, LayerPruner) or getattr(m, "tracks_columns", False)]
         if cachers and len(cachers + others) > 1:
             raise VlmFixError(
                 f"{cachers[0]} leaves each layer other columns after the prompt, which {(cachers[1:] + others)[0]} does "

@@ -71,9 +71,9 @@ def test_eager_forms_all_weights():
         got = bench.run("attention", "small", specs, new_tokens=2, rounds=1)
     memory = [row["memory"] for row in got["rows"]]
     assert memory[1] < 1.05 and memory[2] > 1.5 and memory[4] - memory[3] > 0.4, memory
-    from vlm_fix.attention import apart, columns, function
+    from vlm_fix.attention import function, inputs
 
-    assert {m.sdpa_attention_forward.__name__ for m in (function, columns, apart)} == {"sdpa_attention_forward"}
+    assert {m.sdpa_attention_forward.__name__ for m in (function, inputs)} == {"sdpa_attention_forward"}
 
 
 def test_decode_beside_hf_cfg(capsys, tmp_path):

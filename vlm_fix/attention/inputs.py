@@ -1,0 +1,74 @@
+"""What an attention layer is called with, and the part of it that some of its rows need."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from .scores import Scores
+
+
+class QueryRows(NamedTuple):
+    """Some query rows of a layer with all keys and values; grouped-query heads are not repeated.
+
+    allowed: [B or 1, 1 or H, R, K], booleans or an additive float mask; None: every column.
+    """
+
+    query: torch.Tensor  # [B, H, R, D]
+    key: torch.Tensor  # [B, Hkv, K, D]
+    value: torch.Tensor  # [B, Hkv, K, D]
+    allowed: torch.Tensor | None
+    scores: Scores
+
+    def part(self, part: slice) -> QueryRows:
+        """A part of the rows."""
+        allowed = self.allowed if self.allowed is None else self.allowed[:, :, part]
+        return self._replace(query=self.query[:, :, part], allowed=allowed)
+
+
+@dataclass(slots=True)
+class AttentionInputs:
+    """The arguments of transformers' attention interface: query [B, H, q, D], key and value [B, Hkv, K, D]."""
+
+    module: torch.nn.Module
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    mask: torch.Tensor | None
+    scaling: float | None = None  # None: D ** -0.5
+    dropout: float = 0.0
+    kwargs: dict[str, Any] = field(default_factory=dict)  # sliding_window, is_causal, softcap, ...
+
+    @property
+    def scores(self) -> Scores:
+        scaling = self.query.shape[-1] ** -0.5 if self.scaling is None else self.scaling
+        return Scores(scaling, self.kwargs.get("softcap"))
+
+    @property
+    def windowed(self) -> bool:
+        """True for a prompt in a layer with a sliding window."""
+        return self.query.shape[2] > 1 and self.kwargs.get("sliding_window") is not None
+
+    def sdpa(self) -> torch.Tensor:
+        """All rows by SDPA, without edits: [B, q, H, D]."""
+        how = {"dropout": self.dropout, "scaling": self.scaling, **self.kwargs}
+        return sdpa_attention_forward(self.module, self.query, self.key, self.value, self.mask, **how)[0]
+
+    def allowed(self, first: int) -> torch.Tensor | None:
+        """The mask of the rows from `first` on; no mask means causal, as SDPA reads it."""
+        count, width = self.query.shape[2], self.key.shape[2]
+        if self.mask is not None:
+            return self.mask[:, :, first:, :width]
+        if count == 1:
+            return None
+        columns = torch.arange(width, device=self.key.device)
+        rows = torch.arange(first, count, device=self.key.device)
+        return (columns[None] <= rows[:, None])[None, None]
+
+    def rows_from(self, first: int, end: int | None = None) -> QueryRows:
+        """The rows from `first` on, up to `end`."""
+        rows = QueryRows(self.query[:, :, first:], self.key, self.value, self.allowed(first), self.scores)
+        return rows if end is None else rows.part(slice(0, end - first))

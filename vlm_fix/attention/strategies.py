@@ -1,0 +1,124 @@
+"""The ways to compute the edited rows of one attention layer; `plan.strategy_for` chooses one."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import pad
+
+from vlm_fix.memory import ForwardCache
+
+from .columns import column_attention
+from .edits import ColumnFactors, FewColumnsEdit
+from .few_columns import few_columns_attention
+from .flex import block_mask, flex_rows
+from .inputs import AttentionInputs
+from .kernel import edited_heads, edited_rows
+from .stages import LayerEdits
+
+
+class AttentionPath(enum.Enum):
+    """Which strategies an engine may choose; tests force one of them to compare it with the others."""
+
+    AUTO = "auto"
+    KERNEL = "kernel"  # the row kernel wherever weights are needed
+    COLUMNS = "columns"  # SDPA over changed keys wherever that is exact
+    FLEX = "flex"  # the same, and flex_attention for softly capped scores
+
+
+@dataclass(slots=True)
+class LayerWork:
+    """One layer of one forward: what a strategy works on."""
+
+    inputs: AttentionInputs
+    edits: LayerEdits
+    first: int  # the first edited row
+    cache: ForwardCache
+    path: AttentionPath
+    keeps_rows: bool = False  # an edit may leave some rows unchanged
+    record: Callable[[torch.Tensor, int], None] | None = None  # see `edited_rows`
+    known_output: torch.Tensor | None = None
+
+    def output(self) -> torch.Tensor:
+        """All rows without edits, [B, q, H, D]; computed on the first call."""
+        if self.known_output is None:
+            self.known_output = unedited(self.inputs, self.cache, self.path)
+        return self.known_output
+
+    def unedited_rows(self) -> torch.Tensor:
+        """[B, H, R, D] without edits."""
+        return self.output()[:, self.first :].transpose(1, 2)
+
+    @property
+    def unedited(self) -> Callable[[], torch.Tensor] | None:
+        """`unedited_rows` if some rows may keep it, None if every row is computed."""
+        return self.unedited_rows if self.keeps_rows else None
+
+    def factors(self) -> list[ColumnFactors]:
+        """The factors of all column edits, for all rows of the forward."""
+        made = [edit.cached_column_factors(self.edits.rows[i]) for i, edit in self.edits.stages.columns]
+        return [
+            own
+            if own.row_factor is None
+            else own._replace(row_factor=pad(own.row_factor, (0, 0, self.first, 0), value=1))
+            for own in made
+        ]
+
+
+Strategy = Callable[[LayerWork], torch.Tensor]
+"""work -> the edited rows [B, H, R, D]"""
+
+
+def unedited(inputs: AttentionInputs, cache: ForwardCache, path: AttentionPath) -> torch.Tensor:
+    """All rows without edits, [B, q, H, D]: SDPA, which has no kernel for softly capped scores, or what stands in for it."""
+    if inputs.scores.softcap is None:
+        return inputs.sdpa()
+    rows = capped_rows(inputs, cache, []) if by_flex(inputs.query, path) else edited_rows(inputs.rows_from(0))
+    return rows.transpose(1, 2).to(inputs.query.dtype)
+
+
+def capped_rows(inputs: AttentionInputs, cache: ForwardCache, factors: list[ColumnFactors]) -> torch.Tensor:
+    """All rows [B, H, q, D] of softly capped scores, by flex_attention."""
+    rows, place = inputs.rows_from(0), (id(inputs.mask), inputs.key.shape[2], inputs.query.device)
+    if place not in cache.block_masks:  # layers with and without a window take turns
+        cache.block_masks[place] = inputs.mask, block_mask(rows.query, rows.key, rows.allowed)
+    return flex_rows(rows, cache.block_masks[place][1], factors)
+
+
+def by_flex(query: torch.Tensor, path: AttentionPath) -> bool:
+    """Capped scores of a prompt: compiled on CUDA; elsewhere the row kernel forms less at once."""
+    return query.shape[2] > 1 and (path is AttentionPath.FLEX or (path is AttentionPath.AUTO and query.is_cuda))
+
+
+def head_scaling(work: LayerWork) -> torch.Tensor:
+    """Edit what the heads made of the unedited weights."""
+    return edited_heads(work.unedited_rows(), work.edits)
+
+
+def column_factors(work: LayerWork) -> torch.Tensor:
+    """Run SDPA over changed queries and keys, all rows of them."""
+    rows = column_attention(work.inputs, work.factors()).transpose(1, 2)
+    return edited_heads(rows[:, :, work.first :], work.edits)
+
+
+def capped_column_factors(work: LayerWork) -> torch.Tensor:
+    """`column_factors` of softly capped scores, by flex_attention."""
+    rows = capped_rows(work.inputs, work.cache, work.factors())
+    return edited_heads(rows[:, :, work.first :], work.edits)
+
+
+def few_columns(work: LayerWork) -> torch.Tensor:
+    """Run SDPA over values with a dimension for each separate column; the row kernel if there are too many."""
+    ((place, edit),) = work.edits.stages.weights
+    assert isinstance(edit, FewColumnsEdit)
+    rows = few_columns_attention(work.inputs, edit, work.edits.rows[place], work.unedited)
+    return row_kernel(work) if rows is None else rows
+
+
+def row_kernel(work: LayerWork) -> torch.Tensor:
+    """Compute scores, weights and outputs of the edited rows one by one."""
+    inputs = work.inputs
+    return edited_rows(inputs.rows_from(work.first), work.edits, work.record, inputs.windowed, work.unedited)

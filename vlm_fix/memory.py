@@ -1,0 +1,64 @@
+"""What a session keeps between layers and forwards: the memory of each method, and masks that layers share."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+
+@dataclass
+class Memory:
+    """Base of what a method remembers in one session: subclass it as a dataclass whose fields have defaults.
+
+    Tensors lead with the batch dimension, also as the values of a dict (of layers, say): a session repeats and selects
+    their rows together with those of its cache. What is not such a tensor is left as it is.
+    """
+
+    def with_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Self:
+        """A copy with other rows: `change` applied to each tensor."""
+        values = {f.name: with_rows(getattr(self, f.name), change) for f in dataclasses.fields(self)}
+        return dataclasses.replace(self, **values)
+
+
+def with_rows(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """`change` applied to every tensor with a batch dimension in dicts and memories."""
+    if isinstance(value, torch.Tensor) and value.dim():
+        return change(value)
+    if isinstance(value, dict):
+        return {k: with_rows(v, change) for k, v in value.items()}
+    return value.with_rows(change) if isinstance(value, Memory) else value
+
+
+@dataclass
+class ForwardCache:
+    """Computed once for the layers of one forward; a model may be spread over several devices."""
+
+    plans: dict[tuple[int, int, torch.device], Any] = field(default_factory=dict)
+    """(stack of edits, K, device) -> attention.plan.Plan, None where no edit acts"""
+    kinds: dict[tuple[int, torch.device], dict[str, torch.Tensor]] = field(default_factory=dict)
+    """(K, device) -> `Session.masks`"""
+    allowed: dict[torch.device, torch.Tensor | None] = field(default_factory=dict)
+    """Device -> `View.attention_mask`"""
+    block_masks: dict[tuple[int, int, torch.device], tuple[torch.Tensor | None, BlockMask]] = field(
+        default_factory=dict
+    )
+    """(id of a mask, K, device) -> that mask, held so that its id stays its own, and flex_attention's form of it"""
+    once: dict[tuple[int, str, int, torch.device], tuple[torch.Tensor, Any]] = field(default_factory=dict)
+    """(method, function, K, device) -> the row positions it was computed for, and the value: `Rows.once`"""
+    rotary: Any = None  # cosines and sines of a second branch's columns
+
+
+@dataclass
+class ColumnCache:
+    """Column masks that hold until columns other than generated ones are added; wider than the columns there are."""
+
+    kinds: dict[torch.device, dict[str, torch.Tensor]] = field(default_factory=dict)
+    groups: dict[tuple[int, int, torch.device], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    """(method, layer, device) -> the mask they were made of, and the groups: `Rows.groups`"""
