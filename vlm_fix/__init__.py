@@ -27,8 +27,9 @@ if TYPE_CHECKING:
         WeightEdit,
         WeightReader,
     )
-    from .decoding.kinds import Contrast, LogitEdit, Procedure
-    from .hidden.edit import HiddenEdit
+    from .decoding.kinds import Contrast, LogitEdit, Procedure, Refiner, Searcher
+    from .hidden.edit import AttentionOutputEdit, HiddenEdit, LayerOutputEdit, MLPOutputEdit
+    from .inputs import InputEdit
     from .memory import Memory
     from .method import Layers, Method, param
     from .observation.observe import Observation, observe
@@ -59,8 +60,11 @@ _HOMES = {  # imported on first use: scoring files and `--help` need no torch
         "Contrast",
         "LogitEdit",
         "Procedure",
+        "Refiner",
+        "Searcher",
     ),
-    "hidden.edit": ("HiddenEdit",),
+    "hidden.edit": ("AttentionOutputEdit", "HiddenEdit", "LayerOutputEdit", "MLPOutputEdit"),
+    "inputs": ("InputEdit",),
     "memory": ("Memory",),
     "method": (
         "Layers",
@@ -86,6 +90,7 @@ _HOMES = {  # imported on first use: scoring files and `--help` need no torch
 }
 __all__ = [
     "AttentionEdit",
+    "AttentionOutputEdit",
     "ColumnEdit",
     "ColumnFactors",
     "ColumnMasker",
@@ -93,18 +98,23 @@ __all__ = [
     "FewColumnsEdit",
     "HeadEdit",
     "HiddenEdit",
+    "InputEdit",
     "LayerInputReader",
+    "LayerOutputEdit",
     "Layers",
     "LogWeightEdit",
     "LogitEdit",
+    "MLPOutputEdit",
     "Memory",
     "Method",
     "Observation",
     "Procedure",
     "PromptStart",
     "QueryKeyReader",
+    "Refiner",
     "RowScope",
     "ScoreEdit",
+    "Searcher",
     "TokenPruner",
     "Unchanged",
     "VlmFixError",

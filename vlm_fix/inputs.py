@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
@@ -10,20 +12,35 @@ import torch
 from vlm_fix import compiled
 from vlm_fix.attention.edits import AttentionEdit
 from vlm_fix.families import get_part
+from vlm_fix.method import Method
 from vlm_fix.pruning.encoder import capture
 from vlm_fix.pruning.kinds import CachePruner, LayerPruner, TokenPruner
 from vlm_fix.session import Session
 from vlm_fix.wing import Host, Wing
 
 
+@dataclass(frozen=True)
+class InputEdit(Method, ABC):
+    """A method that looks at or changes the language model's inputs before each forward."""
+
+    @abstractmethod
+    def prepare(self, session: Session, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Return the language model's inputs (`inputs_embeds`, `position_ids`, ...), changed or not."""
+
+    @property
+    def prepares(self) -> bool:
+        """False if `prepare` does nothing with these parameters."""
+        return True
+
+
 class InputWing(Wing):
-    """Runs `Method.prepare` before each forward of the language model, after pruners: methods see what is left."""
+    """Runs `InputEdit.prepare` before each forward of the language model, after pruners: methods see what is left."""
 
     order = 70
 
     def __init__(self, host: Host):
         super().__init__(host)
-        self.methods = [m for m in host.active if m.prepares]
+        self.methods = [m for m in host.active if isinstance(m, InputEdit) and m.prepares]
 
     @classmethod
     def claim(cls, host: Host) -> Self | None:

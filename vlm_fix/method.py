@@ -14,14 +14,11 @@ import types
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
+from vlm_fix.arch import Arch
 from vlm_fix.errors import VlmFixError
-
-if TYPE_CHECKING:
-    from vlm_fix.arch import Arch
-    from vlm_fix.sample import Sample
-    from vlm_fix.session import Session
+from vlm_fix.sample import Sample
 
 Layers = str | tuple[int, ...] | None
 """0-based layer indices: "2-31", "1|18-31", "2-" (to the last), or a tuple; None = the method's default."""
@@ -111,15 +108,6 @@ class Method:
     def encoder_layers(self, arch: Arch) -> tuple[int, ...] | None:
         """Vision layers whose attention scores this method needs; None: it does not look at the vision tower."""
         return None
-
-    def prepare(self, session: Session, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Look at or change the language model's inputs (`inputs_embeds`, `position_ids`, ...) before each forward."""
-        return kwargs
-
-    @property
-    def prepares(self) -> bool:
-        """True if `prepare` does something with these parameters."""
-        return type(self).prepare is not Method.prepare
 
     def calibrate(
         self, model: Any, samples: Sequence[Sample], seed: int, progress: Callable[[str, float], None]

@@ -17,9 +17,11 @@ from vlm_fix.attention.inputs import QueryRows
 from vlm_fix.attention.kernel import column_means
 from vlm_fix.attention.sinks import secondary_sinks
 from vlm_fix.calibration.search import answer_scores
+from vlm_fix.inputs import InputEdit
 from vlm_fix.method import parse_heads
 from vlm_fix.sample import Sample
 from vlm_fix.session import PAD, Rows, Session
+from vlm_fix.wing import engine_of
 
 
 @dataclass
@@ -28,7 +30,7 @@ class ACTMemory(Memory):
 
 
 @dataclass(frozen=True)
-class ACT(FewColumnsEdit, QueryKeyReader):
+class ACT(FewColumnsEdit, QueryKeyReader, InputEdit):
     """Takes attention from sinks other than the first one and hands it to all other columns in proportion.
 
     While the prompt is read, column j of head h is a sink iff the mean of A[h, i, j] over the rows i that see it exceeds
@@ -81,7 +83,7 @@ class ACT(FewColumnsEdit, QueryKeyReader):
     def prepare(self, session: Session, kwargs: dict[str, Any]) -> dict[str, Any]:
         if session.start == 0:
             found = secondary_sinks(session, kwargs, self.life, self.name)[:, :, None]
-            heads = session.call.model.__dict__["_vlm_fix_engine"].arch.heads
+            heads = engine_of(session.call.model).arch.heads
             sinks = session.memory(self, ACTMemory).sinks
             for i in (i for i in range(len(found)) if i in (self.layers or ())):
                 sinks[i] = found[i] & self.heads_of(i, heads, found.device)

@@ -7,10 +7,12 @@ from typing import Any, ClassVar
 
 import torch
 
-from vlm_fix import Memory, Method, VlmFixError, param
+from vlm_fix import Memory, VlmFixError, param
 from vlm_fix.families import image_cells
 from vlm_fix.families.compat import cache_of
+from vlm_fix.inputs import InputEdit
 from vlm_fix.session import PAD, VISUAL, Session
+from vlm_fix.wing import engine_of
 
 
 @dataclass
@@ -19,7 +21,7 @@ class CCAMemory(Memory):
 
 
 @dataclass(frozen=True)
-class CCA(Method):
+class CCA(InputEdit):
     """Numbers image tokens by rings, from the border to the centre, so that all of them are close to the question.
 
     A token of an h x w image in row y, column x lies in ring r = min(y, x, h - 1 - y, w - 1 - x), and gets the position
@@ -83,7 +85,7 @@ class CCA(Method):
             mrope = call.family.mrope
             ahead[places] = border.flatten() - (0 if mrope else torch.arange(len(places)))
             saved[places[-1]] = (max(grid.shape) if mrope else len(places)) - (min(grid.shape) + 1) // 2
-        tokens = call.model.__dict__["_vlm_fix_engine"].tokens
+        tokens = engine_of(call.model).tokens
         ring, image, ahead, saved = (session.on_images(v, tokens) for v in (ring, image, ahead, saved))
         return ring, image, ahead - (saved.cumsum(dim=1) - saved)
 

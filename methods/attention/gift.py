@@ -13,6 +13,7 @@ from vlm_fix import PromptStart, RowScope, Unchanged, VlmFixError, WeightEdit, p
 from vlm_fix.arch import Arch
 from vlm_fix.attention.preview import PlainWeights, preview
 from vlm_fix.calibration.search import best_value
+from vlm_fix.inputs import InputEdit
 from vlm_fix.sample import Sample
 from vlm_fix.session import VISUAL, Call, Rows, Session
 from vlm_fix.words import content_columns
@@ -21,7 +22,7 @@ from .saliency import GIFTMemory, saliency_map, top_half
 
 
 @dataclasses.dataclass(frozen=True)
-class GIFT(WeightEdit, PromptStart):
+class GIFT(WeightEdit, PromptStart, InputEdit):
     """Amplifies attention to what the eyes turned to while the question was read, and to the question by as much.
 
     At `source_layer`, for query tokens q (prompt text after the images): shift = sum_q relu(A[q, V] - A[q-1, V]).

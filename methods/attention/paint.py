@@ -9,8 +9,10 @@ import torch
 
 from vlm_fix import Memory, ScoreEdit, VlmFixError, WeightEdit, param
 from vlm_fix.arch import Arch
+from vlm_fix.inputs import InputEdit
 from vlm_fix.pruning.encoder import ImageTokens
 from vlm_fix.session import VISUAL, Rows, Session, pad_to
+from vlm_fix.wing import engine_of
 
 
 @dataclass
@@ -20,7 +22,7 @@ class PAINTMemory(Memory):
 
 
 @dataclass(frozen=True)
-class PAINT(ScoreEdit, WeightEdit):
+class PAINT(ScoreEdit, WeightEdit, InputEdit):
     """Raises the raw scores of the image tokens that the vision encoder's class token looks at, early and late.
 
     With s_l the class token's attention to the N patches in encoder layer l: summary = patches with
@@ -89,7 +91,7 @@ class PAINT(ScoreEdit, WeightEdit):
             if "pixel_values_videos" in session.call.inputs:
                 raise VlmFixError("paint scores the tokens of images, no video; pass its frames as images, or unwrap.")
             values = [self.strengths(image) for image in session.call.views]
-            tokens = session.call.model.__dict__["_vlm_fix_engine"].tokens
+            tokens = engine_of(session.call.model).tokens
             new, memory = (
                 session.on_images(torch.cat(values or [torch.zeros(0)]), tokens),
                 session.memory(self, PAINTMemory),

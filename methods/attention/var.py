@@ -12,6 +12,7 @@ from vlm_fix import LayerInputReader, Memory, Method, RowScope, Unchanged, VlmFi
 from vlm_fix.arch import Arch
 from vlm_fix.attention.sinks import massive_ratios, secondary_sinks
 from vlm_fix.families import arch_of
+from vlm_fix.inputs import InputEdit
 from vlm_fix.method import parse_layers
 from vlm_fix.sample import Sample
 from vlm_fix.session import PAD, Rows, Session, pad_to
@@ -33,7 +34,7 @@ class VARMemory(Memory):
 
 
 @dataclass(frozen=True)
-class VAR(WeightEdit, LayerInputReader):
+class VAR(WeightEdit, LayerInputReader, InputEdit):
     """Moves attention from sink tokens to the other image tokens, in heads that look at the image.
 
     On a layer's input x, column j is a sink iff max_{d in sink_dims} |x_jd| / rms(x_j) > tau (prompt columns only, text

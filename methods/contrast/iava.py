@@ -12,6 +12,7 @@ from vlm_fix.decoding.contrast import Branch, plausible
 from vlm_fix.decoding.kinds import Negative
 from vlm_fix.families.table import image_token_ids
 from vlm_fix.session import Call, Session
+from vlm_fix.wing import engine_of
 
 from .icd import line_tokens
 
@@ -116,7 +117,7 @@ class Looking:
 
 def attention_to_images(call: Call, inputs: dict[str, Any]) -> list[torch.Tensor]:
     """Per prompt [layers, n]: the last row's head-mean weights on its n image tokens; what the main branch knows is reused."""
-    engine = call.model.__dict__["_vlm_fix_engine"]
+    engine = engine_of(call.model)
     engine.probe = probe = Looking()
     try:
         Branch(engine, call, "instruction", Negative(inputs)).prefill()

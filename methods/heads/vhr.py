@@ -10,6 +10,7 @@ import torch
 from vlm_fix import HeadEdit, Memory, PromptStart, RowScope, param
 from vlm_fix.arch import Arch
 from vlm_fix.session import Call, Rows, Session
+from vlm_fix.wing import engine_of
 
 
 @dataclass
@@ -55,7 +56,7 @@ class VHR(HeadEdit, PromptStart):
 
     def on_prompt(self, session: Session, call: Call) -> None:
         """Run the text-only pass."""
-        engine = call.model.__dict__["_vlm_fix_engine"]
+        engine = engine_of(call.model)
         times = session.types.shape[0] // call.batch  # beams repeat each prompt
         text_only = session.memory(self, VHRMemory).text_only
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from vlm_fix import HiddenEdit, Memory, VlmFixError, param
+from vlm_fix import AttentionOutputEdit, Memory, MLPOutputEdit, VlmFixError, param
 from vlm_fix.arch import Arch
 from vlm_fix.calibration.search import LastRow, batches
 from vlm_fix.families import family_of, get_part
@@ -28,7 +28,7 @@ class IRIMemory(Memory):
 
 
 @dataclass(frozen=True)
-class IRI(HiddenEdit):
+class IRI(AttentionOutputEdit, MLPOutputEdit):
     """Repeats what the causally most important layers wrote in later important layers, at the length it had there.
 
     With a_l the attention output of layer l [C], on the last prompt row and decode rows, src the `sources` layers of

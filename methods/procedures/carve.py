@@ -9,19 +9,20 @@ from typing import Any, ClassVar
 import torch
 from torch.nn.functional import interpolate, max_pool2d
 
-from vlm_fix import Layers, Procedure, VlmFixError, param
+from vlm_fix import Layers, VlmFixError, param
 from vlm_fix.arch import Arch
 from vlm_fix.decoding.contrast import Branch
-from vlm_fix.decoding.kinds import Negative
+from vlm_fix.decoding.kinds import Negative, Refiner
 from vlm_fix.families import image_cells
 from vlm_fix.methods.contrast.iava import Looking, instructed
 from vlm_fix.methods.contrast.icd import line_tokens
 from vlm_fix.pruning.shrink import resize, to_image, to_patches
 from vlm_fix.session import Call
+from vlm_fix.wing import engine_of
 
 
 @dataclass(frozen=True)
-class CARVE(Procedure):
+class CARVE(Refiner):
     """Shows the model only what the question makes it look at, cropped and enlarged.
 
     A_Q, A_G [V]: head-mean weights on the V tokens of an image, in the row that predicts token t of a greedy answer to the
@@ -87,12 +88,12 @@ class CARVE(Procedure):
         for t, ((q, q_goes_on), (g, g_goes_on)) in enumerate(zip(question, general, strict=True)):
             total += (t + 1) * (q / (g + 1e-8)).sum(dim=0) * (q_goes_on & g_goes_on)
         ids = call.inputs["input_ids"]
-        ids = ids[torch.isin(ids, call.model.__dict__["_vlm_fix_engine"].tokens.to(ids.device))]
+        ids = ids[torch.isin(ids, engine_of(call.model).tokens.to(ids.device))]
         return [total[c] for c in image_cells(call.model, call.family, {**call.inputs, "input_ids": ids[None]})]
 
     def looks(self, call: Call, inputs: dict[str, Any]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Per token of a greedy answer: weights [layers, N] on the N image tokens of the batch, and [N] not yet ended."""
-        engine = call.model.__dict__["_vlm_fix_engine"]
+        engine = engine_of(call.model)
         ids, eos = inputs["input_ids"], call.model.generation_config.eos_token_id
         ends, seen = torch.tensor([] if eos is None else eos, dtype=torch.long, device=ids.device), []
         answer, alive = ids[:, :0], torch.ones(len(ids), dtype=torch.bool)

@@ -11,8 +11,9 @@ from typing import Any, ClassVar
 import torch
 from torch.nn.functional import normalize, pad
 
-from vlm_fix import Layers, Memory, Procedure, WeightReader, param
+from vlm_fix import Layers, Memory, WeightReader, param
 from vlm_fix.arch import Arch
+from vlm_fix.decoding.kinds import Searcher
 from vlm_fix.decoding.search import Search, Sequences
 from vlm_fix.session import Rows
 
@@ -36,7 +37,7 @@ class OPERAMemory(Memory):
 
 
 @dataclass(frozen=True)
-class OPERA(WeightReader, Procedure):
+class OPERA(WeightReader, Searcher):
     """Beam search that penalises candidates whose attention piles up on one earlier token, and goes back behind it.
 
     A [n, K]: last-layer weights of a candidate's own row, maximum over heads, made to sum to 1; over the t + 1 response

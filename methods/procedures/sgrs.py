@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 
 import torch
 
-from vlm_fix import Layers, Memory, Procedure, WeightReader, param
+from vlm_fix import Layers, Memory, WeightReader, param
 from vlm_fix.arch import Arch
+from vlm_fix.decoding.kinds import Searcher
 from vlm_fix.decoding.logits import fingerprints
 from vlm_fix.decoding.search import Search, Sequences
 from vlm_fix.session import Rows
@@ -23,7 +24,7 @@ class SGRSMemory(Memory):
 
 
 @dataclass(frozen=True)
-class SGRS(WeightReader, Procedure):
+class SGRS(WeightReader, Searcher):
     """Samples a token and takes it only if the answer so far matters to it as much as to the tokens before.
 
     For a candidate c drawn from the `top_k` likeliest, with A [H, K] the weights of the row that predicts c and

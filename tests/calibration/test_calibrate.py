@@ -22,6 +22,7 @@ from vlm_fix.calibrated import Calibration, sizes, weights_id
 from vlm_fix.calibration.search import answer_scores
 from vlm_fix.families.table import arch_of
 from vlm_fix.sample import Sample
+from vlm_fix.wing import engine_of
 
 
 def written(path, model, method="zerotuning", **found):
@@ -43,12 +44,12 @@ def test_answer_scores_are_those_of_single_prompts(family, model):
 def test_calibrated_values_fill_what_is_left_at_default(family, model, tmp_path):
     file = written(tmp_path / "z.json", model, rate=0.3, head_indices=[0, 2])
     vlm_fix.wrap(model, ["zerotuning", "vhr"], calibration=file)
-    (method,) = (m for m in model.__dict__["_vlm_fix_engine"].active if m.name == "zerotuning")
+    (method,) = (m for m in engine_of(model).active if m.name == "zerotuning")
     assert (method.rate, method.head_indices) == (0.3, (0, 2))
     vlm_fix.unwrap(model)
     with vlm_fix.wrapped(model, "zerotuning:rate=0.8", calibration=[file]):
-        assert model.__dict__["_vlm_fix_engine"].active[0].rate == 0.8
-        assert model.__dict__["_vlm_fix_engine"].active[0].head_indices == (0, 2)
+        assert engine_of(model).active[0].rate == 0.8
+        assert engine_of(model).active[0].head_indices == (0, 2)
         calibrated = model.generate(**make_inputs(family, [1]), max_new_tokens=4, output_logits=True, **PLAIN).logits
     with vlm_fix.wrapped(model, "zerotuning:rate=0.8,head_indices=0|2"):
         spelled = model.generate(**make_inputs(family, [1]), max_new_tokens=4, output_logits=True, **PLAIN).logits
@@ -175,9 +176,9 @@ def test_checkpoint_may_carry_calibrations(models, tmp_path, monkeypatch):
     monkeypatch.setattr(model, "name_or_path", str(tmp_path), raising=False)
     file = written(tmp_path / "calibration" / "zerotuning.json", model, rate=0.3)
     with vlm_fix.wrapped(model, "zerotuning"):
-        assert model.__dict__["_vlm_fix_engine"].active[0].rate == 0.3
+        assert engine_of(model).active[0].rate == 0.3
     with vlm_fix.wrapped(model, "zerotuning", calibration=written(tmp_path / "other.json", model, rate=0.4)):
-        assert model.__dict__["_vlm_fix_engine"].active[0].rate == 0.4
+        assert engine_of(model).active[0].rate == 0.4
     file.write_text("{")
     with pytest.raises(vlm_fix.VlmFixError, match="no JSON"):
         vlm_fix.wrap(model, "zerotuning")

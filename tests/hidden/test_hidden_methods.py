@@ -16,7 +16,7 @@ from tests.support.models import IMAGE, make_inputs, single
 from tests.support.references import attention as edits
 from tests.support.references import base as ref
 from tests.support.run import error, greedy
-from vlm_fix import HiddenEdit
+from vlm_fix import LayerOutputEdit, MLPOutputEdit
 
 RATES = "rr_attention=0.4|0.1|0.3|0.2,rr_mlp=0.1|0.5|0.2|0.3,sources=2,targets=3"
 IRI = f"iri:{RATES},lambda_a=0.9,lambda_m=0.7"
@@ -27,7 +27,7 @@ def hooks(model):
 
 
 @dataclass(frozen=True)
-class Shift(HiddenEdit):
+class Shift(MLPOutputEdit, LayerOutputEdit):
     """Doubles the stream after layer 1 and halves what the MLP of layer 2 adds."""
 
     name: ClassVar[str] = "shift"

@@ -15,9 +15,9 @@ from tests.support.models import BUILD, IMAGE, make_inputs, single
 from tests.support.references.pruning_after import STEPS, Slow, quota
 from tests.support.references.pruning_before import ranked
 from tests.support.run import VAR_TINY, error, greedy
+from vlm_fix import AttentionOutputEdit, MLPOutputEdit
 from vlm_fix.attention import function
 from vlm_fix.families.compat import CACHE, cache_of
-from vlm_fix.hidden.edit import HiddenEdit
 from vlm_fix.pruning import PruningWing
 from vlm_fix.pruning.cache import ShortLayer
 from vlm_fix.wing import engine_of
@@ -327,7 +327,7 @@ def test_hidden_edits_of_the_prompt_are_the_same(family, model):
 
 
 @dataclass(frozen=True)
-class Louder(HiddenEdit):
+class Louder(AttentionOutputEdit, MLPOutputEdit):
     name: ClassVar[str] = "louder"
 
     def attention_output(self, x, rows):

@@ -20,6 +20,7 @@ from tests.support.references import attention as edits
 from tests.support.references import base as ref
 from tests.support.run import error, greedy
 from vlm_fix.attention import function
+from vlm_fix.wing import engine_of
 
 LIMIT = {torch.float32: 1e-5, torch.bfloat16: 3e-2}  # largest difference of logits, relative to the largest logit
 EDIT = 6e-2  # the least that an edit must change them by
@@ -130,7 +131,7 @@ def recorded(model, monkeypatch):
     chunks, original, layers = defaultdict(list), function.attention, ref.decoder(model).layers
 
     def plain():
-        return model.__dict__["_vlm_fix_engine"].session.plain
+        return engine_of(model).session.plain
 
     def attention(module, query, key, value, *args, **kwargs):
         out = original(module, query, key, value, *args, **kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -74,7 +75,7 @@ class Contrast(Method):
 
 
 @dataclass(frozen=True)
-class LogitEdit(Method):
+class LogitEdit(Method, ABC):
     """Changes the next-token distribution of the one branch there is, after any contrast; acts in `generate` only."""
 
     kind: ClassVar[str] = "logits"
@@ -85,32 +86,38 @@ class LogitEdit(Method):
         """Layers whose input `step.exit` is asked for (entry i of transformers' hidden_states is layer i's input)."""
         return ()
 
+    @abstractmethod
     def edit(self, l: torch.Tensor, step: Step) -> torch.Tensor:
         """[B, V] float32 log-probabilities -> unnormalised scores, -inf where cut off. Pure."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class Procedure(Method):
-    """A small program around `generate`: other inputs for it, or tokens chosen by a search of its own."""
+    """A small program around `generate`: a `Refiner` or a `Searcher`."""
 
     kind: ClassVar[str] = "procedure"
     needs_image: ClassVar[bool] = False
+
+
+@dataclass(frozen=True)
+class Refiner(Procedure, ABC):
+    """A procedure that gives `generate` other inputs."""
+
+    @abstractmethod
+    def refine(self, call: Call) -> dict[str, Any]:
+        """Return inputs that replace those in `call.inputs` before anything is generated, such as pixel_values."""
+
+
+@dataclass(frozen=True)
+class Searcher(Procedure, ABC):
+    """A procedure that chooses the tokens in a decoding loop of its own."""
+
     refuses: ClassVar[dict[str, str]] = {}
     """Options of `generate` it cannot serve -> what to do instead, as the end of a sentence."""
 
-    def refine(self, call: Call) -> dict[str, Any]:
-        """Inputs that take the place of those in `call.inputs` before anything is generated, such as pixel_values."""
-        raise NotImplementedError
-
+    @abstractmethod
     def search(self, run: Search) -> Any:
         """Prefill, choose the tokens, return `run.output(...)`: what `generate` returns.
 
         `generate` still prepares inputs, processors and stopping.
         """
-        raise NotImplementedError
-
-    @classmethod
-    def does(cls, what: str) -> bool:
-        """True if the class overwrites `what` ("refine", "search")."""
-        return getattr(cls, what) is not getattr(Procedure, what)

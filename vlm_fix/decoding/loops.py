@@ -1,4 +1,4 @@
-"""What a `Procedure` works with: prompts with their cache, which its own search extends, copies and rolls back.
+"""What a `Searcher` works with: prompts with their cache, which its own search extends, copies and rolls back.
 
 generate runs the search as its `custom_generate`, so that inputs, logits processors and stopping criteria are its own.
 """
@@ -16,7 +16,7 @@ from vlm_fix.families.compat import CACHE_NAMES
 from vlm_fix.session import Call
 from vlm_fix.wing import Host
 
-from .kinds import Procedure
+from .kinds import Searcher
 from .search import Search
 
 REFUSED = {
@@ -32,7 +32,7 @@ REFUSED = {
 }
 
 
-def refuse(method: Procedure, setting: Callable[[str], Any]) -> None:
+def refuse(method: Searcher, setting: Callable[[str], Any]) -> None:
     """VlmFixError, before anything is computed, if generate was asked for something the search does not do."""
     for name, advice in {**REFUSED, **method.refuses}.items():
         value = setting(name)
@@ -42,7 +42,7 @@ def refuse(method: Procedure, setting: Callable[[str], Any]) -> None:
         raise VlmFixError(f"{method.name} needs the cache; drop use_cache=False.")
 
 
-def run(host: Host, method: Procedure, call: Call, streamer: Any) -> Callable[..., Any]:
+def run(host: Host, method: Searcher, call: Call, streamer: Any) -> Callable[..., Any]:
     """The `custom_generate` of generate that runs `method`."""
 
     def loop(

@@ -16,7 +16,7 @@ from vlm_fix.session import Call
 from vlm_fix.wing import Host, Wing, names_of
 
 from . import loops
-from .kinds import Contrast, LogitEdit, Procedure
+from .kinds import Contrast, LogitEdit, Refiner, Searcher
 from .prompt import Prompt
 
 
@@ -27,9 +27,8 @@ class ProcedureWing(Wing):
 
     def __init__(self, host: Host):
         super().__init__(host)
-        found = [m for m in host.active if isinstance(m, Procedure)]
-        self.refiners = [m for m in found if m.does("refine")]
-        self.searches = [m for m in found if m.does("search")]
+        self.refiners = [m for m in host.active if isinstance(m, Refiner)]
+        self.searches = [m for m in host.active if isinstance(m, Searcher)]
         self.own_loop = bool(self.searches)
 
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -17,11 +18,8 @@ from vlm_fix.session import Rows, Session
 class HiddenEdit(Method):
     """Changes what a layer writes to the residual stream, on the rows of `row_scope`, in `layers`.
 
-    Overwrite what you need; each gets and returns float32 [B, R, C] for R edited rows:
-      attention_output(x, rows) -> what self-attention adds (after o_proj, and after the norm that some models put there)
-      mlp_output(x, rows)       -> what the MLP adds
-      layer_output(x, rows)     -> the residual stream after the layer
-      sees                      -> layers in which it is called, if not `layers`
+    Inherit from the stages below: `AttentionOutputEdit`, `MLPOutputEdit`, `LayerOutputEdit`. Each gets and returns float32
+    [B, R, C] for R edited rows. `sees` names the layers in which it is called, if not `layers`.
     """
 
     kind: ClassVar[str] = "hidden"
@@ -36,20 +34,33 @@ class HiddenEdit(Method):
     def sees(self) -> Sequence[int]:
         return self.layers  # type: ignore[return-value]
 
-    def attention_output(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
-        return x
-
-    def mlp_output(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
-        return x
-
-    def layer_output(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
-        return x
-
     def changed_something(self, session: Session) -> bool:
         """False if the finished session shows that nothing could be edited; the user is then told `idle_reason`."""
         return True
 
-    @classmethod
-    def edits(cls, what: str) -> bool:
-        """True if the class overwrites `what` ("attention_output", "mlp_output", "layer_output")."""
-        return getattr(cls, what) is not getattr(HiddenEdit, what)
+
+@dataclass(frozen=True)
+class AttentionOutputEdit(HiddenEdit, ABC):
+    """Changes what self-attention adds, after o_proj and after the norm that some models put there."""
+
+    @abstractmethod
+    def attention_output(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
+        """[B, R, C] -> the same, edited."""
+
+
+@dataclass(frozen=True)
+class MLPOutputEdit(HiddenEdit, ABC):
+    """Changes what the MLP adds."""
+
+    @abstractmethod
+    def mlp_output(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
+        """[B, R, C] -> the same, edited."""
+
+
+@dataclass(frozen=True)
+class LayerOutputEdit(HiddenEdit, ABC):
+    """Changes the residual stream after a layer."""
+
+    @abstractmethod
+    def layer_output(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
+        """[B, R, C] -> the same, edited."""

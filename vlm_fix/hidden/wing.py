@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Self
 
 import torch
@@ -13,7 +13,10 @@ from vlm_fix.method import Method
 from vlm_fix.session import Rows, Session
 from vlm_fix.wing import Host, Wing
 
-from .edit import HiddenEdit
+from .edit import AttentionOutputEdit, HiddenEdit, LayerOutputEdit, MLPOutputEdit
+
+Stage = Callable[[torch.Tensor, Rows], torch.Tensor]
+STAGES = {"attention_output": AttentionOutputEdit, "mlp_output": MLPOutputEdit, "layer_output": LayerOutputEdit}
 
 MIXERS = ("self_attn", "linear_attn", "conv")  # the last two: layers of hybrid decoders
 MLPS = ("mlp", "feed_forward")
@@ -52,9 +55,9 @@ class HiddenWing(Wing):
         handles = []
         for i, layer in enumerate(self.host.language.layers):
             for what, module in writers(layer).items():
-                edits = [e for e in self.edits if i in e.sees and e.edits(what)]
+                edits = [(e, getattr(e, what)) for e in self.edits if i in e.sees and isinstance(e, STAGES[what])]
                 if edits:
-                    self.host.callbacks[what, i] = functools.partial(self._edit, edits, what, i)
+                    self.host.callbacks[what, i] = functools.partial(self._edit, edits, i)
                     handles.append(module.register_forward_hook(functools.partial(self._write, what, i)))
         return handles
 
@@ -66,19 +69,19 @@ class HiddenWing(Wing):
         new = compiled.through(self.host, what, layer, x, x.shape[1])
         return (new, *output[1:]) if new is not None and isinstance(output, tuple) else new
 
-    def _edit(self, edits: list[HiddenEdit], what: str, layer: int, x: torch.Tensor) -> torch.Tensor | None:
+    def _edit(self, edits: Sequence[tuple[HiddenEdit, Stage]], layer: int, x: torch.Tensor) -> torch.Tensor | None:
         """x [B, q, C] with the edited rows written over a copy; None if no row is edited."""
         if self.host.editing is None:
             return None
         session, new = self.host.editing.at(layer), x
-        for edit in edits:
+        for edit, changed in edits:
             seen = _rows(edit, session, layer, x)
             if seen is None:
                 continue
             first, mask, rows = seen
             self.host.touched.add(edit)
             old = new[:, first:]
-            part = getattr(edit, what)(old.float(), rows).to(x.dtype)
+            part = changed(old.float(), rows).to(x.dtype)
             part = part if mask is None else torch.where(mask[..., None], part, old)
             new = part if first == 0 else torch.cat([new[:, :first], part], dim=1)
         return None if new is x else new
