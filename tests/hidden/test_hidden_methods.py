@@ -162,7 +162,7 @@ def test_strengths_of_each_family(models):
 
 def test_rates_do_not_depend_on_batches(monkeypatch):
     """One image far brighter than the others: its noise is its own, whatever it is traced with."""
-    import vlm_fix.methods.iri as iri
+    import vlm_fix.methods.hidden.iri as iri
 
     model = families.build("idefics3")  # blank images beside real ones stay blank
     prompts = [families.prompt("idefics3", [n], seed) for n, seed in ((1, 0), (2, 1), (1, 2))]
