@@ -28,10 +28,10 @@ def add(
     group: Any,
     name: str,
     help: str,
-    run: Callable[[argparse.Namespace], None] | None = None,
+    run: Callable[[argparse.Namespace], int | None] | None = None,
     epilog: str | None = None,
 ) -> argparse.ArgumentParser:
-    """Add the parser of command `name` to `group`; `run` gets the parsed arguments."""
+    """Add the parser of command `name` to `group`; `run` gets the parsed arguments and may return an exit status."""
     made = group.add_parser(
         name, help=help, description=f"{help[0].upper()}{help[1:]}.", epilog=epilog, formatter_class=LAYOUT
     )
