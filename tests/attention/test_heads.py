@@ -24,10 +24,12 @@ def test_vhr_runs_one_text_only_pass_a_call(family, model, monkeypatch):
 
 
 def test_known_heads_are_those_of_llava():
-    arch = replace(vlm_fix.families.arch_of(BUILD["llava"]()), depth=32, heads=32, vocab=32064)
+    arch = replace(
+        vlm_fix.families.arch_of(BUILD["llava"]()), depth=32, heads=32, vocab=32064, attention=tuple(range(32))
+    )
     method: Any = vlm_fix.parse_spec("ad_hh").resolve(arch)
     assert len(set(method.head_list)) == 20 and method.layers[0] == 13 and method.layers[-1] == 31
-    other: Any = vlm_fix.parse_spec("ad_hh").resolve(replace(arch, depth=40, heads=40))
+    other: Any = vlm_fix.parse_spec("ad_hh").resolve(replace(arch, depth=40, heads=40, attention=tuple(range(40))))
     assert len(set(other.head_list)) == 35 and other.layers[0] == 0
 
 

@@ -76,7 +76,7 @@ def test_the_order_of_score_edits_matters():
     assert float((logits[0] - logits[1]).abs().max() / logits[0].abs().max()) > 1e-2
 
 
-def test_default_lifetimes(monkeypatch):
+def test_sinks_without_given_lives_take_the_limits_of_the_depth(monkeypatch):
     """Without `life`, a tiny model of 4 layers takes 4 and 9 of 24 layers in proportion."""
     monkeypatch.setattr(sinks, "COSINE", COSINE["llava"])
     model, (batch, _), logits = pair("llava", torch.float32)[0], prompts("llava", torch.float32), []
@@ -98,7 +98,7 @@ WHOLE = (
 
 
 @pytest.mark.parametrize("spec", [spec for spec in ROWS if spec not in SPECS])  # those are in the contracts
-def test_beams_static_cache_chunks_and_drafts(family, model, spec, monkeypatch):
+def test_beams_static_caches_chunks_and_drafts_agree_or_are_refused(family, model, spec, monkeypatch):
     monkeypatch.setattr(sinks, "COSINE", COSINE[family])
     one, batch = single(family, [1, 2], 1), make_inputs(family, [1, 2])
     with vlm_fix.wrapped(model, spec):
@@ -119,7 +119,7 @@ def test_beams_static_cache_chunks_and_drafts(family, model, spec, monkeypatch):
 
 
 @pytest.mark.parametrize("spec", ROWS)
-def test_chunks_of_rows_change_nothing(family, model, spec, monkeypatch):
+def test_rows_scored_one_at_a_time_give_the_logits_of_one_chunk(family, model, spec, monkeypatch):
     """Score memory for one row at a time gives the logits of one chunk, for prompts and for drafts of several rows."""
     monkeypatch.setattr(sinks, "COSINE", COSINE[family])
     batch, one = make_inputs(family, [1, 2]), single(family, [1], 0)
@@ -140,7 +140,7 @@ def test_chunks_of_rows_change_nothing(family, model, spec, monkeypatch):
 
 
 @pytest.mark.parametrize("spec", ROWS)
-def test_text_only_row(family, model, spec, monkeypatch):
+def test_row_without_image_is_left_alone_by_edits_of_the_image(family, model, spec, monkeypatch):
     """Edits of the image leave a row without one alone; edits that need no image work on it."""
     monkeypatch.setattr(sinks, "COSINE", COSINE[family])
     inputs = make_inputs(family, [1, 0])

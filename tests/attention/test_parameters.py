@@ -28,7 +28,7 @@ def test_heads_layers_and_factors_that_do_not_fit_are_refused(model):
 @pytest.mark.parametrize("depth", [1, 2, 3, 28, 32, 40])
 def test_defaults_of_column_and_score_edits_fit_every_depth(depth):
     for build in BUILD.values():
-        arch = replace(vlm_fix.families.arch_of(build()), depth=depth)
+        arch = replace(vlm_fix.families.arch_of(build()), depth=depth, attention=tuple(range(depth)))
         for name in ("zerotuning", "vaf", "avar", "locore", "hgai", "gift", "spin"):
             resolved: Any = vlm_fix.parse_spec(name).resolve(arch)
             assert resolved.layers and set(resolved.layers) <= set(range(depth))
@@ -56,7 +56,7 @@ def test_values_of_act_and_paint_that_do_not_fit_are_refused(models):
 @pytest.mark.parametrize("depth", [1, 2, 3, 28, 32, 40])
 def test_defaults_of_tame_act_and_paint_fit_every_depth(models, depth):
     for model in models.values():
-        arch = replace(vlm_fix.families.arch_of(model), depth=depth)
+        arch = replace(vlm_fix.families.arch_of(model), depth=depth, attention=tuple(range(depth)))
         for name in ("tame", "act", "paint"):
             resolved = vlm_fix.parse_spec(name).resolve(arch)
             assert resolved.layers and set(resolved.layers) <= set(range(depth)) and not resolved.neutral

@@ -248,7 +248,7 @@ def test_static_cache_knows_the_padding(family, model, spec):
 
 
 @pytest.mark.parametrize("name, made", [("avar", "columns"), ("locore", "bias")])
-def test_what_layers_share_is_made_once_in_a_forward(model, family, monkeypatch, name, made):
+def test_masks_and_factors_shared_by_layers_are_made_once_in_a_forward(model, family, monkeypatch, name, made):
     method, calls = get_method(name), []
     original = getattr(method, made)
 

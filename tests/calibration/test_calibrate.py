@@ -137,7 +137,7 @@ def test_file_comes_back_as_it_was(models, tmp_path):
         ('{"method": "pai", "found": {}, "model": {}, "alpha": 3}', "needs method, found and model"),
     ],
 )
-def test_bad_files(models, tmp_path, content, sentence):
+def test_file_that_is_no_calibration_is_one_sentence(models, tmp_path, content, sentence):
     file = tmp_path / "c.json"
     if content is not None:
         file.write_text(content)
@@ -411,7 +411,7 @@ def test_halves_and_answer_tokens():
         ("eval pope --method vcd --limit 2 --calibration none.json --output {dir}", "none.json cannot be read"),
     ],
 )
-def test_user_errors(command, sentence, capsys, tmp_path):
+def test_user_error_of_calibrate_is_one_sentence(command, sentence, capsys, tmp_path):
     assert cli.main(command.format(dir=tmp_path / "out").split()) == 2
     assert sentence in capsys.readouterr().err.splitlines()[-1]
 

@@ -42,7 +42,7 @@ from vlm_fix.session import Call, Rows, Session, left_pack
         ([], "no method was given"),
     ],
 )
-def test_bad_specs(models, spec, sentence):
+def test_bad_spec_is_refused_in_a_sentence(models, spec, sentence):
     model = models["llava"]
     with pytest.raises(vlm_fix.VlmFixError) as error:
         vlm_fix.wrap(model, spec)
@@ -52,7 +52,7 @@ def test_bad_specs(models, spec, sentence):
     vlm_fix.unwrap(model)
 
 
-def test_bad_models_and_calls(models):
+def test_models_and_calls_that_do_not_fit_are_refused(models):
     model = models["llava"]
     with pytest.raises(vlm_fix.VlmFixError, match="'Linear' are not supported; supported: llava, qwen2_5_vl"):
         vlm_fix.wrap(torch.nn.Linear(2, 2), "pai")
@@ -164,7 +164,7 @@ def test_next_turn_on_a_kept_cache(family, model):
 
 
 @given(st.integers(1, 40), st.data())
-def test_layers(depth, data):
+def test_layer_ranges_and_lists_parse_to_sorted_indices(depth, data):
     first = data.draw(st.integers(0, depth - 1))
     last = data.draw(st.integers(first, depth - 1))
     assert parse_layers(f"{first}-{last}", depth, "x") == tuple(range(first, last + 1))
@@ -220,7 +220,7 @@ def test_kernel_without_edits_is_attention(batch, groups, kv, rows, extra, seed,
 
 
 @given(st.lists(st.lists(st.booleans(), min_size=5, max_size=5), min_size=1, max_size=4))
-def test_left_pack(rows):
+def test_left_pack_moves_kept_columns_to_the_right(rows):
     keep = torch.tensor(rows)
     index, mask = left_pack(keep)
     for i, row in enumerate(rows):

@@ -168,7 +168,7 @@ def test_tokens_that_generate_forbids_stay_forbidden(family, model, spec):
 
 
 @pytest.mark.parametrize("spec", ["apc_only", "gaussian_logits", "deco", "dola"])
-def test_prompt_without_image(family, model, spec):
+def test_methods_that_need_no_image_work_on_text(family, model, spec):
     """Methods that need no image work on text."""
     with vlm_fix.wrapped(model, spec):
         tokens, _, scores = greedy(model, single(family, [0, 1], 0))
@@ -176,7 +176,7 @@ def test_prompt_without_image(family, model, spec):
 
 
 @pytest.mark.parametrize("spec", ["gaussian_logits", "deco:layers=1-3", "dola:layers=0|1|2|3"])
-def test_stack_on_contrast_and_pruner(family, model, spec):
+def test_logit_method_beside_contrast_and_pruner_answers_batch_as_single(family, model, spec):
     images, stack = [1, 2, 1], ["hiprune:keep=4", "pai:alpha=0.3", "vcd:beta=0.01", spec]
     with vlm_fix.wrapped(model, stack[:3]):
         without = greedy(model, make_inputs(family, images))[2]
@@ -187,7 +187,7 @@ def test_stack_on_contrast_and_pruner(family, model, spec):
             assert torch.equal(greedy(model, single(family, images, row), min_new_tokens=STEPS)[0][0], tokens[row])
 
 
-def test_gaussian_noise_is_noise(family, model):
+def test_gaussian_noise_has_its_size_and_is_new_for_each_image_seed_and_row(family, model):
     """Of the given size, new at every step, other for another image, seed or row."""
     inputs, other = single(family, [1, 2], 1), single(family, [1, 2], 1)
     other["pixel_values"] = other["pixel_values"].clone()
@@ -225,7 +225,7 @@ def test_icd_reads_the_tokenizer_of_the_models_directory(family, model, monkeypa
         assert new == (old[:at] + ids + old[at:] if images else old)
 
 
-def test_worked_example_by_hand():
+def test_worked_examples_equal_sums_by_hand():
     """Three tokens, p = (.6, .3, .1): DeCo and DoLa on numbers that can be checked on paper."""
     p = torch.tensor([[0.6, 0.3, 0.1]])
     early = torch.tensor([[[0.2, 0.7, 0.1]], [[0.5, 0.1, 0.4]]]).log()

@@ -311,7 +311,7 @@ LOOPS = [OPERAS[0], "sgrs:layers=1-3,alpha=1"]
 
 
 @pytest.mark.parametrize("spec", LOOPS)
-def test_loop_batch_equals_single(family, model, spec):
+def test_loop_with_early_ends_beside_a_pruner_answers_batch_as_single(family, model, spec):
     """Left-padded, with and without returns, with answers of different lengths, beside an attention edit and a pruner."""
     images, how = [1, 2, 1], {"max_new_tokens": 9, "do_sample": False, "eos_token_id": [42]}
     for stack in ([spec], ["hiprune:keep=4", "pai:alpha=0.3", spec]):
@@ -345,7 +345,7 @@ def test_loops_refuse_before_the_first_token(family, model, spec):
             vlm_fix.wrap(model, [spec, other])
 
 
-def test_loops_on_text(family, model):
+def test_loops_on_text_refuse_or_answer(family, model):
     inputs = single(family, [0, 1], 0)
     with vlm_fix.wrapped(model, "opera"), pytest.raises(vlm_fix.VlmFixError, match="needs an image"):
         model.generate(**inputs, max_new_tokens=3)
@@ -377,7 +377,7 @@ def test_sgrs_needs_no_parameter_gradients(family, model):
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_seeing_changes_nothing(family, model):
+def test_reading_the_weights_leaves_the_output_as_it_is(family, model):
     """`read_weights` gets the weights that edits left, and the output is SDPA's own."""
 
     @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from vlm_fix.eval import picto
 
 
 @pytest.mark.slow
-def test_in_a_browser(page, artifacts, loaded, scene):
+def test_comparing_in_a_browser_shows_the_panes_and_copies_them(page, artifacts, loaded, scene):
     page.click("#go")
     page.wait_for_selector("#pane2 .card.done", timeout=60_000)
     panes = last(compare.compare(loaded, scene, PROMPT, [["vcd"], ["vhr"]]))

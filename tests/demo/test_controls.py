@@ -37,7 +37,7 @@ def test_each_method_is_explained(cls):
     assert cls.paper in shown
 
 
-def test_the_kind_of_control():
+def test_numbers_get_sliders_choices_lists_and_layers_boxes():
     pai, hiprune = (next(c for c in list_methods() if c.name == name) for name in ("pai", "hiprune"))
     kinds = {
         f.name: type(control(c, f, None)) for c in (pai, hiprune) for f in dataclasses.fields(c) if f.name != "alpha"

@@ -49,7 +49,7 @@ def test_a_words_heatmap_is_the_attention_of_the_rows_that_predict_it(loaded, vi
     assert sorted(row for word in view.words for row in word.rows) == list(range(len(view.pane.ids) - 1))  # not the end
 
 
-def test_what_a_method_changes(loaded, views):
+def test_changes_shown_are_those_against_the_baseline(loaded, views):
     view = views["pai"]
     inputs = generation.encode(loaded.model, loaded.processor, [examples.scenes()[0].image], [PROMPT])
     plain = vlm_fix.observe(loaded.model, inputs, view.pane.ids)

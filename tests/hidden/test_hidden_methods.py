@@ -46,7 +46,7 @@ class Shift(MLPOutputEdit, LayerOutputEdit):
 
 
 @pytest.mark.parametrize("where", ["last", "after_image", "all"])
-def test_rows_and_places(family, model, where):
+def test_edit_at_each_place_equals_a_forward_patched_by_hand(family, model, where):
     inputs = single(family, [1, 2], 0)
     with vlm_fix.wrapped(model, Shift(where=where)):
         tokens, logits, _ = greedy(model, inputs)
@@ -69,7 +69,7 @@ def test_rows_and_places(family, model, where):
 
 
 @pytest.mark.parametrize("spec", [IRI, Shift(), [IRI, "pai:alpha=0.4", "vcd:beta=0.01"]], ids=["iri", "shift", "stack"])
-def test_batches_beams_and_rows_without_image(family, model, spec):
+def test_batch_and_beams_equal_single_and_rows_without_image_stay(family, model, spec):
     images = [1, 2, 1, 0]
     inputs = make_inputs(family, images)
     plain, plain_logits, _ = greedy(model, inputs)
@@ -92,7 +92,7 @@ def test_batches_beams_and_rows_without_image(family, model, spec):
     assert hooks(model) == before
 
 
-def test_after_pruning_rows_are_those_that_are_left(family, model):
+def test_rows_behind_a_pruner_are_those_that_are_left(family, model):
     images, stack = [1, 2, 1], ["hiprune:keep=4", Shift(where="after_image"), IRI]
     with vlm_fix.wrapped(model, stack):
         tokens, _, _ = greedy(model, make_inputs(family, images))
@@ -253,7 +253,7 @@ def test_fcct_without_usable_questions(models):
 
 
 @pytest.mark.parametrize("name", families.TINY)
-def test_last_row_again_and_edits_in_every_family(name):
+def test_last_row_run_again_equals_whole_forwards_in_every_family(name):
     """LastRow under a hook gives what whole forwards of single prompts give; IRI's batch gives what its rows give."""
     from vlm_fix.calibration.search import LastRow, batches
     from vlm_fix.hidden.wing import writers

@@ -182,7 +182,7 @@ def test_chunks_change_nothing(model, family, monkeypatch):
     assert torch.allclose(whole.text_mass, rows.text_mass, atol=1e-6)
 
 
-def test_errors(models):
+def test_calls_that_observe_cannot_answer_are_refused(models):
     model, one = models["llava"], single("llava", [1], 0)
     for bad, sentence in (
         (make_inputs("llava", [1, 1]), "one prompt at a time, not a batch of 2"),

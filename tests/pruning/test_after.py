@@ -217,7 +217,7 @@ def test_any_layer_in_a_padded_batch(family, model, at, positions):
         assert error(logits[row], run.logits(tokens[row])) < 1e-5
 
 
-def test_cache_really_is_shorter(family, model):
+def test_cache_holds_the_kept_tokens_alone(family, model):
     inputs = single(family, [1, 2], 1)
     with vlm_fix.wrapped(model, EveryOther((0, 2))), torch.no_grad():
         out = model(**inputs, use_cache=True, output_hidden_states=True)
@@ -264,7 +264,7 @@ def test_batch_equals_single_beside_edits_contrast_and_logits(family, model, spe
 
 
 @pytest.mark.parametrize("spec", EVERY)
-def test_without_a_cache(family, model, spec):
+def test_generate_without_a_cache_drops_the_same_tokens(family, model, spec):
     """use_cache=False drops the same tokens at every step: gapped positions are not read as packed sequences."""
     options = {"max_new_tokens": STEPS, "do_sample": False, "suppress_tokens": [IMAGE]}
     with vlm_fix.wrapped(model, spec):
@@ -273,7 +273,7 @@ def test_without_a_cache(family, model, spec):
             assert torch.equal(model.generate(**inputs, use_cache=False, **options), cached)
 
 
-def test_own_decoding_loop(family, model):
+def test_callers_loop_gives_generates_tokens(family, model):
     inputs = single(family, [1], 0)
     with vlm_fix.wrapped(model, EveryOther((0, 2))), torch.no_grad():
         expected = model.generate(**inputs, max_new_tokens=5, do_sample=False)[0, -5:].tolist()
@@ -334,7 +334,7 @@ def test_one_budget_for_all_stages():
         assert method.resolve(arch).keep == pytest.approx((8, 4) if value == 4 else (9, 4))
 
 
-def test_masks_move_between_views():
+def test_masks_move_between_whole_and_pruned_columns():
     """A mask made in one layer's columns, read in another's: by the columns themselves."""
     g = torch.Generator().manual_seed(0)
     types = torch.tensor([[0, 1, 2, 2, 2, 2, 1, 1], [1, 2, 2, 2, 2, 2, 2, 1]], dtype=torch.uint8)
@@ -374,14 +374,14 @@ def test_masks_move_between_views():
         ("fastv:keep=-1", "fastv: keep=-1.0 must be a number above 0"),
     ],
 )
-def test_refusals(models, spec, sentence):
+def test_values_and_stacks_that_do_not_fit_are_refused(models, spec, sentence):
     model = models["llava"]
     with pytest.raises(vlm_fix.VlmFixError) as caught:
         vlm_fix.wrap(model, spec)
     assert sentence in str(caught.value) and "generate" not in model.__dict__
 
 
-def test_refused_calls(model, family):
+def test_options_of_generate_and_forwards_that_do_not_fit_are_refused(model, family):
     from transformers import DynamicCache, StaticCache
 
     inputs = single(family, [1], 0)
@@ -445,7 +445,7 @@ def test_flash_attention_is_refused(family, monkeypatch):
         vlm_fix.wrap(model, "fastv")
 
 
-def test_observation_follows(family, model):
+def test_observe_follows_the_tokens_that_are_left(family, model):
     inputs = single(family, [1], 0)
     with vlm_fix.wrapped(model, "fastv:keep=5"):
         seen = vlm_fix.observe(model, inputs)

@@ -276,7 +276,7 @@ def test_a_vl_computes_the_core_alone(family, model):
 
 
 @torch.no_grad()
-def test_a_vl_in_an_own_loop(family, model):
+def test_a_vl_in_a_callers_loop_gives_generates_tokens(family, model):
     """Several rows at once see all that is stored; a row can become several, but none is rolled back or moved."""
     words = torch.tensor([[5, 6]])
 
@@ -352,7 +352,7 @@ def test_refused_stacks(models, spec, sentence):
     assert sentence in str(caught.value)
 
 
-def test_refused_calls(family, model):
+def test_options_of_generate_that_do_not_fit_are_refused(family, model):
     inputs = single(family, [1], 0)
     with vlm_fix.wrapped(model, "a_vl"):
         with pytest.raises(vlm_fix.VlmFixError, match="a_vl does not work with beams"):
@@ -370,7 +370,7 @@ WINDOWS, PLACES = {"gemma3", "aya_vision", "cohere2_vision", "paligemma2"}, {"pa
 
 
 @pytest.mark.parametrize("name", families.TINY)
-def test_other_families(name):
+def test_batches_of_other_families_equal_single_or_are_refused(name):
     """Towers that cannot be read: an image is a run of image tokens. Batches equal single rows, or one clear refusal."""
     model, batch = families.build(name), families.prompt(name, [1, 2, 1])
     plain = greedy(model, batch, 4)[1]

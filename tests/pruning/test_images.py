@@ -190,7 +190,7 @@ def test_crops_equal_reference(name, spec):
 
 
 @pytest.mark.parametrize("name", ["llava_next", "llava_onevision"])
-def test_crops_in_batches_and_untouched(name):
+def test_crops_in_a_batch_equal_single_and_a_whole_budget_changes_nothing(name):
     model, images = families.build(name), [1, 1, 0, 1] if name == "llava_next" else [1, 1]
     inputs = families.prompt(name, images)
     base = greedy(model, inputs, steps=4)[1]
@@ -205,7 +205,7 @@ def test_crops_in_batches_and_untouched(name):
                 assert torch.equal(alone[0][0], tokens[row]) and error(alone[1][0], logits[row].double()) < 1e-4
 
 
-def test_crops_refusals():
+def test_pruners_that_cannot_read_crops_refuse_them():
     model, inputs = families.build("llava_next"), families.prompt("llava_next", [1])
     with vlm_fix.wrapped(model, "hiprune:keep=4"), pytest.raises(vlm_fix.VlmFixError, match="at least 6"):
         greedy(model, inputs, steps=1)
