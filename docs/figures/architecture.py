@@ -33,7 +33,7 @@ WORDS = {
     "GenerateOptions.read": "the arguments, read once",
     "engine.refuse": "what cannot be served stops here",
     "Call": "this call: the prompt's inputs",
-    "engine.running": "forwards now belong to it",
+    "engine.during": "forwards now belong to it",
     "wing.around_generate": "second branches, processors, loops",
     "engine.plain_generate": "transformers' own generate",
     "engine.report_unused": "a warning if a method changed nothing",

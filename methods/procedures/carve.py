@@ -128,10 +128,13 @@ class CARVE(Refiner):
 @functools.lru_cache(maxsize=16)
 def black_of(path: str) -> tuple[float, ...]:
     """Normalised black, -mean / std of each channel, by the image processor of a checkpoint."""
-    from transformers import AutoImageProcessor
+    from transformers import AutoImageProcessor, AutoProcessor
 
     try:
-        how = AutoImageProcessor.from_pretrained(path, local_files_only=True)
+        try:
+            how = AutoImageProcessor.from_pretrained(path, local_files_only=True)
+        except ImportError:  # transformers 5.17 asks for torchvision here, and not there
+            how = AutoProcessor.from_pretrained(path, local_files_only=True).image_processor
     except (OSError, ValueError, ImportError) as problem:
         raise VlmFixError(
             f"carve needs the model's image processor to know black, but {path!r} has none: load the model from its directory "

@@ -64,16 +64,16 @@ class Finding:
 
     kind: str
     method: str
-    changed: bool = False
-    neutral: bool = False
-    unwrapped: bool = False
+    changed: bool | None = None  # None: not reached
+    neutral: bool | None = None
+    unwrapped: bool | None = None
     refused: str = ""
     error: str = ""
     seconds: float = 0.0
 
     @property
     def ok(self) -> bool:
-        return bool(self.refused) or (self.changed and self.neutral and self.unwrapped and not self.error)
+        return bool(self.refused or (self.changed and self.neutral and self.unwrapped and not self.error))
 
 
 def add_to(commands: Any) -> None:
@@ -96,7 +96,9 @@ def run(args: argparse.Namespace) -> int:
     if not args.json:
         print(f"model           {args.model} ({dtype} on {device})\n", flush=True)
     findings, bundled = [], args.model.startswith("picto-")
-    with _one_thread() if bundled else contextlib.nullcontext():
+    with warnings.catch_warnings(), _one_thread() if bundled else contextlib.nullcontext():
+        warnings.filterwarnings("ignore", ".* changed nothing in this call")  # the table tells
+        warnings.filterwarnings("ignore", ".* is not a version that vlm-fix was tested on")  # so do the versions
         for number, finding in enumerate(examine(model, inputs, must_run=bundled), 1):
             findings.append(finding)
             print(f"{number}/{len(PROBES)} {finding.kind} ({finding.seconds:.1f} s)", file=sys.stderr, flush=True)
@@ -143,30 +145,41 @@ def examine(model: Any, inputs: dict[str, Any], must_run: bool = True, tokens: i
         start = time.perf_counter()
         finding = Finding(probe.kind, probe.spec.partition(":")[0])
         try:
-            _try(model, inputs, tokens, probe, plain, finding)
-        except VlmFixError as error:
-            if must_run:
-                finding.error = str(error)
-            else:
-                finding.refused = str(error)
+            finding.refused = _refusal(model, probe)
+            if finding.refused and must_run:
+                finding.refused, finding.error = "", finding.refused
+            elif not finding.refused:
+                _try(model, inputs, tokens, probe, plain, finding)
         except Exception as error:  # a crash of one method must not hide what the others do
-            finding.error = f"{type(error).__name__}: {error}"
+            finding.error = str(error) if isinstance(error, VlmFixError) else f"{type(error).__name__}: {error}"
         finding.seconds = time.perf_counter() - start
         yield finding
+
+
+def _spec(model: Any, probe: Probe) -> str:
+    depth = model.config.get_text_config().num_hidden_layers
+    return probe.spec.format(rates="|".join(f"{1 - i / depth:.3f}" for i in range(depth)))
+
+
+def _refusal(model: Any, probe: Probe) -> str:
+    """The sentence with which `wrap` refuses the method on this model; empty if it does not."""
+    import vlm_fix
+
+    try:
+        with vlm_fix.wrapped(model, _spec(model, probe)):
+            return ""
+    except VlmFixError as error:
+        return str(error)
 
 
 def _try(model: Any, inputs: dict[str, Any], tokens: int, probe: Probe, plain: list[Any], finding: Finding) -> None:
     import vlm_fix
 
-    depth = model.config.get_text_config().num_hidden_layers
-    rates = "|".join(f"{1 - i / depth:.3f}" for i in range(depth))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".* changed nothing in this call")  # this is what "changed" tells
-        with vlm_fix.wrapped(model, probe.spec.format(rates=rates)):
-            answer = _answer(model, inputs, tokens, probe.logits)
-            finding.changed = not _same(answer, plain[: len(answer)])
-        with vlm_fix.wrapped(model, probe.neutral):
-            finding.neutral = _same(_answer(model, inputs, tokens), plain)
+    with vlm_fix.wrapped(model, _spec(model, probe)):
+        answer = _answer(model, inputs, tokens, probe.logits)
+        finding.changed = not _same(answer, plain[: len(answer)])
+    with vlm_fix.wrapped(model, probe.neutral):
+        finding.neutral = _same(_answer(model, inputs, tokens), plain)
     finding.unwrapped = _same(_answer(model, inputs, tokens), plain)
 
 
@@ -224,16 +237,14 @@ def _tell(about: dict[str, Any]) -> None:
 def _show(findings: list[Finding]) -> None:
     rows = table("kind", "method", "changed", "neutral", "unwrapped exact", gap=0)
     for f in findings:
-        marks = ["-" if f.refused else "ok" if passed else "[bold red]FAILED[/]" for passed in _checks(f).values()]
+        marks = [
+            {None: "-", True: "ok", False: "[bold red]FAILED[/]"}[seen] for seen in (f.changed, f.neutral, f.unwrapped)
+        ]
         rows.add_row(f.kind, f.method, *marks)
     console().print(rows)
     for f in findings:
         if f.refused or f.error:
             print(f"{f.method}: {'refused: ' * bool(f.refused)}{f.refused or f.error}")
-
-
-def _checks(finding: Finding) -> dict[str, bool]:
-    return {"changed": finding.changed, "neutral": finding.neutral, "unwrapped": finding.unwrapped}
 
 
 def _row(finding: Finding) -> dict[str, Any]:
