@@ -52,7 +52,7 @@ class ForwardCache:
     """(id of a mask, K, device) -> that mask, held so that its id stays its own, and flex_attention's form of it"""
     once: dict[tuple[int, str, int, torch.device], tuple[torch.Tensor, Any]] = field(default_factory=dict)
     """(method, function, K, device) -> the row positions it was computed for, and the value: `Rows.once`"""
-    rotary: Any = None  # cosines and sines of a second branch's columns
+    rotary: Any = None  # rotary tables and position ids (None: 3-D) of a second branch's columns
 
 
 @dataclass

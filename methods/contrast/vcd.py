@@ -10,6 +10,7 @@ import torch
 
 from vlm_fix import Contrast, VlmFixError, param
 from vlm_fix.decoding.contrast import plausible
+from vlm_fix.families import split_pixels
 from vlm_fix.session import Call
 
 
@@ -48,7 +49,7 @@ class VCD(Contrast):
         """Normalised pixels [n, 3, H, W], or Qwen-VL's flattened patches [sum thw, 3 * T * P * P] -> the same, noised."""
         keep, noise = coefficients(self.noise_step)
         grid = call.inputs.get("image_grid_thw")
-        images = pixels.split(1) if grid is None else pixels.split(grid.prod(dim=-1).tolist())
+        images, dim = split_pixels(call.inputs, pixels)
         frames = getattr(call.model.config.vision_config, "temporal_patch_size", 1) if grid is not None else 1
         result = []
         for image in images:
@@ -60,7 +61,7 @@ class VCD(Contrast):
             else:
                 eps = torch.randn(host.shape, generator=generator)
             result.append((keep * host + noise * eps).to(image))
-        return torch.cat(result)
+        return torch.cat(result, dim=dim)
 
     def combine(self, l: torch.Tensor, l_neg: torch.Tensor) -> torch.Tensor:
         return plausible((1 + self.alpha) * l - self.alpha * l_neg, l, self.beta)

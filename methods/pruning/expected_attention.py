@@ -7,10 +7,10 @@ from typing import ClassVar
 
 import torch
 
-from vlm_fix import param
+from vlm_fix import VlmFixError, param
 from vlm_fix.families import prompt_positions
 from vlm_fix.pruning.kinds import Cached, CachePruner
-from vlm_fix.pruning.rows import unrotated
+from vlm_fix.pruning.rows import is_turned, unrotated
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,11 @@ class ExpectedAttention(CachePruner):
     def scores(self, cached: Cached) -> torch.Tensor:
         keys, valid = cached.keys.float(), cached.valid
         counted = valid & (valid.cumsum(dim=1) > self.sinks)  # [B, n]
+        if not is_turned(cached.seen):
+            raise VlmFixError(
+                "expected_attention takes queries for projections that a plain rotary embedding turned, which those of "
+                f"{type(cached.seen.attn).__name__} are not; take another pruner of the cache."
+            )
         queries = unrotated(cached.seen.attn, cached.seen.x).float()  # [B, H, n, D]
         dim, count = queries.shape[-1], counted.sum(dim=1).clamp(min=1)[:, None, None]
         mean = (queries * counted[:, None, :, None]).sum(dim=2) / count  # [B, H, D]

@@ -15,6 +15,7 @@ from tests.support.models import BUILD, IMAGE
 from tests.support.references import base as ref
 from tests.support.run import error, greedy
 from vlm_fix.families.table import FAMILIES, REFUSED, attention_modules, get_part
+from vlm_fix.observation.observe import by_layer
 
 build = functools.cache(families.build)
 SPECS = [
@@ -82,7 +83,7 @@ def test_pai_and_observe_equal_loops(name):
     twin, run, rows = ref.double(model), ref.PaiReference(visual, length, [2, 3], alpha=0.5), []
     plain = ref.teacher_forced(twin, None, inputs, tokens[0, :-1])
     expected = ref.teacher_forced(twin, run, inputs, tokens[0, :-1])
-    near = 1e-4 if name == "qwen3_5_moe" else 1e-5  # its linear attention is float32 in the reference, too
+    near = 1e-4 if name in ("qwen3_5_moe", "minicpmv4_6") else 1e-5  # its linear attention is float32 in the reference, too
     assert float((expected - plain).abs().max()) > 1e-2 and error(logits[0], expected) < near
     attending = list(attention_modules(ref.decoder(twin)))
     for attn in attention_modules(ref.decoder(twin)).values():
@@ -98,7 +99,7 @@ def test_pai_and_observe_equal_loops(name):
         assert sum(h * w for h, w in seen.grids) <= len(visual) and len(seen.grids) >= 2
         assert seen.heatmap(0).shape == seen.grids[0] and bool((seen.heatmap(0) > 0).any())
     text = ref.text_only_outputs(twin, inputs, attending)
-    assert error(seen.heads_text[attending], torch.stack([text[i] for i in attending])) < 1e-5
+    assert error(seen.heads_text, by_layer(text, 4)) < 1e-5
 
 
 def test_cells_leave_out_newlines():

@@ -370,6 +370,63 @@ TINY = {
         text_config={"sliding_window": None},
         tower=PIXTRAL,
     ),
+    "gemma4": _tiny(  # layers of one window share their keys; each adds an embedding of its own
+        "Gemma4",
+        "gemma4_text",
+        "gemma4_vision",
+        kind="placed",
+        image_token_id=IMAGE,
+        video_token_id=92,
+        boi_token_id=93,
+        eoi_token_id=94,
+        audio_token_id=89,
+        initializer_range=0.2,
+        tower=dict(head_dim=8, num_key_value_heads=4, pooling_kernel_size=2, position_embedding_size=16),
+        text_config={
+            **SLIDING,
+            "global_head_dim": 32,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": VOCAB,
+            "num_kv_shared_layers": 1,
+            "use_bidirectional_attention": "vision",
+        },
+    ),
+    "minicpmv4_6": _tiny(
+        "MiniCPMV4_6",
+        "qwen3_5_text",
+        "",
+        kind="navit",
+        image_token_id=IMAGE,
+        video_token_id=92,
+        insert_layer_id=1,
+        tower={"window_kernel_size": (2, 2), "image_size": 32},
+        text_config=HYBRID | {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+    ),
+    "kimi_k25": _tiny(  # latent attention: keys and values of different sizes
+        "Kimi_K25",
+        "own",
+        None,
+        kind="packed",
+        projection_hidden_size=32,
+        tower=dict(pos_emb_height=6, pos_emb_width=6, pos_emb_time=2),
+        text_config=dict(
+            model_type="deepseek_v3", kv_lora_rank=16, q_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=8,
+            v_head_dim=12, n_routed_experts=4, n_group=1, topk_group=1, num_experts_per_tok=2, first_k_dense_replace=1,
+            moe_intermediate_size=32, num_key_value_heads=4, head_dim=8,
+        ),
+    ),
+    "ernie4_5_vl_moe": _tiny(
+        "Ernie4_5_VLMoe",
+        "own",
+        None,
+        kind="packed",
+        tower={k: v for k, v in QWEN_TOWER.items() if k != "temporal_patch_size"},
+        text_config=dict(
+            rope_parameters={**MROPE, "mrope_section": [3, 3, 2]},
+            moe_intermediate_size=[32, 16], moe_num_experts=4, moe_k=2, moe_num_shared_experts=1,
+        ),
+        **GLM_IDS,
+    ),
 }
 
 
@@ -423,6 +480,14 @@ def _anyres(name: str, size: tuple[int, int]) -> tuple[int, int]:
     return 1 + (ph // SIDE) * (pw // SIDE), 36 + rows * (columns + 1)
 
 
+EXTRA = {
+    "packed": "image_grid_thw",
+    "naflex": "spatial_shapes",
+    "placed": "image_position_ids",
+    "navit": "target_sizes",
+}
+
+
 def prompt(name: str, images: list[int], seed: int = 0, rows: list[int] | None = None) -> dict[str, torch.Tensor]:
     """A left-padded batch; row i has images[i] images and its own text. `rows` picks some of them, padded anew."""
     g, tiny = torch.Generator().manual_seed(seed), TINY[name]
@@ -436,9 +501,9 @@ def prompt(name: str, images: list[int], seed: int = 0, rows: list[int] | None =
         for _ in range(n):
             if tiny.kind == "packed":
                 h, w = [(6, 6), (4, 8), (8, 6)][number % 3]
-                frames = 1 if name == "video_llama_3" else 2
+                frames = 1 if name in ("video_llama_3", "ernie4_5_vl_moe", "kimi_k25") else 2
                 patch = torch.randn(h * w, 3, 1, PATCH * PATCH, generator=g).expand(-1, -1, frames, -1)
-                pixels.append(patch.reshape(h * w, -1))
+                pixels.append(patch.reshape((h * w, 3, PATCH, PATCH) if name == "kimi_k25" else (h * w, -1)))
                 extra.append([1, h, w])
                 ids += [93] + [IMAGE] * (h * w // 4) + [94]
             elif tiny.kind == "anyres":
@@ -465,6 +530,20 @@ def prompt(name: str, images: list[int], seed: int = 0, rows: list[int] | None =
                 pixels.append(patch)
                 extra.append([h, w])
                 ids += [93] + [IMAGE] * (h * w // 4) + [94]
+            elif tiny.kind in ("placed", "navit"):
+                h, w = [(8, 8), (8, 12), (12, 8)][number % 3] if tiny.kind == "navit" else [(4, 4), (4, 8), (8, 4)][number % 3]
+                size, side = h * w, PATCH
+                if tiny.kind == "placed":
+                    y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+                    pad = 36 - size
+                    places = torch.nn.functional.pad(torch.stack([x, y], -1).view(-1, 2), (0, 0, 0, pad), value=-1)
+                    patch = torch.rand(1, size, 3 * side * side, generator=g)
+                    pixels.append(torch.nn.functional.pad(patch, (0, 0, 0, pad)))
+                    extra.append(places.tolist())
+                else:
+                    pixels.append(torch.randn(1, 3, side, side * size, generator=g))
+                    extra.append([h, w])
+                ids += [93] + [IMAGE] * (size // {"placed": 4, "navit": 16}[tiny.kind]) + [94]
             elif tiny.kind == "tiles":
                 tiles = 1 + 2 * (number % 2)
                 pixels.append(torch.randn(tiles, 3, SIDE, SIDE, generator=g))
@@ -485,7 +564,7 @@ def prompt(name: str, images: list[int], seed: int = 0, rows: list[int] | None =
         inputs["token_type_ids"] = (ids == IMAGE).int()
     if name.startswith("paligemma"):
         inputs["token_type_ids"] = torch.zeros_like(ids)
-    if tiny.kind == "packed" and name not in ("exaone4_5", "video_llama_3"):
+    if tiny.kind in ("packed", "placed") and name not in ("exaone4_5", "video_llama_3", "kimi_k25"):
         inputs["mm_token_type_ids"] = (ids == IMAGE).int()
     if not pixels:
         return inputs
@@ -494,11 +573,9 @@ def prompt(name: str, images: list[int], seed: int = 0, rows: list[int] | None =
         blank = torch.zeros(1, 3, SIDE, SIDE)
         inputs["pixel_values"] = torch.stack([torch.cat(ps + [blank] * (most - len(ps))) for _, ps, _ in chosen])
     else:
-        inputs["pixel_values"] = torch.cat(pixels)
+        inputs["pixel_values"] = torch.cat(pixels, dim=3 if tiny.kind == "navit" else 0)
     if extra:
-        inputs[{"packed": "image_grid_thw", "naflex": "spatial_shapes"}.get(tiny.kind, "image_sizes")] = torch.tensor(
-            extra
-        )
+        inputs[EXTRA.get(tiny.kind, "image_sizes")] = torch.tensor(extra)
     if tiny.kind == "naflex":
         sizes = torch.tensor(extra).prod(dim=-1, keepdim=True)
         inputs["pixel_attention_mask"] = (torch.arange(36) < sizes).long()

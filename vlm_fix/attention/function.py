@@ -15,6 +15,7 @@ from vlm_fix import compiled as graph
 from vlm_fix.memory import ForwardCache
 from vlm_fix.session import Session
 
+from .asked import ask
 from .inputs import AttentionInputs
 from .kernel import edited_rows, edited_weights
 from .plan import Plan, plan_of
@@ -63,6 +64,7 @@ def edited_attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """`attention` of a layer of the language model."""
+    ask(module, query, key)
     handle: Any = module._vlm_fix
     engine, layer = handle.engine, handle.layer
     session: Session | None = engine.session

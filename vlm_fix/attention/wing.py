@@ -12,6 +12,7 @@ import torch
 from vlm_fix import compiled
 from vlm_fix.errors import VlmFixError
 from vlm_fix.families import attention_modules
+from vlm_fix.families.compat import all_rows
 from vlm_fix.method import Method
 from vlm_fix.session import Session
 from vlm_fix.wing import Host, Wing
@@ -76,7 +77,7 @@ class AttentionWing(Wing):
         return True
 
     def install(self) -> Iterable[Any]:
-        handles: list[Any] = []
+        handles: list[Any] = all_rows(self.host.language)
         for i, attn in attention_modules(self.host.language).items():
             attn._vlm_fix = LayerHandle(self.host, i, self.stacks[i], self.path)
             handles.append(_Attribute(attn, "_vlm_fix"))

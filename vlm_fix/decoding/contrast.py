@@ -161,8 +161,9 @@ class ContrastWing(Wing):
         view = session.at(i)
         if not isinstance(view, View):
             return None
-        tables = view.forward.rotary or kwargs["position_embeddings"]
-        changed = {"attention_mask": view.attention_mask(x.device), "position_embeddings": tables, "position_ids": None}
+        tables, places = view.forward.rotary or (kwargs["position_embeddings"], kwargs.get("position_ids"))
+        mask = view.attention_mask(x.device)
+        changed = {"attention_mask": mask, "position_embeddings": tables, "position_ids": places}
         return (x, *args[1:]) if args else (), {**kwargs, **changed} | ({} if args else {"hidden_states": x})
 
     def _reuse(self, session: Session, layers: range, x: torch.Tensor) -> torch.Tensor:
@@ -177,5 +178,5 @@ class ContrastWing(Wing):
         view, index = session.drop(layers, index, real), index.to(x.device)
         x = torch.cat([hidden.to(x), x], dim=1).gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
         places = positions.to(x.device).gather(-1, index.expand(*positions.shape[:-1], -1))
-        view.forward.rotary = self.host.language.rotary_emb(x, places)
+        view.forward.rotary = self.host.language.rotary_emb(x, places), places if places.dim() == 2 else None
         return x

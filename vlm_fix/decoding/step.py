@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vlm_fix.families import image_token_ids
+from vlm_fix.families import image_token_ids, split_pixels
 from vlm_fix.session import Call, Session
 from vlm_fix.wing import Host
 
@@ -55,16 +55,16 @@ def fingerprints(call: Call) -> list[int]:
     """A checksum of each prompt: its images' pixels and its tokens without padding."""
     ids, mask = call.inputs["input_ids"], call.inputs["attention_mask"].bool()
     sums = [zlib.crc32(row[keep].cpu().numpy().tobytes()) for row, keep in zip(ids, mask, strict=True)]
-    pixels, grid = call.inputs.get("pixel_values"), call.inputs.get("image_grid_thw")
+    pixels = call.inputs.get("pixel_values")
     if pixels is None or not len(pixels):
         return sums
-    images = pixels.split(1) if grid is None else pixels.split(grid.prod(dim=-1).tolist())
+    images, along = split_pixels(call.inputs, pixels)
     token = image_token_ids(call.model, call.family)[0]
     ends = ((ids == token) & mask).sum(dim=1).cumsum(dim=0).cpu()  # an image has tokens in proportion to its pixels
-    share, start = float(ends[-1]) / sum(map(len, images)), 0
+    share, start = float(ends[-1]) / sum(image.shape[along] for image in images), 0
     for image in images:
-        row = int(torch.searchsorted(ends, (start + len(image) / 2) * share, right=True))
+        row = int(torch.searchsorted(ends, (start + image.shape[along] / 2) * share, right=True))
         if row < len(sums):
             sums[row] = zlib.crc32(image.detach().float().cpu().contiguous().numpy().tobytes(), sums[row])
-        start += len(image)
+        start += image.shape[along]
     return sums

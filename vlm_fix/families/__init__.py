@@ -2,7 +2,7 @@
 
 from vlm_fix.arch import Arch, Family
 
-from .cells import anyres_index, anyres_side, image_cells, visual_cells
+from .cells import anyres_index, anyres_side, image_cells, split_pixels, visual_cells
 from .positions import prompt_positions
 from .table import FAMILIES, REFUSED, arch_of, attention_modules, family_of, get_part, image_token_ids, vision_blocks
 
@@ -20,6 +20,7 @@ __all__ = [
     "image_cells",
     "image_token_ids",
     "prompt_positions",
+    "split_pixels",
     "vision_blocks",
     "visual_cells",
 ]

@@ -32,6 +32,13 @@ def image_cells(model: Any, family: Family, inputs: dict[str, Any]) -> list[torc
         grids = inputs["image_grid_thw"].tolist()
         merges = _merges(config, inputs, "image", len(grids))
         cells = _rectangles([(t * h // m, w // m) for (t, h, w), m in zip(grids, merges, strict=True)])
+    elif family.cells == "placed" and inputs.get("image_position_ids") is not None:  # (x, y) of each patch, -1: padding
+        ends = inputs["image_position_ids"].amax(dim=1) + 1
+        pool = config.vision_config.pooling_kernel_size
+        cells = _rectangles([(h // pool, w // pool) for w, h in ends.tolist()])
+    elif family.cells == "navit" and inputs.get("target_sizes") is not None:
+        size = 4 if config.downsample_mode != "4x" else 2
+        cells = _rectangles([(h // size, w // size) for h, w in inputs["target_sizes"].tolist()])
     elif family.cells == "spatial" and inputs.get("spatial_shapes") is not None:
         size = config.downsample_factor
         cells = _rectangles([(h // size, w // size) for h, w in inputs["spatial_shapes"].tolist()])
@@ -62,6 +69,14 @@ def image_cells(model: Any, family: Family, inputs: dict[str, Any]) -> list[torc
             "whole output (images, no video)."
         )
     return cells
+
+
+def split_pixels(inputs: dict[str, Any], pixels: torch.Tensor) -> tuple[list[torch.Tensor], int]:
+    """`pixels`, laid out as the prompts' pixel_values, image by image (or tile by tile), and the dimension they lie along."""
+    grid, sizes = inputs.get("image_grid_thw"), inputs.get("target_sizes")
+    if sizes is not None:  # MiniCPM-V: patches side by side in one long row
+        return list(pixels.split((sizes.prod(dim=-1) * pixels.shape[-2]).tolist(), dim=3)), 3
+    return list(pixels.split(1) if grid is None else pixels.split(grid.prod(dim=-1).tolist())), 0
 
 
 def visual_cells(model: Any, family: Family, inputs: dict[str, Any]) -> list[torch.Tensor]:
@@ -100,8 +115,10 @@ def visual_cells(model: Any, family: Family, inputs: dict[str, Any]) -> list[tor
 
 def _merges(config: Any, inputs: dict[str, Any], what: str, count: int) -> list[int]:
     """Patches along one side of a token, of each image or video."""
-    given = inputs.get(f"{what}_merge_sizes")
-    return [config.vision_config.spatial_merge_size] * count if given is None else given.tolist()
+    given, vision = inputs.get(f"{what}_merge_sizes"), config.vision_config
+    if given is not None:
+        return given.tolist()
+    return [getattr(vision, "spatial_merge_size", None) or vision.merge_kernel_size[0]] * count
 
 
 def _rectangles(sizes: list[tuple[int, int]], start: int = 0) -> list[torch.Tensor]:

@@ -7,6 +7,7 @@ in the arguments of every forward and of `generate`, and in their outputs.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -40,6 +41,20 @@ def set_cache(output: Any, cache: Any) -> None:
     setattr(output, CACHE, cache)
 
 
+def all_rows(language: Any) -> list[Any]:
+    """A hook that has every layer of the language model compute every row, as methods count them.
+
+    Gemma 4 computes in the layers that share their keys only those rows whose logits are wanted.
+    """
+    if "logits_to_keep" not in inspect.signature(language.forward).parameters:
+        return []
+
+    def ask_for_all(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, {**kwargs, "logits_to_keep": 0}
+
+    return [language.register_forward_pre_hook(ask_for_all, with_kwargs=True)]
+
+
 def generate_of(model: Any) -> Any:
     """The model's `generate`, as a function of the model; Janus' own drops logits_processor without a word."""
     if model.config.model_type != "janus":
@@ -51,6 +66,11 @@ def generate_of(model: Any) -> Any:
         return GenerationMixin.generate(model, inputs, **{**kwargs, "guidance_scale": None})
 
     return generate
+
+
+def is_latent(model: Any) -> bool:
+    """True if the cache holds what keys and values are made of, not these themselves (multi-head latent attention)."""
+    return getattr(model.config.get_text_config(), "kv_lora_rank", None) is not None
 
 
 def keeps_columns(cache: Any) -> bool:

@@ -9,6 +9,8 @@ from torch import nn
 from vlm_fix.arch import Arch, Family
 from vlm_fix.errors import VlmFixError
 
+from .conventions import by_convention, missing
+
 VIDEO = ("image_token_id", "video_token_id")
 FAMILIES = (
     Family("llava", ("llava",), encoder="clip", cells="pixels", tested="picto-llava; random weights (CLIP + Llama)"),
@@ -59,6 +61,10 @@ FAMILIES = (
     Family("video_llama_3", ("video_llama_3",), vision="model.vision_model", image_tokens=VIDEO, cells="grid_thw"),
     Family("idefics2", ("idefics2",), language="model.text_model", vision="model.vision_model", cells="none"),
     Family("lfm2_vl", ("lfm2_vl",), cells="spatial"),
+    Family("gemma4", ("gemma4",), image_tokens=VIDEO, cells="placed"),
+    Family("minicpmv4_6", ("minicpmv4_6",), image_tokens=VIDEO, cells="navit"),
+    Family("kimi_k25", ("kimi_k25",), image_tokens=VIDEO, cells="grid_thw"),
+    Family("ernie4_5_vl_moe", ("ernie4_5_vl_moe",), image_tokens=VIDEO, mrope=True, cells="grid_thw"),
     Family("llava_pixtral", ("llava+pixtral",), cells="sizes"),
 )
 REFUSED = {
@@ -88,9 +94,12 @@ def family_of(model: nn.Module) -> Family:
         raise VlmFixError(
             f"models of type {model_type!r} are not supported: {REFUSED[model_type]}; `vlm-fix models` lists those that are."
         )
+    lacking = missing(model) if isinstance(model, nn.Module) and hasattr(model, "config") else []
+    if isinstance(model, nn.Module) and config is not None and not lacking:
+        return by_convention(model)
     raise VlmFixError(
         f"models of type {model_type!r} are not supported; supported: {', '.join(f.name for f in FAMILIES)} "
-        "(`vlm-fix models`)."
+        f"(`vlm-fix models`).{' To be tried without being in that list it lacks ' + '; '.join(lacking) + '.' if lacking else ''}"
     )
 
 
@@ -123,6 +132,12 @@ def arch_of(model: Any) -> Arch:
     """Sizes of `model`; raises VlmFixError for an unsupported family."""
     family, config = family_of(model), model.config
     text, depth = config.get_text_config(), len(vision_blocks(model, family))
+    attention = tuple(attention_modules(get_part(model, family.language)))
+    if not attention:
+        raise VlmFixError(
+            f"no layer of the language model ({text.model_type}) has a `self_attn` module; decoders that name it otherwise "
+            "are not supported."
+        )
     layer = getattr(config, "vision_feature_layer", None)
     last = depth - 1
     if isinstance(layer, int):  # hidden_states has depth + 1 entries; entry i is the output of block i - 1
@@ -138,7 +153,7 @@ def arch_of(model: Any) -> Arch:
         depth,
         last,
         tuple(range(depth) if full is None else full),
-        tuple(attention_modules(get_part(model, family.language))),
+        attention,
     )
 
 

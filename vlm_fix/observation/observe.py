@@ -212,7 +212,16 @@ class Probe:
             if what == "image":
                 parts = [torch.nn.functional.pad(p, (width - p.shape[-1], 0)) for p in parts]
             whole.append(torch.cat(parts, dim=dim))
+        if what == "heads":  # layers may have heads of different sizes
+            return by_layer(dict(enumerate(whole)), depth)
         return torch.stack(whole)
+
+
+def by_layer(parts: dict[int, torch.Tensor], depth: int) -> torch.Tensor:
+    """[..., D] of some layers -> [depth, ..., D]; zeros in the other layers, and where a layer's D is smaller."""
+    width, some = max(x.shape[-1] for x in parts.values()), next(iter(parts.values()))
+    padded = {i: pad_to(x, width) for i, x in parts.items()}
+    return torch.stack([padded.get(i, torch.zeros_like(pad_to(some, width))) for i in range(depth)])
 
 
 def visual_of(view: View) -> torch.Tensor:
@@ -377,17 +386,11 @@ def _collect(
         image_sinks=spread(sinks[:, types == VISUAL]),
         cells=tuple(cells),
         heads=probe.stack("heads", depth, 0),
-        heads_text=torch.stack([text.get(i, torch.zeros_like(next(iter(text.values())))) for i in range(depth)])
-        if text
-        else None,
+        heads_text=by_layer(text, depth) if text else None,
         attention_norm=probe.stack("attention_output_norm", depth, 0),
         mlp_norm=probe.stack("mlp_output_norm", depth, 0),
         attention_output=probe.stack("attention_output", depth, 0) if probe.outputs else None,
         mlp_output=probe.stack("mlp_output", depth, 0) if probe.outputs else None,
         question_to_image=spread(probe.stack("question", depth, 1)) if probe.question else None,
-        column_sums=torch.stack(
-            [probe.sums.get(i, torch.zeros_like(next(iter(probe.sums.values())))).cpu() for i in range(depth)]
-        )
-        if probe.columns
-        else None,
+        column_sums=by_layer({i: x.cpu() for i, x in probe.sums.items()}, depth) if probe.columns else None,
     )

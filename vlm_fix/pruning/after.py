@@ -13,7 +13,7 @@ import torch
 from transformers import DynamicCache
 
 from vlm_fix.errors import VlmFixError
-from vlm_fix.families.compat import cache_of
+from vlm_fix.families.compat import cache_of, is_latent
 from vlm_fix.method import Method
 from vlm_fix.session import PAD, VISUAL, Session, View, left_pack
 from vlm_fix.wing import Host
@@ -21,7 +21,7 @@ from vlm_fix.wing import Host
 from .cache import ShortLayer
 from .columns import ImageColumns
 from .kinds import LayerPruner, Tokens
-from .rows import Seen
+from .rows import Seen, at_columns
 
 
 def check_model(host: Host, method: Method, prompt: bool = True) -> None:
@@ -35,6 +35,8 @@ def check_model(host: Host, method: Method, prompt: bool = True) -> None:
         reason = "image features of several depths"
     if prompt and (getattr(config, "use_bidirectional_attention", None) or "gemma" in config.model_type):
         reason = reason or "bidirectional image attention"
+    if is_latent(host.model):
+        reason = "latent attention, whose cache holds no keys"
     if reason:
         raise VlmFixError(
             f"{method.name} does not work with this model's {reason}; use a pruner that acts before the language model."
@@ -73,7 +75,9 @@ def install(host: Host, dropper: LayerPruner) -> list[Any]:
         if not isinstance(view, View):
             return None
         tables = rotary(host, dropper, view, x, kwargs["position_embeddings"])
-        changed = {"attention_mask": view.attention_mask(x.device), "position_embeddings": tables, "position_ids": None}
+        places = positions(dropper, view, kwargs.get("position_ids"))
+        mask = view.attention_mask(x.device)
+        changed = {"attention_mask": mask, "position_embeddings": tables, "position_ids": places}
         return (x, *args[1:]) if args else (), {**kwargs, **changed} | ({} if args else {"hidden_states": x})
 
     def note(i: int, attn: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
@@ -86,7 +90,7 @@ def install(host: Host, dropper: LayerPruner) -> list[Any]:
         x = args[0] if args else kwargs["hidden_states"]
         keys = cache.layers[i].keys if cache is not None else None
         if i + 1 in stages:
-            session.state(dropper)["seen"] = Seen(attn, x, kwargs["position_embeddings"], keys)
+            session.state(dropper)["seen"] = Seen(attn, x, kwargs["position_embeddings"], keys, kwargs.get("position_ids"))
 
     noted = {s - 1 for s in stages if s} | {0}
     handles = [
@@ -113,7 +117,9 @@ def drop(
         first = first.gather(1, index.to(first.device))
     images = before.translate(session.part(ImageColumns).images, session).to(x.device)
     tables = rotary(host, dropper, before, x, kwargs["position_embeddings"]) if before is not session else None
-    own = Seen(layer.self_attn, layer.input_layernorm(x), tables or kwargs["position_embeddings"])
+    places = positions(dropper, before, kwargs.get("position_ids"))
+    norm = getattr(layer, "input_layernorm", torch.nn.Identity())  # some decoders normalise what a module has made
+    own = Seen(layer.self_attn, norm(x), tables or kwargs["position_embeddings"], None, places)
     previous = state.get("seen") if i else None
     chosen, hidden = dropper.choose(Tokens(i, stage, x, first.to(x.device), images, before, own, previous))
     if i == dropper.stages[-1]:
@@ -125,6 +131,17 @@ def drop(
     index, mask = left_pack(keep)
     session.drop(range(i, len(host.language.layers)), index.to(before.types.device), mask.to(before.types.device))
     return hidden.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def positions(dropper: LayerPruner, view: Session, places: torch.Tensor | None) -> torch.Tensor | None:
+    """Position ids [..., B, q] of this forward's rows in the columns of `view`, from those of the whole session; None: none."""
+    if places is None or not isinstance(view, View):
+        return places
+    if dropper.renumbers:
+        return ((view.types != PAD).long().cumsum(dim=1) - 1).clamp(min=0)[:, view.start :].to(places)
+    if view.start:
+        return places
+    return at_columns(places, view.index)
 
 
 def rotary(

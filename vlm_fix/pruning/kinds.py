@@ -19,7 +19,7 @@ from vlm_fix.wing import Host
 
 from .cache import SplitLayer
 from .columns import ImageColumns
-from .rows import Seen, attention_chunks, by_head, rotated, rows_attention
+from .rows import Seen, attention_chunks, rows_attention
 
 
 @dataclass(frozen=True)
@@ -232,7 +232,7 @@ class Cached:
     keys: torch.Tensor  # [B, Hkv, n, D]
     values: torch.Tensor  # [B, Hkv, n, D]
     valid: torch.Tensor  # [B, n] False on padding
-    projected: torch.Tensor | None = None  # after a step: [B, q, H D] what q_proj made of seen.x
+    query: torch.Tensor | None = None  # after a step: its queries [B, H, q, D], rotated
 
     def last_row(self) -> torch.Tensor:
         """[B, n] causal softmax attention of the prompt's last token, mean over heads."""
@@ -242,13 +242,10 @@ class Cached:
 
     def step_rows(self) -> torch.Tensor:
         """[B, H, q, n] softmax attention of the rows of a step after the prompt."""
-        assert self.projected is not None
         attn, view = self.seen.attn, self.session.at(self.layer)
-        assert isinstance(view, View)
-        cos, sin = (t.expand(len(self.projected), -1, -1) for t in self.seen.rotary)
+        assert isinstance(view, View) and self.query is not None
         mask = view.attention_mask(self.keys.device)
-        query = rotated(attn, by_head(attn, self.projected), cos, sin)
-        chunks = [*attention_chunks(query, self.keys, None if mask is None else mask[:, 0], attn.scaling)]
+        chunks = [*attention_chunks(self.query, self.keys, None if mask is None else mask[:, 0], attn.scaling)]
         return torch.cat(chunks, dim=2) if len(chunks) > 1 else chunks[0]
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from vlm_fix.attention.asked import HEARD, Heard
 from vlm_fix.errors import VlmFixError
 from vlm_fix.families.compat import cache_of
 from vlm_fix.session import PAD, VISUAL, Session, View, left_pack
@@ -31,12 +32,6 @@ def check(host: Host, cacher: CachePruner) -> None:
 
 def install(host: Host, cacher: CachePruner) -> list[Any]:
     """The hooks of a CachePruner."""
-    projected: dict[int, torch.Tensor] = {}  # from q_proj to the end of the same self-attention
-
-    def note(i: int, module: Any, args: Any, output: torch.Tensor) -> None:
-        if host.editing is not None and host.editing.start:
-            projected[i] = output
-
     def enter(i: int, module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         session, cache = host.editing, cache_of(kwargs)
         if session is None or not session.start or not isinstance(session.at(i), View):
@@ -44,7 +39,7 @@ def install(host: Host, cacher: CachePruner) -> list[Any]:
         if cacher.wanders and cache is not None:
             cacher.before_step(session, i, cache.layers[i])
         x = args[0] if args else kwargs["hidden_states"]
-        return args, {**kwargs, "attention_mask": session.at(i).attention_mask(x.device), "position_ids": None}
+        return args, {**kwargs, "attention_mask": session.at(i).attention_mask(x.device)}
 
     def leave(i: int, attn: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         session, cache = host.editing, cache_of(kwargs)
@@ -56,10 +51,9 @@ def install(host: Host, cacher: CachePruner) -> list[Any]:
             raise VlmFixError(f"{cacher.name} prunes the cache, but this call has none: drop use_cache=False.")
         x, layer = args[0] if args else kwargs["hidden_states"], cache.layers[i]
         types = session.at(i).types if session.start else session.types
-        seen = Seen(attn, x, kwargs["position_embeddings"], layer.keys)
-        cached = Cached(
-            host, i, session, seen, layer.keys, layer.values, types.to(x.device) != PAD, projected.pop(i, None)
-        )
+        seen = Seen(attn, x, kwargs["position_embeddings"], layer.keys, kwargs.get("position_ids"))
+        valid = types.to(x.device) != PAD
+        cached = Cached(host, i, session, seen, layer.keys, layer.values, valid, HEARD.get(attn))
         with torch.no_grad():
             if session.start:
                 cacher.after_step(cached, layer)
@@ -70,7 +64,7 @@ def install(host: Host, cacher: CachePruner) -> list[Any]:
     return [
         *(m.register_forward_pre_hook(functools.partial(enter, i), with_kwargs=True) for i, m in layers),
         *(m.self_attn.register_forward_hook(functools.partial(leave, i), with_kwargs=True) for i, m in layers),
-        *(m.self_attn.q_proj.register_forward_hook(functools.partial(note, i)) for i, m in layers if cacher.wanders),
+        *(Heard(m.self_attn) for _, m in layers if cacher.wanders),
     ]
 
 

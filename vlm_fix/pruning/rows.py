@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from vlm_fix.attention.asked import queries_and_keys
 
 from .encoder import chunk_bytes
 
@@ -20,6 +21,7 @@ class Seen:
     x: torch.Tensor
     rotary: tuple[torch.Tensor, torch.Tensor]
     keys: torch.Tensor | None = None
+    positions: torch.Tensor | None = None  # [..., B or 1, n] position ids, which some modules ask for beside the tables
 
 
 def rows_attention(seen: Seen, rows: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
@@ -47,11 +49,12 @@ def _chosen(seen: Seen, rows: torch.Tensor, valid: torch.Tensor) -> tuple[Any, .
     index = rows.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :count]  # [B, R], chosen ones first
     real = rows.gather(1, index)
     cos, sin = (t.expand(len(x), -1, -1) for t in seen.rotary)
-    keys = rotated(attn, unrotated(attn, x, "k"), cos, sin) if seen.keys is None else seen.keys
+    keys = queries_and_keys(attn, x, (cos, sin), seen.positions)[1] if seen.keys is None else seen.keys
     picked, cos, sin = (t.gather(1, index[..., None].expand(-1, -1, t.shape[-1])) for t in (x, cos, sin))
+    query, _ = queries_and_keys(attn, picked, (cos, sin), at_columns(seen.positions, index))
     columns = torch.arange(x.shape[1], device=x.device)
     allowed = (columns <= index[..., None]) & valid[:, None] & real[..., None]
-    return rotated(attn, unrotated(attn, picked), cos, sin), keys, allowed, attn.scaling
+    return query, keys, allowed, attn.scaling
 
 
 def attention_chunks(
@@ -73,17 +76,40 @@ def attention_chunks(
             yield z.masked_fill(~allowed[:, None, i : i + step], -torch.inf).softmax(dim=-1).nan_to_num(0.0)
 
 
-def unrotated(attn: Any, x: torch.Tensor, what: str = "q") -> torch.Tensor:
-    """Inputs of self-attention [B, n, C] -> queries or keys [B, H, n, D], normalised where the model does so."""
-    return by_head(attn, getattr(attn, f"{what}_proj")(x), what)
+def at_columns(positions: torch.Tensor | None, index: torch.Tensor) -> torch.Tensor | None:
+    """Position ids [..., B or 1, n] of the columns `index` [B, R] -> [..., B, R]."""
+    if positions is None:
+        return None
+    index = index.to(positions.device).expand(*positions.shape[:-2], *index.shape)
+    return positions.expand(*index.shape[:-1], -1).gather(-1, index)
 
 
-def by_head(attn: Any, y: torch.Tensor, what: str = "q") -> torch.Tensor:
-    """What `q_proj` or `k_proj` made [B, n, H D] -> [B, H, n, D], normalised where the model does so."""
+def unrotated(attn: Any, x: torch.Tensor) -> torch.Tensor:
+    """Inputs of self-attention [B, n, C] -> queries [B, H, n, D] before the rotary embedding, if the module is `turned`."""
+    return by_head(attn, attn.q_proj(x))
+
+
+def by_head(attn: Any, y: torch.Tensor) -> torch.Tensor:
+    """What `q_proj` made [B, n, H D] -> [B, H, n, D], normalised where the model does so."""
     y = y.view(*y.shape[:2], -1, attn.head_dim)
-    return getattr(attn, f"{what}_norm", torch.nn.Identity())(y).transpose(1, 2)
+    return getattr(attn, "q_norm", torch.nn.Identity())(y).transpose(1, 2)
 
 
-def rotated(attn: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """[B, H, n, D] turned by the rotary tables [B, n, D], as the model's own module does it."""
-    return sys.modules[type(attn).__module__].apply_rotary_pos_emb(x, x, cos, sin)[0]
+def half_turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """[B, H, n, D] turned by the rotary tables [B, n, D], the two halves of D against each other."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos[:, None] + torch.cat([-second, first], dim=-1) * sin[:, None]
+
+
+@torch.no_grad()
+def is_turned(seen: Seen) -> bool:
+    """True if the module's queries are q_proj's, normalised or not, and then `half_turned`; looked at in the last row."""
+    attn, x, (cos, sin) = seen.attn, seen.x[:, -1:], (t[:, -1:].expand(len(seen.x), -1, -1) for t in seen.rotary)
+    norm = getattr(getattr(attn, "q_norm", None), "weight", cos[0, 0])
+    if not hasattr(attn, "q_proj") or attn.head_dim != cos.shape[-1] or norm.shape != cos.shape[-1:]:
+        return False
+    query, _ = queries_and_keys(attn, x, (cos, sin), None if seen.positions is None else seen.positions[..., -1:])
+    if query.shape[-1] != cos.shape[-1]:
+        return False
+    own, scale = half_turned(unrotated(attn, x), cos, sin), query.abs().amax()
+    return bool((own - query).abs().amax() <= 100 * torch.finfo(query.dtype).eps * scale)
