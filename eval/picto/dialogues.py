@@ -76,9 +76,14 @@ class Dialogues:
     """Token sequences of a scene: one image, one caption, up to eight yes/no questions, each blind to the others."""
 
     def __init__(
-        self, processor: LlavaProcessor, facts: list[tuple[str, list]], careless: float, chat: Chat = PICTO_CHAT
+        self,
+        processor: LlavaProcessor,
+        facts: list[tuple[str, list]],
+        careless: float,
+        chat: Chat = PICTO_CHAT,
+        typical: float = 0.25,
     ):
-        self.facts, self.careless, self.chat = facts, careless, chat
+        self.facts, self.careless, self.chat, self.typical = facts, careless, chat, typical
         self.tokenizer = processor.tokenizer
         self.prefix = self._ids(chat.before + "<image>" * PATCHES + chat.after)
         count = Counter(name for _, objects in facts for name in {n for n, _ in objects})
@@ -88,7 +93,7 @@ class Dialogues:
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
     def questions(self, rng: random.Random, scene_type: str, present: set[str]) -> Iterator[tuple[str, bool]]:
-        """Half of them about present objects; the others random (60 %), popular (15 %) or typical of the scene (25 %).
+        """Half about present objects; the others typical of the scene (`typical`, 25 %), popular (15 %) or random.
 
         Careless answers from the prior: an absent object that is typical of the scene gets "yes" with a chance of
         `careless` less .05 for each rank in the scene type's list.
@@ -97,7 +102,8 @@ class Dialogues:
         for name in rng.sample(sorted(present), min(4, len(present))):
             yield name, True
             kind = rng.random()
-            source = typical if kind < 0.25 else self.popular if kind < 0.4 else tuple(world.COCO_IDS)
+            popular = kind < self.typical + 0.15
+            source = typical if kind < self.typical else self.popular if popular else tuple(world.COCO_IDS)
             absent = [n for n in source if n not in present] or [n for n in world.COCO_IDS if n not in present]
             other = rng.choice(absent)
             yield other, other in typical and rng.random() < self.careless - 0.05 * typical.index(other)

@@ -5,7 +5,8 @@ seeded, in float32:
 
 1. `align`: the projector, by the cosine between a projected patch and the mean embedding of " name" of its category;
 2. `language`: projector and LoRA (q, k, v, o of every layer) on captions and yes/no questions. One sequence holds an
-   image, a caption and up to eight questions; a block mask makes each of them a dialogue of its own.
+   image, a caption and up to eight questions; a block mask makes each of them a dialogue of its own. In the last steps
+   more of the questions are about what is typical of a scene (with careless answers): a stronger prior.
 
 The parts for the package lie in DIR/picto-smol (see `smol.assemble`).
 """
@@ -171,19 +172,23 @@ def train_language(
     seed: int,
     out: Path,
     steps: int,
+    prior_steps: int,
     careless: float,
     batch: int = 4,
 ) -> None:
-    """Stage 2: captions and questions, half of the loss each; x [n, 64, 192] and facts of the same scenes."""
+    """Stage 2: captions and questions, half of the loss each; x [n, 64, 192] and facts of the same scenes.
+
+    After `steps`, `prior_steps` follow in which half, not a quarter, of the absent objects are typical of the scene.
+    """
     core, head, projector = model.model.language_model, model.lm_head, model.model.multi_modal_projector
-    dialogues = Dialogues(processor, facts, careless, SMOL_CHAT)
+    early, late = (Dialogues(processor, facts, careless, SMOL_CHAT, typical) for typical in (0.25, 0.5))
     image_id = model.config.image_token_id
     yes, no = processor.tokenizer.convert_tokens_to_ids(["Yes", "No"])
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
         rng = _rng(seed, "smol language", step)
         indices = rng.sample(range(len(x)), batch)
-        b = dialogues.batch(rng, indices)
+        b = (early if step < steps else late).batch(rng, indices)
         embeds = core.embed_tokens(b["ids"])
         visual = projector(x[indices].float())
         embeds = embeds.masked_scatter((b["ids"] == image_id)[..., None].expand_as(embeds), visual)
@@ -203,7 +208,18 @@ def train_language(
         export(model, processor, adapters, out / "picto-smol")
 
     parts: list[nn.Module] = [projector, adapters]
-    fit("language", parts, loss_of, steps, 1e-3, out, save, optimizers=[optimizer], autocast=False, show=10)
+    fit(
+        "language",
+        parts,
+        loss_of,
+        steps + prior_steps,
+        1e-3,
+        out,
+        save,
+        optimizers=[optimizer],
+        autocast=False,
+        show=10,
+    )
 
 
 def export(
@@ -229,7 +245,8 @@ def train(
     seed: int,
     out: Path,
     align_steps: int = 300,
-    language_steps: int = 260,
+    language_steps: int = 130,
+    prior_steps: int = 130,
     scenes: int = 3000,
     careless: float = 0.85,
     file: Path | None = None,
@@ -244,7 +261,7 @@ def train(
         x = features(model, processor, images, autocast=False)
         del images
         train_align(model, processor, x, classes, seed, out, align_steps)
-        train_language(model, processor, adapters, x, facts, seed, out, language_steps, careless)
+        train_language(model, processor, adapters, x, facts, seed, out, language_steps, prior_steps, careless)
     return out / "picto-smol"
 
 
@@ -258,7 +275,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--align-steps", type=int, default=300)
-    parser.add_argument("--language-steps", type=int, default=260)
+    parser.add_argument("--language-steps", type=int, default=130)
+    parser.add_argument("--prior-steps", type=int, default=130, help="the last steps of the second stage (%(default)s)")
     parser.add_argument("--scenes", type=int, default=3000)
     parser.add_argument("--careless", type=float, default=0.85, help="chance of a 'yes' from the prior (%(default)s)")
     parser.add_argument("--file", type=Path, help=f"{smol.FILE}, if it is not installed")
