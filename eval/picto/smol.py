@@ -143,6 +143,7 @@ def assemble(out: Path, weights: dict[str, Tensor], parts: Path = FOLDER) -> Non
     shutil.copytree(parts, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns(ADAPTER, "README.md"))
     state = {name: value.to(torch.bfloat16).contiguous() for name, value in state.items()}
     save_file(state, out / "model.safetensors", metadata={"format": "pt"})
+    (out / "model.safetensors").chmod(0o644)  # others may share the cache
 
 
 def cache_folder() -> Path:

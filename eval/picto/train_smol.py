@@ -37,7 +37,8 @@ from vlm_fix.errors import VlmFixError
 
 from . import lora, smol, world
 from .dialogues import PATCHES, Chat, Dialogues, _rng, pool
-from .train import features, fit, flushed_denormals
+from .fitting import fit, flushed_denormals
+from .train import features
 
 RANK = 16
 ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj")
