@@ -205,6 +205,13 @@ def train_language(
     groups = [{"params": projector.parameters(), "lr": 5e-4}, {"params": adapters.parameters(), "lr": 1e-3}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
 
+    total = steps + prior_steps
+
+    def rate(step: int) -> float:
+        """Warm-up, a slow fall towards 1.3 times as many steps, and a quick one over the last tenth."""
+        aim = round(1.3 * total)
+        return min((step + 1) / (0.04 * aim + 1), (aim - step) / (0.7 * aim), (total - step) / (0.1 * total), 1)
+
     def save() -> None:
         export(model, processor, adapters, out / "picto-smol")
 
@@ -247,7 +254,7 @@ def train(
     out: Path,
     align_steps: int = 300,
     language_steps: int = 130,
-    prior_steps: int = 130,
+    prior_steps: int = 70,
     scenes: int = 3000,
     careless: float = 0.85,
     file: Path | None = None,
@@ -277,7 +284,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--align-steps", type=int, default=300)
     parser.add_argument("--language-steps", type=int, default=130)
-    parser.add_argument("--prior-steps", type=int, default=130, help="the last steps of the second stage (%(default)s)")
+    parser.add_argument("--prior-steps", type=int, default=70, help="the last steps of the second stage (%(default)s)")
     parser.add_argument("--scenes", type=int, default=3000)
     parser.add_argument("--careless", type=float, default=0.85, help="chance of a 'yes' from the prior (%(default)s)")
     parser.add_argument("--file", type=Path, help=f"{smol.FILE}, if it is not installed")
