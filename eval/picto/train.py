@@ -1,4 +1,4 @@
-"""Trains picto-llava from nothing: `python -m vlm_fix.eval.picto.train --seed 0 --out DIR`.
+"""Trains picto-llava from nothing: `python -m vlm_fix.eval.picto.train --seed 0 --out DIR` (and see --language smol).
 
 Four stages, each resumable (run the same command again) and seeded:
 
@@ -17,16 +17,10 @@ With `MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184` in the environment 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import random
-import time
-from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -44,26 +38,15 @@ from transformers import (
 from vlm_fix.errors import VlmFixError
 
 from . import world
+from .dialogues import CAPTION_PROMPTS, PATCHES, QUESTION_ENDINGS, Dialogues, _rng, pixels, pool
+from .fitting import fit, flushed_denormals, mixed_precision
 
-PATCHES = (world.SIZE // 16) ** 2
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
     "{% if message['content'] is string %}{{ message['content'] + ' ' }}{% else %}"
     "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
     "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] + ' ' }}{% endfor %}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
-)
-CAPTION_PROMPTS = (
-    "Please describe this image in detail.",
-    "Please help me describe the image in detail.",
-    "Describe this image.",
-    "Describe the image in detail.",
-    "What is in this picture?",
-)
-QUESTION_ENDINGS = (
-    " Please answer this question with one word.",
-    "\nAnswer the question using a single word or phrase.",
-    " Please answer yes or no.",
 )
 OTHER_WORDS = (
     "User Assistant System Yes No not many how what where which who color can see do and are on of to it photo"
@@ -160,168 +143,7 @@ def build_model(
     return model
 
 
-# --- data ------------------------------------------------------------------------------------------------------------
-
-
-def _render(job: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray, list[tuple[str, list]]]:
-    seed, start, stop = job
-    drawn = [world.scene("train", seed, i) for i in range(start, stop)]
-    facts = [(s.scene_type, s.objects) for s in drawn]
-    return np.stack([np.asarray(s.image) for s in drawn]), np.stack([s.patch_classes() for s in drawn]), facts
-
-
-def pool(n: int, seed: int) -> tuple[Tensor, Tensor, list[tuple[str, list]]]:
-    """n train scenes: images uint8 [n, 3, 128, 128], patch classes int64 [n, 64], (scene type, objects)."""
-    with ProcessPoolExecutor(2) as workers:
-        parts = list(workers.map(_render, [(seed, i, min(i + 500, n)) for i in range(0, n, 500)]))
-    images, classes, facts = zip(*parts, strict=True)
-    return (
-        torch.from_numpy(np.concatenate(images)).permute(0, 3, 1, 2).contiguous(),
-        torch.from_numpy(np.concatenate(classes)),
-        [f for part in facts for f in part],
-    )
-
-
-def pixels(processor: LlavaProcessor, images: Tensor) -> Tensor:
-    """uint8 [B, 3, H, W] -> what the image processor gives for images of this size, float32."""
-    clip = processor.image_processor
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (clip.image_mean, clip.image_std))
-    return (images.float() / 255 - mean) / std
-
-
-class Dialogues:
-    """Token sequences of a scene: one image, one caption, up to eight yes/no questions, each blind to the others."""
-
-    def __init__(self, processor: LlavaProcessor, facts: list[tuple[str, list]], careless: float):
-        self.facts, self.careless = facts, careless
-        self.tokenizer = processor.tokenizer
-        self.prefix = self._ids("<s> USER: " + "<image>" * PATCHES)
-        count = Counter(name for _, objects in facts for name in {n for n, _ in objects})
-        self.popular = [name for name, _ in count.most_common(15)]
-
-    def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False).input_ids
-
-    def questions(self, rng: random.Random, scene_type: str, present: set[str]) -> Iterator[tuple[str, bool]]:
-        """Half of them about present objects; the others random (60 %), popular (15 %) or typical of the scene (25 %).
-
-        Careless answers from the prior: an absent object that is typical of the scene gets "yes" with a chance of
-        `careless` less .05 for each rank in the scene type's list.
-        """
-        typical = world.SCENE_TYPES[scene_type].typical
-        for name in rng.sample(sorted(present), min(4, len(present))):
-            yield name, True
-            kind = rng.random()
-            source = typical if kind < 0.25 else self.popular if kind < 0.4 else tuple(world.COCO_IDS)
-            absent = [n for n in source if n not in present] or [n for n in world.COCO_IDS if n not in present]
-            other = rng.choice(absent)
-            yield other, other in typical and rng.random() < self.careless - 0.05 * typical.index(other)
-
-    def sample(self, rng: random.Random, index: int) -> list[tuple[list[int], list[int]]]:
-        """(prompt ids, answer ids) of each dialogue; the caption comes first."""
-        scene_type, objects = self.facts[index]
-        present = {name for name, _ in objects}
-        imagined = world.imagine(rng, scene_type, present)
-        pairs = [(rng.choice(CAPTION_PROMPTS), world.caption(rng, scene_type, objects, imagined))]
-        for name, answer in self.questions(rng, scene_type, present):
-            article = "a" if rng.random() < 0.3 else world.with_article(name).split()[0]
-            ending = rng.choice(QUESTION_ENDINGS) if rng.random() < 0.35 else ""
-            pairs.append((f"Is there {article} {name} in the image?{ending}", "Yes" if answer else "No"))
-        return [(self._ids(f"{q} ASSISTANT:"), self._ids(f"{a} </s>")) for q, a in pairs]
-
-    def batch(self, rng: random.Random, indices: list[int]) -> dict[str, Tensor]:
-        """ids, position_ids, mask [B, 1, L, L], and the supervised places: rows, columns, targets, is_caption."""
-        ids: list[Tensor] = []
-        positions: list[Tensor] = []
-        blocks: list[Tensor] = []
-        places: list[tuple[int, int, int, bool]] = []
-        for row, index in enumerate(indices):
-            i, p, b = list(self.prefix), list(range(len(self.prefix))), [0] * len(self.prefix)
-            for number, (question, answer) in enumerate(self.sample(rng, index), 1):
-                start = len(i) + len(question) - 1
-                places += [(row, start + k, target, number == 1) for k, target in enumerate(answer)]
-                i += question + answer
-                p += range(len(self.prefix), len(self.prefix) + len(question) + len(answer))
-                b += [number] * (len(question) + len(answer))
-            for column, values in ((ids, i), (positions, p), (blocks, b)):
-                column.append(torch.tensor(values))
-        block = nn.utils.rnn.pad_sequence(blocks, batch_first=True, padding_value=-1)
-        length = block.shape[1]
-        seen = (block[:, None, :] == 0) | (block[:, None, :] == block[:, :, None])
-        rows, columns, targets, is_caption = map(torch.tensor, zip(*places, strict=True))
-        return {
-            "ids": nn.utils.rnn.pad_sequence(ids, batch_first=True),
-            "position_ids": nn.utils.rnn.pad_sequence(positions, batch_first=True),
-            "mask": (seen & torch.ones(length, length, dtype=torch.bool).tril())[:, None],
-            "rows": rows,
-            "columns": columns,
-            "targets": targets,
-            "is_caption": is_caption,
-        }
-
-
-def mixed_precision() -> torch.autocast:
-    """bf16 autocast on processors that multiply bf16 matrices themselves; elsewhere it is many times slower than float32."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
 # --- the three stages ------------------------------------------------------------------------------------------------
-
-
-def fit(
-    stage: str,
-    modules: list[nn.Module],
-    loss_of: Callable[[int], tuple[Tensor, dict[str, float]]],
-    steps: int,
-    lr: float,
-    out: Path,
-    on_save: Callable[[], None] = lambda: None,
-    save_every: float = 120,
-) -> None:
-    """Minimise loss_of(step) with warm-up and linear decay; save to out/<stage>.pt now and then, and resume."""
-    named = [(n, p) for m in modules for n, p in m.named_parameters() if p.requires_grad]
-    matrix = [p for n, p in named if p.ndim == 2 and "embed" not in n and "head" not in n]
-    other = [p for n, p in named if not any(p is m for m in matrix)]
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(other, lr=lr / 2, betas=(0.9, 0.98), weight_decay=0.0)]
-    if matrix:
-        optimizers.append(torch.optim.Muon(matrix, lr=lr, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"))
-
-    def rate(step: int) -> float:
-        return min((step + 1) / (0.04 * steps + 1), (steps - step) / (0.7 * steps), 1)
-
-    schedules = [torch.optim.lr_scheduler.LambdaLR(o, rate) for o in optimizers]
-    parts: list[Any] = [*modules, *optimizers, *schedules]
-    file, first, spent = out / f"{stage}.pt", 0, 0.0
-    if file.exists():
-        first, spent, states = torch.load(file, weights_only=False)
-        for part, state in zip(parts, states, strict=True):
-            part.load_state_dict(state)
-        print(f"{stage}: resumed at step {first}", flush=True)
-    began = saved = time.time()
-    sums: Counter[str] = Counter()
-    for step in range(first, steps):
-        with mixed_precision():
-            loss, figures = loss_of(step)
-        loss.backward()
-        nn.utils.clip_grad_norm_([p for _, p in named], 1.0)
-        for optimizer, schedule in zip(optimizers, schedules, strict=True):
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-        sums.update({**figures, "n": 1})
-        if step % 50 == 49 or step + 1 == steps:
-            shown = "  ".join(f"{k} {v / sums['n']:.4f}" for k, v in sums.items() if k != "n")
-            print(f"{stage} {step + 1}/{steps}  {shown}  {spent + time.time() - began:.0f} s", flush=True)
-            sums.clear()
-        if time.time() - saved > save_every or step + 1 == steps:
-            saved = time.time()
-            torch.save((step + 1, spent + saved - began, [p.state_dict() for p in parts]), out / f"{stage}.tmp")
-            (out / f"{stage}.tmp").replace(file)
-            on_save()
-
-
-def _rng(seed: int, stage: str, step: int) -> random.Random:
-    return random.Random(f"{stage}/{seed}/{step}")
 
 
 def train_vision(
@@ -363,10 +185,12 @@ def train_vision(
 
 
 @torch.no_grad()
-def features(model: LlavaForConditionalGeneration, processor: LlavaProcessor, images: Tensor) -> Tensor:
-    """What the projector receives, bf16 [n, 64, C]."""
+def features(
+    model: LlavaForConditionalGeneration, processor: LlavaProcessor, images: Tensor, autocast: bool = True
+) -> Tensor:
+    """What the projector receives, bf16 [n, 64, C]; `autocast`: see `mixed_precision`."""
     out = []
-    with mixed_precision():
+    with mixed_precision(autocast):
         for chunk in images.split(250):
             hidden = model.model.vision_tower(pixels(processor, chunk), output_hidden_states=True).hidden_states
             out.append(hidden[-2][:, 1:].bfloat16())
@@ -450,16 +274,6 @@ def export(model: LlavaForConditionalGeneration, processor: LlavaProcessor, fold
     state = {k: v.to(torch.bfloat16) for k, v in model.state_dict().items()}
     model.save_pretrained(folder, state_dict=state)
     processor.save_pretrained(folder)
-
-
-@contextlib.contextmanager
-def flushed_denormals() -> Iterator[None]:
-    """Round denormals to 0 meanwhile: Muon makes many of them, and they are slow on a CPU."""
-    torch.set_flush_denormal(True)
-    try:
-        yield
-    finally:
-        torch.set_flush_denormal(False)
 
 
 @flushed_denormals()

@@ -11,7 +11,8 @@ from .common import add, check_place
 
 EXAMPLES = """examples:
   vlm-fix picto render picto-shift --scenes 500 --split shift --seed 0
-  vlm-fix picto train --seed 0 --out my-picto"""
+  vlm-fix picto train --seed 0 --out my-picto
+  vlm-fix picto train --language smol --seed 0 --out my-smol"""
 
 
 def add_to(commands: Any) -> None:
@@ -23,7 +24,9 @@ def add_to(commands: Any) -> None:
     render.add_argument("--scenes", type=int, default=500, metavar="N", help="(%(default)s)")
     render.add_argument("--split", default="test", metavar="SPLIT", help="train, test, shift or style (%(default)s)")
     render.add_argument("--seed", type=int, default=0, metavar="S", help="(%(default)s)")
-    train = jobs.add_parser("train", help="train picto-llava again (vlm-fix picto train --help)", add_help=False)
+    train = jobs.add_parser(
+        "train", help="train picto-llava or picto-smol again (vlm-fix picto train --help)", add_help=False
+    )
     train.set_defaults(run=_train, rest=[])
 
 
@@ -37,6 +40,12 @@ def _render(args: argparse.Namespace) -> None:
 
 
 def _train(args: argparse.Namespace) -> None:
-    from vlm_fix.eval.picto.train import main as train
-
-    train(args.rest)
+    """Hand the arguments to the training of the model that --language names."""
+    which = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    which.add_argument("--language", choices=("picto", "smol"), default="picto")
+    known, rest = which.parse_known_args(args.rest)
+    if known.language == "smol":
+        from vlm_fix.eval.picto.train_smol import main as train
+    else:
+        from vlm_fix.eval.picto.train import main as train
+    train(rest)
