@@ -83,7 +83,9 @@ def test_pai_and_observe_equal_loops(name):
     twin, run, rows = ref.double(model), ref.PaiReference(visual, length, [2, 3], alpha=0.5), []
     plain = ref.teacher_forced(twin, None, inputs, tokens[0, :-1])
     expected = ref.teacher_forced(twin, run, inputs, tokens[0, :-1])
-    near = 1e-4 if name in ("qwen3_5_moe", "minicpmv4_6") else 1e-5  # its linear attention is float32 in the reference, too
+    near = (
+        1e-4 if name in ("qwen3_5_moe", "minicpmv4_6") else 1e-5
+    )  # its linear attention is float32 in the reference, too
     assert float((expected - plain).abs().max()) > 1e-2 and error(logits[0], expected) < near
     attending = list(attention_modules(ref.decoder(twin)))
     for attn in attention_modules(ref.decoder(twin)).values():

@@ -137,7 +137,9 @@ def test_recomputed_attention_is_the_models_own(name):
 
 
 @pytest.mark.parametrize("name", DECODERS)
-@pytest.mark.parametrize("spec", ["fastv:keep=5,layer=2", "pyramid_drop", "sparsevlm", "ptp", "a_vl:core=0.1,every=2", "sid"])
+@pytest.mark.parametrize(
+    "spec", ["fastv:keep=5,layer=2", "pyramid_drop", "sparsevlm", "ptp", "a_vl:core=0.1,every=2", "sid"]
+)
 def test_pruners_on_other_decoders(name, spec):
     model, batch = with_decoder(name), make_inputs("llava", [1, 2, 1])
     with vlm_fix.wrapped(model, spec):
@@ -182,5 +184,7 @@ def deaf(self, hidden_states, **kwargs):
 
 def test_a_family_that_lacks_conventions(monkeypatch):
     monkeypatch.setattr(table, "FAMILIES", tuple(f for f in FAMILIES if f.name != "idefics2"))
-    with pytest.raises(vlm_fix.VlmFixError, match="'idefics2' are not supported; .* it lacks get_placeholder_mask on its"):
+    with pytest.raises(
+        vlm_fix.VlmFixError, match="'idefics2' are not supported; .* it lacks get_placeholder_mask on its"
+    ):
         vlm_fix.wrap(build("idefics2"), "pai")

@@ -410,9 +410,20 @@ TINY = {
         projection_hidden_size=32,
         tower=dict(pos_emb_height=6, pos_emb_width=6, pos_emb_time=2),
         text_config=dict(
-            model_type="deepseek_v3", kv_lora_rank=16, q_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=8,
-            v_head_dim=12, n_routed_experts=4, n_group=1, topk_group=1, num_experts_per_tok=2, first_k_dense_replace=1,
-            moe_intermediate_size=32, num_key_value_heads=4, head_dim=8,
+            model_type="deepseek_v3",
+            kv_lora_rank=16,
+            q_lora_rank=16,
+            qk_nope_head_dim=16,
+            qk_rope_head_dim=8,
+            v_head_dim=12,
+            n_routed_experts=4,
+            n_group=1,
+            topk_group=1,
+            num_experts_per_tok=2,
+            first_k_dense_replace=1,
+            moe_intermediate_size=32,
+            num_key_value_heads=4,
+            head_dim=8,
         ),
     ),
     "ernie4_5_vl_moe": _tiny(
@@ -423,7 +434,10 @@ TINY = {
         tower={k: v for k, v in QWEN_TOWER.items() if k != "temporal_patch_size"},
         text_config=dict(
             rope_parameters={**MROPE, "mrope_section": [3, 3, 2]},
-            moe_intermediate_size=[32, 16], moe_num_experts=4, moe_k=2, moe_num_shared_experts=1,
+            moe_intermediate_size=[32, 16],
+            moe_num_experts=4,
+            moe_k=2,
+            moe_num_shared_experts=1,
         ),
         **GLM_IDS,
     ),
@@ -531,7 +545,11 @@ def prompt(name: str, images: list[int], seed: int = 0, rows: list[int] | None =
                 extra.append([h, w])
                 ids += [93] + [IMAGE] * (h * w // 4) + [94]
             elif tiny.kind in ("placed", "navit"):
-                h, w = [(8, 8), (8, 12), (12, 8)][number % 3] if tiny.kind == "navit" else [(4, 4), (4, 8), (8, 4)][number % 3]
+                h, w = (
+                    [(8, 8), (8, 12), (12, 8)][number % 3]
+                    if tiny.kind == "navit"
+                    else [(4, 4), (4, 8), (8, 4)][number % 3]
+                )
                 size, side = h * w, PATCH
                 if tiny.kind == "placed":
                     y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")

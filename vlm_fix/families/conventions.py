@@ -29,7 +29,9 @@ def missing(model: Any) -> list[str]:
         "get_placeholder_mask on its base model": hasattr(base, "get_placeholder_mask"),
         f"a language model called {' or '.join(LANGUAGES)} with `layers`": hasattr(language, "layers"),
         "layers with `self_attn`": any(hasattr(layer, "self_attn") for layer in getattr(language, "layers", ())),
-        f"a vision tower called {', '.join(TOWERS)}": any(isinstance(getattr(base, t, None), nn.Module) for t in TOWERS),
+        f"a vision tower called {', '.join(TOWERS)}": any(
+            isinstance(getattr(base, t, None), nn.Module) for t in TOWERS
+        ),
         "image_token_id in its config": isinstance(getattr(config, "image_token_id", None), int),
         "an lm_head": hasattr(model, "lm_head"),
     }
@@ -94,7 +96,11 @@ def canary(model: Any, family: Family) -> None:
     finally:
         model.set_attn_implementation({"text_config": before})
     silent = [i for i, attn in attention_modules(language).items() if id(attn) not in called]
-    if silent or not torch.equal(outputs[0].isnan(), outputs[1].isnan()) or not torch.equal(*map(torch.nan_to_num, outputs)):
+    if (
+        silent
+        or not torch.equal(outputs[0].isnan(), outputs[1].isnan())
+        or not torch.equal(*map(torch.nan_to_num, outputs))
+    ):
         what = f"layers {silent} do not call" if silent else "its layers compute something else through"
         raise VlmFixError(
             f"models of type {family.name!r} are not supported: {what} transformers' attention interface, through which "

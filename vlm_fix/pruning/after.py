@@ -90,7 +90,9 @@ def install(host: Host, dropper: LayerPruner) -> list[Any]:
         x = args[0] if args else kwargs["hidden_states"]
         keys = cache.layers[i].keys if cache is not None else None
         if i + 1 in stages:
-            session.state(dropper)["seen"] = Seen(attn, x, kwargs["position_embeddings"], keys, kwargs.get("position_ids"))
+            session.state(dropper)["seen"] = Seen(
+                attn, x, kwargs["position_embeddings"], keys, kwargs.get("position_ids")
+            )
 
     noted = {s - 1 for s in stages if s} | {0}
     handles = [

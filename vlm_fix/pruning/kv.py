@@ -32,6 +32,7 @@ def check(host: Host, cacher: CachePruner) -> None:
 
 def install(host: Host, cacher: CachePruner) -> list[Any]:
     """The hooks of a CachePruner."""
+
     def enter(i: int, module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         session, cache = host.editing, cache_of(kwargs)
         if session is None or not session.start or not isinstance(session.at(i), View):
