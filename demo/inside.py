@@ -16,11 +16,11 @@ from PIL import Image, ImageDraw
 
 import vlm_fix
 from vlm_fix import Contrast, Observation
+from vlm_fix.call import Call
 from vlm_fix.decoding import ProcedureWing
 from vlm_fix.errors import VlmFixError
 from vlm_fix.eval.run import generation, runner
 from vlm_fix.families.table import family_of
-from vlm_fix.session import Call
 from vlm_fix.wing import engine_of
 
 from .compare import Pane

@@ -33,7 +33,7 @@ from vlm_fix.eval.picto.scene_types import COCO_IDS
 from vlm_fix.eval.run import generation, loading
 from vlm_fix.eval.settings import Settings
 from vlm_fix.eval.stats import mcnemar
-from vlm_fix.families.table import arch_of
+from vlm_fix.families import arch_of
 from vlm_fix.method import Method
 from vlm_fix.registry import parse_spec
 from vlm_fix.sample import Sample

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from vlm_fix.errors import VlmFixError
 
 if TYPE_CHECKING:
+    from .arch import Arch
     from .attention.edits import (
         AttentionEdit,
         ColumnEdit,
@@ -35,11 +36,14 @@ if TYPE_CHECKING:
     from .observation.observe import Observation, observe
     from .pruning.kinds import TokenPruner
     from .registry import list_methods, parse_spec
+    from .sample import Sample
     from .scope import RowScope
     from .wrapping import contrast_term, unwrap, wrap, wrapped
 
 __version__ = "0.1.0"
 _HOMES = {  # imported on first use: scoring files and `--help` need no torch
+    "arch": ("Arch",),
+    "sample": ("Sample",),
     "attention.edits": (
         "AttentionEdit",
         "ColumnEdit",
@@ -89,6 +93,7 @@ _HOMES = {  # imported on first use: scoring files and `--help` need no torch
     ),
 }
 __all__ = [
+    "Arch",
     "AttentionEdit",
     "AttentionOutputEdit",
     "ColumnEdit",
@@ -113,6 +118,7 @@ __all__ = [
     "QueryKeyReader",
     "Refiner",
     "RowScope",
+    "Sample",
     "ScoreEdit",
     "Searcher",
     "TokenPruner",

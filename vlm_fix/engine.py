@@ -17,13 +17,13 @@ from typing import Any
 import torch
 
 from vlm_fix import attention, compiled, copies, decoding, hidden, inputs, pruning  # noqa: F401 (built-in wings register themselves)
+from vlm_fix.call import Call
 from vlm_fix.errors import VlmFixError
 from vlm_fix.families import arch_of, get_part, image_token_ids
 from vlm_fix.families.compat import cache_of, generate_of
 from vlm_fix.forwards import Forwards
 from vlm_fix.method import Method
 from vlm_fix.options import GenerateOptions
-from vlm_fix.session import Call
 from vlm_fix.wing import ATTRIBUTE, Running, Wing
 
 MISSING: Any = object()

@@ -10,10 +10,11 @@ import torch
 
 from vlm_fix import compiled
 from vlm_fix.attention import NAME
+from vlm_fix.call import Call
 from vlm_fix.errors import VlmFixError
 from vlm_fix.families import prompt_positions
 from vlm_fix.families.compat import CACHE, cache_of, versions
-from vlm_fix.session import PAD, TEXT, Call, Session
+from vlm_fix.session import PAD, TEXT, Session
 from vlm_fix.wing import Host
 
 

@@ -13,9 +13,11 @@ from typing import Any, TypeVar
 
 import torch
 
+from vlm_fix.call import Call
 from vlm_fix.errors import VlmFixError
 from vlm_fix.memory import ColumnCache, ForwardCache, Memory, with_rows
 from vlm_fix.method import Method
+from vlm_fix.packing import pad_to
 from vlm_fix.scope import RowRange, RowScope
 
 T = TypeVar("T")
@@ -23,82 +25,6 @@ M = TypeVar("M", bound=Memory)
 
 PAD, TEXT, VISUAL = 0, 1, 2
 SLACK = 256  # generated columns for which masks are made in advance
-
-
-@dataclass
-class Call:
-    """One generate call: its inputs, as the user gave them or a Procedure refined them, and the encoder's scores waiting
-    for the prefill."""
-
-    model: Any
-    family: Any
-    inputs: dict[str, Any]  # input_ids [B, L], attention_mask [B, L], pixel_values, image_grid_thw, ...
-    cache: Any = None  # of an earlier turn, as the user passed it
-    vision: list[Any] = field(default_factory=list)  # pruning.encoder.ImageTokens, in image order
-    views: list[Any] = field(default_factory=list)  # the same with the encoder layers that other methods ask for
-
-    @property
-    def batch(self) -> int:
-        return self.inputs["input_ids"].shape[0]
-
-    def without_images(self) -> dict[str, torch.Tensor]:
-        """The prompt with the image tokens taken out (their begin and end markers stay), left-padded again."""
-        from vlm_fix.families.table import image_token_ids
-
-        ids, mask = self.inputs["input_ids"], self.inputs["attention_mask"]
-        tokens = torch.tensor(image_token_ids(self.model, self.family), device=ids.device)
-        index, kept = left_pack(mask.bool() & ~torch.isin(ids, tokens))
-        inputs = {"input_ids": ids.gather(1, index).masked_fill(~kept, 0), "attention_mask": kept.long()}
-        if "token_type_ids" in self.inputs:
-            inputs["token_type_ids"] = self.inputs["token_type_ids"].gather(1, index)
-        return inputs
-
-    def with_pixels(self, change: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The same prompt with `change` applied to pixel_values."""
-        pixels = self.inputs["pixel_values"]
-        if pixels.dim() != 5:
-            return {**self.inputs, "pixel_values": change(pixels)}
-        real = (pixels != 0).flatten(2).any(dim=2)  # [images, tiles, ...]: blank tiles are padding, and told by that
-        return {**self.inputs, "pixel_values": pixels.index_put((real,), change(pixels[real]))}
-
-    def with_images_after(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The same prompt with another image of its size right after each image, left-padded again.
-
-        pixels: like pixel_values, of the images that are put in. Their tokens, and the markers around them, repeat those
-        of the image before. Raises VlmFixError where the image tokens do not fit the images.
-        """
-        from vlm_fix.families import image_cells, image_token_ids
-
-        ids, config, grids = self.inputs["input_ids"], self.model.config, self.inputs.get("image_grid_thw")
-        tokens = torch.tensor(image_token_ids(self.model, self.family), device=ids.device)
-        shown = torch.isin(ids, tokens)
-        cells = image_cells(self.model, self.family, {**self.inputs, "input_ids": ids[shown][None]})
-        ends = iter([int(grid.max()) + 1 for grid in cells])  # in the image tokens of the whole batch
-        start, end = (
-            getattr(config, f"vision_{side}_token_id", getattr(config, f"image_{side}_token_id", None))
-            for side in ("start", "end")
-        )
-        rows, passed = [], 0
-        for row, image, seen in zip(ids.tolist(), shown, self.inputs["attention_mask"].bool(), strict=True):
-            columns, done, places = list[int](), 0, image.nonzero()[:, 0].tolist()
-            while places:
-                count = next(ends) - passed
-                first, last, places, passed = places[0], places[count - 1] + 1, places[count:], passed + count
-                first -= row[:first][-1:] == [start]
-                last += row[last : last + 1] == [end]
-                columns, done = [*columns, *range(done, last), *range(first, last)], last
-            index = torch.tensor([*columns, *range(done, len(row))], device=ids.device)
-            rows.append(index[seen[index]])
-        width = max(map(len, rows))
-        index = torch.stack([torch.nn.functional.pad(row, (width - len(row), 0), value=-1) for row in rows])
-        new = dict(self.inputs)
-        for name in {"input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids"} & new.keys():
-            new[name] = new[name].gather(1, index.clamp(min=0)).masked_fill(index < 0, 0)
-        if grids is not None:
-            new["image_grid_thw"] = grids.repeat_interleave(2, dim=0)
-        sizes = [1] * len(pixels) if grids is None else grids.prod(dim=-1).tolist()
-        pairs = zip(self.inputs["pixel_values"].split(sizes), pixels.split(sizes), strict=True)
-        return {**new, "pixel_values": torch.cat([x for pair in pairs for x in pair])}
 
 
 @dataclass
@@ -423,16 +349,3 @@ class Rows:
             session.columns.groups[place] = mask, wide
         offset = max(0, total - width)
         return wide[..., offset : offset + width]
-
-
-def pad_to(x: torch.Tensor, width: int) -> torch.Tensor:
-    """[..., n] -> [..., width], zeros at the end."""
-    return x if x.shape[-1] == width else torch.nn.functional.pad(x, (0, width - x.shape[-1]))
-
-
-def left_pack(keep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """keep [B, L] -> gather index [B, n] that moves the kept columns to the right end, and its mask [B, n]."""
-    n = int(keep.sum(dim=1).max())
-    order = torch.argsort(keep.to(torch.uint8), dim=1, stable=True)  # dropped first, kept last, each in order
-    index = order[:, -n:]
-    return index, keep.gather(1, index)

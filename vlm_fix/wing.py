@@ -15,10 +15,11 @@ from typing import Any, ClassVar, Self, TypeVar
 import torch
 
 from vlm_fix.arch import Arch, Family
+from vlm_fix.call import Call
 from vlm_fix.errors import VlmFixError
 from vlm_fix.method import Method
 from vlm_fix.options import GenerateOptions
-from vlm_fix.session import TEXT, VISUAL, Call, Session
+from vlm_fix.session import TEXT, VISUAL, Session
 
 W = TypeVar("W", bound="Wing")
 ATTRIBUTE = "_vlm_fix_engine"  # where a wrapped model keeps its engine

@@ -9,13 +9,11 @@ from typing import Any, ClassVar
 import torch
 from torch.nn.functional import pad
 
-from vlm_fix import PromptStart, RowScope, Unchanged, VlmFixError, WeightEdit, param
-from vlm_fix.arch import Arch
+from vlm_fix import Arch, InputEdit, PromptStart, RowScope, Sample, Unchanged, VlmFixError, WeightEdit, param
 from vlm_fix.attention.preview import PlainWeights, preview
 from vlm_fix.calibration.search import best_value
-from vlm_fix.inputs import InputEdit
-from vlm_fix.sample import Sample
-from vlm_fix.session import VISUAL, Call, Rows, Session
+from vlm_fix.call import Call
+from vlm_fix.session import VISUAL, Rows, Session
 from vlm_fix.words import content_columns
 
 from .saliency import GIFTMemory, saliency_map, top_half

@@ -9,8 +9,9 @@ import torch
 
 from vlm_fix import Contrast, ScoreEdit, param
 from vlm_fix.arch import Arch
+from vlm_fix.call import Call
 from vlm_fix.decoding.contrast import plausible
-from vlm_fix.session import Call, Rows
+from vlm_fix.session import Rows
 
 
 @dataclass(frozen=True)

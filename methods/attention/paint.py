@@ -10,8 +10,9 @@ import torch
 from vlm_fix import Memory, ScoreEdit, VlmFixError, WeightEdit, param
 from vlm_fix.arch import Arch
 from vlm_fix.inputs import InputEdit
+from vlm_fix.packing import pad_to
 from vlm_fix.pruning.encoder import ImageTokens
-from vlm_fix.session import VISUAL, Rows, Session, pad_to
+from vlm_fix.session import VISUAL, Rows, Session
 from vlm_fix.wing import engine_of
 
 

@@ -8,14 +8,24 @@ from typing import Any, ClassVar
 
 import torch
 
-from vlm_fix import LayerInputReader, Memory, Method, RowScope, Unchanged, VlmFixError, WeightEdit, param
-from vlm_fix.arch import Arch
+from vlm_fix import (
+    Arch,
+    InputEdit,
+    LayerInputReader,
+    Memory,
+    Method,
+    RowScope,
+    Sample,
+    Unchanged,
+    VlmFixError,
+    WeightEdit,
+    param,
+)
 from vlm_fix.attention.sinks import massive_ratios, secondary_sinks
 from vlm_fix.families import arch_of
-from vlm_fix.inputs import InputEdit
 from vlm_fix.method import parse_layers
-from vlm_fix.sample import Sample
-from vlm_fix.session import PAD, Rows, Session, pad_to
+from vlm_fix.packing import pad_to
+from vlm_fix.session import PAD, Rows, Session
 
 # (family, text model, hidden size, layers, words of the tokenizer) -> massive-activation dimensions: LLaVA-1.5-7B and 13B
 # by the official code, Qwen2-VL-7B and InternVL2-8B by a table elsewhere

@@ -12,11 +12,12 @@ from torch.nn.functional import interpolate
 
 from vlm_fix import Contrast, RowScope, VlmFixError, WeightEdit, param
 from vlm_fix.arch import Arch
+from vlm_fix.call import Call
 from vlm_fix.decoding.contrast import plausible
 from vlm_fix.decoding.draw import hashed
 from vlm_fix.decoding.kinds import Negative
 from vlm_fix.pruning.encoder import ImageTokens, views
-from vlm_fix.session import PAD, Call, Rows
+from vlm_fix.session import PAD, Rows
 
 VISION = ("shuffle", "random", "uniform", "reversed", "none")
 LANGUAGE = ("reverse_and_normalize", "reverse", "uniform", "random", "none")

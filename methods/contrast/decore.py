@@ -12,12 +12,13 @@ import torch
 
 from vlm_fix import Contrast, ScoreEdit, VlmFixError, param
 from vlm_fix.arch import Arch
+from vlm_fix.call import Call
 from vlm_fix.decoding.contrast import plausible
 from vlm_fix.engine import Engine
 from vlm_fix.families import prompt_positions
 from vlm_fix.method import parse_heads
 from vlm_fix.sample import Sample
-from vlm_fix.session import Call, Rows, Session
+from vlm_fix.session import Rows, Session
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,11 @@ from typing import Any, ClassVar
 import torch
 
 from vlm_fix import Contrast, param
+from vlm_fix.call import Call
 from vlm_fix.decoding.contrast import Branch, plausible
 from vlm_fix.decoding.kinds import Negative
-from vlm_fix.families.table import image_token_ids
-from vlm_fix.session import Call, Session
+from vlm_fix.families import image_token_ids
+from vlm_fix.session import Session
 from vlm_fix.wing import engine_of
 
 from .icd import line_tokens

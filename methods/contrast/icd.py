@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import torch
 
 from vlm_fix import Contrast, VlmFixError, param
+from vlm_fix.call import Call
 from vlm_fix.decoding.contrast import plausible
-from vlm_fix.families.table import image_token_ids
-from vlm_fix.session import Call
+from vlm_fix.families import image_token_ids
 
 CONFUSED = "You are a confused objects detector to provide a fuzzy overview or impression of the image."
 

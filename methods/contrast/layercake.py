@@ -12,9 +12,10 @@ import torch
 
 from vlm_fix import Contrast, Layers, RowScope, VlmFixError, WeightEdit, param
 from vlm_fix.arch import Arch
+from vlm_fix.call import Call
 from vlm_fix.decoding.contrast import plausible
 from vlm_fix.method import parse_layers
-from vlm_fix.session import TEXT, Call, Rows
+from vlm_fix.session import TEXT, Rows
 
 FUNCTION_WORDS = """about above after again all also and any are because been before being below between both but can cannot could
 did does doing down during each few for from further had has have having her here hers herself him himself his how into its

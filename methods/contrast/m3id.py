@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 
 from vlm_fix import Contrast, param
+from vlm_fix.call import Call
 from vlm_fix.decoding.contrast import plausible
-from vlm_fix.session import Call
 
 
 @dataclass(frozen=True)

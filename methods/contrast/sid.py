@@ -12,9 +12,10 @@ from torch.nn.functional import pad
 
 from vlm_fix import ColumnMasker, Contrast, Memory, RowScope, VlmFixError, param
 from vlm_fix.arch import Arch
+from vlm_fix.call import Call
 from vlm_fix.decoding.contrast import plausible
 from vlm_fix.method import Layers
-from vlm_fix.session import Call, Rows, Session
+from vlm_fix.session import Rows, Session
 
 
 @dataclass

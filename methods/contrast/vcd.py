@@ -9,9 +9,9 @@ from typing import ClassVar
 import torch
 
 from vlm_fix import Contrast, VlmFixError, param
+from vlm_fix.call import Call
 from vlm_fix.decoding.contrast import plausible
 from vlm_fix.families import split_pixels
-from vlm_fix.session import Call
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 
 from vlm_fix import Contrast, param
+from vlm_fix.call import Call
 from vlm_fix.methods.contrast.icd import after_image, line_tokens
-from vlm_fix.session import Call
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ import torch
 
 from vlm_fix import HeadEdit, Memory, PromptStart, RowScope, param
 from vlm_fix.arch import Arch
-from vlm_fix.session import Call, Rows, Session
+from vlm_fix.call import Call
+from vlm_fix.session import Rows, Session
 from vlm_fix.wing import engine_of
 
 

@@ -8,14 +8,13 @@ from typing import Any, ClassVar
 
 import torch
 
-from vlm_fix import AttentionOutputEdit, Memory, MLPOutputEdit, VlmFixError, param
-from vlm_fix.arch import Arch
+from vlm_fix import Arch, AttentionOutputEdit, Memory, MLPOutputEdit, Sample, VlmFixError, param
 from vlm_fix.calibration.search import LastRow, batches
+from vlm_fix.call import Call
 from vlm_fix.families import family_of, get_part
 from vlm_fix.hidden.wing import writers
 from vlm_fix.hooks import hooked, overwrite
-from vlm_fix.sample import Sample
-from vlm_fix.session import Call, Rows, Session
+from vlm_fix.session import Rows, Session
 
 PARTS = {"rr_attention": "attention_output", "rr_mlp": "mlp_output"}
 LAMBDAS = {"llava": (0.26, 0.16), "llava_next": (0.15, 0.08)}

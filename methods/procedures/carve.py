@@ -7,18 +7,20 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch.nn.functional import interpolate, max_pool2d
+from torch.nn.functional import interpolate
 
 from vlm_fix import Layers, VlmFixError, param
 from vlm_fix.arch import Arch
-from vlm_fix.decoding.contrast import Branch
+from vlm_fix.call import Call
+from vlm_fix.decoding.branch import Branch
 from vlm_fix.decoding.kinds import Negative, Refiner
 from vlm_fix.families import image_cells
 from vlm_fix.methods.contrast.iava import Looking, instructed
 from vlm_fix.methods.contrast.icd import line_tokens
 from vlm_fix.pruning.shrink import resize, to_image, to_patches
-from vlm_fix.session import Call
 from vlm_fix.wing import engine_of
+
+from .pictures import labelled, with_images_after
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ class CARVE(Refiner):
                 image = to_image(x, (h // merge, w // merge), merge, patch)
                 crops.append(to_patches(self.refined(image, s, black), merge, patch))
         new = torch.cat(crops)
-        return {"pixel_values": new} if self.images == "crop" else call.with_images_after(new)
+        return {"pixel_values": new} if self.images == "crop" else with_images_after(call, new)
 
     def maps(self, call: Call) -> list[torch.Tensor]:
         """S [h, w] of each image of the batch, in tokens, on the CPU."""
@@ -141,14 +143,3 @@ def black_of(path: str) -> tuple[float, ...]:
             "or hub name, or give -mean / std of each channel as carve:black=-1.79|-1.75|-1.48."
         ) from problem
     return tuple(-m / s for m, s in zip(how.image_mean, how.image_std, strict=True)) if how.do_normalize else (0.0,) * 3
-
-
-def labelled(mask: torch.Tensor) -> torch.Tensor:
-    """[H, W] bool -> the number of each pixel's region (its largest flat index + 1); 0 outside."""
-    new, labels = torch.arange(1, mask.numel() + 1).view(mask.shape) * mask, None
-    while labels is None or not torch.equal(new, labels):
-        labels = new
-        near = max_pool2d(labels.double()[None], 3, stride=1, padding=1)[0].long() * mask
-        to = torch.cat([near.new_zeros(1), near.flatten()]).scatter_reduce(0, labels.flatten(), near.flatten(), "amax")
-        new = to[to[near]]  # numbers name pixels: all that bear one follow it, two jumps at a time
-    return labels

@@ -11,9 +11,8 @@ from typing import Any, ClassVar
 import torch
 from torch.nn.functional import normalize, pad
 
-from vlm_fix import Layers, Memory, WeightReader, param
+from vlm_fix import Layers, Memory, Searcher, WeightReader, param
 from vlm_fix.arch import Arch
-from vlm_fix.decoding.kinds import Searcher
 from vlm_fix.decoding.search import Search, Sequences
 from vlm_fix.session import Rows
 

@@ -56,9 +56,10 @@ def test_cca_with_edits_and_text(family, model):
 @pytest.mark.parametrize(("height", "width"), [(5, 5), (4, 7), (1, 3), (24, 24)])
 def test_rings_fit_a_grid_of_any_size(models, height, width):
     """Positions and rings of one h x w image between two words, against peeling the image from outside."""
-    from vlm_fix.families.table import arch_of, family_of
+    from vlm_fix.call import Call
+    from vlm_fix.families import arch_of, family_of
     from vlm_fix.methods.attention import cca
-    from vlm_fix.session import Call, Session
+    from vlm_fix.session import Session
 
     model, ids = models["llava"], torch.tensor([[5] + [IMAGE] * height * width + [6, 7]])
     method = vlm_fix.parse_spec("cca").resolve(arch_of(model))

@@ -20,7 +20,7 @@ from tests.support.references import base as ref
 from vlm_fix import cli
 from vlm_fix.calibrated import Calibration, sizes, weights_id
 from vlm_fix.calibration.search import answer_scores
-from vlm_fix.families.table import arch_of
+from vlm_fix.families import arch_of
 from vlm_fix.sample import Sample
 from vlm_fix.wing import engine_of
 

@@ -14,10 +14,12 @@ from tests.support.models import IMAGE, make_inputs, single
 from vlm_fix.attention.inputs import QueryRows
 from vlm_fix.attention.kernel import edited_rows
 from vlm_fix.attention.stages import LayerEdits, Stages
+from vlm_fix.call import Call
 from vlm_fix.families.compat import CACHE, cache_of
 from vlm_fix.method import parse_layers
+from vlm_fix.packing import left_pack
 from vlm_fix.registry import split_methods
-from vlm_fix.session import Call, Rows, Session, left_pack
+from vlm_fix.session import Rows, Session
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,10 @@ pytest.importorskip("gradio", reason="the demo needs gradio")
 import vlm_fix
 from tests.demo.shared import PROMPT, last
 from vlm_fix import VlmFixError, list_methods
+from vlm_fix.call import Call
 from vlm_fix.decoding import ProcedureWing
 from vlm_fix.demo import compare, examples, inside, look
 from vlm_fix.eval.run import generation
-from vlm_fix.session import Call
 from vlm_fix.wing import engine_of
 
 EXTRA: dict[str, str] = {}  # methods that need a parameter

@@ -13,11 +13,12 @@ import vlm_fix
 from tests.support import families
 from tests.support.models import GRIDS, IMAGE, PAD, make_inputs, single
 from tests.support.references.base import Reference, double, teacher_forced, visual_columns
+from vlm_fix.call import Call
 from vlm_fix.decoding import ProcedureWing
 from vlm_fix.errors import VlmFixError
 from vlm_fix.families.compat import CACHE
-from vlm_fix.methods.procedures.carve import CARVE, labelled
-from vlm_fix.session import Call
+from vlm_fix.methods.procedures.carve import CARVE
+from vlm_fix.methods.procedures.pictures import labelled
 from vlm_fix.wing import engine_of
 
 BLACK, GENERAL = (-1.8, -1.75, -1.5), (11, 12, 13)

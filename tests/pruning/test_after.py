@@ -13,10 +13,12 @@ from tests.support.models import BUILD, IMAGE, make_inputs, single
 from tests.support.references.pruning_after import STEPS, Slow, quota
 from tests.support.references.pruning_before import images_of, ranked
 from tests.support.run import VAR_TINY, error, greedy
+from vlm_fix.call import Call
 from vlm_fix.families.compat import CACHE, cache_of
+from vlm_fix.packing import left_pack
 from vlm_fix.pruning import PruningWing
 from vlm_fix.pruning.kinds import LayerPruner, top_per_image
-from vlm_fix.session import PAD, Call, Session, left_pack
+from vlm_fix.session import PAD, Session
 from vlm_fix.wing import engine_of
 
 # ---- slow choices ---------------------------------------------------------------------------------------------------
@@ -320,7 +322,7 @@ def test_tile_budgets():
 
 def test_one_budget_for_all_stages():
     """A single `keep` is what the last stage leaves; the stages before it keep in the paper's proportion."""
-    from vlm_fix.families.table import arch_of
+    from vlm_fix.families import arch_of
 
     arch = arch_of(BUILD["llava"]())
     for spec, expected in {

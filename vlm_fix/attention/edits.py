@@ -21,11 +21,12 @@ from typing import ClassVar, NamedTuple, final
 import torch
 
 from vlm_fix.arch import Arch
+from vlm_fix.call import Call
 from vlm_fix.errors import VlmFixError
 from vlm_fix.memory import Memory
 from vlm_fix.method import Layers, Method, param
 from vlm_fix.scope import RowScope
-from vlm_fix.session import Call, Rows, Session
+from vlm_fix.session import Rows, Session
 
 from .inputs import QueryRows
 

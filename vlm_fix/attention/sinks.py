@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from vlm_fix.errors import VlmFixError
-from vlm_fix.families.table import arch_of, get_part
+from vlm_fix.families import arch_of, get_part
 from vlm_fix.hooks import hooked
 from vlm_fix.pruning import PruningWing
 from vlm_fix.sample import Sample

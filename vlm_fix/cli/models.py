@@ -14,7 +14,7 @@ def add_to(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from vlm_fix.families.table import FAMILIES
+    from vlm_fix.families import FAMILIES
 
     rows: list[dict[str, Any]] = [
         {"name": family.name, "model_types": list(family.model_types), "tested": family.tested} for family in FAMILIES

@@ -14,12 +14,13 @@ import torch
 from transformers import DynamicCache
 
 from vlm_fix.attention.edits import AttentionEdit, LayerInputReader, PromptStart
+from vlm_fix.call import Call
 from vlm_fix.errors import VlmFixError
 from vlm_fix.families import prompt_positions
 from vlm_fix.families.compat import keeps_columns, with_cache
 from vlm_fix.inputs import InputWing
 from vlm_fix.scope import RowScope
-from vlm_fix.session import PAD, VISUAL, Call, Session
+from vlm_fix.session import PAD, VISUAL, Session
 from vlm_fix.wing import Host
 
 from .kinds import Contrast, LogitEdit, Negative

@@ -16,11 +16,13 @@ from typing import Any, Self
 import torch
 from transformers import LogitsProcessor
 
+from vlm_fix.call import Call
 from vlm_fix.errors import VlmFixError
 from vlm_fix.families.compat import cache_of
 from vlm_fix.options import GenerateOptions
+from vlm_fix.packing import left_pack
 from vlm_fix.pruning import PruningWing
-from vlm_fix.session import PAD, VISUAL, Call, Session, View, left_pack
+from vlm_fix.session import PAD, VISUAL, Session, View
 from vlm_fix.wing import Host, Wing
 
 from . import joint

@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 
 import torch
 
+from vlm_fix.call import Call
 from vlm_fix.method import Method
-from vlm_fix.session import Call, Session
+from vlm_fix.session import Session
 
 from .search import Search
 from .step import Step

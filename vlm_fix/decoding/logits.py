@@ -14,8 +14,8 @@ from typing import Any, Self
 import torch
 from transformers import LogitsProcessor
 
+from vlm_fix.call import Call
 from vlm_fix.options import GenerateOptions
-from vlm_fix.session import Call
 from vlm_fix.wing import Host, Wing
 
 from .kinds import LogitEdit

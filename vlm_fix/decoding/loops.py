@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
+from vlm_fix.call import Call
 from vlm_fix.errors import VlmFixError
 from vlm_fix.families.compat import CACHE_NAMES
-from vlm_fix.session import Call
 from vlm_fix.wing import Host
 
 from .kinds import Searcher

@@ -8,11 +8,11 @@ from typing import Any, Self
 
 import torch
 
+from vlm_fix.call import Call
 from vlm_fix.errors import VlmFixError
 from vlm_fix.families.compat import cache_of
 from vlm_fix.options import GenerateOptions
 from vlm_fix.pruning.kinds import CachePruner, LayerPruner, TokenPruner
-from vlm_fix.session import Call
 from vlm_fix.wing import Host, Wing, names_of
 
 from . import loops

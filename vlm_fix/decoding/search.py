@@ -10,13 +10,13 @@ import torch
 from transformers import DynamicCache, GenerationConfig
 from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 
+from vlm_fix.call import Call
 from vlm_fix.errors import VlmFixError
 from vlm_fix.families import prompt_positions
 from vlm_fix.families.compat import cache_of, keeps_columns, with_cache
 from vlm_fix.memory import Memory
 from vlm_fix.method import Method
 from vlm_fix.pruning.cache import ShortLayer
-from vlm_fix.session import Call
 from vlm_fix.wing import Host
 
 M = TypeVar("M", bound=Memory)

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
+from vlm_fix.call import Call
 from vlm_fix.families import image_token_ids, split_pixels
-from vlm_fix.session import Call, Session
+from vlm_fix.session import Session
 from vlm_fix.wing import Host
 
 

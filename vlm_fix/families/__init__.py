@@ -3,8 +3,9 @@
 from vlm_fix.arch import Arch, Family
 
 from .cells import anyres_index, anyres_side, image_cells, split_pixels, visual_cells
+from .parts import attention_modules, get_part, image_token_ids, vision_blocks
 from .positions import prompt_positions
-from .table import FAMILIES, REFUSED, arch_of, attention_modules, family_of, get_part, image_token_ids, vision_blocks
+from .table import FAMILIES, REFUSED, arch_of, family_of
 
 __all__ = [
     "FAMILIES",

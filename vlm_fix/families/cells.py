@@ -11,7 +11,7 @@ import torch
 from vlm_fix.arch import Family
 from vlm_fix.errors import VlmFixError
 
-from .table import get_part, image_token_ids
+from .parts import get_part, image_token_ids
 
 
 def image_cells(model: Any, family: Family, inputs: dict[str, Any]) -> list[torch.Tensor]:

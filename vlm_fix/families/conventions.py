@@ -1,4 +1,4 @@
-"""Families that are not in the table: taken if they follow transformers' conventions, and a small canary agrees."""
+"""Families that are not in the table are accepted if they follow transformers' conventions and pass a small canary."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from transformers.masking_utils import sdpa_mask
 
 from vlm_fix.arch import Family
 from vlm_fix.errors import VlmFixError
+
+from .parts import attention_modules, get_part
 
 LANGUAGES = ("language_model", "text_model")
 TOWERS = ("vision_tower", "visual", "vision_model", "vision_encoder", "image_tower")
@@ -39,7 +41,7 @@ def missing(model: Any) -> list[str]:
 
 
 def by_convention(model: nn.Module) -> Family:
-    """A family made up for a model that misses no convention, once its canary has sung; warns that nobody tested it."""
+    """Return a family for a model that follows every convention and passes its canary. Warns that it was not tested."""
     if model in _known:
         return _known[model]
     base: Any = model.model
@@ -69,8 +71,6 @@ def by_convention(model: nn.Module) -> Family:
 @torch.no_grad()
 def canary(model: Any, family: Family) -> None:
     """Raise VlmFixError unless each self-attention calls transformers' attention interface, with the same result as SDPA."""
-    from .table import attention_modules, get_part
-
     language, config = get_part(model, family.language), model.config.get_text_config()
     called: set[int] = set()
 

@@ -9,7 +9,7 @@ import torch
 
 from vlm_fix.arch import Family
 
-from .table import get_part
+from .parts import get_part
 
 
 def prompt_positions(model: Any, family: Family, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:

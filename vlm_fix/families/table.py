@@ -10,6 +10,7 @@ from vlm_fix.arch import Arch, Family
 from vlm_fix.errors import VlmFixError
 
 from .conventions import by_convention, missing
+from .parts import attention_modules, get_part, vision_blocks
 
 VIDEO = ("image_token_id", "video_token_id")
 FAMILIES = (
@@ -103,31 +104,6 @@ def family_of(model: nn.Module) -> Family:
     )
 
 
-def get_part(model: Any, path: str) -> Any:
-    """`model.language_model` -> the module."""
-    for name in path.split("."):
-        model = getattr(model, name)
-    return model
-
-
-def attention_modules(language: Any) -> dict[int, Any]:
-    """The self-attention of each layer that has one: a hybrid decoder's linear-attention or convolution layers do not."""
-    return {i: layer.self_attn for i, layer in enumerate(language.layers) if hasattr(layer, "self_attn")}
-
-
-def vision_blocks(model: Any, family: Family) -> list[Any]:
-    """The transformer blocks of the vision tower, in order."""
-    tower = get_part(model, family.vision)
-    for module in tower.modules():
-        if (
-            isinstance(module, nn.ModuleList)
-            and len(module)
-            and any(hasattr(module[0], name) for name in ("self_attn", "attn", "attention"))
-        ):
-            return list(module)
-    raise VlmFixError(f"no transformer blocks were found in the vision tower of {type(model).__name__}.")
-
-
 def arch_of(model: Any) -> Arch:
     """Sizes of `model`; raises VlmFixError for an unsupported family."""
     family, config = family_of(model), model.config
@@ -155,7 +131,3 @@ def arch_of(model: Any) -> Arch:
         tuple(range(depth) if full is None else full),
         attention,
     )
-
-
-def image_token_ids(model: Any, family: Family) -> list[int]:
-    return [i for name in family.image_tokens if (i := getattr(model.config, name, None)) is not None]

@@ -11,15 +11,17 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from vlm_fix.call import Call
 from vlm_fix.decoding import ProcedureWing
 from vlm_fix.engine import Engine
 from vlm_fix.errors import VlmFixError
 from vlm_fix.families import prompt_positions, visual_cells
 from vlm_fix.families.compat import with_cache
 from vlm_fix.hidden.wing import writers
+from vlm_fix.packing import pad_to
 from vlm_fix.pruning import PruningWing
 from vlm_fix.pruning.pruners import Pruners
-from vlm_fix.session import PAD, VISUAL, Call, Session, View, pad_to
+from vlm_fix.session import PAD, VISUAL, Session, View
 from vlm_fix.wing import installed
 
 

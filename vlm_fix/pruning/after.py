@@ -15,7 +15,8 @@ from transformers import DynamicCache
 from vlm_fix.errors import VlmFixError
 from vlm_fix.families.compat import cache_of, is_latent
 from vlm_fix.method import Method
-from vlm_fix.session import PAD, VISUAL, Session, View, left_pack
+from vlm_fix.packing import left_pack
+from vlm_fix.session import PAD, VISUAL, Session, View
 from vlm_fix.wing import Host
 
 from .cache import ShortLayer

@@ -13,7 +13,8 @@ import torch
 
 from vlm_fix.errors import VlmFixError
 from vlm_fix.families import anyres_index, anyres_side, get_part
-from vlm_fix.session import PAD, VISUAL, Session, left_pack
+from vlm_fix.packing import left_pack
+from vlm_fix.session import PAD, VISUAL, Session
 
 from . import shrink
 from .columns import ImageColumns, Kept

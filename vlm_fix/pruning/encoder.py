@@ -13,7 +13,7 @@ from torch import nn
 from transformers.vision_utils import get_vision_window_index
 
 from vlm_fix.errors import VlmFixError
-from vlm_fix.families.table import FAMILIES, vision_blocks
+from vlm_fix.families import FAMILIES, vision_blocks
 from vlm_fix.wing import Host, engine_of
 
 Heads = tuple[torch.Tensor, torch.Tensor, float]

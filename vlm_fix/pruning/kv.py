@@ -15,7 +15,8 @@ import torch
 from vlm_fix.attention.asked import HEARD, Heard
 from vlm_fix.errors import VlmFixError
 from vlm_fix.families.compat import cache_of
-from vlm_fix.session import PAD, VISUAL, Session, View, left_pack
+from vlm_fix.packing import left_pack
+from vlm_fix.session import PAD, VISUAL, Session, View
 from vlm_fix.wing import Host
 
 from .after import check_model

@@ -13,7 +13,7 @@ import torch
 from torch.nn.functional import interpolate
 
 from vlm_fix.errors import VlmFixError
-from vlm_fix.families.table import get_part
+from vlm_fix.families import get_part
 
 from .encoder import ImageTokens
 

@@ -17,7 +17,7 @@ from vlm_fix.eval.report import tables as report
 from vlm_fix.eval.run import generation, loading, plan
 from vlm_fix.eval.run.runner import Settings, evaluate
 from vlm_fix.eval.run.store import load_results
-from vlm_fix.families.table import arch_of
+from vlm_fix.families import arch_of
 from vlm_fix.pruning import PruningWing
 from vlm_fix.wing import engine_of
 

@@ -1,0 +1,59 @@
+"""Regions of an image, and prompts that show further images."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import max_pool2d
+
+from vlm_fix.call import Call
+from vlm_fix.families import image_cells, image_token_ids
+
+
+def with_images_after(call: Call, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The same prompt with another image of its size right after each image, left-padded again.
+
+    pixels: like pixel_values, of the images that are put in. Their tokens, and the markers around them, repeat those
+    of the image before. Raises VlmFixError where the image tokens do not fit the images.
+    """
+
+    ids, config, grids = call.inputs["input_ids"], call.model.config, call.inputs.get("image_grid_thw")
+    tokens = torch.tensor(image_token_ids(call.model, call.family), device=ids.device)
+    shown = torch.isin(ids, tokens)
+    cells = image_cells(call.model, call.family, {**call.inputs, "input_ids": ids[shown][None]})
+    ends = iter([int(grid.max()) + 1 for grid in cells])  # in the image tokens of the whole batch
+    start, end = (
+        getattr(config, f"vision_{side}_token_id", getattr(config, f"image_{side}_token_id", None))
+        for side in ("start", "end")
+    )
+    rows, passed = [], 0
+    for row, image, seen in zip(ids.tolist(), shown, call.inputs["attention_mask"].bool(), strict=True):
+        columns, done, places = list[int](), 0, image.nonzero()[:, 0].tolist()
+        while places:
+            count = next(ends) - passed
+            first, last, places, passed = places[0], places[count - 1] + 1, places[count:], passed + count
+            first -= row[:first][-1:] == [start]
+            last += row[last : last + 1] == [end]
+            columns, done = [*columns, *range(done, last), *range(first, last)], last
+        index = torch.tensor([*columns, *range(done, len(row))], device=ids.device)
+        rows.append(index[seen[index]])
+    width = max(map(len, rows))
+    index = torch.stack([torch.nn.functional.pad(row, (width - len(row), 0), value=-1) for row in rows])
+    new = dict(call.inputs)
+    for name in {"input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids"} & new.keys():
+        new[name] = new[name].gather(1, index.clamp(min=0)).masked_fill(index < 0, 0)
+    if grids is not None:
+        new["image_grid_thw"] = grids.repeat_interleave(2, dim=0)
+    sizes = [1] * len(pixels) if grids is None else grids.prod(dim=-1).tolist()
+    pairs = zip(call.inputs["pixel_values"].split(sizes), pixels.split(sizes), strict=True)
+    return {**new, "pixel_values": torch.cat([x for pair in pairs for x in pair])}
+
+
+def labelled(mask: torch.Tensor) -> torch.Tensor:
+    """[H, W] bool -> the number of each pixel's region (its largest flat index + 1); 0 outside."""
+    new, labels = torch.arange(1, mask.numel() + 1).view(mask.shape) * mask, None
+    while labels is None or not torch.equal(new, labels):
+        labels = new
+        near = max_pool2d(labels.double()[None], 3, stride=1, padding=1)[0].long() * mask
+        to = torch.cat([near.new_zeros(1), near.flatten()]).scatter_reduce(0, labels.flatten(), near.flatten(), "amax")
+        new = to[to[near]]  # numbers name pixels: all that bear one follow it, two jumps at a time
+    return labels

@@ -1,0 +1,47 @@
+"""One generate call, or one forward outside of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from vlm_fix.families import image_token_ids
+from vlm_fix.packing import left_pack
+
+
+@dataclass
+class Call:
+    """One generate call: its inputs, as the user gave them or a Procedure refined them, and the encoder's scores waiting
+    for the prefill."""
+
+    model: Any
+    family: Any
+    inputs: dict[str, Any]  # input_ids [B, L], attention_mask [B, L], pixel_values, image_grid_thw, ...
+    cache: Any = None  # of an earlier turn, as the user passed it
+    vision: list[Any] = field(default_factory=list)  # pruning.encoder.ImageTokens, in image order
+    views: list[Any] = field(default_factory=list)  # the same with the encoder layers that other methods ask for
+
+    @property
+    def batch(self) -> int:
+        return self.inputs["input_ids"].shape[0]
+
+    def without_images(self) -> dict[str, torch.Tensor]:
+        """The prompt with the image tokens taken out (their begin and end markers stay), left-padded again."""
+        ids, mask = self.inputs["input_ids"], self.inputs["attention_mask"]
+        tokens = torch.tensor(image_token_ids(self.model, self.family), device=ids.device)
+        index, kept = left_pack(mask.bool() & ~torch.isin(ids, tokens))
+        inputs = {"input_ids": ids.gather(1, index).masked_fill(~kept, 0), "attention_mask": kept.long()}
+        if "token_type_ids" in self.inputs:
+            inputs["token_type_ids"] = self.inputs["token_type_ids"].gather(1, index)
+        return inputs
+
+    def with_pixels(self, change: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The same prompt with `change` applied to pixel_values."""
+        pixels = self.inputs["pixel_values"]
+        if pixels.dim() != 5:
+            return {**self.inputs, "pixel_values": change(pixels)}
+        real = (pixels != 0).flatten(2).any(dim=2)  # [images, tiles, ...]: blank tiles are padding, and told by that
+        return {**self.inputs, "pixel_values": pixels.index_put((real,), change(pixels[real]))}

@@ -1,0 +1,39 @@
+"""Where the parts of a model are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from vlm_fix.arch import Family
+from vlm_fix.errors import VlmFixError
+
+
+def get_part(model: Any, path: str) -> Any:
+    """`model.language_model` -> the module."""
+    for name in path.split("."):
+        model = getattr(model, name)
+    return model
+
+
+def vision_blocks(model: Any, family: Family) -> list[Any]:
+    """The transformer blocks of the vision tower, in order."""
+    tower = get_part(model, family.vision)
+    for module in tower.modules():
+        if (
+            isinstance(module, nn.ModuleList)
+            and len(module)
+            and any(hasattr(module[0], name) for name in ("self_attn", "attn", "attention"))
+        ):
+            return list(module)
+    raise VlmFixError(f"no transformer blocks were found in the vision tower of {type(model).__name__}.")
+
+
+def attention_modules(language: Any) -> dict[int, Any]:
+    """The self-attention of each layer that has one: a hybrid decoder's linear-attention or convolution layers do not."""
+    return {i: layer.self_attn for i, layer in enumerate(language.layers) if hasattr(layer, "self_attn")}
+
+
+def image_token_ids(model: Any, family: Family) -> list[int]:
+    return [i for name in family.image_tokens if (i := getattr(model.config, name, None)) is not None]
