@@ -8,19 +8,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from vlm_fix import (
-    Arch,
-    InputEdit,
-    LayerInputReader,
-    Memory,
-    Method,
-    RowScope,
-    Sample,
-    Unchanged,
-    VlmFixError,
-    WeightEdit,
-    param,
-)
+from vlm_fix import Arch, InputEdit, Memory, Method, RowScope, Sample, VlmFixError, param
+from vlm_fix.attention.edits import LayerInputReader, Unchanged, WeightEdit
 from vlm_fix.attention.sinks import massive_ratios, secondary_sinks
 from vlm_fix.families import arch_of
 from vlm_fix.method import parse_layers
