@@ -51,7 +51,7 @@ types: build/typed
 
 .PHONY: build/typed
 build/typed: .venv/dev  ## the package as installed: the folders of the repository have other import names
-	rm -rf build/typed && $(BIN)/$(PIP) --no-deps --no-build-isolation --target build/typed .
+	rm -rf build && $(BIN)/$(PIP) --no-deps --no-build-isolation --target build/typed .
 
 docs: .venv/run  ## docs/methods.md from the classes and results/, and the pruning curves
 	$(BIN)/python -m vlm_fix.eval.methods_page docs/methods.md

@@ -13,9 +13,9 @@ from transformers.masking_utils import sdpa_mask
 
 from vlm_fix import compiled as graph
 from vlm_fix.memory import ForwardCache
+from vlm_fix.projections import ask
 from vlm_fix.session import Session
 
-from .asked import ask
 from .inputs import AttentionInputs
 from .kernel import edited_rows, edited_weights
 from .plan import Plan, plan_of

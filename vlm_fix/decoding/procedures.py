@@ -74,7 +74,10 @@ class ProcedureWing(Wing):
 
     @contextlib.contextmanager
     def around_generate(self, call: Call, options: GenerateOptions) -> Iterator[None]:
-        options.kwargs.update(self.refine(call))
+        changed = self.refine(call)
+        options.kwargs.update(
+            {name: value for name, value in changed.items() if name != "input_ids"}
+        )  # see call.inputs
         prompt = Prompt(options.ids, call.inputs["input_ids"])
         if prompt.longer:
             options.kwargs.update(prompt.keep(options.kwargs, options.setting))

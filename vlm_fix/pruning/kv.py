@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from vlm_fix.attention.asked import HEARD, Heard
 from vlm_fix.errors import VlmFixError
 from vlm_fix.families.compat import cache_of
 from vlm_fix.packing import left_pack
+from vlm_fix.projections import HEARD, Heard
 from vlm_fix.session import PAD, VISUAL, Session, View
 from vlm_fix.wing import Host
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from vlm_fix.attention.asked import queries_and_keys
+from vlm_fix.projections import queries_and_keys
 
 from .encoder import chunk_bytes
 
