@@ -39,3 +39,14 @@ class Cake(ref.Reference):
             if self.ids[j] in m.concepts and layer in m.concept_layers and a[j] > m.concept_above:
                 new[j] = 0
         return new / new.sum() if new.sum() > 0 else a
+
+
+@dataclass
+class Recorder(ref.Reference):
+    """Keeps the weights of the rows that predict."""
+
+    seen: dict = field(default_factory=dict)
+
+    def weight(self, a, layer, head, row):
+        self.seen[row, head] = a.clone()
+        return a
