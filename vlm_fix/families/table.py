@@ -72,7 +72,7 @@ FAMILIES = (
     Family("lfm2_vl", ("lfm2_vl",), cells="spatial", tested=NO_PRUNER),
     Family("minicpmv4_6", ("minicpmv4_6",), image_tokens=VIDEO, cells="navit", tested=NO_PRUNER),
     Family("kimi_k25", ("kimi_k25",), image_tokens=VIDEO, cells="grid_thw", tested=NO_PRUNER),
-    Family("ernie4_5_vl_moe", ("ernie4_5_vl_moe",), image_tokens=VIDEO, mrope=True, cells="grid_thw", tested=WITHIN),
+    Family("ernie4_5_vl_moe", ("ernie4_5_vl_moe",), image_tokens=VIDEO, mrope=True, cells="grid_thw", tested=CACHE),
 )
 REFUSED = {
     "mllama": "it reads images through cross-attention layers, so no column of its self-attention shows the image; methods "
