@@ -19,7 +19,7 @@ from vlm_fix.pruning.rows import Seen, rows_attention
 build = functools.cache(families.build)
 IMAGES = [1, 2, 1]
 RATES = "iri:rr_attention=0.9|0.2|0.7|0.6,rr_mlp=0.8|0.9|0.3|0.6,sources=2,targets=2"
-READ = {"llava_next", "llava_onevision", "llava_next_video", "video_llava"}
+READ = {"llava_next", "llava_onevision", "llava_next_video", "video_llava"}  # towers that pruners can look into
 HYBRID = {"qwen3_5": (1, 3), "qwen3_5_moe": (1, 3), "minicpmv4_6": (1, 3), "lfm2_vl": (1, 3)}
 
 
@@ -49,7 +49,8 @@ def test_each_kind(name):
     for spec in ("dola:layers=0|1|2", RATES, "sid:layers=2-"):
         alone(model, name, spec)
     if name in READ:
-        alone(model, name, "hiprune:keep=0.3")
+        if name != "llava_onevision":  # its larger images here are resized after packing: refused, see test_images.py
+            alone(model, name, "hiprune:keep=0.3")
         return
     for spec in ("hiprune:keep=4", "causalmm", "paint"):
         with pytest.raises(vlm_fix.VlmFixError, match="cannot read the vision tower of|reads vision encoders"):

@@ -368,7 +368,7 @@ def test_options_of_generate_that_do_not_fit_are_refused(family, model):
 READ = {"llava_next", "llava_onevision", "llava_next_video", "video_llava"}
 HYBRID = {"qwen3_5", "qwen3_5_moe", "lfm2_vl", "minicpmv4_6"}
 WINDOWS = {"gemma3", "aya_vision", "cohere2_vision", "paligemma2", "exaone4_5", "gemma4", "kimi_k25", *HYBRID}
-PLACES = {"paligemma", "qwen3_vl", "qwen3_vl_moe"}
+PLACES = {"paligemma", "qwen3_vl", "qwen3_vl_moe", "ernie4_5_vl_moe"}
 
 
 @pytest.mark.parametrize("name", families.TINY)

@@ -584,6 +584,8 @@ def prompt(name: str, images: list[int], seed: int = 0, rows: list[int] | None =
         inputs["token_type_ids"] = torch.zeros_like(ids)
     if tiny.kind in ("packed", "placed") and name not in ("exaone4_5", "video_llama_3", "kimi_k25"):
         inputs["mm_token_type_ids"] = (ids == IMAGE).int()
+    if name == "ernie4_5_vl_moe":  # which experts a token goes to
+        inputs["moe_mm_token_type_ids"] = ((ids == IMAGE) | (ids == 93) | (ids == 94)).int()
     if not pixels:
         return inputs
     if tiny.kind == "padded":

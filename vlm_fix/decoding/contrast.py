@@ -133,7 +133,7 @@ class ContrastWing(Wing):
         if session.branch == "main":
             # deep-stacked features and masks made by the multimodal model are more than embeddings
             whole = not isinstance(kwargs.get("attention_mask"), dict) and not any(
-                v is not None for k, v in kwargs.items() if "visual" in k
+                v is not None for k, v in kwargs.items() if "visual" in k or "token_type" in k
             )
             if self.running and whole:
                 known = session.part(MainPrompt)

@@ -7,6 +7,7 @@ of each layer is as long as what reached it, and layer 0's keeps reporting the l
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import Any
 
 import torch
@@ -36,6 +37,8 @@ def check_model(host: Host, method: Method, prompt: bool = True) -> None:
         reason = "image features of several depths"
     if prompt and (getattr(config, "use_bidirectional_attention", None) or "gemma" in config.model_type):
         reason = reason or "bidirectional image attention"
+    if prompt and "moe_mm_token_type_ids" in inspect.signature(host.language.forward).parameters:
+        reason = "experts, which are chosen by what a token shows"
     if is_latent(host.model):
         reason = "latent attention, whose cache holds no keys"
     if reason:

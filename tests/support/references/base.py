@@ -191,6 +191,9 @@ def teacher_forced(twin, run, inputs, generated):
     if "token_type_ids" in full:  # PaliGemma's answer is a causal suffix (1), Gemma 3's is text (0)
         suffix = torch.full_like(generated[None], int(twin.config.model_type == "paligemma"))
         full["token_type_ids"] = torch.cat([full["token_type_ids"], suffix.to(full["token_type_ids"])], 1)
+    if "moe_mm_token_type_ids" in full:
+        suffix = torch.zeros_like(generated[None]).to(full["moe_mm_token_type_ids"])
+        full["moe_mm_token_type_ids"] = torch.cat([full["moe_mm_token_type_ids"], suffix], 1)
     if "mm_token_type_ids" in full:
         types = (full["input_ids"] == IMAGE).int()
         if "pixel_values_videos" in full:
