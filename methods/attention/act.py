@@ -12,16 +12,16 @@ import torch
 import vlm_fix
 from vlm_fix import FewColumnsEdit, Memory, QueryKeyReader, RowScope, Unchanged, VlmFixError, param
 from vlm_fix.arch import Arch
-from vlm_fix.attention import AttentionWing
 from vlm_fix.attention.inputs import QueryRows
 from vlm_fix.attention.kernel import column_means
-from vlm_fix.attention.sinks import secondary_sinks
 from vlm_fix.calibration.search import answer_scores
 from vlm_fix.inputs import InputEdit
 from vlm_fix.method import parse_heads
 from vlm_fix.sample import Sample
 from vlm_fix.session import PAD, Rows, Session
 from vlm_fix.wing import engine_of
+
+from .sinks import secondary_sinks
 
 
 @dataclass
@@ -136,8 +136,8 @@ class ACT(FewColumnsEdit, QueryKeyReader, InputEdit):
             return float((target > other).double().mean())
 
         engine = vlm_fix.engine.Engine(model, [self])
-        edited, before = engine.wing(AttentionWing).stacks, accuracy(None)
-        names = [f"{layer}.{h}" for layer in range(len(edited)) if edited[layer] for h in range(engine.arch.heads)]
+        edited, before = self.resolve(engine.arch).layers or (), accuracy(None)
+        names = [f"{layer}.{h}" for layer in edited for h in range(engine.arch.heads)]
         gains = {}
         for i, name in enumerate(names):
             progress(name, i / len(names))

@@ -118,7 +118,7 @@ class GIFT(WeightEdit, PromptStart, InputEdit):
         shift = ((seen - previous).clamp(min=0) * query[:, None, :, None]).sum(dim=2)
         if memory.shift is not None:  # what an earlier chunk of the prompt saw before another image came does not count
             old = pad(memory.shift, (0, total - memory.shift.shape[-1]))
-            shift = shift + old * (memory.last_image == last)[:, None, None]
+            shift = shift + old * (last == memory.last_image)[:, None, None]
         memory.shift, memory.previous, memory.last_image = shift, seen[:, :, -1], last
         if int(rows.positions[-1]) >= session.prompt_len - 1:
             memory.saliency = saliency_map(shift, session.types == VISUAL)

@@ -10,11 +10,12 @@ import torch
 
 from vlm_fix import Arch, InputEdit, Memory, Method, RowScope, Sample, VlmFixError, param
 from vlm_fix.attention.edits import LayerInputReader, Unchanged, WeightEdit
-from vlm_fix.attention.sinks import massive_ratios, secondary_sinks
 from vlm_fix.families import arch_of
 from vlm_fix.method import parse_layers
 from vlm_fix.packing import pad_to
 from vlm_fix.session import PAD, Rows, Session
+
+from .sinks import massive_ratios, secondary_sinks
 
 # (family, text model, hidden size, layers, words of the tokenizer) -> massive-activation dimensions: LLaVA-1.5-7B and 13B
 # by the official code, Qwen2-VL-7B and InternVL2-8B by a table elsewhere

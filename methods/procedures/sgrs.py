@@ -127,7 +127,7 @@ class SGRS(WeightReader, Searcher):
 
     def saliency(self, logits: torch.Tensor, candidates: torch.Tensor, seqs: Sequences) -> torch.Tensor:
         """S [B] of candidates [B, 1], from the last forward, which was run with gradients."""
-        weights = [seqs.memory(self, SGRSMemory).weights[layer] for layer in self.layers or ()]
+        weights = list(seqs.memory(self, SGRSMemory).weights.values())
         with torch.enable_grad():  # a row's weights reach its own candidate only
             loss = -logits.log_softmax(dim=-1).gather(1, candidates).sum()
         total = torch.zeros(len(logits), device=logits.device)

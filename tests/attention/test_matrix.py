@@ -15,7 +15,8 @@ from tests.support.matrix import ALL, COSINE, FAMILIES, LIMIT, REFUSED, ROWS, ch
 from tests.support.models import IMAGE, make_inputs, single
 from tests.support.references import attention as edits
 from tests.support.run import OPTIONS, greedy, works
-from vlm_fix.attention import kernel, sinks
+from vlm_fix.attention import kernel
+from vlm_fix.methods.attention import sinks
 
 
 def test_every_method_has_a_row():

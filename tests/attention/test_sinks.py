@@ -34,7 +34,7 @@ def test_known_sink_dimensions():
 
 def test_secondary_sinks_live_between_the_limits_of_the_depth():
     """Hand-made lives in a model of 36 layers: 4 < layers < 21; below 24 layers the limits shrink."""
-    from vlm_fix.attention.sinks import lifetime_limits, secondary
+    from vlm_fix.methods.attention.sinks import lifetime_limits, secondary
 
     assert lifetime_limits(36) == (4, 21) and lifetime_limits(48) == (4, 33) and lifetime_limits(24) == (4, 9)
     assert lifetime_limits(12) == (2, 4.5)

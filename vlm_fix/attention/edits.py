@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -108,12 +107,6 @@ class AttentionEdit(Method):
     def changed_something(self, session: Session) -> bool:
         """False if the finished session shows that nothing was edited; the user is then told `idle_reason`."""
         return session.memory(self, Changes).any()
-
-    @classmethod
-    @functools.cache
-    def edits(cls, what: str) -> bool:
-        """Temporary: the question by the stages' old names, until the engine asks for the classes."""
-        return issubclass(cls, OLD_NAMES[what])
 
 
 class ScoreEdit(AttentionEdit, ABC):
@@ -226,18 +219,3 @@ class PromptStart(AttentionEdit, ABC):
 
     @abstractmethod
     def on_prompt(self, session: Session, call: Call) -> None: ...
-
-
-OLD_NAMES = {
-    "logits": ScoreEdit,
-    "log_weights": LogWeightEdit,
-    "columns": ColumnEdit,
-    "weights": WeightEdit,
-    "apart": FewColumnsEdit,
-    "heads": HeadEdit,
-    "see": WeightReader,
-    "scan": QueryKeyReader,
-    "hides": ColumnMasker,
-    "watch": LayerInputReader,
-    "begin": PromptStart,
-}

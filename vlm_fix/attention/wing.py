@@ -55,7 +55,8 @@ class AttentionWing(Wing):
     def __init__(self, host: Host):
         super().__init__(host)
         self.edits = [m for m in host.active if isinstance(m, AttentionEdit)]
-        stacks = self._by_layer([edit for edit in self.edits if isinstance(edit, STAGES)])
+        staged: list[AttentionEdit] = [edit for edit in self.edits if isinstance(edit, STAGES)]
+        stacks = self._by_layer(staged)
         self.stacks = [next(s for s in stacks if s == stack) for stack in stacks]
         self.readers = self._by_layer([edit for edit in self.edits if isinstance(edit, LayerInputReader)])
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from vlm_fix.attention.preview import preview
 from vlm_fix.errors import VlmFixError
 from vlm_fix.families import arch_of, get_part
 from vlm_fix.hooks import hooked
@@ -15,8 +16,6 @@ from vlm_fix.pruning import PruningWing
 from vlm_fix.sample import Sample
 from vlm_fix.session import PAD, Session
 from vlm_fix.wing import Host, engine_of
-
-from .preview import preview
 
 COSINE = 0.9  # a column is a sink where the cosine of its hidden state and BOS's is larger, whatever its sign
 
