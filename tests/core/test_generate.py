@@ -1,0 +1,235 @@
+"""What users hand to `generate`, and where they call the model from: nothing of it is read another way once wrapped."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+import vlm_fix
+from tests.support.models import BUILD, PAD, make_inputs, single
+from vlm_fix.engine import Engine
+from vlm_fix.wing import Host, Wing, installed
+
+SPECS = ["pai:alpha=0.9", "vcd:beta=0.01,noise_step=900", "hiprune:keep=4", "dola:layers=0|2"]
+STEPS = {"max_new_tokens": 5, "do_sample": False}
+
+
+def answer(model, inputs, **more):
+    return model.generate(**inputs, **STEPS, **more)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_left_out_mask_is_the_one_transformers_infers(family, model, spec):
+    """Padding stays padding where attention_mask is left out, as in the unwrapped model; unless it may end an answer."""
+    batch = make_inputs(family, [1, 2])
+    bare = {k: v for k, v in batch.items() if k != "attention_mask"}
+    assert (batch["input_ids"] == PAD).any()
+    plain = answer(model, batch)
+    with vlm_fix.wrapped(model, spec):
+        expected = answer(model, batch)
+        assert torch.equal(answer(model, bare), expected) and not torch.equal(expected, plain)
+        ones = answer(model, {**bare, "attention_mask": torch.ones_like(batch["input_ids"])}, eos_token_id=None)
+        unknown = answer(model, bare, pad_token_id=PAD, eos_token_id=[2, PAD])
+    length = batch["input_ids"].shape[1]
+    stop = (ones[:, length:] == PAD).any() or (ones[:, length:] == 2).any()
+    assert stop or torch.equal(unknown, ones)
+
+
+def test_arguments_by_position(family, model):
+    inputs = single(family, [1, 2], 1)
+    config, ids = copy.deepcopy(model.generation_config), inputs.pop("input_ids")
+    config.max_new_tokens, config.do_sample = 5, False
+    with vlm_fix.wrapped(model, "pai:alpha=0.9"):
+        expected = model.generate(input_ids=ids, **inputs, **STEPS)
+        assert torch.equal(model.generate(ids, config, **inputs), expected)
+    assert not getattr(config, "disable_compile", False), "the caller's config is not written to"
+
+
+def test_users_own_generate_is_used_and_put_back(family, model):
+    inputs, calls = single(family, [1, 2], 1), []
+
+    def own(*args, **kwargs):
+        calls.append(1)
+        return type(model).generate(model, *args, **kwargs)
+
+    model.generate = own
+    try:
+        plain = answer(model, inputs)
+        with vlm_fix.wrapped(model, "pai:alpha=0.9"):
+            assert not torch.equal(answer(model, inputs), plain)
+        assert model.generate is own and len(calls) == 2
+        vlm_fix.unwrap(vlm_fix.wrap(model, "baseline"))
+        assert model.generate is own
+    finally:
+        del model.generate
+
+
+def state_of(model):
+    hooks = [(n, len(m._forward_hooks), len(m._forward_pre_hooks)) for n, m in model.named_modules()]
+    extra = [(n, sorted(k for k in vars(m) if "vlm" in k)) for n, m in model.named_modules()]
+    names = sorted(k for k in vars(model) if not k.startswith("_"))
+    return hooks, extra, names, model.config.get_text_config()._attn_implementation
+
+
+@pytest.mark.parametrize("step", range(12))
+def test_failure_at_any_step_of_install_leaves_the_model_as_it_was(family, model, step, monkeypatch):
+    """The n-th hook cannot be registered; afterwards the model is the same, and can be wrapped."""
+    inputs, before, count = single(family, [1, 2], 1), state_of(model), [0]
+    plain = answer(model, inputs)
+
+    def failing(register):
+        def run(*args, **kwargs):
+            count[0] += 1
+            if count[0] > step:
+                raise RuntimeError("no more hooks")
+            return register(*args, **kwargs)
+
+        return run
+
+    stack = ["hiprune:keep=4", "var:tau=1.7,layers=1-", "vcd", "iri:sources=mlp.1,targets=mlp.2"]
+    stack = stack[:3]
+    with monkeypatch.context() as patch:
+        for name in ("register_forward_pre_hook", "register_forward_hook"):
+            patch.setattr(nn.Module, name, failing(getattr(nn.Module, name)))
+        with pytest.raises(RuntimeError, match="no more hooks"):
+            vlm_fix.wrap(model, stack)
+    assert state_of(model) == before and installed(model) is None
+    assert torch.equal(answer(model, inputs), plain)
+    with vlm_fix.wrapped(model, stack):
+        answer(model, inputs)
+    assert state_of(model) == before
+
+
+def test_failing_wing_is_undone(family, model, monkeypatch):
+    """Also where a wing's own install fails after others have installed theirs."""
+    before = state_of(model)
+
+    class Broken(Wing):
+        order = 99
+
+        @classmethod
+        def claim(cls, host: Host):
+            return cls(host)
+
+        def install(self):
+            raise vlm_fix.VlmFixError("this wing is broken")
+
+    monkeypatch.setattr(Wing, "kinds", [k for k in Wing.kinds if k is not Broken])
+    monkeypatch.setattr(Wing, "kinds", [*Wing.kinds, Broken])
+    with pytest.raises(vlm_fix.VlmFixError, match="this wing is broken"):
+        vlm_fix.wrap(model, "pai")
+    assert state_of(model) == before
+    Wing.kinds.remove(Broken)
+
+
+@torch.no_grad()
+def test_bare_forwards_in_threads_do_not_meet(family, model):
+    """Prompts of other lengths, one model: each thread gets what it gets alone, beside a running generate."""
+    prompts = [single(family, [1, 2, 1], i, seed=s) for i in range(3) for s in (0, 1)]
+    with vlm_fix.wrapped(model, "pai:alpha=0.9"):
+        alone = [model(**p).logits for p in prompts]
+        tokens = answer(model, prompts[1])
+        wrong, stop = [], threading.Event()
+
+        def work(i):
+            while not stop.is_set():
+                if not torch.equal(model(**prompts[i]).logits, alone[i]):
+                    wrong.append(i)
+
+        threads = [threading.Thread(target=torch.no_grad()(work), args=(i,)) for i in (0, 2, 4)]
+        for thread in threads:
+            thread.start()
+        try:
+            again = [answer(model, prompts[1]) for _ in range(4)]
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
+    assert not wrong and all(torch.equal(a, tokens) for a in again)
+
+
+@torch.no_grad()
+def test_forward_inside_a_processor_is_a_call_of_its_own(family, model):
+    """A caller's logits processor and stopping criterion run the model on another prompt; neither changes anything."""
+    inputs, other = single(family, [1, 2], 1), single(family, [2], 0, seed=3)
+    with vlm_fix.wrapped(model, "pai:alpha=0.9"):
+        expected, alone, seen = answer(model, inputs), model(**other).logits, []
+
+        def look(ids, scores):
+            seen.append(torch.equal(model(**other).logits, alone))
+            return scores
+
+        def criterion(ids, scores, **kwargs):
+            seen.append(torch.equal(model(**other).logits, alone))
+            return torch.zeros(len(ids), dtype=torch.bool)
+
+        got = answer(model, inputs, logits_processor=[look], stopping_criteria=[criterion])
+    assert torch.equal(got, expected) and len(seen) == 10 and all(seen)
+
+
+def test_copies_are_wrapped_and_stand_alone(family):
+    model, inputs = BUILD[family](), make_inputs(family, [1, 2])
+    vlm_fix.wrap(model, ["pai:alpha=0.9"])
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    made = [copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(file, weights_only=False)]
+    expected = answer(model, inputs)
+    plain = answer(vlm_fix.unwrap(model), inputs)
+    assert not torch.equal(plain, expected) and installed(model) is None
+    for twin in made:
+        assert isinstance(installed(twin), Engine) and installed(twin).model is twin
+        assert torch.equal(answer(twin, inputs), expected)
+        assert torch.equal(answer(vlm_fix.unwrap(twin), inputs), plain)
+        assert torch.equal(answer(copy.deepcopy(twin), inputs), plain), "unwrapped, it is copied as ever"
+
+
+def test_compiled_module_is_wrapped_inside(family, model):
+    inputs = single(family, [1, 2], 1)
+    plain = answer(model, inputs)
+    compiled = torch.compile(model, backend="eager")
+    with vlm_fix.wrapped(model, "pai:alpha=0.9"):
+        expected = answer(model, inputs)
+    with vlm_fix.wrapped(compiled, "pai:alpha=0.9"):
+        assert torch.equal(answer(compiled, inputs), expected) and not torch.equal(expected, plain)
+        with pytest.raises(vlm_fix.VlmFixError, match="already wrapped with pai"):
+            vlm_fix.wrap(model, "pai")
+    assert torch.equal(answer(model, inputs), plain)
+
+
+def test_peft_model_is_wrapped_inside(family):
+    peft = pytest.importorskip("peft", reason="peft is not installed: pip install 'vlm-fix[dev]'")
+    model, inputs = BUILD[family](), single(family, [1, 2], 1)
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=4, init_lora_weights=False)
+    tuned = peft.get_peft_model(model, config).eval()
+    plain = answer(tuned, inputs)
+    with vlm_fix.wrapped(tuned, "pai:alpha=0.9"):
+        expected = answer(tuned, inputs)
+        with tuned.disable_adapter():
+            base = answer(tuned, inputs)
+    assert not torch.equal(expected, plain) and torch.equal(answer(tuned, inputs), plain)
+    with tuned.disable_adapter(), vlm_fix.wrapped(tuned, "pai:alpha=0.9"):
+        assert torch.equal(answer(tuned, inputs), base)
+    merged = tuned.merge_and_unload()
+    with vlm_fix.wrapped(merged, "pai:alpha=0.9"):
+        assert torch.equal(answer(merged, inputs), expected)
+
+
+@pytest.mark.parametrize("spec", ["pai", "vcd", "hiprune:keep=4", "fastv", ["hiprune:keep=4", "vcd"]])
+def test_prompts_without_an_image_pass_through_with_one_warning(family, model, spec):
+    text = single(family, [0, 1], 0)
+    plain = answer(model, text)
+    with vlm_fix.wrapped(model, spec):
+        with pytest.warns(UserWarning, match="changed nothing in this call: no prompt contains an image") as caught:
+            assert torch.equal(answer(model, text), plain)
+            assert torch.equal(answer(model, text), plain)
+        assert len([w for w in caught if "no prompt" in str(w.message)]) == 1
+    with vlm_fix.wrapped(model, ["pai", "dola:layers=0|2"]):
+        with pytest.raises(vlm_fix.VlmFixError, match="pai needs an image.*dola beside it would act alone"):
+            answer(model, text)
