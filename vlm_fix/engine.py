@@ -9,7 +9,6 @@ import contextlib
 import functools
 import threading
 import types
-import warnings
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -24,7 +23,7 @@ from vlm_fix.families.compat import cache_of, generate_of
 from vlm_fix.forwards import Forwards
 from vlm_fix.method import Method
 from vlm_fix.options import GenerateOptions
-from vlm_fix.wing import ATTRIBUTE, Running, Wing
+from vlm_fix.wing import ATTRIBUTE, NO_IMAGE, Running, Wing
 
 MISSING: Any = object()
 
@@ -122,6 +121,23 @@ class Engine(Forwards):
 
     # ---- generate ----------------------------------------------------------------------------------------------------
 
+    def rests(self, options: GenerateOptions) -> bool:
+        """True, with one warning, for prompts without an image under methods that all need one: the model answers alone.
+
+        Raises VlmFixError where only a part of a stack could act.
+        """
+        needy = [m.name for m in self.active if m.needs_image]
+        if not needy or self.has_image(options.ids):
+            return False
+        others = [m.name for m in self.active if not m.needs_image]
+        if others:
+            raise VlmFixError(
+                f"{', '.join(needy)} needs an image, but no prompt contains an image token, and {', '.join(others)} beside "
+                "it would act alone: pass images to the processor, or unwrap the model for text-only prompts."
+            )
+        self.warn_once(self.active, NO_IMAGE)
+        return True
+
     def refuse(self, options: GenerateOptions) -> None:
         """Raise VlmFixError for options of `generate` that do not go with the methods, before the first token."""
         if options.setting("output_attentions"):
@@ -131,12 +147,6 @@ class Engine(Forwards):
         if options.setting("cache_implementation") == "paged":
             raise VlmFixError(
                 "continuous batching (cache_implementation='paged') is not supported; call generate with a padded batch."
-            )
-        needy = [m.name for m in self.active if m.needs_image]
-        if needy and not self.has_image(options.ids):
-            raise VlmFixError(
-                f"{', '.join(needy)} needs an image, but no prompt contains an image token: pass images to the processor, "
-                "or unwrap the model for text-only prompts."
             )
         for wing in self.wings:
             wing.refuse(options)
@@ -170,14 +180,14 @@ class Engine(Forwards):
         """After a call: warn, once per method, if it changed nothing in it."""
         unused = [u for wing in self.wings for u in wing.unused(self.main)] if self.main else []
         for method, reason in unused:
-            if method not in self.warned:
-                self.warned.add(method)
-                warnings.warn(f"{method.name} changed nothing in this call: {reason}", stacklevel=4)
+            self.warn_once([method], reason)
 
 
 def generate(engine: Engine, model: Any, *args: Any, **kwargs: Any) -> Any:
     """`generate` of a wrapped model; arguments and output are the model's own."""
     options = GenerateOptions.read(model, args, kwargs)
+    if engine.rests(options):
+        return engine.plain_generate(options.ids, **options.final_kwargs(engine.outside))
     engine.refuse(options)
     with engine.lock, contextlib.ExitStack() as stack:
         call = Call(model, engine.family, options.tensors(), cache=cache_of(options.kwargs))

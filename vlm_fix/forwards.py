@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +14,7 @@ from vlm_fix.errors import VlmFixError
 from vlm_fix.families import prompt_positions
 from vlm_fix.families.compat import CACHE, cache_of, versions
 from vlm_fix.session import PAD, TEXT, Session
-from vlm_fix.wing import Host
+from vlm_fix.wing import NO_IMAGE, Host
 
 
 class Forwards(Host):
@@ -145,9 +144,8 @@ class Forwards(Host):
             for wing in self.wings:
                 wing.on_prompt(session)
             return
-        needy = [m.name for m in self.active if m.needs_image]
-        if needy and self.call is None:
-            warnings.warn(f"{', '.join(needy)} did nothing: the input has no image tokens.", stacklevel=2)
+        if self.call is None:
+            self.warn_once([m for m in self.active if m.needs_image], NO_IMAGE)
 
     def _leave(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         """After the forward: remember a cache that the model made itself, for a caller's own decoding loop."""

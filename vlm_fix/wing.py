@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import warnings
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,6 +23,7 @@ from vlm_fix.options import GenerateOptions
 from vlm_fix.session import TEXT, VISUAL, Session
 
 W = TypeVar("W", bound="Wing")
+NO_IMAGE = "no prompt contains an image token, so the model answers as if it were not wrapped."
 ATTRIBUTE = "_vlm_fix_engine"  # where a wrapped model keeps its engine
 
 
@@ -79,7 +81,7 @@ class Host:
     lock: threading.RLock
     running: Running
     sessions: weakref.WeakKeyDictionary[Any, Session]  # by KV cache
-    warned: set[Method]  # methods of which the user was told already
+    warned: set[tuple[Method, str]]  # what the user was told already
 
     session = _running("session")
     call = _running("call")
@@ -104,6 +106,14 @@ class Host:
         assert embeds is not None
         vectors = self.model.get_input_embeddings()(self.tokens.to(embeds.device))
         return (embeds[:, :, None] == vectors).all(-1).any(-1).to(torch.uint8) * (VISUAL - TEXT) + TEXT
+
+    def warn_once(self, methods: Sequence[Method], reason: str) -> None:
+        """Tell the user why methods changed nothing, once for each."""
+        new = [m for m in methods if (m, reason) not in self.warned]
+        self.warned.update((m, reason) for m in new)
+        if new:
+            names = ", ".join(m.name for m in new)
+            warnings.warn(f"{names} changed nothing in this call: {reason}", stacklevel=4)
 
     def has_image(self, ids: torch.Tensor) -> bool:
         """True if a prompt contains an image token."""
