@@ -39,7 +39,13 @@ def with_images_after(call: Call, pixels: torch.Tensor) -> dict[str, torch.Tenso
     width = max(map(len, rows))
     index = torch.stack([torch.nn.functional.pad(row, (width - len(row), 0), value=-1) for row in rows])
     new = dict(call.inputs)
-    for name in {"input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids"} & new.keys():
+    for name in {
+        "input_ids",
+        "attention_mask",
+        "mm_token_type_ids",
+        "moe_mm_token_type_ids",
+        "token_type_ids",
+    } & new.keys():
         new[name] = new[name].gather(1, index.clamp(min=0)).masked_fill(index < 0, 0)
     if grids is not None:
         new["image_grid_thw"] = grids.repeat_interleave(2, dim=0)
