@@ -52,7 +52,7 @@ class InputWing(Wing):
 
     def install(self) -> Iterable[Any]:
         self.host.callbacks["prepare", 0] = self._moved
-        return [self.host.language.register_forward_pre_hook(self._prepare, with_kwargs=True)]
+        yield self.host.language.register_forward_pre_hook(self._prepare, with_kwargs=True)
 
     def _prepare(self, module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         places = kwargs.get("position_ids")

@@ -175,7 +175,7 @@ class Wing(ABC):
         """Raise VlmFixError for stacks or models that have no meaning, before anything is touched."""
 
     def install(self) -> Iterable[Any]:
-        """Put hooks on the model and return their handles, which the engine removes again."""
+        """Put hooks on the model and yield the handle of each, so that the engine can remove them, whatever fails later."""
         return ()
 
     def refuse(self, options: GenerateOptions) -> None:  # noqa: B027

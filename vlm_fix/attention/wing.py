@@ -78,17 +78,16 @@ class AttentionWing(Wing):
         return True
 
     def install(self) -> Iterable[Any]:
-        handles: list[Any] = all_rows(self.host.language)
+        yield from all_rows(self.host.language)
         for i, attn in attention_modules(self.host.language).items():
             attn._vlm_fix = LayerHandle(self.host, i, self.stacks[i], self.path)
-            handles.append(_Attribute(attn, "_vlm_fix"))
+            yield _Attribute(attn, "_vlm_fix")
             self.host.attention_functions[i] = functools.partial(edited_attention, attn)
         for i, layer in enumerate(self.host.language.layers):
             if self.readers[i]:
                 self.host.callbacks["watch", i] = functools.partial(self._show, i)
                 hook = functools.partial(self._watch, i)
-                handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
-        return handles
+                yield layer.register_forward_pre_hook(hook, with_kwargs=True)
 
     def on_prompt(self, session: Session) -> None:
         for edit in self.edits:

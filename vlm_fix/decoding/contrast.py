@@ -98,17 +98,12 @@ class ContrastWing(Wing):
 
     def install(self) -> Iterable[Any]:
         host, first = self.host, self.contrast.fork
-        handles = [
-            host.language.register_forward_pre_hook(self._embeddings, with_kwargs=True),
-            host.model.register_forward_hook(self._part, with_kwargs=True),
-        ]
+        yield host.language.register_forward_pre_hook(self._embeddings, with_kwargs=True)
+        yield host.model.register_forward_hook(self._part, with_kwargs=True)
         if first is not None and not host.wing(PruningWing):
-            handles += [
-                layer.register_forward_pre_hook(functools.partial(self._fork, i), with_kwargs=True)
-                for i, layer in enumerate(host.language.layers)
-                if i >= first
-            ]
-        return handles
+            for i, layer in enumerate(host.language.layers):
+                if i >= first:
+                    yield layer.register_forward_pre_hook(functools.partial(self._fork, i), with_kwargs=True)
 
     @contextlib.contextmanager
     def around_generate(self, call: Call, options: GenerateOptions) -> Iterator[None]:

@@ -52,14 +52,12 @@ class HiddenWing(Wing):
         return True
 
     def install(self) -> Iterable[Any]:
-        handles = []
         for i, layer in enumerate(self.host.language.layers):
             for what, module in writers(layer).items():
                 edits = [(e, getattr(e, what)) for e in self.edits if i in e.sees and isinstance(e, STAGES[what])]
                 if edits:
                     self.host.callbacks[what, i] = functools.partial(self._edit, edits, i)
-                    handles.append(module.register_forward_hook(functools.partial(self._write, what, i)))
-        return handles
+                    yield module.register_forward_hook(functools.partial(self._write, what, i))
 
     def _write(
         self, what: str, layer: int, module: Any, args: Any, output: Any

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ def check(host: Host, dropper: LayerPruner) -> None:
         )
 
 
-def install(host: Host, dropper: LayerPruner) -> list[Any]:
+def install(host: Host, dropper: LayerPruner) -> Iterator[Any]:
     """The hooks of a LayerPruner."""
     layers, stages = host.language.layers, dropper.stages
 
@@ -99,13 +100,11 @@ def install(host: Host, dropper: LayerPruner) -> list[Any]:
             )
 
     noted = {s - 1 for s in stages if s} | {0}
-    handles = [
-        layer.register_forward_pre_hook(functools.partial(enter, i), with_kwargs=True)
-        for i, layer in enumerate(layers)
-        if i >= stages[0] or i == 0
-    ]
-    handles += [layers[i].self_attn.register_forward_hook(functools.partial(note, i), with_kwargs=True) for i in noted]
-    return handles
+    for i, layer in enumerate(layers):
+        if i >= stages[0] or i == 0:
+            yield layer.register_forward_pre_hook(functools.partial(enter, i), with_kwargs=True)
+    for i in noted:
+        yield layers[i].self_attn.register_forward_hook(functools.partial(note, i), with_kwargs=True)
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ mask and renumbers the positions. The cache is shorter than generate believes, w
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -39,14 +40,13 @@ def check(pruners: Pruners) -> None:
         )
 
 
-def install(pruners: Pruners) -> list[Any]:
+def install(pruners: Pruners) -> Iterator[Any]:
     """The hooks of the TokenPruner, and of what else needs to know which image a column shows."""
     host, pruner = pruners.host, pruners.pruner
-    handles: list[Any] = []
     if pruner and pruner.edits("shrink"):
-        handles = shrink.install(host, pruner.shrink)
+        yield from shrink.install(host, pruner.shrink)
     elif host.family.encoder:
-        handles = capture(host, get_part(host.model, host.family.vision), pruners.encoder_layers)
+        yield from capture(host, get_part(host.model, host.family.vision), pruners.encoder_layers)
 
     def hook(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         session = host.editing
@@ -67,8 +67,8 @@ def install(pruners: Pruners) -> list[Any]:
                 f"{pruners.all[0].name} drops tokens, so labels have no place: unwrap the model for a loss."
             )
 
-    handles.append(host.model.register_forward_pre_hook(refuse, with_kwargs=True))
-    return [*handles, host.language.register_forward_pre_hook(hook, with_kwargs=True)]
+    yield host.model.register_forward_pre_hook(refuse, with_kwargs=True)
+    yield host.language.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 def prune(pruners: Pruners, session: Session, kwargs: dict[str, Any]) -> dict[str, Any]:

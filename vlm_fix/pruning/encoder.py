@@ -179,7 +179,7 @@ def unreadable(host: Host, name: str) -> str:
     return f"{name} cannot read the vision tower of {host.family.name} models; it works with {known}."
 
 
-def capture(engine: Host, tower: nn.Module, layers: tuple[int, ...], into: str = "vision") -> list[Any]:
+def capture(engine: Host, tower: nn.Module, layers: tuple[int, ...], into: str = "vision") -> Iterator[Any]:
     """Hooks that append one ImageTokens per image to the running call (its list `into`) whenever the tower runs."""
     if engine.family.encoder is None:
         looking = [m.name for m in engine.active if m.encoder_layers(engine.arch) is not None]
@@ -206,10 +206,9 @@ def capture(engine: Host, tower: nn.Module, layers: tuple[int, ...], into: str =
                 f"vision layer {layer} does not exist; the vision tower has layers 0 to {len(blocks) - 1}."
             )
     attns = [getattr(blocks[i], "self_attn", None) or blocks[i].attn for i in layers]
-    handles: list[Any] = [
-        a.register_forward_pre_hook(note(i), with_kwargs=True) for i, a in zip(layers, attns, strict=True)
-    ]
-    return [*handles, tower.register_forward_hook(collect, with_kwargs=True)]
+    for i, attn in zip(layers, attns, strict=True):
+        yield attn.register_forward_pre_hook(note(i), with_kwargs=True)
+    yield tower.register_forward_hook(collect, with_kwargs=True)
 
 
 def views(call: Any) -> list[ImageTokens]:

@@ -8,6 +8,7 @@ further as the answer grows, and lay columns aside that only some steps compute.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ def check(host: Host, cacher: CachePruner) -> None:
     check_model(host, cacher, prompt=False)
 
 
-def install(host: Host, cacher: CachePruner) -> list[Any]:
+def install(host: Host, cacher: CachePruner) -> Iterator[Any]:
     """The hooks of a CachePruner."""
 
     def enter(i: int, module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
@@ -63,11 +64,11 @@ def install(host: Host, cacher: CachePruner) -> list[Any]:
                 cache.layers[i] = prune(cacher, cached, layer)
 
     layers = [(i, host.language.layers[i]) for i in cacher.layers]
-    return [
-        *(m.register_forward_pre_hook(functools.partial(enter, i), with_kwargs=True) for i, m in layers),
-        *(m.self_attn.register_forward_hook(functools.partial(leave, i), with_kwargs=True) for i, m in layers),
-        *(Heard(m.self_attn) for _, m in layers if cacher.wanders),
-    ]
+    for i, layer in layers:
+        yield layer.register_forward_pre_hook(functools.partial(enter, i), with_kwargs=True)
+        yield layer.self_attn.register_forward_hook(functools.partial(leave, i), with_kwargs=True)
+        if cacher.wanders:
+            yield Heard(layer.self_attn)
 
 
 def prune(cacher: CachePruner, cached: Cached, layer: Any) -> ShortLayer:

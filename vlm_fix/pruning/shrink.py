@@ -6,7 +6,7 @@ the full grid, and the pruning hooks drop the other places: masks, positions and
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ def places(grid: Grid, small: Grid) -> torch.Tensor:
     return (y[:, None] * w + x).flatten()
 
 
-def install(engine: Any, shrink: Callable[[Grid], Grid]) -> list[Any]:
+def install(engine: Any, shrink: Callable[[Grid], Grid]) -> Iterator[Any]:
     """Hooks that give the vision tower images of `shrink(grid)` tokens instead of `grid`, and note them for the pruner."""
     tower = get_part(engine.model, engine.family.vision)
     encoder: Any = {"clip": Clip, "qwen2_5_vl": Qwen25VL}[engine.family.encoder](engine.model, shrink)
@@ -45,10 +45,8 @@ def install(engine: Any, shrink: Callable[[Grid], Grid]) -> list[Any]:
     def running() -> Any:
         return engine.call or (engine.session and engine.session.call)
 
-    return [
-        tower.register_forward_pre_hook(before, with_kwargs=True),
-        tower.register_forward_hook(after, with_kwargs=True),
-    ]
+    yield tower.register_forward_pre_hook(before, with_kwargs=True)
+    yield tower.register_forward_hook(after, with_kwargs=True)
 
 
 def spread(x: torch.Tensor, index: torch.Tensor, size: int, dim: int) -> torch.Tensor:

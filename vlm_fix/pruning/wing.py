@@ -54,10 +54,11 @@ class PruningWing(Wing):
             after.check(host, pruners.dropper)
         if pruners.cacher:
             kv.check(host, pruners.cacher)
-        handles = before.install(pruners)
-        handles += after.install(host, pruners.dropper) if pruners.dropper else []
-        handles += kv.install(host, pruners.cacher) if pruners.cacher else []
-        return handles
+        yield from before.install(pruners)
+        if pruners.dropper:
+            yield from after.install(host, pruners.dropper)
+        if pruners.cacher:
+            yield from kv.install(host, pruners.cacher)
 
     def refuse(self, options: GenerateOptions) -> None:
         wanders = self.pruners.cacher is not None and self.pruners.cacher.wanders
