@@ -64,7 +64,7 @@ leaderboard: .venv/run  ## the tables of README and docs/leaderboard.md from the
 reproduce-picto: .venv/run  ## train picto-llava again (about 45 minutes on two cores)
 	$(BIN)/vlm-fix picto train --seed 0 --out runs/picto-llava
 
-reproduce-picto-smol: .venv/smol  ## train picto-smol again (45 minutes on one core)
+reproduce-picto-smol: .venv/smol  ## train picto-smol again (about an hour on one core)
 	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 OMP_NUM_THREADS=1 \
 	  $(BIN)/vlm-fix picto train --language smol --seed 0 --out runs/picto-smol
 
