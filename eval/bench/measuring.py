@@ -12,7 +12,7 @@ import torch
 from vlm_fix import registry
 from vlm_fix.errors import VlmFixError
 from vlm_fix.families.compat import cache_of
-from vlm_fix.pruning.kinds import CachePruner, TokenPruner
+from vlm_fix.pruning.kinds import CachePruner, ImageShrinker, TokenPruner
 from vlm_fix.session import VISUAL
 from vlm_fix.wing import installed
 
@@ -91,7 +91,7 @@ def add_scoring(rows: list[Row]) -> None:
         if row.note or "+" in row.spec:
             continue
         method = registry.get_method(row.spec.partition(":")[0])
-        if issubclass(method, TokenPruner) and not method.edits("shrink") and keep_of(row.spec) in controls:
+        if issubclass(method, TokenPruner) and not issubclass(method, ImageShrinker) and keep_of(row.spec) in controls:
             row.scoring = row.seconds - controls[keep_of(row.spec)]
         elif issubclass(method, CachePruner):
             row.scoring = row.seconds - rows[0].seconds

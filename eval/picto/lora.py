@@ -32,10 +32,12 @@ class LoRA(nn.Module):
 def attach(model: nn.Module, endings: Iterable[str], rank: int, scale: float) -> Adapters:
     """Replace the linear layers whose name ends so; returns the new parameters, "<name>.A" and "<name>.B"."""
     found = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.endswith(tuple(endings))]
-    parameters = {}
+    parameters: dict[str, nn.Parameter] = {}
     for name in found:
         parent, _, child = name.rpartition(".")
-        layer = LoRA(model.get_submodule(name), rank, scale)
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        layer = LoRA(linear, rank, scale)
         setattr(model.get_submodule(parent), child, layer)
         parameters |= {f"{name}.A": layer.A, f"{name}.B": layer.B}
     return Adapters(parameters)

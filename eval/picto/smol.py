@@ -100,9 +100,8 @@ def read_gguf(file: Path, show: bool = True) -> dict[str, Tensor]:
     except ImportError as error:
         raise VlmFixError("reading picto-smol's language weights needs the package gguf: pip install gguf.") from error
     out = {}
-    console = Console(stderr=True)
-    shown = {"description": "picto-smol: reading the language weights", "console": console, "disable": not show}
-    for tensor in track(GGUFReader(file).tensors, transient=True, **shown):
+    label, console = "picto-smol: reading the language weights", Console(stderr=True)
+    for tensor in track(GGUFReader(file).tensors, label, console=console, transient=True, disable=not show):
         values = dequantize(tensor.data, tensor.tensor_type)
         name, _, kind = tensor.name.rpartition(".")
         if name.startswith("blk."):

@@ -148,6 +148,7 @@ def train_align(
 ) -> None:
     """Stage 1. x [n, 64, 192]: what the projector receives; y int64 [n, 64]: patch classes."""
     projector, words = model.model.multi_modal_projector, model.get_input_embeddings().weight
+    assert isinstance(words, Tensor)
     ids = [processor.tokenizer(f" {name}", add_special_tokens=False).input_ids for name in world.CATEGORIES]
     names = torch.stack([words[i].mean(0) for i in ids])
     length = names.norm(dim=-1).mean()

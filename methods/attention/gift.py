@@ -116,7 +116,7 @@ class GIFT(WeightEdit, PromptStart, InputEdit):
         if self.pos == "content":
             query = query & content_columns(session).to(a.device)[:, rows.positions]
         shift = ((seen - previous).clamp(min=0) * query[:, None, :, None]).sum(dim=2)
-        if memory.shift is not None:  # what an earlier chunk of the prompt saw before another image came does not count
+        if memory.shift is not None and memory.last_image is not None:  # no chunk from before another image counts
             old = pad(memory.shift, (0, total - memory.shift.shape[-1]))
             shift = shift + old * (last == memory.last_image)[:, None, None]
         memory.shift, memory.previous, memory.last_image = shift, seen[:, :, -1], last

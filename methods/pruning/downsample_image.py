@@ -6,15 +6,12 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
-
-from vlm_fix import TokenPruner
 from vlm_fix.arch import Arch
-from vlm_fix.pruning.encoder import ImageTokens
+from vlm_fix.pruning.kinds import ImageShrinker
 
 
 @dataclass(frozen=True)
-class DownsampleImage(TokenPruner):
+class DownsampleImage(ImageShrinker):
     """Shrinks the image so that the vision tower makes at most T tokens: h' x w' instead of h x w.
 
     h' = max(1, floor(sqrt(T h / w))), w' = max(1, floor(T / h')), neither above h or w (nor h' above T).
@@ -42,7 +39,3 @@ class DownsampleImage(TokenPruner):
         total = self.budget(grid[0] * grid[1])
         height = min(grid[0], total, max(1, math.isqrt(total * grid[0] // grid[1])))
         return height, min(grid[1], max(1, total // height))
-
-    def select(self, image: ImageTokens) -> torch.Tensor:
-        assert image.chosen is not None
-        return image.chosen

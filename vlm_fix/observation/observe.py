@@ -20,6 +20,7 @@ from vlm_fix.families.compat import with_cache
 from vlm_fix.hidden.wing import writers
 from vlm_fix.packing import pad_to
 from vlm_fix.pruning import PruningWing
+from vlm_fix.pruning.kinds import ImageShrinker
 from vlm_fix.pruning.pruners import Pruners
 from vlm_fix.session import PAD, VISUAL, Session, View
 from vlm_fix.wing import installed
@@ -276,7 +277,7 @@ def observe(
             raise VlmFixError(
                 f"{pruners.cacher.name} keeps other columns in every head; observe cannot tell them apart."
             )
-        if pruners.pruner and pruners.pruner.edits("shrink"):
+        if isinstance(pruners.pruner, ImageShrinker):
             raise VlmFixError(f"{pruners.pruner.name} shows the model another image; observe knows this one's patches.")
         if sink_dims is not None and any(not 0 <= d < engine.arch.hidden for d in sink_dims):
             raise VlmFixError(f"sink_dims={tuple(sink_dims)} do not fit a model of hidden size {engine.arch.hidden}.")

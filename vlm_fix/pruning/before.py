@@ -20,6 +20,7 @@ from vlm_fix.session import PAD, VISUAL, Session
 from . import shrink
 from .columns import ImageColumns, Kept
 from .encoder import ImageTokens, capture, unreadable
+from .kinds import ImageShrinker
 from .merge import TokenMerger
 from .pruners import Pruners
 
@@ -33,8 +34,8 @@ def check(pruners: Pruners) -> None:
         )
     if host.family.encoder is None and (pruner or pruners.encoder_layers):
         raise VlmFixError(unreadable(host, pruners.all[0].name))
-    shrinks = pruner and pruner.edits("shrink")
-    if shrinks and host.family.cells == "anyres" and pruner.keep is not None and pruner.keep > 1:
+    counts = isinstance(pruner, ImageShrinker) and pruner.keep is not None and pruner.keep > 1
+    if pruner and counts and host.family.cells == "anyres":
         raise VlmFixError(
             f"{pruner.name}: {host.family.name} cuts images into crops; give keep as a share, such as keep=0.33."
         )
@@ -43,7 +44,7 @@ def check(pruners: Pruners) -> None:
 def install(pruners: Pruners) -> Iterator[Any]:
     """The hooks of the TokenPruner, and of what else needs to know which image a column shows."""
     host, pruner = pruners.host, pruners.pruner
-    if pruner and pruner.edits("shrink"):
+    if isinstance(pruner, ImageShrinker):
         yield from shrink.install(host, pruner.shrink)
     elif host.family.encoder:
         yield from capture(host, get_part(host.model, host.family.vision), pruners.encoder_layers)
@@ -75,6 +76,7 @@ def prune(pruners: Pruners, session: Session, kwargs: dict[str, Any]) -> dict[st
     """The prompt's language-model inputs without the dropped tokens; unchanged if everything is kept."""
     types, embeds = session.types, kwargs["inputs_embeds"]
     keep, embeds = choose(pruners, session, types, embeds)
+    assert pruners.pruner is not None
     if bool((keep | (types == PAD)).all()):
         return kwargs
     index, mask = left_pack(keep & (types != PAD))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -19,11 +20,12 @@ from vlm_fix.wing import Host
 
 from .cache import SplitLayer
 from .columns import ImageColumns
+from .encoder import ImageTokens
 from .rows import Seen, attention_chunks, rows_attention
 
 
 @dataclass(frozen=True)
-class TokenPruner(Method):
+class TokenPruner(Method, ABC):
     """Drops visual tokens before the language model."""
 
     kind: ClassVar[str] = "pruning"
@@ -36,23 +38,27 @@ class TokenPruner(Method):
         """Vision layers whose attention column scores `select` needs."""
         return ()
 
-    def shrink(self, grid: tuple[int, int]) -> tuple[int, int]:
-        """Grid of tokens (h, w) of an image -> the grid that the vision tower shall make of it; for a smaller image."""
-        return grid
-
-    def select(self, image: Any) -> torch.Tensor:
-        """`pruning.encoder.ImageTokens` of one image -> indices of the kept tokens, ascending."""
-        raise NotImplementedError
-
-    @classmethod
-    def edits(cls, what: str) -> bool:
-        """True if the class overwrites `what`."""
-        return getattr(cls, what) is not getattr(TokenPruner, what)
+    @abstractmethod
+    def select(self, image: ImageTokens) -> torch.Tensor:
+        """The tokens of one image -> indices of the kept ones, ascending."""
 
     def budget(self, tokens: int) -> int:
         """Number of tokens kept out of `tokens`."""
         keep = 1.0 if self.keep is None else self.keep
         return max(1, min(tokens, round(keep * tokens) if keep <= 1 else int(keep)))
+
+
+@dataclass(frozen=True)
+class ImageShrinker(TokenPruner):
+    """Gives the vision tower a smaller image instead of dropping tokens."""
+
+    @abstractmethod
+    def shrink(self, grid: tuple[int, int]) -> tuple[int, int]:
+        """Return the token grid (h, w) that the vision tower should produce for an image of `grid` tokens."""
+
+    def select(self, image: ImageTokens) -> torch.Tensor:
+        assert image.chosen is not None
+        return image.chosen
 
 
 @dataclass

@@ -41,8 +41,9 @@ def install(host: Host, cacher: CachePruner) -> Iterator[Any]:
             return None
         if cacher.wanders and cache is not None:
             cacher.before_step(session, i, cache.layers[i])
-        x = args[0] if args else kwargs["hidden_states"]
-        return args, {**kwargs, "attention_mask": session.at(i).attention_mask(x.device)}
+        x, view = args[0] if args else kwargs["hidden_states"], session.at(i)  # another view after before_step
+        assert isinstance(view, View)
+        return args, {**kwargs, "attention_mask": view.attention_mask(x.device)}
 
     def leave(i: int, attn: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         session, cache = host.editing, cache_of(kwargs)
@@ -63,8 +64,9 @@ def install(host: Host, cacher: CachePruner) -> Iterator[Any]:
             else:
                 cache.layers[i] = prune(cacher, cached, layer)
 
-    layers = [(i, host.language.layers[i]) for i in cacher.layers]
-    for i, layer in layers:
+    assert isinstance(cacher.layers, tuple)
+    for i in cacher.layers:
+        layer = host.language.layers[i]
         yield layer.register_forward_pre_hook(functools.partial(enter, i), with_kwargs=True)
         yield layer.self_attn.register_forward_hook(functools.partial(leave, i), with_kwargs=True)
         if cacher.wanders:
@@ -81,7 +83,7 @@ def prune(cacher: CachePruner, cached: Cached, layer: Any) -> ShortLayer:
     stays = (images == 0) & cached.valid
     keep = torch.stack([top_per_image(s, images, images, quota) | stays for s in scores.unbind(dim=1)], dim=1)
     index = shorten(session, cached.layer, short, keep)
-    if cacher.wanders:
+    if isinstance(short, SplitLayer):
         cacher.after_prompt(cached, scores[:, 0].gather(1, index[:, 0]), short)
     return short
 

@@ -13,7 +13,7 @@ from vlm_fix.session import VISUAL, Session
 from vlm_fix.wing import Host, Wing, names_of
 
 from . import after, before, kv
-from .kinds import CachePruner, LayerPruner, TokenPruner
+from .kinds import CachePruner, ImageShrinker, LayerPruner, TokenPruner
 from .pruners import Pruners
 
 
@@ -84,7 +84,7 @@ class PruningWing(Wing):
         if not images:
             return True
         token_pruner = self.pruners.pruner
-        if pruner is token_pruner and (session.kept is not None or token_pruner.edits("shrink")):
+        if pruner is token_pruner and (session.kept is not None or isinstance(token_pruner, ImageShrinker)):
             return True
         if pruner not in (self.pruners.dropper, self.pruners.cacher):
             return False
