@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from vlm_fix.call import Call
 from vlm_fix.errors import VlmFixError
 from vlm_fix.families import prompt_positions
 from vlm_fix.families.compat import CACHE, cache_of, versions
+from vlm_fix.recorder import Recorder
 from vlm_fix.session import PAD, TEXT, Session
 from vlm_fix.wing import NO_IMAGE, Host
 
@@ -162,13 +162,15 @@ class Forwards(Host):
         self.session = None
 
     @torch.no_grad()
-    def observe(self, inputs: dict[str, torch.Tensor], call: Call, tap: Callable[[int, torch.Tensor], None]) -> None:
-        """One cache-free forward of `inputs` without edits; `tap(layer, o [B, H, q, D])` sees per-head outputs."""
+    def run_prompt(self, inputs: dict[str, torch.Tensor], recorder: Recorder) -> None:
+        """One forward of a prompt without edits and without a cache, for methods that must know something in advance."""
         positions, _ = prompt_positions(self.model, self.family, inputs)
-        session = Session(call, prompt_len=inputs["input_ids"].shape[1], branch="observe", plain=True, tap=tap)
+        call = Call(self.model, self.family, inputs)
+        session = Session(call, prompt_len=inputs["input_ids"].shape[1], branch="observe", plain=True)
         session.advance(0, self.classify(inputs["input_ids"]))
         outer, self.session = self.session, session
         try:
-            self.base(**inputs, position_ids=positions, use_cache=False)
+            with self.recording(recorder):
+                self.base(**inputs, position_ids=positions, use_cache=False)
         finally:
             self.session = outer

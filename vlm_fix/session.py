@@ -41,9 +41,7 @@ class Session:
     kept: Any = None  # pruning.before.Kept, once visual tokens were dropped
     views: dict[int, View] = field(default_factory=dict)  # layer -> the columns it still has, where some were dropped
     states: dict[Any, Any] = field(default_factory=dict)  # see `memory` and `state`
-    tap: Callable[[int, torch.Tensor], None] | None = None  # sees the per-head outputs [B, H, q, D] of each layer
     plain: bool = False  # no edits: a pass that only observes
-    looks: dict[int, Any] = field(default_factory=dict)  # of such a pass: layer -> its probe
     answer: torch.Tensor | None = None  # second branch: [B', t] ids of the columns after the prompt
     parts: dict[type, Any] = field(default_factory=dict)  # what wings keep here, each in a class of its own
     forward: ForwardCache = field(default_factory=ForwardCache)

@@ -20,6 +20,7 @@ from vlm_fix.call import Call
 from vlm_fix.errors import VlmFixError
 from vlm_fix.method import Method
 from vlm_fix.options import GenerateOptions
+from vlm_fix.recorder import Recorder
 from vlm_fix.session import TEXT, VISUAL, Session
 
 W = TypeVar("W", bound="Wing")
@@ -53,7 +54,7 @@ class Running(threading.local):
         self.call: Call | None = None  # the running `generate`
         self.main: Session | None = None  # the main session of the running call
         self.joint: JointForward | None = None
-        self.probe: Any = None  # the recorder of an observing pass
+        self.recorder: Recorder | None = None
         self.touched: set[Method] = set()  # edits that reached a row in this call
 
 
@@ -87,8 +88,17 @@ class Host:
     call = _running("call")
     main = _running("main")
     joint = _running("joint")
-    probe = _running("probe")
+    recorder = _running("recorder")
     touched = _running("touched")
+
+    @contextlib.contextmanager
+    def recording(self, recorder: Recorder) -> Iterator[None]:
+        """Let `recorder` see the forwards of this thread, for as long as this lasts."""
+        before, self.recorder = self.recorder, recorder
+        try:
+            yield
+        finally:
+            self.recorder = before
 
     @property
     def editing(self) -> Session | None:

@@ -93,7 +93,7 @@ class GIFT(WeightEdit, PromptStart, InputEdit):
     def prepare(self, session: Session, kwargs: dict[str, Any]) -> dict[str, Any]:
         assert self.source_layer is not None
         if session.start < session.prompt_len and max(session.last_visual) >= 0:
-            preview(session, kwargs, {self.source_layer: PlainWeights(self, self.read)})
+            preview(session, kwargs, PlainWeights(self, self.source_layer, self.read))
         return kwargs
 
     def edit_weights(self, weights: torch.Tensor, rows: Rows) -> torch.Tensor:

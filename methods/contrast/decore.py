@@ -15,8 +15,8 @@ from vlm_fix.arch import Arch
 from vlm_fix.call import Call
 from vlm_fix.decoding.contrast import plausible
 from vlm_fix.engine import Engine
-from vlm_fix.families import prompt_positions
 from vlm_fix.method import parse_heads
+from vlm_fix.recorder import Recorder
 from vlm_fix.sample import Sample
 from vlm_fix.session import Rows, Session
 
@@ -113,8 +113,8 @@ class DeCoRe(ScoreEdit, Contrast):
         }
 
 
-class Copying:
-    """An observer of the last rows: which heads look at the token that comes next."""
+class Copying(Recorder):
+    """Records of the last rows which heads look at the token that comes next."""
 
     def __init__(self, targets: range, depth: int, heads: int):
         self.targets, self.hits = targets, torch.zeros(depth, heads)
@@ -122,23 +122,14 @@ class Copying:
     def first_row(self, session: Session) -> int:
         return session.length - len(self.targets)
 
-    def weights(self, layer: int, session: Session, first: int, a: torch.Tensor, i: int) -> None:
-        found = a[0].argmax(dim=-1).cpu() == torch.tensor(self.targets)[i : i + a.shape[2]]
+    def weights(self, layer: int, session: Session, first: int, weights: torch.Tensor, i: int) -> None:
+        found = weights[0].argmax(dim=-1).cpu() == torch.tensor(self.targets)[i : i + weights.shape[2]]
         self.hits[layer] += found.float().sum(dim=-1) / len(self.targets)
-
-    def heads(self, layer: int, session: Session, output: torch.Tensor) -> None:
-        return None
 
 
 @torch.no_grad()
 def copies(engine: Engine, ids: torch.Tensor, start: int, size: int) -> torch.Tensor:
     """[1, L] ids that end with all but the last of the `size` tokens at `start` -> hit rate of each head [layers, heads]."""
-    probe = Copying(range(start + 1, start + size), engine.arch.depth, engine.arch.heads)
-    engine.probe = probe
-    try:
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        positions, _ = prompt_positions(engine.model, engine.family, inputs)
-        engine.model(**inputs, position_ids=positions, use_cache=False, logits_to_keep=1)
-    finally:
-        engine.probe = None
-    return probe.hits
+    copying = Copying(range(start + 1, start + size), engine.arch.depth, engine.arch.heads)
+    engine.run_prompt({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, copying)
+    return copying.hits

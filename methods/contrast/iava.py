@@ -12,6 +12,7 @@ from vlm_fix.call import Call
 from vlm_fix.decoding.contrast import Branch, plausible
 from vlm_fix.decoding.kinds import Negative
 from vlm_fix.families import image_token_ids
+from vlm_fix.recorder import Recorder
 from vlm_fix.session import Session
 from vlm_fix.wing import engine_of
 
@@ -98,8 +99,8 @@ def instructed(call: Call, tokens: tuple[int, ...]) -> dict[str, Any]:
     return inputs
 
 
-class Looking:
-    """An observer of the last row: its head-mean weights on the image columns, [B, K] by layer."""
+class Looking(Recorder):
+    """Records of the last row: its head-mean weights on the image columns, [B, K] by layer."""
 
     def __init__(self) -> None:
         self.seen: dict[int, torch.Tensor] = {}
@@ -108,21 +109,15 @@ class Looking:
     def first_row(self, session: Session) -> int:
         return session.length - 1
 
-    def weights(self, layer: int, session: Session, first: int, a: torch.Tensor, i: int) -> None:
-        self.seen[layer] = a[:, :, -1].mean(dim=1).float().cpu()
-        self.visual = session.masks(a.shape[-1], a.device)["visual"][:, 0, 0].cpu()
-
-    def heads(self, layer: int, session: Session, output: torch.Tensor) -> None:
-        return None
+    def weights(self, layer: int, session: Session, first: int, weights: torch.Tensor, i: int) -> None:
+        self.seen[layer] = weights[:, :, -1].mean(dim=1).float().cpu()
+        self.visual = session.masks(weights.shape[-1], weights.device)["visual"][:, 0, 0].cpu()
 
 
 def attention_to_images(call: Call, inputs: dict[str, Any]) -> list[torch.Tensor]:
     """Per prompt [layers, n]: the last row's head-mean weights on its n image tokens; what the main branch knows is reused."""
-    engine = engine_of(call.model)
-    engine.probe = probe = Looking()
-    try:
+    engine, looking = engine_of(call.model), Looking()
+    with engine.recording(looking):
         Branch(engine, call, "instruction", Negative(inputs)).prefill()
-    finally:
-        engine.probe = None
-    weights = torch.stack([probe.seen[i] for i in sorted(probe.seen)])
-    return [weights[:, i, columns] for i, columns in enumerate(probe.visual)]
+    weights = torch.stack([looking.seen[i] for i in sorted(looking.seen)])
+    return [weights[:, i, columns] for i, columns in enumerate(looking.visual)]

@@ -10,6 +10,7 @@ import torch
 from vlm_fix import HeadEdit, Memory, PromptStart, RowScope, param
 from vlm_fix.arch import Arch
 from vlm_fix.call import Call
+from vlm_fix.recorder import LastHeads
 from vlm_fix.session import Rows, Session
 from vlm_fix.wing import engine_of
 
@@ -62,9 +63,9 @@ class VHR(HeadEdit, PromptStart):
         text_only = session.memory(self, VHRMemory).text_only
 
         def keep(layer: int, outputs: torch.Tensor) -> None:
-            text_only[layer] = outputs[:, :, -1].float().repeat_interleave(times, dim=0)
+            text_only[layer] = outputs.repeat_interleave(times, dim=0)
 
-        engine.observe(call.without_images(), call, keep)
+        engine.run_prompt(call.without_images(), LastHeads(keep))
 
     def choose(self, with_image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         """Head outputs [B, H, D] with the image and without -> chosen heads [B, H]."""

@@ -99,16 +99,14 @@ class CARVE(Refiner):
         ids, eos = inputs["input_ids"], call.model.generation_config.eos_token_id
         ends, seen = torch.tensor([] if eos is None else eos, dtype=torch.long, device=ids.device), []
         answer, alive = ids[:, :0], torch.ones(len(ids), dtype=torch.bool)
-        engine.probe, branch = Looking(), Branch(engine, call, "look", Negative(inputs))
-        try:
+        looking, branch = Looking(), Branch(engine, call, "look", Negative(inputs))
+        with engine.recording(looking):
             for _ in range(self.steps):
                 new = branch.logits(answer).argmax(dim=-1, keepdim=True)
-                a, visual = torch.stack([engine.probe.seen[i] for i in self.layers or ()]), engine.probe.visual
+                a, visual = torch.stack([looking.seen[i] for i in self.layers or ()]), looking.visual
                 seen.append((a[:, visual], alive[visual.nonzero()[:, 0]]))
                 alive = alive & ~torch.isin(new[:, 0], ends).cpu()
                 answer = torch.cat([answer, new.to(ids.device)], dim=1)
-        finally:
-            engine.probe = None
         return seen
 
     def refined(self, image: torch.Tensor, s: torch.Tensor, black: torch.Tensor) -> torch.Tensor:

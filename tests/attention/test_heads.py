@@ -13,9 +13,9 @@ def test_vhr_runs_one_text_only_pass_a_call(family, model, monkeypatch):
     """Once per generate, however many tokens and beams, and with the image tokens gone."""
     from vlm_fix.engine import Engine
 
-    seen, observe = [], Engine.observe
+    seen, observe = [], Engine.run_prompt
     monkeypatch.setattr(
-        Engine, "observe", lambda self, inputs, *rest: (seen.append(inputs), observe(self, inputs, *rest))
+        Engine, "run_prompt", lambda self, inputs, *rest: (seen.append(inputs), observe(self, inputs, *rest))
     )
     with vlm_fix.wrapped(model, "vhr"):
         for options in ({}, {"num_beams": 3}):

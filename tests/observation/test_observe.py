@@ -230,10 +230,12 @@ def test_vas_needs_text_before_the_image():
 @torch.no_grad()
 def test_outputs_are_what_layers_add(name):
     """Attention's and the MLP's output add up to what each layer changes, whatever norms lie in between."""
+    if name == "gemma4":
+        pytest.skip("Gemma 4's layers also add per-layer embeddings and scale what they pass on")
     model, inputs = build(name), prompt(name, [1])
     last, stream, hooks = inputs["input_ids"].shape[1] - 1, [], []
     seen = vlm_fix.observe(model, inputs, ANSWER, outputs=True)
-    twin = copy.deepcopy(model).double()
+    twin = ref.float64(model)
     for layer in ref.decoder(twin).layers:
         hooks.append(
             layer.register_forward_pre_hook(lambda m, a, k: stream.append((*a, *k.values())[0]), with_kwargs=True)

@@ -14,6 +14,7 @@ from transformers.masking_utils import sdpa_mask
 from vlm_fix import compiled as graph
 from vlm_fix.memory import ForwardCache
 from vlm_fix.projections import ask
+from vlm_fix.recorder import Recorder
 from vlm_fix.session import Session
 
 from .inputs import AttentionInputs
@@ -74,9 +75,11 @@ def edited_attention(
     if engine.joint:
         return engine.joint.attention(attention, module, query, dropout, scaling, **kwargs), None
     session = session.at(layer)
-    recorder = session.looks.get(layer) if session.plain else engine.probe
+    recorder: Recorder | None = engine.recorder
+    if recorder and recorder.layers is not None and layer not in recorder.layers:
+        recorder = None
     plan = None if session.plain else plan_of(handle, session, inputs, recorder is not None)
-    if plan is None and recorder is None and session.tap is None:
+    if plan is None and recorder is None:
         return unedited(inputs, session.forward, handle.path), None
 
     edits = plan.for_layer(layer, session) if plan else NO_EDITS
@@ -85,8 +88,6 @@ def edited_attention(
     for i, reader in edits.stages.query_key_readers:
         reader.read_queries_and_keys(inputs.rows_from(first), edits.rows[i])
     work = LayerWork(inputs, edits, first, session.forward, handle.path)
-    if session.tap:
-        session.tap(layer, work.output().transpose(1, 2))
     if recorder:
         _record_unedited(inputs, recorder, layer, session, first if edits.stages.need_weights else query.shape[2])
         work.record = functools.partial(recorder.weights, layer, session, first)
@@ -133,7 +134,7 @@ def _unedited_weights(inputs: AttentionInputs, first: int) -> torch.Tensor:
     return edited_weights(inputs.rows_from(first))
 
 
-def _record_unedited(inputs: AttentionInputs, recorder: Any, layer: int, session: Session, end: int) -> None:
+def _record_unedited(inputs: AttentionInputs, recorder: Recorder, layer: int, session: Session, end: int) -> None:
     """Show the recorder the weights of the rows it asks for, up to `end`: those that are read, but not edited."""
     start = recorder.first_row(session)
     if start < end:

@@ -11,34 +11,37 @@ import torch
 
 from vlm_fix.families.compat import cache_of, with_cache
 from vlm_fix.method import Method
+from vlm_fix.recorder import Recorder
 from vlm_fix.scope import RowScope
 from vlm_fix.session import Rows, Session
 from vlm_fix.wing import engine_of
 
 
 @dataclass
-class PlainWeights:
+class PlainWeights(Recorder):
     """Recorder of one layer: calls `read(a [B, H, r, K], rows)` with the plain weights of the rows after the image."""
 
     method: Method
+    layer: int
     read: Callable[[torch.Tensor, Rows], None]
+
+    def __post_init__(self) -> None:
+        self.layers = (self.layer,)
 
     def first_row(self, session: Session) -> int:
         return session.rows_in(RowScope.AFTER_IMAGE, needs_image=True).first
 
-    def weights(self, layer: int, session: Session, first: int, a: torch.Tensor, i: int) -> None:
-        positions = torch.arange(a.shape[2], device=a.device) + session.start + first + i
-        self.read(a, Rows(layer, session, self.method, positions, **session.masks(a.shape[-1], a.device)))
-
-    def heads(self, layer: int, session: Session, output: torch.Tensor) -> None:
-        return None
+    def weights(self, layer: int, session: Session, first: int, weights: torch.Tensor, i: int) -> None:
+        device = weights.device
+        positions = torch.arange(weights.shape[2], device=device) + session.start + first + i
+        self.read(weights, Rows(layer, session, self.method, positions, **session.masks(weights.shape[-1], device)))
 
 
 @torch.no_grad()
-def preview(session: Session, kwargs: dict[str, Any], looks: dict[int, Any] | None = None) -> torch.Tensor:
+def preview(session: Session, kwargs: dict[str, Any], recorder: Recorder | None = None) -> torch.Tensor:
     """Hidden states [B, q, C] after the final norm; kwargs are the language model's (`Method.prepare`).
 
-    looks: layer -> its recorder. States are the session's own. A cache with earlier columns is copied for the pass.
+    Memories are the session's own. A cache with earlier columns is copied for the pass.
     """
     engine, cache = engine_of(session.call.model), cache_of(kwargs)
     plain = Session(
@@ -47,13 +50,13 @@ def preview(session: Session, kwargs: dict[str, Any], looks: dict[int, Any] | No
         plain=True,
         prompt_len=session.prompt_len,
         states=session.states,
-        looks=looks or {},
     )
     plain.advance(session.start, session.types)
     plain.last_visual = session.last_visual
     own = with_cache({**kwargs, "use_cache": False}, copy.deepcopy(cache) if session.start else None)
     engine.session = plain
     try:
-        return engine.language(**own).last_hidden_state
+        with engine.recording(recorder or Recorder()):
+            return engine.language(**own).last_hidden_state
     finally:
         engine.session = session

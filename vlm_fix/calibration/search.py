@@ -35,7 +35,8 @@ def collate(samples: Sequence[Sample], pad_id: int = 0) -> dict[str, Tensor]:
         if _along_prompt(samples[0], key):
             fill = pad_id if key == "input_ids" else 0
             rows = [pad(r, (width - r.shape[1], 0), value=fill) for r in rows]
-        batch[key] = torch.cat(rows)
+        packed = key == "pixel_values" and "target_sizes" in samples[0].inputs  # MiniCPM-V: all patches in one row
+        batch[key] = torch.cat(rows, dim=-1 if packed else 0)
     return batch
 
 

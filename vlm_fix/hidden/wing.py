@@ -24,7 +24,7 @@ MLPS = ("mlp", "feed_forward")
 
 def writers(layer: Any) -> dict[str, Any]:
     """The modules whose outputs a decoder layer adds to the residual stream (its last norm, where it has one), and itself."""
-    if hasattr(layer, "pre_feedforward_layernorm"):  # Gemma 3
+    if hasattr(layer, "post_feedforward_layernorm"):  # Gemma 3, EXAONE 4
         attention, mlp = layer.post_attention_layernorm, layer.post_feedforward_layernorm
     elif hasattr(layer, "post_self_attn_layernorm"):  # GLM-4V
         attention, mlp = layer.post_self_attn_layernorm, layer.post_mlp_layernorm

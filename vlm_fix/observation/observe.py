@@ -22,6 +22,7 @@ from vlm_fix.packing import pad_to
 from vlm_fix.pruning import PruningWing
 from vlm_fix.pruning.kinds import ImageShrinker
 from vlm_fix.pruning.pruners import Pruners
+from vlm_fix.recorder import LastHeads, Recorder
 from vlm_fix.session import PAD, VISUAL, Session, View
 from vlm_fix.wing import installed
 
@@ -117,7 +118,7 @@ class Observation:
         return weights.mean(dim=(0, 1))[cells.clamp(min=0)] * (cells >= 0)
 
 
-class Probe:
+class Probe(Recorder):
     """Gathers an Observation layer by layer, called by the attention function and by hooks on the layers."""
 
     def __init__(
@@ -143,9 +144,10 @@ class Probe:
         assert session.prompt_len is not None
         return max(session.prompt_len - 1 - session.start, 0)
 
-    def weights(self, layer: int, session: Session, first: int, a: torch.Tensor, i: int) -> None:
+    def weights(self, layer: int, session: Session, first: int, weights: torch.Tensor, i: int) -> None:
         """Edited weights [1, H, r, K] of the query rows from first + i on."""
-        masks, first = session.masks(a.shape[-1], a.device), first + i
+        a, first = weights, first + i
+        masks = session.masks(a.shape[-1], a.device)
         if self.columns:
             self.tally(layer, session, a[0], session.start + first)
         if self.question and session.start == 0:
@@ -176,10 +178,10 @@ class Probe:
         new = pad_to(old, session.whole.types.shape[1])
         self.sums[layer] = new.index_add(1, places, (a * real[:, None]).sum(dim=1))
 
-    def heads(self, layer: int, session: Session, output: torch.Tensor) -> None:
+    def heads(self, layer: int, session: Session, outputs: torch.Tensor) -> None:
         """Head outputs [1, q, H, D] as o_proj gets them."""
         if ("heads", layer) not in self.parts:
-            self.add("heads", layer, output[0, self.first_answering(session)].float())
+            self.add("heads", layer, outputs[0, self.first_answering(session)].float())
 
     def enter(self, engine: Engine, layer: int, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         """Hook before a layer."""
@@ -302,7 +304,7 @@ def observe(
         session = _run(engine, call, probe, answer)
         text: dict[int, torch.Tensor] = {}
         if text_only:
-            engine.observe(call.without_images(), call, lambda i, o: text.__setitem__(i, o[0, :, -1].float().cpu()))
+            engine.run_prompt(call.without_images(), LastHeads(lambda i, heads: text.__setitem__(i, heads[0].cpu())))
         return _collect(engine, call, probe, session, answer, cells, text)
 
 
@@ -326,7 +328,7 @@ def _run(engine: Engine, call: Call, probe: Probe, answer: torch.Tensor) -> Sess
     base, model = engine.base, engine.model
     cache, deltas = DynamicCache(config=model.config.get_text_config()), getattr(base, "rope_deltas", None)
     positions, following = prompt_positions(model, engine.family, call.inputs)
-    engine.call, engine.probe = call, probe
+    engine.call, engine.recorder = call, probe
     try:
         more = {"position_ids": positions, "use_cache": True, "logits_to_keep": 1}
         model(**with_cache({**call.inputs, **more}, cache))
@@ -341,7 +343,7 @@ def _run(engine: Engine, call: Call, probe: Probe, answer: torch.Tensor) -> Sess
             model(**with_cache(inputs, cache))
         return session
     finally:
-        engine.call = engine.session = engine.main = engine.probe = None
+        engine.call = engine.session = engine.main = engine.recorder = None
         if deltas is not None or hasattr(base, "rope_deltas"):
             base.rope_deltas = deltas
 

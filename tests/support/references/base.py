@@ -160,8 +160,14 @@ AttentionMaskInterface.register("reference_loops", eager_mask)
 
 def double(model):
     """A float64 copy whose language model runs the reference attention."""
-    twin = copy.deepcopy(model).double().eval()
+    twin = float64(model)
     twin.set_attn_implementation({"text_config": "reference_loops"})
+    return twin
+
+
+def float64(model):
+    """A float64 copy."""
+    twin = copy.deepcopy(model).double().eval()
     if getattr(twin.config.get_text_config(), "num_experts_per_tok", None) or hasattr(
         twin.config.get_text_config(), "moe_topk"
     ):
