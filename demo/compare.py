@@ -268,7 +268,7 @@ def recipes(
     settings = ", ".join(f"{key}={value!r}" for key, value in options.items() if value is not None)
     python = (
         f"{lead}import vlm_fix\n{'from vlm_fix.demo.examples import find' + chr(10) if example else ''}"
-        f"from vlm_fix.eval import generation, loading\n\n"
+        f"from vlm_fix.eval.run import generation, loading\n\n"
         f"model, processor, _ = loading.load_model({model!r})\n"
         f"image = {source}\n"
         f"for methods in {[runner.BASELINE, *map(list, stacks)]!r}:\n"

@@ -106,7 +106,7 @@ def look(loaded: Loaded, image: Image.Image, prompt: str, pane: Pane) -> View:
         inputs = dict(generation.encode(model, processor, [image], [prompt]))
         base = vlm_fix.observe(model, inputs, pane.ids)
         others: list[tuple[str, str, Image.Image]] = []
-        seen, note, changed = base, "", dict[str, Any]()
+        seen, note, changed, procedures = base, "", dict[str, Any](), None
         if not plain:
             with vlm_fix.wrapped(model, pane.stack):
                 engine = engine_of(model)
@@ -125,7 +125,7 @@ def look(loaded: Loaded, image: Image.Image, prompt: str, pane: Pane) -> View:
             pictures = unpixel(processor, inputs["pixel_values"].flatten(0, -4))
         elif changed:
             pictures = unpatch(processor, inputs["pixel_values"], inputs["image_grid_thw"])
-        name = engine.refiners[0].name if changed else ""
+        name = procedures.refiners[0].name if changed and procedures else ""
         if second:
             others.append((f"{name}: a second image", "the model sees it after the image", pictures[1]))
         elif changed:

@@ -151,6 +151,10 @@ class Engine(Forwards):
         for wing in self.wings:
             wing.refuse(options)
 
+    def answer_alone(self, options: GenerateOptions) -> Any:
+        """What the model answers without any wing."""
+        return self.plain_generate(options.ids, **options.final_kwargs(self.outside))
+
     @contextlib.contextmanager
     def during(self, call: Call) -> Iterator[None]:
         """`call` is the one that this thread's forwards belong to, until this ends."""
@@ -187,7 +191,7 @@ def generate(engine: Engine, model: Any, *args: Any, **kwargs: Any) -> Any:
     """`generate` of a wrapped model; arguments and output are the model's own."""
     options = GenerateOptions.read(model, args, kwargs)
     if engine.rests(options):
-        return engine.plain_generate(options.ids, **options.final_kwargs(engine.outside))
+        return engine.answer_alone(options)
     engine.refuse(options)
     with engine.lock, contextlib.ExitStack() as stack:
         call = Call(model, engine.family, options.tensors(), cache=cache_of(options.kwargs))

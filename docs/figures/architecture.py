@@ -31,6 +31,7 @@ INK, PALE, BLUE, GREEN, ORANGE = "#1f2933", "#eef2f6", "#cfe3f7", "#d5efdc", "#f
 HOOKS = ("check", "install", "refuse", "around_generate", "on_prompt", "enter", "unused")
 WORDS = {
     "GenerateOptions.read": "the arguments, read once",
+    "engine.rests": "no image: the model answers alone",
     "engine.refuse": "what cannot be served stops here",
     "Call": "this call: the prompt's inputs",
     "engine.during": "forwards now belong to it",

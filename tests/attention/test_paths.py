@@ -247,7 +247,7 @@ def test_static_cache_knows_the_padding(family, model, spec):
     assert torch.equal(got[0], expected[0]) and float((got[1] - expected[1]).abs().max()) < 2e-4
 
 
-@pytest.mark.parametrize("name, made", [("avar", "columns"), ("locore", "bias")])
+@pytest.mark.parametrize("name, made", [("avar", "column_factors"), ("locore", "bias")])
 def test_masks_and_factors_shared_by_layers_are_made_once_in_a_forward(model, family, monkeypatch, name, made):
     method, calls = get_method(name), []
     original = getattr(method, made)

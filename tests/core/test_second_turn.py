@@ -133,9 +133,9 @@ def test_vhr_chooses_by_the_prompts_last_row_beside_drafts(family, model, spec, 
     from vlm_fix.methods.heads.vhr import VHR
 
     chosen, rows = [], []
-    choose, heads = VHR.choose, VHR.heads
+    choose, heads = VHR.choose, VHR.edit_heads
     monkeypatch.setattr(VHR, "choose", lambda *a: chosen.append(choose(*a)) or chosen[-1])
-    monkeypatch.setattr(VHR, "heads", lambda *a: rows.append(a[1].shape[2]) or heads(*a))
+    monkeypatch.setattr(VHR, "edit_heads", lambda *a: rows.append(a[1].shape[2]) or heads(*a))
     with vlm_fix.wrapped(model, spec):
         for seed in range(3):
             inputs, found = repeating(family, seed), []

@@ -57,7 +57,7 @@ def expected(twin, spec, inputs, tokens):
     visual, answer = ref.visual_columns(ids), tokens[:-1]
     if method.name == "random_heads":
         layers = list(vlm_fix.method.parse_layers(method.layers, 4, ""))
-        run = RandomHeadsReference(visual, n, layers, rows=method.rows, alpha=method.alpha, seed=method.seed)
+        run = RandomHeadsReference(visual, n, layers, rows=method.row_scope.value, alpha=method.alpha, seed=method.seed)
         return ref.teacher_forced(twin, run, inputs, answer)
     run = ref.Reference(visual, n, [])
     logits = ref.teacher_forced(twin, run, inputs, answer)
