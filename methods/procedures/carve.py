@@ -95,6 +95,7 @@ class CARVE(Refiner):
 
     def looks(self, call: Call, inputs: dict[str, Any]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Per token of a greedy answer: weights [layers, N] on the N image tokens of the batch, and [N] not yet ended."""
+        assert isinstance(self.layers, tuple)
         engine = engine_of(call.model)
         ids, eos = inputs["input_ids"], call.model.generation_config.eos_token_id
         ends, seen = torch.tensor([] if eos is None else eos, dtype=torch.long, device=ids.device), []
@@ -103,7 +104,7 @@ class CARVE(Refiner):
         with engine.recording(looking):
             for _ in range(self.steps):
                 new = branch.logits(answer).argmax(dim=-1, keepdim=True)
-                a, visual = torch.stack([looking.seen[i] for i in self.layers or ()]), looking.visual
+                a, visual = torch.stack([looking.seen[i] for i in self.layers]), looking.visual
                 seen.append((a[:, visual], alive[visual.nonzero()[:, 0]]))
                 alive = alive & ~torch.isin(new[:, 0], ends).cpu()
                 answer = torch.cat([answer, new.to(ids.device)], dim=1)

@@ -53,9 +53,7 @@ class Observation:
     mlp_norm: torch.Tensor  # [layers, rows] the same of the MLP
     attention_output: torch.Tensor | None  # [layers, rows, C] what attention adds; if asked for
     mlp_output: torch.Tensor | None  # [layers, rows, C] the same of the MLP
-    question_to_image: (
-        torch.Tensor | None
-    )  # [layers, heads, Q, N] of the prompt's Q rows after the images; if asked for
+    question_to_image: torch.Tensor | None  # [layers, heads, Q, N]: the prompt's Q rows after the images; if asked for
     column_sums: torch.Tensor | None  # [layers, heads, columns] what all rows, the prompt's too, give; if asked for
 
     @property
