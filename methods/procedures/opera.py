@@ -50,13 +50,13 @@ class OPERA(WeightReader, Searcher):
     Deviations: products are summed as logarithms, and a penalty beyond 65504 counts as that (the official float16 gives
     infinity there, and 0 or multiples of 6e-8 below); going back, the official code forgets the wrong rejections, as it
     counts positions from the end of a fixed window of 512: here those of later positions are forgotten; ties of "most"
-    go to the earlier column; scores are divided by the generated length. A batch is searched prompt by prompt. Weight 0
-    is the model's own decoding.
+    go to the earlier column; scores are divided by the generated length. Prompts are searched one by one; weight 0: plainly.
     """
 
     name: ClassVar[str] = "opera"
     kind: ClassVar[str] = "procedure"
     paper: ClassVar[str] = "https://arxiv.org/abs/2311.17911"
+    needs_image: ClassVar[bool] = True
     refuses: ClassVar[dict[str, str]] = {
         "num_beams": "set opera:beams=N instead",
         "do_sample": "it is a beam search; pass do_sample=False",

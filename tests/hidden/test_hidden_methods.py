@@ -169,9 +169,7 @@ def test_rates_do_not_depend_on_batches(monkeypatch):
     prompts[2]["pixel_values"] *= 20
     with torch.no_grad():
         logits = [model(**x).logits[0, -1] for x in prompts]
-    samples = [
-        vlm_fix.calibration.Sample(x, int(p.argmax()), int(p.argmin())) for x, p in zip(prompts, logits, strict=True)
-    ]
+    samples = [vlm_fix.Sample(x, int(p.argmax()), int(p.argmin())) for x, p in zip(prompts, logits, strict=True)]
     together = vlm_fix.parse_spec("iri:noise=1").calibrate(model, samples, 3, lambda *_: None)
     batches = iri.batches
     monkeypatch.setattr(iri, "batches", lambda samples, size, pad: batches(samples, 1, pad))
@@ -217,8 +215,7 @@ def test_fcct_equals_reference(family, model):
     twin = ref.double(model)
     clean = [answer_by_hand(twin, s.inputs) for s in samples]
     samples = [  # answered right by construction: the likeliest word against the least likely
-        vlm_fix.calibration.Sample(s.inputs, int(p.argmax()), int(p.argmin()))
-        for s, (p, _) in zip(samples, clean, strict=True)
+        vlm_fix.Sample(s.inputs, int(p.argmax()), int(p.argmin())) for s, (p, _) in zip(samples, clean, strict=True)
     ]
     before = hooks(model)
     found = vlm_fix.parse_spec("iri:noise=2").calibrate(model, samples, 3, lambda *_: None)
@@ -327,7 +324,7 @@ def test_head_pursuit_finds_the_heads_of_a_reference(family, model, monkeypatch)
     """Greedy rows, contributions head by head and the ranking, recomputed in float64 without the engine."""
     samples = labelled(family, (1, 2, 1))
     words = {w: 10 + 3 * i for i, w in enumerate("abcdefgh")}
-    samples = [vlm_fix.calibration.Sample(s.inputs, 5, 6, words) for s in samples]
+    samples = [vlm_fix.Sample(s.inputs, 5, 6, words) for s in samples]
     monkeypatch.setattr(model.generation_config, "eos_token_id", 40)
     monkeypatch.setattr(model.generation_config, "suppress_tokens", [IMAGE])  # no second image for the reference
     found = vlm_fix.parse_spec("head_pursuit:top=16,atoms=3").calibrate(model, samples, 0, lambda *_: None)

@@ -15,6 +15,7 @@ from tests.support.references.pruning_before import images_of, ranked
 from tests.support.run import VAR_TINY, error, greedy
 from vlm_fix.call import Call
 from vlm_fix.families.compat import CACHE, cache_of
+from vlm_fix.methods.pruning.pyramid_drop import PyramidDrop
 from vlm_fix.packing import left_pack
 from vlm_fix.pruning import PruningWing
 from vlm_fix.pruning.kinds import LayerPruner, top_per_image
@@ -332,7 +333,7 @@ def test_one_budget_for_all_stages():
     }.items():
         assert vlm_fix.parse_spec(spec).resolve(arch).keep == pytest.approx(expected)
     for value in (4, [9, 4]):
-        method = vlm_fix.methods.pyramid_drop.PyramidDrop(keep=value, layers=(1, 2))
+        method = PyramidDrop(keep=value, layers=(1, 2))
         assert method.resolve(arch).keep == pytest.approx((8, 4) if value == 4 else (9, 4))
 
 

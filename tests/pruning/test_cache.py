@@ -16,7 +16,7 @@ from tests.support.references.pruning_after import STEPS, Slow, quota
 from tests.support.references.pruning_before import ranked
 from tests.support.run import VAR_TINY, error, greedy
 from vlm_fix import AttentionOutputEdit, MLPOutputEdit
-from vlm_fix.attention import function
+from vlm_fix.attention import inputs as attention_inputs
 from vlm_fix.families.compat import CACHE, cache_of
 from vlm_fix.pruning import PruningWing
 from vlm_fix.pruning.cache import ShortLayer
@@ -247,8 +247,8 @@ def widths(model, inputs, steps, layer=1):
         return sdpa(*args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        sdpa = function.sdpa_attention_forward
-        patch.setattr(function, "sdpa_attention_forward", spy)
+        sdpa = attention_inputs.sdpa_attention_forward
+        patch.setattr(attention_inputs, "sdpa_attention_forward", spy)
         out = model.generate(**inputs, max_new_tokens=steps, do_sample=False, return_dict_in_generate=True)
     return seen[1:], out
 
