@@ -5,10 +5,21 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 
 import pytest
 
 from tests.support.paths import ROOT
+
+
+@pytest.fixture(autouse=True)
+def finished_runs():
+    """Wait for the runs that a test started: in a thread, they change the warnings that later tests catch."""
+    before = set(threading.enumerate())
+    yield
+    for thread in set(threading.enumerate()) - before:
+        if thread.name.endswith(("(_answer)", "(work)")):
+            thread.join(timeout=30)
 
 
 @pytest.fixture(scope="package")

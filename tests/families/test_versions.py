@@ -147,7 +147,9 @@ def test_sampling_with_a_seed_is_repeatable(family, model, kind):
     [("5.16.1", False), ("5.17.0", True), ("5.24.9", True), ("5.25.0", False), ("6.0.0.dev0", False), ("main", False)],
 )
 def test_an_untested_transformers_warns_once(model, monkeypatch, version, known):
-    monkeypatch.setattr(transformers, "__version__", version)
+    monkeypatch.setattr(
+        compat.transformers, "__version__", version
+    )  # another import may have replaced the module since
     monkeypatch.setattr(compat, "_warned", False)
     caught = []  # not by catch_warnings, which threads of other tests undo
     monkeypatch.setattr(
