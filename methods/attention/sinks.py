@@ -74,7 +74,7 @@ def secondary_sinks(
 ) -> torch.Tensor:
     """[layers, B, n]: the secondary sinks of a prompt at each layer's input, from one more forward without edits.
 
-    kwargs are the language model's (`Method.prepare`); limits None: `lifetime_limits`. As in the official code the output
+    kwargs are the language model's (`InputEdit.prepare`); limits None: `lifetime_limits`. As in the official code the output
     of the final norm counts as one more layer of a life. Source: "On the Existence and Behaviour of Secondary Attention
     Sinks", official code JeffreyWong20/Secondary-Attention-Sinks@11eefcc.
     """

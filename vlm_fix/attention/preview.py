@@ -39,7 +39,7 @@ class PlainWeights(Recorder):
 
 @torch.no_grad()
 def preview(session: Session, kwargs: dict[str, Any], recorder: Recorder | None = None) -> torch.Tensor:
-    """Hidden states [B, q, C] after the final norm; kwargs are the language model's (`Method.prepare`).
+    """Hidden states [B, q, C] after the final norm; kwargs are the language model's (`InputEdit.prepare`).
 
     Memories are the session's own. A cache with earlier columns is copied for the pass.
     """
