@@ -50,7 +50,7 @@ class OPERA(WeightReader, Searcher):
     Deviations: products are summed as logarithms, and a penalty beyond 65504 counts as that (the official float16 gives
     infinity there, and 0 or multiples of 6e-8 below); going back, the official code forgets the wrong rejections, as it
     counts positions from the end of a fixed window of 512: here those of later positions are forgotten; ties of "most"
-    go to the earlier column; scores are divided by the generated length. Prompts are searched one by one; weight 0 is plain search.
+    go to the earlier column; scores are divided by the generated length. Prompts are searched one by one; weight 0: plain.
     """
 
     name: ClassVar[str] = "opera"
