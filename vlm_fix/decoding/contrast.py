@@ -43,7 +43,7 @@ class PrefixContrast(LogitsProcessor):
     """Replaces the scores [B, V] by `method.combine_at(step, main, *negatives)`, renormalised (beam search adds them up)."""
 
     def __init__(self, host: Host, method: Contrast, call: Call, joins: bool = False, term: Term | None = None):
-        self.host, self.method, self.call, self.joins = host, method, call, joins and joint.JOINS
+        self.host, self.method, self.call, self.joins = host, method, call, joins
         self.term = term
         self.branches: list[Branch] = []
         self.joint: joint.Joint | None = None
