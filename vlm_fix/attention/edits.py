@@ -21,9 +21,8 @@ import torch
 
 from vlm_fix.arch import Arch
 from vlm_fix.call import Call
-from vlm_fix.errors import VlmFixError
 from vlm_fix.memory import Memory
-from vlm_fix.method import Layers, Method, param
+from vlm_fix.method import Layers, Method, param, with_weights
 from vlm_fix.scope import RowScope
 from vlm_fix.session import Rows, Session
 
@@ -92,13 +91,7 @@ class AttentionEdit(Method):
         """`layers` become those of them that have attention weights at all."""
         method = super().resolve(arch)
         assert isinstance(method, AttentionEdit) and isinstance(method.layers, tuple)
-        layers = tuple(i for i in method.layers if i in arch.attention)
-        if not layers:
-            raise VlmFixError(
-                f"{self.name}: none of the layers {', '.join(map(str, method.layers))} has attention weights; in this model "
-                f"layers {', '.join(map(str, arch.attention))} do."
-            )
-        return dataclasses.replace(method, layers=layers)
+        return dataclasses.replace(method, layers=with_weights(self.name, method.layers, arch))
 
     def acts_in(self, branch: str) -> bool:
         """True if it acts in this branch: "main", or a name of `Contrast.branches`."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from vlm_fix.call import Call
-from vlm_fix.families import image_token_ids, split_pixels
+from vlm_fix.families import final_norm, image_token_ids, split_pixels
 from vlm_fix.session import Session
 from vlm_fix.wing import Host
 
@@ -49,7 +49,7 @@ class Step:
         """[B', V] float32 logits of the input of `layer`, through the final norm (if asked) and the language head."""
         host, (rows, first) = self.host, self.seen[layer]
         x = rows[:, self.index - first]
-        return host.model.lm_head(host.language.norm(x) if norm else x).float()
+        return host.model.lm_head(final_norm(host.language)(x) if norm else x).float()
 
 
 def fingerprints(call: Call) -> list[int]:
