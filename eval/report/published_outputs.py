@@ -108,7 +108,7 @@ def score_pair(
         compared = paired_bootstrap(metrics, *sides)
         cut = {f"equal_{name}": chair.METRICS[name] for name in ("chair_s", "chair_i")}
         compared |= paired_bootstrap(cut, *chair.at_equal_length(*results))
-        extra = {}
+        extra: dict[str, Any] = {}
     else:
         questions = pope_files.coco_questions(pair["split"])[: pair.get("first")]
         scored = [pope.score(questions, pope_files.load_answers(path)) for path in paths]
