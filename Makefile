@@ -56,6 +56,7 @@ build/typed: .venv/dev  ## the package as installed: the folders of the reposito
 docs: .venv/run  ## docs/methods.md from the classes and results/, and the pruning curves
 	$(BIN)/python -m vlm_fix.eval.methods_page docs/methods.md
 	$(BIN)/python -m vlm_fix.eval.curves results/pruning docs/pruning.md
+	$(BIN)/python -m vlm_fix.eval.report.published_outputs results/published-outputs --page docs/published-outputs.md
 
 leaderboard: .venv/run  ## the tables of README and docs/leaderboard.md from the JSON in results/
 	$(BIN)/vlm-fix report $(sort $(dir $(wildcard results/*/results.json))) --markdown docs/leaderboard.md
