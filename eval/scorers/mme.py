@@ -132,6 +132,7 @@ def load_rows(given: Answers, release: str | None = None) -> tuple[list[Question
         label = row.label.strip().lower() or truth.get(_key(task, image, row.question), "")
         if label not in ("yes", "no"):
             lost = f"the truth {row.label!r} is neither Yes nor No" if row.label else "no truth"
+            lost = f"{row.question[:60]!r} is no question about {task}/{image} in {release}" if truth else lost
             raise VlmFixError(
                 f"{given.path}, row {row.number}: {lost}; add it, or give MME's folder with --questions "
                 "MME_Benchmark_release_version."
