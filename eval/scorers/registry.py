@@ -15,7 +15,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     module.BENCHMARK.name: module.BENCHMARK for module in (pope, chair, amber, mme, hallusion)
 }
 LAYOUTS: dict[str, Layout] = {task: each for made in BENCHMARKS.values() for task, each in made.layouts.items()}
-PLAIN = {"unparsed", "length", "n", "failed"}
+PLAIN = {"unparsed", "misread", "length", "n", "failed"}
 """Figures that are numbers; all others are fractions."""
 
 

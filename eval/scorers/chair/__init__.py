@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from vlm_fix.eval.scorers.benchmark import Argument, Benchmark, Captions, Gain, Layout, Mark, variant_option
+from vlm_fix.eval.scorers.answers import Keys
+from vlm_fix.eval.scorers.benchmark import KEYS, Argument, Benchmark, Captions, Gain, Layout, Mark, variant_option
 from vlm_fix.eval.scorers.choices import Variant
 
 from . import data as files
 from . import score, words
 
 
-def score_files(captions: str, variant: Variant, drop_incomplete: bool, ground_truth: str | None) -> score.ChairResult:
+def score_files(
+    captions: str,
+    variant: Variant = "nltk",
+    drop_incomplete: bool = False,
+    ground_truth: str | None = None,
+    answer_key: str | None = None,
+    id_key: str | None = None,
+    tell: Callable[[str], None] = str,
+) -> score.ChairResult:
     """Score a caption file."""
     truth = files.ground_truth(ground_truth or "coco", variant)
-    found = files.load_captions(captions)
+    found = files.load_captions(captions, Keys(answer_key, id_key), tell)
     if drop_incomplete:
         found = [caption._replace(text=files.whole_sentences(caption.text)) for caption in found]
     return score.score(found, truth, variant)
@@ -49,13 +58,16 @@ BENCHMARK = Benchmark(
     commits=words.COMMITS,
     score_what="score captions with CHAIR",
     arguments=(
-        Argument("captions", {"metavar": "CAPTIONS", "help": "JSON lines or array: image_id, caption"}),
+        Argument(
+            "captions", {"metavar": "CAPTIONS", "help": "image_id, caption; see docs/benchmarks.md for all layouts"}
+        ),
         variant_option(),
         Argument("--drop-incomplete", {"action": "store_true", "help": "drop a cut-off last sentence first"}),
         Argument(
             "--ground-truth",
             {"metavar": "FILE", "help": "objects per image; COCO train+val2014 is in the package"},
         ),
+        *KEYS,
     ),
     score_files=score_files,
     layouts={

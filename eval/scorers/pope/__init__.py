@@ -2,20 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from statistics import fmean
 from typing import Any
 
+from vlm_fix.errors import VlmFixError
 from vlm_fix.eval.scorers import yesno
-from vlm_fix.eval.scorers.benchmark import YES_NO_COLUMNS, Argument, Benchmark, Gain, Layout, YesNo, scorer_option
+from vlm_fix.eval.scorers.answers import Answers, Keys, read
+from vlm_fix.eval.scorers.benchmark import KEYS, YES_NO_COLUMNS, Argument, Benchmark, Gain, Layout, YesNo, scorer_option
 from vlm_fix.eval.scorers.choices import Scorer
 
-from . import data as files
-from . import score
+from . import data, files, score
 
 
-def score_files(questions: str, answers: str, scorer: Scorer) -> score.PopeResult:
-    """Score an answer file against its question file."""
-    return score.score(files.load_questions(questions), files.load_answers(answers), scorer)
+def score_files(
+    answers: str,
+    questions: str | None = None,
+    scorer: Scorer = "official",
+    answer_key: str | None = None,
+    id_key: str | None = None,
+    tell: Callable[[str], None] = str,
+) -> score.PopeResult | dict[str, Any]:
+    """Score an answer file: one split, or the parts of a file with several and their mean."""
+    given = read(answers, data.ANSWER, Keys(answer_key, id_key))
+    tell(given.told())
+    pairs, source = _matched(questions, given)
+    tell(f"questions and labels: {source}; splits: {', '.join(f'{name} ({len(q)})' for name, (q, _) in pairs.items())}")
+    other = sum(
+        reply.label in ("yes", "no") and reply.label != question.label
+        for asked, replies in pairs.values()
+        for question, reply in zip(asked, replies, strict=False)
+    )
+    if other:
+        tell(f"note: {other} labels of the answer file differ from those of the questions, which are used")
+    results = {split: score.score(asked, replies, scorer) for split, (asked, replies) in pairs.items()}
+    if len(results) == 1:
+        return next(iter(results.values()))
+    parts: dict[str, Any] = {split: result.to_dict() for split, result in results.items()}
+    figures = {name: fmean(getattr(result, name) for result in results.values()) for name in score.METRICS}
+    return parts | {"mean": {"n": sum(result.n for result in results.values()), **figures}}
+
+
+def _matched(questions: str | None, given: Answers) -> tuple[dict[str, Any], str]:
+    """Return the matched questions and answers, and where the questions come from."""
+    if questions:
+        return files.match(files.load(questions), given), "POPE's own of COCO" if questions == "coco" else questions
+    try:
+        found = files.match(files.official(), given)
+    except VlmFixError:
+        if not files.labelled(given):
+            raise
+        return files.own(given), "those of the answer file"
+    return found, "POPE's own of COCO"
 
 
 def _caption(settings: Mapping[str, Any], data: Mapping[str, Any]) -> str:
@@ -32,10 +70,17 @@ BENCHMARK = Benchmark(
     arguments=(
         Argument(
             "questions",
-            {"metavar": "QUESTIONS", "help": "JSON lines or array: question_id, image, text, label"},
+            {
+                "metavar": "QUESTIONS",
+                "nargs": "?",
+                "help": "file (question_id, image, text, label), folder with one for each split, or coco, POPE's own (those)",
+            },
         ),
-        Argument("answers", {"metavar": "ANSWERS", "help": "JSON lines: question_id, text or answer"}),
+        Argument(
+            "answers", {"metavar": "ANSWERS", "help": "question_id, text; see docs/benchmarks.md for all layouts"}
+        ),
         scorer_option(),
+        *KEYS,
     ),
     score_files=score_files,
     layouts={
