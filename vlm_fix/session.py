@@ -246,6 +246,19 @@ class Session:
             self.forward.kinds[width, device] = {k: v[..., offset : offset + width] for k, v in wide.items()}
         return self.forward.kinds[width, device]
 
+    def ages(self, rows: torch.Tensor, width: int) -> torch.Tensor:
+        """How many columns lie between a row's own and each column: [R, K], 0 for its own, negative for later ones.
+
+        rows [R]: absolute positions. K = `width` columns, the newest if a sliding window dropped others.
+        """
+        offset = max(0, self.types.shape[1] - width)
+        return rows[:, None] - torch.arange(offset, offset + width, device=rows.device)
+
+    def generated(self, width: int, device: torch.device) -> torch.Tensor:
+        """[K] booleans of the columns after the prompt, of the K = `width` newest."""
+        offset = max(0, self.types.shape[1] - width)
+        return torch.arange(offset, offset + width, device=device) >= self.prompt_len
+
     def rows_in(self, scope: RowScope, needs_image: bool) -> RowRange:
         """The rows of this forward in `scope`; none of the samples without an image if `needs_image`."""
         last, after = self.prompt_len - 1, scope is RowScope.AFTER_IMAGE
@@ -301,6 +314,16 @@ class Rows:
     def memory(self, kind: type[M]) -> M:
         """What the method remembers in the session, see `Session.memory`."""
         return self.session.memory(self.method, kind)
+
+    @property
+    def age(self) -> torch.Tensor:
+        """How many columns each column lies before a row's own; broadcasts to [B, 1, R, K]."""
+        return self.session.ages(self.positions, self.visual.shape[-1])
+
+    @property
+    def generated(self) -> torch.Tensor:
+        """The columns after the prompt, as booleans; broadcasts to [B, 1, R, K]."""
+        return self.session.generated(self.visual.shape[-1], self.visual.device)
 
     @property
     def prefill(self) -> bool:

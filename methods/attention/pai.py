@@ -29,6 +29,7 @@ class PAI(ScoreEdit, Contrast):
 
     name: ClassVar[str] = "pai"
     kind: ClassVar[str] = "attention"
+    heads_apart: ClassVar[bool] = True
     paper: ClassVar[str] = "https://arxiv.org/abs/2407.21771"
 
     alpha: float = param(0.2, "share of |z| added to the image columns' scores", low=0)
