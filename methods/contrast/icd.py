@@ -32,6 +32,7 @@ class ICD(Contrast):
 
     name: ClassVar[str] = "icd"
     paper: ClassVar[str] = "https://arxiv.org/abs/2403.18715"
+    on_logits: ClassVar[bool] = True
 
     alpha: float = param(1.0, "contrast strength", low=0)
     beta: float = param(0.1, "plausibility cut-off", low=0, high=1)

@@ -35,13 +35,5 @@ def attention_modules(language: Any) -> dict[int, Any]:
     return {i: layer.self_attn for i, layer in enumerate(language.layers) if hasattr(layer, "self_attn")}
 
 
-def final_norm(language: Any) -> Any:
-    """The norm between the last layer and the language head; LFM2 calls it after the embeddings, to which it is tied."""
-    for name in ("norm", "embedding_norm"):
-        if hasattr(language, name):
-            return getattr(language, name)
-    raise VlmFixError(f"no final norm was found in {type(language).__name__}.")
-
-
 def image_token_ids(model: Any, family: Family) -> list[int]:
     return [i for name in family.image_tokens if (i := getattr(model.config, name, None)) is not None]
