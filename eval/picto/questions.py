@@ -58,7 +58,7 @@ def _is(name: str) -> str:
 
 
 def _number(rng: random.Random, name: str, count: int) -> tuple[str, str, str]:
-    other = rng.choice([n for n in (count - 1, count + 1) if n])
+    other = rng.choice([n for n in (count - 1, count + 1) if 0 < n <= 12])
     so, opposite = (
         f"{'Is there only' if n == 1 else 'Are there'} {world.counted(name, n)} in the image?" for n in (count, other)
     )

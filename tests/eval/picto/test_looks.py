@@ -96,7 +96,7 @@ def holds(scene, text):
         return xs.min(), ys.min(), xs.max() + 1, ys.max() + 1
 
     if found := re.match(r"(?:Is there only|Are there) (.+) in the image\?", text):
-        [(name, n)] = [(c, k) for c in counts for k in range(1, 14) if world.counted(c, k) == found[1]]
+        [(name, n)] = [(c, k) for c in counts for k in range(1, 13) if world.counted(c, k) == found[1]]
         assert ("only" in text) == (n == 1)
         return counts[name] == n
     if found := re.match(r"(?:Is|Are) the (.+) in the (left|right|upper|lower) half", text):
