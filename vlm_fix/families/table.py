@@ -17,15 +17,16 @@ TINY = "a tiny random model: attention (against a reference), heads, a contrast,
 READ = f"{TINY}, pruners of every kind"
 WITHIN = f"{TINY}, pruners inside the language model and of its cache"
 CACHE = f"{TINY}, pruners of the cache"
+BEFORE = f"{TINY}, pruners before the language model"
 NO_PRUNER = f"{TINY}; pruners are refused"
 QWEN: dict[str, Any] = {"vision": "model.visual", "image_tokens": VIDEO, "mrope": True, "cells": "grid_thw"}
 FAMILIES = (
     Family("llava", ("llava",), encoder="clip", cells="pixels", tested=f"picto-llava; {READ}"),
-    Family("qwen2_5_vl", ("qwen2_5_vl",), **QWEN, encoder="qwen2_5_vl", tested=READ),
-    Family("qwen2_vl", ("qwen2_vl",), **QWEN, tested=WITHIN),
-    Family("qwen3_vl", ("qwen3_vl",), **QWEN, tested=CACHE),
-    Family("qwen3_vl_moe", ("qwen3_vl_moe",), **QWEN, tested=CACHE),
-    Family("qwen3_5", ("qwen3_5", "qwen3_5_moe"), **QWEN, tested=NO_PRUNER),
+    Family("qwen2_5_vl", ("qwen2_5_vl",), **QWEN, encoder="qwen", tested=READ),
+    Family("qwen2_vl", ("qwen2_vl",), **QWEN, encoder="qwen", tested=READ),
+    Family("qwen3_vl", ("qwen3_vl",), **QWEN, encoder="qwen", tested=READ),
+    Family("qwen3_vl_moe", ("qwen3_vl_moe",), **QWEN, encoder="qwen", tested=READ),
+    Family("qwen3_5", ("qwen3_5", "qwen3_5_moe"), **QWEN, encoder="qwen", tested=BEFORE),
     Family("glm4v", ("glm4v",), **QWEN, tested=WITHIN),
     Family("glm46v", ("glm46v",), **QWEN, tested=WITHIN),
     Family("glm4v_moe", ("glm4v_moe",), **QWEN, tested=WITHIN),

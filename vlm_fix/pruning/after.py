@@ -23,6 +23,7 @@ from vlm_fix.packing import left_pack
 from vlm_fix.session import PAD, VISUAL, Session, View
 from vlm_fix.wing import Host
 
+from . import deepstack
 from .cache import ShortLayer
 from .columns import ImageColumns
 from .kinds import LayerPruner, Tokens
@@ -36,8 +37,6 @@ def check_model(host: Host, method: Method, prompt: bool = True) -> None:
     reason = ""
     if others:
         reason = "sliding windows" if "sliding_attention" in others else " and ".join(sorted(others)).replace("_", " ")
-    if prompt and getattr(getattr(host.model.config, "vision_config", None), "deepstack_visual_indexes", None):
-        reason = "image features of several depths"
     if prompt and (getattr(config, "use_bidirectional_attention", None) or "gemma" in config.model_type):
         reason = reason or "bidirectional image attention"
     if prompt and "moe_mm_token_type_ids" in inspect.signature(host.language.forward).parameters:
@@ -81,19 +80,26 @@ def install(host: Host, dropper: LayerPruner) -> Iterator[Any]:
         session = host.editing
         if session is None:
             return None
-        x, stage = args[0] if args else kwargs["hidden_states"], stages.index(i) if i in stages else None
+        given, stage = args[0] if args else kwargs["hidden_states"], stages.index(i) if i in stages else None
+        x = deepstack.add(session, i, given)
         if i == 0 and session.start == 0:
             session.memory(dropper, Entered).first = x
         if stage is not None and session.start == 0 and max(session.last_visual) >= 0:
             x = drop(host, dropper, session, i, stage, module, x, kwargs)
         view = session.at(i)
         if not isinstance(view, View):
-            return None
+            if x is given:
+                return None
+            return ((x, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": x})
         tables = rotary(host, dropper, view, x, kwargs["position_embeddings"])
         places = positions(dropper, view, kwargs.get("position_ids"))
         mask = view.attention_mask(x.device)
         changed = {"attention_mask": mask, "position_embeddings": tables, "position_ids": places}
         return (x, *args[1:]) if args else (), {**kwargs, **changed} | ({} if args else {"hidden_states": x})
+
+    def take(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        session = host.editing
+        return None if session is None or session.start else (args, deepstack.take(session, kwargs))
 
     def note(i: int, attn: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         session, cache = host.editing, cache_of(kwargs)
@@ -108,9 +114,11 @@ def install(host: Host, dropper: LayerPruner) -> Iterator[Any]:
             tables, places = kwargs["position_embeddings"], kwargs.get("position_ids")
             session.memory(dropper, Entered).seen = Seen(attn, x, tables, keys, places)
 
-    noted = {s - 1 for s in stages if s} | {0}
+    noted, deep = {s - 1 for s in stages if s} | {0}, deepstack.depths(host)
+    if deep:
+        yield host.language.register_forward_pre_hook(take, with_kwargs=True)
     for i, layer in enumerate(layers):
-        if i >= stages[0] or i == 0:
+        if i >= stages[0] or i <= deep:
             yield layer.register_forward_pre_hook(functools.partial(enter, i), with_kwargs=True)
     for i in noted:
         yield layers[i].self_attn.register_forward_hook(functools.partial(note, i), with_kwargs=True)

@@ -110,8 +110,9 @@ class Clip:
             )
 
 
-class Qwen25VL:
-    """Qwen2.5-VL: packed patches in window order; scores are averaged over each merge unit and put in reading order."""
+class QwenVL:
+    """Qwen-VL's towers: packed patches, in Qwen2.5-VL in window order; scores are averaged over each merge unit and put
+    in reading order."""
 
     def __init__(self, model: Any):
         self.tower = model.model.visual
@@ -135,14 +136,10 @@ class Qwen25VL:
         patches = args[0] if args else kwargs["hidden_states"]
         grid_thw = kwargs["grid_thw"] if "grid_thw" in kwargs else args[1]
         merge = self.tower.spatial_merge_size
-        order = torch.argsort(
-            get_vision_window_index(
-                grid_thw,
-                spatial_merge_size=merge,
-                window_size=self.tower.window_size,
-                patch_size=self.tower.patch_size,
-            )[0]
-        )
+        order = torch.arange(len(patches) // merge**2)
+        if window := getattr(self.tower, "window_size", None):
+            size, side = {"spatial_merge_size": merge, "window_size": window}, self.tower.patch_size
+            order = torch.argsort(get_vision_window_index(grid_thw, **size, patch_size=side)[0])
 
         def units(x: torch.Tensor) -> torch.Tensor:
             return x.view(-1, merge**2, *x.shape[1:])
@@ -184,7 +181,7 @@ def capture(engine: Host, tower: nn.Module, layers: tuple[int, ...], into: str =
     if engine.family.encoder is None:
         looking = [m.name for m in engine.active if m.encoder_layers(engine.arch) is not None]
         raise VlmFixError(unreadable(engine, looking[0]))
-    encoder: Any = {"clip": Clip, "qwen2_5_vl": Qwen25VL}[engine.family.encoder](engine.model)
+    encoder: Any = {"clip": Clip, "qwen": QwenVL}[engine.family.encoder](engine.model)
     blocks, seen = vision_blocks(engine.model, engine.family), {}
 
     def note(layer: int) -> Any:
