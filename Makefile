@@ -10,7 +10,7 @@ PIP := pip install -qq
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
 
-.PHONY: run picto-smol test test-lmms test-vllm test-oldest test-newest lint imports types docs leaderboard reproduce-picto reproduce-picto-smol clean
+.PHONY: run picto-smol test test-lmms test-vllm test-oldest test-newest lint imports types docs record leaderboard reproduce-picto reproduce-picto-smol clean
 
 run: .venv/run  ## baseline and five methods on the bundled model: POPE x 3 and CHAIR, table and figure
 	$(BIN)/vlm-fix eval all --model picto-llava --data picto:shift --method var,vhr,pai,vcd,hiprune \
@@ -56,9 +56,13 @@ types: build/typed
 build/typed: .venv/dev  ## the package as installed: the folders of the repository have other import names
 	rm -rf build && $(BIN)/$(PIP) --no-deps --no-build-isolation --target build/typed .
 
-docs: .venv/run  ## docs/methods.md from the classes and results/, and the pruning curves
+docs: .venv/run  ## docs/methods.md and docs/models.md from the classes, results/ and the tests' record, and the pruning curves
 	$(BIN)/python -m vlm_fix.eval.methods_page docs/methods.md
+	$(BIN)/python -m vlm_fix.eval.report.models_page docs/models.md
 	$(BIN)/python -m vlm_fix.eval.curves results/pruning docs/pruning.md
+
+record: .venv/dev  ## walk every method on every family, about six minutes on one core: what docs/models.md is made of
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.support.product
 	$(BIN)/python -m vlm_fix.eval.report.published_outputs results/published-outputs --page docs/published-outputs.md
 
 leaderboard: .venv/run  ## the tables of README and docs/leaderboard.md from the JSON in results/

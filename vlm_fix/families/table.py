@@ -13,27 +13,21 @@ from .conventions import by_convention, missing
 from .parts import attention_modules, get_part, vision_blocks
 
 VIDEO = ("image_token_id", "video_token_id")
-TINY = "a tiny random model: attention (against a reference), heads, a contrast, logits, hidden states, observe"
-READ = f"{TINY}, pruners of every kind"
-WITHIN = f"{TINY}, pruners inside the language model and of its cache"
-CACHE = f"{TINY}, pruners of the cache"
-BEFORE = f"{TINY}, pruners before the language model"
-NO_PRUNER = f"{TINY}; pruners are refused"
 QWEN: dict[str, Any] = {"vision": "model.visual", "image_tokens": VIDEO, "mrope": True, "cells": "grid_thw"}
 FAMILIES = (
-    Family("llava", ("llava",), encoder="clip", cells="pixels", tested=f"picto-llava; {READ}"),
-    Family("qwen2_5_vl", ("qwen2_5_vl",), **QWEN, encoder="qwen", tested=READ),
-    Family("qwen2_vl", ("qwen2_vl",), **QWEN, encoder="qwen", tested=READ),
-    Family("qwen3_vl", ("qwen3_vl",), **QWEN, encoder="qwen", tested=READ),
-    Family("qwen3_vl_moe", ("qwen3_vl_moe",), **QWEN, encoder="qwen", tested=READ),
-    Family("qwen3_5", ("qwen3_5", "qwen3_5_moe"), **QWEN, encoder="qwen", tested=BEFORE),
-    Family("glm4v", ("glm4v",), **QWEN, tested=WITHIN),
-    Family("glm46v", ("glm46v",), **QWEN, tested=WITHIN),
-    Family("glm4v_moe", ("glm4v_moe",), **QWEN, tested=WITHIN),
-    Family("vipllava", ("vipllava",), cells="pixels", tested=WITHIN),
-    Family("llava_next", ("llava_next",), encoder="clip", cells="anyres", tested=READ),
-    Family("llava_onevision", ("llava_onevision",), encoder="clip", image_tokens=VIDEO, cells="anyres", tested=READ),
-    Family("llava_next_video", ("llava_next_video",), encoder="clip", image_tokens=VIDEO, cells="anyres", tested=READ),
+    Family("llava", ("llava",), encoder="clip", cells="pixels"),
+    Family("qwen2_5_vl", ("qwen2_5_vl",), **QWEN, encoder="qwen"),
+    Family("qwen2_vl", ("qwen2_vl",), **QWEN, encoder="qwen"),
+    Family("qwen3_vl", ("qwen3_vl",), **QWEN, encoder="qwen"),
+    Family("qwen3_vl_moe", ("qwen3_vl_moe",), **QWEN, encoder="qwen"),
+    Family("qwen3_5", ("qwen3_5", "qwen3_5_moe"), **QWEN, encoder="qwen"),
+    Family("glm4v", ("glm4v",), **QWEN),
+    Family("glm46v", ("glm46v",), **QWEN),
+    Family("glm4v_moe", ("glm4v_moe",), **QWEN),
+    Family("vipllava", ("vipllava",), cells="pixels"),
+    Family("llava_next", ("llava_next",), encoder="clip", cells="anyres"),
+    Family("llava_onevision", ("llava_onevision",), encoder="clip", image_tokens=VIDEO, cells="anyres"),
+    Family("llava_next_video", ("llava_next_video",), encoder="clip", image_tokens=VIDEO, cells="anyres"),
     Family(
         "video_llava",
         ("video_llava",),
@@ -41,39 +35,35 @@ FAMILIES = (
         encoder="clip",
         image_tokens=VIDEO,
         cells="pixels",
-        tested=READ,
     ),
-    Family("llava_pixtral", ("llava+pixtral",), cells="sizes", tested=WITHIN),
-    Family("mistral3", ("mistral3",), cells="sizes", tested=f"Mistral and Ministral 3; {WITHIN}"),
-    Family("internvl", ("internvl",), tested=WITHIN),
-    Family("gemma3", ("gemma3",), tested=NO_PRUNER),
-    Family("gemma4", ("gemma4",), image_tokens=VIDEO, cells="placed", tested=NO_PRUNER),
-    Family("paligemma", ("paligemma",), first_position=1, causal=False, tested=f"Gemma and Gemma 2; {CACHE}"),
-    Family(
-        "idefics2", ("idefics2",), language="model.text_model", vision="model.vision_model", cells="none", tested=WITHIN
-    ),
-    Family("idefics3", ("idefics3",), language="model.text_model", vision="model.vision_model", tested=WITHIN),
-    Family("smolvlm", ("smolvlm",), language="model.text_model", vision="model.vision_model", tested=WITHIN),
-    Family("aya_vision", ("aya_vision",), tested=NO_PRUNER),
-    Family("cohere2_vision", ("cohere2_vision",), tested=NO_PRUNER),
-    Family("deepseek_vl", ("deepseek_vl",), vision="model.vision_model", tested=WITHIN),
-    Family("janus", ("janus",), vision="model.vision_model", tested=f"answers in words; {WITHIN}"),
-    Family("got_ocr2", ("got_ocr2",), tested=WITHIN),
-    Family("aria", ("aria",), cells="none", tested=WITHIN),
-    Family("ovis2", ("ovis2",), tested=WITHIN),
-    Family("exaone4_5", ("exaone4_5",), vision="model.visual", image_tokens=VIDEO, cells="grid_thw", tested=NO_PRUNER),
+    Family("llava_pixtral", ("llava+pixtral",), cells="sizes"),
+    Family("mistral3", ("mistral3",), cells="sizes"),
+    Family("internvl", ("internvl",)),
+    Family("gemma3", ("gemma3",)),
+    Family("gemma4", ("gemma4",), image_tokens=VIDEO, cells="placed"),
+    Family("paligemma", ("paligemma",), first_position=1, causal=False),
+    Family("idefics2", ("idefics2",), language="model.text_model", vision="model.vision_model", cells="none"),
+    Family("idefics3", ("idefics3",), language="model.text_model", vision="model.vision_model"),
+    Family("smolvlm", ("smolvlm",), language="model.text_model", vision="model.vision_model"),
+    Family("aya_vision", ("aya_vision",)),
+    Family("cohere2_vision", ("cohere2_vision",)),
+    Family("deepseek_vl", ("deepseek_vl",), vision="model.vision_model"),
+    Family("janus", ("janus",), vision="model.vision_model"),
+    Family("got_ocr2", ("got_ocr2",)),
+    Family("aria", ("aria",), cells="none"),
+    Family("ovis2", ("ovis2",)),
+    Family("exaone4_5", ("exaone4_5",), vision="model.visual", image_tokens=VIDEO, cells="grid_thw"),
     Family(
         "video_llama_3",
         ("video_llama_3",),
         vision="model.vision_model",
         image_tokens=VIDEO,
         cells="grid_thw",
-        tested=WITHIN,
     ),
-    Family("lfm2_vl", ("lfm2_vl",), cells="spatial", tested=NO_PRUNER),
-    Family("minicpmv4_6", ("minicpmv4_6",), image_tokens=VIDEO, cells="navit", tested=NO_PRUNER),
-    Family("kimi_k25", ("kimi_k25",), image_tokens=VIDEO, cells="grid_thw", tested=NO_PRUNER),
-    Family("ernie4_5_vl_moe", ("ernie4_5_vl_moe",), image_tokens=VIDEO, mrope=True, cells="grid_thw", tested=CACHE),
+    Family("lfm2_vl", ("lfm2_vl",), cells="spatial"),
+    Family("minicpmv4_6", ("minicpmv4_6",), image_tokens=VIDEO, cells="navit"),
+    Family("kimi_k25", ("kimi_k25",), image_tokens=VIDEO, cells="grid_thw"),
+    Family("ernie4_5_vl_moe", ("ernie4_5_vl_moe",), image_tokens=VIDEO, mrope=True, cells="grid_thw"),
 )
 REFUSED = {
     "mllama": "it reads images through cross-attention layers, so no column of its self-attention shows the image; methods "
