@@ -11,9 +11,17 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from accelerate.utils import send_to_device
 
 import vlm_fix
-from tests.deployment.kinds import SPECS, STEPS
+from tests.deployment.kinds import KINDS, STEPS
 from tests.support import pretended
 from tests.support.models import make_inputs, tiny_llava
+
+# autograd has no queue for a device in Python, so that no procedure that differentiates can run; stages at layer 2 lie where
+# the device changes
+SPECS = [s for k, s in KINDS.items() if k != "procedure"] + [
+    "opera:warmup=1,beams=2,candidates=2",
+    "pyramid_drop",
+    "sparsevlm",
+]
 
 
 class Aligned(ModelHook):

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.deployment.kinds import SPECS
+from tests.deployment.devices import SPECS
 from tests.support.paths import ROOT
 
 

@@ -142,7 +142,9 @@ def drop(
     tables = rotary(host, dropper, before, x, kwargs["position_embeddings"]) if before is not session else None
     places = positions(dropper, before, kwargs.get("position_ids"))
     norm = getattr(layer, "input_layernorm", torch.nn.Identity())  # some decoders normalise what a module has made
-    own = Seen(layer.self_attn, norm(x), tables or kwargs["position_embeddings"], None, places)
+    there = next(layer.parameters()).device
+    cos, sin = (t.to(there) for t in tables or kwargs["position_embeddings"])
+    own = Seen(layer.self_attn, norm(x.to(there)), (cos, sin), None, places)
     previous = entered.seen if i else None
     chosen, hidden = dropper.choose(Tokens(i, stage, x, first.to(x.device), images, before, own, previous))
     if i == dropper.stages[-1]:
@@ -174,8 +176,9 @@ def rotary(
     if dropper.renumbers:
         positions = ((view.types != PAD).long().cumsum(dim=1) - 1).clamp(min=0)[:, view.start :]
         return host.language.rotary_emb(x, positions.to(x.device))
+    cos, sin = (t.to(x.device) for t in tables)
     if view.start or not isinstance(view, View):
-        return tables
+        return cos, sin
     index = view.index[..., None].to(x.device)
-    cos, sin = (t.expand(len(index), -1, -1).gather(1, index.expand(-1, -1, t.shape[-1])) for t in tables)
+    cos, sin = (t.expand(len(index), -1, -1).gather(1, index.expand(-1, -1, t.shape[-1])) for t in (cos, sin))
     return cos, sin
