@@ -29,7 +29,7 @@ def torchao(model):
 def quanto(model):
     from optimum.quanto import freeze, qint8, quantize
 
-    quantize(model, weights=qint8)
+    quantize(model, weights=qint8, exclude="*patch_embedding")  # a convolution, which it would take, too
     freeze(model)
 
 

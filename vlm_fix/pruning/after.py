@@ -20,6 +20,7 @@ from vlm_fix.families.compat import cache_of, is_latent
 from vlm_fix.memory import Memory
 from vlm_fix.method import Method
 from vlm_fix.packing import left_pack
+from vlm_fix.projections import HEARD, Heard
 from vlm_fix.session import PAD, VISUAL, Session, View
 from vlm_fix.wing import Host
 
@@ -112,7 +113,7 @@ def install(host: Host, dropper: LayerPruner) -> Iterator[Any]:
         keys = cache.layers[i].keys if cache is not None else None
         if i + 1 in stages:
             tables, places = kwargs["position_embeddings"], kwargs.get("position_ids")
-            session.memory(dropper, Entered).seen = Seen(attn, x, tables, keys, places)
+            session.memory(dropper, Entered).seen = Seen(attn, x, tables, keys, places, HEARD.get(attn))
 
     noted, deep = {s - 1 for s in stages if s} | {0}, deepstack.depths(host)
     if deep:
@@ -120,6 +121,9 @@ def install(host: Host, dropper: LayerPruner) -> Iterator[Any]:
     for i, layer in enumerate(layers):
         if i >= stages[0] or i <= deep:
             yield layer.register_forward_pre_hook(functools.partial(enter, i), with_kwargs=True)
+    for stage in stages:
+        if stage:  # what the module made is kept: when it is wanted, a sharded model has put its weights away
+            yield Heard(layers[stage - 1].self_attn)
     for i in noted:
         yield layers[i].self_attn.register_forward_hook(functools.partial(note, i), with_kwargs=True)
 

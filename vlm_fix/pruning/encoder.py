@@ -65,7 +65,11 @@ def column_means(query: torch.Tensor, key: torch.Tensor, scaling: float) -> torc
 
 
 def in_float32(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """`module` on `x`, computed in float32 whatever the dtype of its weights."""
+    """`module` on `x`, computed in float32 whatever the dtype of its weights; packed ones compute in their own way."""
+    packed = [p for p in module.parameters() if not p.is_floating_point()]
+    if packed:
+        own = next((p.dtype for p in module.parameters() if p.is_floating_point()), x.dtype)
+        return module(x.to(own)).float()
     weights = {name: p.float() for name, p in module.named_parameters()}
     return torch.func.functional_call(module, weights, (x.float(),))
 
