@@ -63,7 +63,7 @@ FAMILIES = (
     Family("lfm2_vl", ("lfm2_vl",), cells="spatial"),
     Family("minicpmv4_6", ("minicpmv4_6",), image_tokens=VIDEO, cells="navit"),
     Family("kimi_k25", ("kimi_k25",), image_tokens=VIDEO, cells="grid_thw"),
-    Family("molmo2", ("molmo2",), image_tokens=VIDEO, cells="grids"),
+    Family("molmo2", ("molmo2",), image_tokens=VIDEO, causal=False, cells="grids"),
     Family("ernie4_5_vl_moe", ("ernie4_5_vl_moe",), image_tokens=VIDEO, mrope=True, cells="grid_thw"),
 )
 REFUSED = {

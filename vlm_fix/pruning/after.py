@@ -30,6 +30,8 @@ from .columns import ImageColumns
 from .kinds import LayerPruner, Tokens
 from .rows import Seen, at_columns
 
+AHEAD = "bidirectional image attention"
+
 
 def check_model(host: Host, method: Method, prompt: bool = True) -> None:
     """Refuse decoders with sliding windows and, for what acts in the prompt, those that tie image tokens to their places."""
@@ -38,16 +40,30 @@ def check_model(host: Host, method: Method, prompt: bool = True) -> None:
     reason = ""
     if others:
         reason = "sliding windows" if "sliding_attention" in others else " and ".join(sorted(others)).replace("_", " ")
-    if prompt and (getattr(config, "use_bidirectional_attention", None) or "gemma" in config.model_type):
-        reason = reason or "bidirectional image attention"
+    seen = getattr(config, "use_bidirectional_attention", None) or "gemma" in config.model_type
+    if prompt and (seen or not host.family.causal):
+        reason = reason or AHEAD
     if prompt and "moe_mm_token_type_ids" in inspect.signature(host.language.forward).parameters:
         reason = "experts, which are chosen by what a token shows"
     if is_latent(host.model):
         reason = "latent attention, whose cache holds no keys"
     if reason:
-        raise VlmFixError(
-            f"{method.name} does not work with this model's {reason}; use a pruner that acts before the language model."
-        )
+        raise refusal(method, reason)
+
+
+def refusal(method: Method, reason: str) -> VlmFixError:
+    """The error for a decoder that tokens cannot be dropped in."""
+    return VlmFixError(
+        f"{method.name} does not work with this model's {reason}; use a pruner that acts before the language model."
+    )
+
+
+def sees_ahead(mask: torch.Tensor | None, types: torch.Tensor) -> bool:
+    """True if a row of a prompt, of `types` [B, n], may look at a later column: mask [B or 1, 1, n, n], None: causal."""
+    if mask is None or mask.dim() != 4:
+        return False
+    allowed = mask if mask.dtype == torch.bool else mask >= 0
+    return bool((allowed.triu(1) & (types != PAD).to(mask.device)[:, None, :, None]).any())
 
 
 def check(host: Host, dropper: LayerPruner) -> None:
@@ -137,6 +153,8 @@ def drop(
     cache = cache_of(kwargs)
     if cache is not None and not isinstance(cache, DynamicCache):
         raise VlmFixError(f"{dropper.name} does not work with a {type(cache).__name__}; use the default dynamic cache.")
+    if stage == 0 and sees_ahead(kwargs.get("attention_mask"), session.types):  # a family that is not in the table
+        raise refusal(dropper, AHEAD)
     first = entered.first
     assert first is not None, "the first layer's hook ran"
     if isinstance(before, View):
