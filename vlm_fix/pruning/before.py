@@ -17,7 +17,7 @@ from vlm_fix.families import anyres_index, anyres_side, get_part
 from vlm_fix.packing import left_pack
 from vlm_fix.session import PAD, VISUAL, Session
 
-from . import shrink
+from . import deepstack, shrink
 from .columns import ImageColumns, Kept
 from .encoder import ImageTokens, capture, unreadable
 from .kinds import ImageShrinker
@@ -97,6 +97,7 @@ def prune(pruners: Pruners, session: Session, kwargs: dict[str, Any]) -> dict[st
     session.advance(0, torch.where(mask, types.gather(1, index), PAD).to(types.dtype))
     return {
         **kwargs,
+        **deepstack.kept(kwargs, keep, index, mask),
         "inputs_embeds": embeds.gather(1, index[..., None].expand(-1, -1, embeds.shape[-1])),
         "position_ids": positions,
         "attention_mask": session.kept.mask,

@@ -65,7 +65,11 @@ def column_means(query: torch.Tensor, key: torch.Tensor, scaling: float) -> torc
 
 
 def in_float32(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """`module` on `x`, computed in float32 whatever the dtype of its weights."""
+    """`module` on `x`, computed in float32 whatever the dtype of its weights; packed ones compute in their own way."""
+    packed = [p for p in module.parameters() if not p.is_floating_point()]
+    if packed:
+        own = next((p.dtype for p in module.parameters() if p.is_floating_point()), x.dtype)
+        return module(x.to(own)).float()
     weights = {name: p.float() for name, p in module.named_parameters()}
     return torch.func.functional_call(module, weights, (x.float(),))
 
@@ -110,8 +114,9 @@ class Clip:
             )
 
 
-class Qwen25VL:
-    """Qwen2.5-VL: packed patches in window order; scores are averaged over each merge unit and put in reading order."""
+class QwenVL:
+    """Qwen-VL's towers: packed patches, in Qwen2.5-VL in window order; scores are averaged over each merge unit and put
+    in reading order."""
 
     def __init__(self, model: Any):
         self.tower = model.model.visual
@@ -135,14 +140,10 @@ class Qwen25VL:
         patches = args[0] if args else kwargs["hidden_states"]
         grid_thw = kwargs["grid_thw"] if "grid_thw" in kwargs else args[1]
         merge = self.tower.spatial_merge_size
-        order = torch.argsort(
-            get_vision_window_index(
-                grid_thw,
-                spatial_merge_size=merge,
-                window_size=self.tower.window_size,
-                patch_size=self.tower.patch_size,
-            )[0]
-        )
+        order = torch.arange(len(patches) // merge**2)
+        if window := getattr(self.tower, "window_size", None):
+            size, side = {"spatial_merge_size": merge, "window_size": window}, self.tower.patch_size
+            order = torch.argsort(get_vision_window_index(grid_thw, **size, patch_size=side)[0])
 
         def units(x: torch.Tensor) -> torch.Tensor:
             return x.view(-1, merge**2, *x.shape[1:])
@@ -184,7 +185,7 @@ def capture(engine: Host, tower: nn.Module, layers: tuple[int, ...], into: str =
     if engine.family.encoder is None:
         looking = [m.name for m in engine.active if m.encoder_layers(engine.arch) is not None]
         raise VlmFixError(unreadable(engine, looking[0]))
-    encoder: Any = {"clip": Clip, "qwen2_5_vl": Qwen25VL}[engine.family.encoder](engine.model)
+    encoder: Any = {"clip": Clip, "qwen": QwenVL}[engine.family.encoder](engine.model)
     blocks, seen = vision_blocks(engine.model, engine.family), {}
 
     def note(layer: int) -> Any:
