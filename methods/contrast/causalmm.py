@@ -107,22 +107,26 @@ class CausalMM(WeightEdit, Contrast):
         return torch.cat(parts)
 
     def map(self, image: ImageTokens) -> torch.Tensor:
-        """[N] float32 factors of one image's N tokens."""
+        """[N] float32 factors of one image's N tokens; a video's frames each have a map of their own."""
         assert image.pixels is not None and self.vision_layer is not None
-        query, key, scale = image.heads[self.vision_layer]
-        pixels = image.pixels.detach().float().cpu().contiguous().numpy().tobytes()
+        frames, pixels = image.heads[self.vision_layer], image.pixels.detach().float().cpu().contiguous().numpy().tobytes()
         generator = torch.Generator().manual_seed(zlib.crc32(pixels, self.seed))
-        total = torch.zeros(image.grid, device=query.device)
-        for q, k in zip(query.float(), key.float(), strict=True):  # S x S for one head at a time
-            a = (q @ k.T * scale).softmax(dim=-1)
-            if self.vision == "shuffle":
-                a = a.flatten()[torch.randperm(a.numel(), generator=generator).to(a.device)].view_as(a)
-            elif self.vision == "random":
-                a = 2 * torch.rand(a.shape, generator=generator).to(a.device)
-            else:
-                a = a.max() - a if self.vision == "reversed" else a.mean().expand_as(a)
-            total += interpolate(a[None, None], size=image.grid, mode="bilinear", align_corners=False)[0, 0]
-        return (total / len(query)).flatten()
+        size, maps = (image.grid[0] // len(frames), image.grid[1]), []
+        for query, key, scale in frames:  # one for an image
+            total = torch.zeros(size, device=query.device)
+            for q, k in zip(query.float(), key.float(), strict=True):  # S x S for one head at a time
+                a = self.edited((q @ k.T * scale).softmax(dim=-1), generator)
+                total += interpolate(a[None, None], size=size, mode="bilinear", align_corners=False)[0, 0]
+            maps.append((total / len(query)).flatten())
+        return torch.cat(maps)
+
+    def edited(self, a: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """One head's attention [S, S] of the tower -> the same, counterfactual."""
+        if self.vision == "shuffle":
+            return a.flatten()[torch.randperm(a.numel(), generator=generator).to(a.device)].view_as(a)
+        if self.vision == "random":
+            return 2 * torch.rand(a.shape, generator=generator).to(a.device)
+        return a.max() - a if self.vision == "reversed" else a.mean().expand_as(a)
 
     def edit_weights(self, weights: torch.Tensor, rows: Rows) -> torch.Tensor:
         a = weights
