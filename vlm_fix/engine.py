@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from transformers import UnbatchedClassifierFreeGuidanceLogitsProcessor as Guidance
 
 from vlm_fix import attention, compiled, copies, decoding, hidden, inputs, pruning  # noqa: F401 (built-in wings register themselves)
 from vlm_fix.call import Call
@@ -23,7 +22,8 @@ from vlm_fix.families import arch_of, get_part, image_token_ids
 from vlm_fix.families.compat import cache_of, generate_of
 from vlm_fix.forwards import Forwards
 from vlm_fix.method import Method
-from vlm_fix.options import GenerateOptions, kept_apart
+from vlm_fix.options import GenerateOptions
+from vlm_fix.processors import ordered
 from vlm_fix.wing import ATTRIBUTE, NO_IMAGE, Running, Wing
 
 MISSING: Any = object()
@@ -84,7 +84,7 @@ class Engine(Forwards):
                 for handle in wing.install():
                     self._undo.callback(handle.remove)
             self.own_generate = self._put("generate", generate)
-            self.own_processors = self._put("_get_logits_processor", processors)
+            self.own_processors = self._put("_get_logits_processor", logits_processors)
             self.installed = True
         except BaseException:
             self.remove()
@@ -217,14 +217,12 @@ def generate(engine: Engine, model: Any, *args: Any, **kwargs: Any) -> Any:
         return output
 
 
-def processors(engine: Engine, model: Any, *args: Any, **kwargs: Any) -> Any:
-    """`_get_logits_processor` of a wrapped model: ours, then generate's own and the caller's, as in official code."""
+def logits_processors(engine: Engine, model: Any, *args: Any, **kwargs: Any) -> Any:
+    """`_get_logits_processor` of a wrapped model."""
     own = engine.own_processors
     own = functools.partial(type(model)._get_logits_processor, model) if own is MISSING else own
     prepared, call = own(*args, **kwargs), engine.call
     if call is None:
         return prepared
     call.scored = True
-    apart = functools.partial(engine.outside, quiet=True)  # guidance runs the model
-    theirs = (kept_apart(p, apart) if isinstance(p, Guidance) else p for p in prepared)
-    return type(prepared)([*call.processors, *theirs])
+    return ordered(call.processors, prepared, functools.partial(engine.outside, quiet=True))

@@ -38,7 +38,10 @@ def prompts(rows):
     width = max(map(len, texts))
     ids = torch.tensor([[PAD] * (width - len(t)) + t for t in texts])
     inputs = {"input_ids": ids, "attention_mask": (ids != PAD).long()}
-    for token, values, grid in ((IMAGE, "pixel_values", "image_grid_thw"), (VIDEO, "pixel_values_videos", "video_grid_thw")):
+    for token, values, grid in (
+        (IMAGE, "pixel_values", "image_grid_thw"),
+        (VIDEO, "pixel_values_videos", "video_grid_thw"),
+    ):
         own = [name for names in rows for name in names if SHAPES[name][0] == token]
         if own:
             inputs[values] = torch.cat([pixels_of(name) for name in own])
@@ -117,4 +120,6 @@ def test_causalmm_weights_each_image_by_its_own_attention(models, names):
         patch.setattr(CausalMM, "map", lambda self, image: seen.append(image) or real(self, image))
         with vlm_fix.wrapped(model, "causalmm:vision=reversed,language=none"):
             greedy(model, prompts([names]), 2, suppress_tokens=[IMAGE, VIDEO])
-    assert [torch.equal(image.pixels, pixels_of(n)) for image, n in zip(seen, names, strict=True)] == [True] * len(names)
+    assert [torch.equal(image.pixels, pixels_of(n)) for image, n in zip(seen, names, strict=True)] == [True] * len(
+        names
+    )

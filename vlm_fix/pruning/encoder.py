@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
-import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +14,7 @@ from torch import nn
 from transformers.vision_utils import get_vision_window_index
 
 from vlm_fix.errors import VlmFixError
-from vlm_fix.families import FAMILIES, video_token_id, vision_blocks
+from vlm_fix.families import FAMILIES, anyres_index, anyres_side, video_token_id, vision_blocks
 from vlm_fix.wing import Host, engine_of
 
 Heads = tuple[torch.Tensor, torch.Tensor, float]
@@ -29,7 +29,9 @@ class ImageTokens:
     scores: dict[int, torch.Tensor]  # vision layer -> [N] attention received, mean over heads and over queries
     first: dict[int, torch.Tensor] = field(default_factory=dict)  # the same from the class token; without one, `scores`
     keys: dict[int, torch.Tensor] = field(default_factory=dict)  # vision layer -> [N, D] keys, mean over heads
-    heads: dict[int, list[Heads]] = field(default_factory=dict)  # fully attending layer -> of the image, or of each frame
+    heads: dict[int, list[Heads]] = field(
+        default_factory=dict
+    )  # fully attending layer -> of the image, or of each frame
     features: torch.Tensor | None = None  # [N, C] after the projector, as the language model gets them
     chosen: torch.Tensor | None = None  # the tokens that exist at all, when the image was shrunk before the tower
     here: torch.Tensor | None = None  # one crop of an image: its tokens that the prompt shows; None: all N
@@ -245,8 +247,9 @@ def in_prompt_order(images: list[ImageTokens], video: torch.Tensor) -> list[Imag
 def views(call: Any) -> list[ImageTokens]:
     """`call.views` in the prompts' order, once each: the tower runs again if it ran once per beam, or not yet."""
     engine, ids = engine_of(call.model), call.inputs["input_ids"]
-    shown = ids[torch.isin(ids, engine.tokens.to(ids.device))]
-    if sum(image.grid[0] * image.grid[1] for image in call.views) != len(shown):
+    shown, packed = ids[torch.isin(ids, engine.tokens.to(ids.device))], packing(call)
+    count = len(shown) if packed is None else sum(int(index.max()) // size + 1 for index, size in packed)
+    if (sum(image.grid[0] * image.grid[1] for image in call.views) if packed is None else len(call.views)) != count:
         call.views.clear()
         for pixels, features in (("pixel_values", "image"), ("pixel_values_videos", "video")):
             if call.inputs.get(pixels) is not None:
@@ -254,3 +257,32 @@ def views(call: Any) -> list[ImageTokens]:
                 known = inspect.signature(function).parameters
                 function(**{k: v for k, v in call.inputs.items() if k in known})
     return in_prompt_order(call.views, shown == video_token_id(call.model))
+
+
+def packing(call: Any) -> list[tuple[torch.Tensor, int]] | None:
+    """`anyres_index` of each image and the patches of a crop, where the model cuts images into crops."""
+    engine = engine_of(call.model)
+    if engine.family.cells != "anyres" or "image_sizes" not in call.inputs:
+        return None
+    return [(index, anyres_side(engine.base) ** 2) for index in anyres_index(engine.base, call.inputs)]
+
+
+def shown_tokens(call: Any, images: list[ImageTokens], name: str) -> torch.Tensor:
+    """[N] which of the tokens of `views(call)`, one after the other, each image token of the prompts shows; -1: a newline.
+
+    Raises VlmFixError, for the method `name`, where an image token shows none of them.
+    """
+    engine, ids, packed = engine_of(call.model), call.inputs["input_ids"], packing(call)
+    made = [image.grid[0] * image.grid[1] for image in images]
+    found, start = [torch.arange(sum(made))] if packed is None else [], 0
+    for index, size in packed or ():
+        found.append(torch.where(index < 0, index, index + start))
+        start += (int(index.max()) // size + 1) * size
+    places = torch.cat(found) if found else torch.zeros(0, dtype=torch.long)
+    count = int(torch.isin(ids, engine.tokens.to(ids.device)).sum())
+    if len(places) != count or start not in (0, sum(made)) or bool((places == -2).any()):
+        raise VlmFixError(
+            f"{name}: the prompt holds {count} image tokens, of which the vision tower's {sum(made)} are not to be told: pass "
+            "the processor's whole output for images, no video, and none so large that its features are resized."
+        )
+    return places
