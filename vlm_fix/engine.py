@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from vlm_fix import attention, compiled, copies, decoding, hidden, inputs, pruning  # noqa: F401 (built-in wings register themselves)
+from vlm_fix import attention, checkpointing, compiled, copies, decoding, hidden, inputs, pruning  # noqa: F401 (built-in wings register themselves)
 from vlm_fix.call import Call
 from vlm_fix.errors import VlmFixError
 from vlm_fix.families import arch_of, get_part, image_token_ids
@@ -94,6 +94,7 @@ class Engine(Forwards):
         """Restore the model exactly."""
         self.installed = False
         copies.remove(self)
+        checkpointing.remove(self)
         self._undo.close()
 
     @contextlib.contextmanager

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from vlm_fix import compiled
+from vlm_fix import checkpointing, compiled
 from vlm_fix.attention import NAME
 from vlm_fix.call import Call
 from vlm_fix.errors import VlmFixError
@@ -35,6 +35,7 @@ class Forwards(Host):
     def _entered(self, module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         if self.session is not None and self.session.plain:  # a pass that only observes
             return None
+        checkpointing.keep(self)
         self._refuse_forward(module, kwargs)
         ids, cache = args[0] if args else kwargs.get("input_ids"), cache_of(kwargs)
         kinds = self.classify(ids, kwargs.get("inputs_embeds"))

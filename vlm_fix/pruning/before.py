@@ -204,7 +204,6 @@ def match_crops(pruners: Pruners, session: Session) -> None:
     session.parts[ImageColumns] = ImageColumns(numbers, rows, newlines)
 
 
-@torch.no_grad()
 def choose(
     pruners: Pruners, session: Session, types: torch.Tensor, embeds: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -221,7 +220,8 @@ def choose(
             columns = (shown.images[row] == number).nonzero()[:, 0]
             image.features = features_of(image, embeds[row, columns.to(embeds.device)])
             own = share(pruner, image.siblings)
-            index, merged = own.reduce(image) if merges else (own.select(image), None)
+            with torch.set_grad_enabled(merges and torch.is_grad_enabled()):
+                index, merged = own.reduce(image) if merges else (own.select(image), None)
             place = columns
             if image.here is not None:
                 place = torch.full((image.grid[0] * image.grid[1],), -1, device=columns.device)
