@@ -46,6 +46,7 @@ class Session:
     parts: dict[type, Any] = field(default_factory=dict)  # what wings keep here, each in a class of its own
     forward: ForwardCache = field(default_factory=ForwardCache)
     columns: ColumnCache = field(default_factory=ColumnCache)
+    cache: Any = None  # a weak reference to the KV cache, once there is one
 
     def memory(self, method: Method, kind: type[M]) -> M:
         """What `method` remembers in this session, as a `kind` of Memory; made on first use."""
@@ -167,7 +168,7 @@ class Session:
             forward, columns = session.forward.copied(), session.columns.copied()
             return dataclasses.replace(session, parts=dict(session.parts), forward=forward, columns=columns, **changes)
 
-        return self._with_views(copy, same)
+        return self._with_views(copy, same, kept=self.kept and dataclasses.replace(self.kept))
 
     def _with_views(self, copy: Callable[..., Any], pick: Callable[[Any], Any], **changes: Any) -> Session:
         """A copy whose views are copies too, over the same states."""

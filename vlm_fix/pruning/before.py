@@ -14,7 +14,7 @@ import torch
 
 from vlm_fix.errors import VlmFixError
 from vlm_fix.families import anyres_index, anyres_side, get_part, video_token_id
-from vlm_fix.packing import left_pack
+from vlm_fix.packing import left_pack, pad_to
 from vlm_fix.session import PAD, VISUAL, Session
 
 from . import shrink
@@ -121,6 +121,7 @@ def match(pruners: Pruners, session: Session) -> None:
     call, types, family = session.call, session.types, pruners.host.family
     ids = call.inputs["input_ids"]  # None in a caller's own forward of embeddings
     ids = types.long() if ids is None else ids.to(types.device).repeat_interleave(len(types) // len(ids), dim=0)
+    ids = pad_to(ids, types.shape[1])  # without a cache the answer is read again
     reads = pruners.pruner or pruners.encoder_layers
     if family.cells == "anyres" and reads:
         match_crops(pruners, session)
