@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import threading
 import warnings
-import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar, Self, TypeVar
@@ -16,6 +15,7 @@ from typing import Any, ClassVar, Self, TypeVar
 import torch
 
 from vlm_fix.arch import Arch, Family
+from vlm_fix.caches import Sessions
 from vlm_fix.call import Call
 from vlm_fix.errors import VlmFixError
 from vlm_fix.method import Method
@@ -82,7 +82,7 @@ class Host:
     attention_functions: dict[int, Callable[..., Any]]  # by layer, of the language model
     lock: threading.RLock
     running: Running
-    sessions: weakref.WeakKeyDictionary[Any, Session]  # by KV cache
+    sessions: Sessions
     warned: set[tuple[Method, str]]  # what the user was told already
 
     session = _running("session")

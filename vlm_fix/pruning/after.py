@@ -144,7 +144,6 @@ def install(host: Host, dropper: LayerPruner) -> Iterator[Any]:
         yield layers[i].self_attn.register_forward_hook(functools.partial(note, i), with_kwargs=True)
 
 
-@torch.no_grad()
 def drop(
     host: Host, dropper: LayerPruner, session: Session, i: int, stage: int, layer: Any, x: torch.Tensor, kwargs: Any
 ) -> torch.Tensor:
