@@ -81,7 +81,7 @@ class AttentionEdit(Method):
     """True if it remembers something for each prompt column, which must then be mapped when columns are dropped."""
     may_leave_unchanged: ClassVar[Unchanged] = Unchanged.NO_ROW
     heads_apart: ClassVar[bool] = False
-    """True if what it does to a head depends on that head's scores alone, whatever its number: heads may lie on several devices."""
+    """True if what it does to a head depends on that head alone, whatever its number: a device may have a part of them."""
 
     layers: Layers = param(None, "language-model layers to edit")
     branch: str = param("both", "beside a contrast: the branch it acts in", choices=("both", "main", "negative"))

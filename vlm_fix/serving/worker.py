@@ -53,6 +53,7 @@ class Served:
         self.running, self.groups, self.current = False, [], None
         self.numbers: dict[str, int] = {}
         self.layouts: dict[str, Any] = {}
+        self.handles: list[Any] = []  # of hooks on layers
         self.beside, self.next_tokens, self.images = Beside(self), NextTokens(self), Images(self)
         self.plain = Session(Call(model, self.engine.family, {}), prompt_len=0, plain=True)
 
@@ -84,6 +85,21 @@ class Served:
         layers.install(self)
         self.images.install()
 
+    def use(self, settings: Settings) -> None:
+        """Serve another stack from now on; for a worker where nothing runs, started for all that the stack needs."""
+        engine = ServedEngine.plan(self.model, settings)
+        refusals.check_engine(engine)
+        config = self.runner.vllm_config
+        refusals.check_config(config, engine)
+        if engine.changes_prompt and config.cache_config.enable_prefix_caching:
+            raise VlmFixError("this stack needs every prompt computed: start the server with it.")
+        if engine.pruner or self.engine.pruner:
+            raise VlmFixError("how many tokens an image has is said when the server starts.")
+        self.settings, self.engine = settings, self.adopt(engine)
+        self.variants, self.requests, self.batches = {}, {}, {}
+        layers.install(self)
+        self.images.install()
+
     def check_caches(self) -> None:
         """Find each layer's cache layout, once the caches are there. Raises VlmFixError for one that is unknown."""
         known: dict[tuple[Any, ...], Any] = {}
@@ -101,7 +117,6 @@ class Served:
         """While vLLM runs one step."""
         for name in scheduler_output.finished_req_ids:
             self.requests.pop(name, None)
-        self.images.forget()
         self.running, self.groups, self.current = True, [], None
         try:
             yield
