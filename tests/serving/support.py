@@ -75,7 +75,9 @@ class HuggingFace:
         try:
             found: dict[Case, Answer] = {}
             with_image = [c for c in prompts if c.scenes]
-            for part in [with_image[i : i + 16] for i in range(0, len(with_image), 16)] + [[c] for c in prompts if not c.scenes]:
+            for part in [with_image[i : i + 16] for i in range(0, len(with_image), 16)] + [
+                [c] for c in prompts if not c.scenes
+            ]:
                 found.update(zip(part, self._batch(part, words), strict=True))
             return [found[c] for c in prompts]
         finally:
@@ -125,6 +127,7 @@ class Vllm:
     def use(self, spec: str) -> None:
         """Serve another stack from now on."""
         self.served.use(Settings.read({"vlm_fix": spec}))
+        self.llm.llm_engine.reset_encoder_cache()  # images may be pruned in another way
         if self.llm.llm_engine.vllm_config.cache_config.enable_prefix_caching:
             self.llm.reset_prefix_cache()
 

@@ -93,7 +93,9 @@ class Served:
         refusals.check_config(config, engine)
         if engine.changes_prompt and config.cache_config.enable_prefix_caching:
             raise VlmFixError("this stack needs every prompt computed: start the server with it.")
-        if engine.pruner or self.engine.pruner:
+        if [e.pruner and e.pruner.keep for e in (engine, self.engine)].count(
+            self.engine.pruner and self.engine.pruner.keep
+        ) < 2:
             raise VlmFixError("how many tokens an image has is said when the server starts.")
         self.settings, self.engine = settings, self.adopt(engine)
         self.variants, self.requests, self.batches = {}, {}, {}
