@@ -1,4 +1,4 @@
-"""The table of what is served, from the specs that tests hold against generate: `python -m tests.serving.table docs/serving.md`."""
+"""What is served, from the specs that tests hold against generate: `python -m tests.serving.table docs/serving.md`."""
 
 from __future__ import annotations
 
