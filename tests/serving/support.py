@@ -65,9 +65,9 @@ class Answer:
 class HuggingFace:
     """generate, prompt by prompt or as a padded batch."""
 
-    def __init__(self) -> None:
-        self.processor = AutoProcessor.from_pretrained(PATH)
-        self.model = AutoModelForImageTextToText.from_pretrained(PATH, dtype=torch.float32).eval()
+    def __init__(self, path: str = PATH) -> None:
+        self.processor = AutoProcessor.from_pretrained(path)
+        self.model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval()
 
     def answers(self, spec: Sequence[str], prompts: Sequence[Case], words: int = WORDS) -> list[Answer]:
         if spec:
@@ -103,7 +103,7 @@ class HuggingFace:
 class Vllm:
     """An engine of vLLM in this process."""
 
-    def __init__(self, spec: str | None, **options: Any) -> None:
+    def __init__(self, spec: str | None, path: str = PATH, **options: Any) -> None:
         from vllm import LLM
 
         settings = {
@@ -115,8 +115,8 @@ class Vllm:
             "limit_mm_per_prompt": {"image": 3},
             "additional_config": {"vlm_fix": spec} if spec else {},
         }
-        self.llm = LLM(PATH, **(settings | options))
-        self.processor = AutoProcessor.from_pretrained(PATH)
+        self.llm = LLM(path, **(settings | options))
+        self.processor = AutoProcessor.from_pretrained(path)
 
     @property
     def served(self) -> Any:

@@ -87,7 +87,7 @@ def test_preempted_requests_go_on_as_if_they_had_not_been(hf):
     from tests.serving.support import Vllm
 
     small = Vllm("pai:alpha=1+m3id", num_gpu_blocks_override=12, max_model_len=128)
-    asked = [Case((i,), CAPTION) for i in range(5)]
+    asked = [Case((i,), " ".join([CAPTION] * 5)) for i in range(5)]  # 92 tokens: soon each needs a fourth block
     preempted = []
     scheduler = small.llm.llm_engine.engine_core.engine_core.scheduler
     before = scheduler._preempt_request
