@@ -92,6 +92,12 @@ def check_config(config: Any, engine: ServedEngine) -> None:
         or getattr(parallel, "prefill_context_parallel_size", 1) > 1,
         "microbatches (--enable-dbo)": bool(getattr(parallel, "enable_dbo", False)),
         "a pooling runner": getattr(config.model_config, "runner_type", "generate") != "generate",
+        "prompts of embeddings (--enable-prompt-embeds)": bool(
+            getattr(config.model_config, "enable_prompt_embeds", False)
+        ),
+        "embeddings in place of images (--enable-mm-embeds)": bool(
+            getattr(config.model_config.multimodal_config, "enable_mm_embeds", False)
+        ),
         "a KV connector": config.kv_transfer_config is not None,
         "LoRA": config.lora_config is not None,
     }.items():
