@@ -20,7 +20,7 @@ class Settings:
     `max_new_tokens` None mean the benchmark's own. `drop_incomplete` drops a cut-off last sentence before CHAIR is scored.
     How to run:  `seeds` are for sampling and for methods that draw at random (default: `seed`); `controls` and
     `equal_compute` add the runs of `plan.runs`; `dtype` "auto" is the checkpoint's on a GPU and float32 on a CPU;
-    `device_map` spreads the model over devices.
+    `device_map` spreads the model over devices; `engine` "vllm" answers through vLLM.
     """
 
     benchmark: str = "all"
@@ -50,6 +50,7 @@ class Settings:
     build: bool = False
     questions: tuple[str, ...] = ()
     drop_incomplete: bool = False
+    engine: str = "hf"
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "num_beams", "limit", "max_new_tokens"):

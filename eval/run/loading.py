@@ -17,6 +17,8 @@ from vlm_fix.calibrated import weights_id
 from vlm_fix.errors import VlmFixError
 from vlm_fix.eval import picto
 
+from .served import ServedModel
+
 
 def check_device(device: str) -> None:
     """Raise VlmFixError for a --device that is unknown or not available."""
@@ -38,7 +40,7 @@ def load_model(
     check_device(device)
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
-    path = str(picto.model_path(name)) if name.startswith("picto-") and not Path(name).exists() else name
+    path = _path(name)
     remedy = "give a directory with a checkpoint, a Hugging Face name that this machine can download, or picto-llava."
     if name.startswith(("/", ".", "~")) and not Path(path).exists():
         raise VlmFixError(f"model {name!r} could not be loaded (there is no such folder): {remedy}")
@@ -55,8 +57,7 @@ def load_model(
     except (OSError, ValueError, ImportError) as error:
         cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise VlmFixError(f"model {name!r} could not be loaded ({cause.rstrip('.')}): {remedy}") from error
-    if not getattr(processor, "chat_template", None) or not hasattr(processor, "tokenizer"):
-        raise VlmFixError(f"the processor of {name!r} has no chat template: add chat_template.jinja to the checkpoint.")
+    _check(processor, name)
     processor.tokenizer.padding_side = "left"
     if processor.tokenizer.pad_token_id is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
@@ -69,6 +70,28 @@ def load_model(
         "device": model.device.type,
     }
     return model, processor, identity
+
+
+def load_served(
+    name: str, dtype: str = "auto", device: str = "auto", device_map: str | None = None
+) -> tuple[Any, Any, dict[str, Any]]:
+    """The same for `--engine vllm`: the weights are loaded by vLLM, once for each run."""
+    check_device(device)
+    if device_map:
+        raise VlmFixError("--device-map is for Hugging Face's engine: vLLM spreads a model by itself.")
+    model = ServedModel(_path(name), dtype, device)
+    processor = AutoProcessor.from_pretrained(model.path)
+    _check(processor, name)
+    return model, processor, model.identity(name)
+
+
+def _path(name: str) -> str:
+    return str(picto.model_path(name)) if name.startswith("picto-") and not Path(name).exists() else name
+
+
+def _check(processor: Any, name: str) -> None:
+    if not getattr(processor, "chat_template", None) or not hasattr(processor, "tokenizer"):
+        raise VlmFixError(f"the processor of {name!r} has no chat template: add chat_template.jinja to the checkpoint.")
 
 
 def hardware(device: torch.device) -> str:

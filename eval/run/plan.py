@@ -32,6 +32,8 @@ from vlm_fix.eval.tasks import Task
 from vlm_fix.families import table as families
 from vlm_fix.method import Baseline, Method
 
+from .served import ServedModel
+
 AT_BETA = "apc_only"
 NOISE = "gaussian_logits"
 YES_NO = ("yes_bias", "yes_threshold")
@@ -70,13 +72,16 @@ class Run:
 
         Methods that draw at random use `seed`, unless their own was set.
         """
-        if all(isinstance(method, Baseline) for method in self.stack):
-            yield
-            return
         stack = [_seeded(method, seed) if seed is not None else method for method in self.stack]
-        names = {method.name for method in stack}
-        with vlm_fix.wrapped(model, stack, [c for c in calibration if c.method in names]):
+        chosen = [c for c in calibration if c.method in {method.name for method in stack}]
+        if isinstance(model, ServedModel):
+            with model.applied(stack, chosen):
+                yield
+        elif all(isinstance(method, Baseline) for method in stack):
             yield
+        else:
+            with vlm_fix.wrapped(model, stack, chosen):
+                yield
 
 
 def _seeded(method: Method, seed: int) -> Method:

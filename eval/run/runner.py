@@ -45,7 +45,7 @@ from vlm_fix.eval.tasks import Task, build
 
 from . import summary
 from .generation import answer, batches, peak_mb, reset_peak, warm_up
-from .loading import hardware, load_model
+from .loading import hardware, load_model, load_served
 from .plan import Run, runs
 from .store import Store, Team, load_results
 
@@ -116,9 +116,8 @@ def evaluate(
     if team.share((folder / "config.json").exists()) and not resume:
         raise VlmFixError(f"{folder} already holds a run: add --resume to continue it or choose another --output.")
     tasks = build(settings)
-    model, processor, identity = loaded or load_model(
-        settings.model, settings.dtype, settings.device, settings.device_map
-    )
+    load = load_served if settings.engine == "vllm" else load_model
+    model, processor, identity = loaded or load(settings.model, settings.dtype, settings.device, settings.device_map)
     calibration = choose(settings.calibration, model, methods)
     plan = runs(settings, model, tasks, calibration)
     for run in plan:  # report a bad value or combination now, not after an hour of baseline

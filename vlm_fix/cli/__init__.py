@@ -26,6 +26,7 @@ from . import (
     published,
     report,
     score,
+    serve,
     vlmevalkit,
 )
 from .common import LAYOUT, Parser
@@ -40,6 +41,7 @@ COMMANDS = (
     models,
     doctor,
     bench,
+    serve,
     lmms_tasks,
     vlmevalkit,
     demo,

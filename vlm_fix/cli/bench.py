@@ -15,9 +15,12 @@ from .common import DTYPES, add, add_json, check_place, console
 
 def add_to(commands: Any) -> None:
     parser = add(commands, "bench", "time methods against the unwrapped model, on random weights", run)
-    parser.add_argument("kind", choices=("attention", "decode", "prune"), help="which methods")
+    parser.add_argument("kind", choices=("attention", "decode", "prune", "serve"), help="which methods")
     parser.add_argument("--shape", default="small", metavar="S", help="small, small-qwen, llava-1.5-7b, qwen2.5-vl-7b")
     parser.add_argument("--method", default="", metavar="A,B+C", help="only these (all of the kind)")
+    parser.add_argument(
+        "--model", default="picto-llava", metavar="NAME", help="serve only: folder or name (%(default)s)"
+    )
     parser.add_argument("--new-tokens", type=int, default=32, metavar="N", help="tokens to time (%(default)s)")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="(%(default)s)")
     parser.add_argument("--keep", default="192,64", metavar="N,M", help="visual tokens kept, prune only (%(default)s)")
@@ -38,6 +41,9 @@ def run(args: argparse.Namespace) -> None:
     from vlm_fix.eval import bench
     from vlm_fix.registry import split_methods
 
+    if args.kind == "serve":
+        _serve(args)
+        return
     try:
         keep = tuple(float(part) for part in args.keep.split(","))
     except ValueError:
@@ -62,3 +68,23 @@ def run(args: argparse.Namespace) -> None:
         print(json.dumps(results, indent=2))
     else:
         console().print(bench.table(results))
+
+
+def _serve(args: argparse.Namespace) -> None:
+    """Methods inside vLLM."""
+    import importlib.util
+
+    if importlib.util.find_spec("vllm") is None:
+        raise VlmFixError("vLLM is not installed: pip install 'vlm-fix[vllm]'.")
+    from vlm_fix.eval import bench
+    from vlm_fix.eval.bench import serving
+    from vlm_fix.registry import split_methods
+
+    specs = ["+".join(stack) for stack in split_methods(args.method)]
+    results = serving.run(specs, args.model, args.new_tokens, args.rounds)
+    if args.output:
+        bench.write(results, Path(args.output))
+    if args.json:
+        print(json.dumps(results, indent=2))
+    else:
+        console().print(serving.table(results))

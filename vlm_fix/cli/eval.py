@@ -49,6 +49,7 @@ def add_to(commands: Any) -> None:
     how.add_argument("--sample", action="store_true", help="sample instead of greedy decoding")
     how.add_argument("--temperature", type=float, default=1.0, metavar="T", help="with --sample (%(default)s)")
     how.add_argument("--top-p", type=float, default=1.0, metavar="P", help="with --sample (%(default)s)")
+    how.add_argument("--engine", choices=("hf", "vllm"), default="hf", help="generate, or vLLM (%(default)s)")
     how.add_argument("--num-beams", type=int, default=1, metavar="N", help="beam search (%(default)s = greedy)")
     add_weights(how)
     how.add_argument("--device-map", choices=("auto", "balanced", "sequential"), help="spread the model over all GPUs")

@@ -88,16 +88,25 @@ class Clip:
         x = args[0] if args else kwargs["hidden_states"]
         shape = (*x.shape[:2], attn.num_heads, attn.head_dim)
         q, k = (f(x).view(shape).transpose(1, 2) for f in (attn.q_proj, attn.k_proj))
-        first = (q[:, :, :1].float() @ k.float().transpose(2, 3) * attn.scale).softmax(dim=-1).mean(dim=1)[:, 0]
-        heads = [(a, b, attn.scale) for a, b in zip(q, k, strict=True)]
-        return Seen(column_means(q, k, attn.scale), k.float().mean(dim=1), heads, first)
+        return self.seen(q, k, attn.scale)
+
+    @staticmethod
+    def seen(q: torch.Tensor, k: torch.Tensor, scale: float) -> Seen:
+        """Queries and keys [n, H, S, D] of a layer."""
+        first = (q[:, :, :1].float() @ k.float().transpose(2, 3) * scale).softmax(dim=-1).mean(dim=1)[:, 0]
+        heads = [(a, b, scale) for a, b in zip(q, k, strict=True)]
+        return Seen(column_means(q, k, scale), k.float().mean(dim=1), heads, first)
 
     def images(self, args: Any, kwargs: dict[str, Any], output: Any, seen: dict[int, Seen]) -> Iterator[ImageTokens]:
-        pixels = args[0] if args else kwargs["pixel_values"]
+        layers = self.config.vision_feature_layer
+        states = [output.hidden_states[i] for i in ([layers] if isinstance(layers, int) else layers)]
+        return self.tokens(args[0] if args else kwargs["pixel_values"], states, seen)
+
+    def tokens(self, pixels: torch.Tensor, states: list[torch.Tensor], seen: dict[int, Seen]) -> Iterator[ImageTokens]:
+        """Images [n, 3, H, W] and the tower's outputs [n, S, C] that go to the projector."""
         patch = self.config.vision_config.patch_size
         grid = (pixels.shape[-2] // patch, pixels.shape[-1] // patch)
-        size, layers = grid[0] * grid[1], self.config.vision_feature_layer
-        states = [output.hidden_states[i] for i in ([layers] if isinstance(layers, int) else layers)]
+        size = grid[0] * grid[1]
 
         def raw(i: int) -> torch.Tensor:
             return torch.cat([x[i, -size:] for x in states], dim=-1)
