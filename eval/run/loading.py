@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from vlm_fix.calibrated import weights_id
 from vlm_fix.errors import VlmFixError
@@ -69,6 +69,19 @@ def load_model(
         "device": model.device.type,
     }
     return model, processor, identity
+
+
+def outline(name: str) -> Any | None:
+    """Return the model without weights, from its configuration alone, or None if that cannot be read or built."""
+    path = str(picto.model_path(name)) if name.startswith("picto-") and not Path(name).exists() else name
+    try:
+        config = AutoConfig.from_pretrained(path)
+        with torch.device("meta"):
+            made = AutoModelForImageTextToText.from_config(config)
+    except Exception:  # whatever it is, `load_model` meets it too and says it
+        return None
+    made.name_or_path = path
+    return made
 
 
 def hardware(device: torch.device) -> str:
