@@ -1,8 +1,8 @@
 """A folder of images with COCO annotations.
 
 Images are in DIR, DIR/val2014, DIR/images or DIR/images/val2014; annotations, if any, in DIR/annotations or DIR as
-instances_*.json and captions_*.json. The id of an image with a COCO name (000000000042.jpg, COCO_val2014_000000000042.jpg) is its number; for
-other names the annotations must give it. VlmFixErrors name what is missing.
+instances_*.json and captions_*.json. The id of an image with a COCO name (000000000042.jpg,
+COCO_val2014_000000000042.jpg) is its number; for other names the annotations must give it. VlmFixErrors name what is missing.
 """
 
 from __future__ import annotations
