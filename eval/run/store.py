@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -28,6 +29,16 @@ class Team:
 
     def __init__(self) -> None:
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if (
+            "MASTER_ADDR" in os.environ
+            and "WORLD_SIZE" not in os.environ
+            and "ACCELERATE_MIXED_PRECISION" in os.environ
+        ):
+            warnings.warn(
+                "accelerate launch has started one process, which does all the work, as it does on a CPU for any "
+                "--num_processes: for several use `torchrun --nproc-per-node N -m vlm_fix.cli eval ...`.",
+                stacklevel=2,
+            )
         if self.size > 1 and not torch.distributed.is_initialized():
             # days, because a process waits for the others to answer their share
             torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))

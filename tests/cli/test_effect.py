@@ -1,6 +1,7 @@
 """Options that would have no effect are errors, before a model is loaded; so are stacks that make no sense."""
 
 import json
+import warnings
 
 import pytest
 
@@ -99,6 +100,19 @@ def test_one_image_is_enough(benchmark, seed):
         assert task.score({sample.id: "Yes" for sample in task.samples})
     if benchmark == "pope":
         assert made[0].sizes == {"random": 6, "popular": 6, "adversarial": 6}
+
+
+def test_a_launcher_that_starts_one_process_is_told(monkeypatch):
+    """What `accelerate launch --cpu --num_processes 2` sets, and what torchrun adds to it."""
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_MIXED_PRECISION": "no"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.warns(UserWarning, match="started one process, which does all the work.*torchrun --nproc-per-node"):
+        assert runner.Team().size == 1
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        runner.Team()
 
 
 def test_images_may_lie_in_images_val2014(tmp_path):
