@@ -121,10 +121,8 @@ def test_an_em_dash_does_not_cut_a_token_on_any_nltk_version() -> None:
 def test_single_quotes_are_split_as_in_nltk_3_9_1() -> None:
     """Tokens by nltk.word_tokenize of 3.9.1; 3.10 takes every opening quote off its word, so that "'bear'" is an object."""
     text = "a 'bear' and 'a' cat, the 'kite's tail, dogs' toys, rock 'n' roll, it's 'it's'"
-    assert nltk_tools.tokens(text, "pattern") == (
-        ["a", "'bear", "'", "and", "'", "a", "'", "cat", ",", "the", "'kite", "'s", "tail", ",", "dogs", "'", "toys"]
-        + [",", "rock", "'n", "'", "roll", ",", "it", "'s", "'it's", "'"]
-    )
+    expected = "a|'bear|'|and|'|a|'|cat|,|the|'kite|'s|tail|,|dogs|'|toys|,|rock|'n|'|roll|,|it|'s|'it's|'"
+    assert nltk_tools.tokens(text, "pattern") == expected.split("|")
     assert words.caption_to_words("a 'bear' on a bed", "pattern").node_words == ["bed"]
 
 
