@@ -53,6 +53,19 @@ def notes(results: Mapping[str, Any]) -> list[tuple[str, str]]:
             notes.append(
                 (run, f"no step of {', '.join(none)} left it two tokens: it has no term there to match noise to")
             )
+    for run, benchmarks in results["runs"].items():
+        for benchmark, splits in benchmarks.items():
+            wrong = {split: scores for split, scores in splits.items() if scores.get("misread")}
+            if wrong:
+                first = next(iter(wrong.values()))
+                number = ", ".join(f"{scores['misread']} of {split}" for split, scores in wrong.items())
+                notes.append(
+                    (
+                        run,
+                        f"{benchmark.upper()}: the scorer {first['scorer']} takes answers against their plain word ({number}): "
+                        f"{first['misread_example']}; --scorer ours reads them",
+                    )
+                )
     for run, count in list(results["changed"].items())[1:]:
         if not count["changed"]:
             notes.append((run, f"every one of its {count['answers']} answers is the baseline's"))

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from vlm_fix.calibrated import weights_id
 from vlm_fix.errors import VlmFixError
@@ -92,6 +92,19 @@ def _path(name: str) -> str:
 def _check(processor: Any, name: str) -> None:
     if not getattr(processor, "chat_template", None) or not hasattr(processor, "tokenizer"):
         raise VlmFixError(f"the processor of {name!r} has no chat template: add chat_template.jinja to the checkpoint.")
+
+
+def outline(name: str) -> Any | None:
+    """Return the model without weights, from its configuration alone, or None if that cannot be read or built."""
+    path = _path(name)
+    try:
+        config = AutoConfig.from_pretrained(path)
+        with torch.device("meta"):
+            made = AutoModelForImageTextToText.from_config(config)
+    except Exception:  # whatever it is, `load_model` meets it too and says it
+        return None
+    made.name_or_path = path
+    return made
 
 
 def hardware(device: torch.device) -> str:

@@ -45,8 +45,8 @@ from vlm_fix.eval.tasks import Task, build
 
 from . import summary
 from .generation import answer, batches, peak_mb, reset_peak, warm_up
-from .loading import hardware, load_model, load_served
-from .plan import Run, runs
+from .loading import hardware, load_model, load_served, outline
+from .plan import Run, check_stacks, runs
 from .store import Store, Team, load_results
 
 BASELINE = ["baseline"]
@@ -115,6 +115,7 @@ def evaluate(
         raise VlmFixError(f"--output {folder} is a file: give a folder.")
     if team.share((folder / "config.json").exists()) and not resume:
         raise VlmFixError(f"{folder} already holds a run: add --resume to continue it or choose another --output.")
+    check_stacks(settings, None if loaded else outline(settings.model))
     tasks = build(settings)
     load = load_served if settings.engine == "vllm" else load_model
     model, processor, identity = loaded or load(settings.model, settings.dtype, settings.device, settings.device_map)

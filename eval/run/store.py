@@ -98,7 +98,7 @@ class Store:
         self.rows = {}
         for path in self._files():
             found: dict[Key, list[dict[str, Any]]] = {}
-            for line in path.read_text(errors="replace").splitlines():
+            for line in path.read_text(errors="replace").split("\n"):
                 try:
                     row = json.loads(line)
                     found.setdefault((row["run"], row["seed"], row["benchmark"], row["batch"]), []).append(row)

@@ -106,7 +106,7 @@ def load_answers(
     if marks and scorer != "official":
         tell(f"note: {marks[0]} holds the marks of a judge; --scorer official counts them")
     replies = [row.reply for row in given.rows]
-    if scorer != "official" and {*replies} <= {"0", "1", "2", None}:
+    if scorer != "official" and {None} < {*replies, None} <= {"0", "1", "2", None}:
         raise VlmFixError(
             f"{path}: all replies in {given.keys[0]} are 0, 1 or 2: if a judge gave these marks, add --scorer official "
             f"--answer-key {given.keys[0]}; if they are answers, write yes and no."

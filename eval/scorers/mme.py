@@ -212,6 +212,9 @@ def score_files(
         tell(rows.told())
         asked, given = load_rows(rows, questions)
     else:
+        if questions or answer_key or id_key:
+            given_option = "--questions" if questions else "--answer-key" if answer_key else "--id-key"
+            raise VlmFixError(f"{given_option} has no effect on a folder of TASK.txt: leave it out, or give a file.")
         asked, given = load_results(answers)
         tell(f"read {len(given)} answers from {answers}: TASK.txt files (image, question, truth, answer)")
     found = {part: result.to_dict() for part, result in score(given, asked, scorer).items()}

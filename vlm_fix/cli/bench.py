@@ -23,7 +23,7 @@ def add_to(commands: Any) -> None:
     )
     parser.add_argument("--new-tokens", type=int, default=32, metavar="N", help="tokens to time (%(default)s)")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="(%(default)s)")
-    parser.add_argument("--keep", default="192,64", metavar="N,M", help="visual tokens kept, prune only (%(default)s)")
+    parser.add_argument("--keep", metavar="N,M", help="visual tokens kept, prune only (192,64)")
     parser.add_argument("--device", default="auto", metavar="DEV", help="auto, cpu or cuda (%(default)s)")
     parser.add_argument("--dtype", choices=DTYPES, default="auto")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the weights and the prompt (%(default)s)")
@@ -34,6 +34,8 @@ def add_to(commands: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     if args.output:
         check_place(args.output)
+    if args.keep and args.kind != "prune":
+        raise VlmFixError(f"--keep has no effect on bench {args.kind}: it is for bench prune, or leave it out.")
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # silence the banner of torch's profiler
     from rich.console import Console
     from rich.progress import Progress
@@ -45,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
         _serve(args)
         return
     try:
-        keep = tuple(float(part) for part in args.keep.split(","))
+        keep = tuple(float(part) for part in (args.keep or "192,64").split(","))
     except ValueError:
         raise VlmFixError(f"--keep {args.keep!r} is not a list of counts or shares such as 192,64.") from None
     with Progress(console=Console(stderr=True), transient=True) as progress:

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from vlm_fix.errors import VlmFixError
+
 from .common import add, check_place
 
 ABOUT = """The page is self-contained: tables, figures and answers side by side. A Markdown file that has the
@@ -22,12 +24,15 @@ def add_to(commands: Any) -> None:
     parser.add_argument(
         "--markdown", metavar="FILE", help="the short table; replaces what is between the marks, see below"
     )
-    parser.add_argument(
-        "--samples", type=int, default=6, metavar="N", help="captions and questions shown (%(default)s)"
-    )
+    parser.add_argument("--samples", type=int, metavar="N", help="captions and questions shown (6)")
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.samples is not None and (args.samples < 0 or (args.markdown and not args.out)):
+        wrong = "give 0 or more" if args.samples < 0 else "it is for the page: add --out FILE, or leave it out"
+        raise VlmFixError(f"--samples {args.samples}: {wrong}.")
+    if twice := [folder for folder in args.folders if args.folders.count(folder) > 1]:
+        raise VlmFixError(f"{twice[0]} is given twice: name each run once.")
     out = args.out or ("" if args.markdown else "report.html")
     for place in filter(None, (out, args.markdown)):
         check_place(place)
@@ -39,5 +44,5 @@ def run(args: argparse.Namespace) -> None:
         print(args.markdown)
     if out:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(Path(out), page.page(args.folders, args.samples))
+        write_atomic(Path(out), page.page(args.folders, 6 if args.samples is None else args.samples))
         print(Path(out))

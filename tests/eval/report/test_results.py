@@ -11,6 +11,8 @@ import pytest
 
 from tests.support.paths import ROOT
 from vlm_fix import cli
+from vlm_fix.cli import effect
+from vlm_fix.cli.eval import _settings
 from vlm_fix.eval.report import page
 from vlm_fix.registry import parse, split_methods
 
@@ -38,13 +40,15 @@ def arguments(folder, tmp_path):
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_results_are_of_the_command_that_is_given(folder, tmp_path):
     [command] = arguments(folder, tmp_path)
-    asked = vars(cli._parser().parse_args(command))
+    given = cli._parser().parse_args(command)
+    effect.check(given)
+    asked = _settings(given)
     made = json.loads((ROOT / "results" / folder / "results.json").read_text())["settings"]
     for name in ("benchmark", "limit", "batch_size", "seed", "variant", "sample", "scorer", "num_beams"):
-        assert made[name] == asked[name], name
-    assert made.get("controls", False) == asked["controls"]
-    assert made["methods"] == split_methods(asked["method"])
-    assert ",".join(map(str, made.get("seeds", []))) == asked["seeds"]
+        assert made[name] == getattr(asked, name), name
+    assert made.get("controls", False) == asked.controls
+    assert made["methods"] == split_methods(given.method)
+    assert made.get("seeds", []) == [*asked.seeds]
 
 
 @pytest.mark.parametrize("model", ["picto-llava", "picto-smol"])
