@@ -38,6 +38,9 @@ HYBRID = {  # for decoders of which only layers 1 and 3 have attention weights
     "decore": "decore:head_list=1.0|1.3|3.1",
     "gift": "gift:alpha=3,source_layer=1,layers=3",
 }
+EAGER = {
+    "yes_threshold": "yes_threshold:yes=3|69|32,no=20|52,mass=0.001,margin=0.9"
+}  # acts wherever either word has a chance
 GOOD = WORKS, IDLE, ALONE, REFUSED = "works", "found nothing to change", "works with one prompt at a time", "refused"
 FAILED = "failed"
 
@@ -56,7 +59,7 @@ def inputs_of(family: str, batch: bool):
 
 def spec_of(method: str, family: str) -> str:
     """A spec of the method that acts on tiny models, for layers that this one has."""
-    case = CASES[method].specs[0]
+    case = EAGER.get(method, CASES[method].specs[0])
     return HYBRID.get(method, case) if len(arch_of(model_of(family)).attention) < 4 else case
 
 
