@@ -96,6 +96,21 @@ def test_columns_apart_in_a_padded_batch(family, model, paths, monkeypatch):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("spec", ["act:threshold=0.05,layers=1-2", "vaf:layers=0-,enhance=1.6", "zerotuning:rate=0.1"])
+def test_paths_agree_on_values_narrower_than_keys(spec, paths):
+    """Latent attention (Kimi): keys of 24, values of 12 dimensions."""
+    model, inputs, logits = families.build("kimi_k25"), prompt("kimi_k25", [1, 2]), {}
+    plain, real = model(**inputs).logits, inputs["attention_mask"].bool()
+    for path in ("kernel", "columns" if not spec.startswith("act") else "auto"):
+        seen = paths(path)
+        with vlm_fix.wrapped(model, spec):
+            logits[path] = model(**inputs).logits[real]
+    assert {name for name, _ in seen} <= {"column_attention", "few_columns_attention"} and seen
+    one, other = logits.values()
+    assert float((one - other).abs().max()) < 1e-4 < 1e-2 < float((one - plain[real]).abs().max())
+
+
+@torch.no_grad()
 @pytest.mark.parametrize(
     "spec", [["vaf:layers=0-,enhance=1.6"], ["vaf:layers=0-", "avar"], ["zerotuning", "vhr:prompt_rows=all"]]
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 
 import pytest
@@ -16,6 +17,7 @@ from tests.support.references import base as ref
 from tests.support.references.pruning_after import Slow
 from tests.support.references.pruning_before import divprune, images_of, uniform_grid, visionzip, zoo_prune
 from tests.support.run import error, greedy
+from vlm_fix.families import table
 from vlm_fix.pruning import PruningWing
 from vlm_fix.wing import engine_of
 
@@ -119,3 +121,21 @@ def test_hybrid_decoders_read_a_shorter_prompt(name):
     out = language(inputs_embeds=embeds[:, stay], position_ids=places[..., stay], use_cache=False)[0]
     expected = model.lm_head(out[:, -1])
     assert float((found - expected).abs().max()) < 1e-4 and float((found - plain).abs().max()) > 1e-2
+
+
+def test_a_prompt_that_sees_ahead_is_refused(monkeypatch):
+    """Of a family whose table row does not say so: Molmo 2's image tokens see each other."""
+    model, inputs = build("molmo2"), families.prompt("molmo2", [1, 2])
+    with pytest.raises(
+        vlm_fix.VlmFixError, match="fastv does not work with this model's bidirectional image attention"
+    ):
+        vlm_fix.wrap(model, "fastv")
+    rows = tuple(dataclasses.replace(f, causal=True) for f in table.FAMILIES)
+    monkeypatch.setattr(table, "FAMILIES", rows)
+    with (
+        vlm_fix.wrapped(model, "fastv:keep=4"),
+        pytest.raises(vlm_fix.VlmFixError, match="fastv does not work with this model's bidirectional image attention"),
+    ):
+        greedy(model, inputs, 2)
+    with vlm_fix.wrapped(build("qwen2_vl"), "fastv:keep=4"):
+        greedy(build("qwen2_vl"), families.prompt("qwen2_vl", [1, 2]), 2)

@@ -105,7 +105,7 @@ class _Functions(TorchFunctionMode):
                 raise RuntimeError("attention over tensors of several devices")
             return Pretended(func(*tree_map(held, args), **tree_map(held, kwargs)), here[0].device)
         if func is torch.Tensor.__getitem__ and here and isinstance(args[1], list):
-            return args[0][torch.tensor(args[1])]
+            return args[0][torch.tensor(args[1], dtype=torch.long)]
         wanted = kwargs.get("device")
         if func in FACTORIES and wanted is not None and torch.device(wanted).type == NAME and not here:
             with torch._C.DisableTorchFunction():

@@ -38,6 +38,14 @@ HYBRID = {  # for decoders of which only layers 1 and 3 have attention weights
     "decore": "decore:head_list=1.0|1.3|3.1",
     "gift": "gift:alpha=3,source_layer=1,layers=3",
 }
+CROPS = {
+    "hiprune": "hiprune:keep=0.3",
+    "downsample_image": "downsample_image:keep=0.33",
+}  # a count is too small for crops
+LESS = {"llava_onevision": 1}  # images of the longer prompt: the next one would be resized after it was packed
+EAGER = {
+    "yes_threshold": "yes_threshold:yes=3|69|32,no=20|52,mass=0.001,margin=0.9"
+}  # acts wherever either word has a chance
 GOOD = WORKS, IDLE, ALONE, REFUSED = "works", "found nothing to change", "works with one prompt at a time", "refused"
 FAILED = "failed"
 
@@ -50,14 +58,17 @@ def model_of(family: str):
 @functools.cache
 def inputs_of(family: str, batch: bool):
     """A prompt of two images; with `batch` beside one of one image, padded."""
-    images = [1, 2] if batch else [2]
+    images = [1, LESS.get(family, 2)] if batch else [LESS.get(family, 2)]
     return make_inputs(family, images) if family in BUILD else families.prompt(family, images)
 
 
 def spec_of(method: str, family: str) -> str:
     """A spec of the method that acts on tiny models, for layers that this one has."""
-    case = CASES[method].specs[0]
-    return HYBRID.get(method, case) if len(arch_of(model_of(family)).attention) < 4 else case
+    case = EAGER.get(method, CASES[method].specs[0])
+    arch = arch_of(model_of(family))
+    if arch.family.cells == "anyres":
+        case = CROPS.get(method, case)
+    return HYBRID.get(method, case) if len(arch.attention) < 4 else case
 
 
 def answer(family: str, batch: bool, scores: bool = True):
