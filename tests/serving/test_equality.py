@@ -37,7 +37,8 @@ def test_a_served_method_answers_as_in_generate(engine, hf, plain, spec):
 
 
 @pytest.mark.parametrize(
-    "spec", ["pai:alpha=1", "var:sink_dims=0|1|2,tau=1.5,rho=0,min_visual_mass=0", "gift", "vhr", "iri", "deco", "vcd", "icd"]
+    "spec",
+    ["pai:alpha=1", "var:sink_dims=0|1|2,tau=1.5,rho=0,min_visual_mass=0", "gift", "vhr", "iri", "deco", "vcd", "icd"],
 )
 def test_mixed_requests_that_arrive_while_others_are_answered(engine, hf, spec):
     """Prompts of text, of one and of several images, each in another step than the one before."""
