@@ -43,7 +43,7 @@ def test_answers_are_those_of_generate(tmp_path):
 @pytest.mark.parametrize(
     "options, words", [(["--method", "opera"], "opera cannot be served"), (["--num-beams", "2"], "drop --num-beams")]
 )
-def test_what_vllm_cannot_do_is_said_before_anything_is_written(tmp_path, options, words):
+def test_what_vllm_cannot_do_is_said_in_a_sentence(tmp_path, options, words):
     command = [
         sys.executable,
         "-m",
