@@ -26,7 +26,7 @@ def rows(folder, *options: str) -> dict:
     ]
     environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     done = subprocess.run(
-        [*command, "--output", str(folder), *options], capture_output=True, text=True, env=environment, timeout=580
+        [*command, "--output", str(folder), *options], capture_output=True, text=True, env=environment, timeout=1200
     )
     assert done.returncode == 0, done.stderr[-2000:]
     lines = map(json.loads, (folder / "samples.jsonl").read_text().splitlines())
@@ -58,6 +58,6 @@ def test_what_vllm_cannot_do_is_said_in_a_sentence(tmp_path, options, words):
         "vllm",
     ]
     done = subprocess.run(
-        [*command, "--output", str(tmp_path / "out"), *options], capture_output=True, text=True, timeout=580
+        [*command, "--output", str(tmp_path / "out"), *options], capture_output=True, text=True, timeout=1200
     )
     assert done.returncode == 2 and words in done.stderr
