@@ -23,8 +23,6 @@ from vlm_fix.serving import refusals
 from vlm_fix.serving.engine import ServedEngine
 from vlm_fix.serving.settings import skeleton
 
-REFUSED = {"num_beams": "beams", "use_cache": "use_cache"}
-
 
 class ServedModel:
     """Stands where the loaded model stands: what `plan` and the runner read of it, and the answers of a batch."""

@@ -26,6 +26,7 @@ from vlm_fix.serving.settings import Settings
 
 PATH = str(model_path())
 WORDS = 24
+KEPT: list[Any] = []  # engines: the end of one would take vLLM's process groups from the others
 CAPTION, QUESTION = "Describe the image.", "Is there a {} in the image?"
 
 
@@ -116,6 +117,7 @@ class Vllm:
             "additional_config": {"vlm_fix": spec} if spec else {},
         }
         self.llm = LLM(path, **(settings | options))
+        KEPT.append(self.llm)
         self.processor = AutoProcessor.from_pretrained(path)
 
     @property

@@ -42,7 +42,8 @@ def table() -> str:
     rows = ["| method | kind | served | tested as, or why not |", "|---|---|---|---|"]
     for method in list_methods():
         if method.name in spec_of:
-            rows.append(f"| {method.name} | {method.kind} | yes | `{spec_of[method.name]}` |")
+            spec = spec_of[method.name].replace("|", r"\|")
+            rows.append(f"| {method.name} | {method.kind} | yes | `{spec}` |")
         elif method.name in why:
             rows.append(f"| {method.name} | {method.kind} | no | {why[method.name]} |")
     return "\n".join(rows) + "\n"

@@ -60,7 +60,7 @@ class Server:
         self.file.seek(0)
         return self.file.read()
 
-    def wait(self, seconds: int = 480) -> None:
+    def wait(self, seconds: int = 900) -> None:
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             assert self.process.poll() is None, self.log()[-3000:]
@@ -189,7 +189,7 @@ def test_a_client_that_is_killed_takes_nothing_with_it(server, hf: HuggingFace):
     ],
 )
 def test_a_wrong_spec_ends_the_start_in_one_sentence(options, words):
-    done = subprocess.run([*SERVE, *options], capture_output=True, text=True, env=ENVIRONMENT, timeout=280)
+    done = subprocess.run([*SERVE, *options], capture_output=True, text=True, env=ENVIRONMENT, timeout=900)
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].startswith("error: ")
     assert words in done.stderr
@@ -203,7 +203,7 @@ def test_plain_vllm_serve_refuses_a_wrong_spec_too():
         capture_output=True,
         text=True,
         env=ENVIRONMENT,
-        timeout=480,
+        timeout=900,
     )
     assert done.returncode != 0
     assert "opera cannot be served by vLLM: it runs generate in a loop of its own" in done.stderr + done.stdout

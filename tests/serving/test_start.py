@@ -31,7 +31,7 @@ def test_without_a_method_every_log_probability_is_that_of_vllm_without_the_plug
         capture_output=True,
         text=True,
         env={**os.environ, "VLLM_PLUGINS": "none"},
-        timeout=280,
+        timeout=900,
     )
     line = next((x for x in done.stdout.splitlines() if x.startswith("ANSWERS ")), None)
     assert line is not None, done.stderr[-2000:]

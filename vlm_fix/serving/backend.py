@@ -10,6 +10,7 @@ from typing import Any
 
 from . import worker
 from .beside import BesideForward
+from .settings import Settings
 
 MADE: dict[str, tuple[str, str]] = {
     "CPU_ATTN": ("vllm.v1.attention.backends.cpu_attn", "CPUAttentionBackend"),
@@ -49,6 +50,15 @@ class EditingImpl:
 class NotingBuilder:
     """Mixed into a backend's metadata builder: the metadata of a step say which rows belong to which request."""
 
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> Any:
+        """No full graphs where a method is served: their replay runs no Python. Pieces between attention layers may be graphs."""
+        if Settings.read(vllm_config.additional_config) is None:
+            return super().get_cudagraph_support(vllm_config, kv_cache_spec)  # type: ignore[misc]
+        from vllm.v1.attention.backend import AttentionCGSupport
+
+        return AttentionCGSupport.NEVER
+
     def build(self, common_prefix_len: int, common_attn_metadata: Any, *args: Any, **kwargs: Any) -> Any:
         made = super().build(common_prefix_len, common_attn_metadata, *args, **kwargs)  # type: ignore[misc]
         served = worker.of(self.vllm_config)  # type: ignore[attr-defined]
@@ -62,10 +72,7 @@ def _made(name: str) -> type:
     base: Any = getattr(importlib.import_module(module), cls)
     own, builder = base.get_impl_cls(), base.get_builder_cls()
     impl = type(f"Editing{own.__name__}", (EditingImpl, own), {})
-    changes: dict[str, Any] = {}
-    if hasattr(builder, "_cudagraph_support"):  # the replay of a full graph runs no Python
-        changes["_cudagraph_support"] = importlib.import_module("vllm.v1.attention.backend").AttentionCGSupport.NEVER
-    noting = type(f"Noting{builder.__name__}", (NotingBuilder, builder), changes)
+    noting = type(f"Noting{builder.__name__}", (NotingBuilder, builder), {})
     members = {"get_impl_cls": staticmethod(lambda: impl), "get_builder_cls": staticmethod(lambda: noting)}
     return type(f"Editing{cls}", (base,), members)
 

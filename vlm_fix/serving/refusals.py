@@ -98,6 +98,8 @@ def check_config(config: Any, engine: ServedEngine) -> None:
         "embeddings in place of images (--enable-mm-embeds)": bool(
             getattr(config.model_config.multimodal_config, "enable_mm_embeds", False)
         ),
+        "a quantised KV cache": "fp8" in str(config.cache_config.cache_dtype)
+        or "int" in str(config.cache_config.cache_dtype),
         "a KV connector": config.kv_transfer_config is not None,
         "LoRA": config.lora_config is not None,
     }.items():

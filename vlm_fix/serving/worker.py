@@ -26,6 +26,7 @@ from .sessions import BatchSession, RequestSession, session_of
 from .settings import Settings
 from .tower import Images
 
+MOST = 64  # engines with other strengths that are kept
 log = logging.getLogger("vllm.vlm_fix")
 _SERVED: weakref.WeakValueDictionary[int, Served]
 
@@ -152,6 +153,9 @@ class Served:
         if asked is None:
             return self.engine
         variant = options.variant(asked, self.engine)
+        if len(self.variants) >= MOST:
+            used = {id(one.engine) for one in self.requests.values()}
+            self.variants = {k: e for k, e in self.variants.items() if id(e) in used}
         if variant.key not in self.variants:
             made = ServedEngine(self.model, variant.methods) if variant.methods != self.engine.methods else self.engine
             self.variants[variant.key] = self.adopt(made)
