@@ -26,7 +26,7 @@ Worked example, a question about a figure and its edited copy, only the first ri
 {'aAcc': 0.5, 'qAcc': 0.0, 'fAcc': 0.5, 'easy': 1.0, 'hard': 0.0, 'yes_ratio': 1.0, 'mean': 0.3333333333333333}
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +35,7 @@ from vlm_fix.eval.files import DATA, read_rows
 from vlm_fix.eval.stats import Metric, ratio
 
 from . import yesno
-from .answers import REPLIES, USUAL, Answer, Keys, read
+from .answers import REPLIES, USUAL, Answer, Keys, Tell, read
 from .benchmark import KEYS, Argument, Benchmark, Layout, YesNo, plain_caption, scorer_option
 from .choices import Scorer, one_of
 from .result import Result, all_right, tally
@@ -84,7 +84,7 @@ def load_answers(
     path: str | Path,
     scorer: Scorer = "vlmevalkit",
     keys: Keys = USUAL,
-    tell: Callable[[str], None] = str,
+    tell: Tell = str,
 ) -> tuple[list[Question], list[str | None]]:
     """Read questions and answers; for the scorer official an answer is a judge's mark, 0, 1 or 2.
 
@@ -229,7 +229,7 @@ def score_files(
     scorer: Scorer | None = None,
     answer_key: str | None = None,
     id_key: str | None = None,
-    tell: Callable[[str], None] = str,
+    tell: Tell = str,
 ) -> dict[str, dict[str, Any]]:
     """Score an answer file, by part."""
     chosen: Scorer = scorer or ("official" if answer_key and _is_mark(answer_key) else usual_scorer(answers))
