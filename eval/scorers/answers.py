@@ -152,7 +152,8 @@ def _rows(rows: list[dict[str, Any]], form: str, path: Any) -> tuple[list[dict[s
             return ([_named(*each) for each in held.items()] if named else list(held)), f'CHAIR, "{lists[0]}"'
         if all(isinstance(value, dict) for value in whole.values()):
             return [_named(*each) for each in whole.items()], "id to row"
-        if all(value is None or isinstance(value, str) for value in whole.values()):
+        row = whole.keys() & {*IMAGE_IDS, *QUESTIONS, *CATEGORIES, *LABELS}
+        if not row and all(value is None or isinstance(value, str) for value in whole.values()):
             return [{"id": name, "answer": value} for name, value in whole.items()], "id to reply"
     keys = whole.keys()
     if {"doc_id", "filtered_resps"} <= keys:

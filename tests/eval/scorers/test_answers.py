@@ -530,7 +530,7 @@ def place(row: dict, visual: bool = False) -> str:
     return "_".join(row[key] for key in keys)
 
 
-@pytest.mark.parametrize("layout", ["official", "LLaVA", "VLMEvalKit", "lmms-eval"])
+@pytest.mark.parametrize("layout", ["official", "LLaVA", "LLaVA in order", "VLMEvalKit", "lmms-eval"])
 def test_hallusionbench_in_every_layout(layout, tmp_path):
     rows = [row for row in asked() if row["visual_input"] != "0"]  # 951, as other harnesses ask
     rng = random.Random(3)
@@ -539,6 +539,7 @@ def test_hallusionbench_in_every_layout(layout, tmp_path):
         {
             "official": {**row, "model_prediction": one},
             "LLaVA": {"question_id": place(row), "prompt": row["question"], "text": one},
+            "LLaVA in order": {"question_id": n, "prompt": row["question"] + SUFFIX, "text": one},
             "VLMEvalKit": {"index": place(row, True), "question": row["question"], "answer": "Yes", "prediction": one},
             "lmms-eval": {"doc_id": n, "filtered_resps": one, "target": "1", "aAcc": {**row, "model_prediction": one}},
         }[layout]
