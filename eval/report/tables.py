@@ -63,7 +63,7 @@ def notes(results: Mapping[str, Any]) -> list[tuple[str, str]]:
                     (
                         run,
                         f"{benchmark.upper()}: the scorer {first['scorer']} takes answers against their plain word ({number}): "
-                        f"{first['misread_example']}; --scorer ours reads them",
+                        f"{first.get('misread_example', 'see samples.jsonl')}; --scorer ours reads them",
                     )
                 )
     for run, count in list(results["changed"].items())[1:]:

@@ -21,7 +21,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from vlm_fix.errors import VlmFixError
 from vlm_fix.eval.files import read_table
@@ -41,6 +41,10 @@ IMAGES = ("image", "image_path", "image_name", "file_name", "filename", "image_s
 CATEGORIES = ("category", "task", "split", "type", "subset")
 COCO_NAME = re.compile(r"(?:(?:COCO_(?:train|val|test)20\d\d_)?(\d{12})|(\d+))(?:\.(?:jpe?g|png))?", re.IGNORECASE)
 LISTS = ("imgToEval", "sentences")
+
+
+Tell: TypeAlias = Callable[[str], object]
+"""Gets each line about what was read; `str` drops it."""
 
 
 class Answer(NamedTuple):
@@ -104,7 +108,8 @@ def read(
     """
     table = read_table(path, what, example)
     rows, layout = _rows(table.rows, table.form, path)
-    found, used = [], ({}, {})
+    found: list[Answer] = []
+    used: tuple[dict[str, None], dict[str, None]] = ({}, {})
     for number, row in enumerate(rows, 1):
         reader = _Row(path, number, row, keys, images, numbers)
         if sparse and not reader.replies():
@@ -147,7 +152,8 @@ def _rows(rows: list[dict[str, Any]], form: str, path: Any) -> tuple[list[dict[s
             return ([_named(*each) for each in held.items()] if named else list(held)), f'CHAIR, "{lists[0]}"'
         if all(isinstance(value, dict) for value in whole.values()):
             return [_named(*each) for each in whole.items()], "id to row"
-        if all(value is None or isinstance(value, str) for value in whole.values()):
+        row = whole.keys() & {*IMAGE_IDS, *QUESTIONS, *CATEGORIES, *LABELS}
+        if not row and all(value is None or isinstance(value, str) for value in whole.values()):
             return [{"id": name, "answer": value} for name, value in whole.items()], "id to reply"
     keys = whole.keys()
     if {"doc_id", "filtered_resps"} <= keys:
@@ -208,8 +214,7 @@ class _Row:
         reply = self._text(self.row.get(self.reply_key))
         labels = ("answer", *LABELS) if kit else (*LABELS, "answer") if self.keys.answer else LABELS
         id = self._id(self.row, self.keys.id)
-        rest = [self._first(names) for names in (QUESTIONS, labels, IMAGES, CATEGORIES)]
-        return Answer(self.number, id, reply, *rest, self.row)
+        return self._made(id, reply, labels)
 
     def _of_lmms(self) -> Answer:
         """The reply after lmms-eval's filters; the metrics' dictionary has the question's id, and all of HallusionBench."""
@@ -221,8 +226,11 @@ class _Row:
         ids = {name: value for name, value in flat.items() if name in IMAGE_IDS}
         id = self._id(ids or {"id": self.row["doc_id"]}, self.keys.id)
         self.row = {**flat, "question": self.row.get("input", ""), "label": self.row.get("target", "")}
-        rest = [self._first(names) for names in (QUESTIONS, LABELS, IMAGES, CATEGORIES)]
-        return Answer(self.number, id, reply, *rest, self.row)
+        return self._made(id, reply, LABELS)
+
+    def _made(self, id: str, reply: str | None, labels: Sequence[str]) -> Answer:
+        question, label, image, category = map(self._first, (QUESTIONS, labels, IMAGES, CATEGORIES))
+        return Answer(self.number, id, reply, question, label, image, category, self.row)
 
     def _reply_key(self) -> str:
         if self.keys.answer:

@@ -26,7 +26,7 @@ Worked example, a question about a figure and its edited copy, only the first ri
 {'aAcc': 0.5, 'qAcc': 0.0, 'fAcc': 0.5, 'easy': 1.0, 'hard': 0.0, 'yes_ratio': 1.0, 'mean': 0.3333333333333333}
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +35,7 @@ from vlm_fix.eval.files import DATA, read_rows
 from vlm_fix.eval.stats import Metric, ratio
 
 from . import yesno
-from .answers import REPLIES, USUAL, Answer, Keys, read
+from .answers import REPLIES, USUAL, Answer, Keys, Tell, read, same_question
 from .benchmark import KEYS, Argument, Benchmark, Layout, YesNo, plain_caption, scorer_option
 from .choices import Scorer, one_of
 from .result import Result, all_right, tally
@@ -84,13 +84,13 @@ def load_answers(
     path: str | Path,
     scorer: Scorer = "vlmevalkit",
     keys: Keys = USUAL,
-    tell: Callable[[str], None] = str,
+    tell: Tell = str,
 ) -> tuple[list[Question], list[str | None]]:
     """Read questions and answers; for the scorer official an answer is a judge's mark, 0, 1 or 2.
 
     Rows are those of HallusionBench.json with model_prediction or a mark, or rows of any layout of `answers.py` whose id is
-    category_subcategory_set_figure_question, VLMEvalKit's with visual_input after the subcategory. Rows without a reply are
-    questions that were not asked.
+    category_subcategory_set_figure_question, VLMEvalKit's with visual_input after the subcategory; or they ask all
+    questions, or all about figures, in order. Rows without a reply are questions that were not asked.
     """
     names, marks = _columns(path)
     if scorer == "official" and not keys.answer:
@@ -112,7 +112,7 @@ def load_answers(
             f"--answer-key {given.keys[0]}; if they are answers, write yes and no."
         )
     known = {question.id: question for question in questions()}
-    asked = [_asked(row, known, path) for row in given.rows]
+    asked = _in_order(given.rows, known) or [_asked(row, known, path) for row in given.rows]
     lost = [id for id in known if id not in {question.id for question in asked}]
     if lost and len(lost) < len(known):
         tell(
@@ -137,6 +137,17 @@ def _columns(path: str | Path) -> tuple[list[str], list[str]]:
 
 def _is_mark(name: str) -> bool:
     return name.endswith(("gpt_check", "correctness"))
+
+
+def _in_order(rows: Sequence[Answer], known: Mapping[str, Question]) -> list[Question] | None:
+    """The questions of rows that name none: all of them, or all about figures, in the order of HallusionBench.json."""
+    if any("set_id" in row.row or row.id.count("_") >= 4 for row in rows):
+        return None
+    for every in ([*known.values()], [question for question in known.values() if question.image]):
+        same = (row.question and same_question(q.text, row.question) for row, q in zip(rows, every, strict=False))
+        if len(every) == len(rows) and all(same):
+            return every
+    return None
 
 
 def _asked(row: Answer, known: Mapping[str, Question], path: Any) -> Question:
@@ -229,7 +240,7 @@ def score_files(
     scorer: Scorer | None = None,
     answer_key: str | None = None,
     id_key: str | None = None,
-    tell: Callable[[str], None] = str,
+    tell: Tell = str,
 ) -> dict[str, dict[str, Any]]:
     """Score an answer file, by part."""
     chosen: Scorer = scorer or ("official" if answer_key and _is_mark(answer_key) else usual_scorer(answers))

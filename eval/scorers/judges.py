@@ -42,7 +42,7 @@ def export(
     out: str,
     template: str | None = None,
     keys: Keys = answers.USUAL,
-    tell: Callable[[str], None] = str,
+    tell: answers.Tell = str,
 ) -> None:
     """Write the answers of `path` to `out` for a judge of JUDGES. Raises VlmFixError if they do not fit the template."""
     made = JUDGES[judge]

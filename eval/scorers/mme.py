@@ -28,7 +28,7 @@ Worked example: both questions right for one image, one of two for another: accu
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,7 +37,7 @@ from vlm_fix.eval.files import read_text
 from vlm_fix.eval.stats import Metric, ratio
 
 from . import yesno
-from .answers import Answers, Keys, plain_text, read
+from .answers import Answers, Keys, Tell, plain_text, read
 from .benchmark import KEYS, Argument, Benchmark, Layout, YesNo, plain_caption, scorer_option
 from .choices import Scorer, one_of
 from .result import Result, all_right, tally
@@ -203,7 +203,7 @@ def score_files(
     questions: str | None = None,
     answer_key: str | None = None,
     id_key: str | None = None,
-    tell: Callable[[str], None] = str,
+    tell: Tell = str,
 ) -> dict[str, dict[str, Any]]:
     """Score a folder of TASK.txt files, or a file with all tasks, by part; the score is in points."""
     given: Sequence[str | None]

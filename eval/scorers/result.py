@@ -37,7 +37,7 @@ class Result:
 
 def told(misread: Misread) -> dict[str, Any]:
     """Return what results.json says of misread answers."""
-    return {"misread": misread.count} | ({"misread_example": misread.example} if misread.count else {})
+    return {"misread": misread.n} | ({"misread_example": misread.example} if misread.n else {})
 
 
 def tally(scorer: str, rows: list[dict[str, Any]], metrics: Mapping[str, Metric], misread: Misread = NONE) -> Result:

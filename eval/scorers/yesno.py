@@ -55,7 +55,7 @@ START = re.compile(r"\W*(?:(?:the |final |my )*answer(?: is)?\W+)?(\w+)")
 class Misread(NamedTuple):
     """Answers that a scorer takes against their plain word: how many, and the first of them, told in a few words."""
 
-    count: int = 0
+    n: int = 0
     example: str = ""
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
 from vlm_fix.eval.scorers import yesno
-from vlm_fix.eval.scorers.answers import Keys
+from vlm_fix.eval.scorers.answers import Keys, Tell
 from vlm_fix.eval.scorers.benchmark import (
     KEYS,
     YES_NO_COLUMNS,
@@ -35,7 +35,7 @@ def score_files(
     variant: Variant = "nltk",
     answer_key: str | None = None,
     id_key: str | None = None,
-    tell: Callable[[str], None] = str,
+    tell: Tell = str,
 ) -> dict[str, Any]:
     """Score an answer file, by part; for the official scorer also in the form that its script prints."""
     found = official.score_file(answers, scorer, variant, Keys(answer_key, id_key), tell)

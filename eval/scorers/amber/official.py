@@ -11,12 +11,12 @@ Worked example: one of three mentions is hallucinated (33.3 %), one of two objec
 {'CHAIR': 33.3, 'Cover': 50.0, 'Hal': 100.0, 'Cog': 50.0}
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from vlm_fix.errors import VlmFixError
-from vlm_fix.eval.scorers.answers import USUAL, Answers, Keys, read
+from vlm_fix.eval.scorers.answers import USUAL, Answers, Keys, Tell, read
 from vlm_fix.eval.scorers.choices import Scorer, Variant
 from vlm_fix.eval.scorers.result import Result
 
@@ -31,7 +31,7 @@ def score_file(
     scorer: Scorer = "official",
     variant: Variant = "nltk",
     keys: Keys = USUAL,
-    tell: Callable[[str], None] = str,
+    tell: Tell = str,
 ) -> dict[str, Result]:
     """Score an answer file by part; `answers.py` says what rows may be.
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from vlm_fix.eval.scorers.answers import Keys
+from vlm_fix.eval.scorers.answers import Keys, Tell
 from vlm_fix.eval.scorers.benchmark import KEYS, Argument, Benchmark, Captions, Gain, Layout, Mark, variant_option
 from vlm_fix.eval.scorers.choices import Variant
 
@@ -20,7 +20,7 @@ def score_files(
     ground_truth: str | None = None,
     answer_key: str | None = None,
     id_key: str | None = None,
-    tell: Callable[[str], None] = str,
+    tell: Tell = str,
 ) -> score.ChairResult:
     """Score a caption file."""
     truth = files.ground_truth(ground_truth or "coco", variant)

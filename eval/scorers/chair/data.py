@@ -15,13 +15,12 @@ import json
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from vlm_fix.errors import VlmFixError
 from vlm_fix.eval.files import DATA, read_text
-from vlm_fix.eval.scorers.answers import USUAL, Keys, read
+from vlm_fix.eval.scorers.answers import USUAL, Keys, Tell, read
 from vlm_fix.eval.scorers.choices import Variant, one_of
 
 from .score import Caption
@@ -33,7 +32,7 @@ CAPTION = '{"image_id": 310196, "caption": "A man on a snowboard."}'
 def load_captions(
     path: str | Path,
     keys: Keys = USUAL,
-    tell: Callable[[str], None] = str,
+    tell: Tell = str,
 ) -> list[Caption]:
     """Read captions; `answers.py` says what rows may be. One that failed (null) counts as an empty caption.
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from statistics import fmean
 from typing import Any
 
 from vlm_fix.errors import VlmFixError
 from vlm_fix.eval.scorers import yesno
-from vlm_fix.eval.scorers.answers import Answers, Keys, read
+from vlm_fix.eval.scorers.answers import Answers, Keys, Tell, read
 from vlm_fix.eval.scorers.benchmark import KEYS, YES_NO_COLUMNS, Argument, Benchmark, Gain, Layout, YesNo, scorer_option
 from vlm_fix.eval.scorers.choices import Scorer
+from vlm_fix.eval.stats import column_sums
 
 from . import data, files, score
 
@@ -21,9 +22,12 @@ def score_files(
     scorer: Scorer = "official",
     answer_key: str | None = None,
     id_key: str | None = None,
-    tell: Callable[[str], None] = str,
+    tell: Tell = str,
 ) -> score.PopeResult | dict[str, Any]:
-    """Score an answer file: one split, or the parts of a file with several and their mean."""
+    """Score an answer file: one split, or the parts of a file with several.
+
+    `mean` is the mean over splits, as in LLaVA's paper, `overall` the figures of all answers, as VLMEvalKit prints them.
+    """
     given = read(answers, data.ANSWER, Keys(answer_key, id_key))
     tell(given.told())
     pairs, source = _matched(questions, given)
@@ -39,8 +43,13 @@ def score_files(
     if len(results) == 1:
         return next(iter(results.values()))
     parts: dict[str, Any] = {split: result.to_dict() for split, result in results.items()}
-    figures = {name: fmean(getattr(result, name) for result in results.values()) for name in score.METRICS}
-    return parts | {"mean": {"n": sum(result.n for result in results.values()), **figures}}
+    n = sum(result.n for result in results.values())
+    mean = {name: fmean(getattr(result, name) for result in results.values()) for name in score.METRICS}
+    sums = column_sums(
+        [row for result in results.values() for row in result.rows], ["n", "tp", "fp", "tn", "fn", "yes"]
+    )
+    overall = {name: float(metric(sums)) for name, metric in score.METRICS.items()}
+    return parts | {"mean": {"n": n, **mean}, "overall": {"n": n, **overall}}
 
 
 def _matched(questions: str | None, given: Answers) -> tuple[dict[str, Any], str]:

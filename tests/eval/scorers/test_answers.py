@@ -247,15 +247,14 @@ def kit_rows(replies):
 def test_llavas_joint_file_is_three_splits(joint, tmp_path):
     found = pope.score_files(lines(tmp_path / "a", joint))
     assert {split: counts(found[split]) for split in OFFICIAL} == OFFICIAL
-    assert list(found) == [*OFFSETS, "mean"] and found["mean"]["accuracy"] == pytest.approx(
-        (0.825 + 0.91367 + 0.87433) / 3, abs=1e-5
-    )
+    assert list(found) == [*OFFSETS, "mean", "overall"]
+    assert found["mean"]["accuracy"] == pytest.approx((0.825 + 0.91367 + 0.87433) / 3, abs=1e-5)
     shuffled = random.Random(0).sample(joint, len(joint))
     assert pope.score_files(lines(tmp_path / "b", shuffled)) == found
     as_text = [{**row, "question_id": str(row["question_id"])} for row in joint]
     assert pope.score_files(lines(tmp_path / "c", as_text)) == found
     two = [row for row in joint if row["question_id"] > 10_000_000]
-    assert pope.score_files(lines(tmp_path / "d", two)).keys() == {"random", "popular", "mean"}
+    assert pope.score_files(lines(tmp_path / "d", two)).keys() == {"random", "popular", "mean", "overall"}
 
 
 @needs_llava
@@ -353,10 +352,17 @@ def test_one_split_in_every_layout(form, replies, tmp_path):
 @needs_llava
 def test_vlmevalkits_file_has_labels_and_splits_of_its_own(replies, tmp_path):
     told: list[str] = []
-    rows = kit_rows({kind: replies["random"] if kind == "random" else replies[kind] for kind in OFFICIAL})
+    rows = kit_rows(replies)
     found = pope.score_files(lines(tmp_path / "a", rows), scorer="vlmevalkit", tell=told.append)
     assert len(rows) == 5127 and [found[kind]["n"] for kind in OFFICIAL] == [3000] * 3
-    assert counts(found["random"]) == OFFICIAL["random"]  # the other splits share its answers to what is there
+    # printed by VLMEvalKit@e8e78f0 on this file: F1 and accuracy
+    printed = {
+        "random": (91.181478, 91.366667),
+        "popular": (87.688278, 87.466667),
+        "adversarial": (83.504833, 82.366667),
+    }
+    for split, figures in (printed | {"overall": (87.345075, 87.066667)}).items():
+        assert [100 * found[split][name] for name in ("f1", "accuracy")] == pytest.approx(figures, abs=1e-6)
     assert "rows of VLMEvalKit (reply in prediction, id in index)" in told[0] and "of the answer file" in told[1]
     sheet_rows = [[*rows[0]], *[[str(cell) for cell in row.values()] for row in rows]]
     (tmp_path / "model_POPE.xlsx").write_bytes(sheet(sheet_rows))
@@ -524,7 +530,7 @@ def place(row: dict, visual: bool = False) -> str:
     return "_".join(row[key] for key in keys)
 
 
-@pytest.mark.parametrize("layout", ["official", "LLaVA", "VLMEvalKit", "lmms-eval"])
+@pytest.mark.parametrize("layout", ["official", "LLaVA", "LLaVA in order", "VLMEvalKit", "lmms-eval"])
 def test_hallusionbench_in_every_layout(layout, tmp_path):
     rows = [row for row in asked() if row["visual_input"] != "0"]  # 951, as other harnesses ask
     rng = random.Random(3)
@@ -533,6 +539,7 @@ def test_hallusionbench_in_every_layout(layout, tmp_path):
         {
             "official": {**row, "model_prediction": one},
             "LLaVA": {"question_id": place(row), "prompt": row["question"], "text": one},
+            "LLaVA in order": {"question_id": n, "prompt": row["question"] + SUFFIX, "text": one},
             "VLMEvalKit": {"index": place(row, True), "question": row["question"], "answer": "Yes", "prediction": one},
             "lmms-eval": {"doc_id": n, "filtered_resps": one, "target": "1", "aAcc": {**row, "model_prediction": one}},
         }[layout]
@@ -546,6 +553,27 @@ def test_hallusionbench_in_every_layout(layout, tmp_path):
     assert told[-1].startswith(
         "note: 951 of HallusionBench's 1129 questions are answered; the others (first VS_chart_0_0_0)"
     )
+
+
+def test_hallusionbench_of_vlmevalkit_has_its_figures(tmp_path):
+    """Printed by VLMEvalKit@e8e78f0 on these answers: aAcc, fAcc and qAcc."""
+    rng = random.Random(0)
+    odd = ["Yes, it is", "No.", "Unclear", "Yes and no"]
+    rows = []
+    for question in [q for q in hallusion.questions() if q.image]:
+        index = [question.category, question.subcategory, question.visual]
+        reply = question.label if rng.random() < 0.7 else rng.choice(odd)
+        row = {"index": "_".join([*index, question.set, question.figure, question.question]), "prediction": reply}
+        rows.append(row | {"question": question.text, "answer": question.label.capitalize()})
+    found = hallusion.score_files(lines(tmp_path / "a", rows))
+    printed = {
+        "overall": (75.920084, 48.554913, 57.362637),
+        "VD": (77.326565, 53.478261, 58.844765),
+        "VS": (73.611111, 38.793103, 55.056180),
+    }
+    for part, figures in printed.items():
+        assert [100 * found[part][name] for name in ("aAcc", "fAcc", "qAcc")] == pytest.approx(figures, abs=1e-6)
+        assert 100 * found[part]["mean"] == pytest.approx(sum(figures) / 3, abs=1e-6)
 
 
 @pytest.mark.parametrize("kind", [int, str, float])
@@ -596,7 +624,7 @@ def test_misread_answers_are_counted_for_every_scorer(scorer):
     said = [yesno.verdict(reply, "no", scorer) for reply in REPLIES]
     wrong = [r for r, one, plain in zip(REPLIES, said, PLAIN, strict=True) if plain not in ("unknown", one)]
     found = yesno.misread([*REPLIES, None], [*said, "unknown"])
-    assert found.count == len(wrong) and (scorer == "ours") == (not wrong)
+    assert found.n == len(wrong) and (scorer == "ours") == (not wrong)
     if wrong:
         assert found.example.startswith(f'"{wrong[0][:10]}')
     assert [yesno.plain(reply) for reply in REPLIES] == PLAIN
