@@ -33,7 +33,7 @@ def add_to(commands: Any) -> None:
     add_model(what)
     what.add_argument("--method", default="", metavar="A,B+C", help="runs beside the baseline, see below")
     what.add_argument("--calibration", action="append", metavar="FILE", help="of vlm-fix calibrate; may be repeated")
-    what.add_argument("--data", default="picto", metavar="DATA", help="picto[:SPLIT] or coco:DIR (picto:shift)")
+    what.add_argument("--data", default="picto", metavar="DATA", help="picto[:SPLIT[+LOOK]] or coco:DIR (picto:shift)")
     add_images(what)
     what.add_argument("--split", metavar="A,B", help="POPE splits (random,popular,adversarial)")
     what.add_argument("--build", action="store_true", help="make POPE questions from the annotations of coco:DIR")

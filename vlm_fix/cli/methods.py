@@ -83,11 +83,15 @@ def _figures(rows: Sequence[measured.Row]) -> None:
     from vlm_fix.eval.report import measured
 
     for model in dict.fromkeys(row.model for row in rows):
-        shown = table("run", *measured.COLUMNS)
+        shown = table("run", *measured.COLUMNS, gap=0)
+        shown.padding = (0, 1, 0, 0)
+        shown.columns[0].overflow = "fold"
         for row in rows:
             if row.model == model:
                 cells = (measured.points(row.figures.get(name), after="*") for name in measured.COLUMNS)
-                shown.add_row(escape(row.spec), *(escape(cell.replace(" [", "\n[")) for cell in cells))
+                shown.add_row(
+                    escape(row.spec.replace(":", "\n:", 1)), *(escape(cell.replace(" [", "\n[")) for cell in cells)
+                )
         console().print(
             f"{model}, points above the baseline with their 95 % interval; * significant after Holm's correction"
         )

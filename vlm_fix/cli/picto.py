@@ -12,6 +12,7 @@ from .common import add, check_place
 EXAMPLES = """examples:
   vlm-fix picto render picto-shift --scenes 500 --split shift --seed 0
   vlm-fix picto train --seed 0 --out my-picto
+  vlm-fix picto train --look crowded+large --out my-large-picto
   vlm-fix picto train --language smol --seed 0 --out my-smol"""
 
 
@@ -22,7 +23,12 @@ def add_to(commands: Any) -> None:
     render = add(jobs, "render", "write scenes as a COCO-format folder", _render)
     render.add_argument("out", metavar="OUT")
     render.add_argument("--scenes", type=int, default=500, metavar="N", help="(%(default)s)")
-    render.add_argument("--split", default="test", metavar="SPLIT", help="train, test, shift or style (%(default)s)")
+    render.add_argument(
+        "--split",
+        default="test",
+        metavar="SPLIT",
+        help="train, test, shift or style, a look behind it, as in shift+crowded+small+large (%(default)s)",
+    )
     render.add_argument("--seed", type=int, default=0, metavar="S", help="(%(default)s)")
     train = jobs.add_parser(
         "train", help="train picto-llava or picto-smol again (vlm-fix picto train --help)", add_help=False
