@@ -19,6 +19,7 @@ import shlex
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ from vlm_fix.families import arch_of
 from vlm_fix.method import Method
 from vlm_fix.registry import parse_spec
 from vlm_fix.sample import Sample
+from vlm_fix.tensors import Tensors
 
 WORDS = (("yes", "no"), ("Yes", "No"), (" yes", " no"), (" Yes", " No"))
 Progress = Callable[[str, float], None]
@@ -61,11 +63,12 @@ def calibrate(
     device: str = "auto",
     progress: Progress = lambda label, share: None,
     loaded: tuple[Any, Any, dict[str, Any]] | None = None,
+    pairs: str | None = None,
 ) -> Result:
     """Calibrate the method `spec` with `limit` questions to find parameters and as many to score them.
 
     Parameters set in `spec` are kept. `search` maps options to the values to try, in all combinations. `loaded` is the
-    (model, processor, identity) of `loading.load_model`.
+    (model, processor, identity) of `loading.load_model`; `pairs` a JSONL file of caption pairs (`tasks.pairs`).
     Raises VlmFixError for bad input, if nothing is found, or if no value of a search beats the model alone.
     """
     method = parse_spec(spec)
@@ -92,6 +95,10 @@ def calibrate(
     if own and method.calibrates_on == "captions":
         images = {s.file: dataclasses.replace(s, prompt=tasks.sample.CAPTION_PROMPT) for s in halves[0]}
         shown = [Sample(x, yes, no, words) for x in _encoded(net, processor, list(images.values()), progress)]
+    if own and method.calibrates_on == "pairs":
+        shown = _pairs(net, processor, halves, data, pairs, limit, seed, progress)
+    elif pairs:
+        raise VlmFixError(f"{method.name} does not calibrate on caption pairs; leave --pairs out.")
     given = {name: v for name in sorted(method.given) if (v := getattr(method, name)) is not None}
     found = {**given, **(method.calibrate(net, shown, seed, progress) if own else {})}
     method = dataclasses.replace(method, **found)
@@ -114,9 +121,9 @@ def calibrate(
     progress("held-out questions", 1.0)
     calibration = Calibration(
         method=method.name,
-        found=json.loads(json.dumps(found)),
+        found={name: v if isinstance(v, Tensors) else json.loads(json.dumps(v)) for name, v in found.items()},
         model={**identity, **sizes(arch_of(net))},
-        command=_command(spec, model, data, limit, seed, search, dtype, device),
+        command=_command(spec, model, data, limit, seed, search, dtype, device, pairs),
         seed=seed,
         data={"source": task.data["source"], "questions": [len(first), len(second)], "sha256": _hash(task)},
         score=_compare(before, after, torch.tensor([s.target == yes for s in second])),
@@ -150,9 +157,12 @@ def _with(method: Method, options: Mapping[str, str]) -> Method:
     return dataclasses.replace(method, **{name: getattr(parsed, name) for name in options})
 
 
-def _command(spec: str, model: str, data: str, limit: int, seed: int, search: Any, dtype: str, device: str) -> str:
+def _command(
+    spec: str, model: str, data: str, limit: int, seed: int, search: Any, dtype: str, device: str, pairs: str | None
+) -> str:
     options = [x for k, v in (search or {}).items() for x in ("--search", f"{k}={'|'.join(v)}")]
     options += [x for k, v in (("--dtype", dtype), ("--device", device)) if v != "auto" for x in (k, v)]
+    options += ["--pairs", pairs] if pairs else []
     words = ["vlm-fix", "calibrate", spec, "--model", model, "--data", data, "--limit", str(limit), "--seed", str(seed)]
     return shlex.join([*words, *options])
 
@@ -191,6 +201,36 @@ def _encoded(
         inputs.append(dict(generation.encode(model, processor, [tasks.sample.load_image(s)], [s.prompt])))
         progress("images", (i + 1) / len(asked))
     return inputs
+
+
+def _pairs(
+    model: Any,
+    processor: Any,
+    halves: tuple[list[tasks.sample.Sample], list[tasks.sample.Sample]],
+    data: str,
+    file: str | None,
+    limit: int,
+    seed: int,
+    progress: Progress,
+) -> list[Sample]:
+    """Return caption prompts with a truthful and a hallucinated answer each, of no image that is held out."""
+    where, _, rest = data.partition(":")
+    if file is None and where != "picto":
+        raise VlmFixError(
+            "this method calibrates on pairs of captions: name a JSONL file with --pairs, or use picto:train."
+        )
+    if file is None:
+        made = tasks.pairs.of_picto(halves[0], seed)
+    else:
+        made = tasks.pairs.of_file(file, Path(rest), limit, {s.file for s in halves[1]}, seed)
+    if len(made) < 2:
+        raise VlmFixError(f"{len(made)} pairs of captions are too few; raise --limit.")
+    inputs = _encoded(model, processor, [pair.sample for pair in made], progress)
+
+    def ids(text: str) -> torch.Tensor:
+        return torch.tensor([processor.tokenizer.encode(text, add_special_tokens=False)])
+
+    return [Sample(x, 0, 0, answers=(ids(p.truthful), ids(p.hallucinated))) for x, p in zip(inputs, made, strict=True)]
 
 
 def _first_id(processor: Any, before: str, text: str) -> int:

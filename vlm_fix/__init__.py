@@ -29,7 +29,17 @@ if TYPE_CHECKING:
         WeightReader,
     )
     from .decoding.kinds import Contrast, LogitEdit, Procedure, Refiner, Searcher
-    from .hidden.edit import AttentionOutputEdit, HiddenEdit, LayerOutputEdit, MLPOutputEdit
+    from .hidden.edit import (
+        AttentionOutputEdit,
+        FinalOutputEdit,
+        HiddenEdit,
+        LayerInputEdit,
+        LayerOutputEdit,
+        MLPInputEdit,
+        MLPOutputEdit,
+        MLPRawEdit,
+        VisionMLPEdit,
+    )
     from .inputs import InputEdit
     from .memory import Memory
     from .method import Layers, Method, param
@@ -67,7 +77,17 @@ _HOMES = {  # imported on first use: scoring files and `--help` need no torch
         "Refiner",
         "Searcher",
     ),
-    "hidden.edit": ("AttentionOutputEdit", "HiddenEdit", "LayerOutputEdit", "MLPOutputEdit"),
+    "hidden.edit": (
+        "AttentionOutputEdit",
+        "FinalOutputEdit",
+        "HiddenEdit",
+        "LayerInputEdit",
+        "LayerOutputEdit",
+        "MLPInputEdit",
+        "MLPOutputEdit",
+        "MLPRawEdit",
+        "VisionMLPEdit",
+    ),
     "inputs": ("InputEdit",),
     "memory": ("Memory",),
     "method": (
@@ -101,15 +121,19 @@ __all__ = [
     "ColumnMasker",
     "Contrast",
     "FewColumnsEdit",
+    "FinalOutputEdit",
     "HeadEdit",
     "HiddenEdit",
     "InputEdit",
+    "LayerInputEdit",
     "LayerInputReader",
     "LayerOutputEdit",
     "Layers",
     "LogWeightEdit",
     "LogitEdit",
+    "MLPInputEdit",
     "MLPOutputEdit",
+    "MLPRawEdit",
     "Memory",
     "Method",
     "Observation",
@@ -123,6 +147,7 @@ __all__ = [
     "Searcher",
     "TokenPruner",
     "Unchanged",
+    "VisionMLPEdit",
     "VlmFixError",
     "WeightEdit",
     "WeightReader",

@@ -15,6 +15,9 @@ from typing import Any
 from vlm_fix.arch import Arch
 from vlm_fix.errors import VlmFixError
 from vlm_fix.method import Method
+from vlm_fix.tensors import Tensors
+
+TENSORS = "tensors"  # in a file, marks a value that is a safetensors file beside it
 
 
 @dataclass(frozen=True)
@@ -32,11 +35,17 @@ class Calibration:
     date: str = ""
 
     def write(self, path: str | Path) -> None:
-        """As JSON; a reader never sees half a file."""
+        """As JSON, tensors in safetensors files beside it; a reader never sees half a file."""
         path = Path(path)
         part = path.with_name(path.name + ".part")
         part.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+        content = dataclasses.asdict(self)
+        for name, value in self.found.items():
+            if isinstance(value, Tensors):
+                beside = path.with_name(f"{path.stem}.{name}.safetensors")
+                value.write(beside)
+                content["found"][name] = {TENSORS: beside.name}
+        part.write_text(json.dumps(content, indent=2) + "\n")
         part.replace(path)
 
     @classmethod
@@ -57,6 +66,9 @@ class Calibration:
             or not all(isinstance(content.get(k, {}), dict) for k, t in known.items() if str(t).startswith("dict"))
         ):
             raise VlmFixError(f"{path} is not a calibration file (it needs method, found and model); {remedy}")
+        for name, value in content["found"].items():
+            if isinstance(value, dict) and TENSORS in value:
+                content["found"][name] = str(Path(path).parent / value[TENSORS])
         return cls(**content)
 
     def fill(self, method: Method) -> Method:

@@ -47,7 +47,7 @@ class Method:
     kind: ClassVar[str] = "method"
     paper: ClassVar[str] = ""
     needs_image: ClassVar[bool] = True
-    calibrates_on: ClassVar[str] = "questions"  # what the prompts of calibrate's samples ask for: or "captions"
+    calibrates_on: ClassVar[str] = "questions"  # what calibrate's samples ask for; "captions", or "pairs" of them
     given: ClassVar[frozenset[str]] = frozenset()  # on an instance: the fields it was made with, which no file may fill
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
@@ -121,6 +121,18 @@ class Method:
         raise VlmFixError(
             f"{self.name} has nothing to find; search a strength with --search, as in --search alpha=0.1|0.2|0.5."
         )
+
+    def bake(self, model: Any) -> None:
+        """Write this method into the weights of an unwrapped model, in place, so that the plain model answers as a wrapped one.
+
+        Raises VlmFixError for methods that are no change of weights.
+        """
+        raise VlmFixError(f"{self.name} is no change of the weights, so no checkpoint can hold it; use it at run time.")
+
+    @property
+    def control(self) -> str:
+        """The spec of what this method has to beat, at its own strength: itself without what it chooses; "": there is none."""
+        return ""
 
     @property
     def neutral(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 from vlm_fix import registry
@@ -21,6 +22,7 @@ SPECS = {
     "layercake": "layercake:punctuation=11|12|13,concepts=14|15|16|17|18",
     "icd": "icd:tokens=11|12|13|14|15|16|17|18",
     "iri": "iri:rr_attention=RATES,rr_mlp=RATES",
+    "memvr": "memvr:threshold=0",
     "var": "var:tau=2.5,min_visual_mass=0,rho=0",
     "yes_threshold": "yes_threshold:yes=11,no=12",
     "yes_bias": "yes_bias:tokens=11|12|13|14",
@@ -42,8 +44,9 @@ def chosen(kind: str, methods: Sequence[str], depth: int, keep: Sequence[float])
 
 
 def methods_of(kind: str, depth: int = 8) -> list[str]:
-    """Return the specs of all registered methods of a bench kind, see `spec_of`."""
-    return [spec_of(m.name, depth) for m in registry.list_methods() if _kind(m) == kind]
+    """Return the specs of all registered methods of a bench kind, see `spec_of`; none that reads a file of its own."""
+    own = [m for m in registry.list_methods() if "file" not in {field.name for field in dataclasses.fields(m)}]
+    return [spec_of(m.name, depth) for m in own if _kind(m) == kind]
 
 
 def spec_of(name: str, depth: int = 8) -> str:

@@ -4,7 +4,8 @@
     greedy       if the baseline samples or uses beams: a gain over sampling may only come from being nearly greedy
     sampled      with `controls`, if the baseline is greedy
     controls     apc_only at the methods' beta, yes_bias, yes_threshold (for yes/no questions), random_heads;
-                 random_tokens, uniform_grid, downsample_image at every budget of the pruning methods
+                 random_tokens, uniform_grid, downsample_image at every budget of the pruning methods; for methods that
+                 name a `control` of their own (steering: random directions of the same length), that
     gaussian_logits as METHOD   with `controls`, for each stack with a contrast: the contrast is replaced by noise with the
                  standard deviation measured for the contrast's term on each benchmark (`Term`), to 3 digits, at its
                  beta; no noise if no step left the contrast two tokens, where noise of any size would change nothing
@@ -180,6 +181,8 @@ def _controls(stacks: Sequence[Sequence[Method]], model: Any, yes_no: bool) -> l
             dict.fromkeys(k[-1] if isinstance(k, tuple) else k for k in keeps)
         )  # of several stages, the budget of the last
         wanted += [f"{name}:keep={keep:.6g}" for name in PRUNING for keep in keeps if keep is not None]
+    if any(type(m).control is not Method.control for m in others):
+        wanted += [m.resolve(families.arch_of(model)).control for m in others]
     return [spec for spec in wanted if spec.partition(":")[0] in known]
 
 

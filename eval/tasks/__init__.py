@@ -20,10 +20,10 @@ from vlm_fix.eval.scorers.benchmark import YesNo
 from vlm_fix.eval.scorers.registry import BENCHMARKS
 from vlm_fix.eval.settings import Settings
 
-from . import amber, chair, coco, hallusion, mme, pope
+from . import amber, chair, coco, hallusion, mme, pairs, pope
 from .sample import IMAGES, Items, Sample, load_image
 
-__all__ = ["Items", "Sample", "Task", "build", "load_image"]
+__all__ = ["Items", "Sample", "Task", "build", "load_image", "pairs"]
 
 Task: TypeAlias = pope.Pope | chair.Chair | Items
 OWN_IMAGES = {"amber": amber, "mme": mme, "hallusion": hallusion}

@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 
 from tests.support.references import attention as edits
 from tests.support.references import base as ref
+from tests.support.references import hidden
 from tests.support.run import VAR_TINY
+from tests.support.tensors import DIRECTIONS, SUBSPACE, VTI
 
 MODES = ("cache_implementation", "prefill_chunk_size", "prompt_lookup_num_tokens")
 
@@ -205,6 +207,84 @@ CASES = {
             neutral=(f"{IRI},lambda_a=0,lambda_m=0".replace("lambda_a=4,lambda_m=4,", ""), "iri:lambda_a=0,lambda_m=0"),
             rows={IRI: row(edits.IRI, ALL, rates=RATES, strength={"attention": 4, "mlp": 4}, sources=2, targets=3)},
         ),
+        edit(
+            "vista:lam=0.4",
+            "vista:lam=0,alpha=0.6",
+            neutral=("vista:lam=0,alpha=0",),
+            rows={
+                "vista:lam=0.5,alpha=0": lambda p: hidden.vista(p, ALL, lam=0.5),
+                "vista:lam=0.9,alpha=0,prompt_rows=last,layers=1-2": lambda p: hidden.vista(
+                    p, (1, 2), lam=0.9, rows="last"
+                ),
+            },
+        ),
+        edit(
+            neutral=("nullu:rank=0",),
+            rows={
+                f"nullu:file={SUBSPACE},rank=3,layers=1-": row(hidden.Nullu, (1, 2, 3), rank=3),
+                f"nullu:file={SUBSPACE},rank=6,layers=0|2": row(hidden.Nullu, (0, 2), rank=6),
+            },
+        ),
+        edit(
+            f"vti:file={VTI},alpha_text=3,alpha_vision=3",
+            neutral=("vti:alpha_text=0,alpha_vision=0",),
+            rows={
+                f"vti:file={VTI},alpha_text=4,alpha_vision=0": row(hidden.VTI, ALL, text=4),
+                f"vti:file={VTI},alpha_text=2,alpha_vision=5,layers=1-2": row(hidden.VTI, (1, 2), text=2, vision=5),
+            },
+        ),
+        edit(
+            neutral=("rudder:alpha=0", "rudder:absolute=0"),
+            rows={
+                "rudder:alpha=0.8,layers=2": row(hidden.Rudder, (2,), alpha=0.8),
+                "rudder:absolute=6,k=8,gate_on=attention,pool=mean,layers=1": row(
+                    hidden.Rudder, (1,), absolute=6, k=8, on="attention", pool="mean"
+                ),
+                "rudder:alpha=0.5,gated=false,layers=0|3": row(hidden.Rudder, (0, 3), alpha=0.5, gated=False),
+            },
+        ),
+        edit(
+            neutral=("steer:strength=0",),
+            rows={
+                f"steer:file={DIRECTIONS},strength=0.3": row(hidden.Steer, ALL, strength=0.3),
+                f"steer:file={DIRECTIONS},absolute=-0.2,place=mlp_output,prompt_rows=all,layers=1-2": row(
+                    hidden.Steer, (1, 2), absolute=-0.2, place="mlp_output", rows="all"
+                ),
+                f"steer:file={DIRECTIONS},strength=-0.6,keep_norm=true,place=attention_output": row(
+                    hidden.Steer, ALL, strength=-0.6, keep=True, place="attention_output"
+                ),
+            },
+        ),
+        edit(
+            "memvr:ratio=0.9,threshold=0.6,layers=0-2",
+            neutral=("memvr:ratio=0", "memvr:threshold=1"),
+            refuses=CHUNKS,
+            rows={
+                "memvr:ratio=1,threshold=0.75,layers=0-2": lambda p: hidden.MemVR(
+                    **p.at, layers=[0, 1, 2], ratio=1, threshold=p.unsure
+                ),
+                "memvr:ratio=1,threshold=0.75,layers=1,prompt_rows=last": lambda p: hidden.MemVR(
+                    **p.at, layers=[1], ratio=1, threshold=p.unsure, rows="last"
+                ),
+            },
+        ),
+        edit(
+            "hulluedit:kappa=2,lam=3",
+            neutral=("hulluedit:blend=0", "hulluedit:kappa=0,lam=0"),
+            refuses={"num_beams": "does not go with beam search"},
+            rows={
+                "hulluedit:anchor=2,rank=6,prior_rank=3,kappa=2,lam=3,pcr_threshold=0.05": row(
+                    hidden.HulluEdit, (2,), kappa=2, lam=3, rank=6, prior=3, threshold=0.05
+                )
+            },
+        ),
+        edit("only:beta=0.01", neutral=("only:alpha=0,alpha_add=0",)),
+        edit(
+            "random_direction:strength=0.4,seed=3",
+            "random_direction:strength=0.3,place=layer_output,prompt_rows=last",
+            neutral=("random_direction:strength=0",),
+        ),
+        edit("random_subspace:rank=20,layers=0-", neutral=("random_subspace:rank=0",)),
         # contrasts
         edit("causalmm:beta=0.01", neutral=("causalmm:gamma=0", "causalmm:vision=none,language=none")),
         edit("decore:head_list=1.0|1.3|2.2|3.1", neutral=("decore:alpha=0,head_list=1.0",)),

@@ -35,8 +35,8 @@ from .common import LAYOUT, Parser
 COMMANDS = (
     eval,
     calibrate,
-    score,
     export,
+    score,
     published,
     report,
     methods,

@@ -12,6 +12,8 @@ ABOUT = """METHOD is a name from `vlm-fix methods`, optionally with settings: ir
 first finds its own parameters; --search then tries values of any setting. FILE is read by
 wrap(model, METHOD, calibration=FILE), by `vlm-fix eval --calibration FILE`, and, as calibration/METHOD.json in the
 folder of a checkpoint, without being named.
+Methods that compare a truthful with a hallucinated caption (nullu, vti) take Picto's, or --pairs: JSONL with image
+(a file name in the folder of coco:DIR), value and h_value, as VTI and LURE publish theirs.
 
 examples:
   vlm-fix calibrate iri --out iri.json
@@ -31,6 +33,11 @@ def add_to(commands: Any) -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of data and noise (%(default)s)")
     parser.add_argument(
         "--search", action="append", default=[], metavar="NAME=A|B", help="values to try; repeat for combinations"
+    )
+    parser.add_argument(
+        "--pairs",
+        metavar="FILE",
+        help="of captions, for methods that calibrate on them (made up for picto): JSONL, see below",
     )
     parser.add_argument("--out", metavar="FILE", help="where to write (METHOD.json)")
     add_weights(parser)
@@ -54,7 +61,16 @@ def run(args: argparse.Namespace) -> None:
             bar.update(job, description=label, completed=share)
 
         result = calibrate(
-            args.method, args.model, args.data, args.limit, args.seed, search, args.dtype, args.device, progress
+            args.method,
+            args.model,
+            args.data,
+            args.limit,
+            args.seed,
+            search,
+            args.dtype,
+            args.device,
+            progress,
+            pairs=args.pairs,
         )
     made = result.calibration
     made.write(out)

@@ -18,6 +18,7 @@ from vlm_fix.call import Call
 from vlm_fix.errors import VlmFixError
 from vlm_fix.families import prompt_positions
 from vlm_fix.families.compat import keeps_columns, with_cache
+from vlm_fix.hidden.edit import HiddenEdit
 from vlm_fix.inputs import InputWing
 from vlm_fix.packing import by_token
 from vlm_fix.scope import RowScope
@@ -178,7 +179,7 @@ class Branch:
         if isinstance(method, AttentionEdit):
             assert isinstance(method.layers, tuple)
             return min(method.layers) >= first and not isinstance(method, PromptStart | LayerInputReader)
-        return isinstance(method, LogitEdit)
+        return isinstance(method, LogitEdit) and not isinstance(method, HiddenEdit)
 
     def _adopt(self, session: Session, positions: torch.Tensor) -> int:
         """Take over the keys of the main prompt's columns before the prompts part; returns how many."""
@@ -213,7 +214,7 @@ class Branch:
             here = [b for b in ("main", self.name) if method.acts_in(b)]
             stays = method.row_scope is RowScope.LAST and not isinstance(method, PromptStart | LayerInputReader)
             return not here or (method is self.contrast and stays)
-        return isinstance(method, Contrast | LogitEdit)
+        return isinstance(method, Contrast | LogitEdit) and not isinstance(method, HiddenEdit)
 
     def _synchronise(self, generated: torch.Tensor) -> int:
         """Reorder and roll back the cache to the longest prefix common with `generated`; its length is returned."""

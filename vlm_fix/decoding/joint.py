@@ -16,6 +16,7 @@ from transformers import Cache, DynamicCache
 from vlm_fix.attention.edits import AttentionEdit
 from vlm_fix.families import prompt_positions
 from vlm_fix.families.compat import CACHE_NAMES, cache_of, is_latent, keeps_columns, set_cache, with_cache
+from vlm_fix.hidden.edit import HiddenEdit
 from vlm_fix.session import PAD, TEXT, Session, View
 from vlm_fix.wing import Host, JointForward
 
@@ -41,6 +42,7 @@ def joinable(host: Host, session: Session, branches: list[Any], args: Any, kwarg
         # one row twice is faster than two rows at once where a float32 vector product has its own kernel
         and not (len(ids) == 1 and ids.device.type == "cpu" and host.model.dtype == torch.float32)
         and all(isinstance(m, AttentionEdit | Contrast | LogitEdit) for m in host.active)
+        and not any(isinstance(m, HiddenEdit) for m in host.active)
         and all(
             b.tokens is not None
             and len(b.tokens) == len(ids)

@@ -100,6 +100,11 @@ class LogitEdit(Method, ABC):
         """Layers whose input `step.exit` is asked for (entry i of transformers' hidden_states is layer i's input)."""
         return ()
 
+    @property
+    def edits_logits(self) -> bool:
+        """False if `edit` does nothing with these parameters, for a method that does something else besides."""
+        return True
+
     @abstractmethod
     def edit(self, l: torch.Tensor, step: Step) -> torch.Tensor:
         """[B, V] float32 log-probabilities (logits: `on_logits`) -> scores, -inf where cut off. Pure."""

@@ -74,7 +74,7 @@ class LogitWing(Wing):
 
     def __init__(self, host: Host):
         super().__init__(host)
-        self.edits = [m for m in host.active if isinstance(m, LogitEdit)]
+        self.edits = [m for m in host.active if isinstance(m, LogitEdit) and m.edits_logits]
         self.head = Head(host)
 
     @classmethod

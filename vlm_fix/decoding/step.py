@@ -48,10 +48,14 @@ class Step:
         rows, first = self.seen.get(layer, (None, 0))
         return rows is not None and self.index - first < rows.shape[1]
 
+    def state(self, layer: int) -> torch.Tensor:
+        """[B', C] the input of `layer` in the row that predicts."""
+        rows, first = self.seen[layer]
+        return rows[:, self.index - first]
+
     def exit(self, layer: int, norm: bool) -> torch.Tensor:
         """[B', V] float32 logits of the input of `layer`, through the final norm (if asked) and all that follows it."""
-        rows, first = self.seen[layer]
-        return self.head(rows[:, self.index - first], norm).float()
+        return self.head(self.state(layer), norm).float()
 
 
 def fingerprints(call: Call) -> list[int]:

@@ -3,7 +3,7 @@
 from vlm_fix.arch import Arch, Family
 
 from .cells import anyres_index, anyres_side, image_cells, split_pixels, visual_cells
-from .parts import attention_modules, get_part, image_token_ids, video_token_id, vision_blocks
+from .parts import attention_modules, final_norm, get_part, image_token_ids, video_token_id, vision_blocks
 from .positions import prompt_positions
 from .table import FAMILIES, REFUSED, arch_of, family_of
 
@@ -17,6 +17,7 @@ __all__ = [
     "arch_of",
     "attention_modules",
     "family_of",
+    "final_norm",
     "get_part",
     "image_cells",
     "image_token_ids",

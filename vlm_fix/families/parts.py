@@ -41,5 +41,10 @@ def video_token_id(model: Any) -> int:
     return -1 if found is None else int(found)
 
 
+def final_norm(language: Any) -> Any:
+    """The norm before the language head; LFM2 has another name for it."""
+    return language.norm if hasattr(language, "norm") else language.embedding_norm
+
+
 def image_token_ids(model: Any, family: Family) -> list[int]:
     return [i for name in family.image_tokens if (i := getattr(model.config, name, None)) is not None]

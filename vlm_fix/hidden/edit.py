@@ -1,4 +1,9 @@
-"""The base class of methods that change what a layer writes to the residual stream."""
+"""The base classes of methods that change hidden states: what layers read and write of the residual stream, and the tower's MLPs.
+
+A decoder layer passes the places in this order:
+  layer_input, attention_output, mlp_input, mlp_raw, mlp_output, layer_output; after the last layer and its norm: final_output
+A method inherits one class for each place where it acts. Shapes: B samples, R edited rows, C channels, all float32.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +14,7 @@ from typing import ClassVar
 
 import torch
 
+from vlm_fix.call import Call
 from vlm_fix.method import Layers, Method, param
 from vlm_fix.scope import RowScope
 from vlm_fix.session import Rows, Session
@@ -16,14 +22,17 @@ from vlm_fix.session import Rows, Session
 
 @dataclass(frozen=True)
 class HiddenEdit(Method):
-    """Changes what a layer writes to the residual stream, on the rows of `row_scope`, in `layers`.
+    """Changes hidden states on the rows of `row_scope`, in `layers`.
 
-    Inherit from the stages below: `AttentionOutputEdit`, `MLPOutputEdit`, `LayerOutputEdit`. Each gets and returns float32
-    [B, R, C] for R edited rows. `sees` names the layers in which it is called, if not `layers`.
+    Inherit from the places below. Each gets and returns float32 [B, R, C] for R edited rows. `sees` names the layers in
+    which it is called, if not `layers`; none: it does nothing with these parameters.
     """
 
     kind: ClassVar[str] = "hidden"
     idle_reason: ClassVar[str] = "no row of it was reached."
+    keeps_history: ClassVar[bool] = False
+    """True if it remembers something of each generated token, which beam search would have to move between its rows."""
+
     layers: Layers = param(None, "language-model layers to edit")
 
     @property
@@ -34,9 +43,25 @@ class HiddenEdit(Method):
     def sees(self) -> Sequence[int]:
         return self.layers  # type: ignore[return-value]
 
+    def acts_at(self, place: str) -> bool:
+        """False if these parameters change nothing at one of its places."""
+        return True
+
+    def on_prompt(self, session: Session, call: Call) -> None:
+        """Prepare for a prompt with an image, once for each branch, such as by a text-only pass (`hidden.states`)."""
+
     def changed_something(self, session: Session) -> bool:
         """False if the finished session shows that nothing could be edited; the user is then told `idle_reason`."""
         return True
+
+
+@dataclass(frozen=True)
+class LayerInputEdit(HiddenEdit, ABC):
+    """Changes the residual stream before a layer, or only looks at it."""
+
+    @abstractmethod
+    def layer_input(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
+        """[B, R, C] -> the same, edited or not."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +74,26 @@ class AttentionOutputEdit(HiddenEdit, ABC):
 
 
 @dataclass(frozen=True)
+class MLPInputEdit(HiddenEdit, ABC):
+    """Changes what the MLP reads, after the norm before it, or only looks at it."""
+
+    @abstractmethod
+    def mlp_input(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
+        """[B, R, C] -> the same, edited or not."""
+
+
+@dataclass(frozen=True)
+class MLPRawEdit(HiddenEdit, ABC):
+    """Changes what the MLP itself makes, before the norm that some models put behind it."""
+
+    @abstractmethod
+    def mlp_raw(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
+        """[B, R, C] -> the same, edited."""
+
+
+@dataclass(frozen=True)
 class MLPOutputEdit(HiddenEdit, ABC):
-    """Changes what the MLP adds."""
+    """Changes what the MLP adds, after that norm."""
 
     @abstractmethod
     def mlp_output(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
@@ -64,3 +107,26 @@ class LayerOutputEdit(HiddenEdit, ABC):
     @abstractmethod
     def layer_output(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
         """[B, R, C] -> the same, edited."""
+
+
+@dataclass(frozen=True)
+class FinalOutputEdit(HiddenEdit, ABC):
+    """Changes what the last norm gives to the language head; the last layer has to be among those it `sees`."""
+
+    @abstractmethod
+    def final_output(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
+        """[B, R, C] -> the same, edited."""
+
+
+@dataclass(frozen=True)
+class VisionMLPEdit(Method, ABC):
+    """Changes what the MLPs of the vision tower add, for all images at once."""
+
+    @property
+    def vision_layers(self) -> Sequence[int]:
+        """The tower's layers in which it acts; none: it does nothing there."""
+        return ()
+
+    @abstractmethod
+    def vision_mlp(self, x: torch.Tensor, layer: int) -> torch.Tensor:
+        """[images, N, C] or, where a tower packs its images into one row, [N, C] -> the same, edited. float32."""

@@ -9,17 +9,42 @@ from typing import Any, Self
 import torch
 
 from vlm_fix import compiled
+from vlm_fix.errors import VlmFixError
+from vlm_fix.families import final_norm
 from vlm_fix.method import Method
+from vlm_fix.options import GenerateOptions
 from vlm_fix.session import Rows, Session
 from vlm_fix.wing import Host, Wing
 
-from .edit import AttentionOutputEdit, HiddenEdit, LayerOutputEdit, MLPOutputEdit
+from .edit import (
+    AttentionOutputEdit,
+    FinalOutputEdit,
+    HiddenEdit,
+    LayerInputEdit,
+    LayerOutputEdit,
+    MLPInputEdit,
+    MLPOutputEdit,
+    MLPRawEdit,
+)
 
 Stage = Callable[[torch.Tensor, Rows], torch.Tensor]
-STAGES = {"attention_output": AttentionOutputEdit, "mlp_output": MLPOutputEdit, "layer_output": LayerOutputEdit}
+STAGES = {
+    "layer_input": LayerInputEdit,
+    "attention_output": AttentionOutputEdit,
+    "mlp_input": MLPInputEdit,
+    "mlp_raw": MLPRawEdit,
+    "mlp_output": MLPOutputEdit,
+    "layer_output": LayerOutputEdit,
+    "final_output": FinalOutputEdit,
+}
 
 MIXERS = ("self_attn", "linear_attn", "conv")  # the last two: layers of hybrid decoders
 MLPS = ("mlp", "feed_forward")
+
+
+def mlp_of(layer: Any) -> Any:
+    """The MLP of a layer, in the decoder or in a vision tower; None where it has none."""
+    return next((m for name in MLPS if (m := getattr(layer, name, None)) is not None), None)
 
 
 def writers(layer: Any) -> dict[str, Any]:
@@ -30,8 +55,15 @@ def writers(layer: Any) -> dict[str, Any]:
         attention, mlp = layer.post_self_attn_layernorm, layer.post_mlp_layernorm
     else:
         attention = next(m for name in MIXERS if (m := getattr(layer, name, None)) is not None)
-        mlp = next(m for name in MLPS if (m := getattr(layer, name, None)) is not None)
+        mlp = mlp_of(layer)
     return {"attention_output": attention, "mlp_output": mlp, "layer_output": layer}
+
+
+def places(language: Any, i: int) -> dict[str, Any]:
+    """Layer i's modules by place, in the order in which a hook on several of one module must act."""
+    layer = language.layers[i]
+    made = {"layer_input": layer, "mlp_input": mlp_of(layer), "mlp_raw": mlp_of(layer), **writers(layer)}
+    return made | ({"final_output": final_norm(language)} if i == len(language.layers) - 1 else {})
 
 
 class HiddenWing(Wing):
@@ -41,7 +73,7 @@ class HiddenWing(Wing):
 
     def __init__(self, host: Host):
         super().__init__(host)
-        self.edits = [m for m in host.active if isinstance(m, HiddenEdit)]
+        self.edits = [m for m in host.active if isinstance(m, HiddenEdit) and m.sees]
 
     @classmethod
     def claim(cls, host: Host) -> Self | None:
@@ -51,13 +83,38 @@ class HiddenWing(Wing):
     def one_graph(self, rows: int) -> bool:
         return True
 
+    def refuse(self, options: GenerateOptions) -> None:
+        history = [edit.name for edit in self.edits if edit.keeps_history]
+        if history and options.beams > 1:
+            raise VlmFixError(
+                f"{history[0]} remembers each generated token, which does not go with beam search (num_beams="
+                f"{options.beams}); use greedy or sampling."
+            )
+
+    def on_prompt(self, session: Session) -> None:
+        for edit in self.edits:
+            edit.on_prompt(session, session.call)
+
     def install(self) -> Iterable[Any]:
-        for i, layer in enumerate(self.host.language.layers):
-            for what, module in writers(layer).items():
-                edits = [(e, getattr(e, what)) for e in self.edits if i in e.sees and isinstance(e, STAGES[what])]
-                if edits:
-                    self.host.callbacks[what, i] = functools.partial(self.edit, edits, i)
+        for i in range(len(self.host.language.layers)):
+            for what, module in places(self.host.language, i).items():
+                here = [e for e in self.edits if i in e.sees and isinstance(e, STAGES[what]) and e.acts_at(what)]
+                if not here:
+                    continue
+                self.host.callbacks[what, i] = functools.partial(self.edit, [(e, getattr(e, what)) for e in here], i)
+                if what.endswith("_input"):
+                    yield module.register_forward_pre_hook(functools.partial(self._read, what, i), with_kwargs=True)
+                else:
                     yield module.register_forward_hook(functools.partial(self._write, what, i))
+
+    def _read(self, what: str, layer: int, module: Any, args: Any, kwargs: Any) -> tuple[Any, dict[str, Any]] | None:
+        """A module's arguments with the edited rows in the first of them [B, q, C]."""
+        name = None if args else next(iter(kwargs))
+        x = args[0] if name is None else kwargs[name]
+        new = compiled.through(self.host, what, layer, x, x.shape[1])
+        if new is None:
+            return None
+        return ((new, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: new})
 
     def _write(
         self, what: str, layer: int, module: Any, args: Any, output: Any
@@ -79,7 +136,11 @@ class HiddenWing(Wing):
             first, mask, rows = seen
             self.host.touched.add(edit)
             old = new[:, first:]
-            part = changed(old.float(), rows).to(x.dtype)
+            given = old.float()
+            part = changed(given, rows)
+            if part is given:  # it only looked
+                continue
+            part = part.to(x.dtype)
             part = part if mask is None else torch.where(mask[..., None], part, old)
             new = part if first == 0 else torch.cat([new[:, :first], part], dim=1)
         return None if new is x else new

@@ -7,7 +7,15 @@ from typing import Any
 from vlm_fix.attention.edits import AttentionEdit, ColumnMasker, QueryKeyReader
 from vlm_fix.decoding.kinds import Contrast, LogitEdit, Procedure
 from vlm_fix.errors import VlmFixError
-from vlm_fix.hidden.edit import HiddenEdit, LayerOutputEdit
+from vlm_fix.hidden.edit import (
+    FinalOutputEdit,
+    HiddenEdit,
+    LayerInputEdit,
+    LayerOutputEdit,
+    MLPInputEdit,
+    MLPRawEdit,
+    VisionMLPEdit,
+)
 from vlm_fix.inputs import InputEdit
 from vlm_fix.method import Method
 from vlm_fix.pruning.kinds import CachePruner, ImageShrinker, LayerPruner, TokenPruner
@@ -24,6 +32,15 @@ KINDS: tuple[tuple[Any, str], ...] = (
     (LayerPruner, "it drops tokens inside the language model, and vLLM keeps one block table for all layers"),
     (CachePruner, "it drops keys layer by layer, and vLLM keeps one block table for all layers"),
     (ImageShrinker, "it gives the vision tower a smaller image, and vLLM's towers here take one size"),
+    (
+        MLPRawEdit,
+        "it changes what MLPs compute in every row, which vLLM may take from its cache; a change of weights can be baked: "
+        "`vlm-fix export`",
+    ),
+    (
+        LayerInputEdit | MLPInputEdit | FinalOutputEdit | VisionMLPEdit,
+        "it acts on a layer's or an MLP's input, on the last norm or in the vision tower, which has no hook in vLLM yet",
+    ),
     (LayerOutputEdit, "vLLM adds a layer's output in the next layer's norm, so that it is not there to be changed"),
 )
 PRUNED = ("llava",)  # families whose placeholders are counted anew
@@ -34,6 +51,8 @@ def reason(method: Method, engine: ServedEngine) -> str | None:
     for kind, why in KINDS:
         if isinstance(method, kind):
             return why
+    if isinstance(method, HiddenEdit) and type(method).on_prompt is not HiddenEdit.on_prompt:
+        return "it runs the prompt in passes of its own before it is answered"
     if isinstance(method, InputEdit) and method.prepares and method.previews:
         return "these settings take one more pass over the prompt with its images before it is answered"
     if isinstance(method, Contrast) and isinstance(method, AttentionEdit) and method.branch == "negative":

@@ -1,0 +1,50 @@
+"""Random subspace: MLPs kept from writing into a subspace drawn by lot. A control."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from vlm_fix import Arch, MLPRawEdit, RowScope, param
+from vlm_fix.session import Rows
+
+
+@dataclass(frozen=True)
+class RandomSubspace(MLPRawEdit):
+    """Control: projects MLP outputs onto the complement of a subspace drawn at random, as Nullu does with one it found.
+
+        m <- m - Q_l^T Q_l m,  m [C] the MLP's output of layer l, in every row, with or without an image
+    Q_l [rank, C]: orthonormal rows of a Gaussian matrix, drawn once from `seed` and the layer. What Nullu gains beyond this
+    is due to its subspace. `vlm-fix eval --controls` runs it at each such method's rank and layers.
+
+    Source: a control for arXiv 2412.13817, with its defaults.
+    """
+
+    name: ClassVar[str] = "random_subspace"
+    kind: ClassVar[str] = "control"
+    needs_image: ClassVar[bool] = False
+    row_scope = RowScope.ALL
+
+    rank: int = param(4, "dimensions that are taken away", low=0)
+    seed: int = param(0, "seed of the subspaces", low=0)
+
+    def defaults(self, arch: Arch) -> dict[str, Any]:
+        return {"layers": f"{min(arch.depth - 1, round(arch.depth / 2))}-"}
+
+    @property
+    def neutral(self) -> bool:
+        return self.rank == 0
+
+    def mlp_raw(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
+        q = drawn(self.seed, rows.layer, self.rank, x.shape[-1]).to(x.device)
+        return x - (x @ q.T) @ q
+
+
+@functools.lru_cache(maxsize=1024)
+def drawn(seed: int, layer: int, rank: int, channels: int) -> torch.Tensor:
+    """Orthonormal rows [rank, C], at most C of them."""
+    g = torch.Generator().manual_seed(seed * 100_003 + layer)
+    return torch.linalg.qr(torch.randn(channels, min(rank, channels), generator=g))[0].T

@@ -1,0 +1,184 @@
+"""VTI's calibration and its tower, directions from files, and the pairs of captions that directions are made of."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+import vlm_fix
+from tests.hidden.test_nullu import pairs
+from tests.support import tensors
+from tests.support.models import make_inputs, single
+from tests.support.references import base as ref
+from tests.support.run import greedy
+from vlm_fix.methods.hidden.masked_images import mask_patches
+from vlm_fix.methods.hidden.vti import direction
+
+
+def test_directions_are_the_mean_and_the_first_component():
+    """By power iteration over the covariance; one pair alone has no component."""
+    d = tensors.drawn(7, 5, 3, 4).double()
+    mean = d.mean(0)
+    centred = (d - mean).flatten(1)
+    v = torch.ones(12, dtype=torch.float64)
+    for _ in range(3000):
+        v = centred.T @ (centred @ v)
+        v = v / v.norm()
+    scores = centred @ v
+    v = v * scores[scores.abs().argmax()].sign()
+    assert torch.allclose(direction(d), mean + v.view(3, 4), atol=1e-6)
+
+
+def test_masked_patches_take_the_mean_colour():
+    x = tensors.drawn(3, 2, 3, 8, 12)
+    masked = mask_patches(x, 0.5, 4, torch.Generator().manual_seed(0))
+    blocks = [(masked[:, :, i : i + 4, j : j + 4], x[:, :, i : i + 4, j : j + 4]) for i in (0, 4) for j in (0, 4, 8)]
+    kept = [torch.equal(new, old) for new, old in blocks]
+    mean = x.mean(dim=(2, 3), keepdim=True).expand(-1, -1, 4, 4)
+    assert sum(kept) == 3 and all(same or torch.equal(new, mean) for same, (new, _) in zip(kept, blocks, strict=True))
+    rows = tensors.drawn(4, 10, 6)
+    new = mask_patches(rows, 0.3, 4, torch.Generator().manual_seed(0))
+    assert sum(torch.equal(a, b) for a, b in zip(new, rows, strict=True)) == 7
+
+
+def test_calibrated_directions_of_decoder_and_tower(family, model):
+    """Text directions from whole float64 passes; LLaVA's tower has one for each token, packed images share one."""
+    samples = pairs(family)
+    found = vlm_fix.parse_spec("vti:trials=2,masked=0.5").calibrate(model, samples, 0, lambda *_: None)["file"].named
+    assert {key.partition(".")[0] for key in found} == {"text", "vision"} and len(found) == 8
+    assert found["vision.1"].shape == ((37, 32) if family == "llava" else (32,))
+    twin, apart = ref.double(model), []
+    for s in samples:
+        states = []
+        for ids in s.answers:
+            kept = {}
+            handles = [
+                layer.register_forward_hook(
+                    lambda m, a, o, i=i, kept=kept: kept.__setitem__(i, (o[0] if isinstance(o, tuple) else o)[0, -1])
+                )
+                for i, layer in enumerate(ref.decoder(twin).layers)
+            ]
+            ref.teacher_forced(twin, None, s.inputs, ids[0])
+            for handle in handles:
+                handle.remove()
+            states.append(torch.stack([kept[i] for i in range(4)]))
+        apart.append(states[0] - states[1])
+    expected = direction(torch.stack(apart).detach())
+    for i in range(4):
+        assert torch.allclose(found[f"text.{i}"].double(), expected[i], atol=1e-3), i
+    method = vlm_fix.registry.get_method("vti")(file=vlm_fix.tensors.Tensors(found), alpha_text=3, alpha_vision=3)
+    plain = greedy(model, inputs := make_inputs(family, [1, 0]), 2)[1]
+    with vlm_fix.wrapped(model, method):
+        edited = greedy(model, inputs, 2)[1]
+    assert torch.equal(edited[1], plain[1]) and not torch.allclose(edited[0], plain[0], atol=1e-2)
+
+
+def test_vti_files_of_other_models_are_refused(models, tmp_path):
+    model = models["llava"]
+    save_file({"text.0": torch.ones(64)}, tmp_path / "text.safetensors")
+    save_file({"text.7": torch.ones(64)}, tmp_path / "deep.safetensors")
+    save_file({"vision.0": torch.ones(9, 32)}, tmp_path / "tokens.safetensors")
+    for spec, sentence in (
+        ("vti", "run `vlm-fix calibrate vti"),
+        (f"vti:file={tmp_path}/text.safetensors", "holds no vision.LAYER; set alpha_vision=0"),
+        (f"vti:file={tmp_path}/deep.safetensors,alpha_vision=0", "this one has 4 text layers"),
+    ):
+        with pytest.raises(vlm_fix.VlmFixError, match=sentence):
+            vlm_fix.wrap(model, spec)
+    with (
+        vlm_fix.wrapped(model, f"vti:file={tmp_path}/tokens.safetensors,alpha_text=0"),
+        pytest.raises(vlm_fix.VlmFixError, match=r"vision.0 is \[9, 32\], but the tower's layer has \[37, 32\]"),
+    ):
+        greedy(model, make_inputs("llava", [1]), 1)
+
+
+def artifact(folder, component, io="output"):
+    folder.mkdir()
+    save_file({"direction": tensors.drawn(201, 64)}, folder / "tensors.safetensors")
+    site = {"stream": "language", "component": component, "layer": 1, "io": io}
+    (folder / "manifest.json").write_text(json.dumps({"artifact_type": "direction", "site": site}))
+    return folder
+
+
+def test_steering_by_a_repsteer_artifact_is_steering_by_its_tensor(models, tmp_path):
+    model, inputs, results = models["llava"], make_inputs("llava", [1]), []
+    for spec in (
+        f"steer:file={artifact(tmp_path / 'mlp', 'mlp')},strength=0.4",
+        f"steer:file={tensors.DIRECTIONS},strength=0.4,place=mlp_output,layers=1",
+        f"steer:file={artifact(tmp_path / 'post', 'resid_post')},strength=0.4",
+    ):
+        with vlm_fix.wrapped(model, spec):
+            results.append(greedy(model, inputs, 2)[1])
+    assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
+    for folder, sentence in (
+        (artifact(tmp_path / "odd", "router"), "its place, 'router' .output., is not known here"),
+        (artifact(tmp_path / "before", "mlp", "input"), "its place, 'mlp' .input., is not known here"),
+        (tensors.SUBSPACE, "holds 6 rows for layer 0, a subspace: project it out with nullu"),
+    ):
+        with pytest.raises(vlm_fix.VlmFixError, match=sentence):
+            vlm_fix.wrap(model, f"steer:file={folder}")
+    with pytest.raises(vlm_fix.VlmFixError, match="steer: name the vectors"):
+        vlm_fix.wrap(model, "steer")
+
+
+def test_controls_of_steering_take_its_place_rows_and_strength(models):
+    from vlm_fix.eval.run.plan import _controls
+
+    specs = [f"steer:file={tensors.DIRECTIONS},strength=-0.3,layers=1", "rudder:alpha=0.2", "rudder:absolute=20"]
+    wanted = _controls([[vlm_fix.parse_spec(spec)] for spec in specs], models["llava"], yes_no=False)
+    assert [spec for spec in wanted if spec.startswith("random_direction")] == [
+        "random_direction:strength=0.3,place=layer_output,prompt_rows=last,layers=1",
+        "random_direction:strength=0.2,place=layer_output,prompt_rows=last,layers=3",
+    ]
+
+
+def test_hulluedit_refuses_beams_and_memvr_says_when_it_never_looked(family, model):
+    inputs = single(family, [1], 0)
+    with vlm_fix.wrapped(model, "hulluedit"), pytest.raises(vlm_fix.VlmFixError, match="does not go with beam search"):
+        model.generate(**inputs, max_new_tokens=2, num_beams=2)
+    plain = greedy(model, inputs, 2)[1]
+    with (
+        vlm_fix.wrapped(model, "memvr:threshold=0.9999"),
+        pytest.warns(UserWarning, match="no early exit was that unsure"),
+    ):
+        assert torch.equal(greedy(model, inputs, 2)[1], plain)
+
+
+def test_pictos_pairs_differ_by_an_absent_object():
+    from vlm_fix.eval.picto import world
+    from vlm_fix.eval.tasks import pairs as made
+    from vlm_fix.eval.tasks.sample import Sample
+
+    scenes = world.scenes("train", 12, 3)
+    samples = [Sample(str(i), s.image_id, s.file_name, s.image, "?", {}) for i, s in enumerate(scenes)]
+    found = made.of_picto(samples, 0)
+    assert len(found) > 8
+    for pair in found:
+        present = next(s.names for s in scenes if s.file_name == pair.sample.file)
+        words = {word for n in world.COCO_IDS if n not in present for word in (n, *world._SAID_AS.get(n, ()))}
+        said = {word for word in words if f" {word}" in pair.hallucinated}
+        assert said and not any(f" {word} " in f"{pair.truthful} " for word in said)
+        assert pair.sample.prompt == "Please describe this image in detail."
+
+
+def test_pairs_of_a_file_are_read_as_vti_and_lure_publish_them(tmp_path):
+    from vlm_fix.eval.tasks import pairs as made
+
+    for name in ("a.jpg", "b.jpg", "c.jpg"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    lines = [{"image": n, "value": f"true {n}", "h_value": f"false {n}"} for n in ("a.jpg", "b.jpg", "c.jpg", "d.jpg")]
+    lines[1]["question"] = "What?"
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("\n".join(map(json.dumps, lines)))
+    found = {p.sample.file: p for p in made.of_file(str(file), tmp_path, 9, {"c.jpg"}, 0)}
+    assert set(found) == {"a.jpg", "b.jpg"} and found["b.jpg"].sample.prompt == "What?"
+    assert (found["a.jpg"].truthful, found["a.jpg"].hallucinated) == ("true a.jpg", "false a.jpg")
+    with pytest.raises(vlm_fix.VlmFixError, match="names no image"):
+        made.of_file(str(file), tmp_path, 9, {"a.jpg", "b.jpg", "c.jpg"}, 0)
+    file.write_text('{"image": "a.jpg"}')
+    with pytest.raises(vlm_fix.VlmFixError, match="give a JSONL file with image, value and h_value"):
+        made.of_file(str(file), tmp_path, 9, set(), 0)

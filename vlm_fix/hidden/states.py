@@ -1,0 +1,38 @@
+"""What the layers make of a prompt in a pass without edits, for methods that must know it in advance."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+from vlm_fix.call import Call
+from vlm_fix.errors import VlmFixError
+from vlm_fix.hooks import hooked
+from vlm_fix.recorder import Recorder
+
+from .wing import places
+
+
+def last_rows(engine: Any, inputs: dict[str, torch.Tensor], place: str = "layer_output") -> dict[int, torch.Tensor]:
+    """Layer -> what it puts out at `place` in the last row of a prompt, float32 [B, C]. One forward of the prompt."""
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(i: int, module: Any, args: Any, output: Any) -> None:
+        kept[i] = (output[0] if isinstance(output, tuple) else output)[:, -1].float()
+
+    layers = range(len(engine.language.layers))
+    with hooked([places(engine.language, i)[place].register_forward_hook(functools.partial(keep, i)) for i in layers]):
+        engine.run_prompt(inputs, Recorder())
+    return kept
+
+
+def whole_prompt(call: Call, name: str) -> dict[str, Any]:
+    """The prompt with its images, for one more pass; VlmFixError where an earlier turn's images are not in the call."""
+    if call.cache is not None:
+        raise VlmFixError(
+            f"{name} runs the whole conversation once more with all its images, which a kept cache does not hold: start "
+            "this turn without the cache of the last."
+        )
+    return call.inputs
