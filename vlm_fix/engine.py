@@ -22,7 +22,7 @@ from vlm_fix.families import arch_of, get_part, image_token_ids
 from vlm_fix.families.compat import cache_of, generate_of
 from vlm_fix.forwards import Forwards
 from vlm_fix.method import Method
-from vlm_fix.options import GenerateOptions
+from vlm_fix.options import GenerateOptions, named
 from vlm_fix.processors import ordered
 from vlm_fix.wing import ATTRIBUTE, NO_IMAGE, Running, Wing
 
@@ -208,7 +208,9 @@ class Engine(Forwards):
 
 def generate(engine: Engine, model: Any, *args: Any, **kwargs: Any) -> Any:
     """`generate` of a wrapped model; arguments and output are the model's own."""
-    options = GenerateOptions.read(model, args, kwargs)
+    own = engine.own_generate
+    function = functools.partial(generate_of(model), model) if own is MISSING else own
+    options = GenerateOptions.read(model, named(function, args, kwargs))
     if engine.rests(options):
         return engine.answer_alone(options)
     engine.refuse(options)

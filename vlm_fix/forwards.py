@@ -13,7 +13,7 @@ from vlm_fix.errors import VlmFixError
 from vlm_fix.families import prompt_positions
 from vlm_fix.families.compat import CACHE, cache_of, versions
 from vlm_fix.recorder import Recorder
-from vlm_fix.session import PAD, TEXT, Session
+from vlm_fix.session import PAD, TEXT, VISUAL, Session
 from vlm_fix.wing import NO_IMAGE, Host
 
 
@@ -116,11 +116,22 @@ class Forwards(Host):
             kinds = torch.full_like(kinds, TEXT)
         kinds = self._without_padding(session, past, kinds, mask)
         session.advance(past, kinds)
+        if self.call is not None and past + kinds.shape[1] < session.prompt_len:
+            self._look_ahead(session)
         if session.branch == "main" and self.call is not None:
             self.main = session
         if fresh:
             self._begin(session)
         self.session = session
+
+    def _look_ahead(self, session: Session) -> None:
+        """In a chunk of a prompt, `last_visual` is that of the whole prompt: it says which rows come after the images."""
+        ids, mask = session.call.inputs["input_ids"], session.call.inputs.get("attention_mask")
+        shown = self.classify(ids) == VISUAL
+        shown = shown & (mask != 0).to(ids.device) if mask is not None and mask.shape == ids.shape else shown
+        last = torch.where(shown, torch.arange(ids.shape[1], device=ids.device), -1).amax(dim=1)
+        last = last.repeat_interleave(len(session.types) // len(ids), dim=0)
+        session.last_visual = [max(pair) for pair in zip(session.last_visual, last.tolist(), strict=True)]
 
     def _without_padding(self, session: Session, past: int, kinds: torch.Tensor, mask: Any) -> torch.Tensor:
         """`kinds` [B, q] with PAD where a prompt's mask says so; VlmFixError where a prompt ends in padding."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -15,7 +16,20 @@ from transformers import GenerationMixin, LogitsProcessorList, StoppingCriteriaL
 from vlm_fix.errors import VlmFixError
 from vlm_fix.processors import kept_apart
 
-_PARAMETERS = [*inspect.signature(GenerationMixin.generate).parameters][1:]  # without self
+
+def named(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of `function`, a `generate`, by name, its first one as "inputs". TypeError as Python raises it."""
+    signature = inspect.signature(function)
+    kinds = {p.kind for p in signature.parameters.values()}
+    if inspect.Parameter.VAR_POSITIONAL in kinds:  # the caller's own, which hands everything on
+        signature = inspect.signature(functools.partial(GenerationMixin.generate, None))
+    first, given = next(iter(signature.parameters)), dict[str, Any]()
+    for name, value in signature.bind(*args, **kwargs).arguments.items():
+        if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
+            given.update(value)
+        else:
+            given["inputs" if name == first else name] = value
+    return given
 
 
 @dataclass
@@ -28,9 +42,8 @@ class GenerateOptions:
     finish: list[Callable[[Any], Any]] = field(default_factory=list)  # applied to the output
 
     @classmethod
-    def read(cls, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> GenerateOptions:
-        """Raises VlmFixError where the prompt's token ids are missing."""
-        kwargs = {**dict(zip(_PARAMETERS, args, strict=False)), **kwargs}
+    def read(cls, model: Any, kwargs: dict[str, Any]) -> GenerateOptions:
+        """From arguments by name. Raises VlmFixError where the prompt's token ids are missing."""
         inputs = kwargs.pop("inputs", None)
         given = kwargs.pop("input_ids", None)
         ids = inputs if given is None else given

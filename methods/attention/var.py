@@ -111,10 +111,11 @@ class VAR(WeightEdit, LayerInputReader, InputEdit):
         if self.sink_dims is not None:
             phi = ratio[..., list(self.sink_dims)].amax(dim=-1)
         else:
-            if session.start == 0:
-                first = (types != PAD).int().argmax(dim=1)
-                memory.dims[layer] = ratio[torch.arange(len(x), device=x.device), first] > self.tau  # [B, hidden]
-            phi = (ratio * memory.dims[layer][:, None]).amax(dim=-1)
+            first = (types != PAD).int().argmax(dim=1) - session.start  # not yet here while a row is padding alone
+            begins = ((first >= 0) & (types != PAD).any(dim=1))[:, None]
+            dims = ratio[torch.arange(len(x), device=x.device), first.clamp(min=0)] > self.tau  # [B, hidden]
+            memory.dims[layer] = dims = torch.where(begins, dims, memory.dims.get(layer, torch.zeros_like(dims)))
+            phi = (ratio * dims[:, None]).amax(dim=-1)
         new = torch.arange(session.start, types.shape[1], device=x.device)
         real = (types[:, session.start :] != PAD) & (new < session.prompt_len)  # assisted decoding adds guesses at once
         sinks = (phi > self.tau) & real

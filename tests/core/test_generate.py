@@ -10,9 +10,12 @@ import threading
 import pytest
 import torch
 from torch import nn
+from transformers import LogitsProcessorList, StoppingCriteriaList
 
 import vlm_fix
+from tests.support import families
 from tests.support.models import BUILD, PAD, make_inputs, single
+from tests.support.run import Streamed
 from vlm_fix.engine import Engine
 from vlm_fix.wing import Host, Wing, installed
 
@@ -48,8 +51,69 @@ def test_arguments_by_position(family, model):
     config.max_new_tokens, config.do_sample = 5, False
     with vlm_fix.wrapped(model, STRONG):
         expected = model.generate(input_ids=ids, **inputs, **STEPS)
-        assert torch.equal(model.generate(ids, config, **inputs), expected)
+        seen, streamer = [], Streamed()
+        processors = LogitsProcessorList([lambda ids, scores: seen.append(1) or scores])
+        stop = StoppingCriteriaList([lambda ids, scores: torch.zeros(len(ids), dtype=torch.bool)])
+        for args, more in (
+            ((ids, config), {}),
+            ((ids,), {"generation_config": config}),
+            ((), {"inputs": ids, "generation_config": config}),
+            ((), {"input_ids": ids, "generation_config": config}),
+            ((ids, config, processors), {}),
+            ((ids, config, None, stop), {}),
+            ((ids, config, processors, stop, None, False, None, streamer), {}),
+            ((None, config), {"input_ids": ids}),
+        ):
+            assert torch.equal(model.generate(*args, **more, **inputs), expected)
+        assert len(seen) == 10 and streamer.tokens == expected[0].tolist()
+        twice = {"generation_config": config}
+        for args, more in (((ids, config), {"inputs": ids}), ((ids, *[None] * 11), {}), ((ids, config), twice)):
+            with pytest.raises(TypeError):
+                model.generate(*args, **more, **inputs)
     assert not getattr(config, "disable_compile", False), "the caller's config is not written to"
+
+
+def test_a_callers_generate_with_names_of_its_own(family, model):
+    """Its first argument is the prompt, whatever it is called."""
+    inputs = single(family, [1, 2], 1)
+    ids = inputs.pop("input_ids")
+    model.generate = lambda prompt, length=5, **kwargs: type(model).generate(
+        model, prompt, max_new_tokens=length, do_sample=False, **kwargs
+    )
+    try:
+        with vlm_fix.wrapped(model, STRONG):
+            got = [
+                model.generate(ids, **inputs),
+                model.generate(ids, 5, **inputs),
+                model.generate(prompt=ids, **inputs),
+            ]
+    finally:
+        del model.generate
+    with vlm_fix.wrapped(model, STRONG):
+        expected = model.generate(ids, **inputs, max_new_tokens=5, do_sample=False)
+    assert all(torch.equal(g, expected) for g in got)
+
+
+def test_janus_own_order_of_arguments():
+    """Its generate takes the mask where others take a config."""
+    model, inputs = families.build("janus"), families.prompt("janus", [1, 2])
+    ids, mask = inputs.pop("input_ids"), inputs.pop("attention_mask")
+    with vlm_fix.wrapped(model, "pai:alpha=0.5"):
+        expected = model.generate(input_ids=ids, attention_mask=mask, **inputs, **STEPS)
+        assert torch.equal(model.generate(ids, mask, **inputs, **STEPS), expected)
+
+
+def answers_elsewhere(model, inputs):
+    return answer(model, inputs), [m.name for m in installed(model).methods]
+
+
+def test_a_wrapped_model_in_another_process():
+    """Qwen2.5-VL: a LLaVA loses its tower's hidden states there by itself, as transformers notes them where it is built."""
+    model, inputs = BUILD["qwen2_5_vl"](), make_inputs("qwen2_5_vl", [1, 2])
+    vlm_fix.wrap(model, STRONG)
+    with torch.multiprocessing.get_context("spawn").Pool(1) as pool:
+        theirs, names = pool.apply(answers_elsewhere, (model, inputs))
+    assert torch.equal(theirs, answer(model, inputs)) and names == [m.name for m in installed(model).methods]
 
 
 def test_users_own_generate_is_used_and_put_back(family, model):

@@ -14,11 +14,10 @@ from transformers import QuantizedCache
 
 import vlm_fix
 from tests.support.models import BUILD, IMAGE, make_inputs, single
-from tests.support.run import greedy
+from tests.support.run import VAR_TINY, greedy
 from vlm_fix.families.compat import CACHE, cache_of, with_cache
 
-EDITS = ["pai:alpha=0.5", "zerotuning:rate=0.1", "var:tau=2.2,min_visual_mass=0.1,rho=0.2,layers=1-3", "vhr",
-         "gift:alpha=3,source_layer=1,layers=2-3",
+EDITS = ["pai:alpha=0.5", "zerotuning:rate=0.1", f"var:{VAR_TINY}", "vhr", "gift:alpha=3,source_layer=1,layers=2-3",
          "icd:tokens=11|12|13,beta=0.01", "m3id:decay=0.3,beta=0.01", "sid:beta=0.01", "deco:layers=1-3", "dagcd:alpha=6",
          "decore:head_list=1.0|1.3|2.2|3.1"]  # fmt: skip
 BEFORE = ["uniform_grid:keep=4", "hiprune:keep=4", "visionzip:contextual=0.4"]
@@ -85,7 +84,7 @@ def test_pruners_before_the_language_model_with_a_quantized_cache(family, model,
     """The pruned prompt, read by the language model alone into such a cache."""
     inputs, seen = single(family, [1, 2], 1), []
     with vlm_fix.wrapped(model, spec):
-        _, logits, _ = greedy(model, inputs, 4, **FP8)
+        logits = greedy(model, inputs, 4, **FP8)[1]
         hook = model.model.language_model.register_forward_pre_hook(
             lambda m, a, k: seen.append(k), with_kwargs=True)  # fmt: skip
         greedy(model, inputs, 4, **FP8)

@@ -65,9 +65,8 @@ def test_masses_and_heatmaps_equal_eager(family, model, spec):
     for got, columns in ((seen.visual_mass, visual), (seen.system_mass, system), (seen.text_mass, text)):
         assert error(got, a[..., columns].sum(-1)) < 1e-5
     assert error(seen.weights_to_image, a[..., visual]) < 1e-5
-    vas = sum(
-        sum(float(x[j]) for j in visual) / sum(float(x[j]) for j in system) for x in a.reshape(-1, a.shape[-1])
-    ) / (4 * 4 * (len(ANSWER) + 1))
+    rows = a.reshape(-1, a.shape[-1])
+    vas = sum(float(x[j]) for x in rows for j in visual) / sum(float(x[j]) for x in rows for j in system)
     assert abs(seen.vas / vas - 1) < 1e-4
     grids = [(6, 6), (6, 6)] if family == "llava" else [(2, 4), (4, 3)]
     assert seen.grids == grids
@@ -210,10 +209,19 @@ def test_vas_of_sliding_windows(name):
     a, _ = eager(model, inputs)
     a = a[:, :, inputs["input_ids"].shape[1] - 1 :].flatten(0, 2)
     masses = [(sum(float(x[j]) for j in visual), sum(float(x[j]) for j in system)) for x in a]
-    ratios = [v / s for v, s in masses if s > 0]
-    assert 0 < len(ratios) < len(masses)
+    inside = [(v, s) for v, s in masses if s > 0]
+    assert 0 < len(inside) < len(masses)
     seen = vlm_fix.observe(model, inputs, ANSWER)
-    assert abs(seen.vas / (sum(ratios) / len(ratios)) - 1) < 1e-4
+    assert abs(seen.vas / (sum(v for v, _ in inside) / sum(s for _, s in inside)) - 1) < 1e-4
+
+
+def test_vas_is_not_one_heads_affair(family, model):
+    """A head that all but ignores the system text moves it by no more than its share."""
+    inputs = single(family, [1, 2], 1)
+    seen = vlm_fix.observe(model, inputs, ANSWER)
+    before = seen.vas
+    seen.system_mass[2, 1, 0] = 1e-12
+    assert abs(seen.vas / before - 1) < 0.05
 
 
 def test_vas_needs_text_before_the_image():

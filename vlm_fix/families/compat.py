@@ -7,6 +7,7 @@ in the arguments of every forward and of `generate`, and in their outputs.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import warnings
 from collections.abc import Mapping
@@ -61,6 +62,7 @@ def generate_of(model: Any) -> Any:
     if model.config.model_type != "janus":
         return type(model).generate
 
+    @functools.wraps(type(model).generate)
     def generate(model: Any, inputs: Any, generation_mode: str = "text", **kwargs: Any) -> Any:
         if generation_mode != "text":
             raise VlmFixError("methods act on answers in words; unwrap the model to generate images.")

@@ -63,9 +63,11 @@ class Observation:
 
     @property
     def vas(self) -> float:
-        """AVAR's visual attention score (arXiv 2603.03825): mean over layers, heads and rows of sum A[V] / sum A[S].
+        """AVAR's visual attention score (arXiv 2603.03825): attention to the image in units of that to the system text.
 
-        Rows of a layer whose sliding window has passed S are left out. Raises VlmFixError where no row sees any.
+        Sums over layers, heads and rows, A[V] over A[S]. The paper averages the ratios of single heads and rows; one head that
+        all but ignores S then outweighs all others (8e9 on one model), so the sums are divided here. Rows of a layer whose
+        sliding window has passed S are left out. Raises VlmFixError where no row sees any.
         """
         seen = self.system_mass > 0
         if not seen.any():
@@ -73,7 +75,7 @@ class Observation:
                 "VAS compares the image with the text before it, of which no row sees any here: put text before the image, "
                 "or use visual_mass."
             )
-        return float((self.visual_mass[seen] / self.system_mass[seen]).mean())
+        return float(self.visual_mass[seen].double().sum() / self.system_mass[seen].double().sum())
 
     @property
     def divergence(self) -> torch.Tensor:
