@@ -49,7 +49,8 @@ class Captions:
 
     `mark` maps (row of samples.jsonl, data) to the marked words and the number of hallucinated ones. The metric
     `invented`, called `heading`, is drawn against the metric `found`; with `drawn` also in figure.png. `at_equal_length`
-    returns the rows of two results with each pair of captions cut to the same length.
+    returns the rows of two results with each pair of captions cut to the same length, `at_share` those of one result with
+    each caption cut to a share of its words.
     """
 
     mark: Callable[[Mapping[str, Any], Data], tuple[list[Mark], int]]
@@ -58,6 +59,7 @@ class Captions:
     heading: str
     drawn: bool = False
     at_equal_length: Callable[[Any, Any], tuple[list[dict[str, Any]], list[dict[str, Any]]]] | None = None
+    at_share: Callable[[Any, float], list[dict[str, Any]]] | None = None
 
 
 class Gain(NamedTuple):
@@ -119,6 +121,8 @@ class Benchmark:
     `commits` maps a scorer or variant to the code that it follows, `source_commit` is that of the benchmark's own script.
     `score_files` gets the values of `arguments` by keyword. It returns one result, or a dictionary with the figures of
     each part and perhaps a number for the whole. `layouts` are by task; AMBER has two tasks, the others one.
+    `results` gets the same values and returns task -> part -> result with its rows, in an order that does not depend on
+    that of the file; `answers` names the argument with the answers.
     """
 
     name: str
@@ -128,6 +132,8 @@ class Benchmark:
     score_what: str
     arguments: tuple[Argument, ...]
     score_files: Callable[..., Any]
+    results: Callable[..., dict[str, dict[str, Any]]]
+    answers: str = "answers"
     layouts: Mapping[str, Layout]
     overall: Overall | None = None
 

@@ -134,7 +134,7 @@ def score(
     rows = []
     for place, (one, ok) in enumerate(zip(said, right, strict=True)):
         row: dict[str, Any] = {"image": sets[place], "n": 1, "right": int(ok), "yes": int(one == "yes")}
-        row |= {"unparsed": int(one == "unknown")}
+        row |= {"unparsed": int(one == "unknown"), "positive": int(questions[place].label == "yes")}
         rows.append(row | {name: n for column in columns for name, n in column[place].items()})
     kinds = [q.category for q in questions]
     parts = {"overall": rows} | {
@@ -160,8 +160,13 @@ def _seen(question: Question) -> bool:
 
 def score_files(answers: str, scorer: Scorer) -> dict[str, dict[str, Any]]:
     """Score an answer file, by part."""
-    questions, given = load_answers(answers, scorer)
-    return {part: result.to_dict() for part, result in score(given, questions, scorer).items()}
+    return {part: result.to_dict() for part, result in results(answers, scorer)["hallusion"].items()}
+
+
+def results(answers: str, scorer: Scorer) -> dict[str, dict[str, Result]]:
+    """Score an answer file, by task and part; rows in the order of the questions' ids."""
+    both = sorted(zip(*load_answers(answers, scorer), strict=True), key=lambda pair: pair[0].id)
+    return {"hallusion": score([answer for _, answer in both], [question for question, _ in both], scorer)}
 
 
 BENCHMARK = Benchmark(
@@ -175,6 +180,7 @@ BENCHMARK = Benchmark(
         scorer_option("vlmevalkit", "%(default)s; official reads GPT-4's marks in the file"),
     ),
     score_files=score_files,
+    results=results,
     layouts={
         "hallusion": Layout(
             columns={"aAcc": "aAcc", "qAcc": "qAcc", "fAcc": "fAcc", "yes_ratio": "yes", "unparsed": "unp."},

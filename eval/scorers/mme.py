@@ -132,6 +132,7 @@ def score(
     rows: dict[str, list[dict[str, Any]]] = {}
     for question, one, ok, pair in zip(questions, said, right, pairs, strict=True):
         row = {"image": f"{question.task}/{Path(question.image).name}", "n": 1, "right": int(ok), **pair}
+        row["positive"] = int(question.label == "yes")
         rows.setdefault(question.task, []).append({**row, "yes": int(one == "yes"), "unparsed": int(one == "unknown")})
     parts = dict(rows)
     for group, tasks in GROUPS.items():
@@ -154,8 +155,13 @@ def verdict(answer: str | None, label: str, scorer: Scorer) -> str:
 
 def score_files(answers: str, scorer: Scorer) -> dict[str, dict[str, Any]]:
     """Score a folder of TASK.txt files, by part."""
-    questions, given = load_results(answers)
-    return {part: result.to_dict() for part, result in score(given, questions, scorer).items()}
+    return {part: result.to_dict() for part, result in results(answers, scorer)["mme"].items()}
+
+
+def results(answers: str, scorer: Scorer) -> dict[str, dict[str, Result]]:
+    """Score a folder of TASK.txt files, by task and part; rows in the order of images and questions."""
+    both = sorted(zip(*load_results(answers), strict=True), key=lambda pair: pair[0][1:])
+    return {"mme": score([answer for _, answer in both], [question for question, _ in both], scorer)}
 
 
 BENCHMARK = Benchmark(
@@ -171,6 +177,7 @@ BENCHMARK = Benchmark(
         scorer_option(),
     ),
     score_files=score_files,
+    results=results,
     layouts={
         "mme": Layout(
             columns={

@@ -16,6 +16,7 @@ from vlm_fix.errors import VlmFixError
 from . import (
     bench,
     calibrate,
+    compare,
     demo,
     doctor,
     eval,
@@ -34,6 +35,7 @@ COMMANDS = (
     eval,
     calibrate,
     score,
+    compare,
     published,
     report,
     methods,
@@ -50,6 +52,7 @@ EXAMPLES = """examples:
   vlm-fix eval all --method var,vhr,pai,vcd,hiprune --limit 50 --output runs/first
   vlm-fix eval chair --model llava-hf/llava-1.5-7b-hf --data coco:/data/coco --method pai,vcd
   vlm-fix score chair captions.jsonl --variant pattern
+  vlm-fix compare greedy.jsonl method.jsonl --benchmark chair
   vlm-fix methods
   vlm-fix doctor                                           does every kind of method act on this installation?"""
 

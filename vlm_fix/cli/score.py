@@ -7,10 +7,12 @@ import functools
 import json
 from typing import Any
 
+from vlm_fix.errors import VlmFixError
 from vlm_fix.eval.scorers.benchmark import Benchmark
 from vlm_fix.eval.scorers.registry import BENCHMARKS
 
 from .common import add, add_json
+from .compare import add_common, show
 
 EXAMPLES = """examples:
   vlm-fix score pope coco_pope_random.json answers.jsonl --scorer vcd
@@ -24,11 +26,20 @@ def add_to(commands: Any) -> None:
         parser = add(kinds, benchmark.name, benchmark.score_what, functools.partial(_score, benchmark))
         for argument in benchmark.arguments:
             parser.add_argument(argument.name, **argument.options)
+        parser.add_argument("--against", metavar="BASE", help="a baseline's answers: compare with them, in one verdict")
+        add_common(parser)
         add_json(parser)
 
 
 def _score(benchmark: Benchmark, args: argparse.Namespace) -> None:
-    found = benchmark.score_files(**{a.dest: getattr(args, a.dest) for a in benchmark.arguments})
+    given = {a.dest: getattr(args, a.dest) for a in benchmark.arguments}
+    if args.against:
+        new = given.pop(benchmark.answers)
+        show(benchmark, args.against, [new], given, args.common, args.json)
+        return
+    if args.common:
+        raise VlmFixError("--common has no effect without --against BASE: leave it out.")
+    found = benchmark.score_files(**given)
     if not isinstance(found, dict):
         _print(args, benchmark.title, found)
     elif args.json:

@@ -54,6 +54,14 @@ def mark(row: Mapping[str, Any], data: Mapping[str, Any]) -> tuple[list[Mark], i
     return marks, wrong
 
 
+def results(answers: str, scorer: Scorer, variant: Variant) -> dict[str, dict[str, Any]]:
+    """Score an official answer file, by task and part."""
+    found = official.score_file(answers, scorer, variant)
+    captions = {part: result for part, result in found.items() if part == "captions"}
+    asked = {part: result for part, result in found.items() if part != "captions"}
+    return {task: parts for task, parts in (("amber", captions), ("amber-qa", asked)) if parts}
+
+
 @cache
 def _lexicon(scorer: Any, variant: Variant) -> files.Lexicon:
     return files.picto_lexicon(variant) if scorer == "picto" else files.lexicon(scorer, variant)
@@ -71,6 +79,7 @@ BENCHMARK = Benchmark(
         variant_option("how nouns are found (%(default)s)"),
     ),
     score_files=score_files,
+    results=results,
     layouts={
         "amber": Layout(
             columns={"chair": "CHAIR", "cover": "cover", "hal": "Hal", "cog": "Cog", "score": "AMBER score"},

@@ -118,7 +118,13 @@ def score_questions(
     for answer, question in zip(answers, questions, strict=True):
         said, yes = verdict(answer, question.label, scorer), question.label == "yes"
         row = {"tp": yes and said == "yes", "fp": not yes and said == "yes", "tn": not yes and said == "no"}
-        row |= {"fn": yes and said == "no", "no": not yes, "yes": said == "yes", "unparsed": said == "unknown"}
+        row |= {
+            "fn": yes and said == "no",
+            "no": not yes,
+            "positive": yes,
+            "yes": said == "yes",
+            "unparsed": said == "unknown",
+        }
         rows.append({"image": question.image, "n": 1} | {name: int(value) for name, value in row.items()})
     return tally(scorer, rows, QUESTIONS)
 

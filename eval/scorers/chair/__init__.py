@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from vlm_fix.eval.scorers.benchmark import Argument, Benchmark, Captions, Gain, Layout, Mark, variant_option
@@ -14,11 +14,22 @@ from . import score, words
 
 def score_files(captions: str, variant: Variant, drop_incomplete: bool, ground_truth: str | None) -> score.ChairResult:
     """Score a caption file."""
+    return _scored(captions, variant, drop_incomplete, ground_truth, None)
+
+
+def results(**files: Any) -> dict[str, dict[str, score.ChairResult]]:
+    """Score a caption file with its captions in the order of the images' ids."""
+    return {"chair": {"captions": _scored(**files, order=lambda caption: caption.image_id)}}
+
+
+def _scored(
+    captions: str, variant: Variant, drop_incomplete: bool, ground_truth: str | None, order: Callable[..., int] | None
+) -> score.ChairResult:
     truth = files.ground_truth(ground_truth or "coco", variant)
     found = files.load_captions(captions)
     if drop_incomplete:
         found = [caption._replace(text=files.whole_sentences(caption.text)) for caption in found]
-    return score.score(found, truth, variant)
+    return score.score(sorted(found, key=order) if order else found, truth, variant)
 
 
 def _caption(settings: Mapping[str, Any], data: Mapping[str, Any]) -> str:
@@ -58,6 +69,8 @@ BENCHMARK = Benchmark(
         ),
     ),
     score_files=score_files,
+    results=results,
+    answers="captions",
     layouts={
         "chair": Layout(
             columns={"chair_s": "C_S", "chair_i": "C_I", "recall": "recall", "f1": "F1", "length": "length"},
@@ -65,7 +78,15 @@ BENCHMARK = Benchmark(
             compared=("chair_s", "chair_i", "recall"),
             right=lambda row: not row["hallucinating"],
             caption=_caption,
-            answers=Captions(mark, "recall", "chair_i", "CHAIR_i", drawn=True, at_equal_length=score.at_equal_length),
+            answers=Captions(
+                mark,
+                "recall",
+                "chair_i",
+                "CHAIR_i",
+                drawn=True,
+                at_equal_length=score.at_equal_length,
+                at_share=score.at_share,
+            ),
             leaderboard={"chair_i": "CHAIR_i ↓", "recall": "recall", "length": "words"},
             gain=Gain("chair_i", -1, "CHAIR_i, points fewer"),
         )

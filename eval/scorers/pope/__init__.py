@@ -38,6 +38,7 @@ BENCHMARK = Benchmark(
         scorer_option(),
     ),
     score_files=score_files,
+    results=lambda **files: {"pope": {"questions": score_files(**files)}},
     layouts={
         "pope": Layout(
             columns={"accuracy": "accuracy", **YES_NO_COLUMNS},
