@@ -16,7 +16,7 @@ from typing import Any
 from vlm_fix.errors import VlmFixError
 from vlm_fix.eval.files import write_atomic
 from vlm_fix.eval.scorers.benchmark import Captions, Layout, YesNo
-from vlm_fix.eval.scorers.registry import LAYOUTS, PLAIN, scorer_and_commit
+from vlm_fix.eval.scorers.registry import LAYOUTS, PLAIN, groups, scorer_and_commit
 
 from . import side_by_side
 from . import tables as report
@@ -218,7 +218,7 @@ def _board(folder: Path, results: Mapping[str, Any]) -> str:
         cells = [
             _change(runs[run][b][split], name, run == base)
             if split
-            else f"{100 * fmean(each[name] for each in runs[run][b].values()):.1f}"
+            else f"{100 * fmean(each[name] for part, each in runs[run][b].items() if part not in groups(b)):.1f}"
             for _, b, split, name in columns
         ]
         speed = results["speed"][run][last]["tokens_per_second"]

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeAlias, get_args
 
 from vlm_fix.eval.stats import Metric
 
-from .choices import Scorer, Variant
+from .choices import Labels, Scorer, Variant
 from .result import Result
 
 Settings: TypeAlias = Mapping[str, Any]
@@ -33,7 +33,7 @@ class YesNo:
 
     `verdict` maps (answer, label, scorer) to yes, no or unknown. `accuracy` is the metric drawn against the yes-ratio,
     `balanced` says that half of the labels are yes. `total` names the part with all answers; where there is none, all
-    parts are averaged except those in `groups`, which only sum up others.
+    parts are averaged except those in `groups`, which only show answers again that are in others.
     """
 
     verdict: Callable[[str | None, str, Scorer], str]
@@ -141,6 +141,12 @@ class Benchmark:
 def scorer_option(default: Scorer = "official", help: str = "(%(default)s)") -> Argument:
     """--scorer, for benchmarks with yes/no answers."""
     return Argument("--scorer", {"choices": get_args(Scorer), "default": default, "help": help})
+
+
+def labels_option() -> Argument:
+    """--labels, for POPE's questions."""
+    help = "POPE's, RePOPE's corrected ones, or both where the questions are POPE's about COCO (%(default)s)"
+    return Argument("--labels", {"choices": get_args(Labels), "default": "both", "help": help})
 
 
 def variant_option(help: str = "(%(default)s)") -> Argument:

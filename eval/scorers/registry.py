@@ -5,7 +5,7 @@ What `vlm-fix eval` asks for a benchmark is in `tasks/`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from . import amber, chair, hallusion, mme, pope
@@ -17,6 +17,11 @@ BENCHMARKS: dict[str, Benchmark] = {
 LAYOUTS: dict[str, Layout] = {task: each for made in BENCHMARKS.values() for task, each in made.layouts.items()}
 PLAIN = {"unparsed", "length", "n", "failed"}
 """Figures that are numbers; all others are fractions."""
+
+
+def groups(task: str) -> Collection[str]:
+    """Return the parts of a task that no mean counts, as their answers are in other parts."""
+    return getattr(LAYOUTS[task].answers, "groups", ()) if task in LAYOUTS else ()
 
 
 def scorer_of(settings: Mapping[str, Any], task: str) -> str:

@@ -43,6 +43,8 @@ def build(settings: Settings) -> list[Task]:
         raise VlmFixError(
             f'--prompt for {made.title} must hold {{question}}, for example "{{question}} Please answer in one word."'
         )
+    if settings.labels != "both" and name not in ("pope", "all"):
+        raise VlmFixError(f"--labels has no effect on {name}: it is for pope.")
     if name in OWN_IMAGES:
         return [*_own_images(name, kind, where, settings)]
     unknown = [split for split in settings.splits if split not in pope.SPLITS]

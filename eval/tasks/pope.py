@@ -1,7 +1,7 @@
 """POPE's task: questions about Picto's scenes, about COCO's images, or from files about any images.
 
 A question that several splits share (all three have the same positives) is asked once and counted in each. COCO's images
-get the official questions; for other images and for Picto, questions are made from the annotations.
+get the official questions, with RePOPE's labels beside POPE's; for other images and for Picto, questions are made from the annotations.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from vlm_fix.errors import VlmFixError
 from vlm_fix.eval import picto
 from vlm_fix.eval.scorers.choices import Scorer
 from vlm_fix.eval.scorers.pope import data as pope_data
+from vlm_fix.eval.scorers.pope import repope
 from vlm_fix.eval.scorers.pope import score as pope
 from vlm_fix.eval.settings import Settings
 
@@ -53,6 +54,7 @@ class Pope:
 
 def of_picto(scenes: Sequence[picto.Scene], images: int, source: str, settings: Settings) -> Pope:
     """Build the task about `images` of the scenes; those with fewer than three objects are skipped."""
+    _no_repope(settings)
     instances, _ = picto.coco_annotations(scenes)
     questions = _made(instances, images, settings)
     return _task(questions, {s.file_name: (s.image_id, s.image) for s in scenes}, settings, source)
@@ -75,8 +77,14 @@ def of_folder(folder: Folder, settings: Settings) -> Pope:
         questions: dict[Any, list[pope.Question]] = {
             kind: [q for q in each if q.image in names] for kind, each in official.items()
         }
+        if settings.labels == "both":
+            checked = {kind: repope.needed(each) for kind, each in questions.items()}
+            questions |= {f"{kind} RePOPE": each for kind, each in checked.items()}
+        elif settings.labels == "repope":
+            questions = {kind: repope.needed(each) for kind, each in questions.items()}
         source = f"coco, official questions, first {len(names)} images"
     else:
+        _no_repope(settings)
         instances = folder.annotations("instances", wanted or folder.images)
         kinds: dict[int, set[int]] = {}
         for row in instances["annotations"]:
@@ -91,6 +99,7 @@ def of_folder(folder: Folder, settings: Settings) -> Pope:
 
 def of_files(folder: Path, settings: Settings) -> Pope:
     """Build the task from --questions, a split per file; a limit keeps the first images that they name."""
+    _no_repope(settings)
     paths, asked = paths_in(folder), {Path(file).stem: pope_data.load_questions(file) for file in settings.questions}
     names = list(dict.fromkeys(q.image for each in asked.values() for q in each))[: settings.limit]
     lost = [name for name in names if name not in paths]
@@ -106,6 +115,14 @@ def of_files(folder: Path, settings: Settings) -> Pope:
 
 def _made(instances: Any, images: int, settings: Settings) -> dict[Any, list[pope.Question]]:
     return {k: pope_data.make_questions(instances, k, images=images, seed=settings.seed) for k in settings.splits}
+
+
+def _no_repope(settings: Settings) -> None:
+    if settings.labels == "repope":
+        raise VlmFixError(
+            "RePOPE labels POPE's own questions about COCO, and these are others: give --data coco:DIR with val2014's "
+            "images, or leave out --labels repope."
+        )
 
 
 def _id(question: pope.Question) -> str:
@@ -133,4 +150,6 @@ def _task(
         "questions": {split: len(each) for split, each in questions.items()},
         "sha256": {split: pope.questions_sha256(each) for split, each in questions.items()},
     }
+    if settings.labels == "repope":
+        data["labels"] = "POPE with RePOPE's labels"
     return Pope(dict(questions), samples, settings.scorer, data)

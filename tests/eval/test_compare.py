@@ -176,9 +176,10 @@ def test_public_answers_and_an_all_cautious_copy(tmp_path: Path, capsys) -> None
     shown = capsys.readouterr().out
     assert "\nbetter: accuracy" in shown and "broken 0 " in shown
     assert cli.main([*arguments, "--json"]) == 0
-    (found,) = json.loads(capsys.readouterr().out)
+    found, checked = json.loads(capsys.readouterr().out)
     fixed = sum(old != new for old, new in zip(rows, mended, strict=True))
     assert found["outcomes"]["mended"] == fixed and found["verdict"]["is"] == "better"
+    assert checked["part"] == "RePOPE" and checked["n"] == 2684 and checked["delta"]["accuracy"]["base"] < 0.842
 
 
 @pytest.mark.parametrize(

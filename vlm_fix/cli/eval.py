@@ -12,7 +12,7 @@ from vlm_fix.errors import VlmFixError
 from vlm_fix.eval.scorers.registry import BENCHMARKS
 from vlm_fix.eval.settings import Settings
 
-from .common import SCORERS, VARIANTS, add, add_images, add_json, add_model, add_weights, check_place, console
+from .common import LABELS, SCORERS, VARIANTS, add, add_images, add_json, add_model, add_weights, check_place, console
 
 ABOUT = """methods: names from `vlm-fix methods`, with settings; commas separate runs, + stacks methods in one run:
   --method pai:alpha=0.2,gamma=1.1,hiprune:keep=32+vcd     two runs: pai, and hiprune together with vcd
@@ -39,6 +39,7 @@ def add_to(commands: Any) -> None:
     what.add_argument("--questions", metavar="A,B", help="POPE files of other data, images by name in coco:DIR")
     what.add_argument("--prompt", metavar="TEXT", help="other caption prompt, or POPE prompt around {question}")
     what.add_argument("--scorer", choices=SCORERS, default="official", help="of yes/no answers (%(default)s)")
+    what.add_argument("--labels", choices=LABELS, default="both", help="of POPE on COCO; repope: corrected (%(default)s)")
     what.add_argument("--variant", choices=VARIANTS, help="CHAIR variant (nltk where its data are found)")
     what.add_argument("--drop-incomplete", action="store_true", help="CHAIR: drop a cut-off last sentence")
 

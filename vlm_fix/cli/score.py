@@ -53,6 +53,7 @@ def _print(args: argparse.Namespace, title: str, result: Any) -> None:
     import dataclasses
 
     everything = dataclasses.asdict(result)
+    title = "RePOPE" if everything.get("labels") == "repope" else title
     if args.json:
         print(json.dumps(everything, indent=2, default=str))
         return
@@ -61,6 +62,9 @@ def _print(args: argparse.Namespace, title: str, result: Any) -> None:
             print(f"{title}  {name:<20} {value:.5f}")
         elif isinstance(value, int | str):
             print(f"{title}  {name:<20} {value}")
+    if getattr(result, "repope", None):
+        print()
+        _print(args, title, result.repope)
 
 
 def _print_parts(title: str, found: dict[str, Any]) -> None:

@@ -63,7 +63,8 @@ class PopeResult:
 
     With lmms, vlmevalkit and ours tp+fp+tn+fn can be below n, as some answers are neither yes nor no. `unparsed` counts
     the answers without any word for yes or no, however the scorer reads them. `correct` and `rows` (counts with their
-    image, for `stats.paired_bootstrap`) are in the order of the questions.
+    image, for `stats.paired_bootstrap`) are in the order of the questions. `repope` is the result with RePOPE's labels,
+    where it was asked for beside POPE's; `labels` says whose a result has.
     """
 
     scorer: str
@@ -81,10 +82,12 @@ class PopeResult:
     questions_sha256: str
     correct: list[bool] = field(repr=False)
     rows: list[dict[str, Any]] = field(repr=False)
+    labels: str = "pope"
+    repope: "PopeResult | None" = field(default=None, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Return what results.json holds: everything but the per-question lists."""
-        return {name: value for name, value in asdict(self).items() if name not in ("correct", "rows")}
+        return {name: value for name, value in asdict(self).items() if name not in ("correct", "rows", "repope")}
 
 
 def score(questions: Sequence[Question], answers: Sequence[Answer], scorer: Scorer = "official") -> PopeResult:
