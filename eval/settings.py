@@ -16,8 +16,9 @@ class Settings:
     """The options of an evaluation. `methods` has one list of specs per run; the baseline is added.
 
     What to ask:  `data` and `limit`, a number of images; `seed` draws the data. `build` makes POPE's questions from a COCO
-    folder's annotations even if there are official ones; `labels` are those of POPE's questions about COCO; `questions` are POPE files about other images. `prompt` None and
-    `max_new_tokens` None mean the benchmark's own. `drop_incomplete` drops a cut-off last sentence before CHAIR is scored.
+    folder's annotations even if there are official ones; `labels` are those of the official ones; `questions` are POPE
+    files about other images. `prompt` None and `max_new_tokens` None mean the benchmark's own. `drop_incomplete` drops a
+    cut-off last sentence before CHAIR is scored.
     How to run:  `seeds` are for sampling and for methods that draw at random (default: `seed`); `controls` and
     `equal_compute` add the runs of `plan.runs`; `dtype` "auto" is the checkpoint's on a GPU and float32 on a CPU;
     `device_map` spreads the model over devices.

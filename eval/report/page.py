@@ -174,7 +174,8 @@ def _cost_figure(results: Mapping[str, Any], task: str, layout: Layout) -> Itera
     base, points = next(iter(runs)), []
     per_second = {run: results["speed"][run][task]["tokens_per_second"] for run in runs}
     for i, (run, each) in enumerate(runs.items()):
-        gain = fmean(s[metric] for s in each[task].values()) - fmean(s[metric] for s in runs[base][task].values())
+        parts = [part for part in each[task] if part not in groups(task)] or [*each[task]]
+        gain = fmean(each[task][part][metric] - runs[base][task][part][metric] for part in parts)
         if per_second[run] and per_second[base]:
             points.append(Point(i, run, per_second[base] / per_second[run], 100 * sign * gain))
     if points:

@@ -17,8 +17,9 @@ removed object with such an answer is in none of the four.
 Worked example: the dog is removed and the model still sees it (SB+); on the edited copy it also denies the car.
 >>> asked = [Question("0", "1.jpg", "dog?", "yes", True, False), Question("1", "1_00.jpg", "dog?", "no", False, True),
 ...          Question("2", "1.jpg", "car?", "yes", True, False), Question("3", "1_00.jpg", "car?", "yes", False, False)]
->>> {name: round(value, 2) for name, value in score(["Yes", "Yes", "Yes", "No"], asked).figures.items() if name in ("tu", "sb_yes", "id")}
-{'tu': 0.0, 'sb_yes': 1.0, 'id': 1.0}
+>>> figures = score(["Yes", "Yes", "Yes", "No"], asked).figures
+>>> [figures[name] for name in ("tu", "sb_yes", "id")]
+[0.0, 1.0, 1.0]
 """
 
 from collections.abc import Sequence

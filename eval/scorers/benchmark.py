@@ -44,6 +44,14 @@ class YesNo:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """How the answers to questions with lettered choices are judged: `verdict` maps (answer, label, scorer) to a letter."""
+
+    verdict: Callable[[str | None, str, Scorer], str]
+    accuracy: str = "accuracy"
+
+
+@dataclass(frozen=True)
 class Captions:
     """How captions are judged and drawn on the report page.
 
@@ -85,7 +93,7 @@ class Layout:
     compared: tuple[str, ...]
     right: Callable[[Mapping[str, Any]], Any]
     caption: Callable[[Settings, Data], str]
-    answers: YesNo | Captions
+    answers: YesNo | Choice | Captions
     leaderboard: Mapping[str, str]
     leaderboard_means: Mapping[str, str] = field(default_factory=dict)
     gain: Gain | None = None
@@ -122,7 +130,7 @@ class Benchmark:
     `score_files` gets the values of `arguments` by keyword. It returns one result, or a dictionary with the figures of
     each part and perhaps a number for the whole. `layouts` are by task; AMBER has two tasks, the others one.
     `results` gets the same values and returns task -> part -> result with its rows, in an order that does not depend on
-    that of the file; `answers` names the argument with the answers.
+    that of the file; `answers` names the argument with the answers; `asked` says whether `vlm-fix eval` asks it.
     """
 
     name: str
@@ -134,6 +142,7 @@ class Benchmark:
     score_files: Callable[..., Any]
     results: Callable[..., dict[str, dict[str, Any]]]
     answers: str = "answers"
+    asked: bool = True
     layouts: Mapping[str, Layout]
     overall: Overall | None = None
 

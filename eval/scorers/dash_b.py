@@ -12,7 +12,7 @@ with it.
     others     as for POPE
 
 Worked example: of two images without a bed the model sees one in the first; in the one image with a bed it sees it.
->>> asked = [Question("0", "a.jpg", "", "bed", "no"), Question("1", "b.jpg", "", "bed", "no"), Question("2", "c.jpg", "", "bed", "yes")]
+>>> asked = [Question(name, name, "", "bed", label) for name, label in (("a", "no"), ("b", "no"), ("c", "yes"))]
 >>> score(["yes", "No.", "Yes"], asked).figures["harmonic"]
 0.6666666666666666
 """

@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from . import amber, chair, hallusion, mme, pope
+from . import amber, beaf, chair, dash_b, hallusion, listed, mme, opope, pope, reefknot
 from .benchmark import Benchmark, Layout
 
+MODULES = (pope, chair, amber, mme, hallusion, dash_b, beaf, reefknot, opope)
 BENCHMARKS: dict[str, Benchmark] = {
-    module.BENCHMARK.name: module.BENCHMARK for module in (pope, chair, amber, mme, hallusion)
+    made.name: made for made in (*(module.BENCHMARK for module in MODULES), listed.FOHE, listed.R_BENCHMARK)
 }
 LAYOUTS: dict[str, Layout] = {task: each for made in BENCHMARKS.values() for task, each in made.layouts.items()}
 PLAIN = {"unparsed", "length", "n", "failed"}

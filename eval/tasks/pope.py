@@ -1,7 +1,8 @@
 """POPE's task: questions about Picto's scenes, about COCO's images, or from files about any images.
 
 A question that several splits share (all three have the same positives) is asked once and counted in each. COCO's images
-get the official questions, with RePOPE's labels beside POPE's; for other images and for Picto, questions are made from the annotations.
+get the official questions, judged by POPE's and RePOPE's labels; for other images and for Picto, questions are made from
+the annotations.
 """
 
 from __future__ import annotations

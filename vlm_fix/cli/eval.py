@@ -27,7 +27,11 @@ DIR of --output gets results.json, table.md, figure.png and samples.jsonl, every
 
 def add_to(commands: Any) -> None:
     parser = add(commands, "eval", "measure a model with and without methods", run, ABOUT)
-    parser.add_argument("benchmark", choices=(*BENCHMARKS, "all"), help="all is pope and chair")
+    parser.add_argument(
+        "benchmark",
+        choices=(*(name for name, made in BENCHMARKS.items() if made.asked), "all"),
+        help="all is pope and chair",
+    )
     what = parser.add_argument_group("what to run")
     add_model(what)
     what.add_argument("--method", default="", metavar="A,B+C", help="runs beside the baseline, see below")
@@ -39,7 +43,9 @@ def add_to(commands: Any) -> None:
     what.add_argument("--questions", metavar="A,B", help="POPE files of other data, images by name in coco:DIR")
     what.add_argument("--prompt", metavar="TEXT", help="other caption prompt, or POPE prompt around {question}")
     what.add_argument("--scorer", choices=SCORERS, default="official", help="of yes/no answers (%(default)s)")
-    what.add_argument("--labels", choices=LABELS, default="both", help="of POPE on COCO; repope: corrected (%(default)s)")
+    what.add_argument(
+        "--labels", choices=LABELS, default="both", help="of POPE on COCO; repope: corrected (%(default)s)"
+    )
     what.add_argument("--variant", choices=VARIANTS, help="CHAIR variant (nltk where its data are found)")
     what.add_argument("--drop-incomplete", action="store_true", help="CHAIR: drop a cut-off last sentence")
 

@@ -7,7 +7,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlm_fix.eval.scorers import yesno
-from vlm_fix.eval.scorers.benchmark import YES_NO_COLUMNS, Argument, Benchmark, Gain, Layout, YesNo, labels_option, scorer_option
+from vlm_fix.eval.scorers.benchmark import (
+    YES_NO_COLUMNS,
+    Argument,
+    Benchmark,
+    Gain,
+    Layout,
+    YesNo,
+    labels_option,
+    scorer_option,
+)
 from vlm_fix.eval.scorers.choices import Labels, Scorer, one_of
 
 from . import data as files

@@ -52,7 +52,9 @@ def test_scores_of_real_answers(capsys) -> None:
 
 
 def test_other_questions_have_no_labels_of_repope() -> None:
-    others = pope_data.make_questions([("1.jpg", ["dog", "cup", "cat"]), ("2.jpg", ["car", "cup", "bus"])], images=2, per_image=4)
+    others = pope_data.make_questions(
+        [("1.jpg", ["dog", "cup", "cat"]), ("2.jpg", ["car", "cup", "bus"])], images=2, per_image=4
+    )
     assert repope.relabelled(others) is None
     with pytest.raises(VlmFixError, match="leave out --labels repope"):
         repope.needed(others)
@@ -75,7 +77,9 @@ def test_eval_asks_a_question_once_and_judges_it_by_both_labels(tmp_path) -> Non
     for kind in KINDS:
         mine, theirs = both.score(yes)[f"{kind} RePOPE"], checked.score(yes)[kind]
         assert mine.rows == theirs.rows and mine.n == checked.sizes[kind]
-    assert {*pope.BENCHMARK.layouts["pope"].answers.groups} == {f"{kind} RePOPE" for kind in KINDS}  # no mean counts them
+    assert {*pope.BENCHMARK.layouts["pope"].answers.groups} == {
+        f"{kind} RePOPE" for kind in KINDS
+    }  # no mean counts them
     for wrong in (Settings("pope", labels="repope"), Settings("chair", labels="repope")):
         with pytest.raises(VlmFixError, match="labels"):
             tasks.build(wrong)
