@@ -31,6 +31,7 @@ from statistics import NormalDist
 from typing import Any
 
 from vlm_fix.errors import VlmFixError
+from vlm_fix.eval.length import rate_ratio
 from vlm_fix.eval.scorers.benchmark import Captions, Layout
 from vlm_fix.eval.stats import Comparison, Sums, column_sums, outcomes, paired_bootstrap, paired_intervals, transitions
 
@@ -42,9 +43,10 @@ def compare(layout: Layout, pairs: Sequence[tuple[Any, Any]], seed: int = 0, eve
     """Compare (baseline, method) results of one task and part, one pair per seed of the run.
 
     Returns `delta` {metric: Comparison as a dictionary}, of `layout.compared` or with `every` of all columns; `outcomes`
-    and `transitions` (see `stats`); for yes/no answers `d_prime` and for captions `equal_length` {metric: ...} and
-    `equal_recall` where they can be computed; `verdict` {"is", "text"}, `is` one of better, worse, same, and better or
-    worse followed by " by saying" no, yes, less or more. Counts are summed over the pairs and p is the largest.
+    and `transitions` (see `stats`); for yes/no answers `d_prime` and for captions `equal_length` {metric: ...},
+    `equal_recall` and `rate_ratio` (see `length`) where they can be computed; `verdict` {"is", "text"}, where `is` is better,
+    worse or same, or better or worse followed by " by saying" no, yes, less or more. Counts are summed over the pairs and p
+    is the largest.
     Raises VlmFixError for results that are not about the same questions.
     """
     for base, method in pairs:
@@ -68,6 +70,8 @@ def compare(layout: Layout, pairs: Sequence[tuple[Any, Any]], seed: int = 0, eve
             found["equal_length"] = _plain(paired_bootstrap(compared, *rows, seed=seed))
         if answers.at_share:
             found |= _plain({"equal_recall": equal_recall(layout, answers, pairs, seed)})
+        if "tokens" in base[0]:
+            found["rate_ratio"] = rate_ratio(base, method)
         found["verdict"] = _of_captions(found, answers)
     else:
         labels = {row["positive"] for row in base if "positive" in row}
@@ -149,6 +153,18 @@ def equal_recall(layout: Layout, captions: Captions, pairs: Sequence[tuple[Any, 
     change = {"change": lambda base, method: np.subtract(*meet(base, method)[::-1])}
     low, high = paired_intervals(change, *rows, seed=seed)["change"]
     return Comparison(before, after, after - before, low, high, 0.95)
+
+
+def frontier(layout: Layout, captions: Captions, result: Any) -> list[tuple[float, float, float]]:
+    """Return (share of the words kept, recall, rate of hallucination) of captions cut shorter and shorter."""
+    assert captions.at_share
+    points = []
+    for share in SHARES:
+        rows = captions.at_share(result, share)
+        sums = column_sums(rows, [name for name in rows[0] if name != "image"])
+        both = (float(layout.metrics[name](sums)) for name in (captions.found, captions.invented))
+        points.append((share, *both))
+    return points
 
 
 def _same_questions(base: Sequence[Mapping[str, Any]], method: Sequence[Mapping[str, Any]]) -> None:

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from . import amber, beaf, chair, dash_b, hallusion, listed, mme, opope, pope, reefknot
+from . import amber, beaf, chair, dash_b, hallusion, listed, mme, opope, pope, pope_prob, reefknot
 from .benchmark import Benchmark, Layout
 
-MODULES = (pope, chair, amber, mme, hallusion, dash_b, beaf, reefknot, opope)
+MODULES = (pope, chair, amber, mme, hallusion, dash_b, beaf, reefknot, opope, pope_prob)
 BENCHMARKS: dict[str, Benchmark] = {
     made.name: made for made in (*(module.BENCHMARK for module in MODULES), listed.FOHE, listed.R_BENCHMARK)
 }

@@ -12,7 +12,7 @@ from vlm_fix.errors import VlmFixError
 from vlm_fix.eval.scorers.benchmark import Argument, Benchmark
 from vlm_fix.eval.scorers.registry import BENCHMARKS, PLAIN
 
-from .common import add, add_json, console, table
+from .common import add, add_json, check_place, console, table
 
 ABOUT = """The files are those of `vlm-fix score BENCHMARK`, made by any code; its other options are given here too:
 
@@ -49,6 +49,9 @@ def add_to(commands: Any) -> None:
 
 def add_common(parser: Any) -> None:
     parser.add_argument("--common", action="store_true", help="compare only the images that both files have")
+    parser.add_argument(
+        "--frontier", metavar="FILE", help="figure of CHAIR_i over recall, captions cut shorter and shorter"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -63,29 +66,26 @@ def run(args: argparse.Namespace) -> None:
             raise VlmFixError(f"{benchmark.title} also needs --{dest}: {argument.options['help']}.")
         default = False if argument.options.get("action") == "store_true" else argument.options.get("default")
         given[dest] = getattr(args, dest, default)
-    show(benchmark, args.base, args.new, given, args.common, args.json)
+    show(benchmark, args.base, args.new, given, args)
 
 
-def show(
-    benchmark: Benchmark,
-    base: str,
-    new: list[str],
-    given: Mapping[str, Any],
-    common: bool = False,
-    as_json: bool = False,
-) -> None:
+def show(benchmark: Benchmark, base: str, new: list[str], given: Mapping[str, Any], args: argparse.Namespace) -> None:
     """Print the comparison of each NEW with BASE; `given` are the other values of `Benchmark.results`."""
     from vlm_fix.eval.compare import compare, shared
 
-    before = benchmark.results(**given, **{benchmark.answers: base})
+    curved = [task for task, layout in benchmark.layouts.items() if getattr(layout.answers, "at_share", None)]
+    if args.frontier and not curved:
+        raise VlmFixError(f"--frontier has no effect on {benchmark.name}: it is for captions.")
+    if args.frontier:
+        check_place(args.frontier)
+    results = {path: benchmark.results(**given, **{benchmark.answers: path}) for path in dict.fromkeys([base, *new])}
     told: list[dict[str, Any]] = []
     for path in new:
-        after = benchmark.results(**given, **{benchmark.answers: path})
         parts = [
-            (task, part, *(shared(result, after[task][part]) if common else (result, after[task][part])))
-            for task, results in before.items()
-            for part, result in results.items()
-            if part in after.get(task, {})
+            (task, part, *(shared(one, other) if args.common else (one, other)))
+            for task, parts in results[base].items()
+            for part, one in parts.items()
+            if (other := results[path].get(task, {}).get(part))
         ]
         if not parts:
             raise VlmFixError(
@@ -94,11 +94,27 @@ def show(
         for task, part, one, other in parts:
             found = compare(benchmark.layouts[task], [(one, other)], every=True)
             told.append({"base": base, "new": path, "task": task, "part": part, "n": len(one.rows), **found})
-    if as_json:
+    if args.frontier:
+        _draw(benchmark, curved[0], results, args.frontier)
+    if args.json:
         print(json.dumps(told, indent=2))
         return
     for each in told:
         _print(benchmark, each)
+
+
+def _draw(benchmark: Benchmark, task: str, results: Mapping[str, Any], place: str) -> None:
+    from vlm_fix.eval.compare import frontier
+    from vlm_fix.eval.report.frontier import draw
+    from vlm_fix.eval.scorers.benchmark import Captions
+
+    layout = benchmark.layouts[task]
+    answers = layout.answers
+    assert isinstance(answers, Captions)
+    curves = {path: frontier(layout, answers, *found[task].values()) for path, found in results.items()}
+    names = [Path(path).name for path in curves]
+    shown = dict(zip(names, curves.values(), strict=True)) if len({*names}) == len(names) else curves
+    draw(shown, answers.heading, answers.found, place)
 
 
 def _print(benchmark: Benchmark, found: Mapping[str, Any]) -> None:
@@ -116,6 +132,11 @@ def _print(benchmark: Benchmark, found: Mapping[str, Any]) -> None:
     equal = found.get("equal_length", {})
     for name, one in equal.items():
         grid.add_row(f"{columns.get(name, name)} at equal length", *_cells(one, 100))
+    if found.get("rate_ratio"):
+        one = found["rate_ratio"]
+        star = "*" if one["low"] > 1 or one["high"] < 1 else ""
+        change = f"x{one['ratio']:.2f} \\[{one['low']:.2f}, {one['high']:.2f}]{star}"
+        grid.add_row("hallucinations, words equal", "", "", change)
     screen = console()
     screen.print(grid)
     counts = [f"{label} {found['outcomes'][name]}" for name, label in OUTCOMES.items()]

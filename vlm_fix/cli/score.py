@@ -35,10 +35,11 @@ def _score(benchmark: Benchmark, args: argparse.Namespace) -> None:
     given = {a.dest: getattr(args, a.dest) for a in benchmark.arguments}
     if args.against:
         new = given.pop(benchmark.answers)
-        show(benchmark, args.against, [new], given, args.common, args.json)
+        show(benchmark, args.against, [new], given, args)
         return
-    if args.common:
-        raise VlmFixError("--common has no effect without --against BASE: leave it out.")
+    if args.common or args.frontier:
+        name = "--common" if args.common else "--frontier"
+        raise VlmFixError(f"{name} has no effect without --against BASE: leave it out.")
     found = benchmark.score_files(**given)
     if not isinstance(found, dict):
         _print(args, benchmark.title, found)
