@@ -99,9 +99,17 @@ def of_folder(folder: Folder, settings: Settings) -> Pope:
 
 
 def of_files(folder: Path, settings: Settings) -> Pope:
-    """Build the task from --questions, a split per file; a limit keeps the first images that they name."""
+    """Build the task from --questions, a split per file; aokvqa and gqa are the package's, with the splits of --split.
+
+    A limit keeps the first images that they name.
+    """
     _no_repope(settings)
-    paths, asked = paths_in(folder), {Path(file).stem: pope_data.load_questions(file) for file in settings.questions}
+    paths, asked = paths_in(folder), {}
+    for file in settings.questions:
+        if file in pope_data.PACKAGED:  # such as aokvqa: the splits of the package
+            asked |= {f"{file} {kind}": pope_data.load_questions(f"{file}:{kind}") for kind in settings.splits}
+        else:
+            asked[Path(file).stem] = pope_data.load_questions(file)
     names = list(dict.fromkeys(q.image for each in asked.values() for q in each))[: settings.limit]
     lost = [name for name in names if name not in paths]
     if lost:

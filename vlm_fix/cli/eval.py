@@ -40,7 +40,9 @@ def add_to(commands: Any) -> None:
     add_images(what)
     what.add_argument("--split", default="random,popular,adversarial", metavar="A,B", help="POPE splits (%(default)s)")
     what.add_argument("--build", action="store_true", help="make POPE questions from the annotations of coco:DIR")
-    what.add_argument("--questions", metavar="A,B", help="POPE files of other data, images by name in coco:DIR")
+    what.add_argument(
+        "--questions", metavar="A,B", help="POPE files of other data, or aokvqa, gqa; images by name in coco:DIR"
+    )
     what.add_argument("--prompt", metavar="TEXT", help="other caption prompt, or POPE prompt around {question}")
     what.add_argument("--scorer", choices=SCORERS, default="official", help="of yes/no answers (%(default)s)")
     what.add_argument(

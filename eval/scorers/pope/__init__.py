@@ -62,7 +62,10 @@ BENCHMARK = Benchmark(
     arguments=(
         Argument(
             "questions",
-            {"metavar": "QUESTIONS", "help": "JSON lines or array: question_id, image, text, label"},
+            {
+                "metavar": "QUESTIONS",
+                "help": "JSON lines or array: question_id, image, text, label; or coco:random, gqa:popular, aokvqa:...",
+            },
         ),
         Argument("answers", {"metavar": "ANSWERS", "help": "JSON lines: question_id, text or answer"}),
         scorer_option(),
