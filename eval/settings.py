@@ -4,11 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from vlm_fix.errors import VlmFixError
 from vlm_fix.eval.scorers.choices import Labels, Scorer, Variant
 from vlm_fix.eval.scorers.pope.score import Kind
+
+GENERATION = {
+    "do_sample": "--sample",
+    "temperature": "--temperature",
+    "top_p": "--top-p",
+    "num_beams": "--num-beams",
+    "max_new_tokens": "--max-new-tokens",
+}
+LOADING = {
+    "dtype": "--dtype",
+    "torch_dtype": "--dtype",
+    "device_map": "--device-map",
+    "revision": "--revision",
+    "trust_remote_code": "--trust-remote-code",
+}
+"""Arguments of `generate` and of `from_pretrained` that have an option of their own."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +38,8 @@ class Settings:
     cut-off last sentence before CHAIR is scored.
     How to run:  `seeds` are for sampling and for methods that draw at random (default: `seed`); `controls` and
     `equal_compute` add the runs of `plan.runs`; `dtype` "auto" is the checkpoint's on a GPU and float32 on a CPU;
-    `device_map` spreads the model over devices.
+    `device_map` spreads the model over devices; `revision`, `trust_remote_code` and `model_args` are for loading it.
+    `gen_kwargs` are further arguments of `generate`. `batch_size` "auto" is the largest that fits.
     """
 
     benchmark: str = "all"
@@ -29,7 +47,7 @@ class Settings:
     methods: tuple[tuple[str, ...], ...] = ()
     data: str = "picto"
     limit: int | None = None
-    batch_size: int = 8
+    batch_size: int | Literal["auto"] = 8
     seed: int = 0
     splits: tuple[Kind, ...] = ("random", "popular", "adversarial")
     scorer: Scorer = "official"
@@ -52,10 +70,16 @@ class Settings:
     questions: tuple[str, ...] = ()
     drop_incomplete: bool = False
     labels: Labels = "both"
+    revision: str | None = None
+    trust_remote_code: bool = False
+    model_args: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    gen_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "num_beams", "limit", "max_new_tokens"):
             value = getattr(self, name)
+            if value == "auto" and name == "batch_size":
+                continue
             if value is not None and value < 1:
                 raise VlmFixError(f"--{name.replace('_', '-')} is {value}: give a whole number of at least 1.")
         if self.sample and self.num_beams > 1:
@@ -64,6 +88,12 @@ class Settings:
             raise VlmFixError("--temperature must be above 0 and --top-p in (0, 1].")
         if len(set(self.seeds)) != len(self.seeds):
             raise VlmFixError(f"--seeds {','.join(map(str, self.seeds))} names a seed twice: give each once.")
+        for option, given, own in (
+            ("--gen-kwargs", self.gen_kwargs, GENERATION),
+            ("--model-args", self.model_args, LOADING),
+        ):
+            for name in given.keys() & own.keys():
+                raise VlmFixError(f"{option} {name}: give {own[name]} instead.")
         if self.device_map and int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise VlmFixError(
                 "--device-map spreads one model over all devices, and a launcher starts one per process: use one of them."
@@ -76,4 +106,5 @@ class Settings:
             how = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
         else:
             how = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        return {**how, "num_beams": self.num_beams, "max_new_tokens": self.max_new_tokens or max_new_tokens}
+        how |= {"num_beams": self.num_beams, "max_new_tokens": self.max_new_tokens or max_new_tokens}
+        return {**how, **self.gen_kwargs}

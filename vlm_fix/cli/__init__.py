@@ -82,6 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest and "rest" not in args:
         _parser().error(f"unrecognized arguments: {' '.join(rest)}")
     args.rest = rest
+    args.argv = list(sys.argv[1:] if argv is None else argv)
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _warn
