@@ -26,6 +26,7 @@ method to 80 and to 15, d' = 1.85. The accuracy rises from .80 to .825, and d' s
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from statistics import NormalDist
 from typing import Any
@@ -87,21 +88,22 @@ def compare(layout: Layout, pairs: Sequence[tuple[Any, Any]], seed: int = 0, eve
 
 def shared(base: Any, method: Any) -> tuple[Any, Any]:
     """Return both results with the rows of the images that both have. Raises VlmFixError if there are none."""
-    import dataclasses
-
     common = {row["image"] for row in base.rows} & {row["image"] for row in method.rows}
     if not common:
         raise VlmFixError("The two files share no image: give answers about the same images.")
-    kept = []
-    for result in (base, method):
-        lists = {name: getattr(result, name) for name in ("rows", "captions") if hasattr(result, name)}
-        keep = [row["image"] in common for row in result.rows]
-        kept.append(
-            dataclasses.replace(
-                result, n=sum(keep), **{k: [v for v, on in zip(v, keep, strict=True) if on] for k, v in lists.items()}
-            )
-        )
-    return kept[0], kept[1]
+    return _only(base, common), _only(method, common)
+
+
+def _only(result: Any, images: set[Any]) -> Any:
+    keep = [row["image"] in images for row in result.rows]
+
+    def filtered(values: Sequence[Any]) -> list[Any]:
+        return [value for value, on in zip(values, keep, strict=True) if on]
+
+    lists = {name: filtered(getattr(result, name)) for name in ("rows", "captions") if hasattr(result, name)}
+    if cut := getattr(result, "at_share", None):
+        lists["at_share"] = lambda share: filtered(cut(share))
+    return dataclasses.replace(result, n=sum(keep), **lists)
 
 
 def d_prime(s: Sums) -> Any:

@@ -30,6 +30,7 @@ CHANGES = {
     "tp_to_fn": "TP>FN",
     "fp_to_tn": "FP>TN",
     "tn_to_fp": "TN>FP",
+    "verdict": "verdict",
     "chair_i": "C_I at equal length",
     "recall": "recall at equal length",
 }
@@ -82,6 +83,8 @@ def _star(delta: Mapping[str, Any], name: str) -> bool:
 def _changes(scores: Mapping[str, Any]) -> dict[str, Cell]:
     """Return the cells of CHANGES that this row has; none for the baseline."""
     counts = {**scores.get("outcomes", {}), **scores.get("transitions", {})}
+    if "verdict" in scores:
+        counts["verdict"] = scores["verdict"]["is"]
     equal = scores.get("equal_length", {})
     return {name: Cell(f"{n:.2g}" if name == "p" else str(n)) for name, n in counts.items()} | {
         name: Cell(f"{100 * equal[name]['method']:.1f}", _delta(equal, name), _star(equal, name))

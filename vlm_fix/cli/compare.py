@@ -122,7 +122,7 @@ def _print(benchmark: Benchmark, found: Mapping[str, Any]) -> None:
     heads = names if names[0] != names[1] else [found["base"], found["new"]]
     title = f"{benchmark.title}, {found['n']} {found['part']}" if found["part"] in WHOLES else ""
     grid = table("", *heads, "difference, 95 % interval", gap=0)
-    grid.title, grid.title_justify = title or f"{benchmark.title} {found['part']}, {found['n']} answers", "left"
+    grid.title, grid.title_justify = title or f"{benchmark.title}, {found['part']}, {found['n']} answers", "left"
     columns = benchmark.layouts[found["task"]].columns
     for name, one in found["delta"].items():
         grid.add_row(columns.get(name, name.replace("_", " ")), *_cells(one, 1 if name in PLAIN else 100))

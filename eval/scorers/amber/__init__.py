@@ -89,7 +89,7 @@ BENCHMARK = Benchmark(
             caption=plain_caption(
                 "AMBER captions (lower is better, but for cover and the score: half 100 - CHAIR, half F1 of all questions)"
             ),
-            answers=Captions(mark, "cover", "chair", "CHAIR"),
+            answers=Captions(mark, "cover", "chair", "CHAIR", at_share=lambda result, share: result.at_share(share)),
             leaderboard={"chair": ""},
         ),
         "amber-qa": Layout(

@@ -169,7 +169,10 @@ def test_fohe_leaves_out_answers_without_yes_or_no(tmp_path: Path, capsys: Any) 
     got = shown(capsys, "fohe", *files)["questions"]
     assert got["n"] == len(kept) < 50 and got["accuracy"] == sum(a == b for a, b in kept) / len(kept)
     write(tmp_path / "a.jsonl", rows[1:])
-    assert cli.main(["score", "fohe", *files]) == 2 and "50 questions and 49 answers do not line up" in capsys.readouterr().err
+    assert (
+        cli.main(["score", "fohe", *files]) == 2
+        and "50 questions and 49 answers do not line up" in capsys.readouterr().err
+    )
 
 
 def test_r_bench_averages_its_subsets(tmp_path: Path, capsys: Any) -> None:
