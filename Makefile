@@ -10,7 +10,7 @@ PIP := pip install -qq
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
 
-.PHONY: run picto-smol test test-lmms test-oldest test-newest lint imports types docs leaderboard reproduce-picto reproduce-picto-smol clean
+.PHONY: run picto-smol test test-lmms test-vllm test-oldest test-newest lint imports types docs leaderboard reproduce-picto reproduce-picto-smol clean
 
 run: .venv/run  ## baseline and five methods on the bundled model: POPE x 3 and CHAIR, table and figure
 	$(BIN)/vlm-fix eval all --model picto-llava --data picto:shift --method var,vhr,pai,vcd,hiprune \
@@ -19,9 +19,9 @@ run: .venv/run  ## baseline and five methods on the bundled model: POPE x 3 and 
 picto-smol: .venv/smol  ## picto-smol's checkpoint in the cache folder; then --model picto-smol works everywhere
 	$(BIN)/python -c 'from vlm_fix.eval import picto; print(picto.model_path("picto-smol"))'
 
-test test-lmms test-oldest test-newest: export OMP_NUM_THREADS := 1
-test test-lmms test-oldest test-newest: export HF_HUB_OFFLINE := 1
-test test-lmms test-oldest test-newest: export HF_HUB_DISABLE_TELEMETRY := 1
+test test-lmms test-vllm test-oldest test-newest: export OMP_NUM_THREADS := 1
+test test-lmms test-vllm test-oldest test-newest: export HF_HUB_OFFLINE := 1
+test test-lmms test-vllm test-oldest test-newest: export HF_HUB_DISABLE_TELEMETRY := 1
 
 test: .venv/dev  ## JOBS=N workers (one a core), ARGS="--durations=20" for pytest
 	$(BIN)/python $(PYTEST)
@@ -38,6 +38,9 @@ test-newest: .venv/dev  ## the same on the newest that the package index has, if
 
 test-lmms: .venv-lmms/ready  ## lmms-eval itself, on the bundled model
 	.venv-lmms/bin/python $(PYTEST) tests/eval/harness/test_lmms.py
+
+test-vllm: .venv-vllm/ready  ## the methods inside vLLM, on the bundled model: one process, its engines are not small
+	.venv-vllm/bin/python -m pytest $(ARGS) tests/serving
 
 lint: .venv/dev imports
 	$(BIN)/ruff check .
@@ -56,6 +59,7 @@ build/typed: .venv/dev  ## the package as installed: the folders of the reposito
 docs: .venv/run  ## docs/methods.md from the classes and results/, and the pruning curves
 	$(BIN)/python -m vlm_fix.eval.methods_page docs/methods.md
 	$(BIN)/python -m vlm_fix.eval.curves results/pruning docs/pruning.md
+	$(BIN)/python -m vlm_fix.eval.report.published_outputs results/published-outputs --page docs/published-outputs.md
 
 leaderboard: .venv/run  ## the tables of README and docs/leaderboard.md from the JSON in results/
 	$(BIN)/vlm-fix report $(sort $(dir $(wildcard results/*/results.json))) --markdown docs/leaderboard.md
@@ -102,6 +106,12 @@ endef
 	.venv-lmms/bin/$(PIP) --no-deps -r tests/eval/harness/lmms.txt
 	@touch $@
 
+.venv-vllm/ready: .venv/dev tests/serving/vllm.txt tests/serving/environment.py
+	$(call beside,.venv-vllm)
+	.venv-vllm/bin/$(PIP) --no-deps -r tests/serving/vllm.txt
+	.venv-vllm/bin/python tests/serving/environment.py
+	@touch $@
+
 .venv-oldest/ready: .venv/dev tests/families/oldest.txt
 	$(call beside,.venv-oldest)
 	.venv-oldest/bin/$(PIP) --no-deps -r tests/families/oldest.txt
@@ -113,4 +123,4 @@ endef
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-lmms .venv-oldest .venv-newest build runs *.egg-info
+	rm -rf .venv .venv-lmms .venv-vllm .venv-oldest .venv-newest build runs *.egg-info

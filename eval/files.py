@@ -1,44 +1,62 @@
-"""Read the package's and the user's files, with one clear error for each thing that can be wrong; write files safely."""
+"""Read the package's and the user's files, with one clear error for each thing that can be wrong; write files safely.
+
+Tables come in many forms, which are told apart by their content: a JSON array or object, JSON lines,
+CSV, TSV, parquet (with pyarrow) and the first sheet of xlsx, each gzipped or not. Lines end at "\\n"
+alone: U+2028 or a form feed inside a line is part of an answer.
+"""
 
 import contextlib
+import csv
 import gzip
+import io
 import json
 import os
+import re
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from xml.etree import ElementTree
 
 from vlm_fix.errors import VlmFixError
 
 DATA = Path(__file__).parent / "data"
+SHEET = "{http://schemas.openxmlformats.org/spreadsheetml/2006/main}"
+
+
+class Table(NamedTuple):
+    """The rows of a file, and the form in which it was written. Cells of CSV, TSV and xlsx are texts, or None if empty."""
+
+    rows: list[dict[str, Any]]
+    form: str
 
 
 def read_text(path: str | Path, what: str) -> str:
-    """Return the text of a file, gzipped or not. The error of an unreadable file says `what` it should have been."""
-    try:
-        data = Path(path).read_bytes()
-        return (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8-sig")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise VlmFixError(f"Cannot read the {what} {path}: {getattr(error, 'strerror', None) or error}.") from None
+    """Return the text of a UTF-8 file, gzipped or not. The error of an unreadable file says `what` it should have been."""
+    return _text(_bytes(path, what), path, what)
 
 
 def read_rows(path: str | Path, what: str, example: str = "{...}") -> list[dict[str, Any]]:
-    """Return the rows of a JSON-lines file or JSON array, gzipped or not.
+    """Return the rows of a file, see `read_table`."""
+    return read_table(path, what, example).rows
 
-    Raises VlmFixError, with an `example` row, for a file that is missing, empty or malformed.
+
+def read_table(path: str | Path, what: str, example: str = "{...}") -> Table:
+    """Return the rows of a file in any of the forms above.
+
+    Raises VlmFixError, with an `example` row, for a file that is missing, empty, of another encoding or malformed.
     """
-    text = read_text(path, what)
-    lines = [line for line in text.split("\n") if line.strip()]
-    try:
-        rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in lines]
-    except json.JSONDecodeError as error:
-        wrong = f"is neither JSON lines nor a JSON array ({error})"
+    data = _bytes(path, what)
+    if data[:4] == b"PAR1":
+        table = Table(_parquet(data, path, what), "parquet")
+    elif data[:4] == b"PK\x03\x04":
+        table = Table(_sheet(data, path, what), "xlsx")
     else:
-        wrong = (
-            "is empty" if not rows else "" if all(isinstance(row, dict) for row in rows) else "has rows of another kind"
-        )
-    if wrong:
-        raise VlmFixError(f"The {what} {path} {wrong}: write one JSON object per row, such as {example}.")
-    return rows
+        table = _parsed(_text(data, path, what), path, what, example)
+    wrong = "is empty" if not table.rows else "has rows of another kind"
+    if not table.rows or not all(isinstance(row, dict) for row in table.rows):
+        raise _error(path, what, wrong, example)
+    return table
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -50,3 +68,131 @@ def write_atomic(path: Path, text: str) -> None:
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
+
+
+def _bytes(path: str | Path, what: str) -> bytes:
+    try:
+        data = Path(path).read_bytes()
+        return gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
+    except (OSError, EOFError) as error:
+        raise VlmFixError(f"Cannot read the {what} {path}: {getattr(error, 'strerror', None) or error}.") from None
+
+
+def _text(data: bytes, path: str | Path, what: str) -> str:
+    utf16 = data[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\x00" in data[:400]
+    try:
+        if not utf16:
+            return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        place = f"byte {error.start + 1} is not UTF-8"
+    else:
+        place = "it looks like UTF-16"
+    encoding = "UTF-16" if utf16 else "GB18030"
+    if not utf16:
+        try:
+            data.decode("gb18030")
+        except UnicodeDecodeError:
+            encoding = "ENCODING"
+    perhaps = "" if utf16 else " (perhaps GBK)" if encoding == "GB18030" else ""
+    raise VlmFixError(
+        f"Cannot read the {what} {path}: {place}{perhaps}; write it as UTF-8, for example with "
+        f"`iconv -f {encoding} -t UTF-8 {path} > new`."
+    )
+
+
+def _parsed(text: str, path: str | Path, what: str, example: str) -> Table:
+    start = text.lstrip()[:1]
+    if start not in ("[", "{"):
+        return _separated(text, path, what, example)
+    lines = [line for line in text.split("\n") if line.strip()]
+    try:
+        return Table(json.loads(text), "a JSON array") if start == "[" else Table([json.loads(text)], "one JSON object")
+    except json.JSONDecodeError as whole:
+        try:
+            return Table([json.loads(line) for line in lines], "JSON lines")
+        except json.JSONDecodeError as error:
+            cause = whole if start == "[" or len(lines) == 1 else error
+            raise _error(path, what, f"is neither JSON lines nor a JSON array ({cause})", example) from None
+
+
+def _separated(text: str, path: str | Path, what: str, example: str) -> Table:
+    header = text.lstrip().split("\n", 1)[0].rstrip("\r")
+    separator = next((mark for mark in ("\t", ",", ";") if mark in header), "")
+    if not separator:
+        wrong = "is neither JSON lines nor a JSON array nor a table with a line of names" if header else "is empty"
+        raise _error(path, what, wrong, example)
+    limit = csv.field_size_limit(2**31 - 1)
+    try:
+        reader = csv.reader(io.StringIO(text, newline="\n"), delimiter=separator)
+        lines = [line for line in reader if line]
+    except csv.Error as error:
+        raise _error(path, what, f"is not a table of {_named(separator)} ({error})", example) from None
+    finally:
+        csv.field_size_limit(limit)
+    names = [name.strip() for name in lines[0]]
+    for number, line in enumerate(lines, 1):
+        if len(line) != len(names):
+            wrong = (
+                f"has {len(line)} fields in row {number} and {len(names)} names: put texts with {separator!r} in quotes"
+            )
+            raise VlmFixError(f"The {what} {path} {wrong}.")
+    return Table([_cells(names, line) for line in lines[1:]], _named(separator))
+
+
+def _named(separator: str) -> str:
+    return {"\t": "TSV", ",": "CSV"}.get(separator, "CSV with semicolons")
+
+
+def _cells(names: list[str], cells: list[str]) -> dict[str, Any]:
+    return {name: cell or None for name, cell in zip(names, cells, strict=True)}
+
+
+def _parquet(data: bytes, path: str | Path, what: str) -> list[dict[str, Any]]:
+    try:
+        from pyarrow import parquet
+    except ModuleNotFoundError:
+        raise VlmFixError(
+            f"The {what} {path} is parquet, which needs pyarrow: pip install pyarrow, or write it as JSON lines."
+        ) from None
+    return list(parquet.read_table(io.BytesIO(data)).to_pylist())
+
+
+def _sheet(data: bytes, path: str | Path, what: str) -> list[dict[str, Any]]:
+    """The first sheet of an xlsx workbook, by the XML parts of the format (ECMA-376)."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as book:
+            names = book.namelist()
+            texts = []
+            if "xl/sharedStrings.xml" in names:
+                shared = ElementTree.fromstring(book.read("xl/sharedStrings.xml"))
+                texts = [_inner(item) for item in shared.iter(f"{SHEET}si")]
+            sheet = ElementTree.fromstring(book.read("xl/worksheets/sheet1.xml"))
+        lines = [dict(_row(row, texts)) for row in sheet.iter(f"{SHEET}row")]
+    except (KeyError, zipfile.BadZipFile, ElementTree.ParseError) as error:
+        raise VlmFixError(f"The {what} {path} is no xlsx workbook ({error}): write it as CSV.") from None
+    head = lines[0] if lines else {}
+    return [
+        {name: line.get(column) for column, name in head.items() if name} for line in lines[1:] if any(line.values())
+    ]
+
+
+def _row(row: ElementTree.Element, texts: list[str]) -> Iterator[tuple[str, str | None]]:
+    """Yield (column, text or None) of each cell."""
+    for place, cell in enumerate(row.iter(f"{SHEET}c")):
+        column = re.sub(r"\d", "", cell.get("r", "")) or str(place)
+        kind, value = cell.get("t", ""), cell.find(f"{SHEET}v")
+        text = _inner(cell) if kind == "inlineStr" else (value.text if value is not None else None)
+        text = texts[int(text)] if kind == "s" and text else text
+        if kind in ("", "n") and text and re.fullmatch(r"-?\d+\.0+", text):
+            text = text.partition(".")[0]
+        yield column, text or None
+
+
+def _inner(item: ElementTree.Element) -> str:
+    """The text of a string item, without phonetic hints. "_x000D_" stands for a carriage return."""
+    runs = [child for child in item.iter(f"{SHEET}t")]
+    return re.sub(r"_x([0-9A-F]{4})_", lambda code: chr(int(code[1], 16)), "".join(run.text or "" for run in runs))
+
+
+def _error(path: str | Path, what: str, wrong: str, example: str) -> VlmFixError:
+    return VlmFixError(f"The {what} {path} {wrong}: write one JSON object per row, such as {example}.")

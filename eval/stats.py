@@ -8,8 +8,12 @@ of every resample, so 2000 resamples of 500 images take milliseconds.
 Worked example, two images with one question each: the baseline answers one right, the method both. ``accuracy`` is 0.5
 and 1.0, delta 0.5; resamples that draw only the first image give 0.0, those that draw only the second 1.0.
 
+Many methods against one baseline are many chances of a lucky interval: `p_value` turns an interval into a p-value, and
+`holm` corrects the p-values of a table.
+
 Source: B. Efron and R. Tibshirani, An Introduction to the Bootstrap (1993), percentile interval; Q. McNemar (1947), the
-exact two-sided binomial form.
+exact two-sided binomial form; D. Altman and J. Bland, How to obtain the P value from a confidence interval, BMJ 343
+(2011); S. Holm, A simple sequentially rejective multiple test procedure, Scandinavian Journal of Statistics 6 (1979).
 """
 
 from __future__ import annotations
@@ -67,6 +71,11 @@ class Comparison:
     def excludes_zero(self) -> bool:
         """Whether the interval of the difference excludes 0."""
         return self.low > 0 or self.high < 0
+
+    @property
+    def p(self) -> float:
+        """The two-sided p-value that the interval stands for, see `p_value`."""
+        return p_value(self.delta, self.low, self.high, self.level)
 
     def to_dict(self) -> dict[str, float]:
         """Return what results.json holds."""
@@ -142,6 +151,42 @@ def paired_intervals(
     tails = [(1 - level) / 2, (1 + level) / 2]
     ends = {name: np.quantile(np.concatenate(parts), tails) for name, parts in drawn.items()}
     return {name: (float(low), float(high)) for name, (low, high) in ends.items()}
+
+
+def p_value(delta: float, low: float, high: float, level: float = 0.95) -> float:
+    """Return the two-sided p-value of a difference with the interval [`low`, `high`] at confidence `level`.
+
+    With z the normal quantile of `level` (1.96 for 95 %) and d the distance from `delta` to the bound that faces 0, the
+    standard error is d / z and p = 2 (1 - Phi(z |delta| / d)). So p < 1 - level exactly where the interval excludes 0.
+    Altman and Bland take half the interval's width for d; a bootstrap interval need not be symmetric. It has no floor of
+    2 / (resamples + 1), below which a correction for many comparisons could never reach.
+
+    >>> p_value(0.02, 0.0, 0.05), p_value(-0.1, -0.2, 0.1) > 0.05, p_value(0.0, 0.0, 0.0)
+    (0.05, True, 1.0)
+    """
+    if delta == 0:
+        return 1.0
+    facing = delta - low if delta > 0 else high - delta
+    if facing <= 0:  # every resample moved at least as far
+        return 0.0
+    normal = statistics.NormalDist()
+    z = normal.inv_cdf((1 + level) / 2)
+    return round(2 * normal.cdf(-z * abs(delta) / facing), 12)  # rounded, so that an interval that ends at 0 gives .05
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return the p-values corrected for their number by Holm's step-down procedure, in the same order.
+
+    Sorted, the i-th of m (from 0) is multiplied by m - i, never below the one before it and at most 1. Calling those
+    below alpha significant keeps the chance of even one false claim among them below alpha.
+
+    >>> holm([0.01, 0.04, 0.03])
+    [0.03, 0.06, 0.06]
+    """
+    corrected, last = [0.0] * len(p_values), 0.0
+    for rank, place in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        last = corrected[place] = min(1.0, max(last, (len(p_values) - rank) * p_values[place]))
+    return corrected
 
 
 def mcnemar(base_correct: Sequence[bool], method_correct: Sequence[bool]) -> float:

@@ -40,6 +40,12 @@ pruning() {
   evaluate pruning --limit 60 --batch-size 64 --method "$(IFS=,; echo "${methods[*]}")"
 }
 
+published-outputs() { # not of the default list: COPIES is a folder with clones of the repositories in pairs.json
+  "$(dirname "$vlm_fix")/python" -m vlm_fix.eval.report.published_outputs results/published-outputs \
+    --copies "${COPIES:?set COPIES to the folder with clones of the repositories, COPIES/OWNER/NAME}" \
+    --page docs/published-outputs.md
+}
+
 bench() { # ratios in one run, on one thread
   export OMP_NUM_THREADS=1
   "$vlm_fix" bench attention --new-tokens 32 --rounds 3 --output results/bench/attention-small-cpu.json

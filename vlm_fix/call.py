@@ -23,6 +23,8 @@ class Call:
     cache: Any = None  # of an earlier turn, as the user passed it
     vision: list[Any] = field(default_factory=list)  # pruning.encoder.ImageTokens, in image order
     views: list[Any] = field(default_factory=list)  # the same with the encoder layers that other methods ask for
+    processors: list[Any] = field(default_factory=list)  # ours of the scores, before all of generate's own
+    scored: bool = False  # True once generate has asked for them
 
     @property
     def batch(self) -> int:

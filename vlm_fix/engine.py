@@ -10,10 +10,11 @@ import functools
 import threading
 import types
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from transformers import UnbatchedClassifierFreeGuidanceLogitsProcessor as Guidance
 
 from vlm_fix import attention, compiled, copies, decoding, hidden, inputs, pruning  # noqa: F401 (built-in wings register themselves)
 from vlm_fix.call import Call
@@ -22,7 +23,7 @@ from vlm_fix.families import arch_of, get_part, image_token_ids
 from vlm_fix.families.compat import cache_of, generate_of
 from vlm_fix.forwards import Forwards
 from vlm_fix.method import Method
-from vlm_fix.options import GenerateOptions
+from vlm_fix.options import GenerateOptions, kept_apart
 from vlm_fix.wing import ATTRIBUTE, NO_IMAGE, Running, Wing
 
 MISSING: Any = object()
@@ -50,7 +51,7 @@ class Engine(Forwards):
         names = [m.name for m in self.active]
         if twice := [name for name in names if names.count(name) > 1]:
             raise VlmFixError(f"{twice[0]} is listed twice; give it once, with the parameters you want.")
-        self.own_generate = MISSING
+        self.own_generate = self.own_processors = MISSING
         self._undo = contextlib.ExitStack()
 
     # ---- on the model and off again ----------------------------------------------------------------------------------
@@ -82,9 +83,8 @@ class Engine(Forwards):
             for wing in self.wings:
                 for handle in wing.install():
                     self._undo.callback(handle.remove)
-            self.own_generate = vars(self.model).get("generate", MISSING)
-            self._undo.callback(self._put_back_generate)
-            self.model.generate = types.MethodType(functools.partial(generate, self), self.model)
+            self.own_generate = self._put("generate", generate)
+            self.own_processors = self._put("_get_logits_processor", processors)
             self.installed = True
         except BaseException:
             self.remove()
@@ -107,11 +107,18 @@ class Engine(Forwards):
             self.install()
             vars(self.model).update(own)
 
-    def _put_back_generate(self) -> None:
-        """The `generate` that the caller had put on the model, or its class's."""
-        vars(self.model).pop("generate", None)
-        if self.own_generate is not MISSING:
-            self.model.generate = self.own_generate
+    def _put(self, name: str, function: Callable[..., Any]) -> Any:
+        """Put a method on the model; `remove` gives it back the caller's own of that name, which is returned, or its class's."""
+        own = vars(self.model).get(name, MISSING)
+
+        def put_back() -> None:
+            vars(self.model).pop(name, None)
+            if own is not MISSING:
+                setattr(self.model, name, own)
+
+        self._undo.callback(put_back)
+        setattr(self.model, name, types.MethodType(functools.partial(function, self), self.model))
+        return own
 
     def plain_generate(self, ids: torch.Tensor, **kwargs: Any) -> Any:
         """The model's `generate` as it was before `wrap`."""
@@ -157,18 +164,17 @@ class Engine(Forwards):
 
     @contextlib.contextmanager
     def during(self, call: Call) -> Iterator[None]:
-        """`call` is the one that this thread's forwards belong to, until this ends."""
-        self.call, self.touched = call, set()
-        try:
+        """`call` is the one that this thread's forwards belong to, until this ends; drafting may begin one inside another."""
+        with self.outside():
+            self.call, self.touched = call, set()
             yield
-        finally:
-            self.call = self.session = self.main = self.joint = None
 
     @contextlib.contextmanager
-    def outside(self) -> Iterator[None]:
+    def outside(self, quiet: bool = False) -> Iterator[None]:
         """While `generate` runs the caller's own code: forwards in it are not the call's."""
         mine = vars(self.running).copy()
         self.session = self.call = self.main = self.joint = None
+        self.quiet = quiet
         try:
             yield
         finally:
@@ -199,8 +205,26 @@ def generate(engine: Engine, model: Any, *args: Any, **kwargs: Any) -> Any:
         for wing in engine.wings:
             stack.enter_context(wing.around_generate(call, options))
         output = engine.plain_generate(call.inputs["input_ids"], **options.final_kwargs(engine.outside))
+        if call.processors and not call.scored:
+            raise VlmFixError(
+                f"{', '.join(m.name for m in engine.active)} could not act: this generate (or custom_generate) does not ask "
+                "the model for its logits processors."
+            )
         engine.report_unused()
         engine.keep(output)
         for finish in options.finish:
             output = finish(output)
         return output
+
+
+def processors(engine: Engine, model: Any, *args: Any, **kwargs: Any) -> Any:
+    """`_get_logits_processor` of a wrapped model: ours, then generate's own and the caller's, as in official code."""
+    own = engine.own_processors
+    own = functools.partial(type(model)._get_logits_processor, model) if own is MISSING else own
+    prepared, call = own(*args, **kwargs), engine.call
+    if call is None:
+        return prepared
+    call.scored = True
+    apart = functools.partial(engine.outside, quiet=True)  # guidance runs the model
+    theirs = (kept_apart(p, apart) if isinstance(p, Guidance) else p for p in prepared)
+    return type(prepared)([*call.processors, *theirs])

@@ -144,7 +144,7 @@ class Forwards(Host):
             for wing in self.wings:
                 wing.on_prompt(session)
             return
-        if self.call is None:
+        if self.call is None and not self.quiet:
             self.warn_once([m for m in self.active if m.needs_image], NO_IMAGE)
 
     def _leave(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:

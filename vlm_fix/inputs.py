@@ -32,6 +32,11 @@ class InputEdit(Method, ABC):
         """False if `prepare` does nothing with these parameters."""
         return True
 
+    @property
+    def previews(self) -> bool:
+        """True if `prepare` runs the language model over the prompt once more; False if it reads the vision tower alone."""
+        return self.prepares
+
 
 class InputWing(Wing):
     """Runs `InputEdit.prepare` before each forward of the language model, after pruners: methods see what is left."""

@@ -198,6 +198,17 @@ def parse_layers(value: Layers, depth: int, where: str) -> tuple[int, ...]:
     return tuple(sorted(set(indices)))
 
 
+def with_weights(name: str, layers: Sequence[int], arch: Arch) -> tuple[int, ...]:
+    """Those of `layers` that have attention weights; VlmFixError without any."""
+    found = tuple(i for i in layers if i in arch.attention)
+    if not found:
+        raise VlmFixError(
+            f"{name}: none of the layers {', '.join(map(str, layers))} has attention weights; in this model "
+            f"layers {', '.join(map(str, arch.attention))} do."
+        )
+    return found
+
+
 def parse_heads(name: str, items: Sequence[str], arch: Arch) -> list[tuple[int, int]]:
     """("16.29", "26.9") -> [(16, 29), (26, 9)]; VlmFixError for a head that the model does not have."""
     heads = []

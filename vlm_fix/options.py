@@ -19,12 +19,11 @@ _PARAMETERS = [*inspect.signature(GenerationMixin.generate).parameters][1:]  # w
 
 @dataclass
 class GenerateOptions:
-    """What `generate` was asked for. Wings change `kwargs`, and add processors and what happens to the output."""
+    """What `generate` was asked for. Wings change `kwargs`, and add what happens to the output."""
 
     model: Any
     ids: torch.Tensor  # [B, L] the caller's prompt
     kwargs: dict[str, Any]  # by keyword, without the prompt
-    processors: list[Any] = field(default_factory=list)  # our own, before the user's
     finish: list[Callable[[Any], Any]] = field(default_factory=list)  # applied to the output
 
     @classmethod
@@ -75,9 +74,8 @@ class GenerateOptions:
     def final_kwargs(self, outside: Callable[[], AbstractContextManager[None]]) -> dict[str, Any]:
         """The keyword arguments for the model's own `generate`; the caller's processors and criteria run in `outside()`."""
         kwargs = dict(self.kwargs)
-        theirs = [_callers(p, outside) for p in kwargs.get("logits_processor") or []]
-        if self.processors or theirs:
-            kwargs["logits_processor"] = LogitsProcessorList([*self.processors, *theirs])
+        if processors := kwargs.get("logits_processor"):
+            kwargs["logits_processor"] = LogitsProcessorList(_callers(p, outside) for p in processors)
         if criteria := kwargs.get("stopping_criteria"):
             kwargs["stopping_criteria"] = StoppingCriteriaList(_callers(c, outside) for c in criteria)
         if self.setting("compile_config") is None:
@@ -94,6 +92,11 @@ def _callers(function: Any, outside: Callable[[], AbstractContextManager[None]])
     """A processor or criterion of the caller's own, which may run the model; transformers tells its own by their type."""
     if type(function).__module__.startswith(("transformers.", "vlm_fix.")):
         return function
+    return kept_apart(function, outside)
+
+
+def kept_apart(function: Any, outside: Callable[[], AbstractContextManager[None]]) -> Any:
+    """`function`, called in `outside()`."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
         with outside():

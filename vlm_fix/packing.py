@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
+
+
+def by_token(inputs: Mapping[str, Any]) -> list[str]:
+    """The names of a prompt's inputs that hold one value a token, as input_ids [B, L] does: masks, types of tokens."""
+    ids = inputs["input_ids"]
+    return [
+        k
+        for k, x in inputs.items()
+        if isinstance(x, torch.Tensor) and x.shape == ids.shape and not x.is_floating_point()
+    ]
 
 
 def pad_to(x: torch.Tensor, width: int) -> torch.Tensor:

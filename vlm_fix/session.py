@@ -40,23 +40,23 @@ class Session:
     last_visual: list[int] = field(default_factory=list)  # per sample, -1 without an image
     kept: Any = None  # pruning.before.Kept, once visual tokens were dropped
     views: dict[int, View] = field(default_factory=dict)  # layer -> the columns it still has, where some were dropped
-    states: dict[Any, Any] = field(default_factory=dict)  # see `memory` and `state`
+    states: dict[Any, Any] = field(default_factory=dict)  # see `memory`
     plain: bool = False  # no edits: a pass that only observes
     answer: torch.Tensor | None = None  # second branch: [B', t] ids of the columns after the prompt
     parts: dict[type, Any] = field(default_factory=dict)  # what wings keep here, each in a class of its own
     forward: ForwardCache = field(default_factory=ForwardCache)
     columns: ColumnCache = field(default_factory=ColumnCache)
 
-    def memory(self, method: Method, kind: type[M]) -> M:
-        """What `method` remembers in this session, as a `kind` of Memory; made on first use."""
-        key = id(method), kind
+    def memory(self, method: Method, kind: type[M], layer: int | None = None) -> M:
+        """What `method` remembers in this session (of a layer, if given), as a `kind` of Memory; made on first use."""
+        key = id(method), kind, layer
         if key not in self.states:
             self.states[key] = kind()
         return self.states[key]
 
     def forget(self, method: Method) -> None:
         """Drop everything that is remembered for `method`."""
-        for key in [k for k in self.states if k == id(method) or (isinstance(k, tuple) and k[0] == id(method))]:
+        for key in [k for k in self.states if k[0] == id(method)]:
             del self.states[key]
 
     @property
@@ -69,10 +69,6 @@ class Session:
         if cls not in self.parts:
             self.parts[cls] = cls()
         return self.parts[cls]
-
-    def state(self, method: Method) -> dict[Any, Any]:
-        """What a pruner remembers in this session, by keys of its own."""
-        return self.states.setdefault(id(method), {})
 
     def advance(self, past: int, types: torch.Tensor) -> None:
         """Note the columns of a new forward after `past` cached ones (a shorter past drops what was rolled back)."""
@@ -250,6 +246,19 @@ class Session:
             self.forward.kinds[width, device] = {k: v[..., offset : offset + width] for k, v in wide.items()}
         return self.forward.kinds[width, device]
 
+    def ages(self, rows: torch.Tensor, width: int) -> torch.Tensor:
+        """How many columns lie between a row's own and each column: [R, K], 0 for its own, negative for later ones.
+
+        rows [R]: absolute positions. K = `width` columns, the newest if a sliding window dropped others.
+        """
+        offset = max(0, self.types.shape[1] - width)
+        return rows[:, None] - torch.arange(offset, offset + width, device=rows.device)
+
+    def generated(self, width: int, device: torch.device) -> torch.Tensor:
+        """[K] booleans of the columns after the prompt, of the K = `width` newest."""
+        offset = max(0, self.types.shape[1] - width)
+        return torch.arange(offset, offset + width, device=device) >= self.prompt_len
+
     def rows_in(self, scope: RowScope, needs_image: bool) -> RowRange:
         """The rows of this forward in `scope`; none of the samples without an image if `needs_image`."""
         last, after = self.prompt_len - 1, scope is RowScope.AFTER_IMAGE
@@ -305,6 +314,16 @@ class Rows:
     def memory(self, kind: type[M]) -> M:
         """What the method remembers in the session, see `Session.memory`."""
         return self.session.memory(self.method, kind)
+
+    @property
+    def age(self) -> torch.Tensor:
+        """How many columns each column lies before a row's own; broadcasts to [B, 1, R, K]."""
+        return self.session.ages(self.positions, self.visual.shape[-1])
+
+    @property
+    def generated(self) -> torch.Tensor:
+        """The columns after the prompt, as booleans; broadcasts to [B, 1, R, K]."""
+        return self.session.generated(self.visual.shape[-1], self.visual.device)
 
     @property
     def prefill(self) -> bool:

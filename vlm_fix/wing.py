@@ -56,6 +56,7 @@ class Running(threading.local):
         self.joint: JointForward | None = None
         self.recorder: Recorder | None = None
         self.touched: set[Method] = set()  # edits that reached a row in this call
+        self.quiet = False  # True in forwards that the user has not asked for
 
 
 def _running(name: str) -> Any:
@@ -90,6 +91,7 @@ class Host:
     joint = _running("joint")
     recorder = _running("recorder")
     touched = _running("touched")
+    quiet = _running("quiet")
 
     @contextlib.contextmanager
     def recording(self, recorder: Recorder) -> Iterator[None]:

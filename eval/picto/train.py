@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import (
@@ -273,7 +274,16 @@ def export(model: LlavaForConditionalGeneration, processor: LlavaProcessor, fold
     """Save weights (bf16) and processor for `from_pretrained`."""
     state = {k: v.to(torch.bfloat16) for k, v in model.state_dict().items()}
     model.save_pretrained(folder, state_dict=state)
+    name_as_published(folder / "model.safetensors")
     processor.save_pretrained(folder)
+
+
+def name_as_published(file: Path) -> None:
+    """Give the tower's weights the names that llava-hf's checkpoints have: transformers 5 writes others, vLLM reads these."""
+    own, published = "vision_tower.", "vision_tower.vision_model."
+    weights = load_file(file)
+    named = {k if k.startswith(published) else k.replace(own, published, 1): v for k, v in weights.items()}
+    save_file(named, file, metadata={"format": "pt"})
 
 
 @flushed_denormals()

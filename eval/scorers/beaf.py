@@ -22,7 +22,7 @@ Worked example: the dog is removed and the model still sees it (SB+); on the edi
 [0.0, 1.0, 1.0]
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,11 +31,12 @@ from vlm_fix.eval.files import read_rows
 from vlm_fix.eval.stats import Metric, harmonic, ratio
 
 from . import yesno
-from .benchmark import YES_NO_COLUMNS, Argument, Benchmark, Layout, YesNo, plain_caption, scorer_option
+from .answers import Keys, read
+from .benchmark import KEYS, YES_NO_COLUMNS, Argument, Benchmark, Layout, YesNo, plain_caption, scorer_option
 from .choices import Scorer, one_of
 from .replies import METRICS as YES_NO
-from .replies import by_id, counts, either, label_of, needs
-from .result import Result, paired, tally
+from .replies import by_id, counts, either, label_of, needs, paired
+from .result import Result, tally
 
 SOURCE = "postech-ami/BEAF@41b71d5"
 CHANGES = {("yes", "no"): "tu", ("no", "yes"): "ig", ("yes", "yes"): "sb_yes", ("no", "no"): "sb_no"}
@@ -104,13 +105,21 @@ def score(answers: Sequence[str | None], questions: Sequence[Question], scorer: 
             elif (first, one) in CHANGES:
                 row[f"n_{CHANGES[first, one]}"] = 1
         rows.append(row)
-    return tally(scorer, rows, METRICS)
+    return tally(scorer, rows, METRICS, yesno.misread(answers, said))
 
 
-def results(questions: str, answers: str, scorer: Scorer) -> dict[str, dict[str, Result]]:
+def results(
+    questions: str,
+    answers: str,
+    scorer: Scorer = "official",
+    answer_key: str | None = None,
+    id_key: str | None = None,
+    tell: Callable[[str], None] = str,
+) -> dict[str, dict[str, Result]]:
     """Score an answer file against beaf_qna.json."""
-    asked = load_questions(questions)
-    return {"beaf": {"questions": score(paired(asked, by_id(answers, "BEAF"), "BEAF"), asked, scorer)}}
+    asked, given = load_questions(questions), read(answers, '{"id": 0, "answer": "No."}', Keys(answer_key, id_key))
+    tell(given.told())
+    return {"beaf": {"questions": score(paired(asked, by_id(given), "BEAF"), asked, scorer)}}
 
 
 def score_files(**files: Any) -> dict[str, Any]:
@@ -128,6 +137,7 @@ BENCHMARK = Benchmark(
         Argument("questions", {"metavar": "QUESTIONS", "help": "beaf_qna.json"}),
         Argument("answers", {"metavar": "ANSWERS", "help": "JSON array or lines: id, answer"}),
         scorer_option(),
+        *KEYS,
     ),
     score_files=score_files,
     results=results,

@@ -127,10 +127,11 @@ class Benchmark:
     """A benchmark, as `vlm-fix eval NAME` and `vlm-fix score NAME` know it.
 
     `commits` maps a scorer or variant to the code that it follows, `source_commit` is that of the benchmark's own script.
-    `score_files` gets the values of `arguments` by keyword. It returns one result, or a dictionary with the figures of
-    each part and perhaps a number for the whole. `layouts` are by task; AMBER has two tasks, the others one.
-    `results` gets the same values and returns task -> part -> result with its rows, in an order that does not depend on
-    that of the file; `answers` names the argument with the answers; `asked` says whether `vlm-fix eval` asks it.
+    `score_files` gets the values of `arguments` by keyword, and `tell`, which prints a line about what was read. It returns
+    one result, or a dictionary with the figures of each part and perhaps a number for the whole. `layouts` are by task;
+    AMBER has two tasks, the others one. `results` gets the same and returns task -> part -> result with its rows, in an
+    order that does not depend on that of the file; `answers` names the argument with the answers; `asked` says whether
+    `vlm-fix eval` asks it.
     """
 
     name: str
@@ -147,7 +148,14 @@ class Benchmark:
     overall: Overall | None = None
 
 
-def scorer_option(default: Scorer = "official", help: str = "(%(default)s)") -> Argument:
+KEYS = (
+    Argument("--answer-key", {"metavar": "KEY", "help": "column or key of the reply, where rows offer several"}),
+    Argument("--id-key", {"metavar": "KEY", "help": "column or key of the id, where rows offer several"}),
+)
+"""For benchmarks that read answers with `answers.read`."""
+
+
+def scorer_option(default: Scorer | None = "official", help: str = "(%(default)s)") -> Argument:
     """--scorer, for benchmarks with yes/no answers."""
     return Argument("--scorer", {"choices": get_args(Scorer), "default": default, "help": help})
 

@@ -18,18 +18,19 @@ Worked example: of two images without a bed the model sees one in the first; in 
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from vlm_fix.errors import VlmFixError
-from vlm_fix.eval.files import read_rows, read_text
+from vlm_fix.eval.files import read_text
 from vlm_fix.eval.stats import Metric, harmonic, ratio
 
 from . import yesno
-from .benchmark import Argument, Benchmark, Layout, YesNo, plain_caption, scorer_option
+from .answers import Keys, read
+from .benchmark import KEYS, Argument, Benchmark, Layout, YesNo, plain_caption, scorer_option
 from .choices import Scorer, one_of
-from .replies import counts, either, label_of, needs, reply
+from .replies import counts, either, label_of, needs
 from .result import Result, tally
 
 SOURCE = "YanNeu/DASH-B@1538d01"
@@ -69,17 +70,22 @@ def questions(folder: str | Path) -> list[Question]:
     return found
 
 
-def load_answers(path: str | Path) -> tuple[list[Question], list[str | None]]:
+def load_answers(
+    path: str | Path, answer_key: str | None = None, tell: Callable[[str], None] = str
+) -> tuple[list[Question], list[str | None]]:
     """Read an answer file as the official script writes it: rows with img_id, object_name, gt and response."""
     found: list[Question] = []
     answers: list[str | None] = []
     example = '{"img_id": "2327067188.png", "object_name": "backpack", "gt": "no", "response": "no"}'
-    for number, row in enumerate(read_rows(path, "DASH-B answer file", example), 1):
-        needs(row, ("img_id", "object_name", "gt", "response"), path, number)
+    given = read(path, example, Keys(answer_key or "response"))
+    tell(given.told())
+    for answer in given.rows:
+        row, number = answer.row, answer.number
+        needs(row, ("img_id", "object_name", "gt"), path, number)
         label = label_of(row["gt"], path, number)
         place = f"{label}/{row['object_name']}/{row['img_id']}"
         found.append(Question(place, place, "", row["object_name"], label))
-        answers.append(reply(row, path, number, ("response",)))
+        answers.append(answer.reply)
     twice = len(found) - len({question.id for question in found})
     if twice:
         raise VlmFixError(f"{path}: {twice} images come twice; keep one answer of each.")
@@ -94,19 +100,25 @@ def verdict(answer: str | None, label: str, scorer: Scorer) -> str:
 def score(answers: Sequence[str | None], questions: Sequence[Question], scorer: Scorer = "official") -> Result:
     """Score answers; None is an answer that failed, and wrong."""
     one_of(scorer, Scorer, "scorer")
-    both = zip(answers, questions, strict=True)
-    return tally(scorer, [counts(q.image, q.label, verdict(answer, q.label, scorer)) for answer, q in both], METRICS)
+    said = [verdict(answer, q.label, scorer) for answer, q in zip(answers, questions, strict=True)]
+    rows = [counts(q.image, q.label, one) for q, one in zip(questions, said, strict=True)]
+    return tally(scorer, rows, METRICS, yesno.misread(answers, said))
 
 
-def results(answers: str, scorer: Scorer) -> dict[str, dict[str, Result]]:
+def results(
+    answers: str,
+    scorer: Scorer = "official",
+    answer_key: str | None = None,
+    tell: Callable[[str], None] = str,
+) -> dict[str, dict[str, Result]]:
     """Score an answer file; rows in the order of the images."""
-    both = sorted(zip(*load_answers(answers), strict=True), key=lambda pair: pair[0].id)
+    both = sorted(zip(*load_answers(answers, answer_key, tell), strict=True), key=lambda pair: pair[0].id)
     return {"dash-b": {"questions": score([answer for _, answer in both], [question for question, _ in both], scorer)}}
 
 
-def score_files(answers: str, scorer: Scorer) -> dict[str, Any]:
+def score_files(**given: Any) -> dict[str, Any]:
     """Score an answer file."""
-    return {part: result.to_dict() for part, result in results(answers, scorer)["dash-b"].items()}
+    return {part: result.to_dict() for part, result in results(**given)["dash-b"].items()}
 
 
 BENCHMARK = Benchmark(
@@ -118,6 +130,7 @@ BENCHMARK = Benchmark(
     arguments=(
         Argument("answers", {"metavar": "ANSWERS", "help": "JSON array or lines: img_id, object_name, gt, response"}),
         scorer_option(),
+        KEYS[0],
     ),
     score_files=score_files,
     results=results,

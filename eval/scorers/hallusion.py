@@ -8,11 +8,12 @@ utils.py. 1129 questions: VD need the figure; VS can be answered without it, and
     fAcc = figures all right / figures; VS questions without a figure are in none
     easy = qAcc over what is asked without a figure or of an original one (visual_input 0 and 1)
     hard = qAcc over edited figures (visual_input 2)
+    mean = (aAcc + fAcc + qAcc) / 3, the figure of the OpenVLM leaderboard (VLMEvalKit)
 
 The official judge is GPT-4, which is not called here:
 
     scorer       right if
-    official     GPT-4's mark is 1; `load_answers` reads it from gpt4v_output_gpt_check
+    official     GPT-4's mark is 1; it is in gpt4v_output_gpt_check or another key that ends in gpt_check or correctness
     vlmevalkit   (default) the answer has the word yes and not no, or no and not yes, and that is the truth
     ours         the first of the words yes and no is the truth; the other scorers as for POPE
 
@@ -22,10 +23,10 @@ lmms-eval, VLMEvalKit and `vlm-fix eval` leave those 178 questions out.
 Worked example, a question about a figure and its edited copy, only the first right: aAcc 1/2, qAcc 0, fAcc 1/2.
 >>> asked = [Question(f"{f}", f"{f}.png", "?", "VD", "map", "0", f, "0", "12"[i], ("yes", "no")[i]) for i, f in enumerate("01")]
 >>> score(["Yes.", "Yes."], asked)["overall"].figures
-{'aAcc': 0.5, 'qAcc': 0.0, 'fAcc': 0.5, 'easy': 1.0, 'hard': 0.0, 'yes_ratio': 1.0}
+{'aAcc': 0.5, 'qAcc': 0.0, 'fAcc': 0.5, 'easy': 1.0, 'hard': 0.0, 'yes_ratio': 1.0, 'mean': 0.3333333333333333}
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +35,8 @@ from vlm_fix.eval.files import DATA, read_rows
 from vlm_fix.eval.stats import Metric, ratio
 
 from . import yesno
-from .benchmark import Argument, Benchmark, Layout, YesNo, plain_caption, scorer_option
+from .answers import REPLIES, USUAL, Answer, Keys, read
+from .benchmark import KEYS, Argument, Benchmark, Layout, YesNo, plain_caption, scorer_option
 from .choices import Scorer, one_of
 from .result import Result, all_right, tally
 
@@ -45,12 +47,14 @@ METRICS: dict[str, Metric] = {
     "easy": lambda s: ratio(s["easy_right"], s["easy"]),
     "hard": lambda s: ratio(s["hard_right"], s["hard"]),
     "yes_ratio": lambda s: ratio(s["yes"], s["n"]),
+    "mean": lambda s: (METRICS["aAcc"](s) + METRICS["fAcc"](s) + METRICS["qAcc"](s)) / 3,
 }
 MARK = "gpt4v_output_gpt_check"
 ROW = (
     '"category": "VD", "subcategory": "map", "set_id": "0", "figure_id": "1", "question_id": "0", "visual_input": "2", '
     '"question": "Is it a river?", "gt_answer": "0"'
 )
+EXAMPLE = f'{{{ROW}, "model_prediction": "No."}}'
 SOURCE = "tianyi-lab/HallusionBench@744007c"
 
 
@@ -76,25 +80,79 @@ def questions(path: str | Path = DATA / "hallusion/hallusionbench.jsonl.gz") -> 
     return [_question(row, path, number) for number, row in enumerate(rows, 1)]
 
 
-def load_answers(path: str | Path, scorer: Scorer = "vlmevalkit") -> tuple[list[Question], list[str | None]]:
-    """Read questions and answers from HallusionBench.json with model_prediction in each row, as the official script does.
+def load_answers(
+    path: str | Path,
+    scorer: Scorer = "vlmevalkit",
+    keys: Keys = USUAL,
+    tell: Callable[[str], None] = str,
+) -> tuple[list[Question], list[str | None]]:
+    """Read questions and answers; for the scorer official an answer is a judge's mark, 0, 1 or 2.
 
-    For the scorer official each row also has GPT-4's mark, which is returned as the answer.
+    Rows are those of HallusionBench.json with model_prediction or a mark, or rows of any layout of `answers.py` whose id is
+    category_subcategory_set_figure_question, VLMEvalKit's with visual_input after the subcategory. Rows without a reply are
+    questions that were not asked.
     """
-    found: list[Question] = []
-    answers: list[str | None] = []
-    key = MARK if scorer == "official" else "model_prediction"
-    example = f'{{{ROW}, "{key}": "{"1" if key == MARK else "No."}"}}'
-    for number, row in enumerate(read_rows(path, "HallusionBench answer file", example), 1):
-        if key not in row:
-            judged = "; the official scorer needs GPT-4's marks, --scorer vlmevalkit does not" if key == MARK else ""
-            raise VlmFixError(f'{path}, row {number}: no "{key}" in its keys {", ".join(row)}{judged}.')
-        found.append(_question(row, path, number))
-        answers.append(str(row[key]))
-    return found, answers
+    names, marks = _columns(path)
+    if scorer == "official" and not keys.answer:
+        if len(marks) != 1:
+            has = f"it has {' and '.join(marks)}: name one with --answer-key" if marks else "it has none"
+            raise VlmFixError(
+                f"{path}: the official scorer needs GPT-4's marks, --scorer vlmevalkit does not; {has} (its keys are "
+                f"{', '.join(names)})."
+            )
+        keys = Keys(marks[0], keys.id)
+    given = read(path, EXAMPLE, keys, numbers=True, sparse=True, what="HallusionBench answer file")
+    tell(given.told())
+    if marks and scorer != "official":
+        tell(f"note: {marks[0]} holds the marks of a judge; --scorer official counts them")
+    replies = [row.reply for row in given.rows]
+    if scorer != "official" and {*replies} <= {"0", "1", "2", None}:
+        raise VlmFixError(
+            f"{path}: all replies in {given.keys[0]} are 0, 1 or 2: if a judge gave these marks, add --scorer official "
+            f"--answer-key {given.keys[0]}; if they are answers, write yes and no."
+        )
+    known = {question.id: question for question in questions()}
+    asked = [_asked(row, known, path) for row in given.rows]
+    lost = [id for id in known if id not in {question.id for question in asked}]
+    if lost and len(lost) < len(known):
+        tell(
+            f"note: {len(known) - len(lost)} of HallusionBench's {len(known)} questions are answered; the others (first "
+            f"{lost[0]}) are left out, also of pairs and figures"
+        )
+    return asked, replies
 
 
-def _question(row: dict[str, Any], path: Any, number: int) -> Question:
+def usual_scorer(path: str | Path) -> Scorer:
+    """Return official for a file that has a judge's marks and no replies, else vlmevalkit."""
+    names, marks = _columns(path)
+    return "official" if marks and not {*names} & {*REPLIES, "filtered_resps"} else "vlmevalkit"
+
+
+def _columns(path: str | Path) -> tuple[list[str], list[str]]:
+    """All keys of a file's rows, and those that hold marks."""
+    rows = read_rows(path, "HallusionBench answer file", EXAMPLE)
+    names = [*dict.fromkeys(name for row in rows for name in row)]
+    return names, [name for name in names if _is_mark(name)]
+
+
+def _is_mark(name: str) -> bool:
+    return name.endswith(("gpt_check", "correctness"))
+
+
+def _asked(row: Answer, known: Mapping[str, Question], path: Any) -> Question:
+    """The question of a row, by its own fields or by its id."""
+    parts = row.id.split("_")
+    if len(parts) < 5:
+        return _question(row.row, path, row.number)
+    id = "_".join(parts[:2] + parts[-3:])
+    if id not in known:
+        raise VlmFixError(
+            f"{path}, row {row.number}: {row.id!r} is no question of HallusionBench, such as {next(iter(known))}."
+        )
+    return known[id]
+
+
+def _question(row: Mapping[str, Any], path: Any, number: int) -> Question:
     try:
         place = [str(row[key]) for key in ("category", "subcategory", "set_id", "figure_id", "question_id")]
         visual = str(row["visual_input"])
@@ -137,10 +195,18 @@ def score(
         row |= {"unparsed": int(one == "unknown"), "positive": int(questions[place].label == "yes")}
         rows.append(row | {name: n for column in columns for name, n in column[place].items()})
     kinds = [q.category for q in questions]
-    parts = {"overall": rows} | {
-        kind: [row for row, k in zip(rows, kinds, strict=True) if k == kind] for kind in ("VD", "VS") if kind in kinds
+    parts = {"overall": [*range(len(rows))]}
+    parts |= {kind: [p for p, k in enumerate(kinds) if k == kind] for kind in ("VD", "VS") if kind in kinds}
+    words = [None if scorer == "official" else answer for answer in answers]  # marks are no words
+    return {
+        part: tally(
+            scorer,
+            [rows[place] for place in places],
+            METRICS,
+            yesno.misread([words[place] for place in places], [said[place] for place in places]),
+        )
+        for part, places in parts.items()
     }
-    return {part: tally(scorer, each, METRICS) for part, each in parts.items()}
 
 
 def verdict(answer: str | None, label: str, scorer: Scorer) -> str:
@@ -158,15 +224,32 @@ def _seen(question: Question) -> bool:
     return question.category != "VS" or question.figure != "0"
 
 
-def score_files(answers: str, scorer: Scorer) -> dict[str, dict[str, Any]]:
+def score_files(
+    answers: str,
+    scorer: Scorer | None = None,
+    answer_key: str | None = None,
+    id_key: str | None = None,
+    tell: Callable[[str], None] = str,
+) -> dict[str, dict[str, Any]]:
     """Score an answer file, by part."""
-    return {part: result.to_dict() for part, result in results(answers, scorer)["hallusion"].items()}
+    return {
+        part: result.to_dict()
+        for part, result in results(answers, scorer, answer_key, id_key, tell)["hallusion"].items()
+    }
 
 
-def results(answers: str, scorer: Scorer) -> dict[str, dict[str, Result]]:
+def results(
+    answers: str,
+    scorer: Scorer | None = None,
+    answer_key: str | None = None,
+    id_key: str | None = None,
+    tell: Callable[[str], None] = str,
+) -> dict[str, dict[str, Result]]:
     """Score an answer file, by task and part; rows in the order of the questions' ids."""
-    both = sorted(zip(*load_answers(answers, scorer), strict=True), key=lambda pair: pair[0].id)
-    return {"hallusion": score([answer for _, answer in both], [question for question, _ in both], scorer)}
+    chosen: Scorer = scorer or ("official" if answer_key and _is_mark(answer_key) else usual_scorer(answers))
+    asked, given = load_answers(answers, chosen, Keys(answer_key, id_key), tell)
+    order = sorted(range(len(asked)), key=lambda place: asked[place].id)
+    return {"hallusion": score([given[place] for place in order], [asked[place] for place in order], chosen)}
 
 
 BENCHMARK = Benchmark(
@@ -176,8 +259,11 @@ BENCHMARK = Benchmark(
     commits=yesno.COMMITS,
     score_what="score HallusionBench answers",
     arguments=(
-        Argument("answers", {"metavar": "ANSWERS", "help": "HallusionBench.json with model_prediction in each row"}),
-        scorer_option("vlmevalkit", "%(default)s; official reads GPT-4's marks in the file"),
+        Argument(
+            "answers", {"metavar": "ANSWERS", "help": "HallusionBench.json with model_prediction or marks in each row"}
+        ),
+        scorer_option(None, "official counts a judge's marks (vlmevalkit, or official for a file with marks alone)"),
+        *KEYS,
     ),
     score_files=score_files,
     results=results,

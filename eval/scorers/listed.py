@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from statistics import fmean
 from typing import Any
@@ -28,7 +28,8 @@ from vlm_fix.eval.files import read_text
 from vlm_fix.eval.stats import Metric, ratio
 
 from . import yesno
-from .benchmark import YES_NO_COLUMNS, Argument, Benchmark, Layout, YesNo, plain_caption
+from .answers import Keys
+from .benchmark import KEYS, YES_NO_COLUMNS, Argument, Benchmark, Layout, YesNo, plain_caption
 from .pope.data import load_answers, load_questions
 from .pope.score import Answer, Question
 from .replies import METRICS, counts
@@ -56,9 +57,18 @@ def read(name: str, reply: str | None) -> str:
     return "yes" if "Yes" in reply else "no" if "No" in reply else "unknown"
 
 
-def results(name: str, questions: str, answers: str, subsets: str | None = None) -> dict[str, dict[str, Result]]:
+def results(
+    name: str,
+    questions: str,
+    answers: str,
+    subsets: str | None = None,
+    answer_key: str | None = None,
+    id_key: str | None = None,
+    tell: Callable[[str], None] = str,
+) -> dict[str, dict[str, Result]]:
     """Score an answer file against a question file; with `subsets` each of them is a part."""
-    asked, given = load_questions(questions), load_answers(answers)
+    asked, given = load_questions(questions), load_answers(answers, Keys(answer_key, id_key))
+    tell(f"read {len(given)} answers from {answers}")
     if name == "fohe":
         asked, given = _numbered(asked, given)
     said = {str(answer.question_id): answer.text for answer in given}
@@ -132,6 +142,7 @@ def _benchmark(name: str, extra: Sequence[Argument] = ()) -> Benchmark:
             ),
             Argument("answers", {"metavar": "ANSWERS", "help": "JSON lines: question_id, text or answer"}),
             *extra,
+            *KEYS,
         ),
         score_files=functools.partial(score_files, name),
         results=functools.partial(results, name),

@@ -5,7 +5,8 @@ eval_tool/calculation.py of the MME release (BradyFU/Awesome-Multimodal-Large-La
 data may not be redistributed: ask its authors for it, and give the folder MME_Benchmark_release_version.
 
     accuracy = right answers / answers    accuracy_plus = images with both right / images
-    score    = sum over tasks of (accuracy + accuracy_plus), here as a fraction: 2 per task, 200 in the paper's points
+    score    = sum over tasks of (accuracy + accuracy_plus), as a fraction of 1: 2 per task, which are 200 points in papers,
+               in the tables of `vlm-fix eval` and as `vlm-fix score` prints it
 
 A part is a task or a group of tasks: hallucination (existence, count, position, color: 800 points at most), perception
 (2000) and cognition (800). The accuracy of a part weights all its answers equally.
@@ -15,7 +16,9 @@ A part is a task or a group of tasks: hallucination (existence, count, position,
     others     as for POPE; ours: the first of its words yes and no
 
 Files: DIR/TASK/images/NAME.jpg with DIR/TASK/questions_answers_YN/NAME.txt, or both in DIR/TASK; each line of a text file
-is a question, a tab and Yes or No. The official scorer reads TASK.txt with image, question, truth and answer per line.
+is a question, a tab and Yes or No. The official scorer reads TASK.txt with image, question, truth and answer per line;
+files with all tasks (JSON lines, CSV, ..., see `answers.py`) are read too: each row names its task (category, or as LLaVA
+writes question_id: existence/000000006040.jpg), its image, and the truth, which the release has if the row has not.
 
 Worked example: both questions right for one image, one of two for another: accuracy 3/4, accuracy_plus 1/2, score 1.25
 (125 points).
@@ -25,7 +28,7 @@ Worked example: both questions right for one image, one of two for another: accu
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +37,8 @@ from vlm_fix.eval.files import read_text
 from vlm_fix.eval.stats import Metric, ratio
 
 from . import yesno
-from .benchmark import Argument, Benchmark, Layout, YesNo, plain_caption, scorer_option
+from .answers import Answers, Keys, plain_text, read
+from .benchmark import KEYS, Argument, Benchmark, Layout, YesNo, plain_caption, scorer_option
 from .choices import Scorer, one_of
 from .result import Result, all_right, tally
 
@@ -43,6 +47,7 @@ PERCEPTION = (*HALLUCINATION, "posters", "celebrity", "scene", "landmark", "artw
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 GROUPS = {"hallucination": HALLUCINATION, "perception": PERCEPTION, "cognition": COGNITION}
 SOURCE = "MME eval_tool/calculation.py"
+ROW = '{"category": "existence", "image": "a.jpg", "question": "Is there a dog?", "label": "Yes", "response": "Yes."}'
 
 
 def _score(s: Mapping[str, Any]) -> Any:
@@ -81,7 +86,7 @@ def load(folder: str | Path) -> list[Question]:
             image = next((name for name in names if name.is_file()), None)
             if image is None:
                 raise VlmFixError(f"{file} asks about an image that is not at {names[0]}: put it there.")
-            for number, line in enumerate(filter(str.strip, read_text(file, "MME question file").splitlines()), 1):
+            for number, line in enumerate(filter(str.strip, read_text(file, "MME question file").split("\n")), 1):
                 text, tab, label = line.strip().rpartition("\t")
                 if not tab or label.lower() not in ("yes", "no"):
                     raise VlmFixError(f"{file}, line {number}: not a question, a tab, and Yes or No.")
@@ -99,9 +104,9 @@ def load_results(folder: str | Path) -> tuple[list[Question], list[str]]:
     found, answers = [], []
     for task in (*PERCEPTION, *COGNITION):
         path = Path(folder) / f"{task}.txt"
-        lines = read_text(path, "MME results").splitlines() if path.is_file() else []
+        lines = read_text(path, "MME results").rstrip("\n").split("\n") if path.is_file() else []
         for number, line in enumerate(lines):
-            fields = line.split("\t")
+            fields = line.removesuffix("\r").split("\t")
             if len(fields) != 4 or fields[2].lower() not in ("yes", "no"):
                 raise VlmFixError(f"{path}, line {number + 1}: not image, question, Yes or No, and answer with tabs.")
             found.append(Question(f"{task}/{number}", task, fields[0], fields[1], fields[2].lower()))
@@ -109,6 +114,37 @@ def load_results(folder: str | Path) -> tuple[list[Question], list[str]]:
     if not found:
         raise VlmFixError(f"{folder} holds no results of MME: put one TASK.txt per task there, such as existence.txt.")
     return _in_pairs(found), answers
+
+
+def load_rows(given: Answers, release: str | None = None) -> tuple[list[Question], list[str | None]]:
+    """Return questions and answers of a file with all tasks; `release` is the folder with the truth, if rows lack it."""
+    truth = {_key(q.task, q.image, q.text): q.label for q in load(release)} if release else {}
+    found: list[Question] = []
+    for row in given.rows:
+        task, slash, image = row.id.partition("/")
+        task, image = (
+            (task, image.rpartition("/")[2]) if slash and not row.category else (row.category, row.image or row.id)
+        )
+        if task not in (*PERCEPTION, *COGNITION):
+            raise VlmFixError(
+                f"{given.path}, row {row.number}: {task!r} is no task of MME: give each row its category, such as existence."
+            )
+        label = row.label.strip().lower() or truth.get(_key(task, image, row.question), "")
+        if label not in ("yes", "no"):
+            lost = f"the truth {row.label!r} is neither Yes nor No" if row.label else "no truth"
+            lost = f"{row.question[:60]!r} is no question about {task}/{image} in {release}" if truth else lost
+            raise VlmFixError(
+                f"{given.path}, row {row.number}: {lost}; add it, or give MME's folder with --questions "
+                "MME_Benchmark_release_version."
+            )
+        found.append(Question(f"{task}/{row.number}", task, image, row.question, label))
+    return _in_pairs(found), [row.reply for row in given.rows]
+
+
+def _key(task: str, image: str, text: str) -> tuple[str, str, str]:
+    """A question without what prompts add to it."""
+    text = plain_text(text.split("\n")[0])
+    return task, Path(image).stem, text.removesuffix("please answer yes or no.").strip()
 
 
 def _in_pairs(questions: list[Question]) -> list[Question]:
@@ -142,7 +178,16 @@ def score(
                 for task in tasks
                 for row in rows[task]
             ]
-    return {part: tally(scorer, each, METRICS) for part, each in parts.items()}
+    counted = {part: misread(part, questions, answers, said) for part in parts}
+    return {part: tally(scorer, each, METRICS, counted[part]) for part, each in parts.items()}
+
+
+def misread(
+    part: str, questions: Sequence[Question], answers: Sequence[str | None], said: Sequence[str]
+) -> yesno.Misread:
+    """Count the answers of a task, or of a group of tasks, that are taken against their plain word."""
+    mine = [place for place, question in enumerate(questions) if question.task in GROUPS.get(part, (part,))]
+    return yesno.misread([answers[place] for place in mine], [said[place] for place in mine])
 
 
 def verdict(answer: str | None, label: str, scorer: Scorer) -> str:
@@ -153,15 +198,39 @@ def verdict(answer: str | None, label: str, scorer: Scorer) -> str:
     return text if text in ("yes", "no") else next((word for word in ("yes", "no") if word in text[:4]), "unknown")
 
 
-def score_files(answers: str, scorer: Scorer) -> dict[str, dict[str, Any]]:
-    """Score a folder of TASK.txt files, by part."""
-    return {part: result.to_dict() for part, result in results(answers, scorer)["mme"].items()}
+def score_files(
+    answers: str,
+    scorer: Scorer = "official",
+    questions: str | None = None,
+    answer_key: str | None = None,
+    id_key: str | None = None,
+    tell: Callable[[str], None] = str,
+) -> dict[str, dict[str, Any]]:
+    """Score a folder of TASK.txt files, or a file with all tasks, by part; the score is in points."""
+    scored = results(answers, scorer, questions, answer_key, id_key, tell)["mme"]
+    found = {part: result.to_dict() for part, result in scored.items()}
+    return {part: {**figures, "score": 100 * figures["score"]} for part, figures in found.items()}
 
 
-def results(answers: str, scorer: Scorer) -> dict[str, dict[str, Result]]:
-    """Score a folder of TASK.txt files, by task and part; rows in the order of images and questions."""
-    both = sorted(zip(*load_results(answers), strict=True), key=lambda pair: pair[0][1:])
-    return {"mme": score([answer for _, answer in both], [question for question, _ in both], scorer)}
+def results(
+    answers: str,
+    scorer: Scorer = "official",
+    questions: str | None = None,
+    answer_key: str | None = None,
+    id_key: str | None = None,
+    tell: Callable[[str], None] = str,
+) -> dict[str, dict[str, Result]]:
+    """Score the same by task and part, as fractions; rows in the order of images and questions."""
+    given: Sequence[str | None]
+    if Path(answers).is_file():
+        rows = read(answers, ROW, Keys(answer_key, id_key))
+        tell(rows.told())
+        asked, given = load_rows(rows, questions)
+    else:
+        asked, given = load_results(answers)
+        tell(f"read {len(given)} answers from {answers}: TASK.txt files (image, question, truth, answer)")
+    order = sorted(range(len(asked)), key=lambda place: asked[place][1:])
+    return {"mme": score([given[place] for place in order], [asked[place] for place in order], scorer)}
 
 
 BENCHMARK = Benchmark(
@@ -172,9 +241,17 @@ BENCHMARK = Benchmark(
     score_what="score MME answers",
     arguments=(
         Argument(
-            "answers", {"metavar": "DIR", "help": "folder with TASK.txt: image, question, truth, answer with tabs"}
+            "answers",
+            {
+                "metavar": "ANSWERS",
+                "help": "folder with TASK.txt (image, question, truth, answer with tabs), or a file with all tasks",
+            },
+        ),
+        Argument(
+            "--questions", {"metavar": "DIR", "help": "MME_Benchmark_release_version, for a file that lacks the truth"}
         ),
         scorer_option(),
+        *KEYS,
     ),
     score_files=score_files,
     results=results,

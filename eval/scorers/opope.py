@@ -24,13 +24,14 @@ from __future__ import annotations
 import functools
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from vlm_fix.errors import VlmFixError
 from vlm_fix.eval.stats import Metric, ratio
 
-from .benchmark import YES_NO_COLUMNS, Argument, Benchmark, Layout, YesNo, plain_caption, variant_option
+from .answers import Keys
+from .benchmark import KEYS, YES_NO_COLUMNS, Argument, Benchmark, Layout, YesNo, plain_caption, variant_option
 from .chair.data import load_captions
 from .chair.words import caption_to_words, nodes
 from .choices import Variant
@@ -95,9 +96,17 @@ def image_id(question: Question) -> int:
     return int(match[1])
 
 
-def results(questions: str, captions: str, scorer: str, variant: Variant) -> dict[str, dict[str, Result]]:
+def results(
+    questions: str,
+    captions: str,
+    scorer: str = "official",
+    variant: Variant = "nltk",
+    answer_key: str | None = None,
+    id_key: str | None = None,
+    tell: Callable[[str], None] = str,
+) -> dict[str, dict[str, Result]]:
     """Score a caption file against a POPE question file."""
-    found = load_captions(captions)
+    found = load_captions(captions, Keys(answer_key, id_key), tell)
     texts = {caption.image_id: caption.text for caption in found}
     if len(texts) < len(found):
         raise VlmFixError(f"{captions} has several captions of an image: OPOPE takes one of each.")
@@ -131,6 +140,7 @@ BENCHMARK = Benchmark(
             "--scorer", {"choices": SCORERS, "default": "official", "help": "by letters, or as CHAIR (%(default)s)"}
         ),
         variant_option("of --scorer ours (%(default)s)"),
+        *KEYS,
     ),
     score_files=score_files,
     results=results,

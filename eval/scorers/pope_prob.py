@@ -22,7 +22,7 @@ Worked example: two right and sure, one wrong and unsure.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -103,13 +103,14 @@ def ece(judged: Sequence[tuple[float, bool]]) -> float:
     return sum(gaps) / len(judged)
 
 
-def results(questions: str, answers: str) -> dict[str, dict[str, Result]]:
+def results(questions: str, answers: str, tell: Callable[[str], None] = str) -> dict[str, dict[str, Result]]:
     """Score a file of probabilities against a question file."""
-    return {"pope-prob": {"questions": _scored(questions, answers)[0]}}
+    return {"pope-prob": {"questions": _scored(questions, answers, tell)[0]}}
 
 
-def _scored(questions: str, answers: str) -> tuple[Result, dict[str, list[str]]]:
+def _scored(questions: str, answers: str, tell: Callable[[str], None]) -> tuple[Result, dict[str, list[str]]]:
     asked, (given, tokens) = load_questions(questions), load_probabilities(answers)
+    tell(f"read {len(given)} rows of p_yes and p_no from {answers}")
     lost = {str(q.question_id) for q in asked} ^ given.keys()
     if lost:
         raise VlmFixError(
@@ -124,9 +125,9 @@ def _scored(questions: str, answers: str) -> tuple[Result, dict[str, list[str]]]
     return score(asked, [given[str(q.question_id)] for q in asked]), tokens
 
 
-def score_files(questions: str, answers: str) -> dict[str, Any]:
+def score_files(questions: str, answers: str, tell: Callable[[str], None] = str) -> dict[str, Any]:
     """Score a file of probabilities, and name the tokens."""
-    result, tokens = _scored(questions, answers)
+    result, tokens = _scored(questions, answers, tell)
     named = {name: " ".join(map(repr, words)) for name, words in tokens.items()}
     return {"questions": {**result.to_dict(), **named}}
 

@@ -21,7 +21,7 @@ Worked example:
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,14 +30,18 @@ from vlm_fix.eval.files import read_rows
 from vlm_fix.eval.stats import Metric, ratio
 
 from . import yesno
-from .benchmark import YES_NO_COLUMNS, Argument, Benchmark, Choice, Layout, YesNo, plain_caption, scorer_option
+from .answers import Keys, read
+from .benchmark import KEYS, YES_NO_COLUMNS, Argument, Benchmark, Choice, Layout, YesNo, plain_caption, scorer_option
 from .choices import Scorer, one_of
-from .replies import METRICS, counts, needs, reply
+from .replies import METRICS, counts, needs
 from .result import Result, tally
 
 SOURCE = "JackChen-seu/Reefknot@06c35f9"
 TYPES = {"Yes/No": "reefknot", "Multichoice": "reefknot-choice"}
 CHOICE: dict[str, Metric] = {"accuracy": lambda s: ratio(s["right"], s["n"])}
+
+
+ROW = '{"image_id": "1592267", "query_prompt": "Is the cup on the table?", "label": "yes", "type": "Yes/No", "response": "Yes"}'
 
 
 class Question(NamedTuple):
@@ -51,12 +55,22 @@ class Question(NamedTuple):
     label: str
 
 
-def load(path: str | Path, answered: bool = True) -> tuple[list[Question], list[str | None]]:
+def load(
+    path: str | Path,
+    answered: bool = True,
+    answer_key: str | None = None,
+    tell: Callable[[str], None] = str,
+) -> tuple[list[Question], list[str | None]]:
     """Read YESNO.jsonl, Multichoice.jsonl or both in one file; with `answered` each row has its `response`."""
     found: list[Question] = []
     answers: list[str | None] = []
     times: Counter[str] = Counter()
-    for number, row in enumerate(read_rows(path, "Reefknot file"), 1):
+    rows: Sequence[Any] = read_rows(path, "Reefknot file") if not answered else []
+    if answered:
+        given = read(path, ROW, Keys(answer_key or "response"))
+        tell(given.told())
+        rows, answers = [answer.row for answer in given.rows], [answer.reply for answer in given.rows]
+    for number, row in enumerate(rows, 1):
         needs(row, ("image_id", "query_prompt", "label", "type", "relation_type"), path, number)
         kind, label = TYPES.get(row["type"]), str(row["label"]).strip()
         label = label.lower() if kind == "reefknot" else label.upper()
@@ -69,9 +83,6 @@ def load(path: str | Path, answered: bool = True) -> tuple[list[Question], list[
         times[place] += 1
         place += f"|{times[place]}" if times[place] > 1 else ""
         found.append(Question(place, str(row["image_id"]), row["query_prompt"], kind, row["relation_type"], label))
-        if answered:
-            needs(row, ("response",), path, number)
-            answers.append(reply(row, path, number, ("response",)))
     if answered and not any(answers):
         raise VlmFixError(f'{path}: every "response" is empty; put the answers of a model there.')
     return found, answers
@@ -100,24 +111,34 @@ def score(
     asked = len({q.type for q in questions})
     if asked != 1:
         raise VlmFixError("Score yes/no questions and choices apart.")
-    rows = []
+    rows, words = [], []
     for answer, q in zip(answers, questions, strict=True):
         if q.type == "reefknot":
-            rows.append(counts(q.image, q.label, verdict(answer, q.label, scorer)))
+            words.append(verdict(answer, q.label, scorer))
+            rows.append(counts(q.image, q.label, words[-1]))
         else:
             said = choice(answer, scorer)
             marks = {"right": int(said == q.label), "unparsed": int(said not in tuple("ABCD"))}
             rows.append({"image": q.image, "n": 1, **marks})
     metrics = METRICS if questions[0].type == "reefknot" else CHOICE
     kinds = dict.fromkeys(q.relation for q in questions)
-    parts = {kind: [row for row, q in zip(rows, questions, strict=True) if q.relation == kind] for kind in kinds}
-    whole = {"questions": rows} if len(parts) > 1 else {}
-    return {part: tally(scorer, each, metrics) for part, each in {**parts, **whole}.items()}
+    parts = {kind: [n for n, q in enumerate(questions) if q.relation == kind] for kind in kinds}
+    parts |= {"questions": [*range(len(rows))]} if len(parts) > 1 else {}
+    found = {}
+    for part, its in parts.items():
+        misread = yesno.misread([answers[n] for n in its], [words[n] for n in its]) if words else yesno.Misread()
+        found[part] = tally(scorer, [rows[n] for n in its], metrics, misread)
+    return found
 
 
-def results(answers: str, scorer: Scorer) -> dict[str, dict[str, Result]]:
+def results(
+    answers: str,
+    scorer: Scorer = "official",
+    answer_key: str | None = None,
+    tell: Callable[[str], None] = str,
+) -> dict[str, dict[str, Result]]:
     """Score an answer file by task and part; rows in the order of images and questions."""
-    both = sorted(zip(*load(answers), strict=True), key=lambda pair: pair[0])
+    both = sorted(zip(*load(answers, True, answer_key, tell), strict=True), key=lambda pair: pair[0])
     found = {}
     for task in TYPES.values():
         mine = [(answer, question) for question, answer in both if question.type == task]
@@ -126,9 +147,9 @@ def results(answers: str, scorer: Scorer) -> dict[str, dict[str, Result]]:
     return found
 
 
-def score_files(answers: str, scorer: Scorer) -> dict[str, Any]:
+def score_files(**given: Any) -> dict[str, Any]:
     """Score an answer file."""
-    tasks = results(answers, scorer).items()
+    tasks = results(**given).items()
     return {
         part if task == "reefknot" else f"choice, {part}": result.to_dict()
         for task, parts in tasks
@@ -147,6 +168,7 @@ BENCHMARK = Benchmark(
             "answers", {"metavar": "ANSWERS", "help": "YESNO.jsonl or Multichoice.jsonl with response in each row"}
         ),
         scorer_option(),
+        KEYS[0],
     ),
     score_files=score_files,
     results=results,

@@ -16,7 +16,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     made.name: made for made in (*(module.BENCHMARK for module in MODULES), listed.FOHE, listed.R_BENCHMARK)
 }
 LAYOUTS: dict[str, Layout] = {task: each for made in BENCHMARKS.values() for task, each in made.layouts.items()}
-PLAIN = {"unparsed", "length", "n", "failed"}
+PLAIN = {"unparsed", "misread", "length", "n", "failed"}
 """Figures that are numbers; all others are fractions."""
 
 

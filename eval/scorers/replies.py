@@ -1,15 +1,14 @@
-"""The replies of a file of rows, by id, and the counts of one yes/no answer: what the smaller benchmarks share."""
+"""Replies by id, labels, and the counts of one yes/no answer: what the smaller benchmarks share."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from vlm_fix.errors import VlmFixError
-from vlm_fix.eval.files import read_rows
 from vlm_fix.eval.stats import Metric, harmonic, ratio
 
-IDS = ("question_id", "id")
-REPLIES = ("response", "answer", "text", "model_prediction")
+from .answers import Answers
+
 METRICS: dict[str, Metric] = {
     "accuracy": lambda s: ratio(s["tp"] + s["tn"], s["n"]),
     "precision": lambda s: ratio(s["tp"], s["tp"] + s["fp"]),
@@ -19,32 +18,28 @@ METRICS: dict[str, Metric] = {
 }
 
 
-def by_id(path: str | Path, what: str) -> dict[str, str | None]:
-    """Return id -> reply of a file of answers. Raises VlmFixError for ids that come twice and rows without either."""
+def by_id(answers: Answers) -> dict[str, str | None]:
+    """Return id -> reply. Raises VlmFixError for an id that comes twice or is missing."""
     found: dict[str, str | None] = {}
-    for number, row in enumerate(read_rows(path, f"{what} answer file", '{"id": 0, "answer": "No."}'), 1):
-        key = str(row[one_key(row, IDS, path, number)])
-        if key in found:
-            raise VlmFixError(f"{path}, row {number}: id {key} comes twice; keep one answer.")
-        found[key] = reply(row, path, number)
+    for row in answers.rows:
+        if not row.id or row.id in found:
+            wrong = f"id {row.id} comes twice; keep one answer" if row.id else "no id; name it with --id-key"
+            raise VlmFixError(f"{answers.path}, row {row.number}: {wrong}.")
+        found[row.id] = row.reply
     return found
 
 
-def reply(row: Mapping[str, Any], path: str | Path, number: int, keys: Sequence[str] = REPLIES) -> str | None:
-    """Return the reply of a row; null is an answer that failed."""
-    text = row[one_key(row, keys, path, number)]
-    if text is not None and not isinstance(text, str):
-        raise VlmFixError(f"{path}, row {number}: the reply {text!r} is not a text.")
-    return text
-
-
-def one_key(row: Mapping[str, Any], keys: Sequence[str], path: str | Path, number: int) -> str:
-    """Return the one of the keys that the row has. Raises VlmFixError if there is none, or more than one."""
-    there = [key for key in keys if key in row]
-    if len(there) != 1:
-        what = f"both {there[0]!r} and {there[1]!r}: leave one out" if there else f"none of {', '.join(keys)}: add one"
-        raise VlmFixError(f"{path}, row {number} has {what}.")
-    return there[0]
+def paired(questions: Sequence[Any], answers: Mapping[str, str | None], what: str) -> list[str | None]:
+    """Return the answer to each question, by `id`. Raises VlmFixError for unanswered questions and unknown ids."""
+    lost = [question.id for question in questions if question.id not in answers]
+    extra = answers.keys() - {question.id for question in questions}
+    if lost or extra:
+        which = f"no answer to {lost[0]!r}" if lost else f"an answer to {min(extra)!r}, which is no question"
+        raise VlmFixError(
+            f"{len(questions)} {what} questions and {len(answers)} answers do not line up ({which}): give one answer for each "
+            "question, under its id."
+        )
+    return [answers[question.id] for question in questions]
 
 
 def needs(row: Mapping[str, Any], keys: Sequence[str], path: str | Path, number: int) -> None:

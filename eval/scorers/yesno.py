@@ -6,7 +6,7 @@
     vcd          DAMO-NLP-SG/VCD@d6568ff             label yes: "yes" is no substring; label no: "no" is a substring
     lmms         lmms-eval 0.7.3                     the whole answer is "no"; the yes-ratio is that of the labels
     vlmevalkit   open-compass/VLMEvalKit@e8e78f0     the word no and not the word yes; neither or both is wrong
-    ours         -                                   the first of the words yes and no, in any case, is no; neither is wrong
+    ours         -                                   its plain word is no (see `plain`); none is wrong
 
 Worked example: "No." is no, except for lmms, which wants "no"; "I cannot tell" is yes for official and opera, no for vcd
 where the label is no, and neither for us.
@@ -16,10 +16,14 @@ where the label is no, and neither for us.
 >>> [verdict("I cannot tell", "no", scorer) for scorer in get_args(Scorer)]
 ['yes', 'yes', 'no', 'unknown', 'unknown', 'unknown']
 
+A scorer can take an answer against its plain word: "NO!" is yes for official. `misread` counts such answers.
+
 Here official is POPE's; AMBER, MME and HallusionBench define their own official reading in their own files.
 """
 
 import re
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from .choices import Scorer
 
@@ -30,6 +34,64 @@ COMMITS = {
     "vlmevalkit": "open-compass/VLMEvalKit@e8e78f0",
 }
 """The code that each scorer follows; official is the benchmark's."""
+
+
+WORDS = {
+    "yes": "yes yeah yep sí si oui ja sim sì да tak evet có vâng نعم",
+    "no": "no nope non nein não нет nie hayır không nee nej لا",
+}
+BEGINNINGS = {
+    "no": ("不", "没", "沒", "否", "無", "无", "いいえ", "아니"),
+    "yes": ("是", "有", "对", "對", "はい", "네", "예"),
+}
+"""Of languages that put no space between words."""
+THOUGHT = re.compile(
+    r"^.*[<◁]/(?:think|thinking|reasoning)[>▷]|[<◁](?:think|thinking|reasoning)[>▷].*", re.DOTALL | re.I
+)
+MARKUP = re.compile(r"<[^<>]*>|[*_`#~\\]")
+START = re.compile(r"\W*(?:(?:the |final |my )*answer(?: is)?\W+)?(\w+)")
+
+
+class Misread(NamedTuple):
+    """Answers that a scorer takes against their plain word: how many, and the first of them, told in a few words."""
+
+    count: int = 0
+    example: str = ""
+
+
+def plain(reply: str) -> str:
+    """Return what a reader takes a reply for: yes, no or unknown.
+
+    Thoughts (up to </think>) and markup are left out. If the first word is yes or no in one of a dozen languages, that is
+    it; else the first of the English words yes and no anywhere.
+
+    >>> [plain(text) for text in ("**No**", "<think>yes?</think> NO!", "是的", "Well, yes", "Not sure", "The answer: Oui.")]
+    ['no', 'no', 'yes', 'yes', 'unknown', 'yes']
+    """
+    text = MARKUP.sub(" ", THOUGHT.sub("", reply)).lower()
+    start = START.match(text)
+    for word, same in WORDS.items():
+        if start and (start[1] in same.split() or start[1].startswith(BEGINNINGS[word])):
+            return word
+    first = re.search(r"\b(yes|no)\b", text)
+    return first[1] if first else "unknown"
+
+
+def misread(replies: Sequence[str | None], said: Sequence[str]) -> Misread:
+    """Count the replies with a plain yes or no that a scorer has taken (`said`) for something else."""
+    wrong = [
+        (reply, word, one)
+        for reply, one in zip(replies, said, strict=True)
+        if reply is not None and (word := plain(reply)) not in ("unknown", one)
+    ]
+    if not wrong:
+        return Misread()
+    reply, word, one = wrong[0]
+    shown = " ".join(reply.split())
+    shown = shown if len(shown) <= 60 else f"{shown[:40]} ... {shown[-15:]}"
+    return Misread(
+        len(wrong), f'"{shown}", which says {word}, is taken as {one.replace("unknown", "neither yes nor no")}'
+    )
 
 
 def verdict(reply: str | None, label: str, scorer: Scorer) -> str:
@@ -48,8 +110,7 @@ def verdict(reply: str | None, label: str, scorer: Scorer) -> str:
     if scorer == "lmms":
         return text if text in ("yes", "no") else "unknown"
     if scorer == "ours":
-        first = re.search(r"\b(yes|no)\b", text)
-        return first[1] if first else "unknown"
+        return plain(reply)
     found = {"yes", "no"} & set(_vlmevalkit_words(reply.lower()))
     return found.pop() if len(found) == 1 else "unknown"
 

@@ -79,10 +79,10 @@ def of_folder(folder: Folder, settings: Settings) -> Pope:
             kind: [q for q in each if q.image in names] for kind, each in official.items()
         }
         if settings.labels == "both":
-            checked = {kind: repope.needed(each) for kind, each in questions.items()}
+            checked = {kind: repope.needed(each)[1] for kind, each in questions.items()}
             questions |= {f"{kind} RePOPE": each for kind, each in checked.items()}
         elif settings.labels == "repope":
-            questions = {kind: repope.needed(each) for kind, each in questions.items()}
+            questions = {kind: repope.needed(each)[1] for kind, each in questions.items()}
         source = f"coco, official questions, first {len(names)} images"
     else:
         _no_repope(settings)

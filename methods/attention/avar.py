@@ -26,6 +26,7 @@ class AVAR(ColumnEdit):
     name: ClassVar[str] = "avar"
     paper: ClassVar[str] = "https://arxiv.org/abs/2603.03825"
     row_scope = RowScope.AFTER_IMAGE
+    heads_apart: ClassVar[bool] = True
 
     visual: float = param(1.15, "factor on the image columns' scores", low=0)
     system: float = param(

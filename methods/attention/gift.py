@@ -125,8 +125,7 @@ class GIFT(WeightEdit, PromptStart, InputEdit):
 
     def enhanced(self, a: torch.Tensor, m: torch.Tensor, rows: Rows) -> torch.Tensor:
         """The edit of weights [B, H, R, K] by the saliency map m [B, n]."""
-        columns = torch.arange(rows.session.types.shape[1], device=a.device).expand(rows.session.types.shape)
-        query = rows.after & rows.columns(columns < rows.session.prompt_len)
+        query = rows.after & ~rows.generated
         seeing = top_half((a * rows.visual).sum(dim=-1))[..., None] & rows.visual
         reading = top_half((a * query).sum(dim=-1))[..., None] & query
         m = (self.alpha or 0.0) * rows.columns(m, -1 if self.prepares else self.source_layer)

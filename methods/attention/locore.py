@@ -30,6 +30,7 @@ class LocoRE(LogWeightEdit):
     paper: ClassVar[str] = "https://arxiv.org/abs/2601.20279"
     may_leave_unchanged: ClassVar[Unchanged] = Unchanged.PROMPT_ROWS
     needs_image: ClassVar[bool] = False
+    heads_apart: ClassVar[bool] = True
     idle_reason: ClassVar[str] = "it acts from the second token on; generate more."
 
     beta: float | None = param(None, "share added to the attention weights of recent output columns", low=0)
@@ -46,10 +47,7 @@ class LocoRE(LogWeightEdit):
         return rows.once(self.bias)
 
     def bias(self, rows: Rows) -> torch.Tensor:
-        """[R, K]: log(1 + beta) on each row's most recent output columns, else 0."""
-        session, width = rows.session, rows.visual.shape[-1]
+        """Broadcasts to [B, 1, R, K]: log(1 + beta) on each row's most recent output columns, else 0."""
         assert self.beta is not None
-        offset = max(0, session.types.shape[1] - width)  # sliding-window layers keep only the newest columns
-        columns = torch.arange(offset, offset + width, device=rows.visual.device)
-        age = rows.positions[:, None] - columns
-        return ((age >= 0) & (age < self.window) & (columns >= session.prompt_len)) * math.log1p(self.beta)
+        age = rows.age
+        return ((age >= 0) & (age < self.window) & rows.generated) * math.log1p(self.beta)

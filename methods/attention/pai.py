@@ -24,11 +24,13 @@ class PAI(ScoreEdit, Contrast):
 
     Source: arXiv 2407.21771; official code LALBJ/PAI@9bbd8bd (alpha .2 for LLaVA-1.5, gamma 1.1, layers 2-31).
     Deviations: with guidance on, the official code leaves the prompt's last row unamplified; here it is always edited.
+    There the guidance follows generate's own processors (repetition penalty, ...); here it comes before them.
     The official default runs with guidance; here gamma = 1 (attention part only) unless asked for.
     """
 
     name: ClassVar[str] = "pai"
     kind: ClassVar[str] = "attention"
+    heads_apart: ClassVar[bool] = True
     paper: ClassVar[str] = "https://arxiv.org/abs/2407.21771"
 
     alpha: float = param(0.2, "share of |z| added to the image columns' scores", low=0)

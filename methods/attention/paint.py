@@ -79,6 +79,10 @@ class PAINT(ScoreEdit, WeightEdit, InputEdit):
         assert self.local_layer is not None and self.summary_layer is not None
         return (self.local_layer, self.summary_layer)
 
+    @property
+    def previews(self) -> bool:
+        return False
+
     def strengths(self, image: ImageTokens) -> torch.Tensor:
         """[N]: alpha on the local tokens of an image, beta on its summary tokens, 0 elsewhere."""
         early, late = (image.first[layer].float() for layer in (self.local_layer, self.summary_layer))  # type: ignore[index]

@@ -28,6 +28,7 @@ class VAF(ColumnEdit):
     name: ClassVar[str] = "vaf"
     paper: ClassVar[str] = "https://arxiv.org/abs/2503.13107"
     row_scope = RowScope.AFTER_IMAGE
+    heads_apart: ClassVar[bool] = True
 
     enhance: float = param(1.15, "factor on the image columns' scores", low=0)
     suppress: float = param(0.95, "factor on the scores of text before the image", low=0)

@@ -56,6 +56,7 @@ class VAR(WeightEdit, LayerInputReader, InputEdit):
     row_scope = RowScope.AFTER_IMAGE
     may_leave_unchanged: ClassVar[Unchanged] = Unchanged.ANY_ROW
     tracks_columns: ClassVar[bool] = True
+    heads_apart: ClassVar[bool] = True
     idle_reason: ClassVar[str] = (
         "no image token was a sink (lower tau, or give sink_dims or another detector), or no head looked at the image enough "
         "(lower min_visual_mass or rho)."

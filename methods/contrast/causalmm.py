@@ -45,6 +45,7 @@ class CausalMM(WeightEdit, Contrast):
     name: ClassVar[str] = "causalmm"
     kind: ClassVar[str] = "contrast"
     paper: ClassVar[str] = "https://arxiv.org/abs/2410.04780"
+    on_logits: ClassVar[bool] = True
     row_scope = RowScope.ALL
 
     branch: str = param("negative", "always its own branches", choices=("negative",))

@@ -12,6 +12,7 @@ from vlm_fix.call import Call
 from vlm_fix.decoding.contrast import Branch, plausible
 from vlm_fix.decoding.kinds import Negative
 from vlm_fix.families import image_token_ids
+from vlm_fix.packing import by_token
 from vlm_fix.recorder import Recorder
 from vlm_fix.session import Session
 from vlm_fix.wing import engine_of
@@ -36,6 +37,7 @@ class IAVA(Contrast):
 
     name: ClassVar[str] = "iava"
     paper: ClassVar[str] = "https://arxiv.org/abs/2503.18556"
+    on_logits: ClassVar[bool] = True
 
     alpha: float = param(1.0, "contrast strength", low=0)
     beta: float = param(0.1, "plausibility cut-off", low=0, high=1)
@@ -79,23 +81,18 @@ def instructed(call: Call, tokens: tuple[int, ...]) -> dict[str, Any]:
     """The call's inputs with everything after the last image (and its end marker) replaced by `tokens`, left-padded."""
     ids, mask, config = call.inputs["input_ids"], call.inputs["attention_mask"], call.model.config
     images = torch.isin(ids, torch.tensor(image_token_ids(call.model, call.family), device=ids.device))
-    rows = []
-    for row, seen, shown in zip(ids, mask.bool(), images, strict=True):
-        where = shown.nonzero()
-        at = int(where[-1]) + 1 if len(where) else len(row)
-        if at < len(row) and row[at] == getattr(config, "vision_end_token_id", -1):
-            at += 1
-        end = row.new_tensor(tokens if len(where) else ())
-        rows.append(torch.cat([row[:at][seen[:at]], end]))
-    width = max(map(len, rows))
-    new, kept = ids.new_zeros(len(rows), width), mask.new_zeros(len(rows), width)
-    for i, row in enumerate(rows):
-        new[i, width - len(row) :], kept[i, width - len(row) :] = row, 1
-    inputs = {**call.inputs, "input_ids": new, "attention_mask": kept}
-    if "mm_token_type_ids" in inputs:
-        kinds = torch.zeros_like(new, dtype=inputs["mm_token_type_ids"].dtype)
-        kinds[torch.isin(new, ids[images])] = 1
-        inputs["mm_token_type_ids"] = kinds
+    inputs = dict(call.inputs)
+    for name in by_token(inputs):
+        values, rows = {"input_ids": tokens, "attention_mask": (1,) * len(tokens)}, []
+        for row, token, seen, shown in zip(inputs[name], ids, mask.bool(), images, strict=True):
+            where = shown.nonzero()
+            at = int(where[-1]) + 1 if len(where) else len(row)
+            if at < len(row) and token[at] == getattr(config, "vision_end_token_id", -1):
+                at += 1
+            end = row.new_tensor(values.get(name, (0,) * len(tokens)) if len(where) else ())
+            rows.append(torch.cat([row[:at][seen[:at]], end]))
+        width = max(map(len, rows))
+        inputs[name] = torch.stack([torch.nn.functional.pad(row, (width - len(row), 0)) for row in rows])
     return inputs
 
 
@@ -110,8 +107,10 @@ class Looking(Recorder):
         return session.length - 1
 
     def weights(self, layer: int, session: Session, first: int, weights: torch.Tensor, i: int) -> None:
-        self.seen[layer] = weights[:, :, -1].mean(dim=1).float().cpu()
-        self.visual = session.masks(weights.shape[-1], weights.device)["visual"][:, 0, 0].cpu()
+        width = session.types.shape[1]  # the columns that a sliding window has left behind have no weight
+        seen = torch.nn.functional.pad(weights[:, :, -1], (width - weights.shape[-1], 0))
+        self.seen[layer] = seen.mean(dim=1).float().cpu()
+        self.visual = session.masks(width, weights.device)["visual"][:, 0, 0].cpu()
 
 
 def attention_to_images(call: Call, inputs: dict[str, Any]) -> list[torch.Tensor]:

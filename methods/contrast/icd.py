@@ -12,6 +12,7 @@ from vlm_fix import Contrast, VlmFixError, param
 from vlm_fix.call import Call
 from vlm_fix.decoding.contrast import plausible
 from vlm_fix.families import image_token_ids
+from vlm_fix.packing import by_token
 
 CONFUSED = "You are a confused objects detector to provide a fuzzy overview or impression of the image."
 
@@ -31,6 +32,7 @@ class ICD(Contrast):
 
     name: ClassVar[str] = "icd"
     paper: ClassVar[str] = "https://arxiv.org/abs/2403.18715"
+    on_logits: ClassVar[bool] = True
 
     alpha: float = param(1.0, "contrast strength", low=0)
     beta: float = param(0.1, "plausibility cut-off", low=0, high=1)
@@ -74,9 +76,7 @@ def after_image(call: Call, tokens: tuple[int, ...]) -> dict[str, torch.Tensor]:
     new = torch.tensor(tokens, device=ids.device)
     values = {"input_ids": new, "attention_mask": torch.ones_like(new)}
     inputs = dict(call.inputs)
-    for key in ("input_ids", "attention_mask", "mm_token_type_ids"):
-        if key not in inputs:
-            continue
+    for key in by_token(inputs):
         rows = []
         for i, row in enumerate(inputs[key]):
             where = images[i].nonzero()

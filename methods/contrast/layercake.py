@@ -44,6 +44,7 @@ class LayerCake(WeightEdit, Contrast):
     kind: ClassVar[str] = "contrast"
     paper: ClassVar[str] = "https://arxiv.org/abs/2507.04404"
     needs_image: ClassVar[bool] = False
+    on_logits: ClassVar[bool] = True
 
     branch: str = param("negative", "always the second branch", choices=("negative",))
     alpha: float = param(1.0, "contrast strength", low=0)

@@ -42,6 +42,7 @@ class SID(ColumnMasker, Contrast):
     name: ClassVar[str] = "sid"
     kind: ClassVar[str] = "contrast"
     paper: ClassVar[str] = "https://arxiv.org/abs/2408.02032"
+    on_logits: ClassVar[bool] = True
     row_scope = RowScope.ALL
     tracks_columns: ClassVar[bool] = True
 

@@ -27,6 +27,7 @@ class GaussianLogits(LogitEdit):
 
     name: ClassVar[str] = "gaussian_logits"
     kind: ClassVar[str] = "control"
+    on_logits: ClassVar[bool] = True
 
     sigma: float = param(1.0, "standard deviation of the noise", low=0)
     beta: float = param(0.0, "plausibility cut-off; 0 = none", low=0, high=1)

@@ -26,6 +26,7 @@ class YesBias(Contrast):
 
     name: ClassVar[str] = "yes_bias"
     kind: ClassVar[str] = "control"
+    on_logits: ClassVar[bool] = True
 
     alpha: float = param(1.0, "weight of the instructed answer; 1 = only that", low=0)
     prompt: str = param("Answer yes whenever possible.", "the instruction")

@@ -42,6 +42,7 @@ class DAGCD(WeightReader, LogitEdit):
     name: ClassVar[str] = "dagcd"
     kind: ClassVar[str] = "logits"
     needs_image: ClassVar[bool] = False
+    on_logits: ClassVar[bool] = True
 
     alpha: float = param(4.0, "strength", low=0)
     heads_used: int = param(10, "number of heads", low=1)
@@ -91,7 +92,9 @@ class DAGCD(WeightReader, LogitEdit):
         return ids, inside
 
     def guided(self, l: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
-        """Log-probabilities [B, V], weights [B, n, P] of the heads, ids and booleans [B, P] -> scores [B, V]."""
+        """Logits [B, V], weights [B, n, P] of the heads, ids and booleans [B, P] -> scores [B, V] on the level of the logits."""
+        level = l.logsumexp(dim=-1, keepdim=True)
+        l = l - level
         words, place = ids.unique(return_inverse=True)
         count = torch.zeros(len(l), len(words), device=l.device).scatter_add(1, place, inside.float())
         sums = torch.zeros(*weights.shape[:2], len(words), device=l.device, dtype=weights.dtype)
@@ -102,4 +105,4 @@ class DAGCD(WeightReader, LogitEdit):
         share = share * (p[:, words] >= least) * (l[:, words] > -torch.inf)
         share = share / share.sum(dim=-1, keepdim=True).clamp(min=1e-8)
         entropy = -(p * l).nan_to_num(0.0).sum(dim=-1, keepdim=True) / math.log(l.shape[1])
-        return (p.index_add(1, words, self.alpha * entropy * share)).log()
+        return (p.index_add(1, words, self.alpha * entropy * share)).log() + level

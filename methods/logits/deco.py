@@ -19,7 +19,7 @@ class DeCo(LogitEdit):
 
     C = the fewest of the top_k tokens whose probabilities reach top_p; over the layers and C, the largest probability
     p_max is found in layer m (final norm and language head applied);
-    z = log p + alpha p_max logits_m on C, all other tokens cut off.
+    z = logits + alpha p_max logits_m on C, all other tokens cut off.
 
     Source: arXiv 2410.11779; official code zjunlp/DeCo (alpha .6, top_k 20, top_p .9, entries 20-28 of hidden_states
     for 32 layers, scaled here to the model's depth; entry i is the input of layer i).
@@ -29,6 +29,7 @@ class DeCo(LogitEdit):
 
     name: ClassVar[str] = "deco"
     paper: ClassVar[str] = "https://arxiv.org/abs/2410.11779"
+    on_logits: ClassVar[bool] = True
 
     alpha: float = param(0.6, "strength of the correction", low=0)
     top_k: int = param(20, "most candidates", low=1)
@@ -51,8 +52,8 @@ class DeCo(LogitEdit):
         return self.corrected(l, torch.stack([step.exit(i, norm=True).to(l.device) for i in self.exits]))
 
     def corrected(self, l: torch.Tensor, early: torch.Tensor) -> torch.Tensor:
-        """Log-probabilities [B, V] and the layers' logits [N, B, V] -> scores [B, V]."""
-        top, tokens = l.exp().topk(min(self.top_k, l.shape[1]), dim=-1)
+        """Logits [B, V] and those of the layers [N, B, V] -> scores [B, V]."""
+        top, tokens = l.softmax(dim=-1).topk(min(self.top_k, l.shape[1]), dim=-1)
         inside = top.cumsum(dim=-1) - top < self.top_p
         inside[:, 0] = True
         candidate = torch.zeros_like(l, dtype=torch.bool).scatter(1, tokens, inside)

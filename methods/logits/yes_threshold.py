@@ -29,6 +29,7 @@ class YesThreshold(LogitEdit):
 
     name: ClassVar[str] = "yes_threshold"
     kind: ClassVar[str] = "control"
+    on_logits: ClassVar[bool] = True
 
     mass: float = param(0.2, "p(yes) + p(no) above which the answer counts as yes or no", low=0, high=1)
     margin: float = param(0.5, "|p(yes) - p(no)| below which it becomes yes", low=0, high=1)
@@ -46,8 +47,8 @@ class YesThreshold(LogitEdit):
         return self.forced(l, self.yes or spellings(model, "Yes"), self.no or spellings(model, "No"))
 
     def forced(self, l: torch.Tensor, yes: tuple[int, ...], no: tuple[int, ...]) -> torch.Tensor:
-        """Log-probabilities [B, V] of the first token -> the same, or 0 for yes and -inf for all others."""
-        p_yes, p_no = (l[:, list(ids)].exp().sum(dim=-1) for ids in (yes, no))
+        """Logits [B, V] of the first token -> the same, or 0 for yes and -inf for all others."""
+        p_yes, p_no = (l.softmax(dim=-1)[:, list(ids)].sum(dim=-1) for ids in (yes, no))
         torn = (p_yes + p_no > self.mass) & ((p_yes - p_no).abs() < self.margin) & (p_yes > 0)
         best = torch.tensor(yes, device=l.device)[l[:, list(yes)].argmax(dim=-1)]
         only = torch.full_like(l, -torch.inf).scatter(1, best[:, None], 0.0)

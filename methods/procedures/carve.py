@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -15,6 +16,7 @@ from vlm_fix.call import Call
 from vlm_fix.decoding.branch import Branch
 from vlm_fix.decoding.kinds import Negative, Refiner
 from vlm_fix.families import image_cells
+from vlm_fix.method import Method, with_weights
 from vlm_fix.methods.contrast.iava import Looking, instructed
 from vlm_fix.methods.contrast.icd import line_tokens
 from vlm_fix.pruning.shrink import resize, to_image, to_patches
@@ -56,6 +58,10 @@ class CARVE(Refiner):
     def defaults(self, arch: Arch) -> dict[str, Any]:
         return {"layers": tuple(sorted({min(round(i / 32 * arch.depth), arch.depth - 1) for i in range(20, 26)}))}
 
+    def resolve(self, arch: Arch) -> Method:
+        method: Any = super().resolve(arch)
+        return dataclasses.replace(method, layers=with_weights(self.name, method.layers, arch))
+
     @property
     def neutral(self) -> bool:
         return self.top == 1
@@ -65,8 +71,7 @@ class CARVE(Refiner):
         grids: Any = call.inputs.get("image_grid_thw")
         if pixels is None or cells not in ("pixels", "grid_thw") or (grids is not None and any(grids[:, 0] != 1)):
             raise VlmFixError(
-                "carve needs pixel_values of whole images, not of tiles or videos: pass the processor's output, to a model "
-                f"such as llava or qwen2_5_vl (this is {call.family.name})."
+                f"carve needs pixel_values of whole images, as llava gets them, no tiles or videos ({call.family.name})."
             )
         black = torch.tensor(self.black or black_of(call.model.config.name_or_path)).to(pixels)
         if len(black) != 3:
@@ -75,10 +80,11 @@ class CARVE(Refiner):
         if cells == "pixels":
             crops = [self.refined(*x, black)[None] for x in zip(pixels, maps, strict=True)]
         else:
-            merge, patch = (getattr(call.model.config.vision_config, n) for n in ("spatial_merge_size", "patch_size"))
+            patch = call.model.config.vision_config.patch_size
             for x, s, (_, h, w) in zip(pixels.split(grids.prod(-1).tolist()), maps, grids.tolist(), strict=True):
+                merge = w // s.shape[1] if x.dim() == 2 else 1  # Kimi's patches are in reading order
                 image = to_image(x, (h // merge, w // merge), merge, patch)
-                crops.append(to_patches(self.refined(image, s, black), merge, patch))
+                crops.append(to_patches(self.refined(image, s, black), merge, patch).view_as(x))
         new = torch.cat(crops)
         return {"pixel_values": new} if self.images == "crop" else with_images_after(call, new)
 

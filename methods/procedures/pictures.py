@@ -7,6 +7,7 @@ from torch.nn.functional import max_pool2d
 
 from vlm_fix.call import Call
 from vlm_fix.families import image_cells, image_token_ids
+from vlm_fix.packing import by_token
 
 
 def with_images_after(call: Call, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -39,16 +40,11 @@ def with_images_after(call: Call, pixels: torch.Tensor) -> dict[str, torch.Tenso
     width = max(map(len, rows))
     index = torch.stack([torch.nn.functional.pad(row, (width - len(row), 0), value=-1) for row in rows])
     new = dict(call.inputs)
-    for name in {
-        "input_ids",
-        "attention_mask",
-        "mm_token_type_ids",
-        "moe_mm_token_type_ids",
-        "token_type_ids",
-    } & new.keys():
+    for name in by_token(new):
         new[name] = new[name].gather(1, index.clamp(min=0)).masked_fill(index < 0, 0)
-    if grids is not None:
-        new["image_grid_thw"] = grids.repeat_interleave(2, dim=0)
+    for name in ("image_grid_thw", "image_merge_sizes"):
+        if name in new:
+            new[name] = new[name].repeat_interleave(2, dim=0)
     sizes = [1] * len(pixels) if grids is None else grids.prod(dim=-1).tolist()
     pairs = zip(call.inputs["pixel_values"].split(sizes), pixels.split(sizes), strict=True)
     return {**new, "pixel_values": torch.cat([x for pair in pairs for x in pair])}

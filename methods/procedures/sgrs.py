@@ -72,6 +72,7 @@ class SGRS(WeightReader, Searcher):
 
     def search(self, run: Search) -> Any:
         seqs, logits = run.prefill()
+        seqs.need_gradients(self.name)
         draws = [torch.Generator().manual_seed(zlib.crc32(f"{self.seed},{p}".encode())) for p in fingerprints(run.call)]
         ids, rows = run.prompt, range(len(run.prompt))
         taken: list[list[float]] = [[] for _ in rows]

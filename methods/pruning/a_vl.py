@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
 from vlm_fix import param
 from vlm_fix.pruning.cache import SplitLayer
 from vlm_fix.pruning.kinds import Cached, CachePruner, share_of
-from vlm_fix.pruning.kv import lay_aside, shorten, take_back
+from vlm_fix.pruning.kv import Aside, lay_aside, shorten, take_back
 from vlm_fix.pruning.rows import received
 from vlm_fix.session import PAD, VISUAL, Session
+
+
+@dataclass
+class Stored(Aside):
+    """One layer's: attention that its text columns received [B, Hkv, t], ending where the columns do; evicted columns [B]."""
+
+    received: torch.Tensor = None  # type: ignore[assignment]  # set after the prompt
+    gone: torch.Tensor = None  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)
@@ -63,34 +71,30 @@ class AVL(CachePruner):
     def scores(self, cached: Cached) -> torch.Tensor:
         return cached.last_row()[:, None]
 
-    def step(self, session: Session) -> int:
-        """1 for the first step after the prompt."""
-        return session.start - session.prompt_len + 1
-
-    def state(self, session: Session, i: int) -> dict[str, Any]:
-        return session.state(self).setdefault(i, {})
+    def stored(self, session: Session, i: int) -> Stored:
+        return session.memory(self, Stored, i)
 
     def whole(self, session: Session) -> bool:
         """True if this forward computes all that is stored: a refresh, or several rows at once."""
-        return self.step(session) % self.every == 0 or session.length > 1
+        return step(session) % self.every == 0 or session.length > 1
 
     def before_step(self, session: Session, i: int, layer: SplitLayer) -> None:
         if self.whole(session):
-            take_back(session, i, layer, self.state(session, i))
+            take_back(session, i, layer, self.stored(session, i))
 
     def after_prompt(self, cached: Cached, scores: torch.Tensor, layer: SplitLayer) -> None:
-        session, state = cached.session, self.state(cached.session, cached.layer)
+        session, stored = cached.session, self.stored(cached.session, cached.layer)
         if self.splits:
             self.lay_aside(session, cached.layer, layer, scores)
         if self.text_keep < 1:
             texts, n = torch.tensor(self.texts(session)), cached.valid.shape[1]
             rows = (torch.arange(n) >= n - texts[:, None]).to(cached.valid.device)
-            state["received"] = received(cached.seen, rows, cached.valid)[..., n - int(texts.max()) :]
-            state["gone"] = torch.zeros_like(texts)
-            self.evict(session, cached.layer, layer, state)
+            stored.received = received(cached.seen, rows, cached.valid)[..., n - int(texts.max()) :]
+            stored.gone = torch.zeros_like(texts)
+            self.evict(session, cached.layer, layer, stored)
 
     def after_step(self, cached: Cached, layer: SplitLayer) -> None:
-        session, state = cached.session, self.state(cached.session, cached.layer)
+        session, stored = cached.session, self.stored(cached.session, cached.layer)
         whole = self.splits and self.whole(session)
         if not whole and self.text_keep == 1:
             return
@@ -99,10 +103,10 @@ class AVL(CachePruner):
             self.lay_aside(session, cached.layer, layer, rows[:, :, -1].mean(dim=1))
         if self.text_keep < 1:
             count, heads = rows.shape[2], cached.keys.shape[1]
-            before = torch.nn.functional.pad(state["received"], (0, count))
-            state["received"] = before + rows.unflatten(1, (heads, -1)).sum(dim=(2, 3))[..., -before.shape[2] :]
-            if self.step(session) % self.text_every == 0:
-                self.evict(session, cached.layer, layer, state)
+            before = torch.nn.functional.pad(stored.received, (0, count))
+            stored.received = before + rows.unflatten(1, (heads, -1)).sum(dim=(2, 3))[..., -before.shape[2] :]
+            if step(session) % self.text_every == 0:
+                self.evict(session, cached.layer, layer, stored)
 
     def texts(self, session: Session) -> list[int]:
         """Text columns after each row's last image so far, evicted or not; 0 for a row without an image."""
@@ -117,13 +121,13 @@ class AVL(CachePruner):
             columns = visual[row].nonzero()[:, 0]
             order = weights[row, columns].sort(descending=True, stable=True).indices
             core[row, columns[order[: share_of(self.core, total)]]] = True
-        lay_aside(session, i, layer, core, self.state(session, i))
+        lay_aside(session, i, layer, core, self.stored(session, i))
 
-    def evict(self, session: Session, i: int, layer: SplitLayer, state: dict[str, torch.Tensor]) -> None:
-        """Drop the text columns that were looked at least; state["received"] [B, Hkv, t] ends where layer i's columns do."""
-        got, texts = state["received"], self.texts(session)
+    def evict(self, session: Session, i: int, layer: SplitLayer, stored: Stored) -> None:
+        """Drop the text columns that were looked at least; stored.received ends where layer i's columns do."""
+        got, texts = stored.received, self.texts(session)
         budgets = [max(round(self.text_keep * t), self.text_start) for t in texts]
-        count, budget = torch.tensor(texts) - state["gone"], torch.tensor(budgets)
+        count, budget = torch.tensor(texts) - stored.gone, torch.tensor(budgets)
         heavy = torch.tensor([int(self.heavy * b) for b in budgets])
         if bool((count <= budget).all()):
             return
@@ -136,5 +140,10 @@ class AVL(CachePruner):
         gone = torch.nn.functional.pad(old & (rank >= heavy), ahead)
         index = shorten(session, i, layer, (types.to(got.device) != PAD)[:, None] & ~gone)
         count = torch.minimum(count, budget)
-        state["gone"] = torch.tensor(texts) - count
-        state["received"] = torch.nn.functional.pad(got, ahead).gather(2, index)[..., -int(count.max()) :]
+        stored.gone = torch.tensor(texts) - count
+        stored.received = torch.nn.functional.pad(got, ahead).gather(2, index)[..., -int(count.max()) :]
+
+
+def step(session: Session) -> int:
+    """1 for the first step after the prompt."""
+    return session.start - session.prompt_len + 1

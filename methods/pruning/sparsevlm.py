@@ -9,8 +9,14 @@ import torch
 
 from vlm_fix import param
 from vlm_fix.arch import Arch
+from vlm_fix.memory import Memory
 from vlm_fix.pruning.columns import ImageColumns
 from vlm_fix.pruning.kinds import StagedPruner, Tokens, schedule, share_of
+
+
+@dataclass
+class Raters(Memory):
+    rows: torch.Tensor | None = None  # bool [B, n]
 
 
 @dataclass(frozen=True)
@@ -72,16 +78,16 @@ class SparseVLM(StagedPruner):
 
     def raters(self, tokens: Tokens) -> torch.Tensor:
         """[B, n] True for the rater tokens."""
-        state = tokens.session.whole.state(self)
-        if "raters" not in state:
+        raters = tokens.session.whole.memory(self, Raters)
+        if raters.rows is None:
             question = tokens.question
             rows = torch.zeros_like(question)
             for b in range(len(rows)):
                 x, text, image = tokens.first[b].float(), question[b].nonzero()[:, 0], tokens.images[b] > 0
                 match = (x[image] @ x[text].T).softmax(dim=-1).mean(dim=0)
                 rows[b, text] = match > match.mean()
-            state["raters"] = torch.where(rows.any(dim=1, keepdim=True), rows, tokens.last)
-        return state["raters"][:, -tokens.images.shape[1] :]  # the question's columns are the last ones at every stage
+            raters.rows = torch.where(rows.any(dim=1, keepdim=True), rows, tokens.last)
+        return raters.rows[:, -tokens.images.shape[1] :]  # the question's columns are the last ones at every stage
 
 
 def cluster(x: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:

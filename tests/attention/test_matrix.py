@@ -1,7 +1,7 @@
 """The matrix: every attention and hidden-state method x family x precision against its float64 reference in `edits`.
 
 A cell is one greedy run of a left-padded batch, prompt and 8 steps, each row of it against the reference on that prompt
-alone. A method is one row of ROWS.
+alone. The rows are those of `CASES` in tests/support/cases.py.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import vlm_fix
-from tests.support.cases import SPECS
-from tests.support.matrix import ALL, COSINE, FAMILIES, LIMIT, REFUSED, ROWS, check, pair, prompts
+from tests.support.cases import ALL, ROWS, SPECS
+from tests.support.matrix import COSINE, FAMILIES, LIMIT, REFUSED, check, pair, prompts
 from tests.support.models import IMAGE, make_inputs, single
 from tests.support.references import attention as edits
 from tests.support.run import OPTIONS, greedy, works

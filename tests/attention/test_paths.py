@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 import vlm_fix
 from tests.support import families
+from tests.support.cases import ROWS
 from tests.support.families import prompt
-from tests.support.matrix import ROWS, check
+from tests.support.matrix import check
 from tests.support.models import BUILD, make_inputs, single
 from tests.support.references import attention as edits
 from tests.support.references import base as ref

@@ -176,8 +176,8 @@ def test_a_disk_that_refuses_is_a_sentence(tmp_path, capsys, monkeypatch):
 def test_a_warning_is_a_sentence(files, tmp_path, capsys):
     twice = write(tmp_path / "t.jsonl", [{"image_id": 9, "caption": "A dog."}] * 2)
     assert cli.main(["score", "chair", twice, "--variant", "pattern"]) == 0
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("warning: ") and "several captions" in line
+    read, line = capsys.readouterr().err.splitlines()
+    assert read.startswith("read 2 answers") and line.startswith("warning: ") and "several captions" in line
 
 
 def test_bench_prints_what_its_brackets_are():

@@ -8,7 +8,17 @@ from hypothesis import strategies as st
 from vlm_fix.errors import VlmFixError
 from vlm_fix.eval.scorers.chair import score as chair
 from vlm_fix.eval.scorers.pope import score as pope
-from vlm_fix.eval.stats import mcnemar, outcomes, paired_bootstrap, ratio, spread, transitions
+from vlm_fix.eval.stats import (
+    Comparison,
+    holm,
+    mcnemar,
+    outcomes,
+    p_value,
+    paired_bootstrap,
+    ratio,
+    spread,
+    transitions,
+)
 
 ACCURACY = {"accuracy": lambda s: ratio(s["correct"], s["n"])}
 
@@ -174,3 +184,42 @@ def test_equal_length_counts_only_what_both_captions_had_room_for() -> None:
     assert all(rows == base.rows for rows in same)
     with pytest.raises(VlmFixError, match="same images"):
         chair.at_equal_length(base, chair.score([chair.Caption(1, "a car")], truth, "pattern"))
+
+
+@given(st.floats(-1, 1), st.floats(0, 1), st.floats(0, 1), st.sampled_from([0.9, 0.95, 0.99]))
+@settings(max_examples=200, deadline=None)
+def test_p_is_below_alpha_exactly_where_the_interval_excludes_zero(
+    delta: float, below: float, above: float, level: float
+) -> None:
+    found = Comparison(0, delta, delta, delta - below, delta + above, level)
+    if min(abs(found.low), abs(found.high)) > 1e-6:  # away from an interval that ends at 0
+        assert (found.p < 1 - level) == (found.excludes_zero and delta != 0)
+    assert 0 <= found.p <= 1
+
+
+def test_p_of_a_symmetric_interval_is_that_of_the_normal_test() -> None:
+    # Altman and Bland 2011, first example: a ratio of .81 [.70, .94], p = .005; its bounds are rounded to two digits
+    low, delta, high = np.log([0.70, 0.81, 0.94])
+    assert p_value(delta, low, high) == pytest.approx(0.005, abs=1e-3)
+    assert p_value(0.1, -0.1, 0.3) == pytest.approx(0.3271, abs=1e-4), "z = 1.96 / 2"
+    assert p_value(0.1, 0.1, 0.1) == 0.0 and p_value(0.0, -0.1, 0.2) == 1.0
+
+
+@given(st.lists(st.floats(0, 1), max_size=12))
+@settings(max_examples=100, deadline=None)
+def test_holm_rejects_what_stepping_down_rejects(ps: list[float]) -> None:
+    corrected, m = holm(ps), len(ps)
+    for alpha in (0.01, 0.05, 0.2):
+        left = sorted(range(m), key=ps.__getitem__)
+        rejected = set()
+        while left and ps[left[0]] * len(left) <= alpha:  # against alpha / hypotheses that are left
+            rejected.add(left.pop(0))
+        assert {i for i in range(m) if corrected[i] <= alpha} == rejected
+    assert all(c >= p for c, p in zip(corrected, ps, strict=True))
+
+
+def test_holm_keeps_the_chance_of_any_false_claim() -> None:
+    rng = np.random.default_rng(0)
+    draws = rng.random((4000, 15))
+    plain, corrected = (np.mean([min(f(list(row))) < 0.05 for row in draws]) for f in (list, holm))
+    assert plain > 0.5 and corrected == pytest.approx(0.05, abs=0.012)

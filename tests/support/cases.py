@@ -1,14 +1,16 @@
 """One case a method: what the contracts in `tests/contracts` hold every registered method to.
 
-A new method is one entry here; its float64 reference is a row of `ROWS` in `matrix.py`, or a test in its own folder.
+A new method is one entry here. `rows` are specs of attention and hidden-state methods with their float64 references, which
+`matrix.py` runs in four families; other kinds have tests of their own in the folder of the kind.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from tests.support.matrix import CUT, IRI
+from tests.support.references import attention as edits
+from tests.support.references import base as ref
 from tests.support.run import VAR_TINY
 
 MODES = ("cache_implementation", "prefill_chunk_size", "prompt_lookup_num_tokens")
@@ -21,6 +23,7 @@ class Case:
     specs: tuple[str, ...]
     neutral: tuple[str, ...]
     refuses: Mapping[str, str] = field(default_factory=dict)  # an option of generate -> words of the sentence
+    rows: Mapping[str, Callable] = field(default_factory=dict)  # spec -> its float64 loops on a `matrix.Prompt`
     effect: bool = True  # False: it changes nothing at all
     scores: bool = True  # False: a decoding loop of its own, which returns tokens alone
 
@@ -30,8 +33,13 @@ class Case:
 
 
 def edit(*specs: str, neutral: tuple[str, ...], **more) -> Case:
-    """A method that works in every mode of `generate`, unless `refuses` says otherwise."""
-    return Case(specs, neutral, **more)
+    """A method that works in every mode of `generate`, unless `refuses` says otherwise; without `specs`: the first row's."""
+    return Case(specs or tuple(more["rows"])[:1], neutral, **more)
+
+
+def row(cls, layers, **values):
+    """The reference `cls` of an edit, on these layers."""
+    return lambda p: cls(**p.at, layers=list(layers), **values)
 
 
 def pruner(*specs: str, neutral: tuple[str, ...] = (), **refuses: str) -> Case:
@@ -46,6 +54,10 @@ def loop(*specs: str, neutral: tuple[str, ...], **refuses: str) -> Case:
     return Case(specs, neutral, {o: o for o in (*MODES, "num_beams", "num_return_sequences")} | refuses, scores=False)
 
 
+ALL = (0, 1, 2, 3)
+CUT = ((0, 0), (0, 2), (1, 1), (1, 3), (3, 0), (3, 1), (3, 2))
+RATES = {"attention": (0.4, 0.1, 0.3, 0.2), "mlp": (0.1, 0.5, 0.2, 0.3)}
+IRI = "iri:rr_attention=0.4|0.1|0.3|0.2,rr_mlp=0.1|0.5|0.2|0.3,sources=2,targets=3,lambda_a=4,lambda_m=4"
 CHUNKS = {"prefill_chunk_size": "whole prompt in one forward"}
 HEADS = "|".join(f"{layer}.{head}" for layer, head in CUT)
 MARKS, THINGS = ("|".join(map(str, range(*ids))) for ids in ((3, 40), (40, 60)))
@@ -55,24 +67,144 @@ CASES = {
     for case in (
         edit("baseline", neutral=("baseline",), effect=False),
         # attention, heads, hidden states
-        edit("act:threshold=0.06,beta=0.1,layers=0-", neutral=("act:beta=1", "act:threshold=1"), refuses=CHUNKS),
-        edit(f"ad_hh:threshold=0.15,head_list={HEADS}", neutral=("ad_hh:threshold=1.5,head_list=0.0",)),
-        edit("avar:visual=1.8,system=0.4", neutral=("avar:visual=1,system=0",)),
-        edit("cca", neutral=("cca:positions=false,mask=false",), refuses=CHUNKS),
-        edit("gift:alpha=3,source_layer=1,layers=2-3", neutral=("gift:alpha=0",)),
-        edit("hgai:alpha=1,layers=0-", neutral=("hgai:alpha=0",)),
-        edit("locore:beta=2,window=3", neutral=("locore:beta=0",)),
-        edit("pai:alpha=0.5", "pai:alpha=0.5,gamma=1.3", neutral=("pai:alpha=0",)),
-        edit("paint:alpha=1,beta=0.7,layers=0-", neutral=("paint:alpha=0,beta=0",)),
-        edit("tame:gamma=0.4", neutral=("tame:gamma=0",), refuses=CHUNKS),
-        edit("vaf:enhance=2,suppress=0.5,layers=0-", neutral=("vaf:enhance=1,suppress=1",)),
-        edit(f"var:{VAR_TINY}", neutral=("var:p=0",)),
-        edit("zerotuning:rate=0.1", neutral=("zerotuning:rate=1",)),
-        edit("head_pursuit:head_list=1.0|3.2|3.3,factor=-1", neutral=("head_pursuit:head_list=1.2,factor=1",)),
+        edit(
+            neutral=("act:beta=1", "act:threshold=1"),
+            refuses=CHUNKS,
+            rows={
+                "act:threshold=0.06,beta=0.1,layers=0-": row(edits.ACT, ALL, threshold=0.06, beta=0.1),
+                "act:threshold=0.04,beta=0,head_list=1.0|1.2|2.3": row(
+                    edits.ACT, (1, 2), threshold=0.04, beta=0, heads=((1, 0), (1, 2), (2, 3))
+                ),
+                "act:sinks=secondary,life=1|4,beta=0.1,layers=0-": lambda p: edits.ACT(
+                    **p.at, layers=[*ALL], beta=0.1, secondary=p.secondary(1, 4)
+                ),
+            },
+        ),
+        edit(
+            neutral=("ad_hh:threshold=1.5,head_list=0.0",),
+            rows={
+                "ad_hh:threshold=0.15,head_list=" + "|".join(f"{i}.{h}" for i, h in CUT): row(
+                    edits.ADHH, (0, 1, 3), heads=CUT, threshold=0.15
+                )
+            },
+        ),
+        edit(
+            neutral=("avar:visual=1,system=0",),
+            rows={"avar:visual=1.8,system=0.4": row(edits.Factors, ALL, image=1.8, system=0.6)},
+        ),
+        edit(
+            neutral=("cca:positions=false,mask=false",),
+            refuses=CHUNKS,
+            rows={
+                "cca": lambda p: edits.CCA(**p.at, layers=[], grids=p.grids(), mrope="image_grid_thw" in p.inputs),
+                "cca:mask=false": lambda p: edits.CCA(
+                    **p.at, layers=[], grids=p.grids(), mrope="image_grid_thw" in p.inputs, mask=False
+                ),
+                "cca:positions=false": lambda p: edits.CCA(
+                    **p.at, layers=[], grids=p.grids(), mrope="image_grid_thw" in p.inputs, positions=False
+                ),
+            },
+        ),
+        edit(
+            neutral=("gift:alpha=0",),
+            rows={
+                "gift:alpha=3,source_layer=1,layers=2-3": row(
+                    edits.GIFT, (1, 2, 3), rows="after_image", alpha=3, source=1, edited_layers=(2, 3)
+                ),
+                "gift:alpha=2,source_layer=2,layers=1-3": row(
+                    edits.GIFT, (1, 2, 3), rows="after_image", alpha=2, source=2, edited_layers=(1, 2, 3)
+                ),
+                "gift:alpha=2,source_layer=3,layers=0-2": row(
+                    edits.GIFT, (0, 1, 2, 3), rows="after_image", alpha=2, source=3, edited_layers=(0, 1, 2)
+                ),
+            },
+        ),
+        edit(neutral=("hgai:alpha=0",), rows={"hgai:alpha=1,layers=0-": row(edits.HGAI, ALL, alpha=1)}),
+        edit(neutral=("locore:beta=0",), rows={"locore:beta=2,window=3": row(edits.LocoRE, ALL, beta=2, window=3)}),
+        edit(
+            "pai:alpha=0.5",
+            "pai:alpha=0.5,gamma=1.3",
+            neutral=("pai:alpha=0",),
+            rows={"pai:alpha=0.7,layers=1-": row(ref.PaiReference, (1, 2, 3), alpha=0.7)},
+        ),
+        edit(
+            neutral=("paint:alpha=0,beta=0",),
+            rows={
+                "paint:alpha=1,beta=0.7,layers=0-": lambda p: edits.PAINT(
+                    **p.at, layers=[*ALL], alpha=1, beta=0.7, encoder=p.encoder()
+                ),
+                "paint:alpha=3,beta=1,head_scale=sensitive,layers=0-": lambda p: edits.PAINT(
+                    **p.at, layers=[*ALL], alpha=3, beta=1, sensitive=True, encoder=p.encoder()
+                ),
+            },
+        ),
+        edit(
+            neutral=("tame:gamma=0",),
+            refuses=CHUNKS,
+            rows={
+                "tame:gamma=0.4": lambda p: edits.TAME(**p.at, layers=[*ALL], gamma=0.4, windows=p.windows),
+                "tame:gamma=1,layers=1|3": lambda p: edits.TAME(**p.at, layers=[1, 3], gamma=1, windows=p.windows),
+            },
+        ),
+        edit(
+            neutral=("vaf:enhance=1,suppress=1",),
+            rows={"vaf:enhance=2,suppress=0.5,layers=0-": row(edits.Factors, ALL, image=2, system=0.5)},
+        ),
+        edit(
+            f"var:{VAR_TINY}",
+            neutral=("var:p=0",),
+            rows={
+                "var:tau=2,min_visual_mass=0.1,rho=0.2,p=0.9,layers=0-": row(
+                    ref.VarReference, ALL, tau=2, rho=0.2, min_visual_mass=0.1, p=0.9
+                ),
+                "var:sink_dims=3|17|40,p=0.9,tau=1.5,min_visual_mass=0.1,rho=0.2,layers=0-": row(
+                    ref.VarReference, ALL, tau=1.5, rho=0.2, min_visual_mass=0.1, dims=(3, 17, 40), p=0.9
+                ),
+                "var:detector=secondary,life=0|5,min_visual_mass=0,rho=0,p=0.9,layers=0-": lambda p: ref.VarReference(
+                    **p.at, layers=[*ALL], p=0.9, rho=0, min_visual_mass=0, secondary=p.secondary(0, 5)
+                ),
+            },
+        ),
+        edit(
+            neutral=("zerotuning:rate=1",),
+            rows={
+                "zerotuning:rate=0.1": row(edits.ZeroTuning, ALL, rate=0.1),
+                "zerotuning:rate=9,head_indices=0|3,layers=1-2": row(edits.ZeroTuning, (1, 2), rate=9, heads=(0, 3)),
+            },
+        ),
+        edit(
+            neutral=("head_pursuit:head_list=1.2,factor=1",),
+            rows={
+                "head_pursuit:head_list=1.0|3.2|3.3,factor=-1": row(
+                    edits.HeadPursuit, (1, 3), factors={(1, 0): -1, (3, 2): -1, (3, 3): -1}
+                ),
+                "head_pursuit:head_list=0.1|2.2,factor=3,prompt_rows=all": row(
+                    edits.HeadPursuit, (0, 2), rows="all", factors={(0, 1): 3, (2, 2): 3}
+                ),
+            },
+        ),
         edit("random_heads:seed=1,layers=1-3", neutral=("random_heads:alpha=1",)),
-        edit("spin:keep=0.8,epsilon=0.1,layers=0-", neutral=("spin:keep=1", "spin:epsilon=1")),
-        edit("vhr", neutral=("vhr:alpha=1",)),
-        edit(IRI, neutral=(f"{IRI},lambda_a=0,lambda_m=0".replace("lambda_a=4,lambda_m=4,", ""), "iri:lambda_a=0,lambda_m=0")),
+        edit(
+            neutral=("spin:keep=1", "spin:epsilon=1"),
+            rows={
+                "spin:keep=0.8,epsilon=0.1,layers=0-": row(edits.SPIN, ALL, keep=3, epsilon=0.1),
+                "spin:keep=0.25,epsilon=0,layers=1|3": row(edits.SPIN, (1, 3), keep=1, epsilon=0),
+            },
+        ),
+        edit(
+            "vhr",
+            neutral=("vhr:alpha=1",),
+            rows={
+                "vhr:layers=0-": lambda p: ref.VhrReference(**p.at, layers=[*ALL], text=p.text()),
+                "vhr:prompt_rows=all,alpha=1.5": lambda p: ref.VhrReference(
+                    **p.at, layers=[1, 2, 3], rows="all", alpha=1.5, text=p.text()
+                ),
+            },
+        ),
+        edit(
+            neutral=(f"{IRI},lambda_a=0,lambda_m=0".replace("lambda_a=4,lambda_m=4,", ""), "iri:lambda_a=0,lambda_m=0"),
+            rows={IRI: row(edits.IRI, ALL, rates=RATES, strength={"attention": 4, "mlp": 4}, sources=2, targets=3)},
+        ),
         # contrasts
         edit("causalmm:beta=0.01", neutral=("causalmm:gamma=0", "causalmm:vision=none,language=none")),
         edit("decore:head_list=1.0|1.3|2.2|3.1", neutral=("decore:alpha=0,head_list=1.0",)),
@@ -92,8 +224,12 @@ CASES = {
         edit("yes_threshold:yes=3|69|32,no=20|52,mass=0.02,margin=0.9", neutral=("yes_threshold:margin=0",)),
         # procedures
         edit(CROP, f"{CROP},images=both", neutral=(f"{CROP},top=1.0", f"{CROP},top=1.0,images=both")),
-        loop("opera:threshold=1,warmup=2,beams=3,candidates=3", neutral=("opera:weight=0",), do_sample="do_sample",
-             streamer="streamer"),
+        loop(
+            "opera:threshold=1,warmup=2,beams=3,candidates=3",
+            neutral=("opera:weight=0",),
+            do_sample="do_sample",
+            streamer="streamer",
+        ),
         loop("sgrs:layers=1-3,alpha=1", neutral=("sgrs:top_k=1",)),
         # pruning before the language model, in its layers, in its cache
         pruner("divprune"),
@@ -102,19 +238,26 @@ CASES = {
         pruner("random_tokens"),
         pruner("uniform_grid"),
         pruner("visionzip:contextual=0.4"),
-        pruner("vscan:windows=2", "vscan:windows=2,llm_keep=1",
-               neutral=("vscan:windows=2,llm_keep=1,keep=1.0", "vscan:windows=2,llm_keep=1,keep=1000")),
+        pruner(
+            "vscan:windows=2",
+            "vscan:windows=2,llm_keep=1",
+            neutral=("vscan:windows=2,llm_keep=1,keep=1.0", "vscan:windows=2,llm_keep=1,keep=1000"),
+        ),
         pruner("zoo_prune:directions=3,seed=4"),
         pruner("fastv:keep=5", neutral=("fastv:keep=1.0", "fastv:keep=99")),
         pruner("ptp:keep=4", neutral=("ptp:keep=99",)),
         pruner("pyramid_drop", neutral=("pyramid_drop:keep=99|99|99",)),
         pruner("sparsevlm", neutral=("sparsevlm:keep=1|99|1",)),
-        pruner("a_vl:core=0.2,text_start=3,text_every=2", num_beams="a_vl does not work with beams",
-               neutral=("a_vl:keep=99,core=1,text_keep=1", "a_vl:keep=1,every=1,text_start=99")),
+        pruner(
+            "a_vl:core=0.2,text_start=3,text_every=2",
+            num_beams="a_vl does not work with beams",
+            neutral=("a_vl:keep=99,core=1,text_keep=1", "a_vl:keep=1,every=1,text_start=99"),
+        ),
         pruner("expected_attention:keep=3", neutral=("expected_attention:keep=99",)),
         pruner("knorm:keep=3", neutral=("knorm:keep=99", "knorm:keep=1.0")),
     )
-}  # fmt: skip
+}
+ROWS = {spec: reference for case in CASES.values() for spec, reference in case.rows.items()}
 SPECS = {spec: case for case in CASES.values() for spec in case.specs}
 NEUTRAL = [spec for case in CASES.values() for spec in case.neutral]
 

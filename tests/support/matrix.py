@@ -1,7 +1,7 @@
 """The matrix of attention and hidden-state methods: one row a method, its cells, and what a reference looks at.
 
 A cell is one greedy run of a left-padded batch, prompt and 8 steps, each row of it against the reference on that prompt
-alone. A method is one row of ROWS.
+alone. The rows are those of `CASES` in cases.py.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 
 import vlm_fix
 from tests.support import families
+from tests.support.cases import ALL
 from tests.support.models import BUILD, IMAGE, PAD, VIDEO, make_inputs, single, tiny_llava
 from tests.support.references import attention as edits
 from tests.support.references import base as ref
@@ -162,79 +163,6 @@ def recorded(model, monkeypatch):
                 hook.remove()
 
 
-def row(cls, layers, **values):
-    return lambda p: cls(**p.at, layers=list(layers), **values)
-
-
-ALL = (0, 1, 2, 3)
-CUT = ((0, 0), (0, 2), (1, 1), (1, 3), (3, 0), (3, 1), (3, 2))
-RATES = {"attention": (0.4, 0.1, 0.3, 0.2), "mlp": (0.1, 0.5, 0.2, 0.3)}
-IRI = "iri:rr_attention=0.4|0.1|0.3|0.2,rr_mlp=0.1|0.5|0.2|0.3,sources=2,targets=3,lambda_a=4,lambda_m=4"
-ROWS = {
-    "pai:alpha=0.7,layers=1-": row(ref.PaiReference, (1, 2, 3), alpha=0.7),
-    "var:tau=2,min_visual_mass=0.1,rho=0.2,p=0.9,layers=0-": row(
-        ref.VarReference, ALL, tau=2, rho=0.2, min_visual_mass=0.1, p=0.9
-    ),
-    "var:sink_dims=3|17|40,p=0.9,tau=1.5,min_visual_mass=0.1,rho=0.2,layers=0-": row(
-        ref.VarReference, ALL, tau=1.5, rho=0.2, min_visual_mass=0.1, dims=(3, 17, 40), p=0.9
-    ),
-    "var:detector=secondary,life=0|5,min_visual_mass=0,rho=0,p=0.9,layers=0-": lambda p: ref.VarReference(
-        **p.at, layers=[*ALL], p=0.9, rho=0, min_visual_mass=0, secondary=p.secondary(0, 5)
-    ),
-    "vhr:layers=0-": lambda p: ref.VhrReference(**p.at, layers=[*ALL], text=p.text()),
-    "vhr:prompt_rows=all,alpha=1.5": lambda p: ref.VhrReference(
-        **p.at, layers=[1, 2, 3], rows="all", alpha=1.5, text=p.text()
-    ),
-    "paint:alpha=1,beta=0.7,layers=0-": lambda p: edits.PAINT(
-        **p.at, layers=[*ALL], alpha=1, beta=0.7, encoder=p.encoder()
-    ),
-    "paint:alpha=3,beta=1,head_scale=sensitive,layers=0-": lambda p: edits.PAINT(
-        **p.at, layers=[*ALL], alpha=3, beta=1, sensitive=True, encoder=p.encoder()
-    ),
-    "gift:alpha=3,source_layer=1,layers=2-3": row(
-        edits.GIFT, (1, 2, 3), rows="after_image", alpha=3, source=1, edited_layers=(2, 3)
-    ),
-    "gift:alpha=2,source_layer=2,layers=1-3": row(
-        edits.GIFT, (1, 2, 3), rows="after_image", alpha=2, source=2, edited_layers=(1, 2, 3)
-    ),
-    "gift:alpha=2,source_layer=3,layers=0-2": row(
-        edits.GIFT, (0, 1, 2, 3), rows="after_image", alpha=2, source=3, edited_layers=(0, 1, 2)
-    ),
-    "locore:beta=2,window=3": row(edits.LocoRE, ALL, beta=2, window=3),
-    IRI: row(edits.IRI, ALL, rates=RATES, strength={"attention": 4, "mlp": 4}, sources=2, targets=3),
-    "avar:visual=1.8,system=0.4": row(edits.Factors, ALL, image=1.8, system=0.6),
-    "head_pursuit:head_list=1.0|3.2|3.3,factor=-1": row(
-        edits.HeadPursuit, (1, 3), factors={(1, 0): -1, (3, 2): -1, (3, 3): -1}
-    ),
-    "head_pursuit:head_list=0.1|2.2,factor=3,prompt_rows=all": row(
-        edits.HeadPursuit, (0, 2), rows="all", factors={(0, 1): 3, (2, 2): 3}
-    ),
-    "act:threshold=0.06,beta=0.1,layers=0-": row(edits.ACT, ALL, threshold=0.06, beta=0.1),
-    "act:threshold=0.04,beta=0,head_list=1.0|1.2|2.3": row(
-        edits.ACT, (1, 2), threshold=0.04, beta=0, heads=((1, 0), (1, 2), (2, 3))
-    ),
-    "act:sinks=secondary,life=1|4,beta=0.1,layers=0-": lambda p: edits.ACT(
-        **p.at, layers=[*ALL], beta=0.1, secondary=p.secondary(1, 4)
-    ),
-    "zerotuning:rate=0.1": row(edits.ZeroTuning, ALL, rate=0.1),
-    "zerotuning:rate=9,head_indices=0|3,layers=1-2": row(edits.ZeroTuning, (1, 2), rate=9, heads=(0, 3)),
-    "cca": lambda p: edits.CCA(**p.at, layers=[], grids=p.grids(), mrope="image_grid_thw" in p.inputs),
-    "cca:mask=false": lambda p: edits.CCA(
-        **p.at, layers=[], grids=p.grids(), mrope="image_grid_thw" in p.inputs, mask=False
-    ),
-    "cca:positions=false": lambda p: edits.CCA(
-        **p.at, layers=[], grids=p.grids(), mrope="image_grid_thw" in p.inputs, positions=False
-    ),
-    "vaf:enhance=2,suppress=0.5,layers=0-": row(edits.Factors, ALL, image=2, system=0.5),
-    "ad_hh:threshold=0.15,head_list=" + "|".join(f"{i}.{h}" for i, h in CUT): row(
-        edits.ADHH, (0, 1, 3), heads=CUT, threshold=0.15
-    ),
-    "hgai:alpha=1,layers=0-": row(edits.HGAI, ALL, alpha=1),
-    "spin:keep=0.8,epsilon=0.1,layers=0-": row(edits.SPIN, ALL, keep=3, epsilon=0.1),
-    "spin:keep=0.25,epsilon=0,layers=1|3": row(edits.SPIN, (1, 3), keep=1, epsilon=0),
-    "tame:gamma=0.4": lambda p: edits.TAME(**p.at, layers=[*ALL], gamma=0.4, windows=p.windows),
-    "tame:gamma=1,layers=1|3": lambda p: edits.TAME(**p.at, layers=[1, 3], gamma=1, windows=p.windows),
-}
 REFUSED = {
     ("video", "paint"): "no video",
     ("video", "cca"): "no video",

@@ -18,7 +18,7 @@ def column_attention(inputs: AttentionInputs, factors: list[ColumnFactors]) -> t
     is never formed and the causal kernels stay. Below float32 the bias is split in two parts, high and low.
     """
     query, key, value, scaling = inputs.query, inputs.key, inputs.value, inputs.scores.scaling
-    dim = query.shape[-1]
+    dim = value.shape[-1]  # latent attention has values smaller than its keys
     biases: list[tuple[torch.Tensor, torch.Tensor | None]] = []
     for scale, bias, heads, row_factor in factors:
         if scale is not None:
@@ -35,6 +35,8 @@ def column_attention(inputs: AttentionInputs, factors: list[ColumnFactors]) -> t
             rest = rest - part
             key = torch.cat([key, part.expand(key.shape[0], -1, -1, -1)], dim=-1)
             query = torch.cat([query, on[None, :, None, None].expand(*query.shape[:3], 1)], dim=-1)
-    extra = -query.shape[-1] % 8 if biases else 0  # fused kernels want equal head sizes, multiples of 8
-    query, key, value = (pad(x, (0, query.shape[-1] + extra - x.shape[-1])) for x in (query, key, value))
+    if biases:
+        width = max(query.shape[-1], dim)
+        width += -width % 8  # fused kernels want equal head sizes, multiples of 8
+        query, key, value = (pad(x, (0, width - x.shape[-1])) for x in (query, key, value))
     return replace(inputs, query=query, key=key, value=value, scaling=scaling).sdpa()[..., :dim]

@@ -28,7 +28,7 @@ def few_columns_attention(
     columns one by one, and the others' sum, which `reweight` treats as a single column. Nothing is subtracted.
     """
     query, key, value = inputs.query, inputs.key, inputs.value
-    dim, groups = query.shape[-1], query.shape[1] // key.shape[1]
+    dim, groups = value.shape[-1], query.shape[1] // key.shape[1]
     separate = edit.separate_columns(rows).expand(len(query), query.shape[1], 1, key.shape[2])
     union = separate.reshape(*key.shape[:2], groups, -1).any(dim=2)  # [B, Hkv, K]
     count = int(union.sum(dim=-1).max())
@@ -38,9 +38,10 @@ def few_columns_attention(
     units = value.new_zeros(*union.shape, count + 1)
     units.scatter_(2, index[:, :, None], union.gather(2, index)[:, :, None].to(value.dtype))
     units[..., count] = ~union
-    extra = count + 1 + -(dim + count + 1) % 8  # fused kernels want equal head sizes, multiples of 8
-    wide = pad(torch.cat([value * ~union[..., None], units], dim=-1), (0, extra - count - 1))
-    query, key = pad(query, (0, extra)), pad(key, (0, extra))
+    width = max(query.shape[-1], dim + count + 1)
+    width += -width % 8  # fused kernels want equal head sizes, multiples of 8
+    wide = torch.cat([value * ~union[..., None], units], dim=-1)
+    query, key, wide = (pad(x, (0, width - x.shape[-1])) for x in (query, key, wide))
     own = replace(inputs, query=query, key=key, value=wide, scaling=inputs.scores.scaling)
     out = own.sdpa().transpose(1, 2)
     a = out[..., dim : dim + count + 1]

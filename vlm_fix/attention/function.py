@@ -91,14 +91,14 @@ def edited_attention(
     if recorder:
         _record_unedited(inputs, recorder, layer, session, first if edits.stages.need_weights else query.shape[2])
         work.record = functools.partial(recorder.weights, layer, session, first)
-    output = _with_edited_rows(plan, work) if plan else work.output()
+    output = with_edited_rows(plan, work) if plan else work.output()
     if recorder:
         recorder.heads(layer, session, output)
     return output, None
 
 
-def _with_edited_rows(plan: Plan, work: LayerWork) -> torch.Tensor:
-    """The layer's output [B, q, H, D] under the plan."""
+def with_edited_rows(plan: Plan, work: LayerWork) -> torch.Tensor:
+    """The layer's output [B, q, H, D] under the plan; `work.known_output`, if it is there, is written over."""
     if plan.strategy is None:
         return work.output()
     work.keeps_rows = plan.keeps_rows and not torch.is_grad_enabled()

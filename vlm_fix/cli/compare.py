@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -78,7 +80,10 @@ def show(benchmark: Benchmark, base: str, new: list[str], given: Mapping[str, An
         raise VlmFixError(f"--frontier has no effect on {benchmark.name}: it is for captions.")
     if args.frontier:
         check_place(args.frontier)
-    results = {path: benchmark.results(**given, **{benchmark.answers: path}) for path in dict.fromkeys([base, *new])}
+    tell = functools.partial(print, file=sys.stderr)
+    results = {
+        path: benchmark.results(**given, **{benchmark.answers: path}, tell=tell) for path in dict.fromkeys([base, *new])
+    }
     told: list[dict[str, Any]] = []
     for path in new:
         parts = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import sys
 from typing import Any
 
 from vlm_fix.errors import VlmFixError
@@ -15,6 +16,7 @@ from .common import add, add_json
 from .compare import add_common, show
 
 EXAMPLES = """examples:
+  vlm-fix score pope answers.jsonl                         POPE's own questions about COCO, one split or all three
   vlm-fix score pope coco_pope_random.json answers.jsonl --scorer vcd
   vlm-fix score chair captions.jsonl --variant nltk --json"""
 
@@ -32,6 +34,7 @@ def add_to(commands: Any) -> None:
 
 
 def _score(benchmark: Benchmark, args: argparse.Namespace) -> None:
+    told = functools.partial(print, file=sys.stderr)
     given = {a.dest: getattr(args, a.dest) for a in benchmark.arguments}
     if args.against:
         new = given.pop(benchmark.answers)
@@ -40,7 +43,8 @@ def _score(benchmark: Benchmark, args: argparse.Namespace) -> None:
     if args.common or args.frontier:
         name = "--common" if args.common else "--frontier"
         raise VlmFixError(f"{name} has no effect without --against BASE: leave it out.")
-    found = benchmark.score_files(**given)
+    found = benchmark.score_files(**given, tell=told)
+    _tell_misread(found)
     if not isinstance(found, dict):
         _print(args, benchmark.title, found)
     elif args.json:
@@ -49,16 +53,28 @@ def _score(benchmark: Benchmark, args: argparse.Namespace) -> None:
         _print_parts(benchmark.title, found)
 
 
+def _tell_misread(found: Any) -> None:
+    """Say how many answers the scorer takes against their plain word, with an example and the option that reads them."""
+    results = found if isinstance(found, dict) else {"": found.to_dict()}
+    for part, figures in results.items():
+        if isinstance(figures, dict) and figures.get("misread"):
+            where = f"{part}: " if part else ""
+            print(
+                f"note: {where}the scorer {figures['scorer']} takes {figures['misread']} answers against their plain word: "
+                f"{figures['misread_example']}; --scorer ours reads them",
+                file=sys.stderr,
+            )
+
+
 def _print(args: argparse.Namespace, title: str, result: Any) -> None:
     """Print the figures of a result; --json prints its rows as well."""
     import dataclasses
 
-    everything = dataclasses.asdict(result)
-    title = "RePOPE" if everything.get("labels") == "repope" else title
+    title = "RePOPE" if getattr(result, "labels", "") == "repope" else title
     if args.json:
-        print(json.dumps(everything, indent=2, default=str))
+        print(json.dumps(dataclasses.asdict(result) | result.to_dict(), indent=2, default=str))
         return
-    for name, value in everything.items():
+    for name, value in result.to_dict().items():
         if isinstance(value, float):
             print(f"{title}  {name:<20} {value:.5f}")
         elif isinstance(value, int | str):

@@ -19,6 +19,7 @@ from vlm_fix.errors import VlmFixError
 from vlm_fix.families import prompt_positions
 from vlm_fix.families.compat import keeps_columns, with_cache
 from vlm_fix.inputs import InputWing
+from vlm_fix.packing import by_token
 from vlm_fix.scope import RowScope
 from vlm_fix.session import PAD, VISUAL, Session
 from vlm_fix.wing import Host
@@ -99,7 +100,8 @@ class Branch:
         if not start:
             reused.features = self._features()
         if start or reused.features is not None:
-            inputs = {"input_ids": inputs["input_ids"][:, start:], "attention_mask": inputs["attention_mask"]}
+            cut = {name: inputs[name][:, start:] for name in by_token(inputs)}
+            inputs = {**cut, "attention_mask": inputs["attention_mask"]}
         out = self._forward(inputs, positions[..., start:])
         if reused.hidden is not None and self.contrast and self.contrast.stays(session) is None:
             session.views.clear()  # the later layers have all columns

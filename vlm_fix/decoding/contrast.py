@@ -27,24 +27,24 @@ from vlm_fix.wing import Host, Wing
 
 from . import joint
 from .branch import Branch, MainPrompt, ReusedPrompt
-from .kinds import Contrast
+from .kinds import Contrast, log_probs
 from .term import Term
 
 
-def plausible(scores: torch.Tensor, log_probs: torch.Tensor, beta: float) -> torch.Tensor:
-    """Adaptive plausibility constraint (Li et al. 2023): -inf where p < beta max p. [B, V] each."""
+def plausible(scores: torch.Tensor, logits: torch.Tensor, beta: float) -> torch.Tensor:
+    """Adaptive plausibility constraint (Li et al. 2023): -inf where softmax(logits) < beta times its maximum. [B, V] each."""
     if beta <= 0:
         return scores
-    cut = log_probs.amax(dim=-1, keepdim=True) + torch.log(torch.tensor(beta))
-    return scores.masked_fill(log_probs < cut, -torch.inf)
+    cut = logits.amax(dim=-1, keepdim=True) + torch.log(torch.tensor(beta))
+    return scores.masked_fill(logits < cut, -torch.inf)
 
 
 class PrefixContrast(LogitsProcessor):
-    """Replaces the scores [B, V] by `method.combine_at(step, main, *negatives)`, renormalised (beam search adds them up)."""
+    """Replaces the scores [B, V] by `method.combine_at(step, main, *negatives)`; adds: a beam search will add them up."""
 
-    def __init__(self, host: Host, method: Contrast, call: Call, joins: bool = False, term: Term | None = None):
-        self.host, self.method, self.call, self.joins = host, method, call, joins and joint.JOINS
-        self.term = term
+    def __init__(self, host: Host, method: Contrast, call: Call, joins: bool, adds: bool, term: Term | None = None):
+        self.host, self.method, self.call, self.joins = host, method, call, joins
+        self.adds, self.term = adds, term
         self.branches: list[Branch] = []
         self.joint: joint.Joint | None = None
 
@@ -53,14 +53,14 @@ class PrefixContrast(LogitsProcessor):
             wanted = self.method.branches(self.call)
             self.branches = [Branch(self.host, self.call, name, branch, self.method) for name, branch in wanted.items()]
         generated = input_ids[:, self.call.inputs["input_ids"].shape[1] :]
-        negatives = [b.logits(generated).to(scores.device).float().log_softmax(dim=-1) for b in self.branches]
+        negatives = [b.logits(generated).to(scores.device).float() for b in self.branches]
         if self.host.main:
             self.host.main.parts.pop(MainPrompt, None)  # every branch has its prompt now
-        main = scores.float().log_softmax(dim=-1)
+        main, *negatives = (log_probs(x, self.method.on_logits and not self.adds) for x in (scores.float(), *negatives))
         combined = self.method.combine_at(generated.shape[1], main, *negatives)
         if self.term:
             self.term.add(main, combined, generated)
-        return combined.log_softmax(dim=-1).to(scores.dtype)  # type: ignore[return-value]
+        return log_probs(combined, unless=not self.adds).to(scores.dtype)  # type: ignore[return-value]
 
     def join(self, session: Session, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         """A decode step of the main branch, widened to all branches; None where it has to run alone."""
@@ -109,8 +109,8 @@ class ContrastWing(Wing):
     def around_generate(self, call: Call, options: GenerateOptions) -> Iterator[None]:
         self.term = None if options.assisted else Term(options.setting("eos_token_id"))  # drafts have made-up scores
         joins = options.beams == 1 and options.kwargs.get("custom_generate") is None and not options.assisted
-        self.running = PrefixContrast(self.host, self.contrast, call, joins, self.term)
-        options.processors.append(self.running)
+        self.running = PrefixContrast(self.host, self.contrast, call, joins, options.beams > 1, self.term)
+        call.processors.append(self.running)
         try:
             yield
         finally:

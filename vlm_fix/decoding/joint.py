@@ -21,7 +21,6 @@ from vlm_fix.wing import Host, JointForward
 
 from .kinds import Contrast, LogitEdit
 
-JOINS = True  # tests switch it off to compare
 UNUSED = {"attention_mask", "mm_token_type_ids", "image_grid_thw", "video_grid_thw"}  # once positions are given
 KNOWN = {"input_ids", "position_ids", *CACHE_NAMES, "use_cache", "return_dict"} | UNUSED
 

@@ -17,6 +17,11 @@ from .search import Search
 from .step import Step
 
 
+def log_probs(scores: torch.Tensor, unless: bool = False) -> torch.Tensor:
+    """Scores [B, V] as log-probabilities, or as they are."""
+    return scores if unless else scores.log_softmax(dim=-1)
+
+
 @dataclass(frozen=True)
 class Negative:
     """A second branch of a contrast: its prompt, and what it does to the prompt's image features.
@@ -38,6 +43,9 @@ class Contrast(Method):
     """
 
     kind: ClassVar[str] = "contrast"
+    on_logits: ClassVar[bool] = False
+    """True: `combine` gets the branches' logits. Their level is seen by generate's own processors: a repetition penalty
+    divides positive scores and multiplies negative ones."""
 
     @property
     def contrasts(self) -> bool:
@@ -67,7 +75,11 @@ class Contrast(Method):
         return {"negative": Negative(self.negative(call))}
 
     def combine(self, l: torch.Tensor, l_neg: torch.Tensor) -> torch.Tensor:
-        """[B, V] float32 log-probabilities of both branches -> unnormalised scores, -inf where cut off. Pure."""
+        """[B, V] float32 log-probabilities of both branches (logits: `on_logits`) -> scores, -inf where cut off. Pure.
+
+        They need not sum to 1: generate's own processors get them as they are. Beam search, which adds scores up, gives
+        log-probabilities in any case, and gets these scores normalised.
+        """
         raise NotImplementedError
 
     def combine_at(self, step: int, l: torch.Tensor, *negatives: torch.Tensor) -> torch.Tensor:
@@ -81,6 +93,7 @@ class LogitEdit(Method, ABC):
 
     kind: ClassVar[str] = "logits"
     needs_image: ClassVar[bool] = False
+    on_logits: ClassVar[bool] = False  # as of a Contrast
 
     @property
     def exits(self) -> tuple[int, ...]:
@@ -89,7 +102,7 @@ class LogitEdit(Method, ABC):
 
     @abstractmethod
     def edit(self, l: torch.Tensor, step: Step) -> torch.Tensor:
-        """[B, V] float32 log-probabilities -> unnormalised scores, -inf where cut off. Pure."""
+        """[B, V] float32 log-probabilities (logits: `on_logits`) -> scores, -inf where cut off. Pure."""
 
 
 @dataclass(frozen=True)

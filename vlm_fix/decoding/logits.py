@@ -18,15 +18,16 @@ from vlm_fix.call import Call
 from vlm_fix.options import GenerateOptions
 from vlm_fix.wing import Host, Wing
 
-from .kinds import LogitEdit
+from .head import Head
+from .kinds import LogitEdit, log_probs
 from .step import Step, fingerprints
 
 
 class LogitEdits(LogitsProcessor):
-    """Applies `edits` in order to the scores [B', V], renormalised; keeps the hidden states they ask for."""
+    """Applies `edits` in order to the scores [B', V], which a beam search `adds` up; keeps the hidden states they ask for."""
 
-    def __init__(self, host: Host, edits: list[LogitEdit], call: Call):
-        self.host, self.edits, self.call = host, edits, call
+    def __init__(self, host: Host, edits: list[LogitEdit], call: Call, adds: bool, head: Head):
+        self.host, self.edits, self.call, self.adds, self.head = host, edits, call, adds, head
         self.seen: dict[
             int, tuple[torch.Tensor, int]
         ] = {}  # layer -> rows [B', n, C], generated tokens before the first
@@ -34,6 +35,7 @@ class LogitEdits(LogitsProcessor):
             host.language.layers[i].register_forward_pre_hook(functools.partial(self._see, i), with_kwargs=True)
             for i in sorted({i for e in edits for i in e.exits})
         ]
+        self.handles += head.hooks() if self.handles else []
 
     def close(self) -> None:
         """Take the hooks off again."""
@@ -42,11 +44,13 @@ class LogitEdits(LogitsProcessor):
 
     @torch.no_grad()
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        step = Step(self.host, lambda: self.prompts, input_ids[:, self.call.inputs["input_ids"].shape[1] :], self.seen)
-        l = scores.float().log_softmax(dim=-1)
+        generated = input_ids[:, self.call.inputs["input_ids"].shape[1] :]
+        step = Step(self.host, lambda: self.prompts, generated, self.seen, self.head)
+        z = scores.float()
         for edit in (e for e in self.edits if all(map(step.reached, e.exits))):
-            l = edit.edit(l, step).log_softmax(dim=-1)
-        return l.to(scores.dtype)  # type: ignore[return-value]
+            z = edit.edit(log_probs(z, unless=edit.on_logits and not self.adds), step)
+            z = log_probs(z, unless=not self.adds)
+        return z.to(scores.dtype)  # type: ignore[return-value]
 
     def _see(self, layer: int, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         """Keep the rows that predict new tokens: one, or several while drafted tokens are checked."""
@@ -71,6 +75,7 @@ class LogitWing(Wing):
     def __init__(self, host: Host):
         super().__init__(host)
         self.edits = [m for m in host.active if isinstance(m, LogitEdit)]
+        self.head = Head(host)
 
     @classmethod
     def claim(cls, host: Host) -> Self | None:
@@ -82,8 +87,8 @@ class LogitWing(Wing):
 
     @contextlib.contextmanager
     def around_generate(self, call: Call, options: GenerateOptions) -> Iterator[None]:
-        processor = LogitEdits(self.host, self.edits, call)
-        options.processors.append(processor)
+        processor = LogitEdits(self.host, self.edits, call, options.beams > 1, self.head)
+        call.processors.append(processor)
         try:
             yield
         finally:

@@ -13,7 +13,7 @@ from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecod
 from vlm_fix.call import Call
 from vlm_fix.errors import VlmFixError
 from vlm_fix.families import prompt_positions
-from vlm_fix.families.compat import cache_of, keeps_columns, with_cache
+from vlm_fix.families.compat import cache_of, detach, keeps_columns, with_cache
 from vlm_fix.memory import Memory
 from vlm_fix.method import Method
 from vlm_fix.pruning.cache import ShortLayer
@@ -114,8 +114,7 @@ class Sequences:
         }
         out = self.host.model(**with_cache(inputs, self.cache))
         self.length += count
-        for layer in self.cache.layers:  # a differentiated step must not reach into the next one
-            layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
+        detach(self.cache)  # a differentiated step must not reach into the next one
         return out.logits[:, -1].float()
 
     def crop(self, count: int) -> None:
@@ -141,6 +140,13 @@ class Sequences:
     def memory(self, method: Method, kind: type[M]) -> M:
         """What `method` remembers, as of the last forward."""
         return self.host.sessions[self.cache].memory(method, kind)
+
+    def need_gradients(self, name: str) -> None:
+        """VlmFixError if a step cannot be differentiated, because the cache overwrites what it was computed from."""
+        if any(x is not None for layer in self.cache.layers for x in getattr(layer, "recurrent_states", {}).values()):
+            raise VlmFixError(
+                f"{name} differentiates each step, which linear attention, whose running states are overwritten, rules out."
+            )
 
     def need_rollback(self, name: str) -> None:
         """VlmFixError if the cache cannot forget tokens."""

@@ -13,6 +13,8 @@ from vlm_fix.families import image_token_ids, split_pixels
 from vlm_fix.session import Session
 from vlm_fix.wing import Host
 
+from .head import Head
+
 
 @dataclass(frozen=True)
 class Step:
@@ -22,6 +24,7 @@ class Step:
     prompts: Callable[[], list[int]]  # a checksum of each prompt, see `fingerprints`
     generated: torch.Tensor  # [B', t]
     seen: dict[int, tuple[torch.Tensor, int]]  # layer -> rows [B', n, C], generated tokens before the first
+    head: Head
 
     @property
     def index(self) -> int:
@@ -46,10 +49,9 @@ class Step:
         return rows is not None and self.index - first < rows.shape[1]
 
     def exit(self, layer: int, norm: bool) -> torch.Tensor:
-        """[B', V] float32 logits of the input of `layer`, through the final norm (if asked) and the language head."""
-        host, (rows, first) = self.host, self.seen[layer]
-        x = rows[:, self.index - first]
-        return host.model.lm_head(host.language.norm(x) if norm else x).float()
+        """[B', V] float32 logits of the input of `layer`, through the final norm (if asked) and all that follows it."""
+        rows, first = self.seen[layer]
+        return self.head(rows[:, self.index - first], norm).float()
 
 
 def fingerprints(call: Call) -> list[int]:

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 import transformers
 from packaging.version import InvalidVersion, Version
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMixin
@@ -76,6 +77,16 @@ def is_latent(model: Any) -> bool:
 def keeps_columns(cache: Any) -> bool:
     """True if every layer of the cache holds the keys of all columns: no window, no running state in their place."""
     return all(hasattr(layer, "keys") and not getattr(layer, "is_sliding", False) for layer in cache.layers)
+
+
+def detach(cache: Any) -> None:
+    """Cut a cache off from what computed it: keys, values, and the running states of linear attention."""
+    for layer in cache.layers:
+        for name, x in vars(layer).items():
+            if isinstance(x, torch.Tensor):
+                setattr(layer, name, x.detach())
+            elif isinstance(x, dict):
+                x.update({k: y.detach() for k, y in x.items() if isinstance(y, torch.Tensor)})
 
 
 def versions() -> str:

@@ -56,7 +56,7 @@ class HiddenWing(Wing):
             for what, module in writers(layer).items():
                 edits = [(e, getattr(e, what)) for e in self.edits if i in e.sees and isinstance(e, STAGES[what])]
                 if edits:
-                    self.host.callbacks[what, i] = functools.partial(self._edit, edits, i)
+                    self.host.callbacks[what, i] = functools.partial(self.edit, edits, i)
                     yield module.register_forward_hook(functools.partial(self._write, what, i))
 
     def _write(
@@ -67,7 +67,7 @@ class HiddenWing(Wing):
         new = compiled.through(self.host, what, layer, x, x.shape[1])
         return (new, *output[1:]) if new is not None and isinstance(output, tuple) else new
 
-    def _edit(self, edits: Sequence[tuple[HiddenEdit, Stage]], layer: int, x: torch.Tensor) -> torch.Tensor | None:
+    def edit(self, edits: Sequence[tuple[HiddenEdit, Stage]], layer: int, x: torch.Tensor) -> torch.Tensor | None:
         """x [B, q, C] with the edited rows written over a copy; None if no row is edited."""
         if self.host.editing is None:
             return None

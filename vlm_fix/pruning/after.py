@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from transformers import DynamicCache
 
 from vlm_fix.errors import VlmFixError
 from vlm_fix.families.compat import cache_of, is_latent
+from vlm_fix.memory import Memory
 from vlm_fix.method import Method
 from vlm_fix.packing import left_pack
 from vlm_fix.session import PAD, VISUAL, Session, View
@@ -63,6 +65,14 @@ def check(host: Host, dropper: LayerPruner) -> None:
         )
 
 
+@dataclass
+class Entered(Memory):
+    """What a later stage may ask about the prompt: what entered the first layer [B, n, C], and the layer before the stage."""
+
+    first: torch.Tensor | None = None
+    seen: Seen | None = None
+
+
 def install(host: Host, dropper: LayerPruner) -> Iterator[Any]:
     """The hooks of a LayerPruner."""
     layers, stages = host.language.layers, dropper.stages
@@ -73,7 +83,7 @@ def install(host: Host, dropper: LayerPruner) -> Iterator[Any]:
             return None
         x, stage = args[0] if args else kwargs["hidden_states"], stages.index(i) if i in stages else None
         if i == 0 and session.start == 0:
-            session.state(dropper)["first"] = x
+            session.memory(dropper, Entered).first = x
         if stage is not None and session.start == 0 and max(session.last_visual) >= 0:
             x = drop(host, dropper, session, i, stage, module, x, kwargs)
         view = session.at(i)
@@ -95,9 +105,8 @@ def install(host: Host, dropper: LayerPruner) -> Iterator[Any]:
         x = args[0] if args else kwargs["hidden_states"]
         keys = cache.layers[i].keys if cache is not None else None
         if i + 1 in stages:
-            session.state(dropper)["seen"] = Seen(
-                attn, x, kwargs["position_embeddings"], keys, kwargs.get("position_ids")
-            )
+            tables, places = kwargs["position_embeddings"], kwargs.get("position_ids")
+            session.memory(dropper, Entered).seen = Seen(attn, x, tables, keys, places)
 
     noted = {s - 1 for s in stages if s} | {0}
     for i, layer in enumerate(layers):
@@ -112,11 +121,12 @@ def drop(
     host: Host, dropper: LayerPruner, session: Session, i: int, stage: int, layer: Any, x: torch.Tensor, kwargs: Any
 ) -> torch.Tensor:
     """Run a stage: -> the hidden states that enter layer `i`; session.views tells the later layers."""
-    before, state = session.at(i), session.state(dropper)
+    before, entered = session.at(i), session.memory(dropper, Entered)
     cache = cache_of(kwargs)
     if cache is not None and not isinstance(cache, DynamicCache):
         raise VlmFixError(f"{dropper.name} does not work with a {type(cache).__name__}; use the default dynamic cache.")
-    first = state["first"]
+    first = entered.first
+    assert first is not None, "the first layer's hook ran"
     if isinstance(before, View):
         index = before.index[..., None].expand(-1, -1, first.shape[-1])
         first = first.gather(1, index.to(first.device))
@@ -125,10 +135,10 @@ def drop(
     places = positions(dropper, before, kwargs.get("position_ids"))
     norm = getattr(layer, "input_layernorm", torch.nn.Identity())  # some decoders normalise what a module has made
     own = Seen(layer.self_attn, norm(x), tables or kwargs["position_embeddings"], None, places)
-    previous = state.get("seen") if i else None
+    previous = entered.seen if i else None
     chosen, hidden = dropper.choose(Tokens(i, stage, x, first.to(x.device), images, before, own, previous))
     if i == dropper.stages[-1]:
-        state.clear()
+        session.forget(dropper)
     types = before.types.to(x.device)
     keep = (images == 0) & (types != PAD) | (chosen & (types == VISUAL))  # a newline of a cut image belongs to no image
     if bool((keep | (types == PAD)).all()):

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from vlm_fix.errors import VlmFixError
 from vlm_fix.families.compat import cache_of
+from vlm_fix.memory import Memory
 from vlm_fix.packing import left_pack
 from vlm_fix.projections import HEARD, Heard
 from vlm_fix.session import PAD, VISUAL, Session, View
@@ -101,29 +103,38 @@ def shorten(session: Session, i: int, layer: ShortLayer, keep: torch.Tensor) -> 
     return index
 
 
-def lay_aside(session: Session, i: int, layer: SplitLayer, core: torch.Tensor, state: dict[str, torch.Tensor]) -> None:
-    """The next steps compute text and the visual columns `core` [B, m] alone; `state` remembers what else is stored."""
+@dataclass
+class Aside(Memory):
+    """Columns of one layer that lie beside its cache, left-padded: which are real, and their places in the session."""
+
+    real: torch.Tensor | None = None  # bool [B, n]
+    places: torch.Tensor | None = None  # int64 [B, n]
+
+
+def lay_aside(session: Session, i: int, layer: SplitLayer, core: torch.Tensor, aside: Aside) -> None:
+    """The next steps compute text and the visual columns `core` [B, m] alone; `aside` remembers what else is stored."""
     view = session.at(i)
     types = view.types.to(core.device)
     away = (types == VISUAL) & ~core
     if not away.any():
         return
-    index, state["real"] = left_pack(away)
-    state["places"] = view.places().to(core.device).gather(1, index)
+    index, aside.real = left_pack(away)
+    aside.places = view.places().to(core.device).gather(1, index)
     layer.aside = take((layer.keys, layer.values), index[:, None])
     shorten(session, i, layer, ((types != PAD) & ~away)[:, None])
 
 
-def take_back(session: Session, i: int, layer: SplitLayer, state: dict[str, torch.Tensor]) -> None:
+def take_back(session: Session, i: int, layer: SplitLayer, aside: Aside) -> None:
     """The coming step computes all that is stored, in order again."""
     if layer.aside is None:
         return
+    assert aside.real is not None and aside.places is not None
     view = session.at(i)
     device, types = view.types.device, view.types
-    stored = state.pop("real").to(device)
+    stored = aside.real.to(device)
     real = torch.cat([stored, types != PAD], dim=1)
     types = torch.cat([stored.to(types.dtype) * VISUAL, types], dim=1)
-    places = torch.cat([state.pop("places").to(device), view.places()], dim=1)
+    places = torch.cat([aside.places.to(device), view.places()], dim=1)
     order = torch.where(real, places, -1).argsort(dim=1, stable=True)[:, -int(real.sum(dim=1).max()) :]
     layer.dropped = session.show([i], places.gather(1, order), types.gather(1, order), rows=False).dropped
     order = order[:, None, : -session.length].to(layer.aside[0].device)  # the new columns are not in the cache yet

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
 from vlm_fix.eval.scorers import yesno
+from vlm_fix.eval.scorers.answers import Keys
 from vlm_fix.eval.scorers.benchmark import (
+    KEYS,
     YES_NO_COLUMNS,
     Argument,
     Benchmark,
@@ -27,9 +29,16 @@ from . import data as files
 from . import official, score
 
 
-def score_files(answers: str, scorer: Scorer, variant: Variant) -> dict[str, Any]:
-    """Score an official answer file, by part; for the official scorer also in the form that its script prints."""
-    found = official.score_file(answers, scorer, variant)
+def score_files(
+    answers: str,
+    scorer: Scorer = "official",
+    variant: Variant = "nltk",
+    answer_key: str | None = None,
+    id_key: str | None = None,
+    tell: Callable[[str], None] = str,
+) -> dict[str, Any]:
+    """Score an answer file, by part; for the official scorer also in the form that its script prints."""
+    found = official.score_file(answers, scorer, variant, Keys(answer_key, id_key), tell)
     figures: dict[str, Any] = {part: result.to_dict() for part, result in found.items()}
     if scorer == "official":
         for part, result in found.items():
@@ -54,9 +63,16 @@ def mark(row: Mapping[str, Any], data: Mapping[str, Any]) -> tuple[list[Mark], i
     return marks, wrong
 
 
-def results(answers: str, scorer: Scorer, variant: Variant) -> dict[str, dict[str, Any]]:
-    """Score an official answer file, by task and part."""
-    found = official.score_file(answers, scorer, variant)
+def results(
+    answers: str,
+    scorer: Scorer = "official",
+    variant: Variant = "nltk",
+    answer_key: str | None = None,
+    id_key: str | None = None,
+    tell: Callable[[str], None] = str,
+) -> dict[str, dict[str, Any]]:
+    """Score an answer file, by task and part."""
+    found = official.score_file(answers, scorer, variant, Keys(answer_key, id_key), tell)
     captions = {part: result for part, result in found.items() if part == "captions"}
     asked = {part: result for part, result in found.items() if part != "captions"}
     return {task: parts for task, parts in (("amber", captions), ("amber-qa", asked)) if parts}
@@ -74,9 +90,10 @@ BENCHMARK = Benchmark(
     commits=yesno.COMMITS,
     score_what="score AMBER answers",
     arguments=(
-        Argument("answers", {"metavar": "ANSWERS", "help": "JSON array or lines: id, response"}),
+        Argument("answers", {"metavar": "ANSWERS", "help": "id, response; see docs/benchmarks.md for all layouts"}),
         scorer_option(),
         variant_option("how nouns are found (%(default)s)"),
+        *KEYS,
     ),
     score_files=score_files,
     results=results,

@@ -1,6 +1,6 @@
 """AMBER's official answer files, and their figures as the official script prints them.
 
-A file is a JSON array or JSON lines of {"id": 1, "response": "..."}: ids up to 1004 are captions, the others answers to
+An official file is a JSON array of {"id": 1, "response": "..."}: ids up to 1004 are captions, the others answers to
 questions. The script (junyangwang0410/AMBER@534babf inference.py) prints percentages rounded to .1, computes F1 from the
 rounded figures, and adds small terms to the denominators.
 
@@ -11,48 +11,97 @@ Worked example: one of three mentions is hallucinated (33.3 %), one of two objec
 {'CHAIR': 33.3, 'Cover': 50.0, 'Hal': 100.0, 'Cog': 50.0}
 """
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from vlm_fix.errors import VlmFixError
-from vlm_fix.eval.files import read_rows
+from vlm_fix.eval.scorers.answers import USUAL, Answers, Keys, read
 from vlm_fix.eval.scorers.choices import Scorer, Variant
-from vlm_fix.eval.scorers.result import Result, paired
+from vlm_fix.eval.scorers.result import Result
 
-from .data import Question, lexicon, questions, scenes
+from .data import KINDS, Question, lexicon, questions, scenes
 from .score import score_captions, score_questions
 
 ANSWER = '{"id": 1, "response": "A tree in a park."}'
 
 
-def score_file(path: str | Path, scorer: Scorer = "official", variant: Variant = "nltk") -> dict[str, Result]:
-    """Score an official answer file, rows with id and response, by part.
+def score_file(
+    path: str | Path,
+    scorer: Scorer = "official",
+    variant: Variant = "nltk",
+    keys: Keys = USUAL,
+    tell: Callable[[str], None] = str,
+) -> dict[str, Result]:
+    """Score an answer file by part; `answers.py` says what rows may be.
 
-    Parts are captions, existence, attribute, relation and, if those three are present, questions. A part is scored if the
-    file has answers to it, and must then be complete.
+    Parts are captions, existence, attribute, relation and, if those three are whole, questions. Each is scored on its own
+    if all of it is answered; `tell` says which are left out. VLMEvalKit's rows are scored by their own labels.
     """
-    said: dict[int, str | None] = {}
-    for number, row in enumerate(read_rows(path, "answer file", ANSWER), 1):
-        if not isinstance(row.get("id"), int) or not isinstance(row.get("response"), str):
-            raise VlmFixError(f'{path}, row {number}: AMBER wants "id", a number, and "response", a text; add them.')
-        if row["id"] in said:
-            raise VlmFixError(f"{path}, row {number}: id {row['id']} comes twice; keep one answer.")
-        said[row["id"]] = row["response"]
-    found = {}
-    every: list[Question] = []
-    if captioned := {id: text for id, text in said.items() if id <= 1004}:
-        shown = scenes()
-        texts = paired(shown, captioned, "AMBER caption")
-        found["captions"] = score_captions(texts, shown, lexicon(scorer, variant))
-    asked = questions()
-    kind_of = {question.id: question.kind for question in asked}
-    for kind in ("existence", "attribute", "relation"):
-        mine = [question for question in asked if question.kind == kind]
-        if replies := {id: text for id, text in said.items() if id > 1004 and kind_of.get(id, kind) == kind}:
-            found[kind] = score_questions(paired(mine, replies, f"AMBER {kind}"), mine, scorer)
-            every += mine
-    if len(every) == len(asked):
-        found["questions"] = score_questions([said[question.id] for question in every], every, scorer)
+    given = read(path, ANSWER, keys)
+    tell(given.told())
+    if given.layout == "rows of VLMEvalKit":
+        return _labelled(given, scorer)
+    said = _by_number(given)
+    found: dict[str, Result] = {}
+    shown, asked = scenes(), questions()
+    known = {scene.id for scene in shown} | {question.id for question in asked}
+    strange = next((number for number in said if number not in known), None)
+    if strange is not None:
+        raise VlmFixError(
+            f"{path} has an answer to {strange}, which is no question of AMBER (1 to 15220): mend --id-key."
+        )
+    lacking = []
+    for kind in ("captions", "existence", "attribute", "relation"):
+        mine: Sequence[Any] = shown if kind == "captions" else [q for q in asked if q.kind == kind]
+        lost = [item.id for item in mine if item.id not in said]
+        if lost:
+            n = len(mine) - len(lost)
+            lacking += [f"{kind}: {n} of {len(mine)} answered, no answer to {lost[0]}"] if n else []
+        elif kind == "captions":
+            found[kind] = score_captions([said[scene.id] for scene in shown], shown, lexicon(scorer, variant))
+        else:
+            found[kind] = score_questions([said[question.id] for question in mine], mine, scorer)
+    if not found:
+        raise VlmFixError(f"{path} answers no part of AMBER wholly ({'; '.join(lacking)}): give all answers of a part.")
+    for line in lacking:
+        tell(f"not scored: {line}")
+    if {question.id for question in asked} <= said.keys():
+        found["questions"] = score_questions([said[question.id] for question in asked], asked, scorer)
     return found
+
+
+def _by_number(given: Answers) -> dict[int, str | None]:
+    """Id -> reply."""
+    said: dict[int, str | None] = {}
+    for row in given.rows:
+        if not row.id.isdigit():
+            has = f"{row.id!r} is no number" if row.id else "there is none"
+            raise VlmFixError(f'{given.path}, row {row.number}: AMBER wants "id", 1 to 15220, but {has}; see --id-key.')
+        if int(row.id) in said:
+            raise VlmFixError(f"{given.path}, row {row.number}: id {row.id} comes twice; keep one answer.")
+        said[int(row.id)] = row.reply
+    return said
+
+
+def _labelled(given: Answers, scorer: Scorer) -> dict[str, Result]:
+    """Score rows that have a type of question and a label."""
+    asked, replies = [], []
+    for row in given.rows:
+        label = row.label.strip().lower()
+        if row.category not in KINDS or label not in ("yes", "no"):
+            raise VlmFixError(
+                f"{given.path}, row {row.number}: category {row.category!r} and answer {row.label!r} are not those of AMBER's "
+                "questions, such as discriminative-relation and Yes."
+            )
+        asked.append(Question(row.number, row.image or str(row.number), row.question, KINDS[row.category], label))
+        replies.append(row.reply)
+    found = {}
+    for kind in dict.fromkeys(KINDS.values()):
+        both = [(reply, question) for reply, question in zip(replies, asked, strict=True) if question.kind == kind]
+        if both:
+            found[kind] = score_questions([reply for reply, _ in both], [question for _, question in both], scorer)
+    return found | {"questions": score_questions(replies, asked, scorer)}
 
 
 def printed(result: Result, small: float = 0.0001) -> dict[str, float]:

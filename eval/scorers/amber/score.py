@@ -128,8 +128,9 @@ def score_questions(
     """Compute accuracy, and precision, recall and F1 of "no". None is an answer that failed: wrong, like unparsed ones."""
     one_of(scorer, Scorer, "scorer")
     rows: list[dict[str, Any]] = []
-    for answer, question in zip(answers, questions, strict=True):
-        said, yes = verdict(answer, question.label, scorer), question.label == "yes"
+    verdicts = [verdict(answer, question.label, scorer) for answer, question in zip(answers, questions, strict=True)]
+    for said, question in zip(verdicts, questions, strict=True):
+        yes = question.label == "yes"
         row = {"tp": yes and said == "yes", "fp": not yes and said == "yes", "tn": not yes and said == "no"}
         row |= {
             "fn": yes and said == "no",
@@ -139,7 +140,7 @@ def score_questions(
             "unparsed": said == "unknown",
         }
         rows.append({"image": question.image, "n": 1} | {name: int(value) for name, value in row.items()})
-    return tally(scorer, rows, QUESTIONS)
+    return tally(scorer, rows, QUESTIONS, yesno.misread(answers, verdicts))
 
 
 def verdict(answer: str | None, label: str, scorer: Scorer) -> str:

@@ -5,31 +5,30 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from vlm_fix.eval.scorers.benchmark import Argument, Benchmark, Captions, Gain, Layout, Mark, variant_option
+from vlm_fix.eval.scorers.answers import Keys
+from vlm_fix.eval.scorers.benchmark import KEYS, Argument, Benchmark, Captions, Gain, Layout, Mark, variant_option
 from vlm_fix.eval.scorers.choices import Variant
 
 from . import data as files
 from . import score, words
 
 
-def score_files(captions: str, variant: Variant, drop_incomplete: bool, ground_truth: str | None) -> score.ChairResult:
-    """Score a caption file."""
-    return _scored(captions, variant, drop_incomplete, ground_truth, None)
-
-
-def results(**files: Any) -> dict[str, dict[str, score.ChairResult]]:
-    """Score a caption file with its captions in the order of the images' ids."""
-    return {"chair": {"captions": _scored(**files, order=lambda caption: caption.image_id)}}
-
-
-def _scored(
-    captions: str, variant: Variant, drop_incomplete: bool, ground_truth: str | None, order: Callable[..., int] | None
+def score_files(
+    captions: str,
+    variant: Variant = "nltk",
+    drop_incomplete: bool = False,
+    ground_truth: str | None = None,
+    answer_key: str | None = None,
+    id_key: str | None = None,
+    tell: Callable[[str], None] = str,
+    by_image: bool = False,
 ) -> score.ChairResult:
+    """Score a caption file, in its own order or in that of the images' ids."""
     truth = files.ground_truth(ground_truth or "coco", variant)
-    found = files.load_captions(captions)
+    found = files.load_captions(captions, Keys(answer_key, id_key), tell)
     if drop_incomplete:
         found = [caption._replace(text=files.whole_sentences(caption.text)) for caption in found]
-    return score.score(sorted(found, key=order) if order else found, truth, variant)
+    return score.score(sorted(found, key=lambda c: c.image_id) if by_image else found, truth, variant)
 
 
 def _caption(settings: Mapping[str, Any], data: Mapping[str, Any]) -> str:
@@ -60,16 +59,19 @@ BENCHMARK = Benchmark(
     commits=words.COMMITS,
     score_what="score captions with CHAIR",
     arguments=(
-        Argument("captions", {"metavar": "CAPTIONS", "help": "JSON lines or array: image_id, caption"}),
+        Argument(
+            "captions", {"metavar": "CAPTIONS", "help": "image_id, caption; see docs/benchmarks.md for all layouts"}
+        ),
         variant_option(),
         Argument("--drop-incomplete", {"action": "store_true", "help": "drop a cut-off last sentence first"}),
         Argument(
             "--ground-truth",
             {"metavar": "FILE", "help": "objects per image; COCO train+val2014 is in the package"},
         ),
+        *KEYS,
     ),
     score_files=score_files,
-    results=results,
+    results=lambda **given: {"chair": {"captions": score_files(**given, by_image=True)}},
     answers="captions",
     layouts={
         "chair": Layout(

@@ -15,11 +15,13 @@ import json
 import re
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from vlm_fix.errors import VlmFixError
-from vlm_fix.eval.files import DATA, read_rows, read_text
+from vlm_fix.eval.files import DATA, read_text
+from vlm_fix.eval.scorers.answers import USUAL, Keys, read
 from vlm_fix.eval.scorers.choices import Variant, one_of
 
 from .score import Caption
@@ -28,20 +30,18 @@ from .words import caption_to_words, nodes
 CAPTION = '{"image_id": 310196, "caption": "A man on a snowboard."}'
 
 
-def load_captions(path: str | Path) -> list[Caption]:
-    """Read captions from JSON lines or a JSON array.
+def load_captions(
+    path: str | Path,
+    keys: Keys = USUAL,
+    tell: Callable[[str], None] = str,
+) -> list[Caption]:
+    """Read captions; `answers.py` says what rows may be. One that failed (null) counts as an empty caption.
 
-    A row has image_id, a number or a name such as COCO_val2014_000000000123.jpg, and caption (or text, or answer). Warns
-    of images with several captions; raises VlmFixError naming a bad row.
+    Image ids are numbers or COCO's names, such as COCO_val2014_000000000123.jpg. Warns of images with several captions.
     """
-    captions = []
-    for number, row in enumerate(read_rows(path, "caption file", CAPTION), 1):
-        text = next((row[key] for key in ("caption", "text", "answer") if key in row), None)
-        digits = re.search(r"(\d+)(\.\w+)?$", str(row.get("image_id", row.get("image", ""))))
-        if not isinstance(text, str) or not digits:
-            what = '"image_id" with a number' if isinstance(text, str) else '"caption" with a text'
-            raise VlmFixError(f"{path}, row {number}: no {what} (its keys are {', '.join(row)}); add it.")
-        captions.append(Caption(int(digits[1]), text))
+    given = read(path, CAPTION, keys, images=True, what="caption file")
+    tell(given.told())
+    captions = [Caption(int(row.id), row.reply or "") for row in given.rows]
     twice = [image for image, times in Counter(caption.image_id for caption in captions).items() if times > 1]
     if twice:
         text = f"{path} has several captions of {len(twice)} images, the first is {twice[0]}; each of them counts."

@@ -1,5 +1,6 @@
 """NLTK's sentence splitter, word tokenizer, tagger and lemmatizer, set up to behave alike on every version of NLTK."""
 
+import re
 from collections.abc import Sequence
 from functools import cache, lru_cache
 from io import StringIO
@@ -20,7 +21,13 @@ ABBREVIATIONS = (
 
 
 class _WordTokenizer(NLTKWordTokenizer):
-    """nltk.word_tokenize as of 3.9.1 on any version: 3.10 also splits at em dashes and the like."""
+    """nltk.word_tokenize as of 3.9.1 on any version. 3.10 also splits at em dashes, and off the quote of "'bear'"."""
+
+    # the last rule tells an opening single quote; in 3.9.1 it acts before a word of one letter alone
+    STARTING_QUOTES = [
+        *NLTKWordTokenizer.STARTING_QUOTES[:-1],
+        (re.compile(r"(?i)(\')(?!re|ve|ll|m|t|s|d|n)(\w)\b", re.U), r"\1 \2"),
+    ]
 
     PUNCTUATION = [rule for rule in NLTKWordTokenizer.PUNCTUATION if "2012" not in rule[0].pattern]
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from statistics import fmean
 from typing import Any
 
+from vlm_fix.errors import VlmFixError
 from vlm_fix.eval.scorers import yesno
+from vlm_fix.eval.scorers.answers import Answers, Keys, read
 from vlm_fix.eval.scorers.benchmark import (
+    KEYS,
     YES_NO_COLUMNS,
     Argument,
     Benchmark,
@@ -19,33 +23,83 @@ from vlm_fix.eval.scorers.benchmark import (
 )
 from vlm_fix.eval.scorers.choices import Labels, Scorer, one_of
 
-from . import data as files
-from . import repope, score
+from . import data, files, repope, score
 
 
-def score_files(questions: str, answers: str, scorer: Scorer, labels: Labels) -> score.PopeResult:
-    """Score an answer file against its question file; RePOPE's result stands in `repope` if both labels are asked for."""
-    found = results(questions, answers, scorer, labels)["pope"]
-    first, *beside = found.values()
-    return dataclasses.replace(first, repope=beside[0]) if beside else first
+def score_files(
+    answers: str,
+    questions: str | None = None,
+    scorer: Scorer = "official",
+    labels: Labels = "both",
+    answer_key: str | None = None,
+    id_key: str | None = None,
+    tell: Callable[[str], None] = str,
+) -> score.PopeResult | dict[str, Any]:
+    """Score an answer file: one split, with RePOPE's result in `repope`, or the parts of a file with several and their mean."""
+    found = results(answers, questions, scorer, labels, answer_key, id_key, tell)["pope"]
+    plain = [split for split in found if split not in repope.PARTS]
+    if len(plain) == 1:
+        beside = [found[split] for split in found if split in repope.PARTS]
+        return dataclasses.replace(found[plain[0]], repope=beside[0] if beside else None)
+    parts: dict[str, Any] = {split: result.to_dict() for split, result in found.items()}
+    for name, mine in (("mean", plain), ("mean RePOPE", [split for split in found if split in repope.PARTS])):
+        if mine:
+            figures = {metric: fmean(getattr(found[split], metric) for split in mine) for metric in score.METRICS}
+            parts[name] = {"n": sum(found[split].n for split in mine), **figures}
+    return parts
 
 
-def results(questions: str, answers: str, scorer: Scorer, labels: Labels) -> dict[str, dict[str, score.PopeResult]]:
-    """Score an answer file against its question file, with each of the labels; rows in the order of the questions."""
+def results(
+    answers: str,
+    questions: str | None = None,
+    scorer: Scorer = "official",
+    labels: Labels = "both",
+    answer_key: str | None = None,
+    id_key: str | None = None,
+    tell: Callable[[str], None] = str,
+) -> dict[str, dict[str, score.PopeResult]]:
+    """Score an answer file by split, and again with RePOPE's labels; rows in the order of the questions."""
     one_of(labels, Labels, "labels")
-    asked, given = files.load_questions(questions), files.load_answers(answers)
-    if len(given) > len(asked) and (pope := repope.whole_split(asked)):  # QUESTIONS is RePOPE's own file
-        asked = pope
-        labels = "repope"
+    given = read(answers, data.ANSWER, Keys(answer_key, id_key))
+    tell(given.told())
+    pairs, source, labels = _matched(questions, given, labels)
+    tell(f"questions and labels: {source}; splits: {', '.join(f'{name} ({len(q)})' for name, (q, _) in pairs.items())}")
+    other = sum(
+        reply.label in ("yes", "no") and reply.label != question.label
+        for asked, replies in pairs.values()
+        for question, reply in zip(asked, replies, strict=False)
+    )
+    if other:
+        tell(f"note: {other} labels of the answer file differ from those of the questions, which are used")
     found = {}
     if labels != "repope":
-        found["questions"] = score.score(asked, given, scorer)
-    checked = repope.needed(asked) if labels == "repope" else repope.relabelled(asked) if labels == "both" else None
-    if checked:
-        kept = {q.question_id for q in checked}
-        result = score.score(checked, [answer for answer in given if answer.question_id in kept], scorer)
-        found["questions" if labels == "repope" else "RePOPE"] = dataclasses.replace(result, labels="repope")
+        found = {split: score.score(asked, replies, scorer) for split, (asked, replies) in pairs.items()}
+    for split, (asked, replies) in pairs.items() if labels != "pope" else ():
+        kind, checked = repope.needed(asked) if labels == "repope" else repope.relabelled(asked) or ("", [])
+        if checked:
+            kept = {str(q.question_id) for q in checked}
+            mine = [answer for answer in replies if str(answer.question_id) in kept]
+            result = dataclasses.replace(score.score(checked, mine, scorer), labels="repope")
+            found[split if labels == "repope" else f"{kind} RePOPE"] = result
     return {"pope": found}
+
+
+def _matched(questions: str | None, given: Answers, labels: Labels) -> tuple[dict[str, Any], str, Labels]:
+    """Return the matched questions and answers, where the questions come from, and whose labels to use."""
+    if questions:
+        asked = files.load(questions)
+        if len(asked) == 1 and len(given.rows) > len(next(iter(asked.values()))):
+            ((split, each),) = asked.items()
+            if whole := repope.whole_split(each):  # RePOPE's own file, with answers made for POPE
+                asked, labels = {split: whole}, "repope"
+        return files.match(asked, given), "POPE's own of COCO" if questions == "coco" else questions, labels
+    try:
+        found = files.match(files.official(), given)
+    except VlmFixError:
+        if not files.labelled(given):
+            raise
+        return files.own(given), "those of the answer file", labels
+    return found, "POPE's own of COCO", labels
 
 
 def _caption(settings: Mapping[str, Any], data: Mapping[str, Any]) -> str:
@@ -64,12 +118,17 @@ BENCHMARK = Benchmark(
             "questions",
             {
                 "metavar": "QUESTIONS",
-                "help": "JSON lines or array: question_id, image, text, label; or coco:random, gqa:popular, aokvqa:...",
+                "nargs": "?",
+                "help": "file (question_id, image, text, label), folder with one for each split, or coco, POPE's own (those); "
+                "coco:random, gqa:popular, aokvqa:adversarial and so on are in the package",
             },
         ),
-        Argument("answers", {"metavar": "ANSWERS", "help": "JSON lines: question_id, text or answer"}),
+        Argument(
+            "answers", {"metavar": "ANSWERS", "help": "question_id, text; see docs/benchmarks.md for all layouts"}
+        ),
         scorer_option(),
         labels_option(),
+        *KEYS,
     ),
     score_files=score_files,
     results=results,

@@ -18,6 +18,7 @@ from typing import Any, get_args
 
 from vlm_fix.errors import VlmFixError
 from vlm_fix.eval.files import DATA, read_rows
+from vlm_fix.eval.scorers.answers import USUAL, Keys, read
 from vlm_fix.eval.scorers.choices import one_of
 
 from .score import Answer, Kind, Question
@@ -55,17 +56,15 @@ def coco_questions(kind: Kind) -> list[Question]:
     return load_questions(DATA / "pope" / PACKAGED["coco"].format(one_of(kind, Kind, "kind")))
 
 
-def load_answers(path: str | Path) -> list[Answer]:
-    """Read answers in the format of LLaVA (question_id, prompt, text) or POPE (question, answer; numbered by line)."""
+def load_answers(path: str | Path, keys: Keys = USUAL) -> list[Answer]:
+    """Read the answers to one question file; rows without an id are numbered. `answers.py` says what rows may be."""
     answers = []
-    for number, row in enumerate(read_rows(path, "answer file", ANSWER), 1):
-        text = row.get("text", row.get("answer"))
-        prompt = row.get("prompt", row.get("question", ""))
-        if not isinstance(text, str):
-            raise VlmFixError(f'{path}, row {number}: no "text" or "answer" with the reply (found: {", ".join(row)}).')
-        if "question_id" not in row and not prompt:
-            raise VlmFixError(f'{path}, row {number}: neither "question_id" nor "question", so it fits no question.')
-        answers.append(Answer(row.get("question_id", number), text, prompt))
+    for row in read(path, ANSWER, keys).rows:
+        if not row.id and not row.question:
+            raise VlmFixError(
+                f'{path}, row {row.number}: neither "question_id" nor "question", so it fits no question.'
+            )
+        answers.append(Answer(row.id or row.number, row.reply, row.question))
     return answers
 
 

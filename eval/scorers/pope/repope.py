@@ -8,7 +8,7 @@ yes more often gains on POPE and loses here. `data/pope/repope.json` holds the i
 Worked example: question 23 of random, about a car, is dropped.
 >>> from .data import coco_questions
 >>> asked = coco_questions("random")
->>> kept = relabelled(asked)
+>>> kind, kept = relabelled(asked)
 >>> len(kept), {q.question_id for q in asked[:30]} - {q.question_id for q in kept}
 (2774, {23})
 """
@@ -30,12 +30,12 @@ PARTS = tuple(f"{kind} RePOPE" for kind in get_args(Kind))
 OTHER = {"yes": "no", "no": "yes"}
 
 
-def relabelled(questions: Sequence[Question]) -> list[Question] | None:
-    """Return official COCO questions with RePOPE's labels, without those that it drops; None if they are others."""
+def relabelled(questions: Sequence[Question]) -> tuple[Kind, list[Question]] | None:
+    """Return the split of official COCO questions, and them with RePOPE's labels, without those it drops; None for others."""
     official, _ = _ids()
     for kind, known in official.items():
         if questions and all(known.get(str(q.question_id)) == _key(q) for q in questions):
-            return _relabelled(kind, questions)
+            return kind, _relabelled(kind, questions)
     return None
 
 
@@ -49,7 +49,7 @@ def whole_split(questions: Sequence[Question]) -> list[Question] | None:
     return None
 
 
-def needed(questions: Sequence[Question]) -> list[Question]:
+def needed(questions: Sequence[Question]) -> tuple[Kind, list[Question]]:
     """Return `relabelled`. Raises VlmFixError if the questions are not POPE's about COCO."""
     found = relabelled(questions)
     if found is None:

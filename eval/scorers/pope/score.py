@@ -22,8 +22,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from vlm_fix.errors import VlmFixError
+from vlm_fix.eval.scorers.answers import same_question
 from vlm_fix.eval.scorers.choices import Scorer, one_of
-from vlm_fix.eval.scorers.yesno import verdict
+from vlm_fix.eval.scorers.result import told
+from vlm_fix.eval.scorers.yesno import Misread, misread, verdict
 from vlm_fix.eval.stats import Metric, column_sums, harmonic, ratio
 
 SOURCE = "RUCAIBox/POPE@3df3ba1"
@@ -50,11 +52,12 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """A model's answer, None if it failed; `prompt` is "" if the file does not have it."""
+    """A model's answer, None if it failed; `prompt` and `label` are "" if the file does not have them."""
 
     question_id: int | str
     text: str | None
     prompt: str = ""
+    label: str = ""
 
 
 @dataclass(frozen=True)
@@ -62,9 +65,10 @@ class PopeResult:
     """Counts and fractions (0 to 1) of one split.
 
     With lmms, vlmevalkit and ours tp+fp+tn+fn can be below n, as some answers are neither yes nor no. `unparsed` counts
-    the answers without any word for yes or no, however the scorer reads them. `correct` and `rows` (counts with their
-    image, for `stats.paired_bootstrap`) are in the order of the questions. `repope` is the result with RePOPE's labels,
-    where it was asked for beside POPE's; `labels` says whose a result has.
+    the answers without any word for yes or no, however the scorer reads them; `misread` are those it takes against their
+    plain word. `correct` and `rows` (counts with their image, for `stats.paired_bootstrap`) are in the order of the
+    questions. `repope` is the result with RePOPE's labels, where it was asked for beside POPE's; `labels` says whose a
+    result has.
     """
 
     scorer: str
@@ -82,12 +86,14 @@ class PopeResult:
     questions_sha256: str
     correct: list[bool] = field(repr=False)
     rows: list[dict[str, Any]] = field(repr=False)
+    misread: Misread = Misread()
     labels: str = "pope"
     repope: "PopeResult | None" = field(default=None, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Return what results.json holds: everything but the per-question lists."""
-        return {name: value for name, value in asdict(self).items() if name not in ("correct", "rows", "repope")}
+        left_out = ("correct", "rows", "misread", "repope")
+        return {name: value for name, value in vars(self).items() if name not in left_out} | told(self.misread)
 
 
 def score(questions: Sequence[Question], answers: Sequence[Answer], scorer: Scorer = "official") -> PopeResult:
@@ -99,8 +105,11 @@ def score(questions: Sequence[Question], answers: Sequence[Answer], scorer: Scor
     one_of(scorer, Scorer, "scorer")
     replies = _aligned(questions, answers)
     rows: list[dict[str, Any]] = []
-    for question, reply in zip(questions, replies, strict=True):
-        said = "failed" if reply is None else verdict(reply, question.label, scorer)
+    verdicts = [
+        "failed" if reply is None else verdict(reply, question.label, scorer)
+        for question, reply in zip(questions, replies, strict=True)
+    ]
+    for question, said in zip(questions, verdicts, strict=True):
         yes = question.label == "yes"
         row = {"tp": yes and said == "yes", "fp": not yes and said == "yes", "tn": not yes and said == "no"}
         # VLMEvalKit's recall is over all positives: an unknown answer is a miss there, and no answer for lmms-eval
@@ -117,6 +126,7 @@ def score(questions: Sequence[Question], answers: Sequence[Answer], scorer: Scor
         questions_sha256=questions_sha256(questions),
         correct=[bool(row["tp"] or row["tn"]) for row in rows],
         rows=rows,
+        misread=misread(replies, verdicts),
     )
 
 
@@ -129,21 +139,24 @@ def _aligned(questions: Sequence[Question], answers: Sequence[Answer]) -> list[s
     """Return the reply to each question."""
     if not questions or not answers:
         raise VlmFixError(f"There are no {'answers' if questions else 'questions'} to score.")
-    by_id = {answer.question_id: answer for answer in answers}
-    mismatch = next((q for q in questions if q.question_id not in by_id), None)
+    by_id = {str(answer.question_id): answer for answer in answers}  # tables and some models write numbers as texts
+    mismatch = next((q for q in questions if str(q.question_id) not in by_id), None)
     if mismatch or not len(by_id) == len(answers) == len(questions):
-        known = {q.question_id for q in questions}
-        first = mismatch.question_id if mismatch else next((i for i in by_id if i not in known), "(one twice)")
+        known = {str(q.question_id) for q in questions}
+        first = (
+            mismatch.question_id
+            if mismatch
+            else next((answer.question_id for answer in answers if str(answer.question_id) not in known), "(one twice)")
+        )
         raise VlmFixError(
             f"Questions and answers do not line up: {len(questions)} questions, {len(answers)} answers, first mismatch "
             f"at question_id {first!r}; give the question file that these answers were made from."
         )
     for question in questions:
-        prompt = by_id[question.question_id].prompt
-        # "imange": a typo of old question files; a prompt may hold more, such as "Please answer with one word."
-        if prompt and question.text.replace("imange", "image") not in prompt.replace("imange", "image"):
+        prompt = by_id[str(question.question_id)].prompt
+        if prompt and not same_question(question.text, prompt):  # it may hold more, such as "Answer with one word."
             raise VlmFixError(
                 f"Questions and answers do not line up: question_id {question.question_id!r} asks {question.text!r} "
                 f"but its answer is to {prompt!r}; give the question file that these answers were made from."
             )
-    return [by_id[question.question_id].text for question in questions]
+    return [by_id[str(question.question_id)].text for question in questions]

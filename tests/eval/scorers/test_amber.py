@@ -156,14 +156,14 @@ def test_the_command_scores_a_file_and_wants_all_of_a_part(file, tmp_path, nltk_
     assert {part: said[part]["printed"] for part in OFFICIAL} == OFFICIAL
     rows = made_up()
     for kept, words_ in (
-        (rows[:-1], "no answer to 15220"),
         ([*rows, {"id": 0, "response": ""}], "an answer to 0"),
         ([*rows, rows[5]], "id 6 comes twice"),
+        ([{"id": "1", "text": "A dog."}], r"no part of AMBER wholly \(captions: 1 of 1004 answered, no answer to 2\)"),
+        ([{"id": "a1", "text": "A dog."}], 'row 1: AMBER wants "id"'),
     ):
         (tmp_path / "bad.json").write_text(json.dumps(kept))
         with pytest.raises(VlmFixError, match=words_):
             amber_file.score_file(tmp_path / "bad.json", variant="pattern")
-    (tmp_path / "bad.json").write_text(json.dumps([{"id": "1", "text": "A dog."}]))
     assert cli.main(["score", "amber", str(tmp_path / "bad.json")]) == 2
     assert 'row 1: AMBER wants "id"' in capsys.readouterr().err
 
@@ -179,3 +179,14 @@ def test_captions_cut_to_a_share_of_their_words_are_scored_like_shorter_captions
     short = amber.score_captions([" ".join(t.split()[: len(t.split()) // 2]) for t in texts], shown, words)
     verdict = compare(LAYOUTS["amber"], [(whole, short)])["verdict"]
     assert verdict["is"] == "better by saying less" and "same cover" in verdict["text"]
+
+
+def test_parts_are_scored_apart(tmp_path, nltk_data, file):
+    """One answer too few in relation: the other parts have their figures, and the reader hears what is left out."""
+    told = []
+    (tmp_path / "short.json").write_text(json.dumps(made_up()[:-1]))
+    found = amber_file.score_file(tmp_path / "short.json", tell=told.append)
+    assert found.keys() == {"captions", "existence", "attribute"}
+    whole = amber_file.score_file(file)
+    assert all(found[part].figures == whole[part].figures for part in found)
+    assert told[1:] == ["not scored: relation: 1663 of 1664 answered, no answer to 15220"]

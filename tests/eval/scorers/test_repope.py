@@ -27,7 +27,7 @@ def test_worked_example() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_ids_in_the_package_give_the_official_files(kind: str) -> None:
     official = pope_data.load_questions(FILES / f"coco_repope_{kind}.json")
-    assert repope.relabelled(pope_data.coco_questions(kind)) == official
+    assert repope.relabelled(pope_data.coco_questions(kind)) == (kind, official)
     assert repope.whole_split(official) == pope_data.coco_questions(kind)
     assert repope.relabelled(official) is None and repope.whole_split(pope_data.coco_questions(kind)) is None
 

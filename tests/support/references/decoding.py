@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -50,3 +51,33 @@ class Recorder(ref.Reference):
     def weight(self, a, layer, head, row):
         self.seen[row, head] = a.clone()
         return a
+
+
+@torch.no_grad()
+def deco(twin, method, main, states, keep, finish=None):
+    """Logits or log-probabilities [V] and the layers' inputs -> scores [V], and which of them stay."""
+    p, ranked, mass = main.softmax(-1).tolist(), [], 0.0
+    for v in sorted(range(len(p)), key=lambda v: -p[v]):
+        if mass >= method.top_p or len(ranked) == method.top_k:
+            break
+        ranked.append(v)
+        mass += p[v]
+    best = (-1.0, None)
+    for x in states.values():
+        logits = (finish or (lambda z: z))(twin.lm_head(twin.model.language_model.norm(x)))
+        best = max(best, (max(float(logits.softmax(-1)[v]) for v in ranked), logits), key=lambda b: b[0])
+    return main + method.alpha * best[0] * best[1], [v in ranked for v in range(len(p))]
+
+
+@torch.no_grad()
+def dola(twin, method, main, states, keep, finish=None):
+    """Log-probabilities [V] and the layers' inputs -> scores [V], and which of them stay."""
+    best = (-1.0, None)
+    for x in states.values():
+        early = (finish or (lambda z: z))(twin.lm_head(x)).log_softmax(-1)
+        js = 0.0
+        for a, b in zip(main.tolist(), early.tolist(), strict=True):
+            m = (math.exp(a) + math.exp(b)) / 2
+            js += m * (math.log(m) - a) / 2 + m * (math.log(m) - b) / 2
+        best = max(best, (js, early), key=lambda c: c[0])
+    return main - method.alpha * best[1], keep

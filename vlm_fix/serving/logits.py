@@ -1,0 +1,172 @@
+"""The next-token distribution of served requests: second branches of a contrast, and edits of the one branch there is.
+
+It acts on what `compute_logits` of vLLM's model returns, before vLLM's sampler and the caller's own processors, as in generate:
+log-probabilities that a client asks for are those the method left.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vlm_fix.call import Call
+from vlm_fix.decoding.step import Step as Seen
+from vlm_fix.decoding.step import fingerprints
+from vlm_fix.session import TEXT, VISUAL, Session
+
+from .beside import BesideForward, Line
+from .engine import ServedEngine
+from .groups import Group
+from .sessions import RequestSession, session_of
+
+if TYPE_CHECKING:
+    from .worker import Request, Served, Step
+
+
+@dataclass
+class BranchLine(Line):
+    """The second branch of one request."""
+
+    session: RequestSession | None = None
+    ids: Sequence[int] = ()  # its prompt
+    features: Any = None  # of its images
+    taken: int = 0  # generated tokens that are in its cache
+
+
+@dataclass(frozen=True)
+class ServedStep(Seen):
+    """What a `LogitEdit` sees of one request's step."""
+
+    own: Session | None = None
+    served: Any = None
+
+    @property
+    def session(self) -> Session | None:
+        return self.own
+
+    def exit(self, layer: int, norm: bool) -> torch.Tensor:
+        rows, _ = self.seen[layer]
+        x = rows[:, 0]
+        language = self.served.runner.model.get_language_model()
+        return self.served.plain_logits(language.model.norm(x) if norm else x).float()
+
+
+class NextTokens:
+    """Applied to the logits of each step on one worker."""
+
+    def __init__(self, served: Served):
+        self.served = served
+        self.inputs: dict[int, torch.Tensor] = {}  # layer -> its input [tokens, C] in this step
+
+    @torch.inference_mode()
+    def edited(self, step: Step, logits: torch.Tensor) -> torch.Tensor:
+        """[requests, V] -> the same, edited in the rows that predict a new token; float32 where anything was edited."""
+        seen, self.inputs = self.inputs, {}
+        rows = [s for s in step.samples if s[2].engine.contrast is not None or s[2].engine.logit_edits]
+        if not rows:
+            return logits
+        out, negatives = logits.float(), self._negatives([s for s in rows if _contrasts(s[2])])
+        out = out.clone() if out is logits else out
+        for row, name, one in rows:
+            generated = torch.tensor([self.served.runner.requests[name].output_token_ids], device=out.device).long()
+            l = out[row : row + 1].log_softmax(dim=-1)
+            if name in negatives:
+                assert one.engine.contrast is not None
+                combined = one.engine.contrast.combine_at(generated.shape[1], l, *negatives[name])
+                l = combined.log_softmax(dim=-1)
+            at = {i: (x[step.last[row]][None, None], generated.shape[1]) for i, x in seen.items()}
+            prompts = functools.partial(self._prompts, name, one)
+            view = ServedStep(one.engine, prompts, generated, at, own=one.session, served=self.served)
+            with one.engine.acting(one.session):
+                for edit in one.engine.logit_edits:
+                    l = edit.edit(l, view).log_softmax(dim=-1)
+            out[row] = l[0]
+        return out
+
+    def _prompts(self, name: str, one: Request) -> list[int]:
+        self._with_images(name, one)
+        return fingerprints(one.session.call)
+
+    def _with_images(self, name: str, one: Request) -> Call:
+        """The request's call, with its images as the processor made them."""
+        call = one.session.call
+        if "pixel_values" not in call.inputs and one.session.last_visual[0] >= 0:
+            call.inputs |= self.served.images.inputs(name)
+        return call
+
+    # ---- second branches ---------------------------------------------------------------------------------------------
+
+    def _negatives(self, rows: Sequence[tuple[int, str, Request]]) -> dict[str, list[torch.Tensor]]:
+        """By request, the log-probabilities [1, V] of its second branches after the tokens there are; one forward for all."""
+        if not rows:
+            return {}
+        due: list[tuple[str, BranchLine, list[int], ServedEngine]] = []
+        for _, name, one in rows:
+            tokens = self.served.runner.requests[name].output_token_ids
+            if not one.branches:
+                one.branches = self._branches(name, one)
+            for line in one.branches.values():
+                new = tokens[line.taken :] if line.length else [*line.ids, *tokens]
+                line.taken = len(tokens)
+                due.append((name, line, list(new), one.engine))
+        forward, ids, embeds = BesideForward(self.served, []), [], []
+        for _, line, new, engine in due:
+            session = line.session
+            assert session is not None
+            if session.fresh and session.last_visual[0] >= 0:
+                session.go_to(0, session.prompt_len)
+                with engine.acting(session):
+                    for wing in engine.wings:
+                        wing.on_prompt(session)
+            session.go_to(line.length, len(new))
+            edited = not (engine.needs_image and session.last_visual[0] < 0)
+            places = list(range(len(ids), len(ids) + len(new)))
+            forward.groups.append(Group(engine, session, places, [], line.length + len(new)) if edited else None)
+            forward.lines.append((line, len(new)))
+            embeds.append(self._embeds(line, new))
+            ids += new
+        hidden = self.served.beside.run(forward, ids, torch.cat(embeds))
+        ends = torch.tensor([count for _, count in forward.lines]).cumsum(0) - 1
+        logs = self.served.plain_logits(hidden[ends.to(hidden.device)]).float().log_softmax(dim=-1)
+        made: dict[str, list[torch.Tensor]] = {}
+        for (name, *_), log in zip(due, logs, strict=True):
+            made.setdefault(name, []).append(log[None])
+        return made
+
+    def _branches(self, name: str, one: Request) -> dict[str, BranchLine]:
+        contrast, call = one.engine.contrast, self._with_images(name, one)
+        assert contrast is not None
+        made = {}
+        with one.engine.acting(one.session):
+            wanted = contrast.branches(call)
+        for branch, negative in wanted.items():
+            real = negative.inputs["attention_mask"][0].bool()
+            ids = negative.inputs["input_ids"][0][real]
+            visual = torch.isin(ids, one.engine.tokens)
+            types = torch.where(visual, VISUAL, TEXT).to(torch.uint8)[None]
+            inner = Call(call.model, call.family, {**negative.inputs, "input_ids": ids[None]})
+            line = BranchLine(session=session_of(inner, types, branch), ids=ids.tolist())
+            if bool(visual.any()):
+                same = negative.inputs.get("pixel_values") is call.inputs.get("pixel_values")
+                line.features = self.served.images.features(name, None if same else negative.inputs)
+            made[branch] = line
+        return made
+
+    def _embeds(self, line: BranchLine, new: list[int]) -> torch.Tensor:
+        runner = self.served.runner
+        ids = torch.tensor(new, device=runner.device)
+        if line.length or line.features is None:
+            return runner.model.embed_input_ids(ids)
+        assert line.session is not None
+        shown = torch.zeros(len(new), dtype=torch.bool)
+        shown[: line.session.prompt_len] = line.session.prompt[0] == VISUAL
+        features, line.features = line.features, None
+        return runner.model.embed_input_ids(ids, multimodal_embeddings=features, is_multimodal=shown.to(runner.device))
+
+
+def _contrasts(one: Request) -> bool:
+    return one.engine.contrast is not None and one.session.last_visual[0] >= 0

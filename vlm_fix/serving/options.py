@@ -1,0 +1,114 @@
+"""What a request may ask of the server's methods: to leave them out, or another strength."""
+
+from __future__ import annotations
+
+import json
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vlm_fix.errors import VlmFixError
+from vlm_fix.method import Method
+from vlm_fix.pruning.kinds import TokenPruner
+
+from .engine import ServedEngine
+from .settings import KEY
+
+OFF = ("off", False)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The methods as one request wants them."""
+
+    key: str
+    methods: list[Method]
+
+
+def variant(asked: Any, engine: ServedEngine) -> Variant:
+    """asked: "off", {"alpha": 0.5} where one method is served, {"pai": {"alpha": 0.5}, "vcd": "off"}, or a spec "pai:alpha=0.5".
+
+    Raises VlmFixError for anything else.
+    """
+    names = [m.name for m in engine.methods]
+    if asked in OFF:
+        changes: dict[str, Any] = dict.fromkeys(names, "off")
+    elif isinstance(asked, str):
+        changes = _spec(asked, names)
+    elif isinstance(asked, Mapping) and asked:
+        changes = dict(asked) if set(asked) <= set(names) else _only(dict(asked), names)
+    else:
+        raise VlmFixError(f'{KEY} is {asked!r}: give "off", or settings such as {_example(engine)}.')
+    methods = []
+    for method in engine.methods:
+        wanted = changes.get(method.name, {})
+        if isinstance(method, TokenPruner) and wanted:
+            raise VlmFixError(
+                f"{method.name} drops image tokens for all requests of this server: it cannot change for one."
+            )
+        if wanted in OFF:
+            continue
+        methods.append(_changed(method, wanted) if wanted else method)
+    key = json.dumps({n: changes[n] for n in sorted(changes)}, sort_keys=True, default=str)
+    return Variant(key, methods)
+
+
+def check(asked: Any, engine: ServedEngine | None) -> None:
+    """Raise VlmFixError for what this server cannot do for one request."""
+    if engine is None:
+        raise VlmFixError(f"{KEY} is set, but this server runs no method: start it with one, or leave {KEY} out.")
+    made = ServedEngine(engine.model, variant(asked, engine).methods)
+    more = [what for what, needed in made.needs.items() if needed and not engine.needs[what]]
+    if more:
+        raise VlmFixError(
+            f"this server was started without {more[0]}, which {KEY}={asked!r} needs: start it with that setting."
+        )
+
+
+def _spec(asked: str, names: list[str]) -> dict[str, Any]:
+    name, colon, rest = asked.partition(":")
+    if not colon and "=" in name:
+        name, rest = "", asked
+    pairs = [part.partition("=") for part in rest.split(",") if part.strip()]
+    wanted = {key.strip(): value.strip() for key, _, value in pairs}
+    if not wanted:
+        raise VlmFixError(f'{KEY} is {asked!r}: give "off", or settings such as "{names[0]}:alpha=0.5".')
+    return {name.strip(): wanted} if name.strip() in names else _only({name.strip(): wanted} if name else wanted, names)
+
+
+def _only(wanted: dict[str, Any], names: list[str]) -> dict[str, Any]:
+    """Settings of the one method that is served."""
+    if len(names) == 1 and not any(isinstance(v, Mapping) for v in wanted.values()):
+        return {names[0]: wanted}
+    unknown = next((n for n in wanted if n not in names), "")
+    raise VlmFixError(f"{KEY}: this server runs {', '.join(names)}, not {unknown!r}.")
+
+
+def _changed(method: Method, wanted: Any) -> Method:
+    if not isinstance(wanted, Mapping):
+        raise VlmFixError(f'{KEY}: {method.name} is {wanted!r}: give "off" or settings such as {{"alpha": 0.5}}.')
+    strengths = strengths_of(method)
+    values = {}
+    for name, value in wanted.items():
+        if name not in strengths:
+            raise VlmFixError(
+                f"{KEY}: {name!r} of {method.name} cannot change for one request; "
+                f"{', '.join(strengths) or 'none of its settings'} can."
+            )
+        try:
+            values[name] = float(value)
+        except (TypeError, ValueError):
+            raise VlmFixError(f"{KEY}: {method.name}'s {name} is {value!r}, which is no number.") from None
+    return method.but(**values)
+
+
+def strengths_of(method: Method) -> list[str]:
+    """The settings that may differ from request to request: numbers that are no counts."""
+    hints = typing.get_type_hints(type(method))
+    return [name for name in vars(method) if hints.get(name) in (float, float | None)]
+
+
+def _example(engine: ServedEngine) -> str:
+    first = next((m for m in engine.methods if strengths_of(m)), None)
+    return json.dumps({first.name: {strengths_of(first)[0]: 0.5}}) if first else '"off"'

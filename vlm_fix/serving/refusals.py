@@ -1,0 +1,141 @@
+"""What cannot be served, with the reason. Checked before the server starts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vlm_fix.attention.edits import AttentionEdit, ColumnMasker, QueryKeyReader
+from vlm_fix.decoding.kinds import Contrast, LogitEdit, Procedure
+from vlm_fix.errors import VlmFixError
+from vlm_fix.hidden.edit import HiddenEdit, LayerOutputEdit
+from vlm_fix.inputs import InputEdit
+from vlm_fix.method import Method
+from vlm_fix.pruning.kinds import CachePruner, ImageShrinker, LayerPruner, TokenPruner
+
+from .engine import ServedEngine
+
+KINDS: tuple[tuple[Any, str], ...] = (
+    (Procedure, "it runs generate in a loop of its own, and vLLM's scheduler has no place for one"),
+    (ColumnMasker, "it masks columns for rows of the prompt that vLLM's own kernels compute"),
+    (
+        QueryKeyReader,
+        "it reads queries and keys of the whole prompt at once, which vLLM may compute in chunks or take from its cache",
+    ),
+    (LayerPruner, "it drops tokens inside the language model, and vLLM keeps one block table for all layers"),
+    (CachePruner, "it drops keys layer by layer, and vLLM keeps one block table for all layers"),
+    (ImageShrinker, "it gives the vision tower a smaller image, and vLLM's towers here take one size"),
+    (LayerOutputEdit, "vLLM adds a layer's output in the next layer's norm, so that it is not there to be changed"),
+)
+PRUNED = ("llava",)  # families whose placeholders are counted anew
+
+
+def reason(method: Method, engine: ServedEngine) -> str | None:
+    """Why `method` cannot be served; None if it can."""
+    for kind, why in KINDS:
+        if isinstance(method, kind):
+            return why
+    if isinstance(method, InputEdit) and method.prepares and method.previews:
+        return "these settings take one more pass over the prompt with its images before it is answered"
+    if getattr(method, "prompt_rows", "last") == "all":
+        return "prompt_rows=all needs the whole prompt in one forward, and vLLM may compute it in chunks; use prompt_rows=last"
+    if isinstance(method, Contrast) and isinstance(method, AttentionEdit) and method.branch == "negative":
+        return "its second branch is the same prompt with another attention, which has no cache beside the batch yet"
+    if isinstance(method, Contrast) and method.contrasts and (method.fork is not None or not _plain_branch(method)):
+        return "its second branch changes image features or layers inside the model, which has no place beside the batch yet"
+    if isinstance(method, LogitEdit) and isinstance(method, AttentionEdit):
+        return "it reads attention weights for its edit of the next token, and these are not kept in a batch"
+    if isinstance(method, TokenPruner) and engine.family.name not in PRUNED:
+        return (
+            f"image tokens can be dropped before the language model in {', '.join(PRUNED)}, not in {engine.family.name}"
+        )
+    if not isinstance(method, AttentionEdit | HiddenEdit | Contrast | LogitEdit | TokenPruner):
+        return "its kind is not known to the server"
+    return None
+
+
+def _plain_branch(method: Contrast) -> bool:
+    """True if its one second branch is another prompt or image."""
+    return type(method).branches is Contrast.branches and type(method).stays is Contrast.stays
+
+
+def check_engine(engine: ServedEngine) -> None:
+    """Raise VlmFixError for a stack that cannot be served."""
+    for method in engine.active:
+        why = reason(method, engine)
+        if why:
+            raise VlmFixError(f"{method.name} cannot be served by vLLM: {why}. It runs with vlm_fix.wrap and generate.")
+    encoder = [
+        m.name for m in engine.active if isinstance(m, InputEdit | TokenPruner) and m.encoder_layers(engine.arch)
+    ]
+    if encoder and engine.family.encoder != "clip":
+        raise VlmFixError(f"{encoder[0]} cannot be served by vLLM: it reads vision towers like CLIP's alone there.")
+    if engine.contrast is not None and engine.pruner is not None:
+        raise VlmFixError(
+            f"{engine.contrast.name} beside {engine.pruner.name} cannot be served by vLLM: the second branch has all image "
+            "tokens. Serve one of them."
+        )
+    if engine.contrast is not None and engine.family.mrope:
+        raise VlmFixError(
+            f"{engine.contrast.name} cannot be served by vLLM in {engine.family.name}: its second branch has no M-RoPE positions."
+        )
+
+
+def check_config(config: Any, engine: ServedEngine) -> None:
+    """Raise VlmFixError for options of vLLM that do not go with the methods."""
+    names = ", ".join(m.name for m in engine.active)
+    parallel = config.parallel_config
+    shared = [m.name for m in engine.active if not _apart(m)]
+    for what, used in {
+        "speculative decoding": config.speculative_config is not None,
+        "pipeline parallelism": parallel.pipeline_parallel_size > 1,
+        "context parallelism": getattr(parallel, "decode_context_parallel_size", 1) > 1
+        or getattr(parallel, "prefill_context_parallel_size", 1) > 1,
+        "microbatches (--enable-dbo)": bool(getattr(parallel, "enable_dbo", False)),
+        "a pooling runner": getattr(config.model_config, "runner_type", "generate") != "generate",
+        "a KV connector": config.kv_transfer_config is not None,
+        "LoRA": config.lora_config is not None,
+    }.items():
+        if used:
+            raise VlmFixError(f"{names} cannot be served with {what}; leave it out.")
+    if parallel.tensor_parallel_size > 1 and shared:
+        raise VlmFixError(
+            f"{shared[0]} compares heads with each other or names them, and tensor parallelism gives each device a part of "
+            "them: serve it on one device, or with data parallelism."
+        )
+
+
+def _apart(method: Method) -> bool:
+    """True if the method may run where each device has a part of the heads."""
+    if isinstance(method, AttentionEdit):
+        return method.heads_apart
+    return isinstance(method, LogitEdit) and not method.exits
+
+
+def check_worker(runner: Any, engine: ServedEngine) -> None:
+    """Raise VlmFixError for a loaded model in which the methods could not act."""
+    from .backend import MADE, EditingImpl
+    from .layers import attention_layers, decoder_layers
+
+    if not hasattr(runner, "input_batch"):
+        raise VlmFixError("vLLM's second model runner is not served: set VLLM_USE_V2_MODEL_RUNNER=0.")
+    found = attention_layers(runner)
+    if len(found) != len(engine.arch.attention) or len(decoder_layers(runner)) != engine.arch.depth:
+        raise VlmFixError(
+            f"{type(runner.model).__name__} of vLLM has {len(found)} attention layers, and the methods expect "
+            f"{len(engine.arch.attention)}: this architecture is not served."
+        )
+    for name, layer in found.items():
+        impl, backend = layer.impl, layer.attn_backend.get_name()
+        if not isinstance(impl, EditingImpl):
+            raise VlmFixError(
+                f"the attention backend {backend} is not served: give --attention-backend {' or '.join(MADE)}."
+            )
+        for what, used in {
+            "sliding windows": (getattr(layer, "sliding_window", None) or -1) > 0,
+            "attention sinks": getattr(impl, "sinks", None) is not None,
+            "ALiBi": getattr(impl, "alibi_slopes", None) is not None,
+            "a quantised KV cache": "fp8" in str(impl.kv_cache_dtype) or "int" in str(impl.kv_cache_dtype),
+            "a shared KV cache": getattr(impl, "kv_sharing_target_layer_name", None) is not None,
+        }.items():
+            if used:
+                raise VlmFixError(f"{name} has {what}, in which methods are not served.")

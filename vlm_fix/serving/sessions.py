@@ -1,0 +1,117 @@
+"""The sessions of served requests: one for each request, and one for the decode rows of many."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from vlm_fix.attention.edits import Changes
+from vlm_fix.call import Call
+from vlm_fix.memory import ColumnCache, ForwardCache, Memory
+from vlm_fix.session import SLACK, TEXT, VISUAL, Session
+
+
+def session_of(call: Call, types: torch.Tensor, branch: str = "main") -> RequestSession:
+    """The session of a prompt whose columns have the types [1, L]."""
+    columns = types[0] == VISUAL
+    made = RequestSession(call, prompt_len=types.shape[1], branch=branch)
+    made.prompt, made.last_visual = types, [int(columns.nonzero()[-1]) if bool(columns.any()) else -1]
+    return made
+
+
+@dataclasses.dataclass
+class RequestSession(Session):
+    """One request. All of its prompt is known from the start, also where it comes in chunks."""
+
+    prompt: torch.Tensor = dataclasses.field(default_factory=lambda: torch.zeros(1, 0, dtype=torch.uint8))
+
+    def go_to(self, start: int, length: int) -> None:
+        """The next forward has `length` rows from column `start` on."""
+        total = start + length
+        self.start, self.length = start, length
+        self.types = self.wide(total)[:, :total]
+        self.forward, self.columns = ForwardCache(), ColumnCache()
+
+    def wide(self, width: int) -> torch.Tensor:
+        """[1, n] types of `width` columns or more: what follows the prompt is text."""
+        return torch.nn.functional.pad(self.prompt, (0, max(0, width - self.prompt.shape[1])), value=TEXT)
+
+
+class BatchSession(Session):
+    """The decode rows of several requests, each in its own last column.
+
+    Columns lie left-aligned, so that those of a shorter request end earlier: its row may not look further. Nothing in it
+    is `prompt_len` long: the prompts' lengths are in `prompts`.
+    """
+
+    def __init__(self, sessions: Sequence[RequestSession]):
+        first = sessions[0]
+        super().__init__(first.call, prompt_len=0, branch=first.branch)
+        self.sessions = list(sessions)
+        self.last_visual = [s.last_visual[0] for s in sessions]
+        self.prompts = torch.tensor([s.prompt_len for s in sessions])
+        self.lengths = self.prompts
+        self.states = joined([s.states for s in sessions])
+        self.all_types = torch.zeros(len(sessions), 0, dtype=torch.uint8)
+        self.spare: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def go_to(self, lengths: Sequence[int]) -> None:
+        """The next forward has one row for each request, which then has `lengths` columns."""
+        total = max(lengths)
+        if self.all_types.shape[1] < total:
+            width = total + SLACK
+            self.all_types = torch.cat([s.wide(width)[:, :width] for s in self.sessions])
+            self.columns = ColumnCache()
+        self.start, self.length, self.types = total - 1, 1, self.all_types[:, :total]
+        self.forward, self.lengths, self.spare = ForwardCache(), torch.tensor(lengths), {}
+
+    def _on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        if device not in self.spare:
+            self.spare[device] = self.lengths.to(device), self.prompts.to(device)
+        return self.spare[device]
+
+    def ages(self, rows: torch.Tensor, width: int) -> torch.Tensor:
+        lengths, _ = self._on(rows.device)
+        return (lengths[:, None] - 1 - torch.arange(width, device=rows.device))[:, None, None]
+
+    def generated(self, width: int, device: torch.device) -> torch.Tensor:
+        lengths, prompts = self._on(device)
+        columns = torch.arange(width, device=device)
+        return ((columns >= prompts[:, None]) & (columns < lengths[:, None]))[:, None, None]
+
+    def seen(self, width: int, device: torch.device) -> torch.Tensor | None:
+        """[B, 1, 1, K] True where a row may look; None if all see all."""
+        if bool((self.lengths == width).all()):
+            return None
+        lengths, _ = self._on(device)
+        return (torch.arange(width, device=device) < lengths[:, None])[:, None, None]
+
+
+def joined(values: Sequence[Any]) -> Any:
+    """What single requests remember, [1, ...] each, as what a batch of them remembers, [B, ...].
+
+    Tensors are filled with zeros up to the largest: a column's memory says nothing of columns that came later.
+    """
+    known = [v for v in values if v is not None]
+    if not known:
+        return None
+    first = known[0]
+    if isinstance(first, torch.Tensor) and first.dim():
+        shape = [max(sizes) for sizes in zip(*(v.shape[1:] for v in known), strict=True)]
+        out = first.new_zeros(len(values), *shape)
+        for row, value in zip(out, values, strict=True):
+            if value is not None:
+                row[tuple(slice(n) for n in value.shape[1:])] = value[0]
+        return out
+    if isinstance(first, dict):
+        keys = dict.fromkeys(k for v in known for k in v)
+        return {k: joined([(v or {}).get(k) for v in values]) for k in keys}
+    if isinstance(first, Changes):
+        return Changes()
+    if isinstance(first, Memory):
+        names = [f.name for f in dataclasses.fields(first)]
+        return type(first)(**{n: joined([v and getattr(v, n) for v in values]) for n in names})
+    return first

@@ -1,0 +1,264 @@
+"""What the plugin keeps on one of vLLM's workers: the engines of its methods, and the requests that are running."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from vlm_fix.call import Call
+from vlm_fix.errors import VlmFixError
+from vlm_fix.session import TEXT, VISUAL, Session
+
+from . import layers, options, refusals
+from .beside import Beside
+from .engine import ServedEngine
+from .groups import Group
+from .logits import NextTokens
+from .paged import layout_of
+from .sessions import BatchSession, RequestSession, session_of
+from .settings import Settings
+from .tower import Images
+
+_SERVED: weakref.WeakValueDictionary[int, Served]
+
+
+@dataclass
+class Request:
+    """One request on the worker."""
+
+    engine: ServedEngine
+    session: RequestSession
+    branches: dict[str, Any] = field(default_factory=dict)  # logits.BranchLine by name
+    seen: int = 0  # columns that were computed
+    unprepared: bool = False  # an InputEdit has still to look at its images
+
+
+class Served:
+    """One worker's part. `running` is True while it runs a step of requests (and not a profiling run)."""
+
+    def __init__(self, runner: Any, settings: Settings, model: Any):
+        self.runner, self.settings, self.model = runner, settings, model
+        self.engine = self.adopt(ServedEngine.plan(model, settings))
+        refusals.check_engine(self.engine)
+        refusals.check_worker(runner, self.engine)
+        self.variants: dict[Any, ServedEngine] = {}
+        self.requests: dict[str, Request] = {}
+        self.batches: dict[ServedEngine, BatchSession] = {}
+        self.running, self.groups, self.current = False, [], None
+        self.numbers: dict[str, int] = {}
+        self.layouts: dict[str, Any] = {}
+        self.beside, self.next_tokens, self.images = Beside(self), NextTokens(self), Images(self)
+        self.plain = Session(Call(model, self.engine.family, {}), prompt_len=0, plain=True)
+
+    groups: list[Group]
+    current: Step | None
+
+    def adopt(self, engine: ServedEngine) -> ServedEngine:
+        """`engine`, acting here."""
+        engine.served = self
+        return engine
+
+    def install(self) -> None:
+        """Wrap the runner's steps and the model's logits, and hook the layers that methods look into."""
+        runner, execute, logits = self.runner, self.runner.execute_model, self.runner.model.compute_logits
+
+        @functools.wraps(execute)
+        def execute_model(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+            with self.step_of(scheduler_output):
+                return execute(scheduler_output, *args, **kwargs)
+
+        @functools.wraps(logits)
+        def compute_logits(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            made = logits(hidden_states, *args, **kwargs)
+            step, self.current = self.current, None  # prompt log-probabilities are asked for later in the step
+            return made if step is None or made is None else self.next_tokens.edited(step, made)
+
+        self.plain_logits = logits
+        runner.execute_model, runner.model.compute_logits = execute_model, compute_logits
+        layers.install(self)
+        self.images.install()
+
+    def check_caches(self) -> None:
+        """Find each layer's cache layout, once the caches are there. Raises VlmFixError for one that is unknown."""
+        known: dict[tuple[Any, ...], Any] = {}
+        for name in self.numbers:
+            layer = layers.attention_layers(self.runner)[name]
+            kind = type(layer.impl), tuple(layer.kv_cache.shape[1:]), layer.kv_cache.dtype, getattr(layer, "isa", None)
+            if kind not in known:
+                known[kind] = layout_of(layer)
+            self.layouts[name] = known[kind]
+
+    # ---- requests ----------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def step_of(self, scheduler_output: Any) -> Iterator[None]:
+        """While vLLM runs one step."""
+        for name in scheduler_output.finished_req_ids:
+            self.requests.pop(name, None)
+        self.images.forget()
+        self.running, self.groups, self.current = True, [], None
+        try:
+            yield
+        finally:
+            self.running, self.groups, self.current = False, [], None
+
+    def engine_of(self, params: Any) -> ServedEngine:
+        """The engine for what a request asks: the server's, or one with other strengths."""
+        asked = (getattr(params, "extra_args", None) or {}).get(options.KEY)
+        if asked is None:
+            return self.engine
+        variant = options.variant(asked, self.engine)
+        if variant.key not in self.variants:
+            made = ServedEngine(self.model, variant.methods) if variant.methods != self.engine.methods else self.engine
+            self.variants[variant.key] = self.adopt(made)
+        return self.variants[variant.key]
+
+    def request(self, name: str, start: int) -> Request:
+        """The request `name`, whose next chunk begins in column `start`."""
+        known = self.requests.get(name)
+        if known is not None and start >= known.seen:
+            return known
+        state = self.runner.requests[name]
+        engine = self.engine_of(state.sampling_params)
+        ids = state.prompt_token_ids
+        if ids is None or state.prompt_is_token_ids is not None:
+            raise VlmFixError("prompts of embeddings hide where the images are: send tokens or text.")
+        types = torch.full((1, len(ids)), TEXT, dtype=torch.uint8)
+        for feature in state.mm_features:
+            place = feature.mm_position
+            here = types[0, place.offset : place.offset + place.length]
+            here[slice(None) if place.is_embed is None else place.is_embed.to(here.device)] = VISUAL
+        inputs = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
+        call = Call(self.model, engine.family, inputs)
+        made = Request(engine, session_of(call, types), known.branches if known else {})
+        made.unprepared = bool(engine.input_edits) and made.session.last_visual[0] >= 0
+        self.requests[name] = made
+        return made
+
+    def step(self, common: Any) -> Step:
+        """The groups of this step; made when the first of its attention metadata are built."""
+        if self.current is None:
+            self.current = Step(self, common.query_start_loc_cpu.tolist())
+            self.groups = self.current.groups
+        return self.current
+
+    def batch(self, engine: ServedEngine, names: Sequence[str]) -> BatchSession:
+        """The session of the decode rows of these requests; it is kept while they stay together."""
+        sessions = [self.requests[name].session for name in names]
+        made = self.batches.get(engine)
+        if made is None or [id(s) for s in made.sessions] != [id(s) for s in sessions]:
+            made = self.batches[engine] = BatchSession(sessions)
+        return made
+
+    def number(self, layer: Any) -> int:
+        """The number of an attention layer of the language model."""
+        return self.numbers[layer.layer_name]
+
+    def softcap(self, impl: Any) -> float | None:
+        """The soft cap of a layer's scores."""
+        return getattr(impl, "logits_soft_cap", None) or None
+
+
+class Step:
+    """One step of vLLM: which of its tokens belong to which requests."""
+
+    def __init__(self, served: Served, bounds: list[int]):
+        self.served, self.groups = served, []
+        self.samples: list[tuple[int, str, Request]] = []  # rows that predict a new token
+        self.late: list[tuple[str, Request]] = []  # see `_prepare`
+        self.last = [end - 1 for end in bounds[1:]]  # by row, the place of its last token
+        batch, done = served.runner.input_batch, served.runner.input_batch.num_computed_tokens_cpu
+        together: dict[ServedEngine, list[tuple[int, str, int]]] = {}
+        for row, name in enumerate(batch.req_ids):
+            start, length = int(done[row]), bounds[row + 1] - bounds[row]
+            one = served.request(name, start)
+            one.seen = end = start + length
+            session, engine = one.session, one.engine
+            if not engine.active or (engine.needs_image and session.last_visual[0] < 0):
+                continue  # a prompt of text is answered as it is where every method needs an image
+            if end >= session.prompt_len:
+                self.samples.append((row, name, one))
+            if length == 1 and start >= session.prompt_len:
+                together.setdefault(engine, []).append((row, name, end))
+                continue
+            if session.fresh:
+                self._begin(one)
+            session.go_to(start, length)
+            if one.unprepared and end >= session.prompt_len:
+                self.late.append((name, one))
+            self.groups.append(Group(engine, session, list(range(bounds[row], bounds[row + 1])), [row], end))
+        served.batches = {k: v for k, v in served.batches.items() if k in together}
+        for engine, rows in together.items():
+            joint = served.batch(engine, [name for _, name, _ in rows])
+            joint.go_to([end for *_, end in rows])
+            places = [bounds[row] for row, *_ in rows]
+            self.groups.append(Group(engine, joint, places, [row for row, *_ in rows], joint.start + 1))
+
+    def _begin(self, one: Request) -> None:
+        """Before the first chunk of a prompt: what methods prepare."""
+        if one.session.last_visual[0] >= 0:
+            one.session.go_to(0, one.session.prompt_len)
+            with one.engine.acting(one.session):
+                for wing in one.engine.wings:
+                    wing.on_prompt(one.session)
+
+    def _prepare(self) -> None:
+        """Before the first layer of the chunk with a prompt's last row: its images have been encoded by now."""
+        for name, one in self.late:
+            length, start = one.session.length, one.session.start
+            one.session.call.views = self.served.images.of(name)
+            one.session.go_to(0, one.session.prompt_len)
+            with one.engine.acting(one.session):
+                for method in one.engine.input_edits:
+                    method.prepare(one.session, {})
+            one.session.go_to(start, length)
+            one.unprepared = False
+        self.late = []
+
+    def edit(
+        self, layer: Any, impl: Any, query: torch.Tensor, cache: torch.Tensor, table: torch.Tensor, output: torch.Tensor
+    ) -> None:
+        """Write the edited rows over what a layer's attention made."""
+        self._prepare()
+        served, number = self.served, self.served.number(layer)
+        out = output.view(len(output), -1, impl.head_size)
+
+        def gather(group: Group) -> tuple[torch.Tensor, torch.Tensor]:
+            blocks = -(-group.columns // cache.shape[2])
+            rows = torch.tensor(group.requests, device=table.device)
+            chosen = table[rows, :blocks].long()
+            keys, values = served.layouts[layer.layer_name](cache, chosen, impl.head_size)
+            keys, values = keys[:, :, : group.columns], values[:, :, : group.columns]
+            seen = group.mask(keys.device) if isinstance(group.session, BatchSession) else None
+            if seen is not None:  # what lies behind a shorter request is another's, or nothing yet
+                keys, values = (x.masked_fill(~seen.transpose(2, 3), 0) for x in (keys, values))
+            return keys, values
+
+        for group in self.groups:
+            if group.engine.attention.stacks[number]:
+                group.edit(
+                    number, query.view(len(query), -1, impl.head_size), out, gather, impl.scale, served.softcap(impl)
+                )
+
+
+_SERVED = weakref.WeakValueDictionary()
+
+
+def of(vllm_config: Any) -> Served | None:
+    """What serves the model of this configuration in this process."""
+    return _SERVED.get(id(vllm_config.model_config))
+
+
+def start(runner: Any, settings: Settings, model: Any) -> Served:
+    """Serve methods on a runner whose model was loaded."""
+    made = Served(runner, settings, model)
+    made.install()
+    runner.vlm_fix = made
+    _SERVED[id(runner.vllm_config.model_config)] = made
+    return made
