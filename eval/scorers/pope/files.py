@@ -1,8 +1,8 @@
 """Which question does each row of an answer file answer? One split, or several in one file as LLaVA writes them.
 
-Questions come from a file, from all files of a folder (LLaVA's `coco/`), or from the package (`gqa`, `aokvqa:random`; `coco`): the three
-official splits, and the older `random` with 2910 questions that LLaVA's llava_pope_test.jsonl asks, 8910 in all. A file of
-questions without labels, such as that one, gets those of the package.
+Questions come from a file, from all files of a folder (LLaVA's `coco/`), or from the package: `gqa` or `aokvqa:random`, and
+`coco`, the three official splits with the older `random` of 2910 questions that LLaVA's llava_pope_test.jsonl asks, 8910
+in all. A file of questions without labels, such as that one, gets those of the package.
 
 Answers to one split are matched by id, else by image and question, else by order. Those to several, whose ids repeat or are
 LLaVA's own, by category, image and question where the rows have them, else by order: a stretch of rows answers a split if
