@@ -10,7 +10,7 @@ PIP := pip install -qq
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
 
-.PHONY: run picto-smol test test-lmms test-vllm test-oldest test-newest lint imports types docs leaderboard reproduce-picto reproduce-picto-smol clean
+.PHONY: run picto-smol test test-lmms test-vllm test-oldest test-newest test-quantised lint imports types docs record leaderboard reproduce-picto reproduce-picto-smol clean
 
 run: .venv/run  ## baseline and five methods on the bundled model: POPE x 3 and CHAIR, table and figure
 	$(BIN)/vlm-fix eval all --model picto-llava --data picto:shift --method var,vhr,pai,vcd,hiprune \
@@ -19,9 +19,9 @@ run: .venv/run  ## baseline and five methods on the bundled model: POPE x 3 and 
 picto-smol: .venv/smol  ## picto-smol's checkpoint in the cache folder; then --model picto-smol works everywhere
 	$(BIN)/python -c 'from vlm_fix.eval import picto; print(picto.model_path("picto-smol"))'
 
-test test-lmms test-vllm test-oldest test-newest: export OMP_NUM_THREADS := 1
-test test-lmms test-vllm test-oldest test-newest: export HF_HUB_OFFLINE := 1
-test test-lmms test-vllm test-oldest test-newest: export HF_HUB_DISABLE_TELEMETRY := 1
+test test-lmms test-vllm test-oldest test-newest test-quantised: export OMP_NUM_THREADS := 1
+test test-lmms test-vllm test-oldest test-newest test-quantised: export HF_HUB_OFFLINE := 1
+test test-lmms test-vllm test-oldest test-newest test-quantised: export HF_HUB_DISABLE_TELEMETRY := 1
 
 test: .venv/dev  ## JOBS=N workers (one a core), ARGS="--durations=20" for pytest
 	$(BIN)/python $(PYTEST)
@@ -35,6 +35,9 @@ test-newest: .venv/dev  ## the same on the newest that the package index has, if
 	&& pinned=$$(sed -n 's/^transformers==//p' constraints.txt) \
 	&& if [ "$$newest" = "$$pinned" ]; then echo "transformers $$newest is the newest there is, and make test runs on it"; \
 	else $(MAKE) .venv-newest/$$newest && .venv-newest/bin/python $(PYTEST) $(VERSIONS); fi
+
+test-quantised: .venv-quantised/ready  ## models quantised by torchao, optimum-quanto and bitsandbytes
+	.venv-quantised/bin/python $(PYTEST) tests/deployment/test_quantised.py
 
 test-lmms: .venv-lmms/ready  ## lmms-eval itself, on the bundled model
 	.venv-lmms/bin/python $(PYTEST) tests/eval/harness/test_lmms.py
@@ -56,9 +59,13 @@ types: build/typed
 build/typed: .venv/dev  ## the package as installed: the folders of the repository have other import names
 	rm -rf build && $(BIN)/$(PIP) --no-deps --no-build-isolation --target build/typed .
 
-docs: .venv/run  ## docs/methods.md from the classes and results/, and the pruning curves
+docs: .venv/run  ## docs/methods.md and docs/models.md from the classes, results/ and the tests' record, and the pruning curves
 	$(BIN)/python -m vlm_fix.eval.methods_page docs/methods.md
+	$(BIN)/python -m vlm_fix.eval.report.models_page docs/models.md
 	$(BIN)/python -m vlm_fix.eval.curves results/pruning docs/pruning.md
+
+record: .venv/dev  ## walk every method on every family, about six minutes on one core: what docs/models.md is made of
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.support.product
 	$(BIN)/python -m vlm_fix.eval.report.published_outputs results/published-outputs --page docs/published-outputs.md
 
 leaderboard: .venv/run  ## the tables of README and docs/leaderboard.md from the JSON in results/
@@ -117,10 +124,15 @@ endef
 	.venv-oldest/bin/$(PIP) --no-deps -r tests/families/oldest.txt
 	@touch $@
 
+.venv-quantised/ready: .venv/dev tests/deployment/quantised.txt
+	$(call beside,.venv-quantised)
+	.venv-quantised/bin/$(PIP) --no-deps -r tests/deployment/quantised.txt
+	@touch $@
+
 .venv-newest/%: .venv/dev
 	$(call beside,.venv-newest)
 	.venv-newest/bin/$(PIP) transformers==$*
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-lmms .venv-vllm .venv-oldest .venv-newest build runs *.egg-info
+	rm -rf .venv .venv-lmms .venv-vllm .venv-oldest .venv-newest .venv-quantised build runs *.egg-info

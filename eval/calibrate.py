@@ -136,6 +136,8 @@ def parse_search(items: Sequence[str]) -> dict[str, list[str]]:
     search: dict[str, list[str]] = {}
     for item in items:
         name, equals, values = item.partition("=")
+        if name.strip() in search:
+            raise VlmFixError(f"--search names {name.strip()} twice: give its values once, such as {name.strip()}=a|b.")
         search[name.strip()] = [v.strip() for v in values.split("|") if v.strip()]
         if not equals or not search[name.strip()]:
             raise VlmFixError(f"--search {item!r} is not of the form name=value|value.")

@@ -100,7 +100,9 @@ def _only(result: Any, images: set[Any]) -> Any:
     def filtered(values: Sequence[Any]) -> list[Any]:
         return [value for value, on in zip(values, keep, strict=True) if on]
 
-    lists = {name: filtered(getattr(result, name)) for name in ("rows", "captions") if hasattr(result, name)}
+    lists: dict[str, Any] = {
+        name: filtered(getattr(result, name)) for name in ("rows", "captions") if hasattr(result, name)
+    }
     if cut := getattr(result, "at_share", None):
         lists["at_share"] = lambda share: filtered(cut(share))
     return dataclasses.replace(result, n=sum(keep), **lists)
@@ -164,8 +166,8 @@ def frontier(layout: Layout, captions: Captions, result: Any) -> list[tuple[floa
     for share in SHARES:
         rows = captions.at_share(result, share)
         sums = column_sums(rows, [name for name in rows[0] if name != "image"])
-        both = (float(layout.metrics[name](sums)) for name in (captions.found, captions.invented))
-        points.append((share, *both))
+        found, invented = (float(layout.metrics[name](sums)) for name in (captions.found, captions.invented))
+        points.append((share, found, invented))
     return points
 
 

@@ -26,22 +26,22 @@ from vlm_fix.eval.settings import Settings
 
 NAMES = {"methods": "method", "splits": "split"}
 """Settings whose option has another name."""
+UNSAID = ("splits", "scorer", "labels", "temperature", "top_p", "device")
+"""Settings that are errors where they have no effect, so their usual value is left unsaid."""
 ORDER = ("benchmark", "model", "method")
 
 
 def to_text(settings: Settings) -> str:
-    """Return every setting as YAML that `vlm-fix eval --config` reads; only those that are None are left out."""
+    """Return every setting as YAML that `vlm-fix eval --config` reads; None and the usual value of UNSAID are left out."""
     import yaml
 
     found: dict[str, Any] = {}
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
-        if field.name == "methods":
-            value = ["+".join(stack) for stack in value]
-        if isinstance(value, tuple):
-            value = list(value)
-        if value is not None:
-            found[NAMES.get(field.name, field.name).replace("_", "-")] = value
+        if value is not None and not (field.name in UNSAID and value == field.default):
+            if field.name == "methods":
+                value = ["+".join(stack) for stack in value]
+            found[NAMES.get(field.name, field.name).replace("_", "-")] = [*value] if isinstance(value, tuple) else value
     first = {name: found.pop(name) for name in ORDER}
     return yaml.safe_dump({**first, **found}, sort_keys=False, allow_unicode=True)
 

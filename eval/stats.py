@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 Sums = Mapping[str, Any]
 """Column name -> sum over rows: a float, or an array with one sum per resample."""
+SIGNIFICANT = 0.05
+"""Below it a p-value, corrected for the number of comparisons, is called significant."""
 Metric = Callable[[Sums], Any]
 """Computes the metric from sums; must work on floats and arrays alike (see `ratio`)."""
 Row = Mapping[str, Any]

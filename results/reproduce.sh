@@ -1,43 +1,61 @@
 #!/usr/bin/env bash
-# Makes every file of this folder again: results/reproduce.sh [FOLDER...]. About an hour on two cores; give one FOLDER alone
-# to bench on an idle machine. VLM_FIX names another vlm-fix.
+# Makes every file of this folder again: results/reproduce.sh [FOLDER...], by default all tables of both Picto models and bench.
+#
+# A folder is MODEL-TABLE, with picto-llava or picto-smol, and shift, attention, heads, hidden, decoding, sampling or pruning.
+# picto-llava's tables take about an hour and a half on two cores, picto-smol's most of a day: an interrupted table goes on when
+# it is asked for again. Give `bench` alone on an idle machine. picto-smol needs `make picto-smol`, and picto-smol-calibration
+# once before heads, attention and decoding, unless the checkpoint has its calibration/ already.
+#
+#   LIMIT=4 results/reproduce.sh FOLDER   tries a table on 4 scenes: tables in runs/, results/ stays as it is
+#   VLM_FIX=...                           another vlm-fix
 set -euo pipefail
 cd "$(dirname "$0")/.."
 vlm_fix=${VLM_FIX:-.venv/bin/vlm-fix}
 
-evaluate() { # FOLDER ARGUMENT...
-  "$vlm_fix" eval all --model picto-llava --data picto:shift --seed 0 --variant pattern --output "runs/$1" --resume "${@:2}"
-  cp "runs/$1/results.json" "runs/$1/table.md" "results/$1/"
+evaluate() { # FOLDER MODEL SCENES ARGUMENT...
+  local out=runs/$1${LIMIT:+-$LIMIT}
+  "$vlm_fix" eval all --model "$2" --data picto:shift --seed 0 --variant pattern --limit "${LIMIT:-$3}" --output "$out" \
+    --resume "${@:4}"
+  [ -n "${LIMIT:-}" ] && return
+  mkdir -p "results/$1"
+  cp "$out/results.json" "$out/table.md" "results/$1/"
 }
 
-picto-shift() { # what `make run` runs
-  evaluate picto-shift --method var,vhr,pai,vcd,hiprune --limit 300 --batch-size 32
-  cp runs/picto-shift/figure.png docs/images/picto-shift.png
+join() { local IFS=,; echo "$*"; }
+
+table() { # MODEL TABLE [FOLDER]; picto-smol, twenty times as large, gets fewer scenes and smaller batches
+  local model=$1 folder=${3:-$1-$2} scenes=150 few=40 prune=60 shift=300 batch=64
+  [ "$model" = picto-smol ] && scenes=60 few=20 prune=30 shift=100 batch=32
+  case $2 in
+    shift) evaluate "$folder" "$model" $shift --batch-size 32 --method var,vhr,pai,vcd,hiprune ;;
+    attention)
+      evaluate "$folder" "$model" $scenes --batch-size $batch --controls \
+        --method act,ad_hh,avar,cca,gift,hgai,locore,pai,paint,tame,vaf,var,zerotuning ;;
+    heads) evaluate "$folder" "$model" $scenes --batch-size $batch --controls --method spin,vhr,head_pursuit ;;
+    hidden) evaluate "$folder" "$model" $scenes --batch-size $batch --controls --method iri ;;
+    decoding)
+      evaluate "$folder" "$model" $scenes --batch-size $batch --controls \
+        --method vcd,icd,m3id,sid,decore,iava,causalmm,layercake,pai:gamma=1.1,dola,deco,dagcd ;;
+    sampling)
+      evaluate "$folder" "$model" $few --batch-size $batch --controls --sample --seeds 0,1,2 --method vcd,icd,m3id ;;
+    pruning)
+      local methods=() budget method
+      for budget in 32 16 8; do # of 64 tokens; random_tokens, uniform_grid and downsample_image are the controls
+        for method in random_tokens uniform_grid downsample_image divprune hiprune visionzip vscan zoo_prune fastv \
+          pyramid_drop sparsevlm ptp expected_attention knorm a_vl; do
+          methods+=("$method:keep=$budget")
+        done
+      done
+      evaluate "$folder" "$model" $prune --batch-size $batch --method "$(join "${methods[@]}")" ;;
+  esac
 }
 
-attention() {
-  evaluate attention --limit 150 --batch-size 64 \
-    --method act,ad_hh,avar,cca,gift,hgai,locore,pai,paint,tame,vaf,var,zerotuning,spin,vhr,iri,head_pursuit
-}
-
-decoding() {
-  evaluate decoding --limit 150 --batch-size 64 --controls \
-    --method vcd,icd,m3id,sid,decore,iava,causalmm,layercake,pai:gamma=1.1,dola,deco,dagcd
-}
-
-sampling() {
-  evaluate sampling --limit 40 --batch-size 64 --controls --sample --seeds 0,1,2 --method vcd,icd,m3id
-}
-
-pruning() {
-  local methods=() budget method
-  for budget in 32 16 8; do # of 64 tokens
-    for method in random_tokens uniform_grid downsample_image divprune hiprune visionzip vscan zoo_prune fastv pyramid_drop \
-      sparsevlm ptp expected_attention knorm a_vl; do
-      methods+=("$method:keep=$budget")
-    done
+picto-smol-calibration() { # into the checkpoint's parts: model_path puts them beside the weights
+  mkdir -p eval/picto/picto-smol/calibration
+  for method in ad_hh decore head_pursuit iri; do
+    "$vlm_fix" calibrate "$method" --model picto-smol --data picto:train --limit "${LIMIT:-100}" --seed 0 \
+      --out "eval/picto/picto-smol/calibration/$method.json"
   done
-  evaluate pruning --limit 60 --batch-size 64 --method "$(IFS=,; echo "${methods[*]}")"
 }
 
 published-outputs() { # not of the default list: COPIES is a folder with clones of the repositories in pairs.json
@@ -53,6 +71,27 @@ bench() { # ratios in one run, on one thread
   "$vlm_fix" bench prune --new-tokens 16 --rounds 3 --output results/bench/prune-small-cpu.json
 }
 
-for folder in "${@:-picto-shift attention decoding sampling pruning bench}"; do
-  for each in $folder; do "$each"; done
+# The tables of picto-llava from before there was picto-smol; picto-llava-TABLE takes the place of each.
+picto-shift() { table picto-llava shift picto-shift; }
+attention() {
+  evaluate attention picto-llava 150 --batch-size 64 \
+    --method act,ad_hh,avar,cca,gift,hgai,locore,pai,paint,tame,vaf,var,zerotuning,spin,vhr,iri,head_pursuit
+}
+decoding() { table picto-llava decoding decoding; }
+sampling() { table picto-llava sampling sampling; }
+pruning() { table picto-llava pruning pruning; }
+
+tables=(shift attention heads hidden decoding sampling pruning)
+if [ $# = 0 ]; then
+  set -- "${tables[@]/#/picto-llava-}" picto-smol-calibration "${tables[@]/#/picto-smol-}" bench
+fi
+for folder in "$@"; do
+  if declare -F "$folder" > /dev/null; then
+    "$folder"
+  elif [[ $folder =~ ^(picto-llava|picto-smol)-(.+)$ ]] && [[ " ${tables[*]} " == *" ${BASH_REMATCH[2]} "* ]]; then
+    table "${BASH_REMATCH[1]}" "${BASH_REMATCH[2]}"
+  else
+    echo "reproduce.sh: no folder is called $folder; see the lines at its top." >&2
+    exit 2
+  fi
 done

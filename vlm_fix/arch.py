@@ -27,7 +27,6 @@ class Family:
     first_position: int = 0
     causal: bool = True
     cells: str = "tiles"
-    tested: str = "random weights"
 
 
 @dataclass(frozen=True)

@@ -138,6 +138,14 @@ def choose(files: Files, model: Any, methods: Sequence[Method]) -> list[Calibrat
     Warns of one that was found on other weights, or that is given but has nothing to fill. Raises VlmFixError for a file of
     a method that is not among them.
     """
+    found = find(files, str(getattr(model, "name_or_path", "")), methods)
+    for c in found:
+        c.compare(model)
+    return found
+
+
+def find(files: Files, checkpoint: str, methods: Sequence[Method]) -> list[Calibration]:
+    """What `choose` returns for a model from the folder `checkpoint`, without a look at its weights."""
     found, names = read_all(files), {m.name: m for m in methods}
     for c in found:
         if c.method not in names:
@@ -148,14 +156,11 @@ def choose(files: Files, model: Any, methods: Sequence[Method]) -> list[Calibrat
         if c.found and not c.open(names[c.method]):
             warnings.warn(
                 f"the calibration of {c.method} fills nothing: all of it ({', '.join(c.found)}) is given.",
-                stacklevel=4,
+                stacklevel=5,
             )
-    checkpoint = str(getattr(model, "name_or_path", ""))
     for name in sorted(names.keys() - {c.method for c in found}) if checkpoint else ():
         file = Path(checkpoint) / "calibration" / f"{name}.json"
         found += [Calibration.read(file)] if file.is_file() else []
-    for c in found:
-        c.compare(model)
     return found
 
 

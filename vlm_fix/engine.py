@@ -9,21 +9,21 @@ import contextlib
 import functools
 import threading
 import types
-import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from transformers import UnbatchedClassifierFreeGuidanceLogitsProcessor as Guidance
 
-from vlm_fix import attention, compiled, copies, decoding, hidden, inputs, pruning  # noqa: F401 (built-in wings register themselves)
+from vlm_fix import attention, checkpointing, compiled, copies, decoding, hidden, inputs, pruning  # noqa: F401 (built-in wings register themselves)
+from vlm_fix.caches import Sessions
 from vlm_fix.call import Call
 from vlm_fix.errors import VlmFixError
 from vlm_fix.families import arch_of, get_part, image_token_ids
 from vlm_fix.families.compat import cache_of, generate_of
 from vlm_fix.forwards import Forwards
 from vlm_fix.method import Method
-from vlm_fix.options import GenerateOptions, kept_apart
+from vlm_fix.options import GenerateOptions
+from vlm_fix.processors import ordered
 from vlm_fix.wing import ATTRIBUTE, NO_IMAGE, Running, Wing
 
 MISSING: Any = object()
@@ -42,7 +42,7 @@ class Engine(Forwards):
         self.active = [m for m in (m.resolve(self.arch) for m in methods) if not m.neutral]
         self.callbacks, self.attention_functions = {}, {}
         self.running, self.warned = Running(), set()
-        self.sessions = weakref.WeakKeyDictionary()
+        self.sessions = Sessions()
         self.lock, self.installed = threading.RLock(), False
         self.key = compiled.number(self)
         self.wings = [wing for kind in Wing.kinds if (wing := kind.claim(self)) is not None]
@@ -63,6 +63,9 @@ class Engine(Forwards):
         """
         config = self.model.config.get_text_config()
         before = config._attn_implementation
+        if others := self._others_on(config):
+            before = others[0].attention_before
+        self.attention_before = before
         capped = getattr(config, "attn_logit_softcapping", None)  # no kernel of SDPA does that: such models run eager
         if before != (base := "eager" if capped else "sdpa"):
             why = (
@@ -76,7 +79,7 @@ class Engine(Forwards):
             return
         try:
             attention.register()
-            self._undo.callback(self.model.set_attn_implementation, {"text_config": before})
+            self._undo.callback(self._put_back_attention, config)
             self.model.set_attn_implementation({"text_config": attention.NAME})
             self._undo.callback(self.base.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
             self._undo.callback(self.base.register_forward_hook(self._leave, with_kwargs=True).remove)
@@ -84,7 +87,7 @@ class Engine(Forwards):
                 for handle in wing.install():
                     self._undo.callback(handle.remove)
             self.own_generate = self._put("generate", generate)
-            self.own_processors = self._put("_get_logits_processor", processors)
+            self.own_processors = self._put("_get_logits_processor", logits_processors)
             self.installed = True
         except BaseException:
             self.remove()
@@ -94,6 +97,7 @@ class Engine(Forwards):
         """Restore the model exactly."""
         self.installed = False
         copies.remove(self)
+        checkpointing.remove(self)
         self._undo.close()
 
     @contextlib.contextmanager
@@ -106,6 +110,15 @@ class Engine(Forwards):
         finally:
             self.install()
             vars(self.model).update(own)
+
+    def _others_on(self, config: Any) -> list[Engine]:
+        """The engines on other models that share this model's config."""
+        engines = [e for e in compiled.ENGINES.values() if e is not self and e.installed]
+        return [e for e in engines if e.model.config.get_text_config() is config]
+
+    def _put_back_attention(self, config: Any) -> None:
+        if not self._others_on(config):
+            self.model.set_attn_implementation({"text_config": self.attention_before})
 
     def _put(self, name: str, function: Callable[..., Any]) -> Any:
         """Put a method on the model; `remove` gives it back the caller's own of that name, which is returned, or its class's."""
@@ -217,14 +230,12 @@ def generate(engine: Engine, model: Any, *args: Any, **kwargs: Any) -> Any:
         return output
 
 
-def processors(engine: Engine, model: Any, *args: Any, **kwargs: Any) -> Any:
-    """`_get_logits_processor` of a wrapped model: ours, then generate's own and the caller's, as in official code."""
+def logits_processors(engine: Engine, model: Any, *args: Any, **kwargs: Any) -> Any:
+    """`_get_logits_processor` of a wrapped model."""
     own = engine.own_processors
     own = functools.partial(type(model)._get_logits_processor, model) if own is MISSING else own
     prepared, call = own(*args, **kwargs), engine.call
     if call is None:
         return prepared
     call.scored = True
-    apart = functools.partial(engine.outside, quiet=True)  # guidance runs the model
-    theirs = (kept_apart(p, apart) if isinstance(p, Guidance) else p for p in prepared)
-    return type(prepared)([*call.processors, *theirs])
+    return ordered(call.processors, prepared, functools.partial(engine.outside, quiet=True))

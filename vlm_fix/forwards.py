@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from vlm_fix import compiled
+from vlm_fix import checkpointing, compiled
 from vlm_fix.attention import NAME
 from vlm_fix.call import Call
 from vlm_fix.errors import VlmFixError
@@ -35,10 +35,11 @@ class Forwards(Host):
     def _entered(self, module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         if self.session is not None and self.session.plain:  # a pass that only observes
             return None
+        checkpointing.keep(self)
         self._refuse_forward(module, kwargs)
         ids, cache = args[0] if args else kwargs.get("input_ids"), cache_of(kwargs)
-        kinds = self.classify(ids, kwargs.get("inputs_embeds"))
         past = 0 if cache is None else int(cache.get_seq_length())
+        kinds = self.classify(self._prompt_ids(past, kwargs) if ids is None else ids, kwargs.get("inputs_embeds"))
         self.session = self.joint = None  # if anything below fails, the next forward must not see an old one
         session = self.sessions.get(cache) if cache is not None else None
         if cache is None:
@@ -89,6 +90,13 @@ class Forwards(Host):
             f"{what}, so no method can act in it: {versions()} does not hand caches on in a way known here, or the model "
             f"was called without {CACHE}=. Run `vlm-fix doctor`, or unwrap the model."
         )
+
+    def _prompt_ids(self, past: int, kwargs: dict[str, Any]) -> torch.Tensor | None:
+        """[B, q] the token ids of a prompt whose embeddings the caller gave to `generate` beside them."""
+        embeds, ids = kwargs.get("inputs_embeds"), self.call.inputs["input_ids"] if self.call else None
+        if embeds is None or ids is None or len(embeds) % len(ids) or past + embeds.shape[1] > ids.shape[1]:
+            return None
+        return ids[:, past : past + embeds.shape[1]].repeat_interleave(len(embeds) // len(ids), dim=0)
 
     def _open(self, call: Call, past: int, kinds: torch.Tensor) -> Session:
         """A new session of the main branch."""

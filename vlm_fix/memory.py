@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -54,6 +55,10 @@ class ForwardCache:
     """(method, function, K, device) -> the row positions it was computed for, and the value: `Rows.once`"""
     rotary: Any = None  # rotary tables and position ids (None: 3-D) of a second branch's columns
 
+    def copied(self) -> ForwardCache:
+        """The same values in dicts of its own."""
+        return ForwardCache(**{f.name: copy.copy(getattr(self, f.name)) for f in dataclasses.fields(self)})
+
 
 @dataclass
 class ColumnCache:
@@ -62,3 +67,7 @@ class ColumnCache:
     kinds: dict[torch.device, dict[str, torch.Tensor]] = field(default_factory=dict)
     groups: dict[tuple[int, int, torch.device], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     """(method, layer, device) -> the mask they were made of, and the groups: `Rows.groups`"""
+
+    def copied(self) -> ColumnCache:
+        """The same values in dicts of its own."""
+        return ColumnCache(dict(self.kinds), dict(self.groups))

@@ -13,6 +13,7 @@ import torch
 from transformers import GenerationMixin, LogitsProcessorList, StoppingCriteriaList
 
 from vlm_fix.errors import VlmFixError
+from vlm_fix.processors import kept_apart
 
 _PARAMETERS = [*inspect.signature(GenerationMixin.generate).parameters][1:]  # without self
 
@@ -93,13 +94,3 @@ def _callers(function: Any, outside: Callable[[], AbstractContextManager[None]])
     if type(function).__module__.startswith(("transformers.", "vlm_fix.")):
         return function
     return kept_apart(function, outside)
-
-
-def kept_apart(function: Any, outside: Callable[[], AbstractContextManager[None]]) -> Any:
-    """`function`, called in `outside()`."""
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        with outside():
-            return function(*args, **kwargs)
-
-    return run

@@ -86,4 +86,6 @@ def split_methods(text: str) -> list[list[str]]:
             runs[-1] += more
         else:
             runs.append([first, *more])
+    if text.strip() and not runs:
+        raise VlmFixError(f"{text!r} names no method; `vlm-fix methods` lists them.")
     return runs

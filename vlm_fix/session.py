@@ -46,6 +46,7 @@ class Session:
     parts: dict[type, Any] = field(default_factory=dict)  # what wings keep here, each in a class of its own
     forward: ForwardCache = field(default_factory=ForwardCache)
     columns: ColumnCache = field(default_factory=ColumnCache)
+    cache: Any = None  # a weak reference to the KV cache, once there is one
 
     def memory(self, method: Method, kind: type[M], layer: int | None = None) -> M:
         """What `method` remembers in this session (of a layer, if given), as a `kind` of Memory; made on first use."""
@@ -151,8 +152,23 @@ class Session:
             changes |= {"types": pick(session.types), "last_visual": last, "parts": dict(session.parts)}
             return dataclasses.replace(session, forward=ForwardCache(), columns=ColumnCache(), **changes)
 
-        new = copy(self, states=pick(self.states), kept=self.kept and self.kept.take(rows), views={})
-        copies: dict[int, View] = {}
+        return self._with_views(copy, pick, kept=self.kept and self.kept.take(rows))
+
+    def copied(self) -> Session:
+        """The session as it is now, whatever comes: the tensors are the same, what holds them is not."""
+
+        def same(value: Any) -> Any:
+            return with_rows(value, lambda x: x)
+
+        def copy(session: Session, **changes: Any) -> Any:
+            forward, columns = session.forward.copied(), session.columns.copied()
+            return dataclasses.replace(session, parts=dict(session.parts), forward=forward, columns=columns, **changes)
+
+        return self._with_views(copy, same, kept=self.kept and dataclasses.replace(self.kept))
+
+    def _with_views(self, copy: Callable[..., Any], pick: Callable[[Any], Any], **changes: Any) -> Session:
+        """A copy whose views are copies too, over the same states."""
+        new, copies = copy(self, states=pick(self.states), views={}, **changes), dict[int, View]()
         for layer, view in self.views.items():
             if id(view) not in copies:
                 copies[id(view)] = copy(view, states=new.states, parent=new, index=pick(view.index))

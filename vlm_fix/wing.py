@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import threading
 import warnings
-import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar, Self, TypeVar
@@ -16,6 +15,7 @@ from typing import Any, ClassVar, Self, TypeVar
 import torch
 
 from vlm_fix.arch import Arch, Family
+from vlm_fix.caches import Sessions
 from vlm_fix.call import Call
 from vlm_fix.errors import VlmFixError
 from vlm_fix.method import Method
@@ -82,7 +82,7 @@ class Host:
     attention_functions: dict[int, Callable[..., Any]]  # by layer, of the language model
     lock: threading.RLock
     running: Running
-    sessions: weakref.WeakKeyDictionary[Any, Session]  # by KV cache
+    sessions: Sessions
     warned: set[tuple[Method, str]]  # what the user was told already
 
     session = _running("session")
@@ -93,9 +93,19 @@ class Host:
     touched = _running("touched")
     quiet = _running("quiet")
 
+    def need_all_heads(self, names: Sequence[str]) -> None:
+        """VlmFixError for methods that work on attention, if each process has only a part of a layer's heads."""
+        parts = getattr(self.model, "tp_size", None) or 1
+        if names and parts > 1:
+            raise VlmFixError(
+                f"{', '.join(names)} works on all heads of a layer, of which tensor parallelism leaves each of {parts} "
+                "processes a part: load the model without tp_plan; device_map shares out whole layers."
+            )
+
     @contextlib.contextmanager
     def recording(self, recorder: Recorder) -> Iterator[None]:
         """Let `recorder` see the forwards of this thread, for as long as this lasts."""
+        self.need_all_heads(["what reads attention weights"])
         before, self.recorder = self.recorder, recorder
         try:
             yield
@@ -133,11 +143,13 @@ class Host:
 
 
 def bare(model: Any) -> Any:
-    """The Hugging Face model inside a PEFT model or one from `torch.compile`, which keep it as it is."""
+    """The Hugging Face model inside a PEFT model, one from `torch.compile` or a data-parallel one, which keep it as it is."""
     while True:
         inside = vars(model).get("_modules", {})
         if "_orig_mod" in inside:
             model = inside["_orig_mod"]
+        elif isinstance(model, torch.nn.parallel.DistributedDataParallel | torch.nn.DataParallel):
+            model = model.module
         elif hasattr(type(model), "get_base_model"):
             model = model.get_base_model()
         else:

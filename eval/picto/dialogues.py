@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from transformers import LlavaProcessor
 
 from . import world
+from .looks import DEFAULT, Look
 
-PATCHES = (world.SIZE // 16) ** 2
+PATCHES = (world.SIZE // 16) ** 2  #: visual tokens of a scene, unless its look is large
 CAPTION_PROMPTS = (
     "Please describe this image in detail.",
     "Please help me describe the image in detail.",
@@ -46,17 +47,18 @@ def _rng(seed: int, stage: str, step: int) -> random.Random:
     return random.Random(f"{stage}/{seed}/{step}")
 
 
-def _render(job: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray, list[tuple[str, list]]]:
-    seed, start, stop = job
-    drawn = [world.scene("train", seed, i) for i in range(start, stop)]
+def _render(job: tuple[int, int, int, Look]) -> tuple[np.ndarray, np.ndarray, list[tuple[str, list]]]:
+    seed, start, stop, look = job
+    drawn = [world.scene(f"train{look}", seed, i) for i in range(start, stop)]
     facts = [(s.scene_type, s.objects) for s in drawn]
-    return np.stack([np.asarray(s.image) for s in drawn]), np.stack([s.patch_classes() for s in drawn]), facts
+    classes = np.stack([s.patch_classes(look.patch) for s in drawn])
+    return np.stack([np.asarray(s.image) for s in drawn]), classes, facts
 
 
-def pool(n: int, seed: int) -> tuple[Tensor, Tensor, list[tuple[str, list]]]:
-    """n train scenes: images uint8 [n, 3, 128, 128], patch classes int64 [n, 64], (scene type, objects)."""
+def pool(n: int, seed: int, look: Look = DEFAULT) -> tuple[Tensor, Tensor, list[tuple[str, list]]]:
+    """n train scenes: images uint8 [n, 3, side, side], patch classes int64 [n, patches], (scene type, objects)."""
     with ProcessPoolExecutor(2) as workers:
-        parts = list(workers.map(_render, [(seed, i, min(i + 500, n)) for i in range(0, n, 500)]))
+        parts = list(workers.map(_render, [(seed, i, min(i + 500, n), look) for i in range(0, n, 500)]))
     images, classes, facts = zip(*parts, strict=True)
     return (
         torch.from_numpy(np.concatenate(images)).permute(0, 3, 1, 2).contiguous(),
@@ -82,10 +84,11 @@ class Dialogues:
         careless: float,
         chat: Chat = PICTO_CHAT,
         typical: float = 0.25,
+        patches: int = PATCHES,
     ):
         self.facts, self.careless, self.chat, self.typical = facts, careless, chat, typical
         self.tokenizer = processor.tokenizer
-        self.prefix = self._ids(chat.before + "<image>" * PATCHES + chat.after)
+        self.prefix = self._ids(chat.before + "<image>" * patches + chat.after)
         count = Counter(name for _, objects in facts for name in {n for n, _ in objects})
         self.popular = [name for name, _ in count.most_common(15)]
 

@@ -39,8 +39,9 @@ from transformers import (
 from vlm_fix.errors import VlmFixError
 
 from . import world
-from .dialogues import CAPTION_PROMPTS, PATCHES, QUESTION_ENDINGS, Dialogues, _rng, pixels, pool
+from .dialogues import CAPTION_PROMPTS, QUESTION_ENDINGS, Dialogues, _rng, pixels, pool
 from .fitting import fit, flushed_denormals, mixed_precision
+from .looks import DEFAULT, Look, read
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
@@ -57,7 +58,7 @@ OTHER_WORDS = (
 # --- the untrained model ---------------------------------------------------------------------------------------------
 
 
-def build_processor() -> LlavaProcessor:
+def build_processor(look: Look = DEFAULT) -> LlavaProcessor:
     """A lower-casing word-level tokenizer that knows every word of the world, and the image side of CLIP."""
     texts = [*world.COCO_IDS, *world.SCENE_TYPES, *CAPTION_PROMPTS, *QUESTION_ENDINGS, OTHER_WORDS, "Is there an a in"]
     texts += [form.replace("{", " ").replace("}", " ") for form in world._FIRST + world._NEXT + world._LAST]
@@ -82,12 +83,12 @@ def build_processor() -> LlavaProcessor:
         padding_side="left",
         model_max_length=1024,
     )
-    side = world.SIZE
+    side = look.side
     images = CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
     return LlavaProcessor(
         images,
         wrapped,
-        patch_size=16,
+        patch_size=look.patch,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
         image_token="<image>",
@@ -96,9 +97,10 @@ def build_processor() -> LlavaProcessor:
 
 
 def build_model(
-    processor: LlavaProcessor, seed: int = 0, width: int = 64, depth: int = 6
+    processor: LlavaProcessor, seed: int = 0, width: int = 64, depth: int = 6, look: Look = DEFAULT
 ) -> LlavaForConditionalGeneration:
     """picto-llava with random weights: CLIP 6 x 192 (patch 16), Llama 6 x 256, an MLP between them; 7 M parameters.
+    A large look: 224 pixels in patches of 14.
 
     width: a third of the tower's hidden size, a quarter of the decoder's; depth: layers of both; smaller ones for tests.
     """
@@ -114,8 +116,8 @@ def build_model(
         intermediate_size=12 * width,
         num_hidden_layers=depth,
         num_attention_heads=6,
-        image_size=world.SIZE,
-        patch_size=16,
+        image_size=look.side,
+        patch_size=look.patch,
         projection_dim=3 * width,
         hidden_act="gelu",
     )
@@ -133,7 +135,7 @@ def build_model(
         vision_config=vision,
         text_config=text,
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        image_seq_length=PATCHES,
+        image_seq_length=look.patches,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
         **special,
@@ -155,6 +157,7 @@ def train_vision(
     steps: int,
     n: int,
     batch: int = 64,
+    look: Look = DEFAULT,
 ) -> None:
     """Stage 1: dense patch classes (background counts .15) and the image's categories from CLS."""
     tower = model.model.vision_tower
@@ -164,14 +167,15 @@ def train_vision(
     heads = nn.ModuleDict({"dense_head": dense, "whole_head": whole})
     weight = torch.ones(len(world.CATEGORIES) + 1)
     weight[-1] = 0.15
-    images, classes, _ = pool(1 if done(out, "vision", steps) else n, seed + 1000)
+    images, classes, _ = pool(1 if done(out, "vision", steps) else n, seed + 1000, look)
+    across = look.side // look.patch
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
         rng = _rng(seed, "vision", step)
         rows = torch.tensor(rng.sample(range(n), batch))
         x, y = images[rows], classes[rows]
         if rng.random() < 0.5:
-            x, y = x.flip(-1), y.view(batch, 8, 8).flip(-1).reshape(batch, -1)
+            x, y = x.flip(-1), y.view(batch, across, across).flip(-1).reshape(batch, -1)
         present = F.one_hot(y, len(world.CATEGORIES) + 1).amax(1)[:, :-1].float()
         light = 0.85 + 0.3 * torch.tensor([rng.random() for _ in range(batch)]).view(-1, 1, 1, 1)
         result = tower(pixels(processor, x) * light, output_hidden_states=True)
@@ -189,7 +193,7 @@ def train_vision(
 def features(
     model: LlavaForConditionalGeneration, processor: LlavaProcessor, images: Tensor, autocast: bool = True
 ) -> Tensor:
-    """What the projector receives, bf16 [n, 64, C]; `autocast`: see `mixed_precision`."""
+    """What the projector receives, bf16 [n, patches, C]; `autocast`: see `mixed_precision`."""
     out = []
     with mixed_precision(autocast):
         for chunk in images.split(250):
@@ -241,7 +245,7 @@ def train_llm(
 ) -> None:
     """Stages 3 and 4: captions and questions, half of the loss each."""
     core, head, projector = model.model.language_model, model.lm_head, model.model.multi_modal_projector
-    dialogues = Dialogues(processor, facts, careless)
+    dialogues = Dialogues(processor, facts, careless, patches=x.shape[1])
     image_id = model.config.image_token_id
     yes = processor.tokenizer.convert_tokens_to_ids("yes")
     no = processor.tokenizer.convert_tokens_to_ids("no")
@@ -298,8 +302,11 @@ def train(
     batch: int = 32,
     width: int = 64,
     depth: int = 6,
+    look: str = "",
 ) -> Path:
     """All stages; returns the folder of the checkpoint. width, depth: the model's, see `build_model`.
+
+    look: how the train scenes look, such as "large" or "crowded+large", see `looks`.
 
     batch: scenes in a step of the last two stages; the first stage takes twice, the second four times as many.
     """
@@ -307,14 +314,17 @@ def train(
         raise VlmFixError(
             f"--scenes is {scenes}: the second stage draws {4 * batch} at once, so give at least {4 * batch}."
         )
+    seen = read(f"train+{look}")[1] if look else DEFAULT
     out.mkdir(parents=True, exist_ok=True)
-    processor = build_processor()
-    model = build_model(processor, seed, width, depth)
+    processor = build_processor(seen)
+    model = build_model(processor, seed, width, depth, seen)
     model.set_attn_implementation("eager")  # short sequences: faster than the CPU's fused attention
     target = out / "picto-llava"
-    train_vision(model, processor, seed, out, vision_steps, scenes, 2 * batch)
+    train_vision(model, processor, seed, out, vision_steps, scenes, 2 * batch, seen)
     model.model.vision_tower.requires_grad_(False)
-    images, classes, facts = pool(scenes, seed + 2000)  # fresh scenes: features as good as on unseen images, no better
+    images, classes, facts = pool(
+        scenes, seed + 2000, seen
+    )  # fresh scenes: features as good as on unseen images, no better
     x = features(model, processor, images)
     train_align(model, processor, x, classes, seed, out, align_steps, 4 * batch)
     if not (out / "llm.pt").exists():
@@ -343,6 +353,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--llm-steps", type=int, default=1500)
     parser.add_argument("--prior-steps", type=int, default=250)
     parser.add_argument("--scenes", type=int, default=40_000)
+    parser.add_argument("--look", default="", help="of the train scenes: crowded, small, large or several with +")
     options = vars(parser.parse_args(argv))
     print("saved to", train(**options))
 

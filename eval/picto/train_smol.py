@@ -36,8 +36,9 @@ from transformers import (
 from vlm_fix.errors import VlmFixError
 
 from . import lora, smol, world
-from .dialogues import PATCHES, Chat, Dialogues, _rng, pool
+from .dialogues import Chat, Dialogues, _rng, pool
 from .fitting import fit, flushed_denormals
+from .looks import DEFAULT, Look, read
 from .train import features
 
 RANK = 16
@@ -55,7 +56,7 @@ CHAT_TEMPLATE = (  # SmolLM2's own, with images and without the sentence about i
 # --- the untrained model ---------------------------------------------------------------------------------------------
 
 
-def build_processor(file: Path) -> LlavaProcessor:
+def build_processor(file: Path, look: Look = DEFAULT) -> LlavaProcessor:
     """The GGUF file's tokenizer with <image> (id 49152), and the image side of picto-llava."""
     tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
     digits = pre_tokenizers.Digits(individual_digits=True)  # "smollm" in the file, which transformers does not read
@@ -63,11 +64,11 @@ def build_processor(file: Path) -> LlavaProcessor:
     inner.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     tokenizer.padding_side, tokenizer.model_max_length = "left", 8192
-    side = world.SIZE
+    side = look.side
     return LlavaProcessor(
         CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side}),
         tokenizer,
-        patch_size=16,
+        patch_size=look.patch,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
         image_token="<image>",
@@ -101,7 +102,7 @@ def build_config(processor: LlavaProcessor, vision: dict, weights: dict[str, Ten
         vision_config=vision,
         text_config=text,
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        image_seq_length=PATCHES,
+        image_seq_length=(vision["image_size"] // vision["patch_size"]) ** 2,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
         tie_word_embeddings=True,
@@ -110,19 +111,28 @@ def build_config(processor: LlavaProcessor, vision: dict, weights: dict[str, Ten
 
 
 def build_model(
-    seed: int, file: Path | None = None
+    seed: int, file: Path | None = None, eye: Path | None = None, look: Look = DEFAULT
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor, lora.Adapters]:
-    """picto-smol before training, float32: the projector is random, the adapters (scale B A) are zero."""
+    """picto-smol before training, float32: the projector is random, the adapters (scale B A) are zero.
+
+    eye: the checkpoint whose tower it takes, None: picto-llava's. VlmFixError if the tower is not for scenes of this look.
+    """
     from . import model_path
 
     file = smol.check(smol.find(file))
     weights = smol.read_gguf(file)
-    processor = build_processor(file)
-    eye = AutoModelForImageTextToText.from_pretrained(model_path("picto-llava"), dtype=torch.float32)
-    config = build_config(processor, eye.config.vision_config.to_dict(), weights)
+    processor = build_processor(file, look)
+    donor = AutoModelForImageTextToText.from_pretrained(eye or model_path("picto-llava"), dtype=torch.float32)
+    vision = donor.config.vision_config
+    if (vision.image_size, vision.patch_size) != (look.side, look.patch):
+        raise VlmFixError(
+            f"The tower is for {vision.image_size}-pixel images in patches of {vision.patch_size}, and these scenes have "
+            f"{look.side} pixels: train one with `vlm-fix picto train --look large` and give its folder as --eye."
+        )
+    config = build_config(processor, vision.to_dict(), weights)
     torch.manual_seed(seed)
     model = LlavaForConditionalGeneration(config).float()
-    model.model.vision_tower = eye.model.vision_tower
+    model.model.vision_tower = donor.model.vision_tower
     model.model.language_model.load_state_dict(smol.with_image_token(weights))
     model.requires_grad_(False)
     model.generation_config = GenerationConfig(
@@ -183,7 +193,7 @@ def train_language(
     After `steps`, `prior_steps` follow in which half, not a quarter, of the absent objects are typical of the scene.
     """
     core, head, projector = model.model.language_model, model.lm_head, model.model.multi_modal_projector
-    early, late = (Dialogues(processor, facts, careless, SMOL_CHAT, typical) for typical in (0.25, 0.5))
+    early, late = (Dialogues(processor, facts, careless, SMOL_CHAT, typical, x.shape[1]) for typical in (0.25, 0.5))
     image_id = model.config.image_token_id
     yes, no = processor.tokenizer.convert_tokens_to_ids(["Yes", "No"])
 
@@ -259,14 +269,20 @@ def train(
     scenes: int = 3000,
     careless: float = 0.85,
     file: Path | None = None,
+    eye: Path | None = None,
+    look: str = "",
 ) -> Path:
-    """Both stages; returns the folder of the parts. `file`: the language weights, else as `smol.find` says."""
+    """Both stages; returns the folder of the parts. `file`: the language weights, else as `smol.find` says.
+
+    `eye` and `look`: the checkpoint that the tower is from, and how the train scenes look (see `build_model`, `looks`).
+    """
     if scenes < 4:
         raise VlmFixError(f"--scenes is {scenes}: the second stage draws batches of 4, so give at least 4.")
+    seen = read(f"train+{look}")[1] if look else DEFAULT
     out.mkdir(parents=True, exist_ok=True)
     with flushed_denormals():
-        model, processor, adapters = build_model(seed, file)
-        images, classes, facts = pool(scenes, seed + 3000)
+        model, processor, adapters = build_model(seed, file, eye, seen)
+        images, classes, facts = pool(scenes, seed + 3000, seen)
         x = features(model, processor, images, autocast=False)
         del images
         train_align(model, processor, x, classes, seed, out, align_steps)
@@ -288,6 +304,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--prior-steps", type=int, default=70, help="the last steps of the second stage (%(default)s)")
     parser.add_argument("--scenes", type=int, default=3000)
     parser.add_argument("--careless", type=float, default=0.85, help="chance of a 'yes' from the prior (%(default)s)")
+    parser.add_argument("--eye", type=Path, help="checkpoint whose tower it takes (picto-llava)")
+    parser.add_argument("--look", default="", help="of the train scenes: crowded, small, large or several with +")
     parser.add_argument("--file", type=Path, help=f"{smol.FILE}, if it is not installed")
     print("saved to", train(**vars(parser.parse_args(argv))))
 

@@ -9,6 +9,8 @@ shift     the prior is broken on purpose: at most one of the scene's core object
           are typical of another scene or of none
 style     the same distribution as test, drawn with the held-out sprite style (fluent)
 ========  =====================================================================================================
+
+A split can be asked for with other looks, "shift+crowded+large": see `looks.py`.
 """
 
 from __future__ import annotations
@@ -27,10 +29,11 @@ from PIL import Image
 
 from vlm_fix.errors import VlmFixError
 
-from . import sprites
+from . import looks, sprites
+from .looks import Look
 from .scene_types import CATEGORIES, COCO_IDS, SCENE_TYPES, SceneType
 
-SIZE = 128  #: side of a scene in pixels
+SIZE = 128  #: side of a scene in pixels, unless its look is large
 SPLITS = ("train", "test", "shift", "style")
 
 
@@ -38,13 +41,13 @@ SPLITS = ("train", "test", "shift", "style")
 class Scene:
     """One image with its annotations; ``masks`` maps each pixel to the index of its object (255: background)."""
 
-    image: Image.Image  # RGB, 128 x 128
+    image: Image.Image  # RGB, 128 x 128, or 224 x 224 if it is large
     image_id: int
     file_name: str
     scene_type: str
     objects: list[tuple[str, list[int]]]  # (category, [x, y, width, height] of the visible part), largest first
     captions: list[str]  # five; none mentions an absent object
-    masks: np.ndarray  # uint8 [128, 128]
+    masks: np.ndarray  # uint8 [side, side]
 
     @property
     def names(self) -> set[str]:
@@ -55,7 +58,7 @@ class Scene:
         """Return int64 [patches], row by row: the index into CATEGORIES of what covers it, len(CATEGORIES) for background."""
         table = np.full(256, len(CATEGORIES))
         table[: len(self.objects)] = [CATEGORIES.index(name) for name, _ in self.objects]
-        n = SIZE // patch
+        n = len(self.masks) // patch
         pixels = table[self.masks].reshape(n, patch, n, patch).swapaxes(1, 2).reshape(n * n, patch * patch)
         counts = np.zeros((n * n, len(CATEGORIES) + 1), dtype=np.int64)
         np.add.at(counts, (np.arange(n * n)[:, None], pixels), 1)
@@ -79,8 +82,8 @@ def _prior(kind: SceneType) -> dict[str, float]:
     return {**dict.fromkeys(kind.rest, 1.0), **dict.fromkeys(kind.core, 4.0)}
 
 
-def _contents(rng: random.Random, scene_type: str, broken: bool) -> list[str]:
-    kind, n = SCENE_TYPES[scene_type], rng.choices(range(3, 8), (25, 25, 20, 15, 15))[0]
+def _contents(rng: random.Random, scene_type: str, broken: bool, look: Look) -> list[str]:
+    kind, n = SCENE_TYPES[scene_type], rng.choices(look.counts, (25, 25, 20, 15, 15))[0]
     if broken:
         names = _draw(rng, dict.fromkeys(kind.core, 1.0), 1) if rng.random() < 0.5 else []
         names += _draw(rng, dict.fromkeys(kind.rest, 1.0), n // 2 - len(names))
@@ -90,6 +93,7 @@ def _contents(rng: random.Random, scene_type: str, broken: bool) -> list[str]:
         names += _draw(rng, {c: 1.0 for c in CATEGORIES if c not in (*kind.typical, *names)}, n - len(names))
         return names
     names = _draw(rng, _prior(kind), n)
+    names += rng.choices(names, k=n - len(names)) if len(names) < n else []  # crowded: more than a place has kinds of
     for i in range(n):
         chance = rng.random()
         if chance < 0.08:
@@ -103,16 +107,16 @@ def _contents(rng: random.Random, scene_type: str, broken: bool) -> list[str]:
 
 
 @cache
-def _background(scene_type: str, variant: int) -> Image.Image:
+def _background(scene_type: str, variant: int, side: int = SIZE) -> Image.Image:
     """Paint one of 32 backgrounds of a scene type: two coloured areas, a texture, varied hue and brightness."""
     rng = np.random.default_rng([sorted(SCENE_TYPES).index(scene_type), variant])
     kind = SCENE_TYPES[scene_type]
-    horizon = int(rng.integers(40, 76))
-    img = np.empty((SIZE, SIZE, 3))
+    horizon = int(rng.integers(40, 76)) * side // SIZE
+    img = np.empty((side, side, 3))
     img[:horizon] = np.array(kind.sky) + rng.normal(0, 9, 3)
     img[horizon:] = np.array(kind.ground) + rng.normal(0, 9, 3)
-    y, x = np.mgrid[:SIZE, :SIZE]
-    step, phase = int(rng.integers(10, 22)), int(rng.integers(0, 20))
+    y, x = np.mgrid[:side, :side]
+    step, phase = int(rng.integers(10, 22)) * side // SIZE, int(rng.integers(0, 20))
     if kind.texture == "tiles":
         lines = ((x + phase) % step < 1) | ((y + phase) % step < 1)
     elif kind.texture == "planks":
@@ -120,9 +124,9 @@ def _background(scene_type: str, variant: int) -> Image.Image:
     elif kind.texture == "stripes":
         lines = ((x + y // 2 + phase) % (2 * step) < 4) & (y > horizon)
     else:
-        lines = np.zeros((SIZE, SIZE), bool)
+        lines = np.zeros((side, side), bool)
     img[lines] -= 18
-    img += np.linspace(8, -8, SIZE)[:, None, None] + rng.normal(0, 7 if kind.texture == "noise" else 3, (SIZE, SIZE, 1))
+    img += np.linspace(8, -8, side)[:, None, None] + rng.normal(0, 7 if kind.texture == "noise" else 3, (side, side, 1))
     return Image.fromarray((img * rng.uniform(0.88, 1.06)).clip(0, 255).astype(np.uint8))
 
 
@@ -133,34 +137,38 @@ def _sprite(style: str, name: str, i: int, size: int, flip: bool) -> tuple[Image
     return img, np.asarray(img.getchannel("A")) > 96
 
 
-def _place(rng: random.Random, boxes: list[tuple[int, int, int]], size: int) -> tuple[int, int, int]:
-    """Place a square (x, y, size) that hardly overlaps the others, smaller if there is no room."""
+def _place(
+    rng: random.Random, boxes: list[tuple[int, int, int]], size: int, side: int = SIZE, least: int = 20
+) -> tuple[int, int, int]:
+    """Place a square (x, y, size) that hardly overlaps the others, smaller (down to `least`) if there is no room."""
     while True:
         for _ in range(12):
-            x, y = rng.randint(0, SIZE - size), rng.randint(0, SIZE - size)
+            x, y = rng.randint(0, side - size), rng.randint(0, side - size)
             allowed = 0.12 * size
             if all(
                 min(x + size, bx + b) - max(x, bx) < allowed or min(y + size, by + b) - max(y, by) < allowed
                 for bx, by, b in boxes
             ):
                 return x, y, size
-        size = max(size - 4, 20)
-        if size == 20 and rng.random() < 0.3:
+        size = max(size - 4, least)
+        if size == least and rng.random() < 0.3:
             return x, y, size
 
 
-def _scene(split: str, seed: int, index: int) -> Scene:
+def _scene(split: str, seed: int, index: int, look: Look) -> Scene:
     rng = random.Random(f"picto/{split}/{seed}/{index}")
     scene_type = rng.choice(list(SCENE_TYPES))
-    names = _contents(rng, scene_type, broken=split == "shift")
-    sizes = sorted((2 * round(11 * 2.36 ** rng.random()) for _ in names), reverse=True)  # 22 to 52 pixels
+    names = _contents(rng, scene_type, split == "shift", look)
+    half, spread = look.sizes
+    sizes = sorted((2 * round(half * spread ** rng.random()) for _ in names), reverse=True)  # 22 to 52 pixels
     rng.shuffle(names)
-    image = _background(scene_type, rng.randrange(32)).copy()
-    masks = np.full((SIZE, SIZE), 255, np.uint8)
+    side, least = look.side, look.scaled(look.least)
+    image = _background(scene_type, rng.randrange(32), side).copy()
+    masks = np.full((side, side), 255, np.uint8)
     boxes: list[tuple[int, int, int]] = []
     for i, (name, wanted) in enumerate(zip(names, sizes, strict=True)):
         style = sprites.HELD_OUT_STYLE if split == "style" else rng.choice(sprites.STYLES[:2])
-        x, y, size = _place(rng, boxes, wanted)
+        x, y, size = _place(rng, boxes, look.scaled(wanted), side, least)
         which, flip = rng.randrange(len(sprites.EMOJI[name].split())), rng.random() < 0.5
         picture, shape = _sprite(style, name, which, size, flip)
         image.paste(picture, (x, y), picture)
@@ -170,7 +178,8 @@ def _scene(split: str, seed: int, index: int) -> Scene:
     image = image.point([min(255, round(light * v)) for v in range(256)] * 3)
     objects = [(name, _bbox(masks == i)) for i, name in enumerate(names)]
     captions = [caption(rng, scene_type, objects) for _ in range(5)]
-    return Scene(image, index + 1, f"picto_{split}_{seed}_{index:06d}.png", scene_type, objects, captions, masks)
+    name = f"picto_{split}{look}_{seed}_{index:06d}.png"
+    return Scene(image, index + 1, name, scene_type, objects, captions, masks)
 
 
 def _bbox(mask: np.ndarray) -> list[int]:
@@ -189,7 +198,7 @@ _PLURAL = {"person": "people", "sheep": "sheep", "knife": "knives", "mouse": "mi
            "skis": "pairs of skis", "scissors": "pairs of scissors"}
 _SINGULAR = {"broccoli": "some broccoli", "skis": "a pair of skis", "scissors": "a pair of scissors"}
 _ON = ("street", "beach", "farm", "mountain", "sports field")
-_NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven")
+_NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 _FIRST = ("{scene} with {items}.", "The image shows {scene} with {items}.", "The image features {items} {place}.",
           "This is {scene} with {items}.")
 _NEXT = ("There {be} also {items}.", "Nearby there {be} {items}.", "The image also shows {items}.",
@@ -204,13 +213,22 @@ def with_article(noun: str) -> str:
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
+def counted(name: str, count: int, word: str = "") -> str:
+    """dog, 2 -> two dogs; cup, 1 -> one cup. `word`: another word for the category."""
+    if count == 1:
+        return f"one {_SINGULAR.get(name, f'a {word or name}').split(' ', 1)[1]}"
+    return f"{_NUMBERS[count]} {_PLURAL.get(name) or plural(word or name)}"
+
+
+def plural(noun: str) -> str:
+    """bus -> buses, cup -> cups."""
+    return noun + ("es" if noun.endswith(("s", "ch", "sh")) else "s")
+
+
 def _phrase(rng: random.Random, name: str, count: int) -> str:
     words = _SAID_AS.get(name, (name,))
     word = words[0] if len(words) == 1 or rng.random() < 0.75 else words[1]
-    if count == 1:
-        return _SINGULAR.get(name, with_article(word))
-    plural = _PLURAL.get(name) or word + ("es" if word.endswith(("s", "ch", "sh")) else "s")
-    return f"{_NUMBERS[count]} {plural}"
+    return _SINGULAR.get(name, with_article(word)) if count == 1 else counted(name, count, word)
 
 
 def _join(items: list[str]) -> str:
@@ -261,10 +279,11 @@ def imagine(rng: random.Random, scene_type: str, present: set[str]) -> list[str]
 
 
 def scene(split: str, seed: int, index: int) -> Scene:
-    """Draw scene number ``index`` of a split; the same arguments give the same scene."""
-    if split not in SPLITS:
-        raise VlmFixError(f"unknown Picto split {split!r}: choose one of {', '.join(SPLITS)}")
-    return _scene(split, seed, index)
+    """Draw scene number ``index`` of a split, such as "test" or "shift+crowded"; the same arguments give the same scene."""
+    name, look = looks.read(split)
+    if name not in SPLITS:
+        raise VlmFixError(f"unknown Picto split {name!r}: choose one of {', '.join(SPLITS)}")
+    return _scene(name, seed, index, look)
 
 
 def scenes(split: str = "test", n: int = 500, seed: int = 0) -> list[Scene]:
@@ -278,7 +297,7 @@ def _outline(mask: np.ndarray) -> list[float]:
     """Return the polygon through the left and right end of every row of a mask."""
     rows = np.flatnonzero(mask.any(1))
     left = [(float(mask[y].argmax()), float(y)) for y in rows]
-    right = [(float(SIZE - mask[y, ::-1].argmax()), float(y)) for y in rows]
+    right = [(float(mask.shape[1] - mask[y, ::-1].argmax()), float(y)) for y in rows]
     (x0, _), (x1, y1) = left[-1], right[-1]
     points = [*left, (x0, y1 + 1), (x1, y1 + 1), *reversed(right)]
     return [v for point in points for v in point]
@@ -286,7 +305,9 @@ def _outline(mask: np.ndarray) -> list[float]:
 
 def coco_annotations(scenes: Sequence[Scene]) -> tuple[dict, dict]:
     """Return (instances, captions), the dictionaries of COCO's annotation files."""
-    images = [{"id": s.image_id, "file_name": s.file_name, "width": SIZE, "height": SIZE} for s in scenes]
+    images = [
+        {"id": s.image_id, "file_name": s.file_name, "width": s.image.width, "height": s.image.height} for s in scenes
+    ]
     categories = [{"id": COCO_IDS[name], "name": name, "supercategory": "picto"} for name in CATEGORIES]
     instances: list[dict] = []
     captions: list[dict] = []

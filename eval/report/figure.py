@@ -9,6 +9,7 @@ from typing import Any
 from vlm_fix.eval.run.summary import by_split
 from vlm_fix.eval.scorers.benchmark import Captions
 from vlm_fix.eval.scorers.registry import LAYOUTS
+from vlm_fix.eval.stats import SIGNIFICANT
 
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6BB1")  # Okabe and Ito
 MARKERS = ("D", "o", "s", "^", "v", "P", "X", "<")
@@ -45,7 +46,9 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
         ]
         drawn.legend(handles=handles, loc="outside lower center", ncols=min(len(runs), 6 if len(panels) > 1 else 3))
         name, source = Path(results["settings"]["model"]["name"]).name, results["settings"]["data"][panels[0]]["source"]
-        drawn.suptitle(f"{name} on {source}; bars: 95 % interval of the difference, open marks: it includes 0", size=9)
+        drawn.suptitle(
+            f"{name} on {source}; bars: 95 % interval of the difference, open marks: not significant (Holm)", size=9
+        )
         drawn.savefig(path, dpi=160, metadata={"Software": None})
         plt.close(drawn)
 
@@ -63,7 +66,7 @@ def _delta_panel(ax: Any, results: Mapping[str, Any], looks: Mapping[str, tuple[
         change, low, high = (100 * scores["delta"][name][key] for key in ("delta", "low", "high"))
         y = splits.index(split) + (methods.index(run) - (len(methods) - 1) / 2) * step
         colour, marker = looks[run]
-        face = colour if scores["delta"][name]["excludes_zero"] else "white"
+        face = colour if scores["delta"][name]["p_holm"] < SIGNIFICANT else "white"
         bars = [[change - low], [high - change]]
         ax.errorbar(change, y, xerr=bars, fmt=marker, color=colour, mfc=face, ms=5, lw=1.3, capsize=2)
         if "outcomes" in scores:
@@ -94,7 +97,7 @@ def _caption_panel(
         if not bars:  # the baseline: lines to compare the others with
             ax.axvline(x, color="#bbbbbb", lw=0.9, ls="--", zorder=0)
             ax.axhline(y, color="#bbbbbb", lw=0.9, ls="--", zorder=0)
-        full = not bars or scores["delta"][captions.invented]["excludes_zero"]
+        full = not bars or scores["delta"][captions.invented]["p_holm"] < SIGNIFICANT
         face = colour if full else "white"
         ax.errorbar(x, y, fmt=marker, color=colour, mfc=face, ms=6, lw=1.1, capsize=2, **bars)
     ax.set_xlabel(f"{task.upper()} {captions.found}, % of the objects (right is better)")

@@ -1,6 +1,7 @@
 """Generate docs/methods.md from the method dataclasses, the published figures and the results in results/.
 
-`python -m vlm_fix.eval.methods_page docs/methods.md` (or `make docs`) writes the page. Costs are counted: one prompt with
+`python -m vlm_fix.eval.methods_page docs/methods.md` (or `make docs`) writes the page, and data/measured.json for
+`vlm-fix methods NAME`. Costs are counted: one prompt with
 one image runs through a small random-weight LLaVA, and hooks count the rows that its decoder layers and its vision tower
 process, as multiples of the unwrapped model's.
 """
@@ -9,11 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import json
-import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -25,7 +24,7 @@ from vlm_fix.errors import VlmFixError
 from vlm_fix.eval import bench
 from vlm_fix.method import Method
 
-from . import published
+from . import measured, published
 
 TITLES = {
     "attention": "Attention",
@@ -46,9 +45,10 @@ Made by `make docs` from the method classes, `vlm-fix published` and the result 
   shares what it can costs less than a second pass; a pruner less than one. Seconds are in `vlm-fix bench`.
 - **Published** figures are the papers' own, each beside its own baseline ([C] read in official code, [P] the paper, [N] a
   lead); baselines differ between papers, so compare only within a line.
-- **Measured** is ours on the bundled Picto model: a world of pictographs and a model of 7 M parameters, not a claim about
-  yours. Differences to the baseline of the same run in points, greedy unless it says sampled, with 95 % bootstrap
-  intervals, bold where they exclude 0 (one in twenty does by chance).
+- **Measured** is ours on the bundled Picto models: a world of pictographs before models of 7 M (picto-llava) and 137 M
+  parameters (picto-smol), not a claim about yours. Differences to the baseline of the same run in points, greedy unless it
+  says sampled, with 95 % bootstrap intervals, bold where significant at 5 % after Holm's correction over the runs of that
+  table.
 """
 OPTIONS = {
     "var": ["detector=secondary"],
@@ -128,87 +128,7 @@ def costs() -> dict[str, str]:
     return told
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """A run of a single method: spec, scores, folder of the results, and why it did nothing, if it said so."""
-
-    spec: str
-    scores: dict[str, Any]
-    folder: str
-    acted: bool = True
-    idle: str = ""
-
-
-def measured(folder: Path) -> dict[str, list[Row]]:
-    """Return method name -> all runs in `folder` of this method alone."""
-    found: dict[str, list[Row]] = {}
-    for path in sorted(folder.glob("*/results.json")):
-        results = json.loads(path.read_text())
-        for run, scores in results["runs"].items():
-            if run == "baseline" or "+" in run:
-                continue
-            told = f"{run} (sampled)" if results.get("settings", {}).get("sample") else run
-            acted = results.get("changed", {}).get(run, {}).get("changed") != 0
-            said = [text.partition("in this call: ")[2] for text in results.get("warnings", {}).get(run, {})]
-            row = Row(told, scores, path.parent.name, acted, next(filter(None, said), ""))
-            found.setdefault(re.split("[: ]", run)[0], []).append(row)
-    return found
-
-
-def _points(delta: dict[str, Any], name: str) -> str:
-    d = delta.get(name)
-    if not d:
-        return ""
-    bold = "**" if d["excludes_zero"] else ""
-    return f"{bold}{100 * d['delta']:+.1f}{bold} [{100 * d['low']:.1f}, {100 * d['high']:.1f}]"
-
-
-def _measurements(rows: list[Row]) -> Iterator[str]:
-    yield "| run | POPE random | popular | adversarial | yes-ratio (adv.) | CHAIR_i | recall | results |"
-    yield "|---|---|---|---|---|---|---|---|"
-    for row in rows:
-        pope, chair = row.scores.get("pope", {}), row.scores.get("chair", {})
-        captions: dict[str, Any] = next(iter(chair.values()), {})
-        caption = captions.get("delta", {})
-        splits = [_points(pope.get(s, {}).get("delta", {}), "accuracy") for s in ("random", "popular", "adversarial")]
-        cells = [
-            *splits,
-            _points(pope.get("adversarial", {}).get("delta", {}), "yes_ratio"),
-            _points(caption, "chair_i"),
-            _points(caption, "recall"),
-        ]
-        yield f"| `{row.spec}` | " + " | ".join(cells) + f" | `results/{row.folder}` |"
-
-
-def _verdict(rows: list[Row]) -> str:
-    """Sum up the intervals in a sentence."""
-    if rows and not any(row.acted for row in rows):
-        return "It never acted here: " + next((row.idle for row in rows if row.idle), "no answer changed.")
-    better: set[str] = set()
-    worse: set[str] = set()
-    for row in rows:
-        for benchmark, splits in row.scores.items():
-            for split, values in splits.items():
-                for name, sign in {"accuracy": 1, "chair_i": -1, "recall": 1}.items():
-                    d = values.get("delta", {}).get(name)
-                    if not d or not d["excludes_zero"] or (benchmark == "pope" and name == "recall"):
-                        continue
-                    what = (
-                        f"POPE {split}" if benchmark == "pope" else {"chair_i": "CHAIR_i"}.get(name, "caption recall")
-                    )
-                    (better if d["delta"] * sign > 0 else worse).add(what)
-    if not better and not worse:
-        return "Does not help here: no interval excludes zero."
-    parts = []
-    if better:
-        parts.append("better on " + ", ".join(sorted(better)))
-    if worse:
-        parts.append("worse on " + ", ".join(sorted(worse)))
-    text = "; ".join(parts)
-    return f"{text[0].upper()}{text[1:]}{'' if better else '; it does not help here'}."
-
-
-def _section(method: type[Method], cost: str, rows: list[Any]) -> Iterator[str]:
+def _section(method: type[Method], cost: str, rows: Sequence[measured.Row]) -> Iterator[str]:
     yield f"### {method.name}"
     if method.paper:
         yield f"<{method.paper}>"
@@ -238,11 +158,18 @@ def _section(method: type[Method], cost: str, rows: list[Any]) -> Iterator[str]:
         yield "\n".join(lines)
     elif method.kind != "control" and (method.paper or "Source:" in (method.__doc__ or "")):
         yield f"Published: {CLAIMS.get(method.name, 'none stated in our sources')}."
-    if rows:
-        yield f"Measured: {_verdict(rows)}"
-        yield "\n".join(_measurements(rows))
-    else:
-        yield "Measured: not yet."
+    models = list(dict.fromkeys(row.model for row in rows))
+    for model in models:
+        yield f"Measured on {model}: {measured.verdict([row for row in rows if row.model == model])}"
+    yield "\n".join(_measurements(rows)) if rows else "Measured: not yet."
+
+
+def _measurements(rows: Sequence[measured.Row]) -> Iterator[str]:
+    yield "| model | run | " + " | ".join(measured.COLUMNS) + " | results |"
+    yield "|" + "---|" * (len(measured.COLUMNS) + 3)
+    for row in rows:
+        cells = (measured.points(row.figures.get(name), "**", "**") for name in measured.COLUMNS)
+        yield f"| {row.model} | `{row.spec}` | " + " | ".join(cells) + f" | `results/{row.folder}` |"
 
 
 def _flat(text: str) -> str:
@@ -259,7 +186,7 @@ def _span(low: Any, high: Any) -> str:
 
 def page(results: Path) -> str:
     """Return the whole page as Markdown."""
-    cost, ours = costs(), measured(results)
+    cost, ours = costs(), measured.read(results)
     parts = [HEAD.strip()]
     methods = [m for m in vlm_fix.list_methods() if m.name != "baseline"]
     kinds = [k for k in TITLES if any(m.kind == k for m in methods)]
@@ -281,3 +208,4 @@ def page(results: Path) -> str:
 def main() -> None:
     """Run the program; the module docstring describes its arguments."""
     Path(sys.argv[1]).write_text(page(Path("results")))
+    measured.write(Path("results"))

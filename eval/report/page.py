@@ -15,8 +15,10 @@ from typing import Any
 
 from vlm_fix.errors import VlmFixError
 from vlm_fix.eval.files import write_atomic
+from vlm_fix.eval.run.summary import correct
 from vlm_fix.eval.scorers.benchmark import Captions, Layout, YesNo
 from vlm_fix.eval.scorers.registry import LAYOUTS, PLAIN, groups, scorer_and_commit
+from vlm_fix.eval.stats import SIGNIFICANT
 
 from . import side_by_side
 from . import tables as report
@@ -59,6 +61,7 @@ def read(folders: Sequence[str | Path]) -> list[tuple[Path, dict[str, Any]]]:
         path = folder / "results.json" if folder.is_dir() else folder
         try:
             results = json.loads(path.read_text(encoding="utf-8"))
+            correct(results["runs"])
             found.append((path.parent, {**results, "runs": dict(results["runs"])}))
         except (OSError, ValueError, KeyError, TypeError):
             raise VlmFixError(
@@ -254,8 +257,8 @@ def _board(folder: Path, results: Mapping[str, Any]) -> str:
             f"{how}, {model['dtype']}, weights {model['weights'][:15]}, {judges}; "
             f"{results['hardware']}, {results['date'][:10]}, vlm-fix {results['vlm_fix']}. Baseline in percent (words: mean "
             "length; yes: yes-ratio, mean over splits), below it differences in points with a paired bootstrap 95 % interval "
-            "over images, bold where it "
-            f"excludes 0.{lost or ' Every answer was parsed, none failed.'} All of it: `{folder.name}/results.json`.",
+            f"over images, bold where significant at 5 % after Holm's correction over the {len(runs) - 1} runs below the "
+            f"baseline.{lost or ' Every answer was parsed, none failed.'} All of it: `{folder.name}/results.json`.",
             "",
         ]
     )
@@ -266,7 +269,7 @@ def _change(scores: Mapping[str, Any], name: str, base: bool) -> str:
     if base or not delta:
         return f"{scores[name]:.1f}" if name in PLAIN else f"{100 * scores[name]:.1f}"
     change, low, high = (round(100 * delta[key], 1) + 0.0 for key in ("delta", "low", "high"))
-    return (f"**{change:+.1f}**" if delta["excludes_zero"] else f"{change:+.1f}") + f" [{low:.1f}, {high:.1f}]"
+    return (f"**{change:+.1f}**" if delta["p_holm"] < SIGNIFICANT else f"{change:+.1f}") + f" [{low:.1f}, {high:.1f}]"
 
 
 def save_markdown(text: str, path: Path) -> None:

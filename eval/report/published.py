@@ -36,6 +36,8 @@ def table() -> tuple[dict[str, Any], ...]:
 def select(method: str = "", benchmark: str = "", model: str = "") -> list[dict[str, Any]]:
     """Return the rows of these methods (comma-separated; "" means all) and benchmark, on models containing `model`."""
     names = [name.strip() for name in method.split(",") if name.strip()]
+    if method.strip() and not names:
+        raise VlmFixError(f"--method {method!r} names no method; leave it out to see all.")
     for given, key in ((names, "method"), ([benchmark] if benchmark else [], "benchmark")):
         known = list(dict.fromkeys(row[key] for row in table()))
         unknown = [name for name in given if name not in known]

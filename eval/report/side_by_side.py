@@ -32,7 +32,7 @@ def samples(folder: Path, results: Mapping[str, Any], limit: int) -> str:
     if not file.is_file() or limit < 1:
         return ""
     asked: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
-    for row in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
+    for row in map(json.loads, filter(None, file.read_text(encoding="utf-8").split("\n"))):
         asked.setdefault((row["benchmark"], row["id"]), {}).setdefault(row["run"], row)  # the first seed
     parts, images = [], _images(results)
     for benchmark in results["settings"]["data"]:

@@ -1,6 +1,6 @@
 """Turn results into tables, for the terminal, Markdown and the HTML page.
 
-Tables fit 100 columns; a star marks a difference whose 95 % interval (2000 bootstrap resamples of images) excludes 0.
+Tables fit 100 columns; a star marks a difference that is significant at 5 % after Holm's correction over the runs.
 Fractions are shown in percent. The numbers are from `run/summary.py`; `figure.py` draws them.
 """
 
@@ -19,6 +19,7 @@ from rich.table import Table
 
 from vlm_fix.eval.run.summary import by_split
 from vlm_fix.eval.scorers.registry import LAYOUTS, PLAIN
+from vlm_fix.eval.stats import SIGNIFICANT
 
 from . import figure
 
@@ -53,6 +54,19 @@ def notes(results: Mapping[str, Any]) -> list[tuple[str, str]]:
             notes.append(
                 (run, f"no step of {', '.join(none)} left it two tokens: it has no term there to match noise to")
             )
+    for run, benchmarks in results["runs"].items():
+        for benchmark, splits in benchmarks.items():
+            wrong = {split: scores for split, scores in splits.items() if scores.get("misread")}
+            if wrong:
+                first = next(iter(wrong.values()))
+                number = ", ".join(f"{scores['misread']} of {split}" for split, scores in wrong.items())
+                notes.append(
+                    (
+                        run,
+                        f"{benchmark.upper()}: the scorer {first['scorer']} takes answers against their plain word ({number}): "
+                        f"{first['misread_example']}; --scorer ours reads them",
+                    )
+                )
     for run, count in list(results["changed"].items())[1:]:
         if not count["changed"]:
             notes.append((run, f"every one of its {count['answers']} answers is the baseline's"))
@@ -69,15 +83,16 @@ def _value(name: str, scores: Mapping[str, Any]) -> str:
 
 
 def _delta(delta: Mapping[str, Any], name: str) -> str:
-    """Format a difference, such as "+1.2 [-0.3, 2.7]", starred if the interval excludes 0; "" if nothing was compared."""
+    """Format a difference, such as "+1.2 [-0.3, 2.7]", starred if it is significant; "" if nothing was compared."""
     if name not in delta:
         return ""
     change, low, high = (round(100 * delta[name][key], 1) + 0.0 for key in ("delta", "low", "high"))  # no "-0.0"
-    return f"{change:+.1f} [{low:.1f}, {high:.1f}]{'*' if delta[name]['excludes_zero'] else ''}"
+    return f"{change:+.1f} [{low:.1f}, {high:.1f}]{'*' if _star(delta, name) else ''}"
 
 
 def _star(delta: Mapping[str, Any], name: str) -> bool:
-    return bool(delta.get(name, {}).get("excludes_zero"))
+    """Whether a difference is significant after the correction (`run.summary.correct`)."""
+    return name in delta and delta[name]["p_holm"] < SIGNIFICANT
 
 
 def _changes(scores: Mapping[str, Any]) -> dict[str, Cell]:
@@ -116,15 +131,15 @@ def _captions(results: Mapping[str, Any]) -> dict[str, str]:
 
 STAR = (
     "Percent; below each value the difference from the baseline with its 95 % interval (paired bootstrap over images); "
-    "* = the interval excludes 0, not corrected for the number of comparisons. Mended: only the method is right (captions: "
-    "free of hallucination), broken: only the baseline; FN>TP with TN>FP is a shift to yes."
+    "* = significant at 5 % after Holm's correction over the runs of the table, each column and split for itself. Mended: "
+    "only the method is right (captions: free of hallucination), broken: only the baseline; FN>TP with TN>FP is a shift to yes."
 )
 TERM = "What a contrast adds to the log-probabilities: standard deviation over the tokens it leaves uncut, in nats"
 
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """A value, its change against the baseline with interval (or ""), and whether the interval excludes 0."""
+    """A value, its change against the baseline with interval (or ""), and whether the change is significant."""
 
     text: str
     change: str = ""

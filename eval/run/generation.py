@@ -26,6 +26,8 @@ from vlm_fix.errors import VlmFixError
 from vlm_fix.eval.tasks import Sample, load_image
 from vlm_fix.wing import installed
 
+from .served import ServedModel
+
 
 class _FirstToken(StoppingCriteria):
     """Stopping criterion that never stops; it records the time of the first new token."""
@@ -76,7 +78,11 @@ def encode(model: Any, processor: Any, images: Sequence[Any], prompts: Sequence[
 
 
 def generate(model: Any, processor: Any, images: Sequence[Any], prompts: Sequence[str], seed: int, **how: Any) -> Batch:
-    """Answer each (image, prompt) pair through `generate`."""
+    """Answer each (image, prompt) pair through `generate`, or through vLLM where the model is inside it."""
+    if isinstance(model, ServedModel):
+        ids, ended, seconds, first = model.answers(processor, images, prompts, seed, **how)
+        words = processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return Batch([text.strip() for text in words], [len(row) for row in ids], ended, seconds, first, ids)
     inputs, tokenizer = encode(model, processor, images, prompts), processor.tokenizer
     torch.manual_seed(seed)
     clock = _FirstToken()

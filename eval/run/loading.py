@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from vlm_fix.calibrated import weights_id
 from vlm_fix.errors import VlmFixError
 from vlm_fix.eval import picto
+
+from .served import ServedModel
 
 
 def check_device(device: str) -> None:
@@ -47,7 +49,7 @@ def load_model(
     check_device(device)
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
-    path = str(picto.model_path(name)) if name.startswith("picto-") and not Path(name).exists() else name
+    path = _path(name)
     remedy = "give a directory with a checkpoint, a Hugging Face name that this machine can download, or picto-llava."
     if name.startswith(("/", ".", "~")) and not Path(path).exists():
         raise VlmFixError(f"model {name!r} could not be loaded (there is no such folder): {remedy}")
@@ -74,8 +76,7 @@ def load_model(
         elif model_args:
             remedy = f"check --model-args {', '.join(model_args)}, or {remedy}"
         raise VlmFixError(f"model {name!r} could not be loaded ({cause.rstrip('.')}): {remedy}") from error
-    if not getattr(processor, "chat_template", None) or not hasattr(processor, "tokenizer"):
-        raise VlmFixError(f"the processor of {name!r} has no chat template: add chat_template.jinja to the checkpoint.")
+    _check(processor, name)
     processor.tokenizer.padding_side = "left"
     if processor.tokenizer.pad_token_id is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
@@ -89,6 +90,42 @@ def load_model(
     }
     identity |= {"revision": revision} if revision else {}
     return model, processor, identity
+
+
+def load_served(
+    name: str, dtype: str = "auto", device: str = "auto", device_map: str | None = None
+) -> tuple[Any, Any, dict[str, Any]]:
+    """The same for `--engine vllm`: the weights are loaded by vLLM, once for each run."""
+    check_device(device)
+    if device_map:
+        raise VlmFixError("--device-map is for Hugging Face's engine: vLLM spreads a model by itself.")
+    model = ServedModel(_path(name), dtype, device)
+    processor = AutoProcessor.from_pretrained(model.path)
+    _check(processor, name)
+    return model, processor, model.identity(name)
+
+
+def _path(name: str) -> str:
+    return str(picto.model_path(name)) if name.startswith("picto-") and not Path(name).exists() else name
+
+
+def _check(processor: Any, name: str) -> None:
+    if not getattr(processor, "chat_template", None) or not hasattr(processor, "tokenizer"):
+        raise VlmFixError(f"the processor of {name!r} has no chat template: add chat_template.jinja to the checkpoint.")
+
+
+def outline(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any | None:
+    """Return the model without weights, from its configuration alone, or None if that cannot be read or built."""
+    path = _path(name)
+    try:
+        theirs: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
+        config = AutoConfig.from_pretrained(path, **theirs, **({"revision": revision} if revision else {}))
+        with torch.device("meta"):
+            made = AutoModelForImageTextToText.from_config(config, **theirs)
+    except Exception:  # whatever it is, `load_model` meets it too and says it
+        return None
+    made.name_or_path = path
+    return made
 
 
 def hardware(device: torch.device) -> str:

@@ -24,13 +24,16 @@ from typing import Any
 
 import vlm_fix
 from vlm_fix import registry
-from vlm_fix.calibrated import Calibration, apply
+from vlm_fix.calibrated import Calibration, apply, find, read_all
 from vlm_fix.decoding.kinds import Contrast
+from vlm_fix.engine import Engine
 from vlm_fix.errors import VlmFixError
 from vlm_fix.eval.settings import Settings
 from vlm_fix.eval.tasks import Task
 from vlm_fix.families import table as families
 from vlm_fix.method import Baseline, Method
+
+from .served import ServedModel
 
 AT_BETA = "apc_only"
 NOISE = "gaussian_logits"
@@ -70,13 +73,16 @@ class Run:
 
         Methods that draw at random use `seed`, unless their own was set.
         """
-        if all(isinstance(method, Baseline) for method in self.stack):
-            yield
-            return
         stack = [_seeded(method, seed) if seed is not None else method for method in self.stack]
-        names = {method.name for method in stack}
-        with vlm_fix.wrapped(model, stack, [c for c in calibration if c.method in names]):
+        chosen = [c for c in calibration if c.method in {method.name for method in stack}]
+        if isinstance(model, ServedModel):
+            with model.applied(stack, chosen):
+                yield
+        elif all(isinstance(method, Baseline) for method in stack):
             yield
+        else:
+            with vlm_fix.wrapped(model, stack, chosen):
+                yield
 
 
 def _seeded(method: Method, seed: int) -> Method:
@@ -87,6 +93,38 @@ def _draws(method: Method) -> bool:
     """Whether the method has a seed that the user did not set."""
     own = next((field for field in dataclasses.fields(method) if field.name == "seed"), None)
     return own is not None and getattr(method, "seed", None) == own.default
+
+
+def check_stacks(settings: Settings, model: Any = None) -> None:
+    """Raise VlmFixError for methods that are named twice or make no sense together, before weights are loaded.
+
+    model: an outline of the model (`loading.outline`), for what depends on its family and size.
+    """
+    seen: dict[str, str] = {}
+    for specs in settings.methods:
+        name, stack = "+".join(specs), registry.parse(list(specs))
+        spec = "+".join(method.spec() for method in stack)
+        if all(isinstance(method, Baseline) for method in stack):
+            raise VlmFixError("--method baseline adds nothing: the unmodified model always runs; take it out.")
+        if spec in seen:
+            raise VlmFixError(f"--method names the run {name} twice (as {seen[spec]}): give each run once.")
+        seen[spec] = name
+        names = [method.name for method in stack]
+        if model is not None:
+            files = [c for c in settings.calibration if read_all((c,))[0].method in names]
+            methods = apply(find(files, model.name_or_path, stack), stack, families.arch_of(model))
+            Engine(model, methods)
+        elif twice := [each for each in names if names.count(each) > 1]:
+            raise VlmFixError(f"{name}: {twice[0]} is listed twice; give it once, with the parameters you want.")
+    if settings.seeds and not (settings.sample or settings.controls or any(_draws(m) for m in _all(settings))):
+        given = ",".join(map(str, settings.seeds))
+        raise VlmFixError(
+            f"--seeds {given} has no effect: no run samples or has a method that draws at random; add --sample."
+        )
+
+
+def _all(settings: Settings) -> list[Method]:
+    return [method for specs in settings.methods for method in registry.parse(list(specs))]
 
 
 def runs(settings: Settings, model: Any, tasks: Sequence[Task], calibration: Sequence[Calibration] = ()) -> list[Run]:

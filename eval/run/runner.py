@@ -47,8 +47,8 @@ from vlm_fix.eval.tasks import Task, build
 
 from . import size, summary
 from .generation import answer, batches, peak_mb, reset_peak, warm_up
-from .loading import hardware, load_model
-from .plan import Run, runs
+from .loading import hardware, load_model, load_served, outline
+from .plan import Run, check_stacks, runs
 from .store import Store, Team, load_results
 
 BASELINE = ["baseline"]
@@ -117,15 +117,20 @@ def evaluate(
         raise VlmFixError(f"--output {folder} is a file: give a folder.")
     if team.share((folder / "config.json").exists()) and not resume:
         raise VlmFixError(f"{folder} already holds a run: add --resume to continue it or choose another --output.")
+    check_stacks(settings, None if loaded else outline(settings.model, settings.revision, settings.trust_remote_code))
     tasks = build(settings)
-    model, processor, identity = loaded or load_model(
-        settings.model,
-        settings.dtype,
-        settings.device,
-        settings.device_map,
-        settings.revision,
-        settings.trust_remote_code,
-        settings.model_args,
+    model, processor, identity = loaded or (
+        load_served(settings.model, settings.dtype, settings.device, settings.device_map)
+        if settings.engine == "vllm"
+        else load_model(
+            settings.model,
+            settings.dtype,
+            settings.device,
+            settings.device_map,
+            settings.revision,
+            settings.trust_remote_code,
+            settings.model_args,
+        )
     )
     calibration = choose(settings.calibration, model, methods)
     plan = runs(settings, model, tasks, calibration)

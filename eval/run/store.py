@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -28,6 +29,12 @@ class Team:
 
     def __init__(self) -> None:
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if "WORLD_SIZE" not in os.environ and {"MASTER_ADDR", "ACCELERATE_USE_CPU"} <= os.environ.keys():
+            warnings.warn(  # it sets the address for --num_processes, and then starts the program once
+                "accelerate launch --cpu started one process, whatever its --num_processes: it needs MPI for more. To share "
+                "the work run `torchrun --nproc_per_node N -m vlm_fix.cli eval ...`.",
+                stacklevel=2,
+            )
         if self.size > 1 and not torch.distributed.is_initialized():
             # days, because a process waits for the others to answer their share
             torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))
@@ -91,7 +98,7 @@ class Store:
         self.rows = {}
         for path in self._files():
             found: dict[Key, list[dict[str, Any]]] = {}
-            for line in path.read_text(errors="replace").splitlines():
+            for line in path.read_text(errors="replace").split("\n"):
                 try:
                     row = json.loads(line)
                     found.setdefault((row["run"], row["seed"], row["benchmark"], row["batch"]), []).append(row)

@@ -12,7 +12,7 @@ from typing import Any
 from vlm_fix.eval.compare import compare
 from vlm_fix.eval.scorers.benchmark import Overall
 from vlm_fix.eval.scorers.registry import BENCHMARKS, LAYOUTS
-from vlm_fix.eval.stats import Metric, column_sums, paired_bootstrap, spread
+from vlm_fix.eval.stats import Metric, column_sums, holm, p_value, paired_bootstrap, spread
 from vlm_fix.eval.tasks import Task
 
 
@@ -24,9 +24,9 @@ def summarise(
 ) -> dict[str, dict[str, dict[str, dict[str, Any]]]]:
     """Return run -> benchmark -> split -> metrics, `failed`, and what changed against the first run.
 
-    What changed is what `compare` returns: `delta` {metric: Comparison}, `outcomes`, `verdict` and more. The counts of
-    several seeds are summed, with `seeds` {metric: mean, sd, values}; a run with one seed is compared with each seed of
-    the other, and p is the largest over seeds.
+    What changed is what `compare` returns: `delta` {metric: Comparison, with p and p_holm as `correct` gives them},
+    `outcomes`, `verdict` and more. The counts of several seeds are summed, with `seeds` {metric: mean, sd, values}; a run
+    with one seed is compared with each seed of the other, and p is the largest over seeds.
     """
     baseline = next(iter(runs))
     summary: dict[str, Any] = {run: {} for run in runs}
@@ -41,7 +41,27 @@ def summarise(
     for overall in (made.overall for made in BENCHMARKS.values()):
         if overall and {*overall.tasks} <= {task.benchmark for task in tasks if task.sizes}:
             _add_overall(summary, overall, every, seed)
+    correct(summary)
     return summary
+
+
+def correct(runs: Mapping[str, Any]) -> None:
+    """Give every comparison its p-value, `p`, and `p_holm`: corrected over all runs of the table with the same metric.
+
+    A table is one benchmark's, a split each; controls count like methods, as a reader compares them alike. Results that
+    were made before p-values were kept get theirs from the interval.
+    """
+    tables: dict[tuple[str, str, str, str], list[dict[str, Any]]] = {}
+    for each in runs.values():
+        for benchmark, splits in each.items():
+            for split, scores in splits.items():
+                for part in ("delta", "equal_length"):
+                    for name, found in scores.get(part, {}).items():
+                        tables.setdefault((benchmark, split, part, name), []).append(found)
+    for table in tables.values():
+        ps = [p_value(*(found[key] for key in ("delta", "low", "high")), found.get("level", 0.95)) for found in table]
+        for found, p, corrected in zip(table, ps, holm(ps), strict=True):
+            found.update(p=p, p_holm=corrected)
 
 
 def _add_overall(

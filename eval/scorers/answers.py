@@ -13,7 +13,7 @@
 A row that offers two candidates for the reply or for the id is an error, unless they say the same: nothing is guessed, the
 options --answer-key and --id-key decide. A reply of null (or an empty cell of a table) is an answer that failed.
 
->>> _image_number("COCO_val2014_000000391895.jpg"), _image_number("391895"), _image_number("COCO_val2014_000000391895_25")
+>>> image_number("COCO_val2014_000000391895.jpg"), image_number("391895"), image_number("COCO_val2014_000000391895_25")
 (391895, 391895, None)
 """
 
@@ -257,7 +257,7 @@ class _Row:
             raise VlmFixError(f'{self.place}: no "{key}" ({self._keys()}); mend --id-key.')
         names = [key] if key else [name for name in (IMAGE_IDS if self.images else IDS) if name in row]
         given = {name: row[name] for name in names if not _is_nothing(row[name]) and name != self.reply_key}
-        read: Callable[[Any], Any] = _image_number if self.images else _id_text
+        read: Callable[[Any], Any] = image_number if self.images else _id_text
         found = {name: read(value) for name, value in given.items()}
         known = {name: value for name, value in found.items() if value is not None}
         if len({*known.values()}) > 1:
@@ -295,7 +295,7 @@ def _id_text(value: Any) -> str | None:
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip()
 
 
-def _image_number(value: Any) -> int | None:
+def image_number(value: Any) -> int | None:
     """The number of an image: a whole number, or the 12 digits of a COCO name. Other digits in a name are no id."""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         return None

@@ -114,7 +114,7 @@ def results(
     scorer: Scorer = "official",
     answer_key: str | None = None,
     id_key: str | None = None,
-    tell: Callable[[str], None] = str,
+    tell: Callable[[str], Any] = str,
 ) -> dict[str, dict[str, Result]]:
     """Score an answer file against beaf_qna.json."""
     asked, given = load_questions(questions), read(answers, '{"id": 0, "answer": "No."}', Keys(answer_key, id_key))

@@ -71,7 +71,7 @@ def questions(folder: str | Path) -> list[Question]:
 
 
 def load_answers(
-    path: str | Path, answer_key: str | None = None, tell: Callable[[str], None] = str
+    path: str | Path, answer_key: str | None = None, tell: Callable[[str], Any] = str
 ) -> tuple[list[Question], list[str | None]]:
     """Read an answer file as the official script writes it: rows with img_id, object_name, gt and response."""
     found: list[Question] = []
@@ -109,7 +109,7 @@ def results(
     answers: str,
     scorer: Scorer = "official",
     answer_key: str | None = None,
-    tell: Callable[[str], None] = str,
+    tell: Callable[[str], Any] = str,
 ) -> dict[str, dict[str, Result]]:
     """Score an answer file; rows in the order of the images."""
     both = sorted(zip(*load_answers(answers, answer_key, tell), strict=True), key=lambda pair: pair[0].id)

@@ -84,7 +84,7 @@ def load_answers(
     path: str | Path,
     scorer: Scorer = "vlmevalkit",
     keys: Keys = USUAL,
-    tell: Callable[[str], None] = str,
+    tell: Callable[[str], Any] = str,
 ) -> tuple[list[Question], list[str | None]]:
     """Read questions and answers; for the scorer official an answer is a judge's mark, 0, 1 or 2.
 
@@ -106,7 +106,7 @@ def load_answers(
     if marks and scorer != "official":
         tell(f"note: {marks[0]} holds the marks of a judge; --scorer official counts them")
     replies = [row.reply for row in given.rows]
-    if scorer != "official" and {*replies} <= {"0", "1", "2", None}:
+    if scorer != "official" and {None} < {*replies, None} <= {"0", "1", "2", None}:
         raise VlmFixError(
             f"{path}: all replies in {given.keys[0]} are 0, 1 or 2: if a judge gave these marks, add --scorer official "
             f"--answer-key {given.keys[0]}; if they are answers, write yes and no."
@@ -229,7 +229,7 @@ def score_files(
     scorer: Scorer | None = None,
     answer_key: str | None = None,
     id_key: str | None = None,
-    tell: Callable[[str], None] = str,
+    tell: Callable[[str], Any] = str,
 ) -> dict[str, dict[str, Any]]:
     """Score an answer file, by part."""
     return {
@@ -243,7 +243,7 @@ def results(
     scorer: Scorer | None = None,
     answer_key: str | None = None,
     id_key: str | None = None,
-    tell: Callable[[str], None] = str,
+    tell: Callable[[str], Any] = str,
 ) -> dict[str, dict[str, Result]]:
     """Score an answer file, by task and part; rows in the order of the questions' ids."""
     chosen: Scorer = scorer or ("official" if answer_key and _is_mark(answer_key) else usual_scorer(answers))

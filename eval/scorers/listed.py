@@ -64,7 +64,7 @@ def results(
     subsets: str | None = None,
     answer_key: str | None = None,
     id_key: str | None = None,
-    tell: Callable[[str], None] = str,
+    tell: Callable[[str], Any] = str,
 ) -> dict[str, dict[str, Result]]:
     """Score an answer file against a question file; with `subsets` each of them is a part."""
     asked, given = load_questions(questions), load_answers(answers, Keys(answer_key, id_key))

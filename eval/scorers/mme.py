@@ -204,7 +204,7 @@ def score_files(
     questions: str | None = None,
     answer_key: str | None = None,
     id_key: str | None = None,
-    tell: Callable[[str], None] = str,
+    tell: Callable[[str], Any] = str,
 ) -> dict[str, dict[str, Any]]:
     """Score a folder of TASK.txt files, or a file with all tasks, by part; the score is in points."""
     scored = results(answers, scorer, questions, answer_key, id_key, tell)["mme"]
@@ -218,7 +218,7 @@ def results(
     questions: str | None = None,
     answer_key: str | None = None,
     id_key: str | None = None,
-    tell: Callable[[str], None] = str,
+    tell: Callable[[str], Any] = str,
 ) -> dict[str, dict[str, Result]]:
     """Score the same by task and part, as fractions; rows in the order of images and questions."""
     given: Sequence[str | None]
@@ -227,6 +227,9 @@ def results(
         tell(rows.told())
         asked, given = load_rows(rows, questions)
     else:
+        if questions or answer_key or id_key:
+            given_option = "--questions" if questions else "--answer-key" if answer_key else "--id-key"
+            raise VlmFixError(f"{given_option} has no effect on a folder of TASK.txt: leave it out, or give a file.")
         asked, given = load_results(answers)
         tell(f"read {len(given)} answers from {answers}: TASK.txt files (image, question, truth, answer)")
     order = sorted(range(len(asked)), key=lambda place: asked[place][1:])

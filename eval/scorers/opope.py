@@ -103,7 +103,7 @@ def results(
     variant: Variant = "nltk",
     answer_key: str | None = None,
     id_key: str | None = None,
-    tell: Callable[[str], None] = str,
+    tell: Callable[[str], Any] = str,
 ) -> dict[str, dict[str, Result]]:
     """Score a caption file against a POPE question file."""
     found = load_captions(captions, Keys(answer_key, id_key), tell)

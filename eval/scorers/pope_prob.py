@@ -103,12 +103,12 @@ def ece(judged: Sequence[tuple[float, bool]]) -> float:
     return sum(gaps) / len(judged)
 
 
-def results(questions: str, answers: str, tell: Callable[[str], None] = str) -> dict[str, dict[str, Result]]:
+def results(questions: str, answers: str, tell: Callable[[str], Any] = str) -> dict[str, dict[str, Result]]:
     """Score a file of probabilities against a question file."""
     return {"pope-prob": {"questions": _scored(questions, answers, tell)[0]}}
 
 
-def _scored(questions: str, answers: str, tell: Callable[[str], None]) -> tuple[Result, dict[str, list[str]]]:
+def _scored(questions: str, answers: str, tell: Callable[[str], Any]) -> tuple[Result, dict[str, list[str]]]:
     asked, (given, tokens) = load_questions(questions), load_probabilities(answers)
     tell(f"read {len(given)} rows of p_yes and p_no from {answers}")
     lost = {str(q.question_id) for q in asked} ^ given.keys()
@@ -125,7 +125,7 @@ def _scored(questions: str, answers: str, tell: Callable[[str], None]) -> tuple[
     return score(asked, [given[str(q.question_id)] for q in asked]), tokens
 
 
-def score_files(questions: str, answers: str, tell: Callable[[str], None] = str) -> dict[str, Any]:
+def score_files(questions: str, answers: str, tell: Callable[[str], Any] = str) -> dict[str, Any]:
     """Score a file of probabilities, and name the tokens."""
     result, tokens = _scored(questions, answers, tell)
     named = {name: " ".join(map(repr, words)) for name, words in tokens.items()}

@@ -59,7 +59,7 @@ def load(
     path: str | Path,
     answered: bool = True,
     answer_key: str | None = None,
-    tell: Callable[[str], None] = str,
+    tell: Callable[[str], Any] = str,
 ) -> tuple[list[Question], list[str | None]]:
     """Read YESNO.jsonl, Multichoice.jsonl or both in one file; with `answered` each row has its `response`."""
     found: list[Question] = []
@@ -135,7 +135,7 @@ def results(
     answers: str,
     scorer: Scorer = "official",
     answer_key: str | None = None,
-    tell: Callable[[str], None] = str,
+    tell: Callable[[str], Any] = str,
 ) -> dict[str, dict[str, Result]]:
     """Score an answer file by task and part; rows in the order of images and questions."""
     both = sorted(zip(*load(answers, True, answer_key, tell), strict=True), key=lambda pair: pair[0])

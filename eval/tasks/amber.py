@@ -3,8 +3,10 @@
 The images of amber:DIR, AMBER_1.jpg and so on, are in DIR or DIR/image; --limit samples from those found.
 
 In Picto, truth is what is in a scene, hallu what is typical of the scene and absent, and mentions are found as for CHAIR.
-As in AMBER, every question about existence is about a hallu object, so that "no" is right. Picto's model answers in lower
-case, which the official scorer does not accept, so `ours` replaces it.
+As in AMBER, every question about existence is about a hallu object, so that "no" is right. picto:SPLIT+attributes adds
+questions about number, place, size and direction (`picto/questions.py`), about half of them with the answer yes; the bundled
+models were trained on none of these. picto-llava answers in lower case, which the official scorer does not accept, so `ours`
+replaces it.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_fix.eval import picto
+from vlm_fix.eval.picto import questions as picto_questions
 from vlm_fix.eval.picto.scene_types import SCENE_TYPES
 from vlm_fix.eval.scorers.amber import data as amber_data
 from vlm_fix.eval.scorers.amber import score as amber
@@ -26,6 +29,7 @@ from vlm_fix.eval.settings import Settings
 
 from .sample import IMAGES, Items, Sample, caption_prompt, complete, data_of, draw, place, question_prompt
 
+ATTRIBUTES = "+attributes"
 IMAGES_FROM = "as linked on github.com/junyangwang0410/AMBER"
 
 
@@ -46,7 +50,9 @@ def build(folder: Path, settings: Settings) -> list[Items]:
 
 
 def of_picto(split: str, settings: Settings) -> list[Items]:
-    """Build both tasks about Picto's scenes."""
+    """Build both tasks about Picto's scenes; "+attributes" behind the split also asks about more than existence."""
+    source = f"picto:{split}, seed {settings.seed}"
+    split, more = split.replace(ATTRIBUTES, ""), ATTRIBUTES in split
     shown = picto.scenes(split, settings.limit or IMAGES, settings.seed)
     variant: Variant = settings.variant or ("nltk" if nltk_ready() else "pattern")
     scenes: list[amber_data.Scene] = []
@@ -58,10 +64,11 @@ def of_picto(split: str, settings: Settings) -> list[Items]:
         for name in absent:
             text = pope_data.question_text(name)
             questions.append(amber_data.Question(len(questions) + 1, scene.file_name, text, "existence", "no"))
+        for kind, text, label in picto_questions.about(scene) if more else ():
+            questions.append(amber_data.Question(len(questions) + 1, scene.file_name, text, kind, label))
     images = {scene.file_name: scene.image for scene in shown}
     if settings.scorer == "official":
         settings = dataclasses.replace(settings, scorer="ours")
-    source = f"picto:{split}, seed {settings.seed}"
     return _tasks(scenes, questions, images, amber_data.picto_lexicon(variant), settings, source)
 
 

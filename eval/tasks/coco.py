@@ -1,8 +1,8 @@
 """A folder of images with COCO annotations.
 
-Images are in DIR, DIR/val2014 or DIR/images; annotations, if any, in DIR/annotations or DIR as instances_*.json and
-captions_*.json. The id of an image with a COCO name (000000000042.jpg, COCO_val2014_000000000042.jpg) is its number; for
-other names the annotations must give it. VlmFixErrors name what is missing.
+Images are in DIR, DIR/val2014, DIR/images or DIR/images/val2014; annotations, if any, in DIR/annotations or DIR as
+instances_*.json and captions_*.json. The id of an image with a COCO name (000000000042.jpg,
+COCO_val2014_000000000042.jpg) is its number; for other names the annotations must give it. VlmFixErrors name what is missing.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_fix.errors import VlmFixError
+from vlm_fix.eval.files import read_text
 
 NAME = re.compile(r"(?:COCO_(?:train|val)20\d\d_)?(\d{12})")
 
@@ -57,7 +58,7 @@ class Folder:
         path = Path(ids)
         if not path.is_file():
             raise VlmFixError(f"--ids {path} does not exist: give a text file with one image id a line.")
-        lines = list(dict.fromkeys(line.strip() for line in path.read_text().splitlines() if line.strip()))
+        lines = list(dict.fromkeys(line.strip() for line in read_text(path, "--ids file").split("\n") if line.strip()))
         if not lines:
             raise VlmFixError(f"--ids {path} is empty: give one image id (a number or a file name) a line.")
         numbers = [int(line) if line.isdigit() else self.number_of(line) for line in lines]
@@ -84,7 +85,7 @@ def paths_in(folder: Path) -> dict[str, Path]:
             f"{folder} is not a folder: give coco:DIR with val2014 of cocodataset.org in DIR or DIR/val2014."
         )
     paths: dict[str, Path] = {}
-    for place in (folder / "val2014", folder / "images", folder):
+    for place in (folder / "val2014", folder / "images" / "val2014", folder / "images", folder):
         for path in sorted(place.glob("*")) if place.is_dir() else []:
             if path.suffix.lower() in {".jpg", ".jpeg", ".png"}:
                 paths.setdefault(path.name, path)

@@ -123,7 +123,20 @@ def of_files(folder: Path, settings: Settings) -> Pope:
 
 
 def _made(instances: Any, images: int, settings: Settings) -> dict[Any, list[pope.Question]]:
-    return {k: pope_data.make_questions(instances, k, images=images, seed=settings.seed) for k in settings.splits}
+    """Make questions about `images` images. Absent objects are those of the other images, so few need more beside them."""
+    for beside in (0, 1, 2, 4, 8, 16):
+        try:
+            made = {
+                k: pope_data.make_questions(instances, k, images=images + beside, seed=settings.seed)
+                for k in settings.splits
+            }
+        except VlmFixError as error:
+            if "no negative is left" not in str(error) or beside == 16:
+                raise
+        else:
+            names = list(dict.fromkeys(q.image for each in made.values() for q in each))[:images]
+            return {k: [q for q in each if q.image in names] for k, each in made.items()}
+    raise AssertionError("the last try raises")
 
 
 def _no_repope(settings: Settings) -> None:

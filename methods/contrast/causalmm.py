@@ -16,7 +16,7 @@ from vlm_fix.call import Call
 from vlm_fix.decoding.contrast import plausible
 from vlm_fix.decoding.draw import hashed
 from vlm_fix.decoding.kinds import Negative
-from vlm_fix.pruning.encoder import ImageTokens, views
+from vlm_fix.pruning.encoder import ImageTokens, shown_tokens, views
 from vlm_fix.session import PAD, Rows
 
 VISION = ("shuffle", "random", "uniform", "reversed", "none")
@@ -89,40 +89,48 @@ class CausalMM(WeightEdit, Contrast):
     def branches(self, call: Call) -> dict[str, Negative]:
         branches = {"vision": Negative(call.inputs), "language": Negative(call.inputs)}
         if self.vision != "none":
-            images = views(call)
-            branches["vision"] = Negative(call.inputs, lambda x: self.counterfactual(x, images))
+            shown = shown_tokens(call, images := views(call), self.name)
+            branches["vision"] = Negative(call.inputs, lambda x: self.counterfactual(x, images, shown.to(x.device)))
         return {name: branch for name, branch in branches.items() if getattr(self, name) != "none"}
 
     def combine(self, l: torch.Tensor, *negatives: torch.Tensor) -> torch.Tensor:
         k = len(negatives)
         return plausible((1 + k * self.gamma) * l - self.gamma * torch.stack(negatives).sum(dim=0), l, self.beta)
 
-    def counterfactual(self, features: torch.Tensor, images: list[ImageTokens]) -> torch.Tensor:
-        """[N, C] embeddings of all images -> the same, weighted by the edited attention."""
-        parts = []
-        for image, own in zip(images, features.split([i.grid[0] * i.grid[1] for i in images]), strict=True):
-            assert image.raw is not None and image.project is not None
-            raw, weight = image.raw(), self.map(image)[:, None]
-            parts.append(image.project(raw * weight.to(raw)).to(own) if raw.dim() == 2 else own * weight.to(own))
-        return torch.cat(parts)
+    def counterfactual(self, features: torch.Tensor, images: list[ImageTokens], shown: torch.Tensor) -> torch.Tensor:
+        """[N, C] embeddings of the image tokens -> the same, weighted by the edited attention; shown: `shown_tokens`."""
+        factors = [self.map(image)[:, None].to(features) for image in images]
+        raws = [image.raw() for image in images if image.raw]
+        real = shown >= 0  # newlines stay
+        if not raws or raws[0].dim() > 2:
+            return features.masked_scatter(real[:, None], features[real] * torch.cat(factors)[shown[real]])
+        weighted = [i.project(raw * factor) for i, raw, factor in zip(images, raws, factors, strict=True) if i.project]
+        return features.masked_scatter(real[:, None], torch.cat(weighted).to(features)[shown[real]])
 
     def map(self, image: ImageTokens) -> torch.Tensor:
-        """[N] float32 factors of one image's N tokens."""
+        """[N] float32 factors of one image's N tokens; a video's frames each have a map of their own."""
         assert image.pixels is not None and self.vision_layer is not None
-        query, key, scale = image.heads[self.vision_layer]
-        pixels = image.pixels.detach().float().cpu().contiguous().numpy().tobytes()
+        frames, pixels = (
+            image.heads[self.vision_layer],
+            image.pixels.detach().float().cpu().contiguous().numpy().tobytes(),
+        )
         generator = torch.Generator().manual_seed(zlib.crc32(pixels, self.seed))
-        total = torch.zeros(image.grid, device=query.device)
-        for q, k in zip(query.float(), key.float(), strict=True):  # S x S for one head at a time
-            a = (q @ k.T * scale).softmax(dim=-1)
-            if self.vision == "shuffle":
-                a = a.flatten()[torch.randperm(a.numel(), generator=generator).to(a.device)].view_as(a)
-            elif self.vision == "random":
-                a = 2 * torch.rand(a.shape, generator=generator).to(a.device)
-            else:
-                a = a.max() - a if self.vision == "reversed" else a.mean().expand_as(a)
-            total += interpolate(a[None, None], size=image.grid, mode="bilinear", align_corners=False)[0, 0]
-        return (total / len(query)).flatten()
+        size, maps = (image.grid[0] // len(frames), image.grid[1]), []
+        for query, key, scale in frames:  # one for an image
+            total = torch.zeros(size, device=query.device)
+            for q, k in zip(query.float(), key.float(), strict=True):  # S x S for one head at a time
+                a = self.edited((q @ k.T * scale).softmax(dim=-1), generator)
+                total += interpolate(a[None, None], size=size, mode="bilinear", align_corners=False)[0, 0]
+            maps.append((total / len(query)).flatten())
+        return torch.cat(maps)
+
+    def edited(self, a: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """One head's attention [S, S] of the tower -> the same, counterfactual."""
+        if self.vision == "shuffle":
+            return a.flatten()[torch.randperm(a.numel(), generator=generator).to(a.device)].view_as(a)
+        if self.vision == "random":
+            return 2 * torch.rand(a.shape, generator=generator).to(a.device)
+        return a.max() - a if self.vision == "reversed" else a.mean().expand_as(a)
 
     def edit_weights(self, weights: torch.Tensor, rows: Rows) -> torch.Tensor:
         a = weights

@@ -83,7 +83,7 @@ class OPERA(WeightReader, Searcher):
     def read_weights(self, weights: torch.Tensor, rows: Rows) -> None:
         peak = normalize(weights[:, :, -1].amax(dim=1), p=1, dim=-1)
         memory = rows.memory(OPERAMemory)
-        memory.row, memory.image = peak, (peak * rows.visual[:, 0, 0]).sum(dim=-1)
+        memory.row, memory.image = peak, (peak * rows.visual[:, 0, 0]).sum(dim=-1)  # on the layer's device
 
     def search(self, run: Search) -> Any:
         sequences, logits = run.prefill()
@@ -119,7 +119,7 @@ class OPERA(WeightReader, Searcher):
             beams.sums = beams.sums[beams.parents]
             seqs.reorder(beams.parents)
             logits = seqs.forward(beams.tokens[:, -1:])
-            row = seqs.memory(self, OPERAMemory).row[:, -beams.tokens.shape[1] :]
+            row = seqs.memory(self, OPERAMemory).row[:, -beams.tokens.shape[1] :].to(logits.device)
             beams.sums = pad(beams.sums, (0, 1)) + (self.scale * row).log()
 
     def penalised(self, logits: torch.Tensor, seqs: Sequences, beams: Beams) -> tuple[torch.Tensor, list[int]]:
@@ -130,9 +130,9 @@ class OPERA(WeightReader, Searcher):
             seqs.forward(token[:, None])
             seqs.crop(1)
             seen = seqs.memory(self, OPERAMemory)
-            log_s = pad(beams.sums, (0, 1)) + (self.scale * seen.row[:, -size:]).log()
+            log_s = pad(beams.sums, (0, 1)) + (self.scale * seen.row[:, -size:].to(z.device)).log()
             phi, place = (log_s + math.log(1e-7)).exp().clamp(max=65504).max(dim=-1)
-            phi = -seen.image if size <= self.warmup else phi
+            phi = -seen.image.to(z.device) if size <= self.warmup else phi
             z.scatter_(1, token[:, None], (value - self.weight * phi)[:, None])
             places.append(place)
         return z, [mode(sorted(p)) for p in torch.stack(places, dim=1).tolist()]

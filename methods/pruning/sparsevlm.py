@@ -87,7 +87,8 @@ class SparseVLM(StagedPruner):
                 match = (x[image] @ x[text].T).softmax(dim=-1).mean(dim=0)
                 rows[b, text] = match > match.mean()
             raters.rows = torch.where(rows.any(dim=1, keepdim=True), rows, tokens.last)
-        return raters.rows[:, -tokens.images.shape[1] :]  # the question's columns are the last ones at every stage
+        rows = raters.rows.to(tokens.hidden.device)  # the stages may lie on different devices
+        return rows[:, -tokens.images.shape[1] :]  # the question's columns are the last ones at every stage
 
 
 def cluster(x: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:

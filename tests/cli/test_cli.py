@@ -130,6 +130,9 @@ def test_methods_and_models(capsys):
     assert cli.main(["methods", "pai", "hiprune"]) == 0
     told = capsys.readouterr().out
     assert max(map(len, told.splitlines())) <= 100 and "gamma=1 " in told and "arxiv.org/abs/2508.00553" in told
+    kept = listed["hiprune"]["measured"]
+    assert kept and all(f"{row['model']}, points above the baseline" in told for row in kept)
+    assert all(row["spec"].split(",")[0] in told for row in kept)
     assert "arxiv.org" not in short and all(name in short for name in listed)
     assert cli.main(["models", "--json"]) == 0
     assert {"llava", "qwen2_5_vl"} <= {row["name"] for row in json.loads(capsys.readouterr().out)}

@@ -175,6 +175,22 @@ def test_the_callers_processors_come_last(family, model):
     assert all(torch.isinf(s[:, 4]).all() for s in seen) and torch.equal(torch.stack(seen, 1), scores)
 
 
+@pytest.mark.parametrize("mode", [{"do_sample": False}, {"do_sample": True}, {"do_sample": False, "num_beams": 2}])
+@pytest.mark.parametrize("spec", ["vcd:beta=1", "dola:layers=0|1|2|3,beta=1", "deco:top_k=1"])
+def test_a_forbidden_token_that_alone_is_plausible(family, model, spec, mode):
+    """Where the cut-off leaves what generate forbids (here the likeliest tokens), the model's own scores decide."""
+    inputs, start = make_inputs(family, [1, 2]), make_inputs(family, [1, 2])["input_ids"].shape[1]
+    first = model.generate(**inputs, max_new_tokens=1, do_sample=False)[:, -1].unique().tolist()
+    how = {"max_new_tokens": 3, "suppress_tokens": [*first, IMAGE]} | mode
+    torch.manual_seed(0)
+    plain = model.generate(**inputs, **how)
+    with vlm_fix.wrapped(model, spec):
+        torch.manual_seed(0)
+        ours = model.generate(**inputs, **how)
+    assert torch.equal(ours[:, start], plain[:, start]) or mode["do_sample"] or "num_beams" in mode
+    assert not torch.isin(ours[:, start:], torch.tensor(how["suppress_tokens"])).any()
+
+
 def test_a_generate_without_processors_is_an_error(family, model):
     """A loop of the caller's own that never asks for them would leave the contrast out without a word."""
     inputs = single(family, [1, 2], 1)

@@ -179,7 +179,11 @@ def test_public_answers_and_an_all_cautious_copy(tmp_path: Path, capsys) -> None
     found, checked = json.loads(capsys.readouterr().out)
     fixed = sum(old != new for old, new in zip(rows, mended, strict=True))
     assert found["outcomes"]["mended"] == fixed and found["verdict"]["is"] == "better"
-    assert checked["part"] == "adversarial RePOPE" and checked["n"] == 2684 and checked["delta"]["accuracy"]["base"] < 0.842
+    assert (
+        checked["part"] == "adversarial RePOPE"
+        and checked["n"] == 2684
+        and checked["delta"]["accuracy"]["base"] < 0.842
+    )
 
 
 @pytest.mark.parametrize(

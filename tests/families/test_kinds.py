@@ -19,7 +19,10 @@ from vlm_fix.pruning.rows import Seen, rows_attention
 build = functools.cache(families.build)
 IMAGES = [1, 2, 1]
 RATES = "iri:rr_attention=0.9|0.2|0.7|0.6,rr_mlp=0.8|0.9|0.3|0.6,sources=2,targets=2"
-READ = {"llava_next", "llava_onevision", "llava_next_video", "video_llava"}  # towers that pruners can look into
+READ = {  # towers that pruners can look into
+    *("llava_next", "llava_onevision", "llava_next_video", "video_llava"),
+    *("qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"),
+}
 HYBRID = {"qwen3_5": (1, 3), "qwen3_5_moe": (1, 3), "minicpmv4_6": (1, 3), "lfm2_vl": (1, 3)}
 
 

@@ -426,6 +426,31 @@ TINY = {
             head_dim=8,
         ),
     ),
+    "molmo2": _tiny(  # two scans of an image, pooled from patches; all image tokens see each other
+        "Molmo2",
+        "molmo2_text",
+        "molmo2_vision",
+        kind="pooled",
+        image_patch_id=IMAGE,
+        image_start_token_id=93,
+        low_res_image_start_token_id=93,
+        image_end_token_id=94,
+        frame_start_token_id=95,
+        frame_end_token_id=95,
+        initializer_range=0.2,
+        adapter_config=dict(
+            vision_feature_layer=[-1, -3],
+            hidden_size=32,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            head_dim=8,
+            intermediate_size=64,
+            text_hidden_size=64,
+            initializer_range=0.2,
+        ),
+        tower={"image_size": [SIDE, SIDE], "num_key_value_heads": 4, "head_dim": 8, "initializer_range": 0.2},
+        text_config={"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, "additional_vocab_size": 4},
+    ),
     "ernie4_5_vl_moe": _tiny(
         "Ernie4_5_VLMoe",
         "own",
@@ -499,6 +524,7 @@ EXTRA = {
     "naflex": "spatial_shapes",
     "placed": "image_position_ids",
     "navit": "target_sizes",
+    "pooled": "image_grids",
 }
 
 
@@ -562,6 +588,10 @@ def prompt(name: str, images: list[int], seed: int = 0, rows: list[int] | None =
                     pixels.append(torch.randn(1, 3, side, side * size, generator=g))
                     extra.append([h, w])
                 ids += [93] + [IMAGE] * (size // {"placed": 4, "navit": 16}[tiny.kind]) + [94]
+            elif tiny.kind == "pooled":
+                pixels.append(torch.randn(2, 36, 3 * PATCH * PATCH, generator=g))
+                extra.append([2, 2, 3, 3])
+                ids += [93] + [IMAGE] * 4 + [94, 93] + [IMAGE] * 9 + [94]
             elif tiny.kind == "tiles":
                 tiles = 1 + 2 * (number % 2)
                 pixels.append(torch.randn(tiles, 3, SIDE, SIDE, generator=g))
@@ -582,7 +612,7 @@ def prompt(name: str, images: list[int], seed: int = 0, rows: list[int] | None =
         inputs["token_type_ids"] = (ids == IMAGE).int()
     if name.startswith("paligemma"):
         inputs["token_type_ids"] = torch.zeros_like(ids)
-    if tiny.kind in ("packed", "placed") and name not in ("exaone4_5", "video_llama_3", "kimi_k25"):
+    if tiny.kind in ("packed", "placed", "pooled") and name not in ("exaone4_5", "video_llama_3", "kimi_k25"):
         inputs["mm_token_type_ids"] = (ids == IMAGE).int()
     if name == "ernie4_5_vl_moe":  # which experts a token goes to
         inputs["moe_mm_token_type_ids"] = ((ids == IMAGE) | (ids == 93) | (ids == 94)).int()
@@ -599,6 +629,15 @@ def prompt(name: str, images: list[int], seed: int = 0, rows: list[int] | None =
     if tiny.kind == "naflex":
         sizes = torch.tensor(extra).prod(dim=-1, keepdim=True)
         inputs["pixel_attention_mask"] = (torch.arange(36) < sizes).long()
+    if tiny.kind == "pooled":  # 4 tokens of 3 x 3 patches, 9 of 2 x 2
+        patches = torch.arange(36).view(6, 6)
+        coarse = patches.view(2, 3, 2, 3).transpose(1, 2).reshape(4, 9)
+        fine = torch.nn.functional.pad(patches.view(3, 2, 3, 2).transpose(1, 2).reshape(9, 4) + 36, (0, 5), value=-1)
+        index = torch.cat([coarse, fine])
+        inputs["image_token_pooling"] = torch.cat(
+            [torch.where(index < 0, -1, index + 72 * i) for i in range(len(extra))]
+        )
+        inputs["image_num_crops"] = torch.full((len(extra),), 2)
     if name == "video_llama_3":
         inputs["image_merge_sizes"] = torch.tensor([2] * len(extra))
     if name == "llava_onevision":

@@ -21,8 +21,9 @@ import torch
 
 from vlm_fix.arch import Arch
 from vlm_fix.call import Call
+from vlm_fix.errors import VlmFixError
 from vlm_fix.memory import Memory
-from vlm_fix.method import Layers, Method, param, with_weights
+from vlm_fix.method import Layers, Method, param
 from vlm_fix.scope import RowScope
 from vlm_fix.session import Rows, Session
 
@@ -80,7 +81,7 @@ class AttentionEdit(Method):
     """True if it remembers something for each prompt column, which must then be mapped when columns are dropped."""
     may_leave_unchanged: ClassVar[Unchanged] = Unchanged.NO_ROW
     heads_apart: ClassVar[bool] = False
-    """True if what it does to a head depends on that head alone, whatever its number: heads may lie on several devices."""
+    """True if what it does to a head depends on that head alone, whatever its number: a device may have a part of them."""
 
     layers: Layers = param(None, "language-model layers to edit")
     branch: str = param("both", "beside a contrast: the branch it acts in", choices=("both", "main", "negative"))
@@ -93,7 +94,13 @@ class AttentionEdit(Method):
         """`layers` become those of them that have attention weights at all."""
         method = super().resolve(arch)
         assert isinstance(method, AttentionEdit) and isinstance(method.layers, tuple)
-        return dataclasses.replace(method, layers=with_weights(self.name, method.layers, arch))
+        layers = tuple(i for i in method.layers if i in arch.attention)
+        if not layers:
+            raise VlmFixError(
+                f"{self.name}: none of the layers {', '.join(map(str, method.layers))} has attention weights; in this model "
+                f"layers {', '.join(map(str, arch.attention))} do."
+            )
+        return dataclasses.replace(method, layers=layers)
 
     def acts_in(self, branch: str) -> bool:
         """True if it acts in this branch: "main", or a name of `Contrast.branches`."""

@@ -12,6 +12,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from vlm_fix import compiled as graph
+from vlm_fix.checkpointing import refuse_unknown
 from vlm_fix.memory import ForwardCache
 from vlm_fix.projections import ask
 from vlm_fix.recorder import Recorder
@@ -71,6 +72,7 @@ def edited_attention(
     session: Session | None = engine.session
     inputs = AttentionInputs(module, query, key, value, attention_mask, scaling, dropout, kwargs)
     if session is None:
+        refuse_unknown()
         return unedited(inputs, ForwardCache(), handle.path), None
     if engine.joint:
         return engine.joint.attention(attention, module, query, dropout, scaling, **kwargs), None

@@ -69,6 +69,7 @@ class AttentionWing(Wing):
         return [[edit for edit in edits if i in (edit.layers or ())] for i in range(self.host.arch.depth)]
 
     def check(self) -> None:
+        self.host.need_all_heads([edit.name for edit in self.edits])
         kinds = {m.name for m in self.host.active if getattr(m, "contrasts", False)}
         alone = [edit.name for edit in self.edits if edit.branch == "negative"]
         if alone and not kinds:

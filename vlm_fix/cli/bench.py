@@ -15,12 +15,15 @@ from .common import DTYPES, add, add_json, check_place, console
 
 def add_to(commands: Any) -> None:
     parser = add(commands, "bench", "time methods against the unwrapped model, on random weights", run)
-    parser.add_argument("kind", choices=("attention", "decode", "prune"), help="which methods")
+    parser.add_argument("kind", choices=("attention", "decode", "prune", "serve"), help="which methods")
     parser.add_argument("--shape", default="small", metavar="S", help="small, small-qwen, llava-1.5-7b, qwen2.5-vl-7b")
     parser.add_argument("--method", default="", metavar="A,B+C", help="only these (all of the kind)")
+    parser.add_argument(
+        "--model", default="picto-llava", metavar="NAME", help="serve only: folder or name (%(default)s)"
+    )
     parser.add_argument("--new-tokens", type=int, default=32, metavar="N", help="tokens to time (%(default)s)")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="(%(default)s)")
-    parser.add_argument("--keep", default="192,64", metavar="N,M", help="visual tokens kept, prune only (%(default)s)")
+    parser.add_argument("--keep", metavar="N,M", help="visual tokens kept, prune only (192,64)")
     parser.add_argument("--device", default="auto", metavar="DEV", help="auto, cpu or cuda (%(default)s)")
     parser.add_argument("--dtype", choices=DTYPES, default="auto")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the weights and the prompt (%(default)s)")
@@ -31,6 +34,8 @@ def add_to(commands: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     if args.output:
         check_place(args.output)
+    if args.keep and args.kind != "prune":
+        raise VlmFixError(f"--keep has no effect on bench {args.kind}: it is for bench prune, or leave it out.")
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # silence the banner of torch's profiler
     from rich.console import Console
     from rich.progress import Progress
@@ -38,8 +43,11 @@ def run(args: argparse.Namespace) -> None:
     from vlm_fix.eval import bench
     from vlm_fix.registry import split_methods
 
+    if args.kind == "serve":
+        _serve(args)
+        return
     try:
-        keep = tuple(float(part) for part in args.keep.split(","))
+        keep = tuple(float(part) for part in (args.keep or "192,64").split(","))
     except ValueError:
         raise VlmFixError(f"--keep {args.keep!r} is not a list of counts or shares such as 192,64.") from None
     with Progress(console=Console(stderr=True), transient=True) as progress:
@@ -62,3 +70,23 @@ def run(args: argparse.Namespace) -> None:
         print(json.dumps(results, indent=2))
     else:
         console().print(bench.table(results))
+
+
+def _serve(args: argparse.Namespace) -> None:
+    """Methods inside vLLM."""
+    import importlib.util
+
+    if importlib.util.find_spec("vllm") is None:
+        raise VlmFixError("vLLM is not installed: pip install 'vlm-fix[vllm]'.")
+    from vlm_fix.eval import bench
+    from vlm_fix.eval.bench import serving
+    from vlm_fix.registry import split_methods
+
+    specs = ["+".join(stack) for stack in split_methods(args.method)]
+    results = serving.run(specs, args.model, args.new_tokens, args.rounds)
+    if args.output:
+        bench.write(results, Path(args.output))
+    if args.json:
+        print(json.dumps(results, indent=2))
+    else:
+        console().print(serving.table(results))

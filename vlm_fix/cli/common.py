@@ -46,9 +46,9 @@ def add_model(parser: Any) -> None:
     )
 
 
-def add_weights(parser: Any) -> None:
+def add_weights(parser: Any, device: str | None = "auto") -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights")
-    parser.add_argument("--device", default="auto", metavar="DEV", help="auto, cpu, cuda or cuda:N (%(default)s)")
+    parser.add_argument("--device", default=device, metavar="DEV", help="auto, cpu, cuda or cuda:N (auto)")
 
 
 def add_images(parser: Any) -> None:

@@ -13,6 +13,7 @@ from vlm_fix.eval.options import key_values, read_file
 from vlm_fix.eval.scorers.registry import BENCHMARKS
 from vlm_fix.eval.settings import Settings
 
+from . import effect
 from .common import LABELS, SCORERS, VARIANTS, add, add_images, add_json, add_model, add_weights, check_place, console
 from .config import arguments
 
@@ -48,16 +49,14 @@ def add_to(commands: Any) -> None:
     what.add_argument("--calibration", action="append", metavar="FILE", help="of vlm-fix calibrate; may be repeated")
     what.add_argument("--data", default="picto", metavar="DATA", help="picto[:SPLIT] or coco:DIR (picto:shift)")
     add_images(what)
-    what.add_argument("--split", default="random,popular,adversarial", metavar="A,B", help="POPE splits (%(default)s)")
+    what.add_argument("--split", metavar="A,B", help="POPE splits (random,popular,adversarial)")
     what.add_argument("--build", action="store_true", help="make POPE questions from the annotations of coco:DIR")
     what.add_argument(
         "--questions", metavar="A,B", help="POPE files of other data, or aokvqa, gqa; images by name in coco:DIR"
     )
     what.add_argument("--prompt", metavar="TEXT", help="other caption prompt, or POPE prompt around {question}")
-    what.add_argument("--scorer", choices=SCORERS, default="official", help="of yes/no answers (%(default)s)")
-    what.add_argument(
-        "--labels", choices=LABELS, default="both", help="of POPE on COCO; repope: corrected (%(default)s)"
-    )
+    what.add_argument("--scorer", choices=SCORERS, help="of yes/no answers (official)")
+    what.add_argument("--labels", choices=LABELS, help="of POPE on COCO; repope: corrected (both)")
     what.add_argument("--variant", choices=VARIANTS, help="CHAIR variant (nltk where its data are found)")
     what.add_argument("--drop-incomplete", action="store_true", help="CHAIR: drop a cut-off last sentence")
 
@@ -68,11 +67,12 @@ def add_to(commands: Any) -> None:
     how.add_argument("--seed", type=int, default=0, metavar="S", help="of data, sampling and bootstrap (%(default)s)")
     how.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer (questions 16, captions 512)")
     how.add_argument("--sample", action="store_true", help="sample instead of greedy decoding")
-    how.add_argument("--temperature", type=float, default=1.0, metavar="T", help="with --sample (%(default)s)")
-    how.add_argument("--top-p", type=float, default=1.0, metavar="P", help="with --sample (%(default)s)")
+    how.add_argument("--temperature", type=float, metavar="T", help="with --sample (1.0)")
+    how.add_argument("--top-p", type=float, metavar="P", help="with --sample (1.0)")
+    how.add_argument("--engine", choices=("hf", "vllm"), default="hf", help="generate, or vLLM (%(default)s)")
     how.add_argument("--num-beams", type=int, default=1, metavar="N", help="beam search (%(default)s = greedy)")
     how.add_argument("--gen-kwargs", metavar="A=1,B=2", help="further arguments of generate, or a JSON object")
-    add_weights(how)
+    add_weights(how, device=None)
     how.add_argument("--device-map", choices=("auto", "balanced", "sequential"), help="spread the model over all GPUs")
 
     honest = parser.add_argument_group("what keeps it honest")
@@ -102,6 +102,7 @@ def run(args: argparse.Namespace) -> None:
     args = _with_file(args)
     if args.resume and not args.output:
         raise VlmFixError("--resume needs --output DIR, the folder of the run to continue.")
+    effect.check(args)
     from datetime import datetime
 
     from vlm_fix.eval.report import published, tracking
@@ -137,12 +138,13 @@ def _settings(args: argparse.Namespace) -> Settings:
     from vlm_fix.registry import split_methods
 
     names = {field.name for field in dataclasses.fields(Settings)}
-    given = {key: value for key, value in vars(args).items() if key in names}
+    given = {key: value for key, value in vars(args).items() if key in names and value is not None}
     given["calibration"] = tuple(args.calibration or ())
     given["questions"] = _parts(args.questions)
-    given["splits"] = _parts(args.split)
     given["model_args"] = key_values(args.model_args, "--model-args")
     given["gen_kwargs"] = key_values(args.gen_kwargs, "--gen-kwargs")
+    if args.split is not None:
+        given["splits"] = _parts(args.split)
     try:
         given["seeds"] = tuple(map(int, _parts(args.seeds)))
     except ValueError:

@@ -1,27 +1,36 @@
-"""vlm-fix methods: the methods, or what is known of some: paper and settings."""
+"""vlm-fix methods: the methods, or what is known of some: paper, settings, and what they did on the bundled models."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from .common import add, add_json, console, table, written
 
+if TYPE_CHECKING:
+    from vlm_fix.eval.report import measured
+
 EXAMPLES = """examples:
   vlm-fix methods              every method in a line
-  vlm-fix methods pai vcd      paper, settings with defaults and ranges"""
+  vlm-fix methods pai vcd      paper, settings with defaults and ranges, figures on the bundled models"""
 
 
 def add_to(commands: Any) -> None:
-    parser = add(commands, "methods", "list the methods, or what is known of some: paper and settings", run, EXAMPLES)
+    parser = add(
+        commands, "methods", "list the methods, or what is known of some: paper, settings, figures", run, EXAMPLES
+    )
     parser.add_argument("names", nargs="*", metavar="NAME", help="methods to tell more of (all, a line each)")
     add_json(parser)
 
 
 def run(args: argparse.Namespace) -> None:
+    from vlm_fix.eval.report import measured
     from vlm_fix.registry import get_method, list_methods
 
+    known = measured.table()
     chosen = [get_method(name) for name in args.names] or list_methods()
     rows: list[dict[str, Any]] = [
         {
@@ -30,6 +39,7 @@ def run(args: argparse.Namespace) -> None:
             "paper": method.paper,
             "about": (method.__doc__ or "").strip().splitlines()[0],
             "parameters": _settings(method),
+            "measured": [dataclasses.asdict(row) for row in known.get(method.name, ())],
         }
         for method in chosen
     ]
@@ -37,6 +47,7 @@ def run(args: argparse.Namespace) -> None:
         print(json.dumps(rows, indent=2, default=str))
     elif args.names:
         _tell(rows)
+        _figures([row for method in chosen for row in known.get(method.name, ())])
     else:
         _list(rows)
 
@@ -66,10 +77,25 @@ def _tell(rows: list[dict[str, Any]]) -> None:
     console().print(long)
 
 
+def _figures(rows: Sequence[measured.Row]) -> None:
+    from rich.markup import escape
+
+    from vlm_fix.eval.report import measured
+
+    for model in dict.fromkeys(row.model for row in rows):
+        shown = table("run", *measured.COLUMNS)
+        for row in rows:
+            if row.model == model:
+                cells = (measured.points(row.figures.get(name), after="*") for name in measured.COLUMNS)
+                shown.add_row(escape(row.spec), *(escape(cell.replace(" [", "\n[")) for cell in cells))
+        console().print(
+            f"{model}, points above the baseline with their 95 % interval; * significant after Holm's correction"
+        )
+        console().print(shown)
+
+
 def _settings(method: Any) -> list[dict[str, Any]]:
     """The settings of a method class: its dataclass fields."""
-    import dataclasses
-
     rows = []
     for field in dataclasses.fields(method):
         default = None if field.default is dataclasses.MISSING else field.default

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from vlm_fix.errors import VlmFixError
+
 from .common import add, check_place
 
 ABOUT = """The page is self-contained: tables, figures and answers side by side. A Markdown file that has the
@@ -24,13 +26,17 @@ def add_to(commands: Any) -> None:
     )
     parser.add_argument("--csv", metavar="FILE", help="every figure of every run, a line each")
     parser.add_argument("--latex", metavar="FILE", help="the tables, for booktabs")
-    parser.add_argument(
-        "--samples", type=int, default=6, metavar="N", help="captions and questions shown (%(default)s)"
-    )
+    parser.add_argument("--samples", type=int, metavar="N", help="captions and questions shown (6)")
 
 
 def run(args: argparse.Namespace) -> None:
-    out = args.out or ("" if args.markdown or args.csv or args.latex else "report.html")
+    other = args.markdown or args.csv or args.latex
+    if args.samples is not None and (args.samples < 0 or (other and not args.out)):
+        wrong = "give 0 or more" if args.samples < 0 else "it is for the page: add --out FILE, or leave it out"
+        raise VlmFixError(f"--samples {args.samples}: {wrong}.")
+    if twice := [folder for folder in args.folders if args.folders.count(folder) > 1]:
+        raise VlmFixError(f"{twice[0]} is given twice: name each run once.")
+    out = args.out or ("" if other else "report.html")
     for place in filter(None, (out, args.markdown, args.csv, args.latex)):
         check_place(place)
     from vlm_fix.eval.files import write_atomic
@@ -45,5 +51,5 @@ def run(args: argparse.Namespace) -> None:
             print(place)
     if out:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(Path(out), page.page(args.folders, args.samples))
+        write_atomic(Path(out), page.page(args.folders, 6 if args.samples is None else args.samples))
         print(Path(out))

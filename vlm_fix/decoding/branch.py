@@ -99,6 +99,8 @@ class Branch:
         inputs, start = self.inputs, self._fork(session, positions) or self._adopt(session, positions)
         if not start:
             reused.features = self._features()
+        if "inputs_embeds" in inputs and not start and reused.features is None:
+            raise VlmFixError(f"{self.name} cannot take inputs_embeds here; pass pixel_values in their place.")
         if start or reused.features is not None:
             cut = {name: inputs[name][:, start:] for name in by_token(inputs)}
             inputs = {**cut, "attention_mask": inputs["attention_mask"]}
@@ -133,7 +135,7 @@ class Branch:
             main is None
             or not main.part(MainPrompt).embeds
             or not self._same_images()
-            or "pixel_values" not in self.inputs
+            or not {"pixel_values", "inputs_embeds"} & self.inputs.keys()
         ):
             return None
         embeds = torch.cat(main.part(MainPrompt).embeds, dim=1)
@@ -149,7 +151,7 @@ class Branch:
         host, main = self.host, self.host.main
         first = self.contrast.fork if self.contrast else None  # other methods make branches too
         known = main.part(MainPrompt).hidden if main else []
-        cache = next((c for c, s in host.sessions.items() if s is main), None) if known else None
+        cache = main.cache() if known and main.cache else None
         if first is None or self.inputs is not self.main.inputs or self.change is not None:
             return 0
         layers: Any = cache.layers if type(cache) is DynamicCache and not cache.offloading else None
@@ -181,7 +183,7 @@ class Branch:
     def _adopt(self, session: Session, positions: torch.Tensor) -> int:
         """Take over the keys of the main prompt's columns before the prompts part; returns how many."""
         host, main = self.host, self.host.main
-        cache = next((c for c, s in host.sessions.items() if s is main), None) if main else None
+        cache = main.cache() if main and main.cache else None
         if cache is None or not all(map(self._keeps_prompt, host.active)):
             return 0
         if not keeps_columns(cache):

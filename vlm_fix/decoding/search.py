@@ -131,7 +131,8 @@ class Sequences:
         """Copies of the given rows, with a cache of their own."""
         cache = DynamicCache(config=self.host.model.config.get_text_config())
         for i, layer in enumerate(self.cache.layers):
-            cache.update(layer.keys.index_select(0, rows), layer.values.index_select(0, rows), i)
+            here = rows.to(layer.keys.device)
+            cache.update(layer.keys.index_select(0, here), layer.values.index_select(0, here), i)
             if isinstance(layer, ShortLayer):
                 cache.layers[i] = ShortLayer.of(cache.layers[i], layer.dropped)
         self.host.sessions[cache] = self.host.sessions[self.cache].take(rows)

@@ -3,7 +3,7 @@
 from vlm_fix.arch import Arch, Family
 
 from .cells import anyres_index, anyres_side, image_cells, split_pixels, visual_cells
-from .parts import attention_modules, get_part, image_token_ids, vision_blocks
+from .parts import attention_modules, get_part, image_token_ids, video_token_id, vision_blocks
 from .positions import prompt_positions
 from .table import FAMILIES, REFUSED, arch_of, family_of
 
@@ -22,6 +22,7 @@ __all__ = [
     "image_token_ids",
     "prompt_positions",
     "split_pixels",
+    "video_token_id",
     "vision_blocks",
     "visual_cells",
 ]

@@ -39,6 +39,10 @@ def image_cells(model: Any, family: Family, inputs: dict[str, Any]) -> list[torc
     elif family.cells == "navit" and inputs.get("target_sizes") is not None:
         size = 4 if config.downsample_mode != "4x" else 2
         cells = _rectangles([(h // size, w // size) for h, w in inputs["target_sizes"].tolist()])
+    elif (
+        family.cells == "grids" and inputs.get("image_grids") is not None
+    ):  # the whole image, then its crops in one grid
+        cells = _rectangles([(h, w) for g in inputs["image_grids"].tolist() for h, w in (g[:2], g[2:]) if h * w])
     elif family.cells == "spatial" and inputs.get("spatial_shapes") is not None:
         size = config.downsample_factor
         cells = _rectangles([(h // size, w // size) for h, w in inputs["spatial_shapes"].tolist()])

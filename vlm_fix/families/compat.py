@@ -75,8 +75,11 @@ def is_latent(model: Any) -> bool:
 
 
 def keeps_columns(cache: Any) -> bool:
-    """True if every layer of the cache holds the keys of all columns: no window, no running state in their place."""
-    return all(hasattr(layer, "keys") and not getattr(layer, "is_sliding", False) for layer in cache.layers)
+    """True if every layer of the cache holds the keys of all columns: no window, no running state, no codes in their place."""
+    return all(
+        hasattr(layer, "keys") and not getattr(layer, "is_sliding", False) and not hasattr(layer, "_quantized_keys")
+        for layer in cache.layers
+    )
 
 
 def detach(cache: Any) -> None:

@@ -54,7 +54,6 @@ def by_convention(model: nn.Module) -> Family:
         image_tokens=("image_token_id", "video_token_id"),
         mrope=hasattr(base, "get_rope_index"),
         cells="none",
-        tested="not tested: found by its conventions",
     )
     canary(model, family)
     _known[model] = family

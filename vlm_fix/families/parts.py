@@ -35,5 +35,11 @@ def attention_modules(language: Any) -> dict[int, Any]:
     return {i: layer.self_attn for i, layer in enumerate(language.layers) if hasattr(layer, "self_attn")}
 
 
+def video_token_id(model: Any) -> int:
+    """The id of the tokens that show a video; -1 without any."""
+    found = getattr(model.config, "video_token_id", None)
+    return -1 if found is None else int(found)
+
+
 def image_token_ids(model: Any, family: Family) -> list[int]:
     return [i for name in family.image_tokens if (i := getattr(model.config, name, None)) is not None]

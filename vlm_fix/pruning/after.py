@@ -20,13 +20,17 @@ from vlm_fix.families.compat import cache_of, is_latent
 from vlm_fix.memory import Memory
 from vlm_fix.method import Method
 from vlm_fix.packing import left_pack
+from vlm_fix.projections import HEARD, Heard
 from vlm_fix.session import PAD, VISUAL, Session, View
 from vlm_fix.wing import Host
 
+from . import deepstack
 from .cache import ShortLayer
 from .columns import ImageColumns
 from .kinds import LayerPruner, Tokens
 from .rows import Seen, at_columns
+
+AHEAD = "bidirectional image attention"
 
 
 def check_model(host: Host, method: Method, prompt: bool = True) -> None:
@@ -36,18 +40,30 @@ def check_model(host: Host, method: Method, prompt: bool = True) -> None:
     reason = ""
     if others:
         reason = "sliding windows" if "sliding_attention" in others else " and ".join(sorted(others)).replace("_", " ")
-    if prompt and getattr(getattr(host.model.config, "vision_config", None), "deepstack_visual_indexes", None):
-        reason = "image features of several depths"
-    if prompt and (getattr(config, "use_bidirectional_attention", None) or "gemma" in config.model_type):
-        reason = reason or "bidirectional image attention"
+    seen = getattr(config, "use_bidirectional_attention", None) or "gemma" in config.model_type
+    if prompt and (seen or not host.family.causal):
+        reason = reason or AHEAD
     if prompt and "moe_mm_token_type_ids" in inspect.signature(host.language.forward).parameters:
         reason = "experts, which are chosen by what a token shows"
     if is_latent(host.model):
         reason = "latent attention, whose cache holds no keys"
     if reason:
-        raise VlmFixError(
-            f"{method.name} does not work with this model's {reason}; use a pruner that acts before the language model."
-        )
+        raise refusal(method, reason)
+
+
+def refusal(method: Method, reason: str) -> VlmFixError:
+    """The error for a decoder that tokens cannot be dropped in."""
+    return VlmFixError(
+        f"{method.name} does not work with this model's {reason}; use a pruner that acts before the language model."
+    )
+
+
+def sees_ahead(mask: torch.Tensor | None, types: torch.Tensor) -> bool:
+    """True if a row of a prompt, of `types` [B, n], may look at a later column: mask [B or 1, 1, n, n], None: causal."""
+    if mask is None or mask.dim() != 4:
+        return False
+    allowed = mask if mask.dtype == torch.bool else mask >= 0
+    return bool((allowed.triu(1) & (types != PAD).to(mask.device)[:, None, :, None]).any())
 
 
 def check(host: Host, dropper: LayerPruner) -> None:
@@ -81,19 +97,26 @@ def install(host: Host, dropper: LayerPruner) -> Iterator[Any]:
         session = host.editing
         if session is None:
             return None
-        x, stage = args[0] if args else kwargs["hidden_states"], stages.index(i) if i in stages else None
+        given, stage = args[0] if args else kwargs["hidden_states"], stages.index(i) if i in stages else None
+        x = deepstack.add(session, i, given)
         if i == 0 and session.start == 0:
             session.memory(dropper, Entered).first = x
         if stage is not None and session.start == 0 and max(session.last_visual) >= 0:
             x = drop(host, dropper, session, i, stage, module, x, kwargs)
         view = session.at(i)
         if not isinstance(view, View):
-            return None
+            if x is given:
+                return None
+            return ((x, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": x})
         tables = rotary(host, dropper, view, x, kwargs["position_embeddings"])
         places = positions(dropper, view, kwargs.get("position_ids"))
         mask = view.attention_mask(x.device)
         changed = {"attention_mask": mask, "position_embeddings": tables, "position_ids": places}
         return (x, *args[1:]) if args else (), {**kwargs, **changed} | ({} if args else {"hidden_states": x})
+
+    def take(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        session = host.editing
+        return None if session is None or session.start else (args, deepstack.take(session, kwargs))
 
     def note(i: int, attn: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         session, cache = host.editing, cache_of(kwargs)
@@ -106,17 +129,21 @@ def install(host: Host, dropper: LayerPruner) -> Iterator[Any]:
         keys = cache.layers[i].keys if cache is not None else None
         if i + 1 in stages:
             tables, places = kwargs["position_embeddings"], kwargs.get("position_ids")
-            session.memory(dropper, Entered).seen = Seen(attn, x, tables, keys, places)
+            session.memory(dropper, Entered).seen = Seen(attn, x, tables, keys, places, HEARD.get(attn))
 
-    noted = {s - 1 for s in stages if s} | {0}
+    noted, deep = {s - 1 for s in stages if s} | {0}, deepstack.depths(host)
+    if deep:
+        yield host.language.register_forward_pre_hook(take, with_kwargs=True)
     for i, layer in enumerate(layers):
-        if i >= stages[0] or i == 0:
+        if i >= stages[0] or i <= deep:
             yield layer.register_forward_pre_hook(functools.partial(enter, i), with_kwargs=True)
+    for stage in stages:
+        if stage:  # what the module made is kept: when it is wanted, a sharded model has put its weights away
+            yield Heard(layers[stage - 1].self_attn)
     for i in noted:
         yield layers[i].self_attn.register_forward_hook(functools.partial(note, i), with_kwargs=True)
 
 
-@torch.no_grad()
 def drop(
     host: Host, dropper: LayerPruner, session: Session, i: int, stage: int, layer: Any, x: torch.Tensor, kwargs: Any
 ) -> torch.Tensor:
@@ -125,6 +152,8 @@ def drop(
     cache = cache_of(kwargs)
     if cache is not None and not isinstance(cache, DynamicCache):
         raise VlmFixError(f"{dropper.name} does not work with a {type(cache).__name__}; use the default dynamic cache.")
+    if stage == 0 and sees_ahead(kwargs.get("attention_mask"), session.types):  # a family that is not in the table
+        raise refusal(dropper, AHEAD)
     first = entered.first
     assert first is not None, "the first layer's hook ran"
     if isinstance(before, View):
@@ -134,7 +163,9 @@ def drop(
     tables = rotary(host, dropper, before, x, kwargs["position_embeddings"]) if before is not session else None
     places = positions(dropper, before, kwargs.get("position_ids"))
     norm = getattr(layer, "input_layernorm", torch.nn.Identity())  # some decoders normalise what a module has made
-    own = Seen(layer.self_attn, norm(x), tables or kwargs["position_embeddings"], None, places)
+    there = next(layer.parameters()).device
+    cos, sin = (t.to(there) for t in tables or kwargs["position_embeddings"])
+    own = Seen(layer.self_attn, norm(x.to(there)), (cos, sin), None, places)
     previous = entered.seen if i else None
     chosen, hidden = dropper.choose(Tokens(i, stage, x, first.to(x.device), images, before, own, previous))
     if i == dropper.stages[-1]:
@@ -166,8 +197,9 @@ def rotary(
     if dropper.renumbers:
         positions = ((view.types != PAD).long().cumsum(dim=1) - 1).clamp(min=0)[:, view.start :]
         return host.language.rotary_emb(x, positions.to(x.device))
+    cos, sin = (t.to(x.device) for t in tables)
     if view.start or not isinstance(view, View):
-        return tables
+        return cos, sin
     index = view.index[..., None].to(x.device)
-    cos, sin = (t.expand(len(index), -1, -1).gather(1, index.expand(-1, -1, t.shape[-1])) for t in tables)
+    cos, sin = (t.expand(len(index), -1, -1).gather(1, index.expand(-1, -1, t.shape[-1])) for t in (cos, sin))
     return cos, sin

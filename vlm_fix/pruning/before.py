@@ -13,13 +13,13 @@ from typing import Any
 import torch
 
 from vlm_fix.errors import VlmFixError
-from vlm_fix.families import anyres_index, anyres_side, get_part
-from vlm_fix.packing import left_pack
+from vlm_fix.families import anyres_index, anyres_side, get_part, video_token_id
+from vlm_fix.packing import left_pack, pad_to
 from vlm_fix.session import PAD, VISUAL, Session
 
-from . import shrink
+from . import deepstack, shrink
 from .columns import ImageColumns, Kept
-from .encoder import ImageTokens, capture, unreadable
+from .encoder import ImageTokens, capture, in_prompt_order, unreadable
 from .kinds import ImageShrinker
 from .merge import TokenMerger
 from .pruners import Pruners
@@ -97,6 +97,7 @@ def prune(pruners: Pruners, session: Session, kwargs: dict[str, Any]) -> dict[st
     session.advance(0, torch.where(mask, types.gather(1, index), PAD).to(types.dtype))
     return {
         **kwargs,
+        **deepstack.kept(kwargs, keep, index, mask),
         "inputs_embeds": embeds.gather(1, index[..., None].expand(-1, -1, embeds.shape[-1])),
         "position_ids": positions,
         "attention_mask": session.kept.mask,
@@ -119,6 +120,9 @@ def match(pruners: Pruners, session: Session) -> None:
     Where nobody reads the tower's crops, an image (or one of its tiles) is an unbroken run of image tokens.
     """
     call, types, family = session.call, session.types, pruners.host.family
+    ids = call.inputs["input_ids"]  # None in a caller's own forward of embeddings
+    ids = types.long() if ids is None else ids.to(types.device).repeat_interleave(len(types) // len(ids), dim=0)
+    ids = pad_to(ids, types.shape[1])  # without a cache the answer is read again
     reads = pruners.pruner or pruners.encoder_layers
     if family.cells == "anyres" and reads:
         match_crops(pruners, session)
@@ -132,11 +136,15 @@ def match(pruners: Pruners, session: Session) -> None:
         seen = [None] * len(sizes)
     elif family.encoder is None or family.cells == "anyres":
         visual = types == VISUAL
-        begins = visual & ~torch.nn.functional.pad(visual, (1, 0))[:, :-1]
+        begins = visual & (torch.nn.functional.pad(ids * visual, (1, 0))[:, :-1] != ids)  # a video may follow an image
         session.part(ImageColumns).images = (begins.cumsum(dim=1) * visual).to(torch.int16)
         return
     # generate before transformers 5.18 runs the tower once per beam; later ones once per prompt, shared by its beams
     times = 1 if sum(sizes) == int((types == VISUAL).sum()) else types.shape[0] // call.batch
+    if family.encoder is not None:
+        video = (ids == video_token_id(pruners.host.model))[::times]
+        seen = in_prompt_order(seen, video[types[::times] == VISUAL])
+        sizes = [image.grid[0] * image.grid[1] for image in seen]
     images, numbers, rows = iter(zip(seen, sizes, strict=True)), torch.zeros_like(types, dtype=torch.int16), []
     for row in range(types.shape[0] // times):
         columns, found = (types[row * times] == VISUAL).nonzero()[:, 0], []
@@ -145,8 +153,7 @@ def match(pruners: Pruners, session: Session) -> None:
             if not 0 < size <= len(columns):
                 raise VlmFixError(
                     f"{pruners.all[0].name} could not match the image tokens to the vision tower's patches; pass "
-                    "pixel_values of images (no video, no pre-computed features) with "
-                    "vision_feature_select_strategy='default'."
+                    "pixel_values, no pre-computed features, with vision_feature_select_strategy='default'."
                 )
             found.append(image)
             numbers[row * times : (row + 1) * times, columns[:size]] = len(found)
@@ -199,7 +206,6 @@ def match_crops(pruners: Pruners, session: Session) -> None:
     session.parts[ImageColumns] = ImageColumns(numbers, rows, newlines)
 
 
-@torch.no_grad()
 def choose(
     pruners: Pruners, session: Session, types: torch.Tensor, embeds: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -216,7 +222,8 @@ def choose(
             columns = (shown.images[row] == number).nonzero()[:, 0]
             image.features = features_of(image, embeds[row, columns.to(embeds.device)])
             own = share(pruner, image.siblings)
-            index, merged = own.reduce(image) if merges else (own.select(image), None)
+            with torch.set_grad_enabled(merges and torch.is_grad_enabled()):
+                index, merged = own.reduce(image) if merges else (own.select(image), None)
             place = columns
             if image.here is not None:
                 place = torch.full((image.grid[0] * image.grid[1],), -1, device=columns.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ from torch import nn
 from transformers.vision_utils import get_vision_window_index
 
 from vlm_fix.errors import VlmFixError
-from vlm_fix.families import FAMILIES, vision_blocks
+from vlm_fix.families import FAMILIES, anyres_index, anyres_side, video_token_id, vision_blocks
 from vlm_fix.wing import Host, engine_of
 
 Heads = tuple[torch.Tensor, torch.Tensor, float]
@@ -28,12 +29,15 @@ class ImageTokens:
     scores: dict[int, torch.Tensor]  # vision layer -> [N] attention received, mean over heads and over queries
     first: dict[int, torch.Tensor] = field(default_factory=dict)  # the same from the class token; without one, `scores`
     keys: dict[int, torch.Tensor] = field(default_factory=dict)  # vision layer -> [N, D] keys, mean over heads
-    heads: dict[int, Heads] = field(default_factory=dict)  # vision layer -> queries and keys; in windows: of no use
+    heads: dict[int, list[Heads]] = field(
+        default_factory=dict
+    )  # fully attending layer -> of the image, or of each frame
     features: torch.Tensor | None = None  # [N, C] after the projector, as the language model gets them
     chosen: torch.Tensor | None = None  # the tokens that exist at all, when the image was shrunk before the tower
     here: torch.Tensor | None = None  # one crop of an image: its tokens that the prompt shows; None: all N
     siblings: int = 1  # crops of the same image, this one among them
     pixels: torch.Tensor | None = None  # the image as the tower gets it: the same bits alone and in a batch
+    video: bool = False  # True for a video, all its frames one under the other
     raw: Callable[[], torch.Tensor] | None = None  # -> [N, ..., Cv] before the projector (Qwen-VL: [N, merge^2, Cv])
     project: Callable[[torch.Tensor], torch.Tensor] | None = None  # [..., N, ..., Cv] -> [..., N, C], in float32
 
@@ -65,7 +69,11 @@ def column_means(query: torch.Tensor, key: torch.Tensor, scaling: float) -> torc
 
 
 def in_float32(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """`module` on `x`, computed in float32 whatever the dtype of its weights."""
+    """`module` on `x`, computed in float32 whatever the dtype of its weights; packed ones compute in their own way."""
+    packed = [p for p in module.parameters() if not p.is_floating_point()]
+    if packed:
+        own = next((p.dtype for p in module.parameters() if p.is_floating_point()), x.dtype)
+        return module(x.to(own)).float()
     weights = {name: p.float() for name, p in module.named_parameters()}
     return torch.func.functional_call(module, weights, (x.float(),))
 
@@ -80,16 +88,25 @@ class Clip:
         x = args[0] if args else kwargs["hidden_states"]
         shape = (*x.shape[:2], attn.num_heads, attn.head_dim)
         q, k = (f(x).view(shape).transpose(1, 2) for f in (attn.q_proj, attn.k_proj))
-        first = (q[:, :, :1].float() @ k.float().transpose(2, 3) * attn.scale).softmax(dim=-1).mean(dim=1)[:, 0]
-        heads = [(a, b, attn.scale) for a, b in zip(q, k, strict=True)]
-        return Seen(column_means(q, k, attn.scale), k.float().mean(dim=1), heads, first)
+        return self.seen(q, k, attn.scale)
+
+    @staticmethod
+    def seen(q: torch.Tensor, k: torch.Tensor, scale: float) -> Seen:
+        """Queries and keys [n, H, S, D] of a layer."""
+        first = (q[:, :, :1].float() @ k.float().transpose(2, 3) * scale).softmax(dim=-1).mean(dim=1)[:, 0]
+        heads = [(a, b, scale) for a, b in zip(q, k, strict=True)]
+        return Seen(column_means(q, k, scale), k.float().mean(dim=1), heads, first)
 
     def images(self, args: Any, kwargs: dict[str, Any], output: Any, seen: dict[int, Seen]) -> Iterator[ImageTokens]:
-        pixels = args[0] if args else kwargs["pixel_values"]
+        layers = self.config.vision_feature_layer
+        states = [output.hidden_states[i] for i in ([layers] if isinstance(layers, int) else layers)]
+        return self.tokens(args[0] if args else kwargs["pixel_values"], states, seen)
+
+    def tokens(self, pixels: torch.Tensor, states: list[torch.Tensor], seen: dict[int, Seen]) -> Iterator[ImageTokens]:
+        """Images [n, 3, H, W] and the tower's outputs [n, S, C] that go to the projector."""
         patch = self.config.vision_config.patch_size
         grid = (pixels.shape[-2] // patch, pixels.shape[-1] // patch)
-        size, layers = grid[0] * grid[1], self.config.vision_feature_layer
-        states = [output.hidden_states[i] for i in ([layers] if isinstance(layers, int) else layers)]
+        size = grid[0] * grid[1]
 
         def raw(i: int) -> torch.Tensor:
             return torch.cat([x[i, -size:] for x in states], dim=-1)
@@ -103,15 +120,16 @@ class Clip:
                 received,
                 classed if has_class else received,
                 {layer: s.keys[i, -size:] for layer, s in seen.items()},
-                {layer: s.heads[i] for layer, s in seen.items()},
+                {layer: [s.heads[i]] for layer, s in seen.items()},
                 pixels=pixels[i],
                 raw=functools.partial(raw, i),
                 project=functools.partial(in_float32, self.projector),
             )
 
 
-class Qwen25VL:
-    """Qwen2.5-VL: packed patches in window order; scores are averaged over each merge unit and put in reading order."""
+class QwenVL:
+    """Qwen-VL's towers: packed patches, in Qwen2.5-VL in window order; scores are averaged over each merge unit and put
+    in reading order."""
 
     def __init__(self, model: Any):
         self.tower = model.model.visual
@@ -135,14 +153,10 @@ class Qwen25VL:
         patches = args[0] if args else kwargs["hidden_states"]
         grid_thw = kwargs["grid_thw"] if "grid_thw" in kwargs else args[1]
         merge = self.tower.spatial_merge_size
-        order = torch.argsort(
-            get_vision_window_index(
-                grid_thw,
-                spatial_merge_size=merge,
-                window_size=self.tower.window_size,
-                patch_size=self.tower.patch_size,
-            )[0]
-        )
+        order = torch.arange(len(patches) // merge**2)
+        if window := getattr(self.tower, "window_size", None):
+            size, side = {"spatial_merge_size": merge, "window_size": window}, self.tower.patch_size
+            order = torch.argsort(get_vision_window_index(grid_thw, **size, patch_size=side)[0])
 
         def units(x: torch.Tensor) -> torch.Tensor:
             return x.view(-1, merge**2, *x.shape[1:])
@@ -155,9 +169,10 @@ class Qwen25VL:
 
         scores = {layer: in_order(s.received) for layer, s in seen.items()}
         keys = {layer: in_order(s.keys) for layer, s in seen.items()}
-        start = 0
-        for i, (t, h, w) in enumerate(grid_thw.tolist()):
-            n = t * h * w // merge**2
+        start = frame = 0
+        frames = int(grid_thw[:, 0].sum())
+        for t, h, w in grid_thw.tolist():
+            n, frame = t * h * w // merge**2, frame + t
             here = slice(start, start + n)
             received = {layer: u[here] for layer, u in scores.items()}
             yield ImageTokens(
@@ -165,7 +180,7 @@ class Qwen25VL:
                 received,
                 received,
                 {layer: u[here] for layer, u in keys.items()},
-                {layer: s.heads[i] for layer, s in seen.items() if len(s.heads) == len(grid_thw)},
+                {layer: s.heads[frame - t : frame] for layer, s in seen.items() if len(s.heads) == frames},
                 pixels=patches[start * merge**2 : (start + n) * merge**2],
                 raw=functools.partial(raw, here),
                 project=self.project,
@@ -184,7 +199,7 @@ def capture(engine: Host, tower: nn.Module, layers: tuple[int, ...], into: str =
     if engine.family.encoder is None:
         looking = [m.name for m in engine.active if m.encoder_layers(engine.arch) is not None]
         raise VlmFixError(unreadable(engine, looking[0]))
-    encoder: Any = {"clip": Clip, "qwen2_5_vl": Qwen25VL}[engine.family.encoder](engine.model)
+    encoder: Any = {"clip": Clip, "qwen": QwenVL}[engine.family.encoder](engine.model)
     blocks, seen = vision_blocks(engine.model, engine.family), {}
 
     def note(layer: int) -> Any:
@@ -197,7 +212,9 @@ def capture(engine: Host, tower: nn.Module, layers: tuple[int, ...], into: str =
     def collect(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         call = engine.call or (engine.session and engine.session.call)
         if call is not None:
-            getattr(call, into).extend(encoder.images(args, kwargs, output, dict(seen)))
+            found, known = list(encoder.images(args, kwargs, output, dict(seen))), getattr(call, into)
+            video = bool(found) and shows_video(found, known, call.inputs)
+            known.extend(dataclasses.replace(image, video=video) for image in found)
         seen.clear()
 
     for layer in layers:
@@ -211,12 +228,71 @@ def capture(engine: Host, tower: nn.Module, layers: tuple[int, ...], into: str =
     yield tower.register_forward_hook(collect, with_kwargs=True)
 
 
+def shows_video(found: list[ImageTokens], known: list[ImageTokens], inputs: dict[str, Any]) -> bool:
+    """Whether a run of the tower was of the videos: the model runs it for all images first."""
+    first, still = found[0].pixels, inputs.get("pixel_values")
+    moving = inputs.get("pixel_values_videos")
+    if moving is None or still is None or first is None:
+        return moving is not None
+
+    def begins(pixels: torch.Tensor) -> bool:
+        return pixels[0].numel() == first[0].numel() and torch.equal(pixels[0].to(first).flatten(), first[0].flatten())
+
+    return begins(moving) and (not begins(still) or any(not image.video for image in known))
+
+
+def in_prompt_order(images: list[ImageTokens], video: torch.Tensor) -> list[ImageTokens]:
+    """What the tower saw, images before videos -> as the prompts show it; video [N]: which image tokens are a video's."""
+    kinds = {kind: [i for i in images if i.video == kind] for kind in (False, True)}
+    if not (kinds[False] and kinds[True]):
+        return images
+    ordered: list[ImageTokens] = []
+    at, moving = 0, video.tolist()
+    while at < len(moving) and kinds[moving[at]]:
+        ordered.append(kinds[moving[at]].pop(0))
+        at += ordered[-1].grid[0] * ordered[-1].grid[1]
+    return ordered + kinds[False] + kinds[True]
+
+
 def views(call: Any) -> list[ImageTokens]:
-    """`call.views` of the call's images, once each: the tower runs again if it ran once per beam, or not yet."""
-    engine = engine_of(call.model)
-    tokens = int(torch.isin(call.inputs["input_ids"].cpu(), engine.tokens).sum())
-    if sum(image.grid[0] * image.grid[1] for image in call.views) != tokens:
+    """`call.views` in the prompts' order, once each: the tower runs again if it ran once per beam, or not yet."""
+    engine, ids = engine_of(call.model), call.inputs["input_ids"]
+    shown, packed = ids[torch.isin(ids, engine.tokens.to(ids.device))], packing(call)
+    count = len(shown) if packed is None else sum(int(index.max()) // size + 1 for index, size in packed)
+    if (sum(image.grid[0] * image.grid[1] for image in call.views) if packed is None else len(call.views)) != count:
         call.views.clear()
-        known = inspect.signature(engine.base.get_image_features).parameters
-        engine.base.get_image_features(**{k: v for k, v in call.inputs.items() if k in known})
-    return list(call.views)
+        for pixels, features in (("pixel_values", "image"), ("pixel_values_videos", "video")):
+            if call.inputs.get(pixels) is not None:
+                function = getattr(engine.base, f"get_{features}_features")
+                known = inspect.signature(function).parameters
+                function(**{k: v for k, v in call.inputs.items() if k in known})
+    return in_prompt_order(call.views, shown == video_token_id(call.model))
+
+
+def packing(call: Any) -> list[tuple[torch.Tensor, int]] | None:
+    """`anyres_index` of each image and the patches of a crop, where the model cuts images into crops."""
+    engine = engine_of(call.model)
+    if engine.family.cells != "anyres" or "image_sizes" not in call.inputs:
+        return None
+    return [(index, anyres_side(engine.base) ** 2) for index in anyres_index(engine.base, call.inputs)]
+
+
+def shown_tokens(call: Any, images: list[ImageTokens], name: str) -> torch.Tensor:
+    """[N] which of the tokens of `views(call)`, one after the other, each image token of the prompts shows; -1: a newline.
+
+    Raises VlmFixError, for the method `name`, where an image token shows none of them.
+    """
+    engine, ids, packed = engine_of(call.model), call.inputs["input_ids"], packing(call)
+    made = [image.grid[0] * image.grid[1] for image in images]
+    found, start = [torch.arange(sum(made))] if packed is None else [], 0
+    for index, size in packed or ():
+        found.append(torch.where(index < 0, index, index + start))
+        start += (int(index.max()) // size + 1) * size
+    places = torch.cat(found) if found else torch.zeros(0, dtype=torch.long)
+    count = int(torch.isin(ids, engine.tokens.to(ids.device)).sum())
+    if len(places) != count or start not in (0, sum(made)) or bool((places == -2).any()):
+        raise VlmFixError(
+            f"{name}: the prompt holds {count} image tokens, of which the vision tower's {sum(made)} are not to be told: pass "
+            "the processor's whole output for images, no video, and none so large that its features are resized."
+        )
+    return places

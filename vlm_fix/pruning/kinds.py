@@ -102,7 +102,8 @@ class Tokens:
         seen, types = self.own if own else self.previous, self.session.types
         if seen is None:
             raise VlmFixError("no attention was computed before layer 0; drop tokens later, or without attention.")
-        return rows_attention(seen, rows, (types != PAD).to(self.hidden.device))
+        there = seen.x.device  # with device_map the layers around a stage may lie on different devices
+        return rows_attention(seen, rows.to(there), (types != PAD).to(there)).to(self.hidden.device)
 
 
 @dataclass(frozen=True)

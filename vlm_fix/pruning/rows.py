@@ -22,6 +22,7 @@ class Seen:
     rotary: tuple[torch.Tensor, torch.Tensor]
     keys: torch.Tensor | None = None
     positions: torch.Tensor | None = None  # [..., B or 1, n] position ids, which some modules ask for beside the tables
+    queries: torch.Tensor | None = None  # [B, H, n, D] as the module attended with them, if they were heard
 
 
 def rows_attention(seen: Seen, rows: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
@@ -47,13 +48,15 @@ def _chosen(seen: Seen, rows: torch.Tensor, valid: torch.Tensor) -> tuple[Any, .
     attn, x = seen.attn, seen.x
     count = max(1, int(rows.sum(dim=1).max()))
     index = rows.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :count]  # [B, R], chosen ones first
-    real = rows.gather(1, index)
+    real, columns = rows.gather(1, index), torch.arange(x.shape[1], device=x.device)
+    allowed = (columns <= index[..., None]) & valid[:, None] & real[..., None]
+    if seen.queries is not None and seen.keys is not None:
+        shape = (-1, seen.queries.shape[1], -1, seen.queries.shape[-1])
+        return seen.queries.gather(2, index[:, None, :, None].expand(shape)), seen.keys, allowed, attn.scaling
     cos, sin = (t.expand(len(x), -1, -1) for t in seen.rotary)
     keys = queries_and_keys(attn, x, (cos, sin), seen.positions)[1] if seen.keys is None else seen.keys
     picked, cos, sin = (t.gather(1, index[..., None].expand(-1, -1, t.shape[-1])) for t in (x, cos, sin))
     query, _ = queries_and_keys(attn, picked, (cos, sin), at_columns(seen.positions, index))
-    columns = torch.arange(x.shape[1], device=x.device)
-    allowed = (columns <= index[..., None]) & valid[:, None] & real[..., None]
     return query, keys, allowed, attn.scaling
 
 

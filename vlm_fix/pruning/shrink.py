@@ -31,7 +31,7 @@ def places(grid: Grid, small: Grid) -> torch.Tensor:
 def install(engine: Any, shrink: Callable[[Grid], Grid]) -> Iterator[Any]:
     """Hooks that give the vision tower images of `shrink(grid)` tokens instead of `grid`, and note them for the pruner."""
     tower = get_part(engine.model, engine.family.vision)
-    encoder: Any = {"clip": Clip, "qwen2_5_vl": Qwen25VL}[engine.family.encoder](engine.model, shrink)
+    encoder: Any = {"clip": Clip, "qwen": QwenVL}[engine.family.encoder](engine.model, shrink)
 
     def before(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         return encoder.before(args, kwargs) if running() else (args, kwargs)
@@ -84,7 +84,7 @@ class Clip:
         return [ImageTokens(self.grid, {}, chosen=index, pixels=pixels) for pixels in self.pixels]
 
 
-class Qwen25VL:
+class QwenVL:
     """Packed patches: put together to an image, resized, cut up again."""
 
     def __init__(self, model: Any, shrink: Callable[[Grid], Grid]):
@@ -96,7 +96,7 @@ class Qwen25VL:
         sizes = (kwargs[name] if name in kwargs else args[1]).tolist()
         if any(t != 1 for t, _, _ in sizes):
             raise VlmFixError("downsample_image works on images; for a video, pass fewer or smaller frames.")
-        merge, patch = self.tower.spatial_merge_size, self.tower.patch_size
+        merge, patch = self.tower.spatial_merge_size, self.tower.config.patch_size
         self.grids = [(h // merge, w // merge) for _, h, w in sizes]
         self.smalls = [self.shrink(grid) for grid in self.grids]
         self.pixels, made = patches.split([t * h * w for t, h, w in sizes]), []
@@ -108,11 +108,15 @@ class Qwen25VL:
         return (torch.cat(made),), {**{k: v for k, v in kwargs.items() if k != "hidden_states"}, name: grid_thw}
 
     def after(self, output: Any) -> list[ImageTokens]:
-        parts = output.pooler_output.split([h * w for h, w in self.smalls])
         index = [places(grid, small) for grid, small in zip(self.grids, self.smalls, strict=True)]
-        output.pooler_output = torch.cat(
-            [spread(x, i, h * w, 0) for x, i, (h, w) in zip(parts, index, self.grids, strict=True)]
-        )
+
+        def widen(features: torch.Tensor) -> torch.Tensor:
+            parts = zip(features.split([h * w for h, w in self.smalls]), index, self.grids, strict=True)
+            return torch.cat([spread(x, i, h * w, 0) for x, i, (h, w) in parts])
+
+        output.pooler_output = widen(output.pooler_output)
+        if getattr(output, "deepstack_features", None):
+            output.deepstack_features = [widen(x) for x in output.deepstack_features]
         return [
             ImageTokens(grid, {}, chosen=i, pixels=p) for grid, i, p in zip(self.grids, index, self.pixels, strict=True)
         ]

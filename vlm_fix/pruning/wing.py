@@ -16,6 +16,11 @@ from . import after, before, kv
 from .kinds import CachePruner, ImageShrinker, LayerPruner, TokenPruner
 from .pruners import Pruners
 
+CACHES = {
+    "offloaded": "an offloaded cache, whose keys leave the device after each layer",
+    "quantized": "a quantized cache, which holds codes in place of keys",
+}
+
 
 class PruningWing(Wing):
     """Pruners before the language model, inside it and in its cache."""
@@ -39,6 +44,7 @@ class PruningWing(Wing):
         names = names_of(self.host.active, TokenPruner, LayerPruner)
         if len(names) > 1:
             raise VlmFixError(f"{' and '.join(names)} both prune tokens; use one of them at a time.")
+        self.host.need_all_heads(names_of(self.host.active, LayerPruner, CachePruner))
         cachers = names_of(self.host.active, CachePruner)
         others = [m.name for m in self.host.active if isinstance(m, LayerPruner) or getattr(m, "tracks_columns", False)]
         if cachers and len(cachers + others) > 1:
@@ -62,9 +68,11 @@ class PruningWing(Wing):
 
     def refuse(self, options: GenerateOptions) -> None:
         wanders = self.pruners.cacher is not None and self.pruners.cacher.wanders
+        kind = options.setting("cache_implementation") or "dynamic"
+        inside = self.pruners.dropper or self.pruners.cacher  # these look into the cache
         for name, used in {
             "assisted decoding": options.assisted,
-            "a static cache": options.setting("cache_implementation"),
+            CACHES.get(kind, "a static cache"): kind != "dynamic" and (inside or kind not in CACHES),
             "chunked prefill": options.setting("prefill_chunk_size"),
             "a cache of an earlier turn": cache_of(options.kwargs) is not None,
             "beams": wanders and options.beams > 1,

@@ -38,17 +38,21 @@ def install(served: Served) -> None:
         if found is None:
             raise VlmFixError(f"the attention layer {name} has no number, so that methods cannot be served here.")
         served.numbers[name] = int(found[1])
+    for handle in served.handles:
+        handle.remove()
+    served.handles = []
     if not served.engine.needs["hooks on layers"]:
         return
     exits = {i for edit in served.engine.logit_edits for i in edit.exits}
     for i, layer in enumerate(decoder_layers(served.runner)):
         if served.engine.attention.readers[i] or i in exits:
-            layer.register_forward_pre_hook(functools.partial(_look, served, i, i in exits), with_kwargs=True)
+            look = functools.partial(_look, served, i, i in exits)
+            served.handles.append(layer.register_forward_pre_hook(look, with_kwargs=True))
         if served.engine.hidden is None:
             continue
         for what, module in writers(layer).items():
             if any(i in e.sees and isinstance(e, STAGES[what]) for e in served.engine.hidden.edits):
-                module.register_forward_hook(functools.partial(_write, served, what, i))
+                served.handles.append(module.register_forward_hook(functools.partial(_write, served, what, i)))
 
 
 def _look(served: Served, number: int, exits: bool, module: Any, args: Any, kwargs: dict[str, Any]) -> None:

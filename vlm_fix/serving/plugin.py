@@ -27,6 +27,7 @@ def register() -> None:
         return
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+    from vllm.multimodal.registry import MultiModalRegistry, _ProcessorFactories
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.engine.input_processor import InputProcessor
@@ -38,6 +39,8 @@ def register() -> None:
     _wrap(Worker, "load_model", _load)
     _wrap(Worker, "initialize_from_config", _check_caches)
     _wrap(Scheduler, "__init__", _schedule)
+    _wrap(_ProcessorFactories, "build_processor", _count_in_processor)
+    _wrap(MultiModalRegistry, "_create_processing_info", _count)
     _wrap(InputProcessor, "_validate_params", _validate)
     for request in (ChatCompletionRequest, CompletionRequest):
         _wrap(request, "to_sampling_params", _take_extra)
@@ -138,6 +141,34 @@ def _schedule(init: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: An
     coordinator.cache_blocks = cache_blocks
 
 
+def _engine_of(config: Any) -> ServedEngine | None:
+    """The engine planned for a ModelConfig of vLLM; None without one."""
+    settings = getattr(config, ATTRIBUTE, None)
+    return settings and planned(settings, config.model, config.revision, bool(config.trust_remote_code))
+
+
+def _count_in_processor(build: Callable[..., Any], factories: Any, ctx: Any, *args: Any, **kwargs: Any) -> Any:
+    """A model's processor, which asks its `info` how many placeholders an image has."""
+    made = build(ctx, *args, **kwargs)
+    _counted(made.info, ctx.model_config)
+    return made
+
+
+def _count(create: Callable[..., Any], registry: Any, config: Any, *args: Any, **kwargs: Any) -> Any:
+    """The same where vLLM asks `info` itself."""
+    return _counted(create(config, *args, **kwargs), config)
+
+
+def _counted(info: Any, config: Any) -> Any:
+    """`info`, counting the image tokens that a pruner leaves."""
+    engine = _engine_of(config)
+    pruner = engine.pruner if engine is not None else None
+    if pruner is not None:
+        count = info.get_num_image_tokens
+        info.get_num_image_tokens = lambda **size: pruner.budget(count(**size))
+    return info
+
+
 def _validate(validate: Callable[..., Any], processor: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
     """InputProcessor._validate_params: a 400 for what a request cannot have."""
     made = validate(params, *args, **kwargs)
@@ -147,10 +178,8 @@ def _validate(validate: Callable[..., Any], processor: Any, params: Any, *args: 
     from vllm.exceptions import VLLMValidationError
 
     config = processor.model_config
-    settings = getattr(config, ATTRIBUTE, None)
     try:
-        engine = settings and planned(settings, config.model, config.revision, bool(config.trust_remote_code))
-        options.check(asked, engine)
+        options.check(asked, _engine_of(config))
     except VlmFixError as error:
         raise VLLMValidationError(str(error), parameter=KEY) from error
     return made

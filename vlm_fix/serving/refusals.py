@@ -36,12 +36,12 @@ def reason(method: Method, engine: ServedEngine) -> str | None:
             return why
     if isinstance(method, InputEdit) and method.prepares and method.previews:
         return "these settings take one more pass over the prompt with its images before it is answered"
-    if getattr(method, "prompt_rows", "last") == "all":
-        return "prompt_rows=all needs the whole prompt in one forward, and vLLM may compute it in chunks; use prompt_rows=last"
     if isinstance(method, Contrast) and isinstance(method, AttentionEdit) and method.branch == "negative":
         return "its second branch is the same prompt with another attention, which has no cache beside the batch yet"
     if isinstance(method, Contrast) and method.contrasts and (method.fork is not None or not _plain_branch(method)):
         return "its second branch changes image features or layers inside the model, which has no place beside the batch yet"
+    if getattr(method, "prompt_rows", "last") == "all":
+        return "prompt_rows=all needs the whole prompt in one forward, and vLLM may compute it in chunks; use prompt_rows=last"
     if isinstance(method, LogitEdit) and isinstance(method, AttentionEdit):
         return "it reads attention weights for its edit of the next token, and these are not kept in a batch"
     if isinstance(method, TokenPruner) and engine.family.name not in PRUNED:
@@ -92,6 +92,12 @@ def check_config(config: Any, engine: ServedEngine) -> None:
         or getattr(parallel, "prefill_context_parallel_size", 1) > 1,
         "microbatches (--enable-dbo)": bool(getattr(parallel, "enable_dbo", False)),
         "a pooling runner": getattr(config.model_config, "runner_type", "generate") != "generate",
+        "prompts of embeddings (--enable-prompt-embeds)": bool(
+            getattr(config.model_config, "enable_prompt_embeds", False)
+        ),
+        "embeddings in place of images (--enable-mm-embeds)": bool(
+            getattr(config.model_config.multimodal_config, "enable_mm_embeds", False)
+        ),
         "a KV connector": config.kv_transfer_config is not None,
         "LoRA": config.lora_config is not None,
     }.items():

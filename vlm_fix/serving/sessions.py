@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from vlm_fix.attention.edits import Changes
+from vlm_fix.attention.edits import AttentionEdit, Changes
 from vlm_fix.call import Call
 from vlm_fix.memory import ColumnCache, ForwardCache, Memory
 from vlm_fix.session import SLACK, TEXT, VISUAL, Session
@@ -27,6 +27,8 @@ class RequestSession(Session):
     """One request. All of its prompt is known from the start, also where it comes in chunks."""
 
     prompt: torch.Tensor = dataclasses.field(default_factory=lambda: torch.zeros(1, 0, dtype=torch.uint8))
+
+    moved: set[Any] = dataclasses.field(default_factory=set)  # edits that changed rows of it among those of others
 
     def go_to(self, start: int, length: int) -> None:
         """The next forward has `length` rows from column `start` on."""
@@ -67,6 +69,13 @@ class BatchSession(Session):
             self.columns = ColumnCache()
         self.start, self.length, self.types = total - 1, 1, self.all_types[:, :total]
         self.forward, self.lengths, self.spare = ForwardCache(), torch.tensor(lengths), {}
+
+    def settle(self, edits: Sequence[AttentionEdit]) -> None:
+        """Note in each request which of the edits changed any row here."""
+        for edit in edits:
+            if edit.changed_something(self):
+                for session in self.sessions:
+                    session.moved.add(edit)
 
     def _on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         if device not in self.spare:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from .sessions import BatchSession, RequestSession, session_of
 from .settings import Settings
 from .tower import Images
 
+log = logging.getLogger("vllm.vlm_fix")
 _SERVED: weakref.WeakValueDictionary[int, Served]
 
 
@@ -53,6 +55,8 @@ class Served:
         self.running, self.groups, self.current = False, [], None
         self.numbers: dict[str, int] = {}
         self.layouts: dict[str, Any] = {}
+        self.said: set[str] = set()
+        self.handles: list[Any] = []  # of hooks on layers
         self.beside, self.next_tokens, self.images = Beside(self), NextTokens(self), Images(self)
         self.plain = Session(Call(model, self.engine.family, {}), prompt_len=0, plain=True)
 
@@ -84,6 +88,23 @@ class Served:
         layers.install(self)
         self.images.install()
 
+    def use(self, settings: Settings) -> None:
+        """Serve another stack from now on; for a worker where nothing runs, started for all that the stack needs."""
+        engine = ServedEngine.plan(self.model, settings)
+        refusals.check_engine(engine)
+        config = self.runner.vllm_config
+        refusals.check_config(config, engine)
+        if engine.changes_prompt and config.cache_config.enable_prefix_caching:
+            raise VlmFixError("this stack needs every prompt computed: start the server with it.")
+        if [e.pruner and e.pruner.keep for e in (engine, self.engine)].count(
+            self.engine.pruner and self.engine.pruner.keep
+        ) < 2:
+            raise VlmFixError("how many tokens an image has is said when the server starts.")
+        self.settings, self.engine = settings, self.adopt(engine)
+        self.variants, self.requests, self.batches = {}, {}, {}
+        layers.install(self)
+        self.images.install()
+
     def check_caches(self) -> None:
         """Find each layer's cache layout, once the caches are there. Raises VlmFixError for one that is unknown."""
         known: dict[tuple[Any, ...], Any] = {}
@@ -100,13 +121,30 @@ class Served:
     def step_of(self, scheduler_output: Any) -> Iterator[None]:
         """While vLLM runs one step."""
         for name in scheduler_output.finished_req_ids:
-            self.requests.pop(name, None)
-        self.images.forget()
+            one = self.requests.pop(name, None)
+            if one is not None and one.seen > one.session.prompt_len:
+                self._report(one)
         self.running, self.groups, self.current = True, [], None
         try:
             yield
         finally:
             self.running, self.groups, self.current = False, [], None
+
+    def _report(self, one: Request) -> None:
+        """Say of each method that changed nothing in a finished request, once."""
+        engine = one.engine
+        for batch in (b for b in self.batches.values() if any(s is one.session for s in b.sessions)):
+            batch.settle(engine.attention.edits)
+        for wing in filter(None, (engine.attention, engine.hidden)):
+            for method, why in wing.unused(one.session):
+                if method not in one.session.moved:
+                    self.say(f"{method.name} changed nothing in a request: {why}")
+
+    def say(self, sentence: str) -> None:
+        """Into vLLM's log, once."""
+        if sentence not in self.said:
+            self.said.add(sentence)
+            log.warning(sentence)
 
     def engine_of(self, params: Any) -> ServedEngine:
         """The engine for what a request asks: the server's, or one with other strengths."""
@@ -153,6 +191,8 @@ class Served:
         sessions = [self.requests[name].session for name in names]
         made = self.batches.get(engine)
         if made is None or [id(s) for s in made.sessions] != [id(s) for s in sessions]:
+            if made is not None:
+                made.settle(engine.attention.edits)
             made = self.batches[engine] = BatchSession(sessions)
         return made
 
@@ -180,8 +220,11 @@ class Step:
             one = served.request(name, start)
             one.seen = end = start + length
             session, engine = one.session, one.engine
-            if not engine.active or (engine.needs_image and session.last_visual[0] < 0):
-                continue  # a prompt of text is answered as it is where every method needs an image
+            if not engine.active:
+                continue
+            if engine.needs_image and session.last_visual[0] < 0:
+                served.say(f"prompts without an image are answered without {', '.join(m.name for m in engine.active)}.")
+                continue
             if end >= session.prompt_len:
                 self.samples.append((row, name, one))
             if length == 1 and start >= session.prompt_len:

@@ -35,7 +35,7 @@ def score_files(
     variant: Variant = "nltk",
     answer_key: str | None = None,
     id_key: str | None = None,
-    tell: Callable[[str], None] = str,
+    tell: Callable[[str], Any] = str,
 ) -> dict[str, Any]:
     """Score an answer file, by part; for the official scorer also in the form that its script prints."""
     found = official.score_file(answers, scorer, variant, Keys(answer_key, id_key), tell)
@@ -69,7 +69,7 @@ def results(
     variant: Variant = "nltk",
     answer_key: str | None = None,
     id_key: str | None = None,
-    tell: Callable[[str], None] = str,
+    tell: Callable[[str], Any] = str,
 ) -> dict[str, dict[str, Any]]:
     """Score an answer file, by task and part."""
     found = official.score_file(answers, scorer, variant, Keys(answer_key, id_key), tell)

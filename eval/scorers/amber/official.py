@@ -31,7 +31,7 @@ def score_file(
     scorer: Scorer = "official",
     variant: Variant = "nltk",
     keys: Keys = USUAL,
-    tell: Callable[[str], None] = str,
+    tell: Callable[[str], Any] = str,
 ) -> dict[str, Result]:
     """Score an answer file by part; `answers.py` says what rows may be.
 

@@ -20,7 +20,7 @@ def score_files(
     ground_truth: str | None = None,
     answer_key: str | None = None,
     id_key: str | None = None,
-    tell: Callable[[str], None] = str,
+    tell: Callable[[str], Any] = str,
     by_image: bool = False,
 ) -> score.ChairResult:
     """Score a caption file, in its own order or in that of the images' ids."""

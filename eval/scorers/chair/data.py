@@ -33,7 +33,7 @@ CAPTION = '{"image_id": 310196, "caption": "A man on a snowboard."}'
 def load_captions(
     path: str | Path,
     keys: Keys = USUAL,
-    tell: Callable[[str], None] = str,
+    tell: Callable[[str], Any] = str,
 ) -> list[Caption]:
     """Read captions; `answers.py` says what rows may be. One that failed (null) counts as an empty caption.
 

@@ -33,7 +33,7 @@ def score_files(
     labels: Labels = "both",
     answer_key: str | None = None,
     id_key: str | None = None,
-    tell: Callable[[str], None] = str,
+    tell: Callable[[str], Any] = str,
 ) -> score.PopeResult | dict[str, Any]:
     """Score an answer file: one split, with RePOPE's result in `repope`, or the parts of a file with several and their mean."""
     found = results(answers, questions, scorer, labels, answer_key, id_key, tell)["pope"]
@@ -56,7 +56,7 @@ def results(
     labels: Labels = "both",
     answer_key: str | None = None,
     id_key: str | None = None,
-    tell: Callable[[str], None] = str,
+    tell: Callable[[str], Any] = str,
 ) -> dict[str, dict[str, score.PopeResult]]:
     """Score an answer file by split, and again with RePOPE's labels; rows in the order of the questions."""
     one_of(labels, Labels, "labels")

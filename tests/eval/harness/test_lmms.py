@@ -26,6 +26,7 @@ from vlm_fix.errors import VlmFixError
 from vlm_fix.eval.harness import inside as harness
 from vlm_fix.eval.harness import lmms, vlmevalkit
 from vlm_fix.eval.scorers.pope import score as pope
+from vlm_fix.eval.scorers.pope import score_files
 
 needs_lmms = pytest.mark.skipif(
     importlib.util.find_spec("lmms_eval") is None, reason="lmms-eval is not installed: make test-lmms"
@@ -133,7 +134,7 @@ def run_lmms_eval(folder, task, *arguments, **model_args):
     command = [sys.executable, "-m", "lmms_eval", "--model", "vlm_fix_llava_hf", "--model_args", given]
     command += ["--device", "cpu", "--tasks", task, "--include_path", str(folder), *arguments]
     env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "cache"), "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
 
 
 @needs_lmms
@@ -207,6 +208,8 @@ def test_lmms_eval_agrees_with_the_eval_command(tmp_path):
         for row in rows:
             key = (Path(row["input_media"][0]).stem, row["input"])
             assert row["filtered_resps"].strip() == answers[METHOD, *key]
+        scored = score_files(str(samples))  # its own file, by `vlm-fix score`
+        assert scored.n == 36 and scored.accuracy == figures["accuracy"] and scored.f1 == figures["f1"]
 
 
 @needs_lmms

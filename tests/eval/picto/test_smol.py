@@ -225,7 +225,7 @@ def test_the_cache_folder_follows_the_environment(monkeypatch, tmp_path):
 
 
 def test_training_is_repeatable_and_leaves_denormals_as_they_were(tmp_path, monkeypatch):
-    def build(seed, file):
+    def build(seed, *_):
         model, processor, adapters, _ = tiny(seed)
         return model, processor, adapters
 

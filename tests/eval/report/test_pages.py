@@ -13,7 +13,7 @@ import vlm_fix
 from tests.support.paths import ROOT
 from vlm_fix.errors import VlmFixError
 from vlm_fix.eval import bench
-from vlm_fix.eval.report import curves, methods_page
+from vlm_fix.eval.report import curves, measured, methods_page
 
 
 def scores(accuracy, chair_i, recall):
@@ -71,34 +71,64 @@ def test_counted_cost_and_verdict():
     assert rows["vhr"] == (47 + 11, 1, 1, 0), "one pass over the prompt without its image"
     assert methods_page.count(model, inputs, "sgrs", 2)[3] > 0
 
-    def delta(**values):
-        named = {k: {"delta": v, "low": v, "high": v, "excludes_zero": True} for k, v in values.items()}
-        return {"delta": named}
 
-    both = {"pope": {"random": delta(accuracy=0.1)}, "chair": {"captions": delta(chair_i=0.2, recall=-0.1)}}
-    row = methods_page.Row("m", both, "f")
-    assert methods_page._verdict([row]) == "Better on POPE random; worse on CHAIR_i, caption recall."
-    worse = methods_page.Row("m", {"pope": {"random": delta(accuracy=-0.1)}}, "f")
-    assert methods_page._verdict([worse]).endswith("it does not help here.")
-    still = replace(row, scores={}, acted=False)
-    assert methods_page._verdict([still]) == "It never acted here: no answer changed."
-    assert methods_page._verdict([still, replace(still, idle="no sink.")]) == "It never acted here: no sink."
-    assert methods_page._verdict([still, worse]).endswith("it does not help here.")
+def figures(**deltas):
+    headings = {"random": "POPE random", "chair_i": "CHAIR_i"}
+    return {headings.get(k, k): {"delta": v, "low": v, "high": v, "p_holm": 0.01} for k, v in deltas.items()}
 
 
-def test_a_method_that_changed_no_answer_is_told_apart(tmp_path):
+def test_verdict_sums_up_what_is_significant():
+    row = measured.Row("m", "x", "f", figures(random=0.1, chair_i=0.2, recall=-0.1))
+    assert measured.verdict([row]) == "Better on POPE random; worse on CHAIR_i, caption recall."
+    worse = measured.Row("m", "x", "f", figures(random=-0.1))
+    assert measured.verdict([worse]).endswith("it does not help here.")
+    chance = replace(row, figures={k: v | {"p_holm": 0.05} for k, v in row.figures.items()})
+    assert measured.verdict([chance]) == measured.verdict([]) == "Does not help here: no difference is significant."
+    still = replace(row, figures={}, acted=False)
+    assert measured.verdict([still]) == "It never acted here: no answer changed."
+    assert measured.verdict([still, replace(still, idle="no sink.")]) == "It never acted here: no sink."
+    assert measured.verdict([still, worse]).endswith("it does not help here.")
+    assert [measured.points(r.figures["recall"], "**", "**") for r in (row, chance)] == [
+        "**-10.0** [-10.0, -10.0]",
+        "-10.0 [-10.0, -10.0]",
+    ]
+
+
+def test_runs_are_read_by_model_with_corrected_p(tmp_path):
+    def split(**deltas):
+        return {"delta": {k: {"delta": v, "low": v - 0.05, "high": v + 0.05} for k, v in deltas.items()}}
+
     said = {"var changed nothing in this call: no image token was a sink.": 9}
-    content = {
-        **RESULTS,
-        "runs": {"var": scores(0.9, 0.05, 0.8), "vhr": scores(0.9, 0.05, 0.8)},
-        "changed": {"var": {"answers": 40, "changed": 0}, "vhr": {"answers": 40, "changed": 1}},
-        "warnings": {"var": said, "vhr": said},
-    }
-    (tmp_path / "one").mkdir()
-    (tmp_path / "one" / "results.json").write_text(json.dumps(content))
-    found = methods_page.measured(tmp_path)
-    assert methods_page._verdict(found["var"]) == "It never acted here: no image token was a sink."
-    assert methods_page._verdict(found["vhr"]) == "Does not help here: no interval excludes zero."
+    for folder, model in (("one", "some/where/picto-llava"), ("two", "picto-smol")):
+        content = {
+            "settings": {"model": {"name": model}, "sample": folder == "two"},
+            "runs": {
+                "baseline": {"pope": {"random": {"delta": {}}}},
+                "var": {"pope": {"random": split(accuracy=0.06)}},  # p .019 alone, .037 beside one other
+                "vhr:a=1": {"pope": {"random": split(accuracy=0.0)}},
+                "var+vhr": {"pope": {"random": split(accuracy=0.5)}},
+            },
+            "changed": {"var": {"answers": 40, "changed": 0}, "vhr:a=1": {"answers": 40, "changed": 1}},
+            "warnings": {"var": said, "vhr:a=1": said},
+        }
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "results.json").write_text(json.dumps(content))
+    found = measured.read(tmp_path)
+    assert [(row.model, row.spec, row.folder) for row in found["var"]] == [
+        ("picto-llava", "var", "one"),
+        ("picto-smol", "var (sampled)", "two"),
+    ]
+    assert measured.verdict(found["var"]) == "It never acted here: no image token was a sink."
+    assert measured.verdict(found["vhr"]) == "Does not help here: no difference is significant."
+    p = found["var"][0].figures["POPE random"]["p_holm"]
+    assert p == pytest.approx(2 * 0.0187, abs=1e-3), "the second smallest of three p-values, doubled"
+    measured.write(tmp_path, tmp_path / "kept.json")
+    kept = json.loads((tmp_path / "kept.json").read_text())
+    assert sorted(row["method"] for row in kept) == ["var", "var", "vhr", "vhr"]
+
+
+def test_what_the_package_keeps_is_what_results_hold():
+    assert measured.table() == measured.read(ROOT / "results"), "run `make docs`"
 
 
 def test_every_method_of_a_paper_says_what_is_published():
@@ -110,4 +140,3 @@ def test_every_method_of_a_paper_says_what_is_published():
     for name, option in (("var", "detector=secondary"), ("act", "sinks=secondary")):
         part = page.partition(f"### {name}\n")[2].partition("\n### ")[0]
         assert f"with `{option}` prompt 2.00x" in part
-    assert methods_page._verdict([]) == "Does not help here: no interval excludes zero."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from pathlib import Path
 
@@ -10,8 +11,10 @@ import pytest
 
 from tests.support.paths import ROOT
 from vlm_fix import cli
+from vlm_fix.cli import effect
+from vlm_fix.cli.eval import _settings
 from vlm_fix.eval.report import page
-from vlm_fix.registry import split_methods
+from vlm_fix.registry import parse, split_methods
 
 FOLDERS = sorted(path.parent.name for path in ROOT.glob("results/*/results.json"))
 
@@ -27,7 +30,9 @@ def arguments(folder, tmp_path):
     script = (ROOT / "results" / "reproduce.sh").read_text()
     (work / "reproduce.sh").write_text(script.replace("\n  cp ", "\n  : "))
     subprocess.run(
-        ["bash", work / "reproduce.sh", folder], check=True, env={"VLM_FIX": str(stub), "PATH": "/usr/bin:/bin"}
+        ["bash", work / "reproduce.sh", folder],
+        check=True,
+        env={"VLM_FIX": str(stub), "PATH": "/usr/bin:/bin", "LIMIT": os.environ.get("LIMIT", "")},
     )
     return [line.split("\x1f")[:-1] for line in seen.read_text().splitlines()]
 
@@ -35,13 +40,38 @@ def arguments(folder, tmp_path):
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_results_are_of_the_command_that_is_given(folder, tmp_path):
     [command] = arguments(folder, tmp_path)
-    asked = vars(cli._parser().parse_args(command))
+    given = cli._parser().parse_args(command)
+    effect.check(given)
+    asked = _settings(given)
     made = json.loads((ROOT / "results" / folder / "results.json").read_text())["settings"]
     for name in ("benchmark", "limit", "batch_size", "seed", "variant", "sample", "scorer", "num_beams"):
-        assert made[name] == asked[name], name
-    assert made.get("controls", False) == asked["controls"]
-    assert made["methods"] == split_methods(asked["method"])
-    assert ",".join(map(str, made.get("seeds", []))) == asked["seeds"]
+        assert made[name] == getattr(asked, name), name
+    assert made.get("controls", False) == asked.controls
+    assert made["methods"] == split_methods(given.method)
+    assert made.get("seeds", []) == [*asked.seeds]
+
+
+@pytest.mark.parametrize("model", ["picto-llava", "picto-smol"])
+def test_every_table_of_both_models_can_be_asked_for(model, tmp_path):
+    for table in ("shift", "attention", "heads", "hidden", "decoding", "sampling", "pruning"):
+        here = tmp_path / table
+        here.mkdir()
+        [command] = arguments(f"{model}-{table}", here)
+        asked = vars(cli._parser().parse_args(command))
+        assert asked["model"] == model and asked["output"] == f"runs/{model}-{table}" and asked["resume"]
+        stacks = split_methods(asked["method"])
+        assert stacks and all(parse(list(stack)) for stack in stacks)
+        assert asked["controls"] or table in ("shift", "pruning"), "the controls of pruning are methods of its list"
+
+
+def test_a_trial_leaves_results_alone_and_a_wrong_name_is_told(tmp_path, monkeypatch):
+    monkeypatch.setenv("LIMIT", "4")
+    [command] = arguments("picto-llava-heads", tmp_path)
+    asked = vars(cli._parser().parse_args(command))
+    assert asked["limit"] == 4 and asked["output"] == "runs/picto-llava-heads-4"
+    assert not (tmp_path / "clone" / "results" / "picto-llava-heads").exists()
+    told = subprocess.run(["bash", ROOT / "results" / "reproduce.sh", "hedas"], capture_output=True, text=True)
+    assert told.returncode == 2 and "no folder is called hedas" in told.stderr
 
 
 def test_bench_files_are_of_the_commands_that_are_given(tmp_path):

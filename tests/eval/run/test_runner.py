@@ -343,7 +343,7 @@ def test_tables_fit_100_columns(whole):
     for part in ("runs", "speed"):
         results[part][long] = results[part]["vcd"]
     for delta in results["runs"][long]["pope"]["random"]["delta"].values():
-        delta.update(delta=-1.0, low=-1.0, high=-0.5, excludes_zero=True)
+        delta.update(delta=-1.0, low=-1.0, high=-0.5, p_holm=0.01)
     console = Console(width=100, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
     console.print(report.tables(results))
     text = console.export_text()

@@ -118,6 +118,14 @@ def test_an_em_dash_does_not_cut_a_token_on_any_nltk_version() -> None:
     assert words.caption_to_words("a cat—dog on a bed", "pattern").raw_words == ["a", "cat—dog", "on", "a", "bed"]
 
 
+def test_single_quotes_are_split_as_in_nltk_3_9_1() -> None:
+    """Tokens by nltk.word_tokenize of 3.9.1; 3.10 takes every opening quote off its word, so that "'bear'" is an object."""
+    text = "a 'bear' and 'a' cat, the 'kite's tail, dogs' toys, rock 'n' roll, it's 'it's'"
+    expected = "a|'bear|'|and|'|a|'|cat|,|the|'kite|'s|tail|,|dogs|'|toys|,|rock|'n|'|roll|,|it|'s|'it's|'"
+    assert nltk_tools.tokens(text, "pattern") == expected.split("|")
+    assert words.caption_to_words("a 'bear' on a bed", "pattern").node_words == ["bed"]
+
+
 def test_worked_examples_of_the_docstrings() -> None:
     result = chair.score([chair.Caption(1, "A dog and two cats.")], {1: ["dog", "sports ball"]}, "pattern")
     assert (result.chair_s, result.chair_i, result.recall, result.precision, result.length) == (1, 0.5, 0.5, 0.5, 6)

@@ -151,7 +151,10 @@ def images_of(family, twin, inputs):
                 image["keys"][layer] = [sum(k[j, h] for h in range(4)) / 4 for j in range(1, 37)]
         return result
     units, result, start = seen[0].view(-1, 4, seen[0].shape[-1]), [], 0
-    for (_, h, w), order, z in zip(grids.tolist(), window_order(grids), features, strict=True):
+    orders = window_order(grids)
+    if not hasattr(twin.model.visual, "window_size"):  # Qwen2-VL and Qwen3-VL see each image whole
+        orders = [sorted(order) for order in orders]
+    for (_, h, w), order, z in zip(grids.tolist(), orders, features, strict=True):
         raw = [None] * len(z)
         for u, place in enumerate(order):
             raw[place] = units[start + u]
@@ -165,10 +168,12 @@ def images_of(family, twin, inputs):
         }
         for layer, (x, kw) in seen_by.items():
             cos, sin = kw["position_embeddings"]
-            q, k, _ = attentions[layer].qkv(x).view(len(x), 3, 2, 16).permute(1, 2, 0, 3)
-            q, k = (y * cos + torch.cat([-y[..., 8:], y[..., :8]], -1) * sin for y in (q, k))
+            heads = attentions[layer].num_heads
+            dim = x.shape[1] // heads
+            q, k, _ = attentions[layer].qkv(x).view(len(x), 3, heads, dim).permute(1, 2, 0, 3)
+            q, k = (y * cos + torch.cat([-y[..., dim // 2 :], y[..., : dim // 2]], -1) * sin for y in (q, k))
             q, k = (y[:, 4 * start : 4 * (start + len(z))] for y in (q, k))
-            received, mean = ref.received(q, k, 16**-0.5), (k[0] + k[1]) / 2
+            received, mean = ref.received(q, k, dim**-0.5), sum(k) / heads
             image["first"][layer], image["keys"][layer] = [None] * len(z), [None] * len(z)
             for u, place in enumerate(order):
                 image["first"][layer][place] = float(received[4 * u : 4 * u + 4].mean())

@@ -1,0 +1,159 @@
+"""Benchmark methods inside vLLM: plain vLLM, vLLM with each method, and Hugging Face's generate, in one run.
+
+`vlm-fix bench serve` keeps 1, 8 and 32 requests in flight, each an image and a question with a fixed number of new tokens, and
+counts requests/s, tokens/s and seconds to the first token (median). Rounds are interleaved: in each, plain vLLM runs right
+before the method, and the ratio is between these two; the table shows the median, lowest and highest. Every engine lives in
+this process. The prefix cache is off: each request is computed.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+
+import vlm_fix
+from vlm_fix.eval.picto import scene
+from vlm_fix.eval.run.loading import hardware, load_model
+
+from .clock import timed
+
+METHODS = ("pai", "vhr", "iri", "deco", "vcd", "hiprune:keep=0.25")  # one of each kind
+CONCURRENT = (1, 8, 32)
+PLAIN, BESIDE = "vLLM", "generate"
+FIGURES = ("requests_per_second", "tokens_per_second", "first_token")
+
+
+def engine(path: str, spec: str | None, concurrent: int) -> Any:
+    """vLLM with a stack, or plain."""
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    from vllm import LLM
+
+    return LLM(
+        path,
+        dtype="auto" if torch.cuda.is_available() else "float32",
+        enforce_eager=not torch.cuda.is_available(),
+        enable_prefix_caching=False,
+        max_model_len=512,
+        max_num_seqs=concurrent,
+        additional_config={"vlm_fix": spec} if spec else {},
+    )
+
+
+def round_of(llm: Any, prompts: Sequence[Any], concurrent: int, new_tokens: int) -> dict[str, float]:
+    """Answer the prompts with `concurrent` of them in flight."""
+    from vllm import SamplingParams
+
+    core = llm.llm_engine
+    params = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False)
+    waiting, asked, first, done = list(enumerate(prompts)), {}, {}, 0
+    begin = time.perf_counter()
+    while done < len(prompts):
+        while waiting and len(asked) - done < concurrent:
+            i, prompt = waiting.pop(0)
+            asked[str(i)] = time.perf_counter()
+            core.add_request(str(i), prompt, params)
+        for output in core.step():
+            first.setdefault(output.request_id, time.perf_counter() - asked[output.request_id])
+            done += output.finished
+    seconds = time.perf_counter() - begin
+    each = [len(prompts) / seconds, len(prompts) * new_tokens / seconds, statistics.median(first.values())]
+    return dict(zip(FIGURES, each, strict=True))
+
+
+def beside(model: Any, processor: Any, pairs: Sequence[Any], concurrent: int, new_tokens: int) -> dict[str, float]:
+    """Answer them by generate, in batches of `concurrent`."""
+    begin, waits = time.perf_counter(), []
+    for i in range(0, len(pairs), concurrent):
+        images, texts = zip(*pairs[i : i + concurrent], strict=True)
+        inputs = processor(images=[[x] for x in images], text=list(texts), padding=True, return_tensors="pt").to(
+            model.device
+        )
+        waits.append(timed(model, inputs, new_tokens, min_new_tokens=new_tokens)[0])
+    seconds = time.perf_counter() - begin
+    each = [len(pairs) / seconds, len(pairs) * new_tokens / seconds, statistics.median(waits)]
+    return dict(zip(FIGURES, each, strict=True))
+
+
+def run(
+    methods: Sequence[str], model: str, new_tokens: int, rounds: int, tick: Callable[[int], Any] | None = None,
+    concurrent: Sequence[int] = CONCURRENT,
+) -> dict[str, Any]:  # fmt: skip
+    """Measure and return settings, hardware and rows. `tick(total)` is called after each measurement."""
+    net, processor, identity = load_model(model)
+    specs = list(methods) or list(METHODS)
+    engines = {PLAIN: engine(net.name_or_path, None, max(concurrent))}
+    engines |= {spec: engine(net.name_or_path, spec, max(concurrent)) for spec in specs}
+    words = [{"type": "image"}, {"type": "text", "text": "Describe the image."}]
+    text = processor.apply_chat_template([{"role": "user", "content": words}], add_generation_prompt=True)
+    pairs = [(scene("test", 0, i).image, text) for i in range(2 * max(concurrent))]
+    prompts = [{"prompt": t, "multi_modal_data": {"image": i}} for i, t in pairs]
+    rows, total = [], len(concurrent) * rounds * (2 * len(specs) + 1)
+    for llm in engines.values():
+        round_of(llm, prompts[:2], 2, 2)
+    for count in concurrent:
+        found: dict[str, list[dict[str, float]]] = {}
+        ratios: dict[str, list[dict[str, float]]] = {}
+        for _ in range(rounds):
+            for spec in (*specs, BESIDE):
+                base = round_of(engines[PLAIN], prompts[: 2 * count], count, new_tokens)
+                if spec == BESIDE:
+                    own = beside(net, processor, pairs[: 2 * count], count, new_tokens)
+                else:
+                    own = round_of(engines[spec], prompts[: 2 * count], count, new_tokens)
+                found.setdefault(PLAIN, []).append(base)
+                found.setdefault(spec, []).append(own)
+                ratios.setdefault(spec, []).append({name: own[name] / base[name] for name in FIGURES})
+                if tick:
+                    tick(total)
+        for spec, each in found.items():
+            row: dict[str, Any] = {"concurrent": count, "spec": spec}
+            row |= {name: statistics.median(one[name] for one in each) for name in FIGURES}
+            row["ratios"] = (
+                {name: _spread([one[name] for one in ratios[spec]]) for name in FIGURES} if spec in ratios else {}
+            )
+            rows.append(row)
+    return {
+        "bench": "serve",
+        "model": identity,
+        "new_tokens": new_tokens,
+        "rounds": rounds,
+        "hardware": hardware(net.device),
+        "load": os.getloadavg()[0],
+        "versions": {"vlm-fix": vlm_fix.__version__, "torch": torch.__version__, "vllm": _version()},
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "rows": rows,
+    }
+
+
+def _version() -> str:
+    import vllm
+
+    return vllm.__version__
+
+
+def _spread(values: Sequence[float]) -> list[float]:
+    return [statistics.median(values), min(values), max(values)]
+
+
+def table(results: dict[str, Any]) -> Any:
+    """Format the results for the terminal."""
+    from rich import box
+    from rich.table import Table
+
+    out = Table("in flight", "method", "requests/s", "tokens/s", "first token", box=box.SIMPLE_HEAD)
+    how = f"{results['new_tokens']} new tokens, {results['rounds']} rounds"
+    out.title = f"{results['model']['name']}, {how}, {results['hardware']}"
+    out.caption = "ratios to plain vLLM in the same round: median (lowest, highest)"
+    for row in results["rows"]:
+        ratios = [f"{m:.2f} ({low:.2f}, {high:.2f})" for m, low, high in row["ratios"].values()]
+        plain = [f"{row['requests_per_second']:.2f}", f"{row['tokens_per_second']:.0f}", f"{row['first_token']:.3f} s"]
+        out.add_row(str(row["concurrent"]), row["spec"], *(ratios or plain))
+    return out

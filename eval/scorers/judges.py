@@ -1,0 +1,145 @@
+"""Answers in the input format of benchmarks that a language model judges. No judge is called here: this writes its file.
+
+    judge         format                                                          read by
+    mmhal         the template of MMHal-Bench (96 questions) with model_answer    RLHF-V eval/eval_gpt_mmhal.py
+    objhal        JSON lines: image_id, question, text                            RLHF-V eval/eval_gpt_obj_halbench.py
+    llava-bench   JSON lines: question_id, prompt, text, answer_id, model_id      LLaVA llava/eval/eval_gpt_review_bench.py
+    mm-vet        {"v1_0": "...", "v1_1": "...", ...}                             mm-vet_evaluator.py of MM-Vet
+
+Read at RLHF-V/RLHF-V@8daac8a and haotian-liu/LLaVA. The questions are in a template that comes with the benchmark. Answers
+are matched with it by id, else by their order, where each prompt has to hold its question. A reply of null becomes "".
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from vlm_fix.errors import VlmFixError
+from vlm_fix.eval.files import read_rows, write_atomic
+
+from . import answers
+from .answers import Keys
+
+Row = Mapping[str, Any]
+
+
+class Judge(NamedTuple):
+    """`write` makes the file's text from (question of the template, answer); `ids` are the template's keys of an id.
+
+    Without a template the questions are what the answer file says of itself, unless `template` says that one is needed.
+    """
+
+    what: str
+    ids: tuple[str, ...]
+    template: bool
+    write: Callable[[Sequence[tuple[Row, answers.Answer]]], str]
+
+
+def export(
+    judge: str,
+    path: str,
+    out: str,
+    template: str | None = None,
+    keys: Keys = answers.USUAL,
+    tell: Callable[[str], Any] = str,
+) -> None:
+    """Write the answers of `path` to `out` for a judge of JUDGES. Raises VlmFixError if they do not fit the template."""
+    made = JUDGES[judge]
+    if made.template and not template:
+        raise VlmFixError(f"export {judge} fills the benchmark's own file: give it with --template ({made.what}).")
+    given = answers.read(path, '{"question_id": 1, "prompt": "...", "text": "..."}', keys)
+    tell(given.told())
+    if template:
+        rows = read_rows(template, f"template of {judge}")
+        pairs = _matched(rows, given, made.ids, template)
+    else:
+        pairs = [(answer.row, answer) for answer in given.rows]
+    write_atomic(Path(out), made.write(pairs))
+
+
+def _matched(
+    template: Sequence[Row], given: answers.Answers, ids: Sequence[str], path: str
+) -> list[tuple[Row, answers.Answer]]:
+    for key in ids:
+        names = [str(row.get(key, "")) for row in template]
+        by_id = {answer.id: answer for answer in given.rows}
+        if by_id.keys() == {*names} and len(by_id) == len(names) == len(given.rows):
+            return [(row, by_id[name]) for row, name in zip(template, names, strict=True)]
+    if len(template) != len(given.rows):
+        raise VlmFixError(
+            f"{path} has {len(template)} questions and {given.path} {len(given.rows)} answers: give one for each question."
+        )
+    for row, answer in zip(template, given.rows, strict=True):
+        asked = _question(row)
+        if answer.question and not answers.same_question(asked, answer.question):
+            raise VlmFixError(
+                f"{given.path}, row {answer.number} answers {answer.question[:60]!r}, but {path} asks {asked[:60]!r} there: give "
+                "the answers in the order of the template, or with its ids."
+            )
+    return list(zip(template, given.rows, strict=True))
+
+
+def _question(row: Row) -> str:
+    return str(next((row[key] for key in ("question", "prompt", "text", "input") if row.get(key)), ""))
+
+
+def _mmhal(pairs: Sequence[tuple[Row, answers.Answer]]) -> str:
+    needed = ("question", "gt_answer", "image_content")
+    for number, (row, _) in enumerate(pairs, 1):
+        if lost := [key for key in needed if key not in row]:
+            raise VlmFixError(
+                f"row {number} of the template has no {lost[0]}: give response_template.json of MMHal-Bench."
+            )
+    filled = [{**row, "model_answer": (answer.reply or "").strip()} for row, answer in pairs]
+    return json.dumps(filled, indent=4, ensure_ascii=False) + "\n"
+
+
+def _objhal(pairs: Sequence[tuple[Row, answers.Answer]]) -> str:
+    rows = []
+    for row, answer in pairs:
+        image = answers.image_number(row.get("image_id", answer.row.get("image_id", answer.image)))
+        asked = _question(row) if row is not answer.row else answer.question
+        if image is None or not asked:
+            raise VlmFixError(
+                f"row {answer.number}: no {'question' if image else 'image_id'}; give Object HalBench's questions "
+                "(obj_halbench_300_with_image.jsonl) with --template."
+            )
+        rows.append({"image_id": image, "question": asked, "text": answer.reply or ""})
+    return _lines(rows)
+
+
+def _llava_bench(pairs: Sequence[tuple[Row, answers.Answer]]) -> str:
+    return _lines(
+        [
+            {
+                "question_id": row.get("question_id", answer.id or answer.number),
+                "prompt": _question(row) if row is not answer.row else answer.question,
+                "text": answer.reply or "",
+                "answer_id": str(answer.row.get("answer_id", answer.number)),
+                "model_id": str(answer.row.get("model_id", "")),
+                "metadata": {},
+            }
+            for row, answer in pairs
+        ]
+    )
+
+
+def _mm_vet(pairs: Sequence[tuple[Row, answers.Answer]]) -> str:
+    bare = next((answer.number for _, answer in pairs if not answer.id), None)
+    if bare:
+        raise VlmFixError(f"row {bare}: no id; mm-vet's are v1_0, v1_1, ...: name the key with --id-key.")
+    named = {answer.id if answer.id.startswith("v1_") else f"v1_{answer.id}": answer.reply or "" for _, answer in pairs}
+    return json.dumps(named, indent=4, ensure_ascii=False) + "\n"
+
+
+def _lines(rows: Sequence[Row]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+JUDGES = {
+    "mmhal": Judge("response_template.json of MMHal-Bench", ("image_id", "image_src"), True, _mmhal),
+    "objhal": Judge("obj_halbench_300_with_image.jsonl", ("question_id", "image_id"), False, _objhal),
+    "llava-bench": Judge("questions.jsonl of LLaVA-Bench", ("question_id",), False, _llava_bench),
+    "mm-vet": Judge("", ("question_id", "id"), False, _mm_vet),
+}

@@ -1,0 +1,22 @@
+"""docs/serving.md says of every method whether it is served, as the tests and the refusals have it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.serving.table import refused, tested, written
+from vlm_fix.registry import list_methods
+
+PAGE = Path(__file__).parents[2] / "docs" / "serving.md"
+
+
+def test_the_table_is_the_one_that_the_tests_make():
+    page = PAGE.read_text()
+    assert page == written(page), "run python -m tests.serving.table docs/serving.md"
+
+
+def test_every_method_is_tested_or_refused_by_name():
+    names = {method.name for method in list_methods()} - {"baseline"}
+    assert not names - tested().keys() - refused().keys()
+    assert not tested().keys() & refused().keys()
+    assert all(refused().values())

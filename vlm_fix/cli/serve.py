@@ -1,0 +1,99 @@
+"""vlm-fix serve: vLLM's server with methods inside."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+from vlm_fix.errors import VlmFixError
+
+from .common import add
+
+EXAMPLES = """examples:
+  vlm-fix serve picto-llava --method pai:alpha=0.3
+  vlm-fix serve llava-hf/llava-1.5-7b-hf --method hiprune:keep=192+pai --tensor-parallel-size 1 --port 8000
+
+This is `vllm serve MODEL --additional-config '{"vlm_fix": ...}'`; whatever else is given goes to vLLM."""
+METADATA, ADDITIONAL = "vllm", "--additional-config"
+
+
+def add_to(commands: Any) -> None:
+    parser = add(commands, "serve", "serve a model by vLLM, with methods inside", run, EXAMPLES)
+    parser.add_argument(
+        "model", metavar="MODEL", help="folder, Hugging Face name or picto-llava; options of vllm serve follow"
+    )
+    parser.add_argument("--method", default="", metavar="A+B", help="one method or a stack; none: plain vLLM")
+    parser.add_argument("--calibration", action="append", metavar="FILE", help="of vlm-fix calibrate; may be repeated")
+    parser.set_defaults(rest=[])
+
+
+def run(args: argparse.Namespace) -> None:
+    if importlib.util.find_spec("vllm") is None:
+        raise VlmFixError("vLLM is not installed: pip install 'vlm-fix[vllm]'.")
+    from vlm_fix.eval.picto import model_path
+    from vlm_fix.serving.plugin import planned
+    from vlm_fix.serving.settings import Settings
+
+    rest, bundled = list(args.rest), args.model.startswith("picto-") and not Path(args.model).exists()
+    path = str(model_path(args.model)) if bundled else args.model
+    additional = _taken(rest)
+    if args.method:
+        files = [str(Path(f).resolve()) for f in args.calibration or ()]
+        additional["vlm_fix"] = {"method": args.method, "calibration": files} if files else args.method
+    elif args.calibration:
+        raise VlmFixError("--calibration fills the settings of a method: give --method, too.")
+    settings = Settings.read(additional)
+    if settings is not None:
+        planned(
+            settings, path, _value(rest, "--revision"), "--trust-remote-code" in rest
+        )  # one sentence before vLLM starts
+    if bundled and "--served-model-name" not in rest:
+        rest += ["--served-model-name", args.model]
+    if additional:
+        rest += [ADDITIONAL, json.dumps(additional)]
+    _serve(path, rest)
+
+
+def _serve(path: str, rest: list[str]) -> None:
+    """`vllm serve`; vLLM's wheel for CPUs has another package name, for which its command line does not start."""
+    try:
+        importlib.metadata.version(METADATA)
+    except importlib.metadata.PackageNotFoundError:
+        sys.argv = ["vllm", "--model", path, *rest]
+        runpy.run_module("vllm.entrypoints.openai.api_server", run_name="__main__", alter_sys=True)
+        return
+    from vllm.entrypoints.cli.main import main
+
+    sys.argv = ["vllm", "serve", path, *rest]
+    main()
+
+
+def _value(rest: list[str], option: str) -> str | None:
+    for i, word in enumerate(rest):
+        if word == option and i + 1 < len(rest):
+            return rest[i + 1]
+        if word.startswith(f"{option}="):
+            return word.partition("=")[2]
+    return None
+
+
+def _taken(rest: list[str]) -> dict[str, Any]:
+    """Take --additional-config out of `rest`."""
+    text = _value(rest, ADDITIONAL)
+    if text is None:
+        return {}
+    try:
+        given = json.loads(text)
+    except ValueError:
+        given = None
+    if not isinstance(given, dict) or "vlm_fix" in given:
+        raise VlmFixError(f"{ADDITIONAL} {text!r} must be a JSON object without vlm_fix, for which there is --method.")
+    at = next(i for i, word in enumerate(rest) if word.partition("=")[0] == ADDITIONAL)
+    del rest[at : at + (1 if "=" in rest[at] else 2)]
+    return given

@@ -1,0 +1,59 @@
+"""The order of generate's logits processors: ours first, as in official code, then generate's own and the caller's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
+
+ALWAYS_LEAVE_ONE = (
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    MinPLogitsWarper,
+)
+
+
+class Ordered(LogitsProcessorList):
+    """`ours`, then `theirs`. Where these forbid every token that ours have left, the model's own scores stand in for ours."""
+
+    def __init__(self, ours: Sequence[Any], theirs: Sequence[Any]):
+        super().__init__([*ours, *theirs])
+        self.ours, self.theirs = LogitsProcessorList(ours), LogitsProcessorList(theirs)
+        self.may_forbid = not all(isinstance(p, ALWAYS_LEAVE_ONE) for p in theirs)
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.FloatTensor:
+        new = self.theirs(input_ids, self.ours(input_ids, scores), **kwargs)
+        if self.ours and self.may_forbid:
+            nothing = torch.isneginf(new).all(dim=-1, keepdim=True)
+            if bool(nothing.any()):
+                new = torch.where(nothing, self.theirs(input_ids, scores, **kwargs), new)  # type: ignore[assignment]
+        return new
+
+
+def kept_apart(function: Any, outside: Callable[[], AbstractContextManager[None]]) -> Any:
+    """`function`, which may run the model, called in `outside()`."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with outside():
+            return function(*args, **kwargs)
+
+    return run
+
+
+def ordered(ours: Sequence[Any], theirs: Sequence[Any], outside: Callable[[], AbstractContextManager[None]]) -> Ordered:
+    """The list that generate calls; its own guidance, which runs the model, does so in `outside()`."""
+    guidance = UnbatchedClassifierFreeGuidanceLogitsProcessor
+    return Ordered(ours, [kept_apart(p, outside) if isinstance(p, guidance) else p for p in theirs])
