@@ -17,7 +17,7 @@ from vlm_fix.errors import VlmFixError
 from vlm_fix.eval.files import write_atomic
 from vlm_fix.eval.run.summary import correct
 from vlm_fix.eval.scorers.benchmark import Captions, Layout, YesNo
-from vlm_fix.eval.scorers.registry import LAYOUTS, PLAIN, groups, scorer_and_commit
+from vlm_fix.eval.scorers.registry import LAYOUTS, PLAIN, groups, once, scorer_and_commit
 from vlm_fix.eval.stats import SIGNIFICANT
 
 from . import side_by_side
@@ -241,7 +241,7 @@ def _board(folder: Path, results: Mapping[str, Any]) -> str:
     lost = "".join(
         f" {run}: {unparsed} answers unparsed, {failed} failed."
         for run, each in runs.items()
-        for scores in [[split for b in each.values() for split in b.values()]]
+        for scores in [[b[part] for task, b in each.items() for part in once(task, b)]]
         for unparsed, failed in [tuple(sum(s.get(k, 0) for s in scores) for k in ("unparsed", "failed"))]
         if unparsed or failed
     )

@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from vlm_fix.eval.run.summary import by_split
-from vlm_fix.eval.scorers.registry import LAYOUTS, PLAIN
+from vlm_fix.eval.scorers.registry import LAYOUTS, PLAIN, once
 from vlm_fix.eval.stats import SIGNIFICANT
 
 from . import figure
@@ -112,7 +112,8 @@ def _captions(results: Mapping[str, Any]) -> dict[str, str]:
     """Return one line about what was measured, per table."""
     settings, out = results["settings"], {}
     for benchmark, data in settings["data"].items():
-        failed = sum(scores["failed"] for _, _, scores in by_split(results, benchmark))
+        apart = once(benchmark, next(iter(results["runs"].values()))[benchmark])
+        failed = sum(scores["failed"] for split, _, scores in by_split(results, benchmark) if split in apart)
         lost = (
             f"; {failed} answer{'s' * (failed > 1)} failed and count as wrong or empty (see samples.jsonl)"
             if failed

@@ -19,6 +19,7 @@ from vlm_fix.errors import VlmFixError
 from vlm_fix.eval import length, tasks
 from vlm_fix.eval.scorers import beaf, dash_b, listed, opope, pope_prob, reefknot
 from vlm_fix.eval.scorers.pope import data as pope_data
+from vlm_fix.eval.scorers.registry import once
 from vlm_fix.eval.settings import Settings
 
 LISTS = DATA / "dash_b"
@@ -315,3 +316,11 @@ def test_packaged_questions_about_other_images(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"")
     (task,) = tasks.build(Settings("pope", data=f"coco:{tmp_path}", questions=("gqa",), limit=2))
     assert list(task.sizes) == ["gqa random", "gqa popular", "gqa adversarial"] and task.sizes["gqa random"] == 12
+
+
+def test_no_answer_is_counted_twice() -> None:
+    assert once("pope", ["random", "popular", "random RePOPE"]) == ["random", "popular"]
+    assert once("amber-qa", ["existence", "attribute", "questions"]) == ["existence", "attribute"]
+    assert once("hallusion", ["overall", "VD", "VS"]) == ["VD", "VS"] and once("hallusion", ["overall"]) == ["overall"]
+    assert once("mme", ["existence", "count", "hallucination"]) == ["existence", "count"]
+    assert once("chair", ["captions"]) == ["captions"]
