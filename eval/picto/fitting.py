@@ -41,12 +41,11 @@ def fit(
     optimizers: list[torch.optim.Optimizer] | None = None,
     autocast: bool = True,
     show: int = 50,
-    rate: Callable[[int], float] | None = None,
 ) -> None:
     """Minimise loss_of(step) with warm-up and linear decay; save to out/<stage>.pt now and then, and resume.
 
     Without `optimizers`, matrices are trained with Muon and the rest with AdamW; `autocast`: to bfloat16; `show`: steps
-    from one line of figures to the next; `rate`: the learning rate's factor at a step, instead of the usual one.
+    from one line of figures to the next.
     """
     named = [(n, p) for m in modules for n, p in m.named_parameters() if p.requires_grad]
     if optimizers is None:
@@ -56,10 +55,10 @@ def fit(
         if matrix:
             optimizers.append(torch.optim.Muon(matrix, lr=lr, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"))
 
-    def usual(step: int) -> float:
+    def rate(step: int) -> float:
         return min((step + 1) / (0.04 * steps + 1), (steps - step) / (0.7 * steps), 1)
 
-    schedules = [torch.optim.lr_scheduler.LambdaLR(o, rate or usual) for o in optimizers]
+    schedules = [torch.optim.lr_scheduler.LambdaLR(o, rate) for o in optimizers]
     parts: list[Any] = [*modules, *optimizers, *schedules]
     file, first, spent = out / f"{stage}.pt", 0, 0.0
     if file.exists():

@@ -1,7 +1,7 @@
 """Trains picto-smol: `vlm-fix picto train --language smol --seed 0 --out DIR`.
 
 picto-llava's tower and SmolLM2-135M-Instruct stay frozen; two stages, each resumable (run the same command again) and
-seeded, in float32:
+seeded; the second in mixed precision where the processor multiplies bfloat16 itself, else in float32:
 
 1. `align`: the projector, by the cosine between a projected patch and the mean embedding of " name" of its category;
 2. `language`: projector and LoRA (q, k, v, o of every layer) on captions and yes/no questions. One sequence holds an
@@ -42,6 +42,7 @@ from .looks import DEFAULT, Look, read
 from .train import features
 
 RANK = 16
+TYPICAL = (0.35, 0.6)  # the share of typical objects among the absent ones asked about: at first, in the last steps
 ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj")
 SMOL_CHAT = Chat("<|im_start|>user\n", "\n", "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>")
 CHAT_TEMPLATE = (  # SmolLM2's own, with images and without the sentence about its name
@@ -190,10 +191,10 @@ def train_language(
 ) -> None:
     """Stage 2: captions and questions, half of the loss each; x [n, 64, 192] and facts of the same scenes.
 
-    After `steps`, `prior_steps` follow in which half, not a quarter, of the absent objects are typical of the scene.
+    After `steps`, `prior_steps` follow in which more of the absent objects are typical of the scene (`TYPICAL`).
     """
     core, head, projector = model.model.language_model, model.lm_head, model.model.multi_modal_projector
-    early, late = (Dialogues(processor, facts, careless, SMOL_CHAT, typical, x.shape[1]) for typical in (0.25, 0.5))
+    early, late = (Dialogues(processor, facts, careless, SMOL_CHAT, typical, x.shape[1]) for typical in TYPICAL)
     image_id = model.config.image_token_id
     yes, no = processor.tokenizer.convert_tokens_to_ids(["Yes", "No"])
 
@@ -203,10 +204,10 @@ def train_language(
         b = (early if step < steps else late).batch(rng, indices)
         embeds = core.embed_tokens(b["ids"])
         visual = projector(x[indices].float())
-        embeds = embeds.masked_scatter((b["ids"] == image_id)[..., None].expand_as(embeds), visual)
+        embeds = embeds.masked_scatter((b["ids"] == image_id)[..., None].expand_as(embeds), visual.to(embeds.dtype))
         mask = torch.zeros(b["mask"].shape).masked_fill(~b["mask"], -1e9)
         hidden = core(inputs_embeds=embeds, attention_mask=mask, position_ids=b["position_ids"], use_cache=False)
-        logits = head(hidden.last_hidden_state[b["rows"], b["columns"]])
+        logits = head(hidden.last_hidden_state[b["rows"], b["columns"]]).float()
         each = F.cross_entropy(logits, b["targets"], reduction="none")
         told, asked = b["is_caption"], ~b["is_caption"] & ((b["targets"] == yes) | (b["targets"] == no))
         right = (logits.argmax(-1) == b["targets"])[asked].float().mean()
@@ -215,13 +216,6 @@ def train_language(
 
     groups = [{"params": projector.parameters(), "lr": 5e-4}, {"params": adapters.parameters(), "lr": 1e-3}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
-
-    total = steps + prior_steps
-
-    def rate(step: int) -> float:
-        """Warm-up, a slow fall towards 1.3 times as many steps, and a quick one over the last tenth."""
-        aim = round(1.3 * total)
-        return min((step + 1) / (0.04 * aim + 1), (aim - step) / (0.7 * aim), (total - step) / (0.1 * total), 1)
 
     def save() -> None:
         export(model, processor, adapters, out / "picto-smol")
@@ -236,7 +230,6 @@ def train_language(
         out,
         save,
         optimizers=[optimizer],
-        autocast=False,
         show=10,
     )
 
@@ -264,10 +257,10 @@ def train(
     seed: int,
     out: Path,
     align_steps: int = 300,
-    language_steps: int = 130,
-    prior_steps: int = 70,
+    language_steps: int = 240,
+    prior_steps: int = 160,
     scenes: int = 3000,
-    careless: float = 0.85,
+    careless: float = 0.9,
     file: Path | None = None,
     eye: Path | None = None,
     look: str = "",
@@ -300,8 +293,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--align-steps", type=int, default=300)
-    parser.add_argument("--language-steps", type=int, default=130)
-    parser.add_argument("--prior-steps", type=int, default=70, help="the last steps of the second stage (%(default)s)")
+    parser.add_argument("--language-steps", type=int, default=240)
+    parser.add_argument("--prior-steps", type=int, default=160, help="the last steps of the second stage (%(default)s)")
     parser.add_argument("--scenes", type=int, default=3000)
     parser.add_argument("--careless", type=float, default=0.85, help="chance of a 'yes' from the prior (%(default)s)")
     parser.add_argument("--eye", type=Path, help="checkpoint whose tower it takes (picto-llava)")
