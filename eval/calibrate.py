@@ -169,7 +169,12 @@ def _command(
 
 def _questions(data: str, limit: int, seed: int) -> tasks.pope.Pope:
     settings = Settings(
-        benchmark="pope", data=data, limit=math.ceil(2 * limit / 6) + 1, seed=seed, splits=("adversarial",)
+        benchmark="pope",
+        data=data,
+        limit=math.ceil(2 * limit / 6) + 1,
+        seed=seed,
+        splits=("adversarial",),
+        labels="pope",
     )
     (task,) = tasks.build(settings)
     assert isinstance(task, tasks.pope.Pope)

@@ -4,11 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from vlm_fix.errors import VlmFixError
-from vlm_fix.eval.scorers.choices import Scorer, Variant
+from vlm_fix.eval.scorers.choices import Labels, Scorer, Variant
 from vlm_fix.eval.scorers.pope.score import Kind
+
+GENERATION = {
+    "do_sample": "--sample",
+    "temperature": "--temperature",
+    "top_p": "--top-p",
+    "num_beams": "--num-beams",
+    "max_new_tokens": "--max-new-tokens",
+}
+LOADING = {
+    "dtype": "--dtype",
+    "torch_dtype": "--dtype",
+    "device_map": "--device-map",
+    "revision": "--revision",
+    "trust_remote_code": "--trust-remote-code",
+}
+"""Arguments of `generate` and of `from_pretrained` that have an option of their own."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,11 +33,14 @@ class Settings:
     """The options of an evaluation. `methods` has one list of specs per run; the baseline is added.
 
     What to ask:  `data` and `limit`, a number of images; `seed` draws the data. `build` makes POPE's questions from a COCO
-    folder's annotations even if there are official ones; `questions` are POPE files about other images. `prompt` None and
-    `max_new_tokens` None mean the benchmark's own. `drop_incomplete` drops a cut-off last sentence before CHAIR is scored.
+    folder's annotations even if there are official ones; `labels` are those of the official ones; `questions` are POPE
+    files about other images. `prompt` None and `max_new_tokens` None mean the benchmark's own. `drop_incomplete` drops a
+    cut-off last sentence before CHAIR is scored.
     How to run:  `seeds` are for sampling and for methods that draw at random (default: `seed`); `controls` and
     `equal_compute` add the runs of `plan.runs`; `dtype` "auto" is the checkpoint's on a GPU and float32 on a CPU;
-    `device_map` spreads the model over devices; `engine` "vllm" answers through vLLM.
+    `device_map` spreads the model over devices; `revision`, `trust_remote_code` and `model_args` are for loading it.
+    `gen_kwargs` are further arguments of `generate`. `batch_size` "auto" is the largest that fits. `engine` "vllm" answers
+    through vLLM, which takes none of these.
     """
 
     benchmark: str = "all"
@@ -28,7 +48,7 @@ class Settings:
     methods: tuple[tuple[str, ...], ...] = ()
     data: str = "picto"
     limit: int | None = None
-    batch_size: int = 8
+    batch_size: int | Literal["auto"] = 8
     seed: int = 0
     splits: tuple[Kind, ...] = ("random", "popular", "adversarial")
     scorer: Scorer = "official"
@@ -50,11 +70,18 @@ class Settings:
     build: bool = False
     questions: tuple[str, ...] = ()
     drop_incomplete: bool = False
+    labels: Labels = "both"
+    revision: str | None = None
+    trust_remote_code: bool = False
+    model_args: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    gen_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     engine: str = "hf"
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "num_beams", "limit", "max_new_tokens"):
             value = getattr(self, name)
+            if value == "auto" and name == "batch_size":
+                continue
             if value is not None and value < 1:
                 raise VlmFixError(f"--{name.replace('_', '-')} is {value}: give a whole number of at least 1.")
         if self.sample and self.num_beams > 1:
@@ -63,6 +90,18 @@ class Settings:
             raise VlmFixError("--temperature must be above 0 and --top-p in (0, 1].")
         if len(set(self.seeds)) != len(self.seeds):
             raise VlmFixError(f"--seeds {','.join(map(str, self.seeds))} names a seed twice: give each once.")
+        for option, given, own in (
+            ("--gen-kwargs", self.gen_kwargs, GENERATION),
+            ("--model-args", self.model_args, LOADING),
+        ):
+            for name in given.keys() & own.keys():
+                raise VlmFixError(f"{option} {name}: give {own[name]} instead.")
+        served = [name for name in ("revision", "trust_remote_code", "model_args", "gen_kwargs") if getattr(self, name)]
+        served += ["batch_size"] if self.batch_size == "auto" else []
+        if self.engine == "vllm" and served:
+            raise VlmFixError(
+                f"--{served[0].replace('_', '-')} has no effect with --engine vllm: leave one of them out."
+            )
         if self.device_map and int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise VlmFixError(
                 "--device-map spreads one model over all devices, and a launcher starts one per process: use one of them."
@@ -75,4 +114,5 @@ class Settings:
             how = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
         else:
             how = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        return {**how, "num_beams": self.num_beams, "max_new_tokens": self.max_new_tokens or max_new_tokens}
+        how |= {"num_beams": self.num_beams, "max_new_tokens": self.max_new_tokens or max_new_tokens}
+        return {**how, **self.gen_kwargs}

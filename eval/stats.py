@@ -99,6 +99,32 @@ def paired_bootstrap(
     other key is a count. Both runs must have the same number of rows for every image.
     Raises VlmFixError for empty or unpaired rows and for n or level out of range.
     """
+
+    def change(metric: Metric) -> Callable[[Sums, Sums], Any]:
+        return lambda base, method: metric(method) - metric(base)
+
+    deltas = {name: change(metric) for name, metric in metrics.items()}
+    ends = paired_intervals(deltas, base_rows, method_rows, n, seed, level, cluster)
+    result = {}
+    for name, metric in metrics.items():
+        before, after = (float(metric(_totals(rows, cluster))) for rows in (base_rows, method_rows))
+        result[name] = Comparison(before, after, after - before, *ends[name], level)
+    return result
+
+
+def paired_intervals(
+    deltas: Mapping[str, Callable[[Sums, Sums], Any]],
+    base_rows: Sequence[Row],
+    method_rows: Sequence[Row],
+    n: int = 2000,
+    seed: int = 0,
+    level: float = 0.95,
+    cluster: str = "image",
+) -> dict[str, tuple[float, float]]:
+    """Return the percentile interval (low, high) of each function of (base sums, method sums) over paired resamples.
+
+    Rows and errors are those of `paired_bootstrap`; the sums are arrays with one value per resample.
+    """
     import numpy as np
 
     if n < 1 or not 0 < level < 1:
@@ -117,20 +143,16 @@ def paired_bootstrap(
     base = np.array([base_sums[image][1:] for image in base_sums])
     method = np.array([method_sums[image][1:] for image in base_sums])
     rng = np.random.default_rng(seed)
-    drawn: dict[str, list[np.ndarray]] = {name: [] for name in metrics}
+    drawn: dict[str, list[np.ndarray]] = {name: [] for name in deltas}
     images = len(base)
     for start in range(0, n, 250):  # in chunks, so that 50,000 images fit in memory
         weights = rng.multinomial(images, np.full(images, 1 / images), min(250, n - start)).astype(float)
         resampled = [dict(zip(columns, (weights @ table).T, strict=True)) for table in (base, method)]
-        for name, metric in metrics.items():
-            drawn[name].append(metric(resampled[1]) - metric(resampled[0]))
+        for name, delta in deltas.items():
+            drawn[name].append(delta(*resampled))
     tails = [(1 - level) / 2, (1 + level) / 2]
-    result = {}
-    for name, metric in metrics.items():
-        before, after = (float(metric(column_sums(rows, columns))) for rows in (base_rows, method_rows))
-        low, high = np.quantile(np.concatenate(drawn[name]), tails)
-        result[name] = Comparison(before, after, after - before, float(low), float(high), level)
-    return result
+    ends = {name: np.quantile(np.concatenate(parts), tails) for name, parts in drawn.items()}
+    return {name: (float(low), float(high)) for name, (low, high) in ends.items()}
 
 
 def p_value(delta: float, low: float, high: float, level: float = 0.95) -> float:
@@ -207,6 +229,10 @@ def transitions(base_rows: Sequence[Row], method_rows: Sequence[Row]) -> dict[st
 def spread(values: Sequence[float]) -> dict[str, Any]:
     """Return mean and sample standard deviation (n - 1) over seeds, with the values themselves."""
     return {"mean": statistics.mean(values), "sd": statistics.stdev(values), "values": list(values)}
+
+
+def _totals(rows: Sequence[Row], cluster: str) -> dict[str, float]:
+    return column_sums(rows, [name for name in rows[0] if name != cluster])
 
 
 def _sums_per_image(rows: Sequence[Row], columns: Sequence[str], cluster: str) -> dict[Any, np.ndarray]:

@@ -10,6 +10,7 @@ images, with the questions of `vlm-fix eval pope`.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -105,7 +106,7 @@ def write_tasks(folder: str | Path, settings: Settings) -> Path:
     for --include_path. Raises VlmFixError for missing data.
     """
     folder = Path(folder).resolve()
-    (task,) = build(settings)
+    (task,) = build(dataclasses.replace(settings, labels="pope"))
     assert isinstance(task, Pope)
     images: dict[str, str] = {}
     for sample in task.samples:

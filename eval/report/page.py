@@ -17,7 +17,7 @@ from vlm_fix.errors import VlmFixError
 from vlm_fix.eval.files import write_atomic
 from vlm_fix.eval.run.summary import correct
 from vlm_fix.eval.scorers.benchmark import Captions, Layout, YesNo
-from vlm_fix.eval.scorers.registry import LAYOUTS, PLAIN, scorer_and_commit
+from vlm_fix.eval.scorers.registry import LAYOUTS, PLAIN, groups, once, scorer_and_commit
 from vlm_fix.eval.stats import SIGNIFICANT
 
 from . import side_by_side
@@ -177,7 +177,8 @@ def _cost_figure(results: Mapping[str, Any], task: str, layout: Layout) -> Itera
     base, points = next(iter(runs)), []
     per_second = {run: results["speed"][run][task]["tokens_per_second"] for run in runs}
     for i, (run, each) in enumerate(runs.items()):
-        gain = fmean(s[metric] for s in each[task].values()) - fmean(s[metric] for s in runs[base][task].values())
+        parts = [part for part in each[task] if part not in groups(task)] or [*each[task]]
+        gain = fmean(each[task][part][metric] - runs[base][task][part][metric] for part in parts)
         if per_second[run] and per_second[base]:
             points.append(Point(i, run, per_second[base] / per_second[run], 100 * sign * gain))
     if points:
@@ -221,7 +222,7 @@ def _board(folder: Path, results: Mapping[str, Any]) -> str:
         cells = [
             _change(runs[run][b][split], name, run == base)
             if split
-            else f"{100 * fmean(each[name] for each in runs[run][b].values()):.1f}"
+            else f"{100 * fmean(each[name] for part, each in runs[run][b].items() if part not in groups(b)):.1f}"
             for _, b, split, name in columns
         ]
         speed = results["speed"][run][last]["tokens_per_second"]
@@ -240,7 +241,7 @@ def _board(folder: Path, results: Mapping[str, Any]) -> str:
     lost = "".join(
         f" {run}: {unparsed} answers unparsed, {failed} failed."
         for run, each in runs.items()
-        for scores in [[split for b in each.values() for split in b.values()]]
+        for scores in [[b[part] for task, b in each.items() for part in once(task, b)]]
         for unparsed, failed in [tuple(sum(s.get(k, 0) for s in scores) for k in ("unparsed", "failed"))]
         if unparsed or failed
     )

@@ -18,6 +18,7 @@ from typing import Any
 
 from vlm_fix.errors import VlmFixError
 from vlm_fix.eval.files import DATA
+from vlm_fix.eval.scorers.registry import groups
 from vlm_fix.eval.tasks.sample import MAX_NEW_TOKENS
 from vlm_fix.registry import parse_spec
 
@@ -85,7 +86,7 @@ def compare(results: Mapping[str, Any]) -> list[dict[str, str]]:
         for row in table():
             ours = results["runs"][run].get(row["benchmark"], {})
             split = row.get("split", "mean")
-            splits = list(ours) if split == "mean" else [split]
+            splits = [s for s in ours if s not in groups(row["benchmark"])] if split == "mean" else [split]
             names = [name for name in row["metrics"] if splits and all(name in ours.get(s, {}) for s in splits)]
             if row["method"] == run.partition(":")[0] and names:
                 mean = f" (here: mean of {len(splits)} splits)" if len(splits) > 1 else ""

@@ -17,7 +17,7 @@ from typing import Any
 
 from vlm_fix.errors import VlmFixError
 from vlm_fix.eval import tasks
-from vlm_fix.eval.scorers.benchmark import Captions, Mark, YesNo
+from vlm_fix.eval.scorers.benchmark import Captions, Mark
 from vlm_fix.eval.scorers.registry import LAYOUTS, scorer_of
 from vlm_fix.eval.settings import Settings
 
@@ -71,7 +71,7 @@ def _judged(row: Mapping[str, Any], results: Mapping[str, Any]) -> tuple[str, in
     """Return the HTML of an answer, and how much is wrong with it: hallucinated mentions, or 1 for a wrong answer."""
     answers, settings = LAYOUTS[row["benchmark"]].answers, results["settings"]
     if row["answer"] is None:
-        return f'<mark class="bad">failed: {text_of(row["error"])}</mark>', int(isinstance(answers, YesNo))
+        return f'<mark class="bad">failed: {text_of(row["error"])}</mark>', int(not isinstance(answers, Captions))
     if isinstance(answers, Captions):
         marks, wrong = answers.mark(row, settings["data"][row["benchmark"]])
         return _marked(row["answer"], marks), wrong

@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from vlm_fix.eval.run.summary import by_split
-from vlm_fix.eval.scorers.registry import LAYOUTS, PLAIN
+from vlm_fix.eval.scorers.registry import LAYOUTS, PLAIN, once
 from vlm_fix.eval.stats import SIGNIFICANT
 
 from . import figure
@@ -31,6 +31,7 @@ CHANGES = {
     "tp_to_fn": "TP>FN",
     "fp_to_tn": "FP>TN",
     "tn_to_fp": "TN>FP",
+    "verdict": "verdict",
     "chair_i": "C_I at equal length",
     "recall": "recall at equal length",
 }
@@ -97,6 +98,8 @@ def _star(delta: Mapping[str, Any], name: str) -> bool:
 def _changes(scores: Mapping[str, Any]) -> dict[str, Cell]:
     """Return the cells of CHANGES that this row has; none for the baseline."""
     counts = {**scores.get("outcomes", {}), **scores.get("transitions", {})}
+    if "verdict" in scores:
+        counts["verdict"] = scores["verdict"]["is"]
     equal = scores.get("equal_length", {})
     return {name: Cell(f"{n:.2g}" if name == "p" else str(n)) for name, n in counts.items()} | {
         name: Cell(f"{100 * equal[name]['method']:.1f}", _delta(equal, name), _star(equal, name))
@@ -109,7 +112,8 @@ def _captions(results: Mapping[str, Any]) -> dict[str, str]:
     """Return one line about what was measured, per table."""
     settings, out = results["settings"], {}
     for benchmark, data in settings["data"].items():
-        failed = sum(scores["failed"] for _, _, scores in by_split(results, benchmark))
+        apart = once(benchmark, next(iter(results["runs"].values()))[benchmark])
+        failed = sum(scores["failed"] for split, _, scores in by_split(results, benchmark) if split in apart)
         lost = (
             f"; {failed} answer{'s' * (failed > 1)} failed and count as wrong or empty (see samples.jsonl)"
             if failed

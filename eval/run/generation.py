@@ -185,12 +185,8 @@ def answer(model: Any, processor: Any, samples: Sequence[Sample], seed: int, **h
 
 def warm_up(model: Any, processor: Any, samples: Sequence[Sample], seed: int, how: dict[str, Any]) -> None:
     """Make a short untimed call, so that a combination that a method refuses ends the run before anything is written."""
-    readable = []
-    for sample in samples:
-        with contextlib.suppress(VlmFixError):
-            readable.append((load_image(sample), sample.prompt))
-    if readable:
-        images, prompts = zip(*readable, strict=True)
+    images, prompts = readable(samples)
+    if images:
         short = {**how, "max_new_tokens": min(2, how["max_new_tokens"])}
         try:
             with warnings.catch_warnings(action="ignore"):
@@ -199,6 +195,16 @@ def warm_up(model: Any, processor: Any, samples: Sequence[Sample], seed: int, ho
             raise
         except Exception:  # the batch itself will record the error, sample by sample
             return
+
+
+def readable(samples: Sequence[Sample]) -> tuple[list[Image.Image], list[str]]:
+    """Return the images that can be read, and their prompts."""
+    found: tuple[list[Image.Image], list[str]] = ([], [])
+    for sample in samples:
+        with contextlib.suppress(VlmFixError):
+            found[0].append(load_image(sample))
+            found[1].append(sample.prompt)
+    return found
 
 
 def reset_peak(device: torch.device) -> None:

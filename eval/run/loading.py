@@ -6,6 +6,7 @@ import contextlib
 import os
 import platform
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,19 @@ def check_device(device: str) -> None:
 
 
 def load_model(
-    name: str, dtype: str = "auto", device: str = "auto", device_map: str | None = None
+    name: str,
+    dtype: str = "auto",
+    device: str = "auto",
+    device_map: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    model_args: Mapping[str, Any] | None = None,
 ) -> tuple[Any, Any, dict[str, Any]]:
     """Load (model, processor, identity) from a Hugging Face name, a directory or a bundled model such as "picto-llava".
 
-    `device` "auto" uses as many GPUs as the model needs, or the process's own GPU under a launcher, else the CPU.
+    `revision` is a branch, tag or commit of a Hugging Face repository; `model_args` are further arguments of
+    `from_pretrained`; `trust_remote_code` runs the checkpoint's own code. `device` "auto" uses as many GPUs as the model
+    needs, or the process's own GPU under a launcher, else the CPU.
     """
     check_device(device)
     if not sys.stderr.isatty():
@@ -47,15 +56,25 @@ def load_model(
     cuda = device != "cpu" and torch.cuda.is_available()
     if device == "auto" and cuda and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
+    theirs: dict[str, Any] = {"revision": revision} if revision else {}
+    theirs |= {"trust_remote_code": True} if trust_remote_code else {}
     try:
-        processor = AutoProcessor.from_pretrained(path)
+        processor = AutoProcessor.from_pretrained(path, **theirs)
         model = AutoModelForImageTextToText.from_pretrained(
             path,
             dtype=("auto" if cuda else torch.float32) if dtype == "auto" else getattr(torch, dtype),
             device_map=device_map or (device if cuda else None),
+            **theirs,
+            **(model_args or {}),
         ).eval()
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, TypeError) as error:
+        if isinstance(error, TypeError) and not model_args:
+            raise
         cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if "trust_remote_code" in str(error) and not trust_remote_code:
+            cause, remedy = "it comes with code of its own", "read that code, then add --trust-remote-code to run it."
+        elif model_args:
+            remedy = f"check --model-args {', '.join(model_args)}, or {remedy}"
         raise VlmFixError(f"model {name!r} could not be loaded ({cause.rstrip('.')}): {remedy}") from error
     _check(processor, name)
     processor.tokenizer.padding_side = "left"
@@ -69,6 +88,7 @@ def load_model(
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": model.device.type,
     }
+    identity |= {"revision": revision} if revision else {}
     return model, processor, identity
 
 
@@ -94,13 +114,14 @@ def _check(processor: Any, name: str) -> None:
         raise VlmFixError(f"the processor of {name!r} has no chat template: add chat_template.jinja to the checkpoint.")
 
 
-def outline(name: str) -> Any | None:
+def outline(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any | None:
     """Return the model without weights, from its configuration alone, or None if that cannot be read or built."""
     path = _path(name)
     try:
-        config = AutoConfig.from_pretrained(path)
+        theirs: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
+        config = AutoConfig.from_pretrained(path, **theirs, **({"revision": revision} if revision else {}))
         with torch.device("meta"):
-            made = AutoModelForImageTextToText.from_config(config)
+            made = AutoModelForImageTextToText.from_config(config, **theirs)
     except Exception:  # whatever it is, `load_model` meets it too and says it
         return None
     made.name_or_path = path

@@ -2,9 +2,10 @@
 
 `evaluate` executes the runs of `plan.py` over the tasks of `tasks/`, in left-padded batches through `generate`, in one
 process or, under `accelerate launch` or `torchrun`, in several that share the batches. The output folder gets
-`config.json` (the settings), `samples.jsonl` (one line per answer, flushed to disk after every batch, see `store.py`) and
-`results.json`; `report.tables.write` adds tables and a figure. Batches and their random seeds depend only on the
-settings, so an interrupted and resumed run, or one shared between processes, gives the same answers as any other.
+`config.json` (the settings), `run.yaml` (the same as options, for `--config`), `samples.jsonl` (one line per answer, flushed
+to disk after every batch, see `store.py`) and `results.json`; `report.tables.write` adds tables and a figure. Batches and
+their random seeds depend only on the settings, so an interrupted and resumed run, or one shared between processes, gives
+the same answers as any other.
 
 Speed is measured on the run itself, after one untimed warm-up call per run and benchmark. tokens/s: new tokens, end token
 included, per second inside `generate` (with prefill). First token: seconds from the call of `generate` to the first
@@ -38,12 +39,13 @@ import vlm_fix
 from vlm_fix import registry
 from vlm_fix.calibrated import choose, read_all
 from vlm_fix.errors import VlmFixError
+from vlm_fix.eval import options
 from vlm_fix.eval.files import write_atomic
 from vlm_fix.eval.scorers.registry import scorer_and_commit
 from vlm_fix.eval.settings import Settings
 from vlm_fix.eval.tasks import Task, build
 
-from . import summary
+from . import size, summary
 from .generation import answer, batches, peak_mb, reset_peak, warm_up
 from .loading import hardware, load_model, load_served, outline
 from .plan import Run, check_stacks, runs
@@ -65,7 +67,7 @@ def _run(
     Yields the number of finished samples after every batch, and at the end those of the other processes.
     """
     how = dataclasses.replace(settings, **dict(run.decoding)).generate_kwargs(task.max_new_tokens)
-    plan = batches(task.samples, settings.batch_size)
+    plan = batches(task.samples, int(settings.batch_size))
     left = [i for i in range(len(plan)) if (run.name, seed, task.benchmark, i) not in store.rows]
     mine = left[store.team.rank :: store.team.size]
     yield len(task.samples) - sum(len(plan[i]) for i in left)
@@ -115,15 +117,34 @@ def evaluate(
         raise VlmFixError(f"--output {folder} is a file: give a folder.")
     if team.share((folder / "config.json").exists()) and not resume:
         raise VlmFixError(f"{folder} already holds a run: add --resume to continue it or choose another --output.")
-    check_stacks(settings, None if loaded else outline(settings.model))
+    check_stacks(settings, None if loaded else outline(settings.model, settings.revision, settings.trust_remote_code))
     tasks = build(settings)
-    load = load_served if settings.engine == "vllm" else load_model
-    model, processor, identity = loaded or load(settings.model, settings.dtype, settings.device, settings.device_map)
+    model, processor, identity = loaded or (
+        load_served(settings.model, settings.dtype, settings.device, settings.device_map)
+        if settings.engine == "vllm"
+        else load_model(
+            settings.model,
+            settings.dtype,
+            settings.device,
+            settings.device_map,
+            settings.revision,
+            settings.trust_remote_code,
+            settings.model_args,
+        )
+    )
     calibration = choose(settings.calibration, model, methods)
     plan = runs(settings, model, tasks, calibration)
     for run in plan:  # report a bad value or combination now, not after an hour of baseline
         with run.applied(model, calibration):
             pass
+    if settings.batch_size == "auto":
+        settings = dataclasses.replace(
+            settings,
+            batch_size=_auto_size(
+                team, folder, resume, lambda: size.choose(model, processor, settings, tasks, plan, calibration)
+            ),
+        )
+        console.print(f"batches of {settings.batch_size}", highlight=False)
     config = json.loads(
         json.dumps(
             {
@@ -141,6 +162,8 @@ def evaluate(
         )
     )
     store = Store(folder, config, resume, team)
+    if team.first:
+        write_atomic(folder / "run.yaml", options.to_text(settings))
     specs: dict[str, dict[str, str]] = {}
     for run in plan:
         done, samples = 0, sum(len(task.samples) for task in tasks) * len(run.seeds)
@@ -161,18 +184,26 @@ def evaluate(
                                 watch(run.name, done, samples)
     team.wait()
     if team.first:
-        size = settings.batch_size
+        per_batch = int(settings.batch_size)
         order = [
             (run.name, s, t.benchmark, i)
             for run in plan
             for s in run.seeds
             for t in tasks
-            for i in range(-(-len(t.samples) // size))
+            for i in range(-(-len(t.samples) // per_batch))
         ]
         store.merge(order)
         _write(config, plan, specs, tasks, store, model.device)
     team.wait()
     return load_results(folder)
+
+
+def _auto_size(team: Team, folder: Path, resume: bool, choose: Callable[[], int]) -> int:
+    """Return the size that a run to be resumed had, else the smallest that the processes chose."""
+    known = folder / "config.json"
+    if resume and known.exists():
+        return int(json.loads(known.read_text())["batch_size"])
+    return min(team.gather(choose()))
 
 
 def _write(

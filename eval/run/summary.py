@@ -9,9 +9,10 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from vlm_fix.eval.scorers.benchmark import Captions, Overall
+from vlm_fix.eval.compare import compare
+from vlm_fix.eval.scorers.benchmark import Overall
 from vlm_fix.eval.scorers.registry import BENCHMARKS, LAYOUTS
-from vlm_fix.eval.stats import Metric, column_sums, holm, outcomes, p_value, paired_bootstrap, spread, transitions
+from vlm_fix.eval.stats import Metric, column_sums, holm, p_value, paired_bootstrap, spread
 from vlm_fix.eval.tasks import Task
 
 
@@ -23,9 +24,9 @@ def summarise(
 ) -> dict[str, dict[str, dict[str, dict[str, Any]]]]:
     """Return run -> benchmark -> split -> metrics, `failed`, and what changed against the first run.
 
-    What changed is `delta` {metric: Comparison, with p and p_holm as `correct` gives them}, `outcomes` and `transitions`
-    (see `stats`) and, for CHAIR, `equal_length` {metric: the same}. The counts of several seeds are summed, with `seeds`
-    {metric: mean, sd, values}; a run with one seed is compared with each seed of the other, and p is the largest over seeds.
+    What changed is what `compare` returns: `delta` {metric: Comparison, with p and p_holm as `correct` gives them},
+    `outcomes`, `verdict` and more. The counts of several seeds are summed, with `seeds` {metric: mean, sd, values}; a run
+    with one seed is compared with each seed of the other, and p is the largest over seeds.
     """
     baseline = next(iter(runs))
     summary: dict[str, Any] = {run: {} for run in runs}
@@ -119,17 +120,7 @@ def _summary(
     if not theirs:
         return summary
     pairs = [(base.results[split], method.results[split]) for base, method in _pairs(ours, theirs)]
-    summary["delta"] = _compared({name: layout.metrics[name] for name in layout.compared}, _rows(pairs), seed)
-    each = [outcomes(base.rows, method.rows, layout.right) for base, method in pairs]
-    summary["outcomes"] = {name: sum(e[name] for e in each) for name in ("mended", "broken")}
-    summary["outcomes"]["p"] = max(e["p"] for e in each)
-    if {"tp", "fp", "tn", "fn"} <= pairs[0][0].rows[0].keys():
-        moves = [transitions(base.rows, method.rows) for base, method in pairs]
-        summary["transitions"] = {name: sum(move[name] for move in moves) for name in moves[0]}
-    if isinstance(layout.answers, Captions) and layout.answers.at_equal_length:
-        cut = [layout.answers.at_equal_length(base, method) for base, method in pairs]
-        summary["equal_length"] = _compared({name: layout.metrics[name] for name in layout.compared}, cut, seed)
-    return summary
+    return summary | compare(layout, pairs, seed)
 
 
 def _figures(metrics: Mapping[str, Metric], results: Sequence[Any]) -> dict[str, Any]:

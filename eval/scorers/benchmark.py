@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeAlias, get_args
 
 from vlm_fix.eval.stats import Metric
 
-from .choices import Scorer, Variant
+from .choices import Labels, Scorer, Variant
 from .result import Result
 
 Settings: TypeAlias = Mapping[str, Any]
@@ -33,7 +33,7 @@ class YesNo:
 
     `verdict` maps (answer, label, scorer) to yes, no or unknown. `accuracy` is the metric drawn against the yes-ratio,
     `balanced` says that half of the labels are yes. `total` names the part with all answers; where there is none, all
-    parts are averaged except those in `groups`, which only sum up others.
+    parts are averaged except those in `groups`, which only show answers again that are in others.
     """
 
     verdict: Callable[[str | None, str, Scorer], str]
@@ -44,12 +44,21 @@ class YesNo:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """How the answers to questions with lettered choices are judged: `verdict` maps (answer, label, scorer) to a letter."""
+
+    verdict: Callable[[str | None, str, Scorer], str]
+    accuracy: str = "accuracy"
+
+
+@dataclass(frozen=True)
 class Captions:
     """How captions are judged and drawn on the report page.
 
     `mark` maps (row of samples.jsonl, data) to the marked words and the number of hallucinated ones. The metric
     `invented`, called `heading`, is drawn against the metric `found`; with `drawn` also in figure.png. `at_equal_length`
-    returns the rows of two results with each pair of captions cut to the same length.
+    returns the rows of two results with each pair of captions cut to the same length, `at_share` those of one result with
+    each caption cut to a share of its words.
     """
 
     mark: Callable[[Mapping[str, Any], Data], tuple[list[Mark], int]]
@@ -58,6 +67,7 @@ class Captions:
     heading: str
     drawn: bool = False
     at_equal_length: Callable[[Any, Any], tuple[list[dict[str, Any]], list[dict[str, Any]]]] | None = None
+    at_share: Callable[[Any, float], list[dict[str, Any]]] | None = None
 
 
 class Gain(NamedTuple):
@@ -83,7 +93,7 @@ class Layout:
     compared: tuple[str, ...]
     right: Callable[[Mapping[str, Any]], Any]
     caption: Callable[[Settings, Data], str]
-    answers: YesNo | Captions
+    answers: YesNo | Choice | Captions
     leaderboard: Mapping[str, str]
     leaderboard_means: Mapping[str, str] = field(default_factory=dict)
     gain: Gain | None = None
@@ -119,7 +129,9 @@ class Benchmark:
     `commits` maps a scorer or variant to the code that it follows, `source_commit` is that of the benchmark's own script.
     `score_files` gets the values of `arguments` by keyword, and `tell`, which prints a line about what was read. It returns
     one result, or a dictionary with the figures of each part and perhaps a number for the whole. `layouts` are by task;
-    AMBER has two tasks, the others one.
+    AMBER has two tasks, the others one. `results` gets the same and returns task -> part -> result with its rows, in an
+    order that does not depend on that of the file; `answers` names the argument with the answers; `asked` says whether
+    `vlm-fix eval` asks it.
     """
 
     name: str
@@ -129,6 +141,9 @@ class Benchmark:
     score_what: str
     arguments: tuple[Argument, ...]
     score_files: Callable[..., Any]
+    results: Callable[..., dict[str, dict[str, Any]]]
+    answers: str = "answers"
+    asked: bool = True
     layouts: Mapping[str, Layout]
     overall: Overall | None = None
 
@@ -143,6 +158,12 @@ KEYS = (
 def scorer_option(default: Scorer | None = "official", help: str = "(%(default)s)") -> Argument:
     """--scorer, for benchmarks with yes/no answers."""
     return Argument("--scorer", {"choices": get_args(Scorer), "default": default, "help": help})
+
+
+def labels_option() -> Argument:
+    """--labels, for POPE's questions."""
+    help = "POPE's, RePOPE's corrected ones, or both where the questions are POPE's about COCO (%(default)s)"
+    return Argument("--labels", {"choices": get_args(Labels), "default": "both", "help": help})
 
 
 def variant_option(help: str = "(%(default)s)") -> Argument:

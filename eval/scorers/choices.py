@@ -9,6 +9,9 @@ Scorer = Literal["official", "opera", "vcd", "lmms", "vlmevalkit", "ours"]
 Variant = Literal["nltk", "pattern"]
 """How the words of a caption are read, see `chair/words.py`."""
 
+Labels = Literal["both", "pope", "repope"]
+"""Whose labels of POPE's questions: POPE's, RePOPE's, or, where RePOPE has them, both."""
+
 
 def one_of(value: str, choices: Any, what: str) -> str:
     """Return `value` if the Literal type `choices` lists it, else raise VlmFixError."""

@@ -203,7 +203,7 @@ def score(
     rows = []
     for place, (one, ok) in enumerate(zip(said, right, strict=True)):
         row: dict[str, Any] = {"image": sets[place], "n": 1, "right": int(ok), "yes": int(one == "yes")}
-        row |= {"unparsed": int(one == "unknown")}
+        row |= {"unparsed": int(one == "unknown"), "positive": int(questions[place].label == "yes")}
         rows.append(row | {name: n for column in columns for name, n in column[place].items()})
     kinds = [q.category for q in questions]
     parts = {"overall": [*range(len(rows))]}
@@ -243,9 +243,24 @@ def score_files(
     tell: Tell = str,
 ) -> dict[str, dict[str, Any]]:
     """Score an answer file, by part."""
+    return {
+        part: result.to_dict()
+        for part, result in results(answers, scorer, answer_key, id_key, tell)["hallusion"].items()
+    }
+
+
+def results(
+    answers: str,
+    scorer: Scorer | None = None,
+    answer_key: str | None = None,
+    id_key: str | None = None,
+    tell: Tell = str,
+) -> dict[str, dict[str, Result]]:
+    """Score an answer file, by task and part; rows in the order of the questions' ids."""
     chosen: Scorer = scorer or ("official" if answer_key and _is_mark(answer_key) else usual_scorer(answers))
     asked, given = load_answers(answers, chosen, Keys(answer_key, id_key), tell)
-    return {part: result.to_dict() for part, result in score(given, asked, chosen).items()}
+    order = sorted(range(len(asked)), key=lambda place: asked[place].id)
+    return {"hallusion": score([given[place] for place in order], [asked[place] for place in order], chosen)}
 
 
 BENCHMARK = Benchmark(
@@ -262,6 +277,7 @@ BENCHMARK = Benchmark(
         *KEYS,
     ),
     score_files=score_files,
+    results=results,
     layouts={
         "hallusion": Layout(
             columns={"aAcc": "aAcc", "qAcc": "qAcc", "fAcc": "fAcc", "yes_ratio": "yes", "unparsed": "unp."},

@@ -168,6 +168,7 @@ def score(
     rows: dict[str, list[dict[str, Any]]] = {}
     for question, one, ok, pair in zip(questions, said, right, pairs, strict=True):
         row = {"image": f"{question.task}/{Path(question.image).name}", "n": 1, "right": int(ok), **pair}
+        row["positive"] = int(question.label == "yes")
         rows.setdefault(question.task, []).append({**row, "yes": int(one == "yes"), "unparsed": int(one == "unknown")})
     parts = dict(rows)
     for group, tasks in GROUPS.items():
@@ -206,6 +207,20 @@ def score_files(
     tell: Tell = str,
 ) -> dict[str, dict[str, Any]]:
     """Score a folder of TASK.txt files, or a file with all tasks, by part; the score is in points."""
+    scored = results(answers, scorer, questions, answer_key, id_key, tell)["mme"]
+    found = {part: result.to_dict() for part, result in scored.items()}
+    return {part: {**figures, "score": 100 * figures["score"]} for part, figures in found.items()}
+
+
+def results(
+    answers: str,
+    scorer: Scorer = "official",
+    questions: str | None = None,
+    answer_key: str | None = None,
+    id_key: str | None = None,
+    tell: Tell = str,
+) -> dict[str, dict[str, Result]]:
+    """Score the same by task and part, as fractions; rows in the order of images and questions."""
     given: Sequence[str | None]
     if Path(answers).is_file():
         rows = read(answers, ROW, Keys(answer_key, id_key))
@@ -217,8 +232,8 @@ def score_files(
             raise VlmFixError(f"{given_option} has no effect on a folder of TASK.txt: leave it out, or give a file.")
         asked, given = load_results(answers)
         tell(f"read {len(given)} answers from {answers}: TASK.txt files (image, question, truth, answer)")
-    found = {part: result.to_dict() for part, result in score(given, asked, scorer).items()}
-    return {part: {**figures, "score": 100 * figures["score"]} for part, figures in found.items()}
+    order = sorted(range(len(asked)), key=lambda place: asked[place][1:])
+    return {"mme": score([given[place] for place in order], [asked[place] for place in order], scorer)}
 
 
 BENCHMARK = Benchmark(
@@ -242,6 +257,7 @@ BENCHMARK = Benchmark(
         *KEYS,
     ),
     score_files=score_files,
+    results=results,
     layouts={
         "mme": Layout(
             columns={

@@ -5,18 +5,31 @@ What `vlm-fix eval` asks for a benchmark is in `tasks/`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from . import amber, chair, hallusion, mme, pope
+from . import amber, beaf, chair, dash_b, hallusion, listed, mme, opope, pope, pope_prob, reefknot
 from .benchmark import Benchmark, Layout
 
+MODULES = (pope, chair, amber, mme, hallusion, dash_b, beaf, reefknot, opope, pope_prob)
 BENCHMARKS: dict[str, Benchmark] = {
-    module.BENCHMARK.name: module.BENCHMARK for module in (pope, chair, amber, mme, hallusion)
+    made.name: made for made in (*(module.BENCHMARK for module in MODULES), listed.FOHE, listed.R_BENCHMARK)
 }
 LAYOUTS: dict[str, Layout] = {task: each for made in BENCHMARKS.values() for task, each in made.layouts.items()}
 PLAIN = {"unparsed", "misread", "length", "n", "failed"}
 """Figures that are numbers; all others are fractions."""
+
+
+def groups(task: str) -> Collection[str]:
+    """Return the parts of a task that no mean counts, as their answers are in other parts."""
+    return getattr(LAYOUTS[task].answers, "groups", ()) if task in LAYOUTS else ()
+
+
+def once(task: str, parts: Iterable[str]) -> list[str]:
+    """Return the parts that share no answer: without those of `groups`, and without the total where there are others."""
+    apart = [part for part in parts if part not in groups(task)]
+    total = getattr(LAYOUTS[task].answers, "total", "")
+    return [part for part in apart if part != total] or apart
 
 
 def scorer_of(settings: Mapping[str, Any], task: str) -> str:

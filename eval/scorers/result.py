@@ -1,6 +1,6 @@
 """The result of a scorer: its figures, and the counts that they come from."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ class Result:
     """Figures, as fractions of 1, over `n` answers; `rows` are counts with their image, for `stats.paired_bootstrap`.
 
     `unparsed` answers are neither yes nor no to the scorer; `misread` are those it takes against their plain word.
+    `at_share` returns the rows with each caption cut to a share of its words; None for answers that are no captions.
     """
 
     scorer: str
@@ -25,6 +26,7 @@ class Result:
     unparsed: int = 0
     rows: list[dict[str, Any]] = field(default_factory=list, repr=False)
     misread: Misread = NONE
+    at_share: Callable[[float], list[dict[str, Any]]] | None = field(default=None, repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Return what results.json holds: everything but the rows."""

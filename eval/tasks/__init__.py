@@ -5,6 +5,7 @@
     amber        picto, amber:DIR              captions ("amber") and yes/no questions ("amber-qa")
     mme          mme:DIR                       the questions of DIR, MME_Benchmark_release_version
     hallusion    hallusion:DIR                 the 951 questions about figures
+    dash-b, beaf, reefknot                     NAME:DIR, the folder of their question files and images: `listed.py`
 
 `sample.py` says what a task consists of; `scorers/` judges its answers.
 """
@@ -16,17 +17,24 @@ from typing import Any, TypeAlias
 
 from vlm_fix.errors import VlmFixError
 from vlm_fix.eval import picto
-from vlm_fix.eval.scorers.benchmark import YesNo
+from vlm_fix.eval.scorers.benchmark import Captions
 from vlm_fix.eval.scorers.registry import BENCHMARKS
 from vlm_fix.eval.settings import Settings
 
-from . import amber, chair, coco, hallusion, mme, pairs, pope
+from . import amber, chair, coco, hallusion, listed, mme, pairs, pope
 from .sample import IMAGES, Items, Sample, load_image
 
 __all__ = ["Items", "Sample", "Task", "build", "load_image", "pairs"]
 
 Task: TypeAlias = pope.Pope | chair.Chair | Items
-OWN_IMAGES = {"amber": amber, "mme": mme, "hallusion": hallusion}
+OWN_IMAGES: dict[str, Any] = {
+    "amber": amber,
+    "mme": mme,
+    "hallusion": hallusion,
+    "dash-b": listed.DashB,
+    "beaf": listed.Beaf,
+    "reefknot": listed.Reefknot,
+}
 """Benchmarks with a folder of images of their own; POPE and CHAIR ask about any."""
 
 
@@ -38,11 +46,13 @@ def build(settings: Settings) -> list[Task]:
     name, (kind, _, where) = settings.benchmark, settings.data.partition(":")
     folder = Path(where).expanduser()
     made = BENCHMARKS.get(name)
-    questions_only = made and all(isinstance(layout.answers, YesNo) for layout in made.layouts.values())
+    questions_only = made and all(not isinstance(layout.answers, Captions) for layout in made.layouts.values())
     if made and questions_only and settings.prompt and "{question}" not in settings.prompt:
         raise VlmFixError(
             f'--prompt for {made.title} must hold {{question}}, for example "{{question}} Please answer in one word."'
         )
+    if settings.labels != "both" and name not in ("pope", "all"):
+        raise VlmFixError(f"--labels has no effect on {name}: it is for pope.")
     if name in OWN_IMAGES:
         return [*_own_images(name, kind, where, settings)]
     unknown = [split for split in settings.splits if split not in pope.SPLITS]

@@ -1,7 +1,8 @@
 """POPE's task: questions about Picto's scenes, about COCO's images, or from files about any images.
 
 A question that several splits share (all three have the same positives) is asked once and counted in each. COCO's images
-get the official questions; for other images and for Picto, questions are made from the annotations.
+get the official questions, judged by POPE's and RePOPE's labels; for other images and for Picto, questions are made from
+the annotations.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from vlm_fix.errors import VlmFixError
 from vlm_fix.eval import picto
 from vlm_fix.eval.scorers.choices import Scorer
 from vlm_fix.eval.scorers.pope import data as pope_data
+from vlm_fix.eval.scorers.pope import repope
 from vlm_fix.eval.scorers.pope import score as pope
 from vlm_fix.eval.settings import Settings
 
@@ -53,6 +55,7 @@ class Pope:
 
 def of_picto(scenes: Sequence[picto.Scene], images: int, source: str, settings: Settings) -> Pope:
     """Build the task about `images` of the scenes; those with fewer than three objects are skipped."""
+    _no_repope(settings)
     instances, _ = picto.coco_annotations(scenes)
     questions = _made(instances, images, settings)
     return _task(questions, {s.file_name: (s.image_id, s.image) for s in scenes}, settings, source)
@@ -75,8 +78,14 @@ def of_folder(folder: Folder, settings: Settings) -> Pope:
         questions: dict[Any, list[pope.Question]] = {
             kind: [q for q in each if q.image in names] for kind, each in official.items()
         }
+        if settings.labels == "both":
+            checked = {kind: repope.needed(each)[1] for kind, each in questions.items()}
+            questions |= {f"{kind} RePOPE": each for kind, each in checked.items()}
+        elif settings.labels == "repope":
+            questions = {kind: repope.needed(each)[1] for kind, each in questions.items()}
         source = f"coco, official questions, first {len(names)} images"
     else:
+        _no_repope(settings)
         instances = folder.annotations("instances", wanted or folder.images)
         kinds: dict[int, set[int]] = {}
         for row in instances["annotations"]:
@@ -90,8 +99,17 @@ def of_folder(folder: Folder, settings: Settings) -> Pope:
 
 
 def of_files(folder: Path, settings: Settings) -> Pope:
-    """Build the task from --questions, a split per file; a limit keeps the first images that they name."""
-    paths, asked = paths_in(folder), {Path(file).stem: pope_data.load_questions(file) for file in settings.questions}
+    """Build the task from --questions, a split per file; aokvqa and gqa are the package's, with the splits of --split.
+
+    A limit keeps the first images that they name.
+    """
+    _no_repope(settings)
+    paths, asked = paths_in(folder), {}
+    for file in settings.questions:
+        if file in pope_data.PACKAGED:  # such as aokvqa: the splits of the package
+            asked |= {f"{file} {kind}": pope_data.load_questions(f"{file}:{kind}") for kind in settings.splits}
+        else:
+            asked[Path(file).stem] = pope_data.load_questions(file)
     names = list(dict.fromkeys(q.image for each in asked.values() for q in each))[: settings.limit]
     lost = [name for name in names if name not in paths]
     if lost:
@@ -121,6 +139,14 @@ def _made(instances: Any, images: int, settings: Settings) -> dict[Any, list[pop
     raise AssertionError("the last try raises")
 
 
+def _no_repope(settings: Settings) -> None:
+    if settings.labels == "repope":
+        raise VlmFixError(
+            "RePOPE labels POPE's own questions about COCO, and these are others: give --data coco:DIR with val2014's "
+            "images, or leave out --labels repope."
+        )
+
+
 def _id(question: pope.Question) -> str:
     return f"{question.image}|{question.text}"
 
@@ -146,4 +172,6 @@ def _task(
         "questions": {split: len(each) for split, each in questions.items()},
         "sha256": {split: pope.questions_sha256(each) for split, each in questions.items()},
     }
+    if settings.labels == "repope":
+        data["labels"] = "POPE with RePOPE's labels"
     return Pope(dict(questions), samples, settings.scorer, data)

@@ -16,6 +16,7 @@ from vlm_fix.errors import VlmFixError
 from . import (
     bench,
     calibrate,
+    compare,
     demo,
     doctor,
     eval,
@@ -35,8 +36,9 @@ from .common import LAYOUT, Parser
 COMMANDS = (
     eval,
     calibrate,
-    export,
     score,
+    compare,
+    export,
     published,
     report,
     methods,
@@ -54,6 +56,7 @@ EXAMPLES = """examples:
   vlm-fix eval all --method var,vhr,pai,vcd,hiprune --limit 50 --output runs/first
   vlm-fix eval chair --model llava-hf/llava-1.5-7b-hf --data coco:/data/coco --method pai,vcd
   vlm-fix score chair captions.jsonl --variant pattern
+  vlm-fix compare greedy.jsonl method.jsonl --benchmark chair
   vlm-fix methods
   vlm-fix doctor                                           does every kind of method act on this installation?"""
 
@@ -83,6 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest and "rest" not in args:
         _parser().error(f"unrecognized arguments: {' '.join(rest)}")
     args.rest = rest
+    args.argv = list(sys.argv[1:] if argv is None else argv)
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _warn

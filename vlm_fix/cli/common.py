@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, NoReturn, get_args
 
 from vlm_fix.errors import VlmFixError
-from vlm_fix.eval.scorers.choices import Scorer, Variant
+from vlm_fix.eval.scorers.choices import Labels, Scorer, Variant
 
 LAYOUT = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=28)
-SCORERS, VARIANTS = get_args(Scorer), get_args(Variant)
+SCORERS, VARIANTS, LABELS = get_args(Scorer), get_args(Variant), get_args(Labels)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from vlm_fix.errors import VlmFixError
+from vlm_fix.eval.scorers.pope.data import PACKAGED
 
 
 class Rule(NamedTuple):
@@ -29,6 +30,11 @@ def _own_questions(args: Any) -> bool:
     return args.benchmark in ("pope", "all") and not args.questions
 
 
+def _has_splits(args: Any) -> bool:
+    packaged = {*(args.questions or "").split(",")} & PACKAGED.keys()  # such as gqa
+    return args.benchmark in ("pope", "all") and bool(packaged or not args.questions)
+
+
 def _of_coco(args: Any) -> bool:
     return args.benchmark in ("pope", "chair", "all") and args.data.startswith("coco") and not args.questions
 
@@ -36,8 +42,9 @@ def _of_coco(args: Any) -> bool:
 RULES = (
     Rule("--temperature", _samples, "add --sample"),
     Rule("--top-p", _samples, "add --sample"),
-    Rule("--split", _own_questions, "POPE alone has splits, and a file of --questions is one split"),
+    Rule("--split", _has_splits, "POPE alone has splits, and a file of --questions is one split"),
     Rule("--build", lambda args: _own_questions(args) and _of_coco(args), "it is for POPE about --data coco:DIR"),
+    Rule("--labels", lambda args: _own_questions(args) and _of_coco(args), "it is for POPE's own questions about COCO"),
     Rule("--ids", _of_coco, "it is for pope and chair about --data coco:DIR"),
     Rule("--scorer", lambda args: args.benchmark != "chair", "captions are judged by --variant"),
     Rule("--variant", _asks("chair", "all", "amber"), "it is for captions: chair, amber"),

@@ -20,28 +20,35 @@ lines <!-- leaderboard --> and <!-- /leaderboard --> is only changed between the
 def add_to(commands: Any) -> None:
     parser = add(commands, "report", "make one HTML page, or a Markdown table, of evaluations", run, ABOUT)
     parser.add_argument("folders", nargs="+", metavar="DIR", help="folders that `vlm-fix eval --output` made")
-    parser.add_argument("--out", metavar="FILE", help="the page (report.html, unless --markdown is given alone)")
+    parser.add_argument("--out", metavar="FILE", help="the page (report.html, unless another form is given alone)")
     parser.add_argument(
         "--markdown", metavar="FILE", help="the short table; replaces what is between the marks, see below"
     )
+    parser.add_argument("--csv", metavar="FILE", help="every figure of every run, a line each")
+    parser.add_argument("--latex", metavar="FILE", help="the tables, for booktabs")
     parser.add_argument("--samples", type=int, metavar="N", help="captions and questions shown (6)")
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.samples is not None and (args.samples < 0 or (args.markdown and not args.out)):
+    other = args.markdown or args.csv or args.latex
+    if args.samples is not None and (args.samples < 0 or (other and not args.out)):
         wrong = "give 0 or more" if args.samples < 0 else "it is for the page: add --out FILE, or leave it out"
         raise VlmFixError(f"--samples {args.samples}: {wrong}.")
     if twice := [folder for folder in args.folders if args.folders.count(folder) > 1]:
         raise VlmFixError(f"{twice[0]} is given twice: name each run once.")
-    out = args.out or ("" if args.markdown else "report.html")
-    for place in filter(None, (out, args.markdown)):
+    out = args.out or ("" if other else "report.html")
+    for place in filter(None, (out, args.markdown, args.csv, args.latex)):
         check_place(place)
     from vlm_fix.eval.files import write_atomic
-    from vlm_fix.eval.report import page
+    from vlm_fix.eval.report import export, page
 
     if args.markdown:
         page.save_markdown(page.leaderboard(args.folders), Path(args.markdown))
         print(args.markdown)
+    for place, make in ((args.csv, export.csv_text), (args.latex, export.latex)):
+        if place:
+            write_atomic(Path(place), make(page.read(args.folders)))
+            print(place)
     if out:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
         write_atomic(Path(out), page.page(args.folders, 6 if args.samples is None else args.samples))

@@ -8,10 +8,12 @@ import json
 import sys
 from typing import Any
 
+from vlm_fix.errors import VlmFixError
 from vlm_fix.eval.scorers.benchmark import Benchmark
 from vlm_fix.eval.scorers.registry import BENCHMARKS
 
 from .common import add, add_json
+from .compare import add_common, show
 
 EXAMPLES = """examples:
   vlm-fix score pope answers.jsonl                         POPE's own questions about COCO, one split or all three
@@ -26,12 +28,22 @@ def add_to(commands: Any) -> None:
         parser = add(kinds, benchmark.name, benchmark.score_what, functools.partial(_score, benchmark))
         for argument in benchmark.arguments:
             parser.add_argument(argument.name, **argument.options)
+        parser.add_argument("--against", metavar="BASE", help="a baseline's answers: compare with them, in one verdict")
+        add_common(parser)
         add_json(parser)
 
 
 def _score(benchmark: Benchmark, args: argparse.Namespace) -> None:
     told = functools.partial(print, file=sys.stderr)
-    found = benchmark.score_files(**{a.dest: getattr(args, a.dest) for a in benchmark.arguments}, tell=told)
+    given = {a.dest: getattr(args, a.dest) for a in benchmark.arguments}
+    if args.against:
+        new = given.pop(benchmark.answers)
+        show(benchmark, args.against, [new], given, args)
+        return
+    if args.common or args.frontier:
+        name = "--common" if args.common else "--frontier"
+        raise VlmFixError(f"{name} has no effect without --against BASE: leave it out.")
+    found = benchmark.score_files(**given, tell=told)
     _tell_misread(found)
     if not isinstance(found, dict):
         _print(args, benchmark.title, found)
@@ -58,6 +70,7 @@ def _print(args: argparse.Namespace, title: str, result: Any) -> None:
     """Print the figures of a result; --json prints its rows as well."""
     import dataclasses
 
+    title = "RePOPE" if getattr(result, "labels", "") == "repope" else title
     if args.json:
         print(json.dumps(dataclasses.asdict(result) | result.to_dict(), indent=2, default=str))
         return
@@ -66,6 +79,9 @@ def _print(args: argparse.Namespace, title: str, result: Any) -> None:
             print(f"{title}  {name:<20} {value:.5f}")
         elif isinstance(value, int | str):
             print(f"{title}  {name:<20} {value}")
+    if getattr(result, "repope", None):
+        print()
+        _print(args, title, result.repope)
 
 
 def _print_parts(title: str, found: dict[str, Any]) -> None:

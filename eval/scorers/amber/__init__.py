@@ -63,6 +63,21 @@ def mark(row: Mapping[str, Any], data: Mapping[str, Any]) -> tuple[list[Mark], i
     return marks, wrong
 
 
+def results(
+    answers: str,
+    scorer: Scorer = "official",
+    variant: Variant = "nltk",
+    answer_key: str | None = None,
+    id_key: str | None = None,
+    tell: Tell = str,
+) -> dict[str, dict[str, Any]]:
+    """Score an answer file, by task and part."""
+    found = official.score_file(answers, scorer, variant, Keys(answer_key, id_key), tell)
+    captions = {part: result for part, result in found.items() if part == "captions"}
+    asked = {part: result for part, result in found.items() if part != "captions"}
+    return {task: parts for task, parts in (("amber", captions), ("amber-qa", asked)) if parts}
+
+
 @cache
 def _lexicon(scorer: Any, variant: Variant) -> files.Lexicon:
     return files.picto_lexicon(variant) if scorer == "picto" else files.lexicon(scorer, variant)
@@ -81,6 +96,7 @@ BENCHMARK = Benchmark(
         *KEYS,
     ),
     score_files=score_files,
+    results=results,
     layouts={
         "amber": Layout(
             columns={"chair": "CHAIR", "cover": "cover", "hal": "Hal", "cog": "Cog", "score": "AMBER score"},
@@ -90,7 +106,7 @@ BENCHMARK = Benchmark(
             caption=plain_caption(
                 "AMBER captions (lower is better, but for cover and the score: half 100 - CHAIR, half F1 of all questions)"
             ),
-            answers=Captions(mark, "cover", "chair", "CHAIR"),
+            answers=Captions(mark, "cover", "chair", "CHAIR", at_share=lambda result, share: result.at_share(share)),
             leaderboard={"chair": ""},
         ),
         "amber-qa": Layout(

@@ -30,6 +30,8 @@ Worked example:
 0.3333333333333333
 """
 
+import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -87,15 +89,26 @@ def mentions(caption: str, scene: Scene, words: Lexicon) -> list[Mention]:
 
 def score_captions(captions: Sequence[str | None], scenes: Sequence[Scene], words: Lexicon) -> Result:
     """Compute CHAIR, Cover, Hal and Cog of one caption per scene; None counts as an empty caption."""
-    rows = []
-    for caption, scene in zip(captions, scenes, strict=True):
-        found = mentions(caption or "", scene, words)
-        wrong = sum(mention.wrong for mention in found)
-        row = {"n": 1, "hallucinating": int(wrong > 0), "hallucinated": wrong, "mentions": len(found)}
-        row |= {"covered": len({m.fits for m in found} - {None}), "truth": len(scene.truth)}
-        row |= {"imagined": len({place for m in found for place in m.imagined}), "hallu": len(scene.hallu)}
-        rows.append({"image": scene.image, **row})
-    return tally(words.scorer, rows, CAPTIONS)
+    texts = [caption or "" for caption in captions]
+    found = [mentions(text, scene, words) for text, scene in zip(texts, scenes, strict=True)]
+
+    def at_share(share: float) -> list[dict[str, Any]]:
+        rows = []
+        for text, scene, its in zip(texts, scenes, found, strict=True):
+            kept = math.ceil(share * len(text.split()))
+            rows.append(_row([m for m in its if len(text[: m.noun.start + 1].split()) <= kept], scene, kept))
+        return rows
+
+    return dataclasses.replace(tally(words.scorer, at_share(1), CAPTIONS), at_share=at_share)
+
+
+def _row(found: Sequence[Mention], scene: Scene, tokens: int) -> dict[str, Any]:
+    """The counts of one caption; `tokens` are its words."""
+    wrong = sum(mention.wrong for mention in found)
+    row = {"n": 1, "hallucinating": int(wrong > 0), "hallucinated": wrong, "mentions": len(found), "tokens": tokens}
+    row |= {"covered": len({m.fits for m in found} - {None}), "truth": len(scene.truth)}
+    row |= {"imagined": len({place for m in found for place in m.imagined}), "hallu": len(scene.hallu)}
+    return {"image": scene.image, **row}
 
 
 def _listed(objects: Sequence[str], words: Lexicon) -> dict[str, int]:
@@ -119,7 +132,13 @@ def score_questions(
     for said, question in zip(verdicts, questions, strict=True):
         yes = question.label == "yes"
         row = {"tp": yes and said == "yes", "fp": not yes and said == "yes", "tn": not yes and said == "no"}
-        row |= {"fn": yes and said == "no", "no": not yes, "yes": said == "yes", "unparsed": said == "unknown"}
+        row |= {
+            "fn": yes and said == "no",
+            "no": not yes,
+            "positive": yes,
+            "yes": said == "yes",
+            "unparsed": said == "unknown",
+        }
         rows.append({"image": question.image, "n": 1} | {name: int(value) for name, value in row.items()})
     return tally(scorer, rows, QUESTIONS, yesno.misread(answers, verdicts))
 

@@ -21,13 +21,14 @@ def score_files(
     answer_key: str | None = None,
     id_key: str | None = None,
     tell: Tell = str,
+    by_image: bool = False,
 ) -> score.ChairResult:
-    """Score a caption file."""
+    """Score a caption file, in its own order or in that of the images' ids."""
     truth = files.ground_truth(ground_truth or "coco", variant)
     found = files.load_captions(captions, Keys(answer_key, id_key), tell)
     if drop_incomplete:
         found = [caption._replace(text=files.whole_sentences(caption.text)) for caption in found]
-    return score.score(found, truth, variant)
+    return score.score(sorted(found, key=lambda c: c.image_id) if by_image else found, truth, variant)
 
 
 def _caption(settings: Mapping[str, Any], data: Mapping[str, Any]) -> str:
@@ -70,6 +71,8 @@ BENCHMARK = Benchmark(
         *KEYS,
     ),
     score_files=score_files,
+    results=lambda **given: {"chair": {"captions": score_files(**given, by_image=True)}},
+    answers="captions",
     layouts={
         "chair": Layout(
             columns={"chair_s": "C_S", "chair_i": "C_I", "recall": "recall", "f1": "F1", "length": "length"},
@@ -77,7 +80,15 @@ BENCHMARK = Benchmark(
             compared=("chair_s", "chair_i", "recall"),
             right=lambda row: not row["hallucinating"],
             caption=_caption,
-            answers=Captions(mark, "recall", "chair_i", "CHAIR_i", drawn=True, at_equal_length=score.at_equal_length),
+            answers=Captions(
+                mark,
+                "recall",
+                "chair_i",
+                "CHAIR_i",
+                drawn=True,
+                at_equal_length=score.at_equal_length,
+                at_share=score.at_share,
+            ),
             leaderboard={"chair_i": "CHAIR_i ↓", "recall": "recall", "length": "words"},
             gain=Gain("chair_i", -1, "CHAIR_i, points fewer"),
         )

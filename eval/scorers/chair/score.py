@@ -18,6 +18,7 @@ Worked example, ground truth {dog, sports ball}: "A dog and two cats." mentions 
 chair_s = 1, chair_i = 1/2, recall = 1/2, precision = 1/2, length = 6.
 """
 
+import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -124,27 +125,35 @@ def at_equal_length(base: ChairResult, method: ChairResult) -> tuple[list[dict[s
 
     and likewise C_S and recall. Both runs need captions of the same images in the same order. Source: this project.
     """
-    sides: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
     if [c.image_id for c in base.captions] != [c.image_id for c in method.captions]:
         raise VlmFixError("Captions of different images cannot be cut to equal length: run both on the same images.")
-    for pair in zip(
-        zip(base.captions, base.rows, strict=True), zip(method.captions, method.rows, strict=True), strict=True
-    ):
-        shortest = min(len(scored.caption.split()) for scored, _ in pair)
-        for side, (scored, row) in zip(sides, pair, strict=True):
-            right, wrong = (
-                [item for item in items if len(scored.caption[: item.start + 1].split()) <= shortest]
-                for items in (scored.correct, scored.hallucinated)
-            )
-            found = {item.node for item in right}
-            side.append(
-                {
-                    **row,
-                    "hallucinating": int(bool(wrong)),
-                    "hallucinated": len(wrong),
-                    "mentions": len(right) + len(wrong),
-                    "found": len(found),
-                    "objects": len(found | {item.node for item in wrong}),
-                }
-            )
-    return sides
+    both = zip(base.captions, method.captions, strict=True)
+    shortest = [min(len(caption.caption.split()) for caption in pair) for pair in both]
+    return _cut(base, shortest), _cut(method, shortest)
+
+
+def at_share(result: ChairResult, share: float) -> list[dict[str, Any]]:
+    """Return the rows with each caption cut to the first `share` (0 to 1) of its words, rounded up."""
+    return _cut(result, [math.ceil(share * len(scored.caption.split())) for scored in result.captions])
+
+
+def _cut(result: ChairResult, words: Iterable[int]) -> list[dict[str, Any]]:
+    """Return the rows with each caption cut to that many words: a mention counts if it begins within them."""
+    rows = []
+    for scored, row, kept in zip(result.captions, result.rows, words, strict=True):
+        right, wrong = (
+            [item for item in items if len(scored.caption[: item.start + 1].split()) <= kept]
+            for items in (scored.correct, scored.hallucinated)
+        )
+        found = {item.node for item in right}
+        rows.append(
+            {
+                **row,
+                "hallucinating": int(bool(wrong)),
+                "hallucinated": len(wrong),
+                "mentions": len(right) + len(wrong),
+                "found": len(found),
+                "objects": len(found | {item.node for item in wrong}),
+            }
+        )
+    return rows

@@ -27,8 +27,18 @@ QUESTION = '{"question_id": 1, "image": "COCO_val2014_000000310196.jpg", "text":
 ANSWER = '{"question_id": 1, "text": "No."}'
 
 
+PACKAGED = {"coco": "coco_pope_{}.jsonl.gz", "aokvqa": "aokvqa_pope_seem_{}.json.gz", "gqa": "gqa_pope_seem_{}.json.gz"}
+"""Data set -> file in the package of each kind."""
+
+
 def load_questions(path: str | Path) -> list[Question]:
-    """Read a POPE question file: JSON lines or array, gzipped or not. Raises VlmFixError naming row and key."""
+    """Read a POPE question file: JSON lines or array, gzipped or not. Raises VlmFixError naming row and key.
+
+    coco:random, aokvqa:popular, gqa:adversarial and so on are the official files in the package.
+    """
+    source, _, kind = str(path).partition(":")
+    if source in PACKAGED and kind in get_args(Kind) and not Path(path).exists():
+        path = DATA / "pope" / PACKAGED[source].format(kind)
     questions = []
     for number, row in enumerate(read_rows(path, "POPE question file", QUESTION), 1):
         for key in ("question_id", "image", "text", "label"):
@@ -43,7 +53,7 @@ def load_questions(path: str | Path) -> list[Question]:
 
 def coco_questions(kind: Kind) -> list[Question]:
     """Return the official 3000 questions about 500 val2014 images, which are in the package."""
-    return load_questions(DATA / f"pope/coco_pope_{one_of(kind, Kind, 'kind')}.jsonl.gz")
+    return load_questions(DATA / "pope" / PACKAGED["coco"].format(one_of(kind, Kind, "kind")))
 
 
 def load_answers(path: str | Path, keys: Keys = USUAL) -> list[Answer]:

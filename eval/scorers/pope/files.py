@@ -1,8 +1,8 @@
 """Which question does each row of an answer file answer? One split, or several in one file as LLaVA writes them.
 
-Questions come from a file, from all files of a folder (LLaVA's `coco/`), or from the package (`coco`): the three official
-splits, and the older `random` with 2910 questions that LLaVA's llava_pope_test.jsonl asks, 8910 in all. A file of
-questions without labels, such as that one, gets those of the package.
+Questions come from a file, from all files of a folder (LLaVA's `coco/`), or from the package: `gqa` or `aokvqa:random`, and
+`coco`, the three official splits with the older `random` of 2910 questions that LLaVA's llava_pope_test.jsonl asks, 8910
+in all. A file of questions without labels, such as that one, gets those of the package.
 
 Answers to one split are matched by id, else by image and question, else by order. Those to several, whose ids repeat or are
 LLaVA's own, by category, image and question where the rows have them, else by order: a stretch of rows answers a split if
@@ -20,7 +20,7 @@ from vlm_fix.eval.files import DATA, read_rows
 from vlm_fix.eval.scorers import answers
 from vlm_fix.eval.scorers.answers import plain_text
 
-from .data import QUESTION, coco_questions, load_questions
+from .data import PACKAGED, QUESTION, coco_questions, load_questions
 from .score import Answer, Kind, Question
 
 Splits = Mapping[str, list[Question]]
@@ -38,6 +38,9 @@ def load(source: str) -> Splits:
     """Return the questions of a file, of the files of a folder or, for "coco", of the package, by split."""
     if source == "coco":
         return official()
+    name, _, kind = source.partition(":")
+    if name in PACKAGED and not Path(source).exists():
+        return {each: load_questions(f"{name}:{each}") for each in ([kind] if kind else get_args(Kind))}
     path = Path(source)
     if path.is_dir():
         files = sorted(p for p in path.iterdir() if p.suffix in (".json", ".jsonl"))

@@ -67,7 +67,8 @@ class PopeResult:
     With lmms, vlmevalkit and ours tp+fp+tn+fn can be below n, as some answers are neither yes nor no. `unparsed` counts
     the answers without any word for yes or no, however the scorer reads them; `misread` are those it takes against their
     plain word. `correct` and `rows` (counts with their image, for `stats.paired_bootstrap`) are in the order of the
-    questions.
+    questions. `repope` is the result with RePOPE's labels, where it was asked for beside POPE's; `labels` says whose a
+    result has.
     """
 
     scorer: str
@@ -86,10 +87,12 @@ class PopeResult:
     correct: list[bool] = field(repr=False)
     rows: list[dict[str, Any]] = field(repr=False)
     misread: Misread = Misread()
+    labels: str = "pope"
+    repope: "PopeResult | None" = field(default=None, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Return what results.json holds: everything but the per-question lists."""
-        left_out = ("correct", "rows", "misread")
+        left_out = ("correct", "rows", "misread", "repope")
         return {name: value for name, value in vars(self).items() if name not in left_out} | told(self.misread)
 
 
@@ -111,7 +114,7 @@ def score(questions: Sequence[Question], answers: Sequence[Answer], scorer: Scor
         row = {"tp": yes and said == "yes", "fp": not yes and said == "yes", "tn": not yes and said == "no"}
         # VLMEvalKit's recall is over all positives: an unknown answer is a miss there, and no answer for lmms-eval
         row["fn"] = yes and (said in ("no", "failed") or (scorer in ("vlmevalkit", "ours") and said == "unknown"))
-        row["yes"] = yes if scorer == "lmms" else said == "yes"
+        row |= {"yes": yes if scorer == "lmms" else said == "yes", "positive": yes}
         rows.append({"image": question.image, "n": 1} | {name: int(value) for name, value in row.items()})
     sums = column_sums(rows, ["n", "tp", "fp", "tn", "fn", "yes"])
     figures: dict[str, Any] = {name: int(sums[name]) for name in ("n", "tp", "fp", "tn", "fn")}

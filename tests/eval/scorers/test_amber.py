@@ -2,6 +2,7 @@
 
 import doctest
 import json
+import math
 import random
 import tarfile
 
@@ -11,10 +12,12 @@ import pytest
 from tests.support.paths import DATA
 from vlm_fix import cli
 from vlm_fix.errors import VlmFixError
+from vlm_fix.eval.compare import compare
 from vlm_fix.eval.scorers.amber import data as amber_data
 from vlm_fix.eval.scorers.amber import official as amber_file
 from vlm_fix.eval.scorers.amber import score as amber
 from vlm_fix.eval.scorers.chair import words
+from vlm_fix.eval.scorers.registry import LAYOUTS
 
 PACK = DATA / "nltk_pack.tar.gz"
 
@@ -163,6 +166,19 @@ def test_the_command_scores_a_file_and_wants_all_of_a_part(file, tmp_path, nltk_
             amber_file.score_file(tmp_path / "bad.json", variant="pattern")
     assert cli.main(["score", "amber", str(tmp_path / "bad.json")]) == 2
     assert 'row 1: AMBER wants "id"' in capsys.readouterr().err
+
+
+def test_captions_cut_to_a_share_of_their_words_are_scored_like_shorter_captions() -> None:
+    words, shown = amber_data.lexicon("ours", "pattern"), amber_data.scenes()[:20]
+    texts = [" ".join(f"There is a {name}." for name in (*scene.truth, *scene.hallu)) for scene in shown]
+    whole = amber.score_captions(texts, shown, words)
+    assert whole.at_share and whole.at_share(1) == whole.rows
+    for share in (0.25, 0.6):
+        cut = [" ".join(text.split()[: math.ceil(share * len(text.split()))]) for text in texts]
+        assert whole.at_share(share) == amber.score_captions(cut, shown, words).rows
+    short = amber.score_captions([" ".join(t.split()[: len(t.split()) // 2]) for t in texts], shown, words)
+    verdict = compare(LAYOUTS["amber"], [(whole, short)])["verdict"]
+    assert verdict["is"] == "better by saying less" and "same cover" in verdict["text"]
 
 
 def test_parts_are_scored_apart(tmp_path, nltk_data, file):

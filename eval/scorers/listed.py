@@ -1,0 +1,166 @@
+"""FOHE and R-Bench: yes/no questions in POPE's format, with a script of their own.
+
+    fohe      Anonymousanoy/FOHE@b563de5 caculate.py: an answer is yes if it holds "Yes", else no if it holds "No"; others
+              are left out, and `n` counts those that are not. Of coco_fohe.json's 139 questions 40 have an id that
+              comes again, so answers are matched by their order.
+    r-bench   mrwu-mac/R-Bench@d9d73c0 eval.py: an answer is read as by POPE's official script. 1e-5 is added to the
+              denominators of precision, recall and F1. --subsets takes its files of question ids (five balanced
+              ones for each kind of question); their figures are averaged. Questions without an answer are left out.
+
+`vlm-fix eval pope --questions FILE --data coco:DIR` asks the questions of either.
+
+Worked example: both read "Yes, a dog" as yes; "I think not." is no answer for FOHE, and no for R-Bench.
+>>> [(read(name, "Yes, a dog"), read(name, "I think not.")) for name in ("fohe", "r-bench")]
+[('yes', 'unknown'), ('yes', 'no')]
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from statistics import fmean
+from typing import Any
+
+from vlm_fix.errors import VlmFixError
+from vlm_fix.eval.files import read_text
+from vlm_fix.eval.stats import Metric, ratio
+
+from . import yesno
+from .answers import Keys
+from .benchmark import KEYS, YES_NO_COLUMNS, Argument, Benchmark, Layout, YesNo, plain_caption
+from .pope.data import load_answers, load_questions
+from .pope.score import Answer, Question
+from .replies import METRICS, counts
+from .result import Result, tally
+
+SMALL = 0.00001
+R_BENCH: dict[str, Metric] = {
+    **METRICS,
+    "precision": lambda s: ratio(s["tp"], s["tp"] + s["fp"] + SMALL),
+    "recall": lambda s: ratio(s["tp"], s["tp"] + s["fn"] + SMALL),
+    "f1": lambda s: _f1(R_BENCH["precision"](s), R_BENCH["recall"](s)),
+}
+SOURCES = {"fohe": "Anonymousanoy/FOHE@b563de5", "r-bench": "mrwu-mac/R-Bench@d9d73c0"}
+TITLES = {"fohe": "FOHE", "r-bench": "R-Bench"}
+
+
+def _f1(precision: Any, recall: Any) -> Any:
+    return 2 * precision * recall / (precision + recall + SMALL)
+
+
+def read(name: str, reply: str | None) -> str:
+    """Return yes, no or unknown."""
+    if name == "r-bench" or reply is None:
+        return yesno.verdict(reply, "", "official")
+    return "yes" if "Yes" in reply else "no" if "No" in reply else "unknown"
+
+
+def results(
+    name: str,
+    questions: str,
+    answers: str,
+    subsets: str | None = None,
+    answer_key: str | None = None,
+    id_key: str | None = None,
+    tell: Callable[[str], Any] = str,
+) -> dict[str, dict[str, Result]]:
+    """Score an answer file against a question file; with `subsets` each of them is a part."""
+    asked, given = load_questions(questions), load_answers(answers, Keys(answer_key, id_key))
+    tell(f"read {len(given)} answers from {answers}")
+    if name == "fohe":
+        asked, given = _numbered(asked, given)
+    said = {str(answer.question_id): answer.text for answer in given}
+    strange = said.keys() - {str(q.question_id) for q in asked}
+    if strange or not said:
+        raise VlmFixError(f"{answers} answers question {min(strange, default='')!r}, which {questions} does not ask.")
+    rows = {str(q.question_id): _row(name, q, said) for q in asked}
+    metrics = R_BENCH if name == "r-bench" else METRICS
+    parts = {"questions": [*rows]} | (_subsets(subsets) if subsets else {})
+    lost = next((key for ids in parts.values() for key in ids if key not in rows), None)
+    if lost:
+        raise VlmFixError(f"The subsets name question {lost!r}, which {questions} does not ask.")
+    counted = {part: [rows[key] for key in ids if rows[key]] for part, ids in parts.items()}
+    return {name: {part: tally("official", each, metrics) for part, each in counted.items()}}
+
+
+def _numbered(asked: list[Question], given: list[Answer]) -> tuple[list[Question], list[Answer]]:
+    """Number both in their order. Raises VlmFixError if they do not line up."""
+    pairs = list(zip(asked, given, strict=False))
+    odd = next((n for n, (q, a) in enumerate(pairs, 1) if str(a.question_id) not in (str(q.question_id), str(n))), None)
+    if odd or len(asked) != len(given):
+        raise VlmFixError(
+            f"{len(asked)} questions and {len(given)} answers do not line up{f' in row {odd}' if odd else ''}: give one answer "
+            "for each question, in the same order."
+        )
+    new = [(replace(q, question_id=n), replace(a, question_id=n)) for n, (q, a) in enumerate(pairs)]
+    return [q for q, _ in new], [a for _, a in new]
+
+
+def _row(name: str, question: Question, said: Mapping[str, str | None]) -> dict[str, Any]:
+    """The counts of a question; {} if the official script leaves it out."""
+    key = str(question.question_id)
+    if key not in said:
+        return {}
+    verdict = read(name, said[key])
+    if name == "fohe" and verdict == "unknown" and said[key] is not None:
+        return {}
+    return counts(question.image, question.label, verdict)
+
+
+def _subsets(files: str) -> dict[str, list[str]]:
+    """File name -> question ids."""
+    found = {}
+    for path in (part.strip() for part in files.split(",")):
+        try:
+            found[path] = [str(key) for key in json.loads(read_text(path, "list of question ids"))]
+        except (json.JSONDecodeError, TypeError):
+            raise VlmFixError(f"{path} is not a JSON array of question ids.") from None
+    return found
+
+
+def score_files(name: str, **files: Any) -> dict[str, Any]:
+    """Score an answer file; with subsets also their mean."""
+    found = {part: result.to_dict() for part, result in results(name, **files)[name].items()}
+    over = [figures for part, figures in found.items() if part != "questions"]
+    if over:
+        found["mean of the subsets"] = {metric: fmean(figures[metric] for figures in over) for metric in METRICS}
+    return found
+
+
+def _benchmark(name: str, extra: Sequence[Argument] = ()) -> Benchmark:
+    return Benchmark(
+        name=name,
+        title=TITLES[name],
+        source_commit=SOURCES[name],
+        commits={"official": SOURCES[name]},
+        score_what=f"score {TITLES[name]} answers",
+        arguments=(
+            Argument(
+                "questions", {"metavar": "QUESTIONS", "help": "JSON lines or array: question_id, image, text, label"}
+            ),
+            Argument("answers", {"metavar": "ANSWERS", "help": "JSON lines: question_id, text or answer"}),
+            *extra,
+            *KEYS,
+        ),
+        score_files=functools.partial(score_files, name),
+        results=functools.partial(results, name),
+        asked=False,
+        layouts={
+            name: Layout(
+                columns={"accuracy": "accuracy", **YES_NO_COLUMNS},
+                metrics=R_BENCH if name == "r-bench" else METRICS,
+                compared=("accuracy", "f1", "yes_ratio"),
+                right=lambda row: row["tp"] or row["tn"],
+                caption=plain_caption(TITLES[name]),
+                answers=YesNo(lambda answer, _, __: read(name, answer)),
+                leaderboard={"accuracy": ""},
+            )
+        },
+    )
+
+
+FOHE = _benchmark("fohe")
+R_BENCH_FILES = Argument("--subsets", {"metavar": "A,B", "help": "files of question ids, whose figures are averaged"})
+R_BENCHMARK = _benchmark("r-bench", (R_BENCH_FILES,))

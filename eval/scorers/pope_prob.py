@@ -1,0 +1,162 @@
+"""POPE by token probability: is yes likelier than no as the first word, and how well do these probabilities rank answers?
+
+A row of the answer file has question_id, p_yes and p_no: the probabilities, as the first token of the answer, of all tokens
+that count as yes and as no. Which tokens these are changes the figures by points (" Yes" and "yes" and "YES"), so the file
+names them once, in a row's `yes_tokens` and `no_tokens`; without them a warning says so.
+
+    accuracy, precision, recall, f1, yes_ratio as for POPE, with the answer yes if p_yes > p_no
+    p     = p_yes / (p_yes + p_no)            mass = mean of p_yes + p_no: what is left for all other tokens is 1 - mass
+    auroc = probability that a question with label yes has a higher p than one with label no, ties counting half
+    ece   = sum over 10 bins of equal width of (n in bin / n) |accuracy - confidence|; confidence = max(p, 1 - p)
+
+Source: P. Bradley, Pattern Recognition 30 (1997), AUROC; C. Guo et al., On Calibration of Modern Neural Networks, ICML 2017,
+ECE; that the set of tokens matters: pope-audit 0.1.1.
+
+Worked example: two right and sure, one wrong and unsure.
+>>> asked = [Question(i, "1.jpg", "Is there a dog in the image?", label) for i, label in enumerate(("yes", "no", "no"))]
+>>> found = score(asked, [(0.8, 0.1), (0.1, 0.9), (0.3, 0.2)])
+>>> [round(found.figures[name], 3) for name in ("accuracy", "auroc", "ece", "mass")]
+[0.667, 1.0, 0.27, 0.8]
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from vlm_fix.errors import VlmFixError
+from vlm_fix.eval.files import read_rows
+
+from .benchmark import YES_NO_COLUMNS, Argument, Benchmark, Layout, YesNo, plain_caption
+from .pope.data import load_questions
+from .pope.score import METRICS, Question
+from .replies import counts, needs
+from .result import Result, tally
+
+SOURCE = "this project"
+BINS = 10
+ROW = '{"question_id": 1, "p_yes": 0.91, "p_no": 0.02, "yes_tokens": ["Yes", "yes"], "no_tokens": ["No", "no"]}'
+TOKENS = ("yes_tokens", "no_tokens")
+
+
+def load_probabilities(path: str | Path) -> tuple[dict[str, tuple[float, float]], dict[str, list[str]]]:
+    """Return id -> (p_yes, p_no), and the tokens that count as yes and as no, {} if the file does not name them."""
+    found: dict[str, tuple[float, float]] = {}
+    tokens: dict[str, list[str]] = {}
+    for number, row in enumerate(read_rows(path, "file of probabilities", ROW), 1):
+        needs(row, ("question_id", "p_yes", "p_no"), path, number)
+        yes, no = row["p_yes"], row["p_no"]
+        numbers = all(isinstance(p, int | float) and 0 <= p <= 1 for p in (yes, no))
+        if not numbers or not 0 < yes + no < 1.0001:
+            raise VlmFixError(
+                f"{path}, row {number}: p_yes {yes!r} and p_no {no!r} are not two probabilities with a sum above 0, at most 1."
+            )
+        if str(row["question_id"]) in found:
+            raise VlmFixError(f"{path}, row {number}: question_id {row['question_id']} comes twice; keep one.")
+        found[str(row["question_id"])] = float(yes), float(no)
+        named = {name: row[name] for name in TOKENS if row.get(name)}
+        if named and tokens and named != tokens:
+            raise VlmFixError(f"{path}, row {number}: other tokens count as yes or no than in the rows before.")
+        tokens = tokens or named
+    return found, tokens
+
+
+def score(questions: Sequence[Question], probabilities: Sequence[tuple[float, float]]) -> Result:
+    """Score (p_yes, p_no) of each question."""
+    rows, sure = [], []
+    for question, (yes, no) in zip(questions, probabilities, strict=True):
+        rows.append(counts(question.image, question.label, "yes" if yes > no else "no"))
+        sure.append((yes / (yes + no), question.label == "yes"))
+    result = tally("p_yes > p_no", rows, METRICS)
+    right = [(max(p, 1 - p), bool(row["tp"] or row["tn"])) for (p, _), row in zip(sure, rows, strict=True)]
+    mass = fmean(yes + no for yes, no in probabilities)
+    result.figures.update({"auroc": auroc(sure), "ece": ece(right), "mass": mass})
+    return result
+
+
+def auroc(scored: Sequence[tuple[float, bool]]) -> float:
+    """Return the area under the ROC curve of (score, label); nan if a label is missing."""
+    positive = sum(label for _, label in scored)
+    negative = len(scored) - positive
+    if not positive or not negative:
+        return float("nan")
+    order = sorted(scored)
+    ranks, start = 0.0, 0
+    while start < len(order):
+        end = start
+        while end < len(order) and order[end][0] == order[start][0]:
+            end += 1
+        ranks += (start + 1 + end) / 2 * sum(label for _, label in order[start:end])  # the mean rank of a tie
+        start = end
+    return (ranks - positive * (positive + 1) / 2) / (positive * negative)
+
+
+def ece(judged: Sequence[tuple[float, bool]]) -> float:
+    """Return the expected calibration error of (confidence, right)."""
+    bins: dict[int, list[tuple[float, bool]]] = {}
+    for confidence, right in judged:
+        bins.setdefault(min(int(confidence * BINS), BINS - 1), []).append((confidence, right))
+    gaps = (len(b) * abs(fmean(right for _, right in b) - fmean(c for c, _ in b)) for b in bins.values())
+    return sum(gaps) / len(judged)
+
+
+def results(questions: str, answers: str, tell: Callable[[str], Any] = str) -> dict[str, dict[str, Result]]:
+    """Score a file of probabilities against a question file."""
+    return {"pope-prob": {"questions": _scored(questions, answers, tell)[0]}}
+
+
+def _scored(questions: str, answers: str, tell: Callable[[str], Any]) -> tuple[Result, dict[str, list[str]]]:
+    asked, (given, tokens) = load_questions(questions), load_probabilities(answers)
+    tell(f"read {len(given)} rows of p_yes and p_no from {answers}")
+    lost = {str(q.question_id) for q in asked} ^ given.keys()
+    if lost:
+        raise VlmFixError(
+            f"{len(asked)} questions and {len(given)} rows of probabilities do not line up (question_id {min(lost)!r}): give "
+            "the question file that these were made from."
+        )
+    if {*tokens} != {*TOKENS}:
+        warnings.warn(
+            f"{answers} does not name its yes_tokens and no_tokens: figures of other sets of tokens differ by points.",
+            stacklevel=3,
+        )
+    return score(asked, [given[str(q.question_id)] for q in asked]), tokens
+
+
+def score_files(questions: str, answers: str, tell: Callable[[str], Any] = str) -> dict[str, Any]:
+    """Score a file of probabilities, and name the tokens."""
+    result, tokens = _scored(questions, answers, tell)
+    named = {name: " ".join(map(repr, words)) for name, words in tokens.items()}
+    return {"questions": {**result.to_dict(), **named}}
+
+
+BENCHMARK = Benchmark(
+    name="pope-prob",
+    title="POPE by probability",
+    source_commit=SOURCE,
+    commits={},
+    score_what="score probabilities of yes and no with POPE",
+    arguments=(
+        Argument("questions", {"metavar": "QUESTIONS", "help": "POPE question file"}),
+        Argument(
+            "answers",
+            {"metavar": "ANSWERS", "help": "JSON lines: question_id, p_yes, p_no; yes_tokens, no_tokens once"},
+        ),
+    ),
+    score_files=score_files,
+    results=results,
+    asked=False,
+    layouts={
+        "pope-prob": Layout(
+            columns={"accuracy": "accuracy", **YES_NO_COLUMNS},
+            metrics=METRICS,
+            compared=("accuracy", "f1", "yes_ratio"),
+            right=lambda row: row["tp"] or row["tn"],
+            caption=plain_caption("POPE by probability"),
+            answers=YesNo(lambda answer, _, __: answer or "unknown", balanced=True),
+            leaderboard={"accuracy": ""},
+        )
+    },
+)

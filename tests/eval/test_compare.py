@@ -1,0 +1,198 @@
+"""Comparisons of two files: verdicts on data whose truth is known, equal recall by loops, and real public captions."""
+
+import doctest
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.support.paths import DATA
+from vlm_fix import cli
+from vlm_fix.errors import VlmFixError
+from vlm_fix.eval import compare as comparing
+from vlm_fix.eval.compare import compare, equal_recall, shared
+from vlm_fix.eval.scorers.chair import score as chair
+from vlm_fix.eval.scorers.pope import score as pope
+from vlm_fix.eval.scorers.registry import BENCHMARKS, LAYOUTS
+
+PUBLIC = DATA / "captions" / "opera_llava15"
+needs_data = pytest.mark.skipif(not PUBLIC.exists(), reason=f"no public captions at {PUBLIC}")
+
+
+def test_worked_example() -> None:
+    assert doctest.testmod(comparing).failed == 0
+
+
+def answers(skill: float, threshold: float, images: int = 800, seed: int = 0) -> pope.PopeResult:
+    """Answers of an observer who says yes where a normal score, `skill` higher for labels yes, is above the threshold."""
+    rng = np.random.default_rng(seed)
+    questions = [pope.Question(i, f"{i // 6}.jpg", "", ("yes", "no")[i % 2]) for i in range(6 * images)]
+    scores = rng.normal(size=len(questions)) + [skill * (q.label == "yes") for q in questions]
+    said = ["Yes" if score > threshold else "No" for score in scores]
+    return pope.score(questions, [pope.Answer(i, text) for i, text in enumerate(said)])
+
+
+@pytest.mark.parametrize(
+    ("skill", "threshold", "verdict"),
+    [
+        (1.5, 0.2, "same"),
+        (2.2, 0.2, "better"),
+        (1.5, 0.75, "better by saying no"),  # the best threshold; the observer is the same
+        (1.5, -0.6, "worse by saying yes"),
+        (1.0, 0.2, "worse"),
+    ],
+)
+def test_verdicts_of_an_observer_whose_skill_and_caution_are_known(
+    skill: float, threshold: float, verdict: str
+) -> None:
+    found = compare(
+        LAYOUTS["pope"], [(answers(1.5, 0.2), answers(skill, threshold, seed=1 if verdict == "same" else 0))]
+    )
+    assert found["verdict"]["is"] == verdict, found["verdict"]
+    assert found["d_prime"]["method"] == pytest.approx(skill, abs=0.2)
+    assert found["outcomes"]["mended"] - found["outcomes"]["broken"] == round(
+        found["delta"]["accuracy"]["delta"] * 4800
+    )
+
+
+def test_a_benchmark_whose_labels_are_all_no_cannot_tell_skill_from_caution() -> None:
+    questions = [pope.Question(i, f"{i}.jpg", "", "no") for i in range(100)]
+    base, method = (
+        pope.score(questions, [pope.Answer(i, "Yes" if i < yes else "No") for i in range(100)]) for yes in (60, 30)
+    )
+    verdict = compare(LAYOUTS["pope"], [(base, method)])["verdict"]
+    assert verdict["is"] == "better by saying no" and "every label is no" in verdict["text"]
+
+
+OBJECTS = ["dog", "cup", "cat", "car", "chair", "book", "bowl", "bench"]
+
+
+def captions(
+    images: int = 200, wrong: float = 0.3, named: int = 6, keep: float = 1.0, seed: int = 0
+) -> chair.ChairResult:
+    """Captions that name true objects first and then, at a rate that grows towards the end, absent ones."""
+    rng, truth, made = np.random.default_rng(seed), {}, []
+    for image in range(images):
+        order = list(rng.permutation(OBJECTS))
+        truth[image] = order[:4]
+        words = [
+            (order[4:] if rng.random() < wrong * place / named else order[:4])[rng.integers(4)]
+            for place in range(named)
+        ]
+        text = " ".join(f"There is a {word}." for word in words).split()
+        made.append(chair.Caption(image, " ".join(text[: round(keep * len(text))])))
+    return chair.score(made, truth, "pattern")
+
+
+@pytest.mark.parametrize(
+    ("method", "verdict"),
+    [
+        ({"seed": 0, "keep": 0.5}, "better by saying less"),
+        ({"wrong": 0.1}, "better"),
+        ({"wrong": 0.6}, "worse"),
+        ({"named": 12, "wrong": 0.6}, "worse by saying more"),  # the same captions, gone on with
+        ({"seed": 0}, "same"),
+    ],
+)
+def test_verdicts_of_captions_whose_truth_is_known(method: dict, verdict: str) -> None:
+    found = compare(LAYOUTS["chair"], [(captions(), captions(**method))])
+    assert found["verdict"]["is"] == verdict, found["verdict"]
+
+
+def test_the_same_captions_cut_short_equal_the_baseline_at_equal_recall() -> None:
+    base, cut = captions(), captions(keep=0.5)
+    found = equal_recall(LAYOUTS["chair"], BENCHMARKS["chair"].layouts["chair"].answers, [(base, cut)])
+    assert cut.chair_i < base.chair_i - 0.05
+    assert found.base == pytest.approx(found.method, abs=1e-9)  # 50 % is a point of the frontier
+    assert found.low <= 0 <= found.high
+
+
+def test_equal_recall_is_read_off_the_frontier() -> None:
+    base, method = captions(wrong=0.5), captions(wrong=0.1, keep=0.6)
+    points = []
+    for share in comparing.SHARES:  # by cutting the texts and scoring them again
+        texts = [c.caption.split() for c in base.captions]
+        kept = [chair.Caption(i, " ".join(words[: int(np.ceil(share * len(words)))])) for i, words in enumerate(texts)]
+        truth = {c.image_id: {o.node for o in c.correct} for c in base.captions}
+        again = chair.score(kept, truth, "pattern")
+        points.append((sum(r["found"] for r in again.rows) / sum(r["truth"] for r in base.rows), again.chair_i))
+    assert points[0][0] < method.recall < points[-1][0]
+    after = next(i for i, (recall, _) in enumerate(points) if recall >= method.recall)
+    (x0, y0), (x1, y1) = points[after - 1], points[after]
+    expected = y0 + (method.recall - x0) / (x1 - x0) * (y1 - y0)
+    found = equal_recall(LAYOUTS["chair"], BENCHMARKS["chair"].layouts["chair"].answers, [(base, method)])
+    assert (found.base, found.method) == (pytest.approx(expected), pytest.approx(method.chair_i))
+
+
+def test_only_what_both_files_have_is_compared_when_asked() -> None:
+    base, method = captions(50), captions(40)
+    with pytest.raises(VlmFixError, match="50 and 40, of which 40 are in both.*--common"):
+        compare(LAYOUTS["chair"], [(base, method)])
+    one, other = shared(base, method)
+    assert one.rows == base.rows[:40] and one.captions == base.captions[:40] and other.rows == method.rows
+    with pytest.raises(VlmFixError, match="different questions or labels"):
+        compare(LAYOUTS["pope"], [(answers(1, 0, 2), flipped(answers(1, 0, 2)))])
+
+
+def flipped(result: pope.PopeResult) -> pope.PopeResult:
+    for row in result.rows:
+        row["positive"] = 1 - row["positive"]
+    return result
+
+
+@needs_data
+def test_public_captions_of_beam_search_cut_by_hand_are_better_only_by_saying_less(tmp_path: Path, capsys) -> None:
+    base = PUBLIC / "beam5.jsonl"
+    rows = [json.loads(line) for line in base.read_text().splitlines()]
+    for row in rows:
+        row["caption"] = " ".join(row["caption"].split()[:40])
+    short = tmp_path / "short.jsonl"
+    short.write_text("".join(json.dumps(row) + "\n" for row in reversed(rows)))
+    options = ["--benchmark", "chair", "--variant", "pattern", "--json"]
+    assert cli.main(["compare", str(base), str(short), str(PUBLIC / "ours.jsonl"), *options]) == 0
+    short_one, ours = json.loads(capsys.readouterr().out)
+    assert short_one["verdict"]["is"] == "better by saying less"
+    assert short_one["delta"]["chair_i"]["delta"] < -0.03 and not short_one["equal_recall"]["excludes_zero"]
+    assert ours["verdict"]["is"] == "same"  # OPERA against beam search: -1.1 points of CHAIR_i, [-2.4, 0.1]
+    assert ours["delta"]["chair_s"]["excludes_zero"] and ours["outcomes"]["p"] < 0.05
+
+
+@needs_data
+def test_public_answers_and_an_all_cautious_copy(tmp_path: Path, capsys) -> None:
+    base = DATA / "pope" / "answers_llava15" / "coco_adversarial.jsonl"
+    questions = str(DATA / "pope" / "coco_pope_adversarial.json")
+    labels = [json.loads(line)["label"] for line in Path(questions).read_text().splitlines()]
+    rows = [json.loads(line) for line in base.read_text().splitlines()]
+    rng = np.random.default_rng(0)
+    mended = [dict(row) for row in rows]
+    for row, label in zip(mended, labels, strict=True):
+        if row["text"].lower().rstrip(".") != label and rng.random() < 0.4:
+            row["text"] = label.title()
+    better = tmp_path / "better.jsonl"
+    better.write_text("".join(json.dumps(row) + "\n" for row in mended))
+    arguments = ["score", "pope", questions, str(better), "--against", str(base)]
+    assert cli.main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert "\nbetter: accuracy" in shown and "broken 0 " in shown
+    assert cli.main([*arguments, "--json"]) == 0
+    found, checked = json.loads(capsys.readouterr().out)
+    fixed = sum(old != new for old, new in zip(rows, mended, strict=True))
+    assert found["outcomes"]["mended"] == fixed and found["verdict"]["is"] == "better"
+    assert (
+        checked["part"] == "adversarial RePOPE"
+        and checked["n"] == 2684
+        and checked["delta"]["accuracy"]["base"] < 0.842
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--benchmark", "beaf"], "BEAF also needs --questions"),
+        (["--benchmark", "mme", "--variant", "nltk"], "--variant has no effect on mme"),
+    ],
+)
+def test_what_is_missing_or_has_no_effect_is_an_error(arguments: list[str], message: str, capsys) -> None:
+    assert cli.main(["compare", "a", "b", *arguments]) == 2
+    assert message in capsys.readouterr().err
