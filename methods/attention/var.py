@@ -58,13 +58,10 @@ class VAR(WeightEdit, LayerInputReader, InputEdit):
     tracks_columns: ClassVar[bool] = True
     heads_apart: ClassVar[bool] = True
     idle_reason: ClassVar[str] = (
-        "no image token was a sink (lower tau, or give sink_dims or another detector), or no head looked at the image enough "
-        "(lower min_visual_mass or rho)."
+        "no image token was a sink (lower tau, or give sink_dims), or no head looked at the image enough (lower rho)."
     )
 
-    sink_dims: tuple[int, ...] | None = param(
-        None, "hidden dimensions with massive activations; None: known or detected"
-    )
+    sink_dims: tuple[int, ...] | None = param(None, "dimensions of massive activations; None: known or detected")
     tau: float = param(20.0, "a column is a sink above this ratio to its RMS (at most sqrt(hidden size))", low=0)
     rho: float = param(0.5, "least non-sink share of a head's image attention", low=0, high=1)
     detector: str = param("phi", "how sinks are found", choices=("phi", "secondary"))

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch.nn.functional import interpolate
 
-from vlm_fix import Contrast, RowScope, VlmFixError, WeightEdit, param
+from vlm_fix import Contrast, Method, RowScope, VlmFixError, WeightEdit, param
 from vlm_fix.arch import Arch
 from vlm_fix.call import Call
 from vlm_fix.decoding.contrast import plausible
@@ -59,10 +59,10 @@ class CausalMM(WeightEdit, Contrast):
     def defaults(self, arch: Arch) -> dict[str, Any]:
         return {"vision_layer": max((i for i in arch.vision_full if i <= arch.vision_depth - 2), default=0)}
 
-    def resolve(self, arch: Arch) -> CausalMM:
-        method = super().resolve(arch)
-        assert isinstance(method, CausalMM)
-        return dataclasses.replace(method, layers=()) if self.language == "none" else method
+    def resolve(self, arch: Arch) -> Method:
+        return (
+            super().resolve(arch) if self.language != "none" else dataclasses.replace(super().resolve(arch), layers=())
+        )
 
     @property
     def neutral(self) -> bool:
@@ -110,11 +110,8 @@ class CausalMM(WeightEdit, Contrast):
     def map(self, image: ImageTokens) -> torch.Tensor:
         """[N] float32 factors of one image's N tokens; a video's frames each have a map of their own."""
         assert image.pixels is not None and self.vision_layer is not None
-        frames, pixels = (
-            image.heads[self.vision_layer],
-            image.pixels.detach().float().cpu().contiguous().numpy().tobytes(),
-        )
-        generator = torch.Generator().manual_seed(zlib.crc32(pixels, self.seed))
+        frames, pixels = image.heads[self.vision_layer], image.pixels.detach().float().cpu().contiguous().numpy()
+        generator = torch.Generator().manual_seed(zlib.crc32(pixels.tobytes(), self.seed))
         size, maps = (image.grid[0] // len(frames), image.grid[1]), []
         for query, key, scale in frames:  # one for an image
             total = torch.zeros(size, device=query.device)
@@ -133,8 +130,7 @@ class CausalMM(WeightEdit, Contrast):
         return a.max() - a if self.vision == "reversed" else a.mean().expand_as(a)
 
     def edit_weights(self, weights: torch.Tensor, rows: Rows) -> torch.Tensor:
-        a = weights
-        types = rows.session.types
+        a, types = weights, rows.session.types
         offset, at = max(0, types.shape[1] - a.shape[-1]), torch.arange(a.shape[-1], device=a.device)
         columns, positions = at + offset, rows.positions.to(a.device)
         padding = (types == PAD).to(a.device)

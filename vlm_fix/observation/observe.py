@@ -71,10 +71,7 @@ class Observation:
         """
         seen = self.system_mass > 0
         if not seen.any():
-            raise VlmFixError(
-                "VAS compares the image with the text before it, of which no row sees any here: put text before the image, "
-                "or use visual_mass."
-            )
+            raise VlmFixError("VAS needs text before the image, of which no row sees any here: use visual_mass.")
         return float(self.visual_mass[seen].double().sum() / self.system_mass[seen].double().sum())
 
     @property
