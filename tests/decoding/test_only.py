@@ -56,10 +56,10 @@ def test_scores_equal_the_formula(name, layer, gamma, models):
     inputs = single(name, [1, 2], 1) if name in models else families.prompt(name, [1, 2], rows=[1])
     with vlm_fix.wrapped(model, f"only:gamma={gamma},beta=0.05,layers={layer}"):
         tokens, _, scores = greedy(model, inputs, 8, suppress_tokens=[IMAGE])
+        scores = scores.log_softmax(-1)
     twin, n = ref.double(model), inputs["input_ids"].shape[1]
     run = hidden.Only(ref.visual_columns(inputs["input_ids"]), n, [layer])
     plain = run.forward(twin, inputs, tokens[0, :-1])
-    plain[:, IMAGE] = -torch.inf
     sides = set()
     for t, l in enumerate(plain.log_softmax(-1)):
         text, writing = second(twin, run, inputs["input_ids"], n - 1 + t, layer)
@@ -69,7 +69,9 @@ def test_scores_equal_the_formula(name, layer, gamma, models):
         assert abs(distance - gamma) > 1e-4, "pick another gamma"
         sides.add(distance < gamma)
         z = l + 3 * text if distance < gamma else 2 * l - text
-        z = z.masked_fill((l < l.max() + math.log(0.05)) | torch.isinf(l), -torch.inf).log_softmax(-1)
+        z = z.masked_fill((l < l.max() + math.log(0.05)) | torch.isinf(l), -torch.inf)
+        z[IMAGE] = -torch.inf  # the caller's own processors come last
+        z = z.log_softmax(-1)
         kept = ~torch.isinf(z)
         assert torch.equal(kept, ~torch.isinf(scores[0, t]))
         assert float((scores[0, t][kept] - z[kept]).abs().max()) < 2e-4 * max(1.0, float(z[kept].abs().max()))
