@@ -14,9 +14,9 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from vlm_fix.recorder import Recorder
+from vlm_fix.session import Session
 
 from .groups import Group, KeysValues
-from .sessions import RequestSession
 
 if TYPE_CHECKING:
     from .worker import Served
@@ -52,7 +52,7 @@ class BesideForward:
     lines: list[tuple[Line, int]]
     groups: list[Group | None] = field(default_factory=list)  # of each line, where edits may act in it
     recorder: Recorder | None = None
-    session: RequestSession | None = None  # what the recorder is shown
+    session: Session | None = None  # what the recorder is shown
 
     def attend(self, layer: Any, impl: Any, query: Any, key: Any, value: Any, output: Any) -> None:
         """Causal attention of each line over its own cache; query and output [tokens, H, D], or flat."""

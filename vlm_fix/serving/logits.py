@@ -113,7 +113,9 @@ class NextTokens:
                 new = tokens[line.taken :] if line.length else [*line.ids, *tokens]
                 line.taken = len(tokens)
                 due.append((name, line, list(new), one.engine))
-        forward, ids, embeds = BesideForward(self.served, []), [], []
+        forward = BesideForward(self.served, [])
+        ids: list[int] = []
+        embeds: list[torch.Tensor] = []
         for _, line, new, engine in due:
             session = line.session
             assert session is not None

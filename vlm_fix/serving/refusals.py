@@ -152,8 +152,9 @@ def check_worker(runner: Any, engine: ServedEngine) -> None:
             f"{len(engine.arch.attention)}: this architecture is not served."
         )
     for name, layer in found.items():
-        impl, backend = layer.impl, layer.attn_backend.get_name()
-        if not isinstance(impl, EditingImpl):
+        impl: Any = layer.impl
+        if not issubclass(type(impl), EditingImpl):
+            backend = layer.attn_backend.get_name()
             raise VlmFixError(
                 f"the attention backend {backend} is not served: give --attention-backend {' or '.join(MADE)}."
             )
