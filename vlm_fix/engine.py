@@ -65,7 +65,7 @@ class Engine(Forwards):
         before = config._attn_implementation
         if others := self._others_on(config):
             before = others[0].attention_before
-        self.attention_before = before
+        self.attention_before: str | None = before
         capped = getattr(config, "attn_logit_softcapping", None)  # no kernel of SDPA does that: such models run eager
         if before != (base := "eager" if capped else "sdpa"):
             why = (

@@ -53,7 +53,9 @@ def round_of(llm: Any, prompts: Sequence[Any], concurrent: int, new_tokens: int)
 
     core = llm.llm_engine
     params = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False)
-    waiting, asked, first, done = list(enumerate(prompts)), {}, {}, 0
+    asked: dict[str, float] = {}
+    first: dict[str, float] = {}
+    waiting, done = list(enumerate(prompts)), 0
     begin = time.perf_counter()
     while done < len(prompts):
         while waiting and len(asked) - done < concurrent:

@@ -114,7 +114,7 @@ def score_pair(
         scored = [pope.score(questions, pope_files.load_answers(path)) for path in paths]
         sides = [result.rows for result in scored]
         compared = paired_bootstrap({name: pope.METRICS[name] for name in COLUMNS["pope"]}, *sides)
-        extra = {"outcomes": outcomes(*sides, lambda row: row["tp"] or row["tn"])}
+        extra = {"outcomes": outcomes(sides[0], sides[1], lambda row: row["tp"] or row["tn"])}
         extra["unparsed"] = dict(zip(SIDES, (result.unparsed for result in scored), strict=True))
     figures = {name: comparison.to_dict() | {"p": comparison.p} for name, comparison in compared.items()}
     return {"samples": len(sides[0]), "images": len({row["image"] for row in sides[0]}), "figures": figures, **extra}

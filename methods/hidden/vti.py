@@ -72,10 +72,10 @@ class VTI(MLPOutputEdit, VisionMLPEdit):
             ("text", self.alpha_text, arch.depth),
             ("vision", self.alpha_vision, arch.vision_depth),
         ):
-            layers = [key for key in named if key.startswith(f"{part}.")]
-            if wanted and not layers:
+            own = {key for key in named if key.startswith(f"{part}.")}
+            if wanted and not own:
                 raise VlmFixError(f"vti: {method.file} holds no {part}.LAYER; set alpha_{part}=0 to go without.")
-            if wanted and not {*layers} <= {f"{part}.{i}" for i in range(depth)}:
+            if wanted and not own <= {f"{part}.{i}" for i in range(depth)}:
                 raise VlmFixError(f"vti: {method.file} is of another model: this one has {depth} {part} layers.")
         sizes = {t.shape[-1] for key, t in named.items() if key.startswith("text.")}
         if self.alpha_text and sizes != {arch.hidden}:
