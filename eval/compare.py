@@ -68,7 +68,7 @@ def compare(layout: Layout, pairs: Sequence[tuple[Any, Any]], seed: int = 0, eve
             cut = [answers.at_equal_length(one, other) for one, other in pairs]
             rows = [[row for pair in cut for row in pair[side]] for side in (0, 1)]
             compared = {name: layout.metrics[name] for name in layout.compared}
-            found["equal_length"] = _plain(paired_bootstrap(compared, *rows, seed=seed))
+            found["equal_length"] = _plain(paired_bootstrap(compared, rows[0], rows[1], seed=seed))
         if answers.at_share:
             found |= _plain({"equal_recall": equal_recall(layout, answers, pairs, seed)})
         if "tokens" in base[0]:
@@ -78,7 +78,7 @@ def compare(layout: Layout, pairs: Sequence[tuple[Any, Any]], seed: int = 0, eve
         labels = {row["positive"] for row in base if "positive" in row}
         if len(labels) == 2:
             sides = [[_sides(row) for row in rows] for rows in (base, method)]
-            found |= _plain(paired_bootstrap({"d_prime": d_prime}, *sides, seed=seed))
+            found |= _plain(paired_bootstrap({"d_prime": d_prime}, sides[0], sides[1], seed=seed))
         if labels and "yes_ratio" not in found["delta"]:
             yes = {"yes_ratio": layout.metrics["yes_ratio"]}
             found["delta"] |= _plain(paired_bootstrap(yes, base, method, seed=seed))
@@ -155,7 +155,7 @@ def equal_recall(layout: Layout, captions: Captions, pairs: Sequence[tuple[Any, 
     totals = [column_sums(side, [name for name in side[0] if name != "image"]) for side in rows]
     before, after = map(float, meet(*totals))
     change = {"change": lambda base, method: np.subtract(*meet(base, method)[::-1])}
-    low, high = paired_intervals(change, *rows, seed=seed)["change"]
+    low, high = paired_intervals(change, rows[0], rows[1], seed=seed)["change"]
     return Comparison(before, after, after - before, low, high, 0.95)
 
 
