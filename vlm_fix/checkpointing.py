@@ -70,7 +70,12 @@ class Kept:
 def numbers(session: Session) -> Iterator[torch.Tensor]:
     """The floating-point tensors that methods remember in a session."""
     found: list[torch.Tensor] = []
-    with_rows(session.states, lambda x: found.append(x) or x)
+
+    def note(x: torch.Tensor) -> torch.Tensor:
+        found.append(x)
+        return x
+
+    with_rows(session.states, note)
     return (x for x in found if x.is_floating_point())
 
 

@@ -34,12 +34,12 @@ class Ordered(LogitsProcessorList):
         self.ours, self.theirs = LogitsProcessorList(ours), LogitsProcessorList(theirs)
         self.may_forbid = not all(isinstance(p, ALWAYS_LEAVE_ONE) for p in theirs)
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.FloatTensor:
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
         new = self.theirs(input_ids, self.ours(input_ids, scores), **kwargs)
         if self.ours and self.may_forbid:
             nothing = torch.isneginf(new).all(dim=-1, keepdim=True)
             if bool(nothing.any()):
-                new = torch.where(nothing, self.theirs(input_ids, scores, **kwargs), new)  # type: ignore[assignment]
+                new = torch.where(nothing, self.theirs(input_ids, scores, **kwargs), new)
         return new
 
 

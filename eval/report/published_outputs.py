@@ -105,7 +105,7 @@ def score_pair(
             for r in results
         ]
         metrics = {name: chair.METRICS[name] for name in ("chair_s", "chair_i", "recall")} | {"words": _words}
-        compared = paired_bootstrap(metrics, *sides)
+        compared = paired_bootstrap(metrics, sides[0], sides[1])
         cut = {f"equal_{name}": chair.METRICS[name] for name in ("chair_s", "chair_i")}
         compared |= paired_bootstrap(cut, *chair.at_equal_length(*results))
         extra: dict[str, Any] = {}
@@ -113,7 +113,7 @@ def score_pair(
         questions = pope_files.coco_questions(pair["split"])[: pair.get("first")]
         scored = [pope.score(questions, pope_files.load_answers(path)) for path in paths]
         sides = [result.rows for result in scored]
-        compared = paired_bootstrap({name: pope.METRICS[name] for name in COLUMNS["pope"]}, *sides)
+        compared = paired_bootstrap({name: pope.METRICS[name] for name in COLUMNS["pope"]}, sides[0], sides[1])
         extra = {"outcomes": outcomes(sides[0], sides[1], lambda row: row["tp"] or row["tn"])}
         extra["unparsed"] = dict(zip(SIDES, (result.unparsed for result in scored), strict=True))
     figures = {name: comparison.to_dict() | {"p": comparison.p} for name, comparison in compared.items()}

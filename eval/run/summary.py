@@ -59,7 +59,7 @@ def correct(runs: Mapping[str, Any]) -> None:
                     for name, found in scores.get(part, {}).items():
                         tables.setdefault((benchmark, split, part, name), []).append(found)
     for table in tables.values():
-        ps = [p_value(*(found[key] for key in ("delta", "low", "high")), found.get("level", 0.95)) for found in table]
+        ps = [p_value(found["delta"], found["low"], found["high"], found.get("level", 0.95)) for found in table]
         for found, p, corrected in zip(table, ps, holm(ps), strict=True):
             found.update(p=p, p_holm=corrected)
 

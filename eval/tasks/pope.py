@@ -104,7 +104,8 @@ def of_files(folder: Path, settings: Settings) -> Pope:
     A limit keeps the first images that they name.
     """
     _no_repope(settings)
-    paths, asked = paths_in(folder), {}
+    paths = paths_in(folder)
+    asked: dict[str, list[Any]] = {}
     for file in settings.questions:
         if file in pope_data.PACKAGED:  # such as aokvqa: the splits of the package
             asked |= {f"{file} {kind}": pope_data.load_questions(f"{file}:{kind}") for kind in settings.splits}

@@ -60,9 +60,8 @@ class CausalMM(WeightEdit, Contrast):
         return {"vision_layer": max((i for i in arch.vision_full if i <= arch.vision_depth - 2), default=0)}
 
     def resolve(self, arch: Arch) -> Method:
-        return (
-            super().resolve(arch) if self.language != "none" else dataclasses.replace(super().resolve(arch), layers=())
-        )
+        method: Any = super().resolve(arch)
+        return dataclasses.replace(method, layers=()) if self.language == "none" else method
 
     @property
     def neutral(self) -> bool:
