@@ -10,12 +10,13 @@ from vlm_fix.errors import VlmFixError
 from vlm_fix.eval.picto import model_path
 from vlm_fix.registry import list_methods
 from vlm_fix.serving.plugin import planned
+from vlm_fix.serving.refusals import reason
 from vlm_fix.serving.settings import Settings
 
 BEGIN, END = "<!-- served -->\n", "<!-- /served -->\n"
 
 
-def tested() -> dict[str, str]:
+def specs_of() -> dict[str, str]:
     """Method -> the spec that a test holds against generate."""
     singles = [spec for specs in (*SERVED.values(), PRUNERS) for spec in specs if "+" not in spec]
     found: dict[str, str] = {}
@@ -31,14 +32,15 @@ def refused() -> dict[str, str]:
         try:
             planned(Settings((method.name,)), str(model_path()), None, False)
         except VlmFixError as error:
-            found[method.name] = (
-                str(error).partition("by vLLM: ")[2].removesuffix(". It runs with vlm_fix.wrap and generate.")
-            )
+            said = str(error).partition("by vLLM: ")[2].removesuffix(". It runs with vlm_fix.wrap and generate.")
+            why = said or reason(method(), planned(Settings(("baseline",)), str(model_path()), None, False))
+            if why:  # else it asks for settings of its own
+                found[method.name] = why
     return found
 
 
 def table() -> str:
-    spec_of, why = tested(), refused()
+    spec_of, why = specs_of(), refused()
     rows = ["| method | kind | served | tested as, or why not |", "|---|---|---|---|"]
     for method in list_methods():
         if method.name in spec_of:

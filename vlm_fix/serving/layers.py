@@ -51,7 +51,7 @@ def install(served: Served) -> None:
         if served.engine.hidden is None:
             continue
         for what, module in writers(layer).items():
-            if any(i in e.sees and isinstance(e, STAGES[what]) for e in served.engine.hidden.edits):
+            if any(i in e.sees and isinstance(e, STAGES[what]) and e.acts_at(what) for e in served.engine.hidden.edits):
                 served.handles.append(module.register_forward_hook(functools.partial(_write, served, what, i)))
 
 
@@ -84,7 +84,11 @@ def _write(served: Served, what: str, number: int, module: Any, args: Any, outpu
         wing = group.engine.hidden
         if wing is None:
             continue
-        edits = [(e, getattr(e, what)) for e in wing.edits if number in e.sees and isinstance(e, STAGES[what])]
+        edits = [
+            (e, getattr(e, what))
+            for e in wing.edits
+            if number in e.sees and isinstance(e, STAGES[what]) and e.acts_at(what)
+        ]
         with group.engine.acting(group.session):
             new = wing.edit(edits, number, group.pick(output)) if edits else None
         if new is not None:

@@ -42,17 +42,10 @@ class ServedStep(Seen):
     """What a `LogitEdit` sees of one request's step."""
 
     own: Session | None = None
-    served: Any = None
 
     @property
     def session(self) -> Session | None:
         return self.own
-
-    def exit(self, layer: int, norm: bool) -> torch.Tensor:
-        rows, _ = self.seen[layer]
-        x = rows[:, 0]
-        language = self.served.runner.model.get_language_model()
-        return self.served.plain_logits(language.model.norm(x) if norm else x).float()
 
 
 class NextTokens:
@@ -80,12 +73,17 @@ class NextTokens:
                 l = combined.log_softmax(dim=-1)
             at = {i: (x[step.last[row]][None, None], generated.shape[1]) for i, x in seen.items()}
             prompts = functools.partial(self._prompts, name, one)
-            view = ServedStep(one.engine, prompts, generated, at, own=one.session, served=self.served)
+            view = ServedStep(one.engine, prompts, generated, at, self._head, own=one.session)  # type: ignore[arg-type]
             with one.engine.acting(one.session):
                 for edit in one.engine.logit_edits:
                     l = edit.edit(l, view).log_softmax(dim=-1)
             out[row] = l[0]
         return out
+
+    def _head(self, x: torch.Tensor, norm: bool) -> torch.Tensor:
+        """[B, C] -> [B, V]: vLLM's head, after its last norm if asked."""
+        language = self.served.runner.model.get_language_model()
+        return self.served.plain_logits(language.model.norm(x) if norm else x)
 
     def _prompts(self, name: str, one: Request) -> list[int]:
         self._with_images(name, one)
