@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import re
 import types
@@ -15,6 +16,8 @@ import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
+
+import torch
 
 from vlm_fix.arch import Arch
 from vlm_fix.errors import VlmFixError
@@ -51,6 +54,7 @@ class Method:
     given: ClassVar[frozenset[str]] = frozenset()  # on an instance: the fields it was made with, which no file may fill
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        _check_class(cls)
         self = super().__new__(cls)
         names = [f.name for f in dataclasses.fields(cls)]
         object.__setattr__(self, "given", frozenset((*names[: len(args)], *kwargs)))
@@ -162,6 +166,35 @@ class Method:
                 raise VlmFixError(f"{cls.name} has no parameter {key!r}; {hint}")
             values[key] = _coerce(text, hints[key], f"{cls.name}: {key}")
         return cls(**values)
+
+
+@functools.cache
+def _check_class(cls: type[Method]) -> None:
+    """VlmFixError for what is easily forgotten in a method of one's own: the decorator, the name."""
+    for base in cls.__mro__[: cls.__mro__.index(Method)]:
+        own = vars(base).get("__annotations__", {}) if issubclass(base, Method) else {}
+        fields = [field for field, kind in own.items() if "ClassVar" not in str(kind)]
+        if fields and "__dataclass_fields__" not in vars(base):
+            raise VlmFixError(
+                f"{base.__name__} has parameters ({', '.join(fields)}), but is no dataclass: write @dataclass(frozen=True) "
+                "above it."
+            )
+    if not isinstance(cls.name, str) or cls.name == Method.name:
+        raise VlmFixError(f'{cls.__name__} has no name: add name: ClassVar[str] = "{cls.__name__.lower()}" to it.')
+
+
+def shaped(new: Any, like: torch.Tensor, method: Method, function: str, broadcast: bool = False) -> Any:
+    """`new`, what `function` of the method returned: VlmFixError unless it has the shape of `like`, or can be broadcast to it."""
+    if isinstance(new, torch.Tensor):
+        if new.shape == like.shape:
+            return new
+        sizes = zip(reversed(new.shape), reversed(like.shape), strict=False)
+        if broadcast and new.dim() <= like.dim() and all(a in (1, b) for a, b in sizes):
+            return new
+    what = f"a tensor of shape {list(new.shape)}" if isinstance(new, torch.Tensor) else f"{type(new).__name__}"
+    raise VlmFixError(
+        f"{method.name}: {function} must return a tensor of shape {list(like.shape)}; it returned {what}."
+    )
 
 
 def _coerce(text: str, hint: Any, where: str) -> Any:

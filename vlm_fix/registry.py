@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import functools
 import importlib
+import inspect
 import pkgutil
 from collections.abc import Sequence
 from importlib.metadata import entry_points
@@ -30,6 +31,12 @@ def _classes() -> dict[str, type[Method]]:
         for value in vars(module).values():
             if not (isinstance(value, type) and issubclass(value, Method) and value.__module__ == module.__name__):
                 continue
+            if value.name == Method.name:
+                if inspect.isabstract(value):  # a base of others
+                    continue
+                raise VlmFixError(
+                    f'{value.__qualname__} in {module.__name__} has no name: add name: ClassVar[str] = "...".'
+                )
             other = found.setdefault(value.name, value)
             if other is not value:
                 raise VlmFixError(f"two methods are called {value.name!r}: {other} and {value}; rename one.")

@@ -70,5 +70,6 @@ class TAME(ColumnEdit, QueryKeyReader):
 
 
 def size(x: torch.Tensor) -> torch.Tensor:
-    """[B, H, n, D] -> [B, n]: squared norms, mean over the heads, without a float32 copy of all keys."""
-    return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).square().mean(dim=1)
+    """[B, H, n, D] -> [B, n]: squared norms, mean over the heads, in float32 or better without such a copy of all keys."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return torch.linalg.vector_norm(x, dim=-1, dtype=dtype).square().mean(dim=1)

@@ -70,13 +70,18 @@ class DAGCD(WeightReader, LogitEdit):
         row = last + step.index - max(session.start, last)
         if row >= memory.weights[self.layers[0]].shape[2]:
             return l  # drafting tries its proposals on made-up scores first
-        weights = torch.cat([memory.weights[i][:, :, row].to(l.device) for i in self.layers], dim=1)  # [B, layers H, P]
         ids, inside = self.context_of(session)
         ids, inside = ids.to(l.device), inside.to(l.device)
-        weights = weights * inside[:, None]
-        if not step.index:
-            memory.chosen = weights.sum(dim=-1).topk(min(self.heads_used, weights.shape[1]), dim=-1).indices
-        assert memory.chosen is not None
+
+        def of_row(r: int) -> torch.Tensor:  # [B, layers H, P] weights on the context
+            return torch.cat([memory.weights[i][:, :, r].to(l) for i in self.layers or ()], dim=1) * inside[:, None]
+
+        if (
+            memory.chosen is None or not step.index
+        ):  # without a cache every step holds the prompt's last row, as its first
+            first = of_row(0).sum(dim=-1)
+            memory.chosen = first.topk(min(self.heads_used, first.shape[1]), dim=-1).indices
+        weights = of_row(row)
         weights = weights.gather(1, memory.chosen[..., None].expand(-1, -1, weights.shape[2]))
         end = self.end_tokens or step.host.model.generation_config.eos_token_id or ()
         ends = torch.tensor([end] if isinstance(end, int) else list(end), device=l.device)

@@ -133,7 +133,7 @@ class OPERA(WeightReader, Searcher):
             log_s = pad(beams.sums, (0, 1)) + (self.scale * seen.row[:, -size:].to(z.device)).log()
             phi, place = (log_s + math.log(1e-7)).exp().clamp(max=65504).max(dim=-1)
             phi = -seen.image.to(z.device) if size <= self.warmup else phi
-            z.scatter_(1, token[:, None], (value - self.weight * phi)[:, None])
+            z.scatter_(1, token[:, None], (value - self.weight * phi)[:, None].to(z))
             places.append(place)
         return z, [mode(sorted(p)) for p in torch.stack(places, dim=1).tolist()]
 

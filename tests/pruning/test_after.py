@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
@@ -185,6 +186,8 @@ def test_answer_equals_reference(family, model, spec):
 @dataclass(frozen=True)
 class EveryOther(LayerPruner):
     """Keeps every `step`-th of what is left of each image."""
+
+    name: ClassVar[str] = "every_other"
 
     at: tuple[int, ...] = (0,)
     step: int = 3

@@ -14,6 +14,7 @@ from transformers.masking_utils import sdpa_mask
 from vlm_fix import compiled as graph
 from vlm_fix.checkpointing import refuse_unknown
 from vlm_fix.memory import ForwardCache
+from vlm_fix.method import shaped
 from vlm_fix.projections import ask
 from vlm_fix.recorder import Recorder
 from vlm_fix.session import Session
@@ -124,6 +125,8 @@ def _without_masked_columns(inputs: AttentionInputs, edits: LayerEdits) -> Atten
         gone = masker.mask_columns(functools.partial(_unedited_weights, inputs), edits.rows[i])
         if gone is None:
             continue
+        rows = inputs.query[:, 0, :, :1].expand(-1, -1, inputs.key.shape[2])  # [B, q, K]
+        shaped(gone, rows, masker, "mask_columns", broadcast=True)
         seen, allowed = ~gone[:, None], inputs.allowed(0)
         if allowed is not None and allowed.dtype != torch.bool:
             inputs = replace(inputs, mask=allowed.masked_fill(~seen, -torch.inf))

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 
+from vlm_fix.method import shaped
 from vlm_fix.session import Rows
 
 from .edits import AttentionEdit, Changes, Unchanged
@@ -78,17 +79,27 @@ def edited_weights(
     if windowed and allowed is not None:
         z = z.masked_fill(~allowed, 0) if allowed.dtype == torch.bool else z.masked_fill(allowed < 0, 0)
     for i, score_edit in edits.stages.scores:
-        z = _edited(edits, i, score_edit, score_edit.edit_scores(z, edits.rows[i]), z, changed)
+        z = _edited(
+            edits,
+            i,
+            score_edit,
+            shaped(score_edit.edit_scores(z, edits.rows[i]), z, score_edit, "edit_scores"),
+            z,
+            changed,
+        )
     for i, log_edit in edits.stages.log_weights:  # they multiply what the scores became, whatever the stack's order
         bias = log_edit.log_weights(edits.rows[i])
-        z = z if bias is None else _edited(edits, i, log_edit, z + bias, z, changed)
+        if bias is not None:
+            new = z + shaped(bias, z, log_edit, "log_weights", broadcast=True)
+            z = _edited(edits, i, log_edit, new, z, changed)
     if allowed is not None:
         z = z.masked_fill(~allowed, -torch.inf) if allowed.dtype == torch.bool else z + allowed
     a = z.softmax(dim=-1)
     if allowed is not None:
         a = a.nan_to_num(0.0)  # rows of padding attend to nothing
     for i, weight_edit in edits.stages.weights:
-        a = _edited(edits, i, weight_edit, weight_edit.edit_weights(a, edits.rows[i]), a, changed)
+        new = shaped(weight_edit.edit_weights(a, edits.rows[i]), a, weight_edit, "edit_weights")
+        a = _edited(edits, i, weight_edit, new, a, changed)
     return a
 
 
@@ -127,7 +138,7 @@ def _grouped(x: torch.Tensor, kv_heads: int) -> torch.Tensor:
 def edited_heads(out: torch.Tensor, edits: LayerEdits) -> torch.Tensor:
     """Apply the head edits to per-head outputs [B, H, R, D]."""
     for i, edit in edits.stages.heads:
-        out = _where(edits.masks[i], edit.edit_heads(out, edits.rows[i]), out)
+        out = _where(edits.masks[i], shaped(edit.edit_heads(out, edits.rows[i]), out, edit, "edit_heads"), out)
     return out
 
 

@@ -19,6 +19,7 @@ from transformers import LogitsProcessor
 from vlm_fix.call import Call
 from vlm_fix.errors import VlmFixError
 from vlm_fix.families.compat import cache_of
+from vlm_fix.method import shaped
 from vlm_fix.options import GenerateOptions
 from vlm_fix.packing import left_pack
 from vlm_fix.pruning import PruningWing
@@ -27,7 +28,7 @@ from vlm_fix.wing import Host, Wing
 
 from . import joint
 from .branch import Branch, MainPrompt, ReusedPrompt
-from .kinds import Contrast, log_probs
+from .kinds import Contrast, Negative, log_probs
 from .term import Term
 
 
@@ -51,13 +52,19 @@ class PrefixContrast(LogitsProcessor):
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         if not self.branches:
             wanted = self.method.branches(self.call)
+            if not all(
+                isinstance(n, Negative) and {"input_ids", "attention_mask"} <= {*n.inputs} for n in wanted.values()
+            ):
+                raise VlmFixError(
+                    f"{self.method.name}: negative must return model inputs with input_ids and attention_mask."
+                )
             self.branches = [Branch(self.host, self.call, name, branch, self.method) for name, branch in wanted.items()]
         generated = input_ids[:, self.call.inputs["input_ids"].shape[1] :]
         negatives = [b.logits(generated).to(scores.device).float() for b in self.branches]
         if self.host.main:
             self.host.main.parts.pop(MainPrompt, None)  # every branch has its prompt now
         main, *negatives = (log_probs(x, self.method.on_logits and not self.adds) for x in (scores.float(), *negatives))
-        combined = self.method.combine_at(generated.shape[1], main, *negatives)
+        combined = shaped(self.method.combine_at(generated.shape[1], main, *negatives), main, self.method, "combine")
         if self.term:
             self.term.add(main, combined, generated)
         return log_probs(combined, unless=not self.adds).to(scores.dtype)  # type: ignore[return-value]

@@ -15,6 +15,7 @@ import torch
 from transformers import LogitsProcessor
 
 from vlm_fix.call import Call
+from vlm_fix.method import shaped
 from vlm_fix.options import GenerateOptions
 from vlm_fix.wing import Host, Wing
 
@@ -48,8 +49,8 @@ class LogitEdits(LogitsProcessor):
         step = Step(self.host, lambda: self.prompts, generated, self.seen, self.head)
         z = scores.float()
         for edit in (e for e in self.edits if all(map(step.reached, e.exits))):
-            z = edit.edit(log_probs(z, unless=edit.on_logits and not self.adds), step)
-            z = log_probs(z, unless=not self.adds)
+            new = edit.edit(log_probs(z, unless=edit.on_logits and not self.adds), step)
+            z = log_probs(shaped(new, z, edit, "edit"), unless=not self.adds)
         return z.to(scores.dtype)  # type: ignore[return-value]
 
     def _see(self, layer: int, module: Any, args: Any, kwargs: dict[str, Any]) -> None:

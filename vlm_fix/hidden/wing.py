@@ -11,7 +11,7 @@ import torch
 from vlm_fix import compiled
 from vlm_fix.errors import VlmFixError
 from vlm_fix.families import final_norm
-from vlm_fix.method import Method
+from vlm_fix.method import Method, shaped
 from vlm_fix.options import GenerateOptions
 from vlm_fix.session import Rows, Session
 from vlm_fix.wing import Host, Wing
@@ -140,7 +140,7 @@ class HiddenWing(Wing):
             part = changed(given, rows)
             if part is given:  # it only looked
                 continue
-            part = part.to(x.dtype)
+            part = shaped(part, old, edit, changed.__name__).to(x.dtype)
             part = part if mask is None else torch.where(mask[..., None], part, old)
             new = part if first == 0 else torch.cat([new[:, :first], part], dim=1)
         return None if new is x else new

@@ -18,7 +18,7 @@ from transformers import DynamicCache
 from vlm_fix.errors import VlmFixError
 from vlm_fix.families.compat import cache_of, is_latent
 from vlm_fix.memory import Memory
-from vlm_fix.method import Method
+from vlm_fix.method import Method, shaped
 from vlm_fix.packing import left_pack
 from vlm_fix.projections import HEARD, Heard
 from vlm_fix.session import PAD, VISUAL, Session, View
@@ -168,6 +168,8 @@ def drop(
     own = Seen(layer.self_attn, norm(x.to(there)), (cos, sin), None, places)
     previous = entered.seen if i else None
     chosen, hidden = dropper.choose(Tokens(i, stage, x, first.to(x.device), images, before, own, previous))
+    chosen = shaped(chosen, images, dropper, "choose")
+    hidden = shaped(hidden, x, dropper, "choose")
     if i == dropper.stages[-1]:
         session.forget(dropper)
     types = before.types.to(x.device)

@@ -224,6 +224,7 @@ def choose(
             own = share(pruner, image.siblings)
             with torch.set_grad_enabled(merges and torch.is_grad_enabled()):
                 index, merged = own.reduce(image) if merges else (own.select(image), None)
+            check_choice(pruner, index, image)
             place = columns
             if image.here is not None:
                 place = torch.full((image.grid[0] * image.grid[1],), -1, device=columns.device)
@@ -237,6 +238,22 @@ def choose(
         for start, end in shown.newlines[row] if shown.newlines else ():
             keep[row, end] = keep[row, start:end].any()
     return keep, embeds
+
+
+def check_choice(pruner: Any, index: Any, image: ImageTokens) -> None:
+    """VlmFixError unless `index` names tokens of the image, each once."""
+    count = image.grid[0] * image.grid[1]
+    right = isinstance(index, torch.Tensor) and index.dim() == 1 and not index.is_floating_point()
+    if not right or index.dtype == torch.bool or len(index) > count:
+        what = (
+            f"a {index.dtype} tensor of shape {list(index.shape)}"
+            if isinstance(index, torch.Tensor)
+            else str(type(index))
+        )
+        raise VlmFixError(
+            f"{pruner.name}: select must return the indices of the tokens to keep, a tensor of up to {count} integers; it "
+            f"returned {what}."
+        )
 
 
 def features_of(image: ImageTokens, embeds: torch.Tensor) -> torch.Tensor:

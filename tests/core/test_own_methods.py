@@ -1,0 +1,178 @@
+"""What is easily forgotten in a method of one's own is one sentence that says what to write."""
+
+from __future__ import annotations
+
+import types
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+
+import vlm_fix
+from tests.support.models import make_inputs
+from vlm_fix import registry
+from vlm_fix.attention.edits import ColumnMasker, HeadEdit, LogWeightEdit, ScoreEdit, WeightEdit
+from vlm_fix.decoding.kinds import Contrast, LogitEdit
+from vlm_fix.hidden.edit import LayerOutputEdit
+from vlm_fix.pruning.kinds import TokenPruner
+
+
+class NoDecorator(ScoreEdit):
+    name: ClassVar[str] = "no_decorator"
+    bonus: float = vlm_fix.param(0.5, "added")
+
+    def edit_scores(self, scores, rows):
+        return scores + self.bonus
+
+
+class PlainField(ScoreEdit):
+    name: ClassVar[str] = "plain_field"
+    bonus: float = 0.5
+
+    def edit_scores(self, scores, rows):
+        return scores + self.bonus
+
+
+@dataclass(frozen=True)
+class NoName(ScoreEdit):
+    bonus: float = vlm_fix.param(0.5, "added")
+
+    def edit_scores(self, scores, rows):
+        return scores + self.bonus
+
+
+class OnlyAnotherDefault(vlm_fix.registry.get_method("pai")):
+    """A class without parameters of its own needs no decorator."""
+
+    name: ClassVar[str] = "louder_pai"
+
+    @property
+    def neutral(self):
+        return False
+
+
+@pytest.mark.parametrize("cls", [NoDecorator, PlainField])
+def test_a_forgotten_decorator(cls):
+    with pytest.raises(vlm_fix.VlmFixError, match=r"write @dataclass\(frozen=True\) above it"):
+        cls()
+
+
+def test_a_forgotten_name(monkeypatch):
+    with pytest.raises(vlm_fix.VlmFixError, match=r'NoName has no name: add name: ClassVar\[str\] = "noname"'):
+        NoName()
+    module = types.ModuleType("theirs")
+    NoName.__module__, module.NoName = "theirs", NoName
+    point = types.SimpleNamespace(load=lambda: module)
+    monkeypatch.setattr(registry, "entry_points", lambda group: [point])
+    registry._classes.cache_clear()
+    try:
+        with pytest.raises(vlm_fix.VlmFixError, match="NoName in theirs has no name"):
+            vlm_fix.list_methods()
+    finally:
+        monkeypatch.undo()
+        registry._classes.cache_clear()
+
+
+def test_a_subclass_without_parameters_of_its_own(family, model):
+    with vlm_fix.wrapped(model, OnlyAnotherDefault(alpha=0.7)):
+        model(**make_inputs(family, [1]))
+
+
+def made(base, function, value):
+    """A method of a kind whose `function` returns `value(its first argument)`."""
+
+    def own(self, x, *rest):
+        return value(x)
+
+    own.__name__ = function
+    body = {"name": base.__name__.lower(), "__doc__": None, function: own}
+    return dataclass(frozen=True)(type(base.__name__, (base,), body))()
+
+
+KINDS = [(ScoreEdit, "edit_scores"), (WeightEdit, "edit_weights"), (HeadEdit, "edit_heads"), (LayerOutputEdit, "layer_output"),
+         (LogitEdit, "edit")]  # fmt: skip
+WRONG = {
+    "nothing": lambda x: None,
+    "one row": lambda x: x[:, :1, :1],
+    "transposed": lambda x: x.mT,
+    "a number": lambda x: 1.0,
+    "a tuple": lambda x: (x, x),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize(("base", "function"), KINDS, ids=lambda v: getattr(v, "__name__", v))
+def test_a_wrong_shape(family, model, base, function, wrong):
+    method = made(base, function, WRONG[wrong] if base is not LogitEdit or wrong != "one row" else lambda x: x[:, :1])
+    with vlm_fix.wrapped(model, method):
+        match = f"{method.name}: {function} must return a tensor of shape"
+        with pytest.raises(vlm_fix.VlmFixError, match=match):
+            model.generate(**make_inputs(family, [1, 2]), max_new_tokens=2, do_sample=False)
+
+
+def test_wrong_log_weights_and_masks(family, model):
+    @dataclass(frozen=True)
+    class Bias(LogWeightEdit):
+        name: ClassVar[str] = "bias"
+
+        def log_weights(self, rows):
+            return torch.zeros(3)
+
+    @dataclass(frozen=True)
+    class Mask(ColumnMasker):
+        name: ClassVar[str] = "mask"
+
+        def mask_columns(self, weights_from, rows):
+            return torch.zeros(7, dtype=torch.bool)
+
+    for method, function in ((Bias(), "log_weights"), (Mask(), "mask_columns")):
+        with vlm_fix.wrapped(model, method), pytest.raises(vlm_fix.VlmFixError, match=f"{function} must return"):
+            model.generate(**make_inputs(family, [1, 2]), max_new_tokens=2, do_sample=False)
+
+
+def test_wrong_contrasts(family, model):
+    @dataclass(frozen=True)
+    class Two(Contrast):
+        name: ClassVar[str] = "two"
+
+        def negative(self, call):
+            return call.inputs["input_ids"]
+
+        def combine(self, l, l_neg):
+            return l[:1, :3]
+
+    @dataclass(frozen=True)
+    class Short(Two):
+        name: ClassVar[str] = "short"
+
+        def negative(self, call):
+            return call.inputs
+
+    for method, match in (
+        (Two(), "negative must return model inputs"),
+        (Short(), "combine must return a tensor of shape"),
+    ):
+        with vlm_fix.wrapped(model, method), pytest.raises(vlm_fix.VlmFixError, match=match):
+            model.generate(**make_inputs(family, [1, 2]), max_new_tokens=2, do_sample=False)
+
+
+@pytest.mark.parametrize(
+    "value", [None, [1, 2], torch.ones(36, dtype=torch.bool), torch.ones(2, 2).long(), torch.arange(99)]
+)
+def test_wrong_choices_of_a_pruner(family, model, value):
+    @dataclass(frozen=True)
+    class Chooser(TokenPruner):
+        name: ClassVar[str] = "chooser"
+
+        def encoder_layers(self, arch):
+            return ()
+
+        def select(self, image):
+            return value
+
+    with (
+        vlm_fix.wrapped(model, Chooser()),
+        pytest.raises(vlm_fix.VlmFixError, match="chooser: select must return the indices"),
+    ):
+        model.generate(**make_inputs(family, [1, 2]), max_new_tokens=2, do_sample=False)
