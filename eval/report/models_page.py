@@ -14,6 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from vlm_fix.attention.edits import HeadEdit
 from vlm_fix.families import FAMILIES, REFUSED
 from vlm_fix.pruning.kinds import LayerPruner, TokenPruner
 from vlm_fix.registry import list_methods
@@ -65,6 +66,8 @@ def kind_of_methods() -> dict[str, str]:
 
 def _base_kind(method: Any) -> str:
     """The kind of the class that a control derives from."""
+    if issubclass(method, HeadEdit):
+        return "heads"
     return next((c.kind for c in method.__mro__[1:] if getattr(c, "kind", "") in (*KINDS, "pruning")), "")
 
 

@@ -12,7 +12,7 @@ import torch
 from vlm_fix import Unchanged, VlmFixError, WeightEdit, param
 from vlm_fix.arch import Arch
 from vlm_fix.calibration.search import LastRow, batches
-from vlm_fix.families import family_of, get_part
+from vlm_fix.families import family_of, get_part, output_projection
 from vlm_fix.hooks import hooked
 from vlm_fix.method import parse_heads
 from vlm_fix.sample import Sample
@@ -100,7 +100,7 @@ class ADHH(WeightEdit):
             said = before[rows, wrong[-1].long()]
             for layer in range(len(layers)):
                 for head in range(heads):
-                    with hooked([_silence(layers[layer].self_attn.o_proj, head, heads)]):
+                    with hooked([_silence(output_projection(layers[layer].self_attn), head, heads)]):
                         fall = said - run.logits().cpu().log_softmax(-1)[rows, answer]
                     falls[layer, head] = torch.cat([falls.get((layer, head), fall[:0]), fall])
             done += len(part)

@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 from vlm_fix import HeadEdit, RowScope, VlmFixError, param
 from vlm_fix.arch import Arch
 from vlm_fix.calibration.search import batches
-from vlm_fix.families import family_of, get_part
+from vlm_fix.families import family_of, get_part, output_projection
 from vlm_fix.hooks import hooked
 from vlm_fix.method import parse_heads
 from vlm_fix.sample import Sample
@@ -92,7 +92,7 @@ class HeadPursuit(HeadEdit):
         dictionary = normalize(model.lm_head.weight[ids].detach().float(), dim=-1)
         shares: dict[str, float] = {}
         for i, (layer, rows) in enumerate(zip(layers, written, strict=True)):
-            weight = layer.self_attn.o_proj.weight.detach().float()  # [C, heads * D]
+            weight = output_projection(layer.self_attn).weight.detach().float()  # [C, heads * D]
             size = weight.shape[1] // heads
             for h in range(heads):
                 part = slice(h * size, (h + 1) * size)
@@ -133,7 +133,9 @@ def written_rows(
         return lambda module, args: seen[i].append(args[0][:, -1].float().cpu())
 
     config, done = model.generation_config, 0
-    with hooked([layer.self_attn.o_proj.register_forward_pre_hook(keep(i)) for i, layer in enumerate(layers)]):
+    with hooked(
+        [output_projection(layer.self_attn).register_forward_pre_hook(keep(i)) for i, layer in enumerate(layers)]
+    ):
         for part, inputs in batches(samples, 16, config.pad_token_id or 0):
             out = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, num_beams=1, disable_compile=True)
             new = out[:, inputs["input_ids"].shape[1] :].cpu()

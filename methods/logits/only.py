@@ -12,7 +12,7 @@ from vlm_fix.attention.inputs import QueryRows
 from vlm_fix.decoding.contrast import plausible
 from vlm_fix.decoding.kinds import LogitEdit
 from vlm_fix.decoding.step import Step
-from vlm_fix.families import get_part
+from vlm_fix.families import get_part, output_projection
 from vlm_fix.hidden.wing import mlp_of
 from vlm_fix.session import PAD, Rows
 
@@ -73,7 +73,7 @@ class ONLY(WeightReader, QueryKeyReader, LogitEdit):
         groups = a.shape[1] // value.shape[1]
         out = (a @ value.to(a.dtype).repeat_interleave(groups, dim=1)).transpose(1, 2).flatten(2)  # [B, R, H D]
         model = session.call.model
-        project = get_part(model, session.call.family.language).layers[rows.layer].self_attn.o_proj
+        project = output_projection(get_part(model, session.call.family.language).layers[rows.layer].self_attn)
         written = project(out.to(project.weight.dtype))
         for r, position in enumerate(rows.positions.tolist()):
             memory.output[position - session.prompt_len + 1] = written[:, r]

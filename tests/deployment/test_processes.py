@@ -39,7 +39,7 @@ def test_a_launcher_that_starts_one_process_is_named(monkeypatch):
         assert Team().size == 1
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
-    with pytest.warns(UserWarning, match="accelerate launch --cpu started one process, .* torchrun"):
+    with pytest.warns(UserWarning, match="accelerate launch --cpu started one process, .* `torchrun"):
         assert Team().size == 1
 
 

@@ -1,6 +1,7 @@
 """The product method x family: one cell is one method on the tiny model of one family, and what became of it.
 
-`python -m tests.support.product` walks it, about six minutes on one core, and writes the record; after it, families to walk.
+`python -m tests.support.product` walks it, about six minutes on one core, and writes the record; after it, families to walk, or
+`new` for the methods that are not in it yet.
 """
 
 from __future__ import annotations
@@ -173,22 +174,32 @@ def recorded(family: str, method: str) -> dict[str, str]:
     return json.loads(RECORD.read_text())["families"][family]["cells"].get(method, {"outcome": WORKS, "why": ""})
 
 
-def main(families: list[str]) -> int:
-    """Walk these families, or all, and put into the record each that has no failed cell."""
+def main(asked: list[str]) -> int:
+    """Walk these families, or all, and put into the record each that has no failed cell. `new`: new methods alone."""
     methods, bad = [m.name for m in list_methods()], 0
-    record = json.loads(RECORD.read_text())["families"] if RECORD.exists() else {}
-    for family in families or FAMILIES:
-        cells = {method: walk(method, family) for method in methods}
+    known = json.loads(RECORD.read_text()) if RECORD.exists() else {"methods": [], "families": {}}
+    record, new = known["families"], asked == ["new"]
+    tried = [m for m in methods if m not in known["methods"]] if new else methods
+    for family in FAMILIES if new else asked or FAMILIES:
+        cells = {method: walk(method, family) for method in tried}
         failed = [c["why"] for c in cells.values() if c["outcome"] == FAILED]
         print(family, *sorted(Counter(c["outcome"] for c in cells.values()).items()), *failed, sep="\n  ", flush=True)
         bad += len(failed)
         if not failed:
             arch = arch_of(model_of(family))
+            cells = (record[family]["cells"] if new else {}) | {m: c for m, c in cells.items() if c["outcome"] != WORKS}
             about = {"family": arch.family.name, "decoder": arch.text_type}
-            record[family] = about | {"cells": {m: c for m, c in cells.items() if c["outcome"] != WORKS}}
-            kept = {f: record[f] for f in FAMILIES if f in record}
-            RECORD.write_text(json.dumps({"methods": methods, "families": kept}, indent=1) + "\n")
+            record[family] = about | {"cells": {m: cells[m] for m in methods if m in cells}}
+        if not failed and not new:
+            _write(methods, record)
+    if new and not bad:
+        _write(methods, record)
     return 1 if bad else 0
+
+
+def _write(methods: list[str], record: dict) -> None:
+    kept = {f: record[f] for f in FAMILIES if f in record}
+    RECORD.write_text(json.dumps({"methods": methods, "families": kept}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

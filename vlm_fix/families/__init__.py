@@ -3,7 +3,15 @@
 from vlm_fix.arch import Arch, Family
 
 from .cells import anyres_index, anyres_side, image_cells, split_pixels, visual_cells
-from .parts import attention_modules, final_norm, get_part, image_token_ids, video_token_id, vision_blocks
+from .parts import (
+    attention_modules,
+    final_norm,
+    get_part,
+    image_token_ids,
+    output_projection,
+    video_token_id,
+    vision_blocks,
+)
 from .positions import prompt_positions
 from .table import FAMILIES, REFUSED, arch_of, family_of
 
@@ -21,6 +29,7 @@ __all__ = [
     "get_part",
     "image_cells",
     "image_token_ids",
+    "output_projection",
     "prompt_positions",
     "split_pixels",
     "video_token_id",

@@ -46,5 +46,13 @@ def final_norm(language: Any) -> Any:
     return language.norm if hasattr(language, "norm") else language.embedding_norm
 
 
+def output_projection(attn: Any) -> Any:
+    """The projection of self-attention that joins its heads; LFM2 calls it otherwise than all others."""
+    for name in ("o_proj", "out_proj"):
+        if hasattr(attn, name):
+            return getattr(attn, name)
+    raise VlmFixError(f"no output projection was found in {type(attn).__name__}.")
+
+
 def image_token_ids(model: Any, family: Family) -> list[int]:
     return [i for name in family.image_tokens if (i := getattr(model.config, name, None)) is not None]
