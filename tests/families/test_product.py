@@ -52,11 +52,12 @@ def test_a_raw_exception_and_a_silent_method_fail(monkeypatch):
         raise KeyError("a raw error")
 
     from vlm_fix.methods.attention.pai import PAI
+    from vlm_fix.methods.heads.vhr import VHR
 
     monkeypatch.setattr(PAI, "edit_scores", broken)
     assert product.walk("pai", "llava")["outcome"] == product.FAILED
     assert "KeyError: 'a raw error'" in product.walk("pai", "llava")["why"]
     monkeypatch.setattr(PAI, "edit_scores", lambda self, scores, rows: scores)
     assert "changed nothing, without a word" in product.walk("pai", "llava")["why"]
-    monkeypatch.setattr(PAI, "edit_scores", lambda self, scores, rows: scores * float("nan"))
-    assert "not finite" in product.walk("pai", "llava")["why"]
+    monkeypatch.setattr(VHR, "edit_heads", lambda self, out, rows: out * float("nan"))
+    assert "not finite" in product.walk("vhr", "llava")["why"]
