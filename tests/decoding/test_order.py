@@ -194,7 +194,7 @@ def test_a_forbidden_token_that_alone_is_plausible(family, model, spec, mode):
 def test_a_generate_without_processors_is_an_error(family, model):
     """A loop of the caller's own that never asks for them would leave the contrast out without a word."""
     inputs = single(family, [1, 2], 1)
-    model.generate = lambda ids, **kwargs: ids
+    model.generate = lambda input_ids, **kwargs: input_ids
     try:
         with vlm_fix.wrapped(model, "vcd"), pytest.raises(vlm_fix.VlmFixError, match="does not ask the model"):
             model.generate(**inputs, max_new_tokens=2)

@@ -104,4 +104,5 @@ def test_every_method_of_a_kind_is_listed():
     from vlm_fix import list_methods
 
     names = {spec.partition(":")[0] for specs in kinds.values() for spec in specs}
-    assert {m.name for m in list_methods()} - names == {"baseline"}
+    of_files = {m.name for m in list_methods() if "file" in {field.name for field in dataclasses.fields(m)}}
+    assert {m.name for m in list_methods()} - names == {"baseline", *of_files} and of_files

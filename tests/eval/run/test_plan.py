@@ -12,7 +12,7 @@ from vlm_fix import registry
 from vlm_fix.calibrated import Calibration, sizes
 from vlm_fix.errors import VlmFixError
 from vlm_fix.eval import tasks
-from vlm_fix.eval.report import methods_page, page, published
+from vlm_fix.eval.report import measured, page, published
 from vlm_fix.eval.report import tables as report
 from vlm_fix.eval.run import generation, loading, plan
 from vlm_fix.eval.run.runner import Settings, evaluate
@@ -184,4 +184,4 @@ def test_tables_and_pages_show_the_sizes_and_the_control(folder):
     ]
     assert "gaussian_logits as vcd" in page.page([folder]) and "noise of the size of M" in page.leaderboard([folder])
     assert {line["method"] for line in published.compare(results)} == {"vcd"}
-    assert [row.spec for row in methods_page.measured(folder.parent)["gaussian_logits"]] == ["gaussian_logits as vcd"]
+    assert [row.spec for row in measured.read(folder.parent)["gaussian_logits"]] == ["gaussian_logits as vcd"]
