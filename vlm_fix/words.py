@@ -66,7 +66,8 @@ def around_question(text: list[int], ends: set[int], marks: set[int]) -> tuple[i
 
     First: the marks that end an image. Last: all from the end of a turn (one of `ends`, the model's end-of-sequence ids)
     among the last 8 on, as `<|im_end|>`, `<end_of_turn>` and `<|eot_id|>`. Also the line end and " ASSISTANT:" of LLaVA-1.5
-    in Llama's vocabulary. Other templates are not known: 0.
+    in Llama's vocabulary. Other templates are not known: 0. Where the end of a turn closes answers alone (Pixtral's
+    `</s>[INST] Why? [/INST]`), a later question of a few tokens is taken for template: give the numbers there.
     """
     head = len(LINE) if text[: len(LINE)] == LINE else len(list(itertools.takewhile(marks.__contains__, text)))
     tail = next((i for i, token in enumerate(reversed(text[-LONGEST:]), 1) if token in ends), 0)
