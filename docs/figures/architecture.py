@@ -171,7 +171,7 @@ def draw_wings(ax: Any) -> None:
             hook.replace("_", "_\n"),
             ha="center",
             va="center",
-            fontsize=7.5,
+            fontsize=7,
             family="monospace",
         )
     for i, wing in enumerate(Wing.kinds):
@@ -218,10 +218,12 @@ def draw_floors(ax: Any) -> None:
     levels = floors(graph)
     height, place = 1 / len(levels), {}
     for n, parts in enumerate(levels):
-        w = min(0.2, 0.96 / len(parts) - 0.02)
-        start = 0.5 - (len(parts) * (w + 0.02) - 0.02) / 2
-        for i, part in enumerate(parts):
-            place[part] = (start + i * (w + 0.02), n * height + 0.012, w, height * 0.62)
+        room, letters = 0.98 - 0.02 * len(parts), sum(len(part) + 1.5 for part in parts)
+        widths = [min(0.2, room * (len(part) + 1.5) / letters) for part in parts]  # on a full floor, as names are long
+        x = 0.5 - (sum(widths) + 0.02 * (len(parts) - 1)) / 2
+        for part, w in zip(parts, widths, strict=True):
+            place[part] = (x, n * height + 0.012, w, height * 0.62)
+            x += w + 0.02
     for part, used in graph.items():
         shown = {u for u in used if not any(u in graph[v] and part not in graph[v] for v in used - {u})}
         for u in shown:  # arrows that follow from others are left out

@@ -14,16 +14,16 @@ from vlm_fix.attention.preview import PlainWeights, preview
 from vlm_fix.calibration.search import best_value
 from vlm_fix.call import Call
 from vlm_fix.session import VISUAL, Rows, Session
-from vlm_fix.words import content_columns
+from vlm_fix.words import TEMPLATE, check_template, template_columns
 
-from .saliency import GIFTMemory, saliency_map, top_half
+from .saliency import GIFTMemory, counted, saliency_map, top_half
 
 
 @dataclasses.dataclass(frozen=True)
 class GIFT(WeightEdit, PromptStart, InputEdit):
     """Amplifies attention to what the eyes turned to while the question was read, and to the question by as much.
 
-    At `source_layer`, for query tokens q (prompt text after the images): shift = sum_q relu(A[q, V] - A[q-1, V]).
+    At `source_layer`, for query tokens q (the question after the images): shift = sum_q relu(A[q, V] - A[q-1, V]).
     The H/2 heads with the largest sum are averaged, clamped to mean +- 3 std over V and scaled to m in [0, 1].
     In `layers`, on the last prompt row and decode rows, after softmax:
         Hv = top H/2 heads by A[V].sum:     A[Hv, V] *= exp(alpha m);   c = what A[Hv, V].sum grew by, over all of Hv
@@ -32,11 +32,12 @@ class GIFT(WeightEdit, PromptStart, InputEdit):
     Source: arXiv 2510.22067, official code at e20b8a9: source layer 11, layers 12-22, alpha 5 for LLaVA-1.5-7B; 10,
     14-20 and 5 for 13B; 14, 5-18 and 4 for Qwen2-VL-7B; scaled to the depth of other models.
     Deviations: the official code keeps the query's content words, by a part-of-speech tagger; pos="content" does so with
-    NLTK's tagger and the tokenizer saved beside the model (`vlm_fix.words`). The default needs neither: all text after
-    the image counts. Either way the template and, in later turns, earlier answers count too (on a kept cache: the turn's
-    own rows alone), and the first token after the image never does: it has no text row before it. As in the official code
-    the map comes before the edit: from the same pass where no edited layer lies below the source layer, else from one more
-    forward of the prompt without edits. std is the population's. A map without contrast is m = 0.
+    NLTK's tagger and the tokenizer beside the model (`vlm_fix.words`). It leaves out the template by number: after the
+    image 2 tokens (LLaVA-1.5) or 1 (Qwen2-VL), 5 at the end; here by its ids: end marks of images, the model's end of a turn,
+    LLaVA-1.5's " ASSISTANT:". Another template counts as question, unless its numbers are given: `template=2|5`. So do earlier
+    turns (on a kept cache: not for the map). The map never counts the first token after the image: no text row is before it.
+    As in the official code it comes before the edit: from the same pass where no edited layer lies below the source
+    layer, else from one more forward of the prompt without edits. std is the population's. A map without contrast is m = 0.
     """
 
     name: ClassVar[str] = "gift"
@@ -47,6 +48,7 @@ class GIFT(WeightEdit, PromptStart, InputEdit):
     alpha: float | None = param(None, "strength: the most salient column's weight grows by exp(alpha)", low=0, high=50)
     source_layer: int | None = param(None, "layer whose attention gives the map", low=0)
     pos: str = param("all", "words of the question that count: all, or content words only", choices=("all", "content"))
+    template: tuple[int, ...] | None = param(None, TEMPLATE)
     edit_source: bool | None = param(None, "edit the source layer as well; None: if `layers` holds it")
 
     def defaults(self, arch: Arch) -> dict[str, Any]:
@@ -62,6 +64,7 @@ class GIFT(WeightEdit, PromptStart, InputEdit):
         method = super().resolve(arch)
         assert isinstance(method, GIFT) and isinstance(method.layers, tuple) and method.source_layer is not None
         source = method.source_layer
+        check_template("gift", method.template)
         if source >= arch.depth:
             raise VlmFixError(f"gift: source_layer={source} does not exist; there are layers 0 to {arch.depth - 1}.")
         if source not in arch.attention:
@@ -99,11 +102,11 @@ class GIFT(WeightEdit, PromptStart, InputEdit):
     def edit_weights(self, weights: torch.Tensor, rows: Rows) -> torch.Tensor:
         if rows.layer == self.source_layer and rows.prefill and not self.prepares:
             self.read(weights, rows)
-        m = rows.memory(GIFTMemory).saliency
-        if m is None or (rows.layer == self.source_layer and not self.edit_source):
+        m, question = rows.memory(GIFTMemory).saliency, rows.memory(GIFTMemory).question
+        if m is None or question is None or (rows.layer == self.source_layer and not self.edit_source):
             return weights
         answering = rows.positions >= rows.session.prompt_len - 1
-        return torch.where(answering[:, None], self.enhanced(weights, m, rows), weights)
+        return torch.where(answering[:, None], self.enhanced(weights, m, question, rows), weights)
 
     def read(self, a: torch.Tensor, rows: Rows) -> None:
         """Add the shifts of these rows [B, H, R, K]; after the prompt's last one, make the saliency map."""
@@ -113,8 +116,8 @@ class GIFT(WeightEdit, PromptStart, InputEdit):
         previous = torch.cat([pad(previous, (0, total - previous.shape[-1]))[:, :, None], seen[:, :, :-1]], dim=2)
         last = torch.tensor(session.last_visual, device=a.device)
         query = (rows.positions >= last[:, None] + 2) & (rows.positions < session.prompt_len)
-        if self.pos == "content":
-            query = query & content_columns(session).to(a.device)[:, rows.positions]
+        memory.question = ~template_columns(session.whole, self.template).to(a.device)
+        query = query & counted(session, memory.question, self.pos)[:, rows.positions]
         shift = ((seen - previous).clamp(min=0) * query[:, None, :, None]).sum(dim=2)
         if memory.shift is not None and memory.last_image is not None:  # no chunk from before another image counts
             old = pad(memory.shift, (0, total - memory.shift.shape[-1]))
@@ -123,9 +126,9 @@ class GIFT(WeightEdit, PromptStart, InputEdit):
         if int(rows.positions[-1]) >= session.prompt_len - 1:
             memory.saliency = saliency_map(shift, session.types == VISUAL)
 
-    def enhanced(self, a: torch.Tensor, m: torch.Tensor, rows: Rows) -> torch.Tensor:
-        """The edit of weights [B, H, R, K] by the saliency map m [B, n]."""
-        query = rows.after & ~rows.generated
+    def enhanced(self, a: torch.Tensor, m: torch.Tensor, question: torch.Tensor, rows: Rows) -> torch.Tensor:
+        """The edit of weights [B, H, R, K] by the saliency map m and the question's columns [B, n]."""
+        query = rows.after & ~rows.generated & rows.columns(question, -1)
         seeing = top_half((a * rows.visual).sum(dim=-1))[..., None] & rows.visual
         reading = top_half((a * query).sum(dim=-1))[..., None] & query
         m = (self.alpha or 0.0) * rows.columns(m, -1 if self.prepares else self.source_layer)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from vlm_fix import Memory
+from vlm_fix.session import Session
+from vlm_fix.words import content_columns
 
 
 @dataclass
@@ -14,7 +16,14 @@ class GIFTMemory(Memory):
     shift: torch.Tensor | None = None  # [B, H, n] the shifts of the question's rows so far
     previous: torch.Tensor | None = None  # [B, H, n] the last row's weights on the image
     last_image: torch.Tensor | None = None  # [B] the last image column when `shift` was summed
+    question: torch.Tensor | None = None  # [B, n] all columns but the template's around the question
     saliency: torch.Tensor | None = None  # [B, n] m, once the question was read
+
+
+def counted(session: Session, question: torch.Tensor, pos: str) -> torch.Tensor:
+    """[B, n] over the whole session's columns -> those of this one that count for the map: all, or of content words."""
+    mask = question & content_columns(session.whole).to(question.device) if pos == "content" else question
+    return session.translate(mask, session.whole)
 
 
 def saliency_map(shift: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:

@@ -9,10 +9,11 @@ from typing import ClassVar
 import torch
 from torch.nn.functional import pad
 
-from vlm_fix import Memory, WeightReader, param
+from vlm_fix import Arch, Memory, Method, WeightReader, param
 from vlm_fix.decoding.kinds import LogitEdit
 from vlm_fix.decoding.step import Step
 from vlm_fix.session import TEXT, Rows, Session
+from vlm_fix.words import TEMPLATE, check_template, template_columns
 
 
 @dataclass
@@ -35,8 +36,10 @@ class DAGCD(WeightReader, LogitEdit):
 
     Source: official code uestc-huangyw/DAGCD@45d09c9 (alpha 2 for base and 4 for chat models, 10 heads, top_rank 10).
     Deviations: the official heads, their weights and the detector that leaves out columns are trained on 2,000 samples;
-    here the heads are chosen as above and count alike, and no column is left out. It takes the argmax; p' divided by its
-    sum serves all modes. The official end tokens also include spaces and line ends.
+    here the heads are chosen as above and count alike, and no column is left out. The official context is a passage, found
+    by its text; here the chat template around the question is left out where its ids are known (`vlm_fix.words`) or its
+    numbers given (`template=2|5`). The official code takes the argmax; p' divided by its sum serves all modes. The
+    official end tokens also include spaces and line ends.
     """
 
     name: ClassVar[str] = "dagcd"
@@ -47,8 +50,13 @@ class DAGCD(WeightReader, LogitEdit):
     alpha: float = param(4.0, "strength", low=0)
     heads_used: int = param(10, "number of heads", low=1)
     top_rank: int = param(10, "ranks of the next token that may gain", low=1)
-    context: str = param("question", "text after the images, or all text of the prompt", choices=("question", "text"))
+    context: str = param("question", "the question after the images, or all text", choices=("question", "text"))
+    template: tuple[int, ...] | None = param(None, TEMPLATE)
     end_tokens: tuple[int, ...] | None = param(None, "ids that end an answer; None: the model's")
+
+    def resolve(self, arch: Arch) -> Method:
+        check_template("dagcd", self.template)
+        return super().resolve(arch)
 
     @property
     def neutral(self) -> bool:
@@ -94,6 +102,7 @@ class DAGCD(WeightReader, LogitEdit):
         if self.context == "question":
             last = torch.tensor(session.last_visual, device=types.device)[:, None]
             inside = inside & (torch.arange(types.shape[1], device=types.device) > last)
+            inside = inside & ~template_columns(session, self.template)[:, : session.prompt_len].to(types.device)
         return ids, inside
 
     def guided(self, l: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:

@@ -50,6 +50,59 @@ def test_gift_reads_the_question_of_each_turn(models, monkeypatch):
     assert 0 < second < first, "four new rows shift less than the whole question"
 
 
+VICUNA = [319, 1799, 9047, 13566, 29901]  # " ASSISTANT:" in Llama's vocabulary
+CHATML = [151645, 198, 151644, 77091, 198]  # <|im_end|> \n <|im_start|> assistant \n, Qwen's
+WHAT = [5618, 338, 4318, 297, 445, 1967, 29973]  # "What is shown in this image?"
+
+
+@pytest.mark.parametrize(
+    "text, ends, marks, expected",
+    [
+        ([29871, 13, *WHAT, *VICUNA], {2}, set(), (2, 5)),  # LLaVA-1.5: the official code's numbers
+        ([151653, *WHAT, *CHATML], {151645, 151643}, {151653}, (1, 5)),  # Qwen2-VL: again
+        ([151653, *WHAT, *CHATML, 151667, 198], {151645}, {151653}, (1, 7)),  # one that thinks first
+        ([151653, 7, *CHATML, 8, 9, 151645, 198, 151644, 872, 198, *WHAT, *CHATML], {151645}, {151653}, (1, 5)),
+        ([29871, 13, 7, *VICUNA, 8, 2, 3148, 1001, 29901, 9, 10, *VICUNA], {2}, set(), (2, 5)),  # a second turn
+        (WHAT, {2}, set(), (0, 0)),  # no template that is known
+    ],
+)
+def test_the_template_around_a_question(text, ends, marks, expected):
+    from vlm_fix.words import around_question
+
+    assert around_question(text, ends, marks) == expected
+
+
+def test_template_columns_of_a_padded_batch(models, monkeypatch):
+    """Each prompt loses its own template, but none that would be all of its text; `template` says otherwise."""
+    from vlm_fix import words
+    from vlm_fix.methods.attention import gift
+
+    seen, inner = [], words.template_columns
+    monkeypatch.setattr(gift, "template_columns", lambda *a: (seen.append(inner(*a)), seen[-1])[1])
+    model, inputs = models["llava"], make_inputs("llava", [1, 1, 1])
+    ids, n = inputs["input_ids"], inputs["input_ids"].shape[1]
+    first = [int((row == IMAGE).nonzero()[-1]) + 1 for row in ids]
+    assert n - first[2] < 8
+    ids[0, -3] = ids[1, -2] = ids[2, first[2]] = 2  # the end of a turn
+    with monkeypatch.context() as patch:
+        patch.setattr(model.generation_config, "eos_token_id", [2, 95])
+        with vlm_fix.wrapped(model, "gift:alpha=3,source_layer=1,layers=2-3"):
+            model(**inputs)
+    for spec in ("0|0", "1|2"):
+        with vlm_fix.wrapped(model, f"gift:alpha=3,source_layer=1,layers=2-3,template={spec}"):
+            model(**inputs)
+    found = [[m.nonzero()[:, 0].tolist() for m in mask] for mask in seen]
+    assert found[0] == [[n - 3, n - 2, n - 1], [n - 2, n - 1], []]
+    assert found[1] == [[], [], []]
+    assert found[2] == [[f, n - 2, n - 1] for f in first]
+
+
+def test_template_takes_two_counts(models):
+    for spec in ("gift:template=5", "gift:template=-1|5", "dagcd:template=1|2|3"):
+        with pytest.raises(vlm_fix.VlmFixError, match="template takes two counts"):
+            vlm_fix.wrap(models["llava"], spec)
+
+
 @pytest.mark.parametrize("stack", [[], ["random_tokens:keep=5"]])
 def test_gift_of_content_words(family, model, monkeypatch, stack):
     """Even ids stand for content words: the map counts their rows only, in batches and beside a pruner too."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import vlm_fix
-from tests.support.models import IMAGE, make_inputs, single
+from tests.support.models import IMAGE, IMAGE_END, make_inputs, single
 from tests.support.paths import PICTO_LLAVA
 from tests.support.references import base as ref
 from tests.support.references.decoding import Cake, Recorder
@@ -39,7 +39,7 @@ def test_reading_the_weights_leaves_the_output_as_it_is(family, model):
 EDITS = [
     "dagcd:alpha=6",
     "dagcd:alpha=3,heads_used=3,top_rank=40,context=text,layers=1-3",
-    "dagcd:alpha=6,end_tokens=69|32",
+    "dagcd:alpha=6,end_tokens=69|32,template=1|2",
     "yes_threshold:yes=3|69|32,no=20|52,mass=0.02,margin=0.9",
     "yes_threshold:yes=5,no=69|32,mass=0.01,margin=0.001",
 ]
@@ -66,7 +66,10 @@ def edited(twin, spec, inputs, tokens):
             z[0] = -torch.inf
             z[0, max(m.yes, key=lambda i: p[i])] = 0
         return z
-    context = [j for j in range(start) if j not in visual and (m.context == "text" or j > max(visual))]
+    first = max(visual) + 1
+    head, tail = m.template or (int(ids[first] == IMAGE_END), 0)
+    question = range(first + head, start - tail)
+    context = [j for j in range(start) if j not in visual and (m.context == "text" or j in question)]
     heads = [(layer, h) for layer in layers for h in range(4)]
     heads.sort(key=lambda lh: -sum(float(run.seen[lh[0], start - 1, lh[1]][j]) for j in context))
     words = sorted({ids[j] for j in context})

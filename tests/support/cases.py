@@ -113,6 +113,9 @@ CASES = {
                 "gift:alpha=3,source_layer=1,layers=2-3": row(
                     edits.GIFT, (1, 2, 3), rows="after_image", alpha=3, source=1, edited_layers=(2, 3)
                 ),
+                "gift:alpha=3,source_layer=1,layers=2-3,template=1|2": row(
+                    edits.GIFT, (1, 2, 3), rows="after_image", alpha=3, source=1, edited_layers=(2, 3), template=(1, 2)
+                ),
                 "gift:alpha=2,source_layer=2,layers=1-3": row(
                     edits.GIFT, (1, 2, 3), rows="after_image", alpha=2, source=2, edited_layers=(1, 2, 3)
                 ),

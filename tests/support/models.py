@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-IMAGE, PAD, VIDEO, VOCAB = 90, 91, 92, 96
+IMAGE, PAD, VIDEO, IMAGE_END, VOCAB = 90, 91, 92, 94, 96
 
 
 def tiny_llava(dtype=torch.float32, seed=0, depth=4, heads=4, kv_heads=2, config=None, **more):
@@ -83,7 +83,7 @@ def tiny_qwen(dtype=torch.float32, seed=0, depth=4):
         image_token_id=IMAGE,
         video_token_id=92,
         vision_start_token_id=93,
-        vision_end_token_id=94,
+        vision_end_token_id=IMAGE_END,
     )
     return ready(Qwen2_5_VLForConditionalGeneration(config), dtype)
 

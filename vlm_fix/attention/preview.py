@@ -50,6 +50,7 @@ def preview(session: Session, kwargs: dict[str, Any], recorder: Recorder | None 
         plain=True,
         prompt_len=session.prompt_len,
         states=session.states,
+        kept=session.kept,
     )
     plain.advance(session.start, session.types)
     plain.last_visual = session.last_visual

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from tests.support.models import IMAGE
+from tests.support.models import IMAGE, IMAGE_END
 from tests.support.references import base as ref
 from tests.support.references.base import Reference
 
@@ -71,10 +71,13 @@ class GIFT(Reference):
     source: int = 0
     edited_layers: tuple = ()
     content: tuple | None = None  # rows whose words count for the map; None: all
+    template: tuple | None = None  # its columns after the image and at the prompt's end; None: an end mark of the image
     map: dict = field(default_factory=dict)  # column -> m
     looking: bool = False
+    query: range = range(0)
 
     def forward(self, twin, inputs, generated):
+        self.read(inputs["input_ids"][0].tolist())
         given, self.looking = self.given, True
         if given and min(self.edited_layers) < self.source:  # the map was made in a pass over the prompt alone
             self.given = replace(given, plain=True)
@@ -83,6 +86,11 @@ class GIFT(Reference):
         self.looking, self.given = False, given
         return ref.teacher_forced(twin, self, inputs, generated)
 
+    def read(self, ids):
+        first = max(self.visual) + 1
+        head, tail = self.template or (int(ids[first] == IMAGE_END), 0)
+        self.query = range(first + head, self.prompt_len - tail)
+
     def top(self, key, values):
         return self.gates.largest(key, values, len(values) // 2)
 
@@ -90,7 +98,9 @@ class GIFT(Reference):
         """[H, L, L] of the source layer."""
         shift = [dict.fromkeys(self.visual, 0.0) for _ in a]
         for h in range(len(a)):
-            for q in range(max(self.visual) + 2, self.prompt_len):
+            for q in self.query:
+                if q == max(self.visual) + 1:
+                    continue
                 if self.content is None or q in self.content:
                     old, new = a[h, q - 1].tolist(), a[h, q].tolist()
                     for j in self.visual:
@@ -107,7 +117,7 @@ class GIFT(Reference):
             self.look(a)
         if self.looking or layer not in self.edited_layers:
             return
-        query = range(max(self.visual) + 1, self.prompt_len)
+        query = self.query
         for r in range(self.prompt_len - 1, a.shape[1]):
             old = a[:, r].clone()
             seeing = self.top(("seeing", layer, r), [float(sum(old[h, j] for j in self.visual)) for h in range(len(a))])
@@ -284,6 +294,7 @@ class Chain(Reference):
         looking = [run for run in self.runs if isinstance(run, GIFT)]
         for run in looking:
             run.looking = True
+            run.read(inputs["input_ids"][0].tolist())
         if looking:
             ref.teacher_forced(twin, self, inputs, generated)
         for run in looking:
