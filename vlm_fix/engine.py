@@ -94,22 +94,24 @@ class Engine(Forwards):
             raise
 
     def remove(self) -> None:
-        """Restore the model exactly."""
-        self.installed = False
-        copies.remove(self)
-        checkpointing.remove(self)
-        self._undo.close()
+        """Restore the model exactly, once no other thread's `generate` runs on it."""
+        with self.lock:
+            self.installed = False
+            copies.remove(self)
+            checkpointing.remove(self)
+            self._undo.close()
 
     @contextlib.contextmanager
     def away(self) -> Iterator[None]:
         """The model as it was before `wrap`, for as long as this lasts."""
-        own = {name: vars(self.model).pop(name) for name in (ATTRIBUTE, *copies.PROTOCOL)}
-        self.remove()
-        try:
-            yield
-        finally:
-            self.install()
-            vars(self.model).update(own)
+        with self.lock:
+            own = {name: vars(self.model).pop(name) for name in (ATTRIBUTE, *copies.PROTOCOL)}
+            self.remove()
+            try:
+                yield
+            finally:
+                self.install()
+                vars(self.model).update(own)
 
     def _others_on(self, config: Any) -> list[Engine]:
         """The engines on other models that share this model's config."""
@@ -173,13 +175,13 @@ class Engine(Forwards):
 
     def answer_alone(self, options: GenerateOptions) -> Any:
         """What the model answers without any wing."""
-        return self.plain_generate(options.ids, **options.final_kwargs(self.outside))
+        return self.plain_generate(options.ids, **options.final_kwargs())
 
     @contextlib.contextmanager
     def during(self, call: Call) -> Iterator[None]:
         """`call` is the one that this thread's forwards belong to, until this ends; drafting may begin one inside another."""
         with self.outside():
-            self.call, self.touched = call, set()
+            self.call, self.touched, self.running.generating = call, set(), True
             yield
 
     @contextlib.contextmanager
@@ -211,15 +213,18 @@ def generate(engine: Engine, model: Any, *args: Any, **kwargs: Any) -> Any:
     own = engine.own_generate
     function = functools.partial(generate_of(model), model) if own is MISSING else own
     options = GenerateOptions.read(model, named(function, args, kwargs))
+    options.keep_apart(engine.outside)
     if engine.rests(options):
         return engine.answer_alone(options)
     engine.refuse(options)
     with engine.lock, contextlib.ExitStack() as stack:
+        if not engine.installed:  # unwrapped while this call waited for another thread's
+            return engine.answer_alone(options)
         call = Call(model, engine.family, options.tensors(), cache=cache_of(options.kwargs))
         stack.enter_context(engine.during(call))
         for wing in engine.wings:
             stack.enter_context(wing.around_generate(call, options))
-        output = engine.plain_generate(call.inputs["input_ids"], **options.final_kwargs(engine.outside))
+        output = engine.plain_generate(call.inputs["input_ids"], **options.final_kwargs())
         if call.processors and not call.scored:
             raise VlmFixError(
                 f"{', '.join(m.name for m in engine.active)} could not act: this generate (or custom_generate) does not ask "

@@ -14,7 +14,7 @@ from vlm_fix.families import prompt_positions
 from vlm_fix.families.compat import CACHE, cache_of, versions
 from vlm_fix.recorder import Recorder
 from vlm_fix.session import PAD, TEXT, VISUAL, Session
-from vlm_fix.wing import NO_IMAGE, Host
+from vlm_fix.wing import NO_IDS, NO_IMAGE, OUTSIDE, Host
 
 
 class Forwards(Host):
@@ -49,6 +49,8 @@ class Forwards(Host):
             if cache is not None:
                 self.sessions[cache] = session
         self._advance(session, past, kinds, kwargs.get("attention_mask"))
+        if self.call is None and not self.quiet:
+            self._say_what_is_left_out(session, ids is None)
         changed = (wing.enter(session, args, kwargs) for wing in self.wings)
         return next((c for c in changed if c is not None), None)
 
@@ -162,9 +164,15 @@ class Forwards(Host):
         if max(session.last_visual) >= 0:
             for wing in self.wings:
                 wing.on_prompt(session)
-            return
-        if self.call is None and not self.quiet:
-            self.warn_once([m for m in self.active if m.needs_image], NO_IMAGE)
+
+    def _say_what_is_left_out(self, session: Session, no_ids: bool) -> None:
+        """Warn, once, of what a caller's own forward goes without; no_ids: it came as embeddings alone."""
+        blind = max(session.last_visual) < 0
+        if blind and session.start < session.prompt_len:
+            self.warn_once([m for m in self.active if m.needs_image], NO_IDS if no_ids else NO_IMAGE)
+        for method, what in (left_out for wing in self.wings for left_out in wing.only_in_generate()):
+            if not (blind and method.needs_image):
+                self.warn_once([method], OUTSIDE, f"does not {what} in this forward")
 
     def _leave(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         """After the forward: remember a cache that the model made itself, for a caller's own decoding loop."""

@@ -14,7 +14,8 @@ import torch
 from transformers import GenerationMixin, LogitsProcessorList, StoppingCriteriaList
 
 from vlm_fix.errors import VlmFixError
-from vlm_fix.processors import kept_apart
+from vlm_fix.families.compat import cache_of, kind_of
+from vlm_fix.processors import StreamerApart, kept_apart
 
 
 def named(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -46,6 +47,8 @@ class GenerateOptions:
         """From arguments by name. Raises VlmFixError where the prompt's token ids are missing."""
         inputs = kwargs.pop("inputs", None)
         given = kwargs.pop("input_ids", None)
+        if inputs is not None and given is not None:
+            raise VlmFixError("the prompt is given twice, by position and as input_ids: leave one of them out.")
         ids = inputs if given is None else given
         if not isinstance(ids, torch.Tensor) or ids.dim() != 2:
             raise VlmFixError(
@@ -72,6 +75,20 @@ class GenerateOptions:
         return (self.ids != int(pad)).to(self.ids.dtype)
 
     @property
+    def kept(self) -> Any:
+        """The cache of an earlier turn; None without one, and for an empty one, such as `generate` makes itself."""
+        cache = cache_of(self.kwargs)
+        return cache if cache is not None and cache.get_seq_length() else None
+
+    @property
+    def cache_kind(self) -> str:
+        """What the cache is or will be: "dynamic", or another `cache_implementation`."""
+        cache = cache_of(self.kwargs)
+        if cache is None:
+            return self.setting("cache_implementation") or "dynamic"
+        return kind_of(cache)
+
+    @property
     def assisted(self) -> bool:
         """True if tokens are drafted and then checked."""
         return self.kwargs.get("assistant_model") is not None or bool(self.setting("prompt_lookup_num_tokens"))
@@ -85,13 +102,20 @@ class GenerateOptions:
         """The prompt's model inputs."""
         return {**{k: v for k, v in self.kwargs.items() if isinstance(v, torch.Tensor)}, "input_ids": self.ids}
 
-    def final_kwargs(self, outside: Callable[[], AbstractContextManager[None]]) -> dict[str, Any]:
-        """The keyword arguments for the model's own `generate`; the caller's processors and criteria run in `outside()`."""
+    def keep_apart(self, outside: Callable[[], AbstractContextManager[None]]) -> None:
+        """Let the caller's own code, which may run the model, run in `outside()`; transformers' is told by its type."""
+        kwargs = self.kwargs
+        for name, kind in (("logits_processor", LogitsProcessorList), ("stopping_criteria", StoppingCriteriaList)):
+            if given := kwargs.get(name):
+                kwargs[name] = kind(f if _transformers_own(f) else kept_apart(f, outside) for f in given)
+        if (allowed := kwargs.get("prefix_allowed_tokens_fn")) is not None:
+            kwargs["prefix_allowed_tokens_fn"] = kept_apart(allowed, outside)
+        if (streamer := kwargs.get("streamer")) is not None and not _transformers_own(streamer):
+            kwargs["streamer"] = StreamerApart(streamer, outside)
+
+    def final_kwargs(self) -> dict[str, Any]:
+        """The keyword arguments for the model's own `generate`."""
         kwargs = dict(self.kwargs)
-        if processors := kwargs.get("logits_processor"):
-            kwargs["logits_processor"] = LogitsProcessorList(_callers(p, outside) for p in processors)
-        if criteria := kwargs.get("stopping_criteria"):
-            kwargs["stopping_criteria"] = StoppingCriteriaList(_callers(c, outside) for c in criteria)
         if self.setting("compile_config") is None:
             # CUDA graphs, which a static cache starts by itself, replay no Python
             if (config := kwargs.get("generation_config")) is None:
@@ -102,8 +126,5 @@ class GenerateOptions:
         return kwargs
 
 
-def _callers(function: Any, outside: Callable[[], AbstractContextManager[None]]) -> Any:
-    """A processor or criterion of the caller's own, which may run the model; transformers tells its own by their type."""
-    if type(function).__module__.startswith(("transformers.", "vlm_fix.")):
-        return function
-    return kept_apart(function, outside)
+def _transformers_own(function: Any) -> bool:
+    return type(function).__module__.startswith("transformers.")

@@ -16,6 +16,7 @@ from transformers import (
     TopPLogitsWarper,
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
+from transformers.generation.streamers import BaseStreamer
 
 ALWAYS_LEAVE_ONE = (
     RepetitionPenaltyLogitsProcessor,
@@ -51,6 +52,21 @@ def kept_apart(function: Any, outside: Callable[[], AbstractContextManager[None]
             return function(*args, **kwargs)
 
     return run
+
+
+class StreamerApart(BaseStreamer):
+    """A caller's streamer, whose code may run the model, called in `outside()`."""
+
+    def __init__(self, inner: Any, outside: Callable[[], AbstractContextManager[None]]):
+        self.inner, self.outside = inner, outside
+
+    def put(self, value: Any) -> None:
+        with self.outside():
+            self.inner.put(value)
+
+    def end(self) -> None:
+        with self.outside():
+            self.inner.end()
 
 
 def ordered(ours: Sequence[Any], theirs: Sequence[Any], outside: Callable[[], AbstractContextManager[None]]) -> Ordered:

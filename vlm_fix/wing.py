@@ -25,6 +25,8 @@ from vlm_fix.session import TEXT, VISUAL, Session
 
 W = TypeVar("W", bound="Wing")
 NO_IMAGE = "no prompt contains an image token, so the model answers as if it were not wrapped."
+NO_IDS = "inputs_embeds alone hide where the images are; pass input_ids and pixel_values (the processor's output)."
+OUTSIDE = "that is done only inside generate; call model.generate, or unwrap the model."
 ATTRIBUTE = "_vlm_fix_engine"  # where a wrapped model keeps its engine
 
 
@@ -56,6 +58,7 @@ class Running(threading.local):
         self.joint: JointForward | None = None
         self.recorder: Recorder | None = None
         self.touched: set[Method] = set()  # edits that reached a row in this call
+        self.generating = False  # True inside `generate`, whoever's code is running there
         self.quiet = False  # True in forwards that the user has not asked for
 
 
@@ -129,13 +132,13 @@ class Host:
         vectors = self.model.get_input_embeddings()(self.tokens.to(embeds.device))
         return (embeds[:, :, None] == vectors).all(-1).any(-1).to(torch.uint8) * (VISUAL - TEXT) + TEXT
 
-    def warn_once(self, methods: Sequence[Method], reason: str) -> None:
-        """Tell the user why methods changed nothing, once for each."""
-        new = [m for m in methods if (m, reason) not in self.warned]
-        self.warned.update((m, reason) for m in new)
+    def warn_once(self, methods: Sequence[Method], reason: str, what: str = "changed nothing in this call") -> None:
+        """Tell the user why methods changed nothing, or what else they did not do, once for each."""
+        said = f"{what}: {reason}"
+        new = [m for m in methods if (m, said) not in self.warned]
+        self.warned.update((m, said) for m in new)
         if new:
-            names = ", ".join(m.name for m in new)
-            warnings.warn(f"{names} changed nothing in this call: {reason}", stacklevel=4)
+            warnings.warn(f"{', '.join(m.name for m in new)} {said}", stacklevel=4)
 
     def has_image(self, ids: torch.Tensor) -> bool:
         """True if a prompt contains an image token."""
@@ -216,6 +219,10 @@ class Wing(ABC):
     def enter(self, session: Session, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         """Change the arguments of the multimodal model's forward; None leaves them alone."""
         return None
+
+    def only_in_generate(self) -> Iterator[tuple[Method, str]]:
+        """What a forward outside `generate` goes without: methods, each with what it does there, as an infinitive."""
+        yield from ()
 
     def unused(self, session: Session) -> Iterator[tuple[Method, str]]:
         """After a call: methods that changed nothing in it, with the reason."""

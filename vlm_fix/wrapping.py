@@ -58,10 +58,16 @@ def plan(model: Model, spec: Spec, calibration: calibrated.Files = None) -> Engi
 
 
 def unwrap(model: Model) -> Model:
-    """Take everything off again; the model is bit for bit what it was. Unwrapping an unwrapped model does nothing."""
-    engine = vars(bare(model)).pop(ATTRIBUTE, None)
+    """Take everything off again; the model is bit for bit what it was. Unwrapping an unwrapped model does nothing.
+
+    It waits for a `generate` that runs in another thread; inside one, as from a stopping criterion, it raises VlmFixError.
+    """
+    engine = installed(model)
     if engine:
+        if engine.running.generating:
+            raise VlmFixError("generate is running on this model: unwrap it when generate has returned.")
         engine.remove()
+        vars(engine.model).pop(ATTRIBUTE, None)
     return model
 
 

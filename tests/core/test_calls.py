@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
@@ -45,6 +47,49 @@ def test_own_decoding_loop(family, model, spec):
                 extra = {} if family == "qwen2_5_vl" else {"position_ids": mask.sum(1, keepdim=True) - 1}
                 out = model(input_ids=token, **{CACHE: cache_of(out)}, **extra)
     assert got == expected
+
+
+OUTSIDE = {
+    "vcd": "vcd does not contrast",
+    "pai:gamma=1.3": "pai does not contrast",
+    "dola:layers=0|2": "dola does not edit the logits",
+    "sgrs": "sgrs does not choose the tokens",
+    "carve:black=0|0|0": "carve does not change the inputs",
+}
+
+
+def said(caught):
+    return [
+        str(w.message) for w in caught if issubclass(w.category, UserWarning) and "deprecated" not in str(w.message)
+    ]
+
+
+@pytest.mark.parametrize("spec", OUTSIDE)
+@torch.no_grad()
+def test_forwards_of_ones_own_say_what_they_go_without(family, model, spec):
+    """Once, in the prompt or later; neither generate nor observe, whose forwards are their own, says so."""
+    inputs, sentence = single(family, [1], 0), f"{OUTSIDE[spec]} in this forward: that is done only inside generate"
+    plain = model(**inputs).logits
+    with vlm_fix.wrapped(model, spec), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if "carve" not in spec:  # it wants larger images than these
+            out = model.generate(**inputs, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
+            vlm_fix.observe(model, inputs, out.sequences[0, -3:])
+        assert not said(caught)
+        out = model(**inputs)
+        for _ in range(2):
+            model(**{**inputs, "input_ids": inputs["input_ids"]})
+        assert [sentence in s for s in said(caught)] == [True]
+    assert torch.equal(out.logits, plain) == ("pai" not in spec)
+
+
+@torch.no_grad()
+def test_a_later_forward_on_generates_cache_says_it_too(family, model):
+    inputs = single(family, [1], 0)
+    with vlm_fix.wrapped(model, "vcd"):
+        out = model.generate(**inputs, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
+        with pytest.warns(UserWarning, match="vcd does not contrast in this forward"):
+            model(input_ids=out.sequences[:, -1:], **{CACHE: cache_of(out)})
 
 
 @pytest.mark.filterwarnings("ignore:var changed nothing in this call")

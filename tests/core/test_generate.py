@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import nn
 from transformers import LogitsProcessorList, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
 
 import vlm_fix
 from tests.support import families
-from tests.support.models import BUILD, PAD, make_inputs, single
+from tests.support.models import BUILD, PAD, VOCAB, make_inputs, single
 from tests.support.run import Streamed
 from vlm_fix.engine import Engine
 from vlm_fix.wing import Host, Wing, installed
@@ -69,6 +70,9 @@ def test_arguments_by_position(family, model):
         twice = {"generation_config": config}
         for args, more in (((ids, config), {"inputs": ids}), ((ids, *[None] * 11), {}), ((ids, config), twice)):
             with pytest.raises(TypeError):
+                model.generate(*args, **more, **inputs)
+        for args, more in (((ids, config), {"input_ids": ids}), ((), {"inputs": ids, "input_ids": ids})):
+            with pytest.raises(vlm_fix.VlmFixError, match="the prompt is given twice.*leave one of them out"):
                 model.generate(*args, **more, **inputs)
     assert not getattr(config, "disable_compile", False), "the caller's config is not written to"
 
@@ -221,23 +225,67 @@ def test_bare_forwards_in_threads_do_not_meet(family, model):
     assert not wrong and all(torch.equal(a, tokens) for a in again)
 
 
+class Telling(BaseStreamer):
+    """A streamer that calls `tell` for each piece and at the end."""
+
+    def __init__(self, tell):
+        self.tell = tell
+
+    def put(self, value):
+        self.tell()
+
+    def end(self):
+        self.tell()
+
+
+@pytest.mark.parametrize("place", ["logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "streamer"])
+@pytest.mark.parametrize("spec", [STRONG, "vcd:beta=0.01,noise_step=900", "dola:layers=0|2", "sgrs"])
 @torch.no_grad()
-def test_forward_inside_a_processor_is_a_call_of_its_own(family, model):
-    """A caller's logits processor and stopping criterion run the model on another prompt; neither changes anything."""
+def test_what_a_callers_code_runs_is_a_call_of_its_own(family, model, spec, place):
+    """Code of the caller's inside generate runs the model and its generate on another prompt; neither changes anything."""
     inputs, other = single(family, [1, 2], 1), single(family, [2], 0, seed=3)
-    with vlm_fix.wrapped(model, STRONG):
-        expected, alone, seen = answer(model, inputs), model(**other).logits, []
+    with vlm_fix.wrapped(model, spec):
+        expected, logits, tokens, seen = answer(model, inputs), model(**other).logits, answer(model, other), []
 
-        def look(ids, scores):
-            seen.append(torch.equal(model(**other).logits, alone))
-            return scores
+        def look():
+            seen.append(torch.equal(model(**other).logits, logits) and torch.equal(answer(model, other), tokens))
 
-        def criterion(ids, scores, **kwargs):
-            seen.append(torch.equal(model(**other).logits, alone))
+        code = {
+            "logits_processor": [lambda ids, scores: look() or scores],
+            "stopping_criteria": [lambda ids, scores, **kwargs: look() or torch.zeros(len(ids), dtype=torch.bool)],
+            "prefix_allowed_tokens_fn": lambda row, ids: look() or list(range(VOCAB)),
+            "streamer": Telling(look),
+        }
+        got = answer(model, inputs, **{place: code[place]})
+    assert torch.equal(got, expected) and len(seen) >= 5 and all(seen)
+
+
+@pytest.mark.parametrize("spec", [STRONG, "vcd:beta=0.01,noise_step=900", "hiprune:keep=4", "knorm:keep=3"])
+def test_unwrap_inside_generate(family, model, spec):
+    """From the caller's code inside generate it is refused, and the answer goes on edited; from a thread it waits."""
+    inputs = single(family, [1, 2], 1)
+    with vlm_fix.wrapped(model, spec):
+        expected, refused, waits, began = answer(model, inputs), [], [], threading.Event()
+
+        def unwrap(ids, scores, **kwargs):
+            with pytest.raises(vlm_fix.VlmFixError, match="unwrap it when generate has returned"):
+                vlm_fix.unwrap(model)
+            refused.append(installed(model) is not None)
             return torch.zeros(len(ids), dtype=torch.bool)
 
-        got = answer(model, inputs, logits_processor=[look], stopping_criteria=[criterion])
-    assert torch.equal(got, expected) and len(seen) == 10 and all(seen)
+        assert torch.equal(answer(model, inputs, stopping_criteria=[unwrap]), expected) and refused == [True] * 5
+
+        def wait(ids, scores, **kwargs):
+            began.set()
+            thread.join(0.05)
+            waits.append(thread.is_alive())
+            return torch.zeros(len(ids), dtype=torch.bool)
+
+        thread = threading.Thread(target=lambda: began.wait() and vlm_fix.unwrap(model))
+        thread.start()
+        assert torch.equal(answer(model, inputs, stopping_criteria=[wait]), expected) and waits == [True] * 5
+        thread.join(10)
+        assert not thread.is_alive() and installed(model) is None and "generate" not in vars(model)
 
 
 def test_copies_are_wrapped_and_stand_alone(family):

@@ -10,7 +10,7 @@ import weakref
 
 import pytest
 import torch
-from transformers import QuantizedCache
+from transformers import DynamicCache, QuantizedCache, StaticCache
 
 import vlm_fix
 from tests.support.models import BUILD, IMAGE, make_inputs, single
@@ -54,6 +54,20 @@ def test_merged_embeddings_beside_their_token_ids(family, model, spec):
         beams = {"num_beams": 2, "do_sample": False, "max_new_tokens": 3, "suppress_tokens": [IMAGE]}
         if family == "llava":  # transformers expands no grids of Qwen's that go with embeddings
             assert torch.equal(model.generate(**given, **beams), model.generate(**inputs, **beams))
+
+
+@pytest.mark.parametrize("spec", ["pai:alpha=0.5", "vhr", "vcd"])
+@torch.no_grad()
+def test_merged_embeddings_alone_are_said_to_hide_the_images(family, model, spec):
+    """A forward of one's own cannot tell them from text, and does not call them so."""
+    inputs = single(family, [1, 2], 1)
+    given, plain = merged(model, inputs), model(**inputs).logits
+    del given["input_ids"]
+    with vlm_fix.wrapped(model, spec), pytest.warns(UserWarning) as caught:
+        assert torch.allclose(model(**given).logits, plain, atol=1e-5) or family == "qwen2_5_vl"  # its places need ids
+    said = [str(w.message) for w in caught]
+    assert any("inputs_embeds alone hide where the images are; pass input_ids and pixel_values" in s for s in said)
+    assert not any("no prompt contains an image token" in s for s in said)
 
 
 @pytest.mark.parametrize("spec", ["vcd", *BEFORE[1:], "paint"])
@@ -105,6 +119,39 @@ def test_pruners_before_the_language_model_with_a_quantized_cache(family, model,
 def test_pruners_inside_say_why_they_refuse_a_cache(family, model, spec, kind, why):
     with vlm_fix.wrapped(model, spec), pytest.raises(vlm_fix.VlmFixError, match=why):
         model.generate(**make_inputs(family, [1, 2]), max_new_tokens=2, cache_implementation=kind)
+
+
+EMPTY = ["hiprune:keep=4", "fastv:keep=5", "knorm:keep=3", "sgrs", "opera"]
+
+
+@pytest.mark.parametrize("spec", EMPTY)
+@pytest.mark.parametrize("configured", [False, True])
+def test_an_empty_cache_is_no_earlier_turn(family, model, spec, configured):
+    """The caller's own DynamicCache, with nothing in it yet: as if generate had made it, which then holds the answer."""
+    inputs, how = single(family, [1, 2], 1), {"max_new_tokens": 4, "do_sample": False}
+    with vlm_fix.wrapped(model, spec):
+        cache = DynamicCache(config=model.config.get_text_config()) if configured else DynamicCache()
+        expected = model.generate(**inputs, **how)
+        assert torch.equal(model.generate(**inputs, **how, **{CACHE: cache}), expected)
+        assert cache.get_seq_length()
+        with pytest.raises(vlm_fix.VlmFixError, match="a cache of an earlier turn"):
+            model.generate(**inputs, **how, **{CACHE: cache})
+
+
+@pytest.mark.parametrize("spec", EMPTY)
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (lambda config: StaticCache(config=config, max_cache_len=128), "static"),
+        (lambda config: DynamicCache(config=config, offloading=True), "offloaded"),
+        (lambda config: QuantizedCache(config=config, backend="fp8"), "quantized"),
+    ],
+)
+def test_an_empty_cache_of_another_kind_is_refused_by_its_kind(family, model, spec, make, why):
+    if spec == EMPTY[0] and why != "static":
+        pytest.skip("a pruner before the decoder never looks into the cache")
+    with vlm_fix.wrapped(model, spec), pytest.raises(vlm_fix.VlmFixError, match=why):
+        model.generate(**make_inputs(family, [1, 2]), max_new_tokens=2, **{CACHE: make(model.config.get_text_config())})
 
 
 @pytest.mark.parametrize("spec", ["icd:tokens=11|12|13,beta=0", "sid:beta=0", "decore:head_list=1.0|3.1", "vcd:beta=0"])
@@ -174,17 +221,19 @@ def test_two_models_that_share_a_config(family):
         assert all(torch.equal(greedy(m, inputs, 3)[1], p) for m, p in zip((first, second), plain, strict=True))
 
 
-def test_a_contrast_beside_bare_forwards_in_another_thread(family, model):
-    """A branch asks its own session for the cache, so that sessions of other threads may come and go."""
+@pytest.mark.parametrize("spec", ["icd:tokens=11|12|13,beta=0.01", "dola:layers=0|2"])
+def test_logits_beside_bare_forwards_in_another_thread(family, model, spec):
+    """A call's branches and hidden states are those of its own sessions: others may come and go."""
     inputs, stop, failed = single(family, [1, 2], 1), threading.Event(), []
-    with vlm_fix.wrapped(model, "icd:tokens=11|12|13,beta=0.01"):
+    other = single(family, [1, 2], 1, seed=3)
+    with vlm_fix.wrapped(model, spec):
         expected = greedy(model, inputs, 4)[0]
 
         def forwards():
             kept = []
             while not stop.is_set():
                 with torch.no_grad():
-                    kept.append(cache_of(model(**inputs, use_cache=True)))
+                    kept.append(cache_of(model(**other, use_cache=True)))
 
         thread = threading.Thread(target=forwards)
         thread.start()

@@ -19,7 +19,7 @@ from transformers import LogitsProcessor
 from vlm_fix.call import Call
 from vlm_fix.errors import VlmFixError
 from vlm_fix.families.compat import cache_of
-from vlm_fix.method import shaped
+from vlm_fix.method import Method, shaped
 from vlm_fix.options import GenerateOptions
 from vlm_fix.packing import left_pack
 from vlm_fix.pruning import PruningWing
@@ -90,7 +90,7 @@ class ContrastWing(Wing):
     def __init__(self, host: Host, contrasts: list[Contrast]):
         super().__init__(host)
         self.contrasts, self.contrast = contrasts, contrasts[0]
-        self.running: PrefixContrast | None = None  # of the running call
+        self.running: PrefixContrast | None = None  # of the running call, the innermost one
         self.term: Term | None = None  # of the last call
 
     @classmethod
@@ -114,15 +114,19 @@ class ContrastWing(Wing):
 
     @contextlib.contextmanager
     def around_generate(self, call: Call, options: GenerateOptions) -> Iterator[None]:
-        self.term = None if options.assisted else Term(options.setting("eos_token_id"))  # drafts have made-up scores
+        term = None if options.assisted else Term(options.setting("eos_token_id"))  # drafts have made-up scores
         joins = options.beams == 1 and options.kwargs.get("custom_generate") is None and not options.assisted
-        self.running = PrefixContrast(self.host, self.contrast, call, joins, options.beams > 1, self.term)
-        call.processors.append(self.running)
+        running = PrefixContrast(self.host, self.contrast, call, joins, options.beams > 1, term)
+        call.processors.append(running)
+        outer, self.running = self.running, running  # the caller's code inside a call may call generate
         try:
             yield
         finally:
-            self.running.close()
-            self.running = None
+            running.close()
+            self.running, self.term = outer, term
+
+    def only_in_generate(self) -> Iterator[tuple[Method, str]]:
+        yield self.contrast, "contrast"
 
     def enter(self, session: Session, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         return self.running.join(session, args, kwargs) if self.running and session is self.host.main else None
@@ -137,7 +141,7 @@ class ContrastWing(Wing):
             whole = not isinstance(kwargs.get("attention_mask"), dict) and not any(
                 v is not None for k, v in kwargs.items() if "visual" in k or "token_type" in k
             )
-            if self.running and whole:
+            if self.running and session.call is self.running.call and whole:
                 known = session.part(MainPrompt)
                 known.embeds = [*(known.embeds if session.start else []), x.detach()]
             return None

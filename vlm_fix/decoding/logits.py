@@ -15,7 +15,7 @@ import torch
 from transformers import LogitsProcessor
 
 from vlm_fix.call import Call
-from vlm_fix.method import shaped
+from vlm_fix.method import Method, shaped
 from vlm_fix.options import GenerateOptions
 from vlm_fix.wing import Host, Wing
 
@@ -56,7 +56,7 @@ class LogitEdits(LogitsProcessor):
     def _see(self, layer: int, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         """Keep the rows that predict new tokens: one, or several while drafted tokens are checked."""
         session = self.host.editing
-        if session is None or session.branch != "main":
+        if session is None or session.call is not self.call:  # of a second branch, or of another thread
             return
         x = (args[0] if args else kwargs["hidden_states"])[: session.types.shape[0]]  # without joined branches
         first = session.start - (session.prompt_len - 1)
@@ -85,6 +85,9 @@ class LogitWing(Wing):
 
     def one_graph(self, rows: int) -> bool:
         return not any(edit.exits for edit in self.edits)
+
+    def only_in_generate(self) -> Iterator[tuple[Method, str]]:
+        yield from ((edit, "edit the logits") for edit in self.edits)
 
     @contextlib.contextmanager
     def around_generate(self, call: Call, options: GenerateOptions) -> Iterator[None]:

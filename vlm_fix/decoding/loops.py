@@ -13,7 +13,8 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 
 from vlm_fix.call import Call
 from vlm_fix.errors import VlmFixError
-from vlm_fix.families.compat import CACHE_NAMES
+from vlm_fix.families.compat import cache_of
+from vlm_fix.options import GenerateOptions
 from vlm_fix.wing import Host
 
 from .kinds import Searcher
@@ -27,18 +28,22 @@ REFUSED = {
     "cache_implementation": "drop it",
     "prefill_chunk_size": "drop it",
     "guidance_scale": "drop it",
-    **dict.fromkeys(CACHE_NAMES, "pass the whole conversation as one prompt"),
     "num_return_sequences": "call generate once for each",
 }
 
 
-def refuse(method: Searcher, setting: Callable[[str], Any]) -> None:
+def refuse(method: Searcher, options: GenerateOptions) -> None:
     """VlmFixError, before anything is computed, if generate was asked for something the search does not do."""
+    without = f"{method.name} runs a decoding loop of its own, without"
     for name, advice in {**REFUSED, **method.refuses}.items():
-        value = setting(name)
+        value = options.setting(name)
         if value is True or (value and value != 1):
-            raise VlmFixError(f"{method.name} runs a decoding loop of its own, without {name}: {advice}.")
-    if setting("use_cache") is False:
+            raise VlmFixError(f"{without} {name}: {advice}.")
+    if options.kept is not None:
+        raise VlmFixError(f"{without} a cache of an earlier turn: pass the whole conversation as one prompt.")
+    if cache_of(options.kwargs) is not None and options.cache_kind != "dynamic":
+        raise VlmFixError(f"{without} a cache of kind {options.cache_kind}: drop it, or pass a DynamicCache.")
+    if options.setting("use_cache") is False:
         raise VlmFixError(f"{method.name} needs the cache; drop use_cache=False.")
 
 

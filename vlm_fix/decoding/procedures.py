@@ -10,7 +10,7 @@ import torch
 
 from vlm_fix.call import Call
 from vlm_fix.errors import VlmFixError
-from vlm_fix.families.compat import cache_of
+from vlm_fix.method import Method
 from vlm_fix.options import GenerateOptions
 from vlm_fix.pruning.kinds import CachePruner, LayerPruner, TokenPruner
 from vlm_fix.wing import Host, Wing, names_of
@@ -53,13 +53,17 @@ class ProcedureWing(Wing):
             )
 
     def refuse(self, options: GenerateOptions) -> None:
-        if self.refiners and cache_of(options.kwargs) is not None:
+        if self.refiners and options.kept is not None:
             raise VlmFixError(
                 f"{self.refiners[0].name} changes the images before they are read: drop the kept cache and pass the "
                 "whole conversation as one prompt."
             )
         if self.searches:
-            loops.refuse(self.searches[0], options.setting)
+            loops.refuse(self.searches[0], options)
+
+    def only_in_generate(self) -> Iterator[tuple[Method, str]]:
+        yield from ((method, "change the inputs") for method in self.refiners)
+        yield from ((method, "choose the tokens") for method in self.searches)
 
     @torch.no_grad()
     def refine(self, call: Call) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import transformers
 from packaging.version import InvalidVersion, Version
+from transformers import DynamicCache, QuantizedCache, StaticCache
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMixin
 
 from vlm_fix.errors import VlmFixError
@@ -31,6 +32,13 @@ def cache_of(arguments: Any) -> Any:
     if isinstance(arguments, Mapping) and not dataclasses.is_dataclass(arguments):
         return next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
     return getattr(arguments, CACHE, None)
+
+
+def kind_of(cache: Any) -> str:
+    """The `cache_implementation` that makes such a cache: "dynamic", "offloaded", "quantized", "static"; else its class."""
+    kinds = {QuantizedCache: "quantized", StaticCache: "static", DynamicCache: "dynamic"}
+    kind = next((kind for cls, kind in kinds.items() if isinstance(cache, cls)), type(cache).__name__)
+    return "offloaded" if kind == "dynamic" and cache.offloading else kind
 
 
 def with_cache(arguments: Mapping[str, Any], cache: Any) -> dict[str, Any]:

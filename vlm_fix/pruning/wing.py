@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Self
 
 from vlm_fix.errors import VlmFixError
-from vlm_fix.families.compat import cache_of
 from vlm_fix.method import Method
 from vlm_fix.options import GenerateOptions
 from vlm_fix.session import VISUAL, Session
@@ -19,6 +18,7 @@ from .pruners import Pruners
 CACHES = {
     "offloaded": "an offloaded cache, whose keys leave the device after each layer",
     "quantized": "a quantized cache, which holds codes in place of keys",
+    "static": "a static cache",
 }
 
 
@@ -68,13 +68,14 @@ class PruningWing(Wing):
 
     def refuse(self, options: GenerateOptions) -> None:
         wanders = self.pruners.cacher is not None and self.pruners.cacher.wanders
-        kind = options.setting("cache_implementation") or "dynamic"
+        kind = options.cache_kind
         inside = self.pruners.dropper or self.pruners.cacher  # these look into the cache
+        taken = ("dynamic",) if inside else ("dynamic", "offloaded", "quantized")
         for name, used in {
             "assisted decoding": options.assisted,
-            CACHES.get(kind, "a static cache"): kind != "dynamic" and (inside or kind not in CACHES),
+            CACHES.get(kind, f"a cache of kind {kind}"): kind not in taken,
             "chunked prefill": options.setting("prefill_chunk_size"),
-            "a cache of an earlier turn": cache_of(options.kwargs) is not None,
+            "a cache of an earlier turn": options.kept is not None,
             "beams": wanders and options.beams > 1,
             "a decoding loop of a method": wanders and any(w.own_loop for w in self.host.wings),
         }.items():
