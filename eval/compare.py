@@ -27,12 +27,14 @@ method to 80 and to 15, d' = 1.85. The accuracy rises from .80 to .825, and d' s
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from statistics import NormalDist
 from typing import Any
 
 from vlm_fix.errors import VlmFixError
 from vlm_fix.eval.length import rate_ratio
+from vlm_fix.eval.scorers.answers import plain_text
 from vlm_fix.eval.scorers.benchmark import Captions, Layout
 from vlm_fix.eval.stats import Comparison, Sums, column_sums, outcomes, paired_bootstrap, paired_intervals, transitions
 
@@ -50,8 +52,9 @@ def compare(layout: Layout, pairs: Sequence[tuple[Any, Any]], seed: int = 0, eve
     is the largest.
     Raises VlmFixError for results that are not about the same questions.
     """
+    pairs = [(base, _in_order_of(base, method)) for base, method in pairs]
     for base, method in pairs:
-        _same_questions(base.rows, method.rows)
+        _same_questions(base, method)
     base, method = ([row for pair in pairs for row in pair[side].rows] for side in (0, 1))
     wanted = [name for name in layout.columns if name in layout.metrics] if every else layout.compared
     metrics = {name: layout.metrics[name] for name in {**dict.fromkeys(layout.compared), **dict.fromkeys(wanted)}}
@@ -87,25 +90,59 @@ def compare(layout: Layout, pairs: Sequence[tuple[Any, Any]], seed: int = 0, eve
 
 
 def shared(base: Any, method: Any) -> tuple[Any, Any]:
-    """Return both results with the rows of the images that both have. Raises VlmFixError if there are none."""
-    common = {row["image"] for row in base.rows} & {row["image"] for row in method.rows}
+    """Return both results with the rows of the images of which both answer the same questions.
+
+    Whole images, since a figure may be about all questions of one. Raises VlmFixError if there are none.
+    """
+    one, other = (_by_image(result) for result in (base, method))
+    common = {image for image, texts in one.items() if sorted(texts) == sorted(other.get(image, ()))}
     if not common:
-        raise VlmFixError("The two files share no image: give answers about the same images.")
-    return _only(base, common), _only(method, common)
+        what = "ask different questions of the images that both have" if one.keys() & other.keys() else "share no image"
+        raise VlmFixError(f"The two files {what}: give answers to the same questions.")
+    places = ([n for n, row in enumerate(result.rows) if row["image"] in common] for result in (base, method))
+    kept, rest = (_picked(result, its) for result, its in zip((base, method), places, strict=True))
+    return kept, rest
 
 
-def _only(result: Any, images: set[Any]) -> Any:
-    keep = [row["image"] in images for row in result.rows]
+def _by_image(result: Any) -> dict[Any, list[str]]:
+    found: dict[Any, list[str]] = {}
+    for image, text, _ in _keys(result):
+        found.setdefault(image, []).append(text)
+    return found
 
-    def filtered(values: Sequence[Any]) -> list[Any]:
-        return [value for value, on in zip(values, keep, strict=True) if on]
+
+def _keys(result: Any) -> list[tuple[Any, str, int]]:
+    """Image, question and label of each row; of the question what comes before its mark, as prompts add to it."""
+    asked = getattr(result, "asked", ()) or [""] * len(result.rows)
+    return [
+        (row["image"], plain_text(text.partition("?")[0]), row.get("positive", 0))
+        for row, text in zip(result.rows, asked, strict=True)
+    ]
+
+
+def _in_order_of(base: Any, method: Any) -> Any:
+    """Return `method` with its rows in the order of `base`, if both answer the same questions; else as it is."""
+    wanted, keys = ([key[:2] for key in _keys(result)] for result in (base, method))
+    if wanted == keys or Counter(wanted) != Counter(keys):
+        return method
+    places: dict[tuple[Any, str], list[int]] = {}
+    for place, key in reversed([*enumerate(keys)]):
+        places.setdefault(key, []).append(place)
+    return _picked(method, [places[key].pop() for key in wanted])
+
+
+def _picked(result: Any, places: Sequence[int]) -> Any:
+    """Return a result with these rows, in this order."""
+
+    def picked(values: Sequence[Any]) -> list[Any]:
+        return [values[place] for place in places]
 
     lists: dict[str, Any] = {
-        name: filtered(getattr(result, name)) for name in ("rows", "captions") if hasattr(result, name)
+        name: picked(held) for name in ("rows", "captions", "asked", "correct") if (held := getattr(result, name, None))
     }
     if cut := getattr(result, "at_share", None):
-        lists["at_share"] = lambda share: filtered(cut(share))
-    return dataclasses.replace(result, n=sum(keep), **lists)
+        lists["at_share"] = lambda share: picked(cut(share))
+    return dataclasses.replace(result, n=len(places), **lists)
 
 
 def d_prime(s: Sums) -> Any:
@@ -171,18 +208,29 @@ def frontier(layout: Layout, captions: Captions, result: Any) -> list[tuple[floa
     return points
 
 
-def _same_questions(base: Sequence[Mapping[str, Any]], method: Sequence[Mapping[str, Any]]) -> None:
-    places = [[row["image"] for row in rows] for rows in (base, method)]
-    if places[0] != places[1]:
+def _same_questions(base: Any, method: Any) -> None:
+    keys = [_keys(result) for result in (base, method)]
+    places = [[image for image, *_ in each] for each in keys]
+    remedy = "give answers to the same questions, or compare what they share with --common."
+    if places[0] != places[1] and {*places[0]} != {*places[1]}:
         both = len({*places[0]} & {*places[1]})
         raise VlmFixError(
             f"The two files are not about the same images: {len({*places[0]})} and {len({*places[1]})}, of which {both} are "
-            "in both; give answers to the same questions, or compare what they share with --common."
+            f"in both; {remedy}"
         )
-    if any(one.get("positive") != other.get("positive") for one, other in zip(base, method, strict=True)):
+    if Counter(places[0]) != Counter(places[1]):
         raise VlmFixError(
-            "The two files have different questions or labels for the same images: give answers to the same."
+            f"The two files have {len(keys[0])} and {len(keys[1])} answers about the same images, not the same number about "
+            f"each: {remedy}"
         )
+    in_order = places[0] == places[1]
+    for one, other in zip(*(keys if in_order else map(sorted, keys)), strict=True):
+        if one != other and not (in_order and one[2] == other[2] and "" in (one[1], other[1])):
+            texts = f" ({one[1]!r} and {other[1]!r})" if one[1] != other[1] else ""
+            raise VlmFixError(
+                "The two files have different questions or labels for the same images, the first of image "
+                f"{one[0]}{texts}: {remedy}"
+            )
 
 
 def _sides(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -35,7 +35,7 @@ from .answers import Keys, read
 from .benchmark import KEYS, YES_NO_COLUMNS, Argument, Benchmark, Layout, YesNo, plain_caption, scorer_option
 from .choices import Scorer, one_of
 from .replies import METRICS as YES_NO
-from .replies import by_id, counts, either, label_of, needs, paired
+from .replies import counts, either, label_of, needs, paired
 from .result import Result, tally
 
 SOURCE = "postech-ami/BEAF@41b71d5"
@@ -105,7 +105,7 @@ def score(answers: Sequence[str | None], questions: Sequence[Question], scorer: 
             elif (first, one) in CHANGES:
                 row[f"n_{CHANGES[first, one]}"] = 1
         rows.append(row)
-    return tally(scorer, rows, METRICS, yesno.misread(answers, said))
+    return tally(scorer, rows, METRICS, yesno.misread(answers, said), [q.text for q in questions])
 
 
 def results(
@@ -119,7 +119,7 @@ def results(
     """Score an answer file against beaf_qna.json."""
     asked, given = load_questions(questions), read(answers, '{"id": 0, "answer": "No."}', Keys(answer_key, id_key))
     tell(given.told())
-    return {"beaf": {"questions": score(paired(asked, by_id(given), "BEAF"), asked, scorer)}}
+    return {"beaf": {"questions": score(paired(asked, given, "BEAF"), asked, scorer)}}
 
 
 def score_files(**files: Any) -> dict[str, Any]:

@@ -102,7 +102,7 @@ def score(answers: Sequence[str | None], questions: Sequence[Question], scorer: 
     one_of(scorer, Scorer, "scorer")
     said = [verdict(answer, q.label, scorer) for answer, q in zip(answers, questions, strict=True)]
     rows = [counts(q.image, q.label, one) for q, one in zip(questions, said, strict=True)]
-    return tally(scorer, rows, METRICS, yesno.misread(answers, said))
+    return tally(scorer, rows, METRICS, yesno.misread(answers, said), [q.object for q in questions])
 
 
 def results(

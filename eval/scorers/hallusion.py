@@ -215,6 +215,7 @@ def score(
             [rows[place] for place in places],
             METRICS,
             yesno.misread([words[place] for place in places], [said[place] for place in places]),
+            [questions[place].id for place in places],
         )
         for part, places in parts.items()
     }

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from statistics import fmean
@@ -28,7 +29,7 @@ from vlm_fix.eval.files import read_text
 from vlm_fix.eval.stats import Metric, ratio
 
 from . import yesno
-from .answers import Keys
+from .answers import Keys, same_question
 from .benchmark import KEYS, YES_NO_COLUMNS, Argument, Benchmark, Layout, YesNo, plain_caption
 from .pope.data import load_answers, load_questions
 from .pope.score import Answer, Question
@@ -71,18 +72,39 @@ def results(
     tell(f"read {len(given)} answers from {answers}")
     if name == "fohe":
         asked, given = _numbered(asked, given)
+    _once([str(q.question_id) for q in asked], questions)
+    _once([str(answer.question_id) for answer in given], answers)
     said = {str(answer.question_id): answer.text for answer in given}
     strange = said.keys() - {str(q.question_id) for q in asked}
     if strange or not said:
         raise VlmFixError(f"{answers} answers question {min(strange, default='')!r}, which {questions} does not ask.")
+    texts = {str(q.question_id): q.text for q in asked}
+    for answer in given:
+        text = texts[str(answer.question_id)]
+        if answer.prompt and not same_question(text, answer.prompt):
+            raise VlmFixError(
+                f"{answers} answers {answer.prompt[:60]!r} under id {answer.question_id!r}, where {questions} asks "
+                f"{text[:60]!r}: give the question file that these answers were made from."
+            )
     rows = {str(q.question_id): _row(name, q, said) for q in asked}
     metrics = R_BENCH if name == "r-bench" else METRICS
     parts = {"questions": [*rows]} | (_subsets(subsets) if subsets else {})
     lost = next((key for ids in parts.values() for key in ids if key not in rows), None)
     if lost:
         raise VlmFixError(f"The subsets name question {lost!r}, which {questions} does not ask.")
-    counted = {part: [rows[key] for key in ids if rows[key]] for part, ids in parts.items()}
-    return {name: {part: tally("official", each, metrics) for part, each in counted.items()}}
+    counted = {part: [key for key in ids if rows[key]] for part, ids in parts.items()}
+    return {
+        name: {
+            part: tally("official", [rows[key] for key in ids], metrics, asked=[texts[key] for key in ids])
+            for part, ids in counted.items()
+        }
+    }
+
+
+def _once(ids: Sequence[str], path: str) -> None:
+    twice = next((id for id, times in Counter(ids).items() if times > 1), None)
+    if twice is not None:
+        raise VlmFixError(f"{path}: question_id {twice!r} comes twice; keep one.")
 
 
 def _numbered(asked: list[Question], given: list[Answer]) -> tuple[list[Question], list[Answer]]:

@@ -179,7 +179,10 @@ def score(
                 for row in rows[task]
             ]
     counted = {part: misread(part, questions, answers, said) for part in parts}
-    return {part: tally(scorer, each, METRICS, counted[part]) for part, each in parts.items()}
+    texts = {
+        part: [q.text for task in GROUPS.get(part, (part,)) for q in questions if q.task == task] for part in parts
+    }
+    return {part: tally(scorer, each, METRICS, counted[part], texts[part]) for part, each in parts.items()}
 
 
 def misread(

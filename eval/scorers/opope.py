@@ -85,7 +85,7 @@ def score(
     for question in questions:
         said = mentions(captions[image_id(question)], object_of(question), scorer, variant)
         rows.append(counts(question.image, question.label, "yes" if said else "no"))
-    return tally(scorer, rows, METRICS)
+    return tally(scorer, rows, METRICS, asked=[question.text for question in questions])
 
 
 def image_id(question: Question) -> int:

@@ -70,7 +70,7 @@ def score(questions: Sequence[Question], probabilities: Sequence[tuple[float, fl
     for question, (yes, no) in zip(questions, probabilities, strict=True):
         rows.append(counts(question.image, question.label, "yes" if yes > no else "no"))
         sure.append((yes / (yes + no), question.label == "yes"))
-    result = tally("p_yes > p_no", rows, METRICS)
+    result = tally("p_yes > p_no", rows, METRICS, asked=[question.text for question in questions])
     right = [(max(p, 1 - p), bool(row["tp"] or row["tn"])) for (p, _), row in zip(sure, rows, strict=True)]
     mass = fmean(yes + no for yes, no in probabilities)
     result.figures.update({"auroc": auroc(sure), "ece": ece(right), "mass": mass})

@@ -127,7 +127,7 @@ def score(
     found = {}
     for part, its in parts.items():
         misread = yesno.misread([answers[n] for n in its], [words[n] for n in its]) if words else yesno.Misread()
-        found[part] = tally(scorer, [rows[n] for n in its], metrics, misread)
+        found[part] = tally(scorer, [rows[n] for n in its], metrics, misread, [questions[n].text for n in its])
     return found
 
 

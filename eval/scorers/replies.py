@@ -7,7 +7,7 @@ from typing import Any
 from vlm_fix.errors import VlmFixError
 from vlm_fix.eval.stats import Metric, harmonic, ratio
 
-from .answers import Answers
+from .answers import Answer, Answers, same_question
 
 METRICS: dict[str, Metric] = {
     "accuracy": lambda s: ratio(s["tp"] + s["tn"], s["n"]),
@@ -18,19 +18,39 @@ METRICS: dict[str, Metric] = {
 }
 
 
-def by_id(answers: Answers) -> dict[str, str | None]:
-    """Return id -> reply. Raises VlmFixError for an id that comes twice or is missing."""
-    found: dict[str, str | None] = {}
+def in_own_order(rows: Sequence[Answer]) -> list[Answer]:
+    """Return rows in the order of their ids, so that the same answers in another order are the same result."""
+    if all(row.id.isdecimal() for row in rows):
+        return sorted(rows, key=lambda row: int(row.id))
+    return sorted(rows, key=lambda row: row.id) if all(row.id for row in rows) else [*rows]
+
+
+def by_id(answers: Answers) -> dict[str, Answer]:
+    """Return id -> answer. Raises VlmFixError for an id that comes twice or is missing."""
+    found: dict[str, Answer] = {}
     for row in answers.rows:
         if not row.id or row.id in found:
             wrong = f"id {row.id} comes twice; keep one answer" if row.id else "no id; name it with --id-key"
             raise VlmFixError(f"{answers.path}, row {row.number}: {wrong}.")
-        found[row.id] = row.reply
+        found[row.id] = row
     return found
 
 
-def paired(questions: Sequence[Any], answers: Mapping[str, str | None], what: str) -> list[str | None]:
-    """Return the answer to each question, by `id`. Raises VlmFixError for unanswered questions and unknown ids."""
+def asks(row: Answer, text: str, path: str | Path, what: str) -> None:
+    """Raise VlmFixError if an answer is to another question than the one of its id. `path` is the answer file."""
+    if row.question and not same_question(text, row.question):
+        raise VlmFixError(
+            f"{path}, row {row.number} answers {row.question[:60]!r}, but {what} {row.id} is {text[:60]!r}: give answers "
+            "to these questions, or say which key is the id with --id-key."
+        )
+
+
+def paired(questions: Sequence[Any], given: Answers, what: str) -> list[str | None]:
+    """Return the answer to each question, by `id`.
+
+    Raises VlmFixError for unanswered questions, unknown ids, and an answer to another question than that of its id.
+    """
+    answers = by_id(given)
     lost = [question.id for question in questions if question.id not in answers]
     extra = answers.keys() - {question.id for question in questions}
     if lost or extra:
@@ -39,7 +59,9 @@ def paired(questions: Sequence[Any], answers: Mapping[str, str | None], what: st
             f"{len(questions)} {what} questions and {len(answers)} answers do not line up ({which}): give one answer for each "
             "question, under its id."
         )
-    return [answers[question.id] for question in questions]
+    for question in questions:
+        asks(answers[question.id], question.text, given.path, f"{what} question")
+    return [answers[question.id].reply for question in questions]
 
 
 def needs(row: Mapping[str, Any], keys: Sequence[str], path: str | Path, number: int) -> None:

@@ -18,6 +18,7 @@ class Result:
 
     `unparsed` answers are neither yes nor no to the scorer; `misread` are those it takes against their plain word.
     `at_share` returns the rows with each caption cut to a share of its words; None for answers that are no captions.
+    `asked` are the questions of the rows, by which two results are paired; () where the image alone names a row.
     """
 
     scorer: str
@@ -27,6 +28,7 @@ class Result:
     rows: list[dict[str, Any]] = field(default_factory=list, repr=False)
     misread: Misread = NONE
     at_share: Callable[[float], list[dict[str, Any]]] | None = field(default=None, repr=False, compare=False)
+    asked: Sequence[str] = field(default=(), repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Return what results.json holds: everything but the rows."""
@@ -42,13 +44,19 @@ def told(misread: Misread) -> dict[str, Any]:
     return {"misread": misread.n} | ({"misread_example": misread.example} if misread.n else {})
 
 
-def tally(scorer: str, rows: list[dict[str, Any]], metrics: Mapping[str, Metric], misread: Misread = NONE) -> Result:
+def tally(
+    scorer: str,
+    rows: list[dict[str, Any]],
+    metrics: Mapping[str, Metric],
+    misread: Misread = NONE,
+    asked: Sequence[str] = (),
+) -> Result:
     """Compute the metrics of the summed rows and count the `unparsed` ones. Raises VlmFixError if there are no rows."""
     if not rows:
         raise VlmFixError("There are no answers to score.")
     sums = column_sums(rows, [name for name in rows[0] if name != "image"])
     figures = {name: float(metric(sums)) for name, metric in metrics.items()}
-    return Result(scorer, len(rows), figures, int(sums.get("unparsed", 0)), rows, misread)
+    return Result(scorer, len(rows), figures, int(sums.get("unparsed", 0)), rows, misread, asked=asked)
 
 
 def all_right(name: str, keys: Sequence[Any], right: Sequence[bool]) -> list[dict[str, int]]:

@@ -14,6 +14,7 @@ from vlm_fix.eval import compare as comparing
 from vlm_fix.eval.compare import compare, equal_recall, shared
 from vlm_fix.eval.scorers.chair import score as chair
 from vlm_fix.eval.scorers.pope import score as pope
+from vlm_fix.eval.scorers.pope.data import coco_questions
 from vlm_fix.eval.scorers.registry import BENCHMARKS, LAYOUTS
 
 PUBLIC = DATA / "captions" / "opera_llava15"
@@ -133,6 +134,70 @@ def test_only_what_both_files_have_is_compared_when_asked() -> None:
     assert one.rows == base.rows[:40] and one.captions == base.captions[:40] and other.rows == method.rows
     with pytest.raises(VlmFixError, match="different questions or labels"):
         compare(LAYOUTS["pope"], [(answers(1, 0, 2), flipped(answers(1, 0, 2)))])
+
+
+def lines(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def told(capsys, *arguments: str) -> list[dict]:
+    assert cli.main(["compare", *arguments, "--json"]) == 0, capsys.readouterr().err
+    return json.loads(capsys.readouterr().out)
+
+
+def kit_rows(seed: int, name: str = "existence") -> list[dict]:
+    """VLMEvalKit's rows, two questions about each of 30 images, without a column of the image."""
+    rng = np.random.default_rng(seed)
+    return [
+        {
+            "index": n,
+            "question": f"Is there a {('dog', 'cup')[n % 2]} in image {n // 2}?",
+            "answer": ("Yes", "No")[n % 2],
+            "category": name,
+            "prediction": str(rng.choice(["Yes", "No"])),
+        }
+        for n in range(60)
+    ]
+
+
+def test_the_order_of_rows_does_not_change_a_comparison(tmp_path: Path, capsys) -> None:
+    rows = kit_rows(1)
+    base = lines(tmp_path / "base", kit_rows(0))
+    for benchmark, name in (("pope", "random"), ("amber", "discriminative-attribute-state")):
+        base = lines(tmp_path / "base", kit_rows(0, name))
+        new = [{**row, "category": name} for row in rows]
+        forward = told(capsys, base, lines(tmp_path / "new", new), "--benchmark", benchmark)
+        assert told(capsys, base, lines(tmp_path / "new", new[::-1]), "--benchmark", benchmark) == forward
+        assert forward[0]["delta"]["accuracy"]["delta"] != 0
+
+
+def test_other_questions_about_the_same_images_are_not_compared(tmp_path: Path, capsys) -> None:
+    files = []
+    for split in ("random", "popular"):
+        asked = coco_questions(split)[:600]
+        questions = [vars(q) for q in asked]
+        answered = [{"question_id": q.question_id, "text": "Yes", **vars(q)} for q in asked]
+        for row in answered:
+            row["question"], row["text"] = row["text"], "Yes"
+        files.append((lines(tmp_path / f"{split}_q", questions), lines(tmp_path / split, answered)))
+    results = [BENCHMARKS["pope"].results(answers, questions)["pope"] for questions, answers in files]
+    one, other = (next(iter(each.values())) for each in results)
+    with pytest.raises(VlmFixError, match=r"different questions.*\('is there a .*--common"):
+        compare(LAYOUTS["pope"], [(one, other)])
+    with pytest.raises(VlmFixError, match="different questions of the images that both have"):
+        shared(one, other)
+
+
+def test_with_common_an_image_counts_if_both_answer_the_same_questions_about_it(tmp_path: Path, capsys) -> None:
+    questions = lines(tmp_path / "q", [vars(q) for q in coco_questions("random")[:600]])
+    rows = [{"question_id": q.question_id, "text": "No"} for q in coco_questions("random")[:600]]
+    base, new = lines(tmp_path / "base", rows), lines(tmp_path / "new", rows[:-1])
+    options = ["--benchmark", "r-bench", "--questions", questions]
+    assert cli.main(["compare", base, new, *options]) == 2
+    assert "600 and 599 answers about the same images" in capsys.readouterr().err
+    (found,) = told(capsys, base, new, *options, "--common")
+    assert found["n"] == 594
 
 
 def flipped(result: pope.PopeResult) -> pope.PopeResult:

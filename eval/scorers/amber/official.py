@@ -11,6 +11,8 @@ Worked example: one of three mentions is hallucinated (33.3 %), one of two objec
 {'CHAIR': 33.3, 'Cover': 50.0, 'Hal': 100.0, 'Cog': 50.0}
 """
 
+import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,11 +20,13 @@ from typing import Any
 from vlm_fix.errors import VlmFixError
 from vlm_fix.eval.scorers.answers import USUAL, Answers, Keys, Tell, read
 from vlm_fix.eval.scorers.choices import Scorer, Variant
+from vlm_fix.eval.scorers.replies import asks, in_own_order
 from vlm_fix.eval.scorers.result import Result
 
-from .data import KINDS, Question, lexicon, questions, scenes
+from .data import KINDS, Question, Scene, lexicon, questions, scenes
 from .score import score_captions, score_questions
 
+YES_NO = re.compile(r"\s*(?:is|are|do|does|did|has|have)\b", re.IGNORECASE)
 ANSWER = '{"id": 1, "response": "A tree in a park."}'
 
 
@@ -41,15 +45,16 @@ def score_file(
     given = read(path, ANSWER, keys)
     tell(given.told())
     if given.layout == "rows of VLMEvalKit":
-        return _labelled(given, scorer)
+        return _labelled(given, scorer, tell)
     said = _by_number(given)
     found: dict[str, Result] = {}
     shown, asked = scenes(), questions()
+    _about_amber(given, shown, asked)
     known = {scene.id for scene in shown} | {question.id for question in asked}
     strange = next((number for number in said if number not in known), None)
     if strange is not None:
         raise VlmFixError(
-            f"{path} has an answer to {strange}, which is no question of AMBER (1 to 15220): mend --id-key."
+            f"{path} has an answer to {strange}, which is no question of AMBER (1 to 15220): name the right key with --id-key."
         )
     lacking = []
     for kind in ("captions", "existence", "attribute", "relation"):
@@ -84,22 +89,52 @@ def _by_number(given: Answers) -> dict[int, str | None]:
     return said
 
 
-def _labelled(given: Answers, scorer: Scorer) -> dict[str, Result]:
-    """Score rows that have a type of question and a label."""
-    asked, replies = [], []
+def _about_amber(given: Answers, shown: Sequence[Scene], asked: Sequence[Question]) -> None:
+    """Raise VlmFixError for a row whose question or image is not the one that its id has in AMBER."""
+    known: dict[int, Scene | Question] = {item.id: item for item in (*shown, *asked)}
     for row in given.rows:
+        item = known.get(int(row.id))
+        if isinstance(item, Question):
+            asks(row, item.text, given.path, "AMBER's question")
+        elif item and YES_NO.match(row.question):
+            raise VlmFixError(
+                f"{given.path}, row {row.number} answers {row.question[:60]!r}, but {row.id} is an image of AMBER to describe: "
+                "give AMBER's answers, or say which key is the id with --id-key."
+            )
+        image = Path(row.image.replace("\\", "/"))
+        if item and image.suffix.lower() in (".jpg", ".jpeg", ".png") and image.stem != Path(item.image).stem:
+            raise VlmFixError(
+                f"{given.path}, row {row.number} is about {image.name}, but {row.id} is about {item.image} in AMBER: give "
+                "AMBER's answers, or say which key is the id with --id-key."
+            )
+
+
+def _labelled(given: Answers, scorer: Scorer, tell: Tell) -> dict[str, Result]:
+    """Score rows that have a type of question and a label; `tell` says of which kinds some questions are missing."""
+    asked, replies = [], []
+    seen: set[tuple[str, ...]] = set()
+    for row in in_own_order(given.rows):
+        key = row.id, row.image, row.question
+        if any(key) and key in seen:
+            raise VlmFixError(f"{given.path}, row {row.number}: id {row.id} comes twice; keep one answer.")
+        seen.add(key)
         label = row.label.strip().lower()
         if row.category not in KINDS or label not in ("yes", "no"):
             raise VlmFixError(
                 f"{given.path}, row {row.number}: category {row.category!r} and answer {row.label!r} are not those of AMBER's "
                 "questions, such as discriminative-relation and Yes."
             )
-        asked.append(Question(row.number, row.image or str(row.number), row.question, KINDS[row.category], label))
+        asked.append(
+            Question(row.number, row.image or row.id or str(row.number), row.question, KINDS[row.category], label)
+        )
         replies.append(row.reply)
     found = {}
+    whole = Counter(question.kind for question in questions())
     for kind in dict.fromkeys(KINDS.values()):
         both = [(reply, question) for reply, question in zip(replies, asked, strict=True) if question.kind == kind]
         if both:
+            if len(both) != whole[kind]:
+                tell(f"note: {kind}: {len(both)} answers, where AMBER asks {whole[kind]} questions")
             found[kind] = score_questions([reply for reply, _ in both], [question for _, question in both], scorer)
     return found | {"questions": score_questions(replies, asked, scorer)}
 

@@ -140,7 +140,7 @@ def score_questions(
             "unparsed": said == "unknown",
         }
         rows.append({"image": question.image, "n": 1} | {name: int(value) for name, value in row.items()})
-    return tally(scorer, rows, QUESTIONS, yesno.misread(answers, verdicts))
+    return tally(scorer, rows, QUESTIONS, yesno.misread(answers, verdicts), [q.text for q in questions])
 
 
 def verdict(answer: str | None, label: str, scorer: Scorer) -> str:

@@ -19,6 +19,7 @@ from vlm_fix.errors import VlmFixError
 from vlm_fix.eval.files import DATA, read_rows
 from vlm_fix.eval.scorers import answers
 from vlm_fix.eval.scorers.answers import plain_text
+from vlm_fix.eval.scorers.replies import in_own_order
 
 from .data import PACKAGED, QUESTION, coco_questions, load_questions
 from .score import Answer, Kind, Question
@@ -85,15 +86,24 @@ def match(splits: Splits, given: answers.Answers) -> dict[str, tuple[list[Questi
 
 
 def own(given: answers.Answers) -> dict[str, tuple[list[Question], list[Answer]]]:
-    """Return split -> questions and answers of a file that has labels; a question of several splits counts in each."""
+    """Return split -> questions and answers of a file that has labels, in the order of the ids; a question of several
+    splits counts in each."""
     found: dict[str, tuple[list[Question], list[Answer]]] = {}
-    for row in given.rows:
+    seen: set[tuple[str, ...]] = set()
+    for row in in_own_order(given.rows):
         label = row.label.strip().lower()
         if label not in ("yes", "no"):
             raise VlmFixError(f'{given.path}, row {row.number}: the label {row.label!r} is neither "yes" nor "no".')
         for split in _categories([row]) or ["all"]:
+            key = split, row.id, row.image, row.question
+            if (row.id or row.question) and key in seen:
+                raise VlmFixError(
+                    f"{given.path}, row {row.number}: the question {row.id or row.question!r} of {split} comes twice; keep one "
+                    "answer."
+                )
+            seen.add(key)
             questions, replies = found.setdefault(split, ([], []))
-            questions.append(Question(row.number, row.image or str(row.number), row.question, label))
+            questions.append(Question(row.number, row.image or row.id or str(row.number), row.question, label))
             replies.append(Answer(row.number, row.reply))
     return found
 

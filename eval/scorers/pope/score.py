@@ -17,6 +17,7 @@ A question file has lines like {"question_id": 1, "image": "COCO_val2014_0000003
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -68,7 +69,7 @@ class PopeResult:
     the answers without any word for yes or no, however the scorer reads them; `misread` are those it takes against their
     plain word. `correct` and `rows` (counts with their image, for `stats.paired_bootstrap`) are in the order of the
     questions. `repope` is the result with RePOPE's labels, where it was asked for beside POPE's; `labels` says whose a
-    result has.
+    result has. `asked` are the texts of the questions.
     """
 
     scorer: str
@@ -89,10 +90,11 @@ class PopeResult:
     misread: Misread = Misread()
     labels: str = "pope"
     repope: "PopeResult | None" = field(default=None, repr=False)
+    asked: Sequence[str] = field(default=(), repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Return what results.json holds: everything but the per-question lists."""
-        left_out = ("correct", "rows", "misread", "repope")
+        left_out = ("correct", "rows", "misread", "repope", "asked")
         return {name: value for name, value in vars(self).items() if name not in left_out} | told(self.misread)
 
 
@@ -127,6 +129,7 @@ def score(questions: Sequence[Question], answers: Sequence[Answer], scorer: Scor
         correct=[bool(row["tp"] or row["tn"]) for row in rows],
         rows=rows,
         misread=misread(replies, verdicts),
+        asked=[question.text for question in questions],
     )
 
 
@@ -143,10 +146,16 @@ def _aligned(questions: Sequence[Question], answers: Sequence[Answer]) -> list[s
     mismatch = next((q for q in questions if str(q.question_id) not in by_id), None)
     if mismatch or not len(by_id) == len(answers) == len(questions):
         known = {str(q.question_id) for q in questions}
+        times = Counter(str(answer.question_id) for answer in answers)
+        if twice := next((id for id, n in times.items() if n > 1 and id in known), None):
+            raise VlmFixError(
+                f"Questions and answers do not line up: {len(questions)} questions, {len(answers)} answers, of which "
+                f"{times[twice]} have the question_id {twice!r}; keep one answer of each question."
+            )
         first = (
             mismatch.question_id
             if mismatch
-            else next((answer.question_id for answer in answers if str(answer.question_id) not in known), "(one twice)")
+            else next((answer.question_id for answer in answers if str(answer.question_id) not in known), "")
         )
         raise VlmFixError(
             f"Questions and answers do not line up: {len(questions)} questions, {len(answers)} answers, first mismatch "

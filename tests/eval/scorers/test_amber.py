@@ -190,3 +190,35 @@ def test_parts_are_scored_apart(tmp_path, nltk_data, file):
     whole = amber_file.score_file(file)
     assert all(found[part].figures == whole[part].figures for part in found)
     assert told[1:] == ["not scored: relation: 1663 of 1664 answered, no answer to 15220"]
+
+
+def test_rows_with_another_question_or_image_than_their_id_are_refused(tmp_path) -> None:
+    shown, asked = amber_data.scenes(), [q for q in amber_data.questions() if q.kind == "relation"]
+    captions = [{"id": scene.id, "response": "A dog.", "image": f"images/{scene.image}"} for scene in shown]
+    answers = [{"id": q.id, "question": f"{q.text} Answer yes or no.", "response": "Yes"} for q in asked]
+    path = tmp_path / "answers.json"
+
+    def scored(rows):
+        path.write_text(json.dumps(rows))
+        return amber_file.score_file(path, variant="pattern")
+
+    assert [*scored([*captions, *answers])] == ["captions", "relation"]
+    pope = [{"id": n, "question": "Is there a dog in the image?", "response": "Yes"} for n in range(1, 1005)]
+    with pytest.raises(VlmFixError, match="row 1 answers 'Is there a dog.*is an image of AMBER to describe"):
+        scored(pope)
+    with pytest.raises(VlmFixError, match=f"row 1 answers 'Is there a dog.*question {asked[0].id} is "):
+        scored([{**answers[0], "question": "Is there a dog?"}, *answers[1:]])
+    with pytest.raises(VlmFixError, match="row 1 is about COCO_val2014_000000000001.jpg, but 1 is about AMBER_1.jpg"):
+        scored([{**captions[0], "image": "COCO_val2014_000000000001.jpg"}, *captions[1:]])
+
+
+def test_rows_of_vlmevalkit_are_counted(tmp_path) -> None:
+    kind = {"category": "discriminative-relation", "answer": "Yes", "prediction": "Yes"}
+    rows = [{"index": n, "question": f"Does the dog see {n}?", **kind} for n in range(5)]
+    path, told = tmp_path / "answers.json", []
+    path.write_text(json.dumps(rows))
+    assert amber_file.score_file(path, tell=told.append)["relation"].n == 5
+    assert "note: relation: 5 answers, where AMBER asks 1664 questions" in told
+    path.write_text(json.dumps([*rows, rows[0]]))
+    with pytest.raises(VlmFixError, match="id 0 comes twice"):
+        amber_file.score_file(path)

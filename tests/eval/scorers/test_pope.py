@@ -15,6 +15,7 @@ from vlm_fix.errors import VlmFixError
 from vlm_fix.eval.scorers import yesno
 from vlm_fix.eval.scorers.pope import data as pope_data
 from vlm_fix.eval.scorers.pope import score as pope
+from vlm_fix.eval.scorers.registry import BENCHMARKS
 from vlm_fix.eval.stats import column_sums
 
 ORACLE = DATA / "oracle" / "pope_oracle.json"
@@ -203,3 +204,16 @@ def test_too_few_images_or_objects_get_one_sentence() -> None:
 def test_worked_examples(module):
     run = doctest.testmod(module)
     assert run.failed == 0 and run.attempted >= 3
+
+
+def test_an_answer_that_comes_twice_is_named(tmp_path: Path) -> None:
+    asked = [pope.Question(n, f"{n}.jpg", f"Is there a dog, {n}?", "no") for n in range(3)]
+    with pytest.raises(VlmFixError, match="2 have the question_id '1'; keep one"):
+        pope.score(asked, [pope.Answer(n, "No") for n in (0, 1, 2, 1)])
+    rows = [
+        {"index": n, "question": "Is it?", "answer": "No", "category": "random", "prediction": "No"} for n in (1, 2, 1)
+    ]
+    file = tmp_path / "answers.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(VlmFixError, match="row 3: the question '1' of random comes twice"):
+        BENCHMARKS["pope"].results(str(file))

@@ -324,3 +324,23 @@ def test_no_answer_is_counted_twice() -> None:
     assert once("hallusion", ["overall", "VD", "VS"]) == ["VD", "VS"] and once("hallusion", ["overall"]) == ["overall"]
     assert once("mme", ["existence", "count", "hallucination"]) == ["existence", "count"]
     assert once("chair", ["captions"]) == ["captions"]
+
+
+def test_answers_to_other_questions_and_ids_that_come_twice_are_refused(tmp_path: Path, capsys: Any) -> None:
+    asked = [{"question_id": n, "image": f"{n}.jpg", "text": f"Is the dog on {n}?", "label": "no"} for n in range(3)]
+    questions = write(tmp_path / "q.jsonl", asked)
+    rows = [{"question_id": n, "prompt": f"Is the dog on {n}? Yes or no?", "text": "No"} for n in range(3)]
+    assert shown(capsys, "r-bench", questions, write(tmp_path / "a.jsonl", rows))["questions"]["accuracy"] == 1
+    moved = [{**row, "question_id": 2 - n} for n, row in enumerate(rows)]
+    for benchmark, wrong, message in (
+        ("r-bench", moved, "under id '2', where"),
+        ("r-bench", [*rows, rows[0]], "question_id '0' comes twice"),
+        ("fohe", [{**row, "prompt": "Is it red?"} for row in rows], "answers 'Is it red?' under id"),
+    ):
+        assert cli.main(["score", benchmark, questions, write(tmp_path / "a.jsonl", wrong)]) == 2
+        assert message in capsys.readouterr().err
+    edited = [{"id": n, "image": f"{n}.jpg", "question": f"Dog {n}?", "gt": "yes", "orig_img": True} for n in range(2)]
+    beaf_file = write(tmp_path / "b.jsonl", [{**row, "removed_q": False} for row in edited])
+    answers = write(tmp_path / "a.jsonl", [{"id": n, "question": f"Dog {1 - n}?", "answer": "Yes"} for n in range(2)])
+    assert cli.main(["score", "beaf", beaf_file, answers]) == 2
+    assert "row 1 answers 'Dog 1?', but BEAF question 0 is 'Dog 0?'" in capsys.readouterr().err
