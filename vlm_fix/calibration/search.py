@@ -24,6 +24,8 @@ from vlm_fix.sample import Sample
 from vlm_fix.wrapping import wrapped
 
 Key = TypeVar("Key")
+# Molmo 2: a token's patches, counted through all images of a batch [..., patches, C]; -1 fills up
+POOLED = {"image_token_pooling": "pixel_values", "video_token_pooling": "pixel_values_videos"}
 
 
 def collate(samples: Sequence[Sample], pad_id: int = 0) -> dict[str, Tensor]:
@@ -35,6 +37,9 @@ def collate(samples: Sequence[Sample], pad_id: int = 0) -> dict[str, Tensor]:
         if _along_prompt(samples[0], key):
             fill = pad_id if key == "input_ids" else 0
             rows = [pad(r, (width - r.shape[1], 0), value=fill) for r in rows]
+        if pixels := POOLED.get(key):
+            before = itertools.accumulate((s.inputs[pixels].shape[:-1].numel() for s in samples), initial=0)
+            rows = [torch.where(r < 0, r, r + n) for r, n in zip(rows, before, strict=False)]
         packed = key == "pixel_values" and "target_sizes" in samples[0].inputs  # MiniCPM-V: all patches in one row
         batch[key] = torch.cat(rows, dim=-1 if packed else 0)
     return batch
