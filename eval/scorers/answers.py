@@ -11,7 +11,7 @@
     id to reply     {"42": "A dog."}                                   the value, the name
 
 A row that offers two candidates for the reply or for the id is an error, unless they say the same: nothing is guessed, the
-options --answer-key and --id-key decide. A reply of null (or an empty cell of a table) is an answer that failed.
+options --answer-key and --id-key decide, as where `doubts` finds that something else may be the reply. A reply of null (or an empty cell of a table) is an answer that failed.
 
 >>> image_number("COCO_val2014_000000391895.jpg"), image_number("391895"), image_number("COCO_val2014_000000391895_25")
 (391895, 391895, None)
@@ -26,13 +26,30 @@ from typing import Any, NamedTuple, TypeAlias
 from vlm_fix.errors import VlmFixError
 from vlm_fix.eval.files import read_table
 
+from . import doubts
+
 REPLIES = (
     *("caption", "text", "answer", "response", "prediction", "output", "pred", "completion", "generated_text"),
     *("generated_caption", "model_answer", "model_response", "model_output", "model_prediction", "predicted_answer"),
+    *(
+        "reply",
+        "generated",
+        "generation",
+        "model_reply",
+        "ans",
+        "outputs",
+        "result",
+        "pred_answer",
+        "llm_answer",
+        "gen",
+        "out",
+    ),
 )
 MANY = ("response_", "answer_", "output_", "prediction_")
-"""A key that begins so is a reply of the model that the rest names, but for the keys of NO_REPLY."""
-NO_REPLY = ("answer_id", "answer_key", "answer_type", "answer_idx", "response_id", "output_id", "prediction_id")
+"""A key that begins so is a reply of the model that the rest names, but for those like NO_REPLY."""
+NO_REPLY = re.compile(
+    r".*_(?:id|idx|index|key|type|time|path|file|dir|url|date|length|len|tokens|model|name|lang|format|prob|score|s|ms|seconds)"
+)
 IDS = ("question_id", "id", "qid", "index", "sample_id")
 IMAGE_IDS = ("image_id", "image", "image_name", "image_path", "file_name", "filename", *IDS)
 QUESTIONS = ("prompt", "question", "query", "instruction")
@@ -119,6 +136,8 @@ def read(
         used[0][reader.reply_key], used[1][reader.id_key] = None, None
     if not found:
         raise VlmFixError(f"{path} has no answers: no row has a reply; name its key with --answer-key.")
+    if not keys.answer and layout != "lmms-eval":
+        _no_doubt(path, found, [*used[0]], layout, images)
     if layout == "plain" and {"question_id", "prompt"} <= rows[0].keys() and "text" in used[0]:
         layout = "LLaVA"
     if layout == "plain" and not any(used[1]) and "question" in rows[0]:
@@ -126,6 +145,22 @@ def read(
     named = {"plain": "plain rows", "LLaVA": "LLaVA's rows"}.get(layout, f"rows of {layout}")
     first, second = (" or ".join(filter(None, names)) for names in used)
     return Answers(str(path), table.form, named, (first, second), found)
+
+
+def _no_doubt(path: Any, found: Sequence[Answer], names: Sequence[str], layout: str, images: bool) -> None:
+    """Raise VlmFixError if something else may be the replies; `doubts.py` says when."""
+    rows = [answer.row for answer in found]
+    known = {*names, *REPLIES, *IMAGE_IDS, *IMAGES, *QUESTIONS, *LABELS, *CATEGORIES}
+    other = "" if layout == "VLMEvalKit" else doubts.other_column(rows, known)
+    if other:
+        raise VlmFixError(
+            f'{path}: both "{names[0]}" and "{other}" could be the reply; say which with --answer-key, such as --answer-key '
+            f"{other}."
+        )
+    if why := doubts.no_reply([answer.reply for answer in found], images):
+        raise VlmFixError(
+            f'{path}: {why}; name the reply with --answer-key, or if it is in "{names[0]}" indeed, give --answer-key {names[0]}.'
+        )
 
 
 def same_question(asked: str, prompt: str) -> bool:
@@ -177,7 +212,7 @@ def _number(value: Any) -> int:
 def _candidates(row: Mapping[str, Any], names: Sequence[str]) -> list[str]:
     found = [name for name in names if name in row]
     if names is REPLIES:
-        found += [key for key in row if key.startswith(MANY) and key not in NO_REPLY and _is_reply(row[key])]
+        found += [key for key in row if key.startswith(MANY) and not NO_REPLY.fullmatch(key) and _is_reply(row[key])]
     return found
 
 
