@@ -10,8 +10,9 @@
     CHAIR           {"imgToEval": {id: {...}}}, {"sentences": [...]}   as in plain rows
     id to reply     {"42": "A dog."}                                   the value, the name
 
-A row that offers two candidates for the reply or for the id is an error, unless they say the same: nothing is guessed, the
-options --answer-key and --id-key decide, as where `doubts` finds that something else may be the reply. A reply of null (or an empty cell of a table) is an answer that failed.
+A row that offers two candidates for the reply or for the id is an error, unless they say the same, as is a file whose
+replies may be elsewhere (`doubts.py`): nothing is guessed, the options --answer-key and --id-key decide. A reply of null
+(or an empty cell of a table) is an answer that failed.
 
 >>> image_number("COCO_val2014_000000391895.jpg"), image_number("391895"), image_number("COCO_val2014_000000391895_25")
 (391895, 391895, None)
@@ -56,7 +57,10 @@ QUESTIONS = ("prompt", "question", "query", "instruction")
 LABELS = ("label", "gt_answer", "ground_truth", "gt", "truth", "target")
 IMAGES = ("image", "image_path", "image_name", "file_name", "filename", "image_source", "image_id")
 CATEGORIES = ("category", "task", "split", "type", "subset")
-COCO_NAME = re.compile(r"(?:(?:COCO_(?:train|val|test)20\d\d_)?(\d{12})|(\d+))(?:\.(?:jpe?g|png))?", re.IGNORECASE)
+COCO_NAME = re.compile(
+    r"(?:(?:COCO_(?:train|val|test)20\d\d_)?([0-9]{12})|([0-9]{1,18}))(?:\.(?:jpe?g|png))?", re.IGNORECASE
+)
+FLOAT = re.compile(r"[0-9]{1,18}\.0+")
 LISTS = ("imgToEval", "sentences")
 
 
@@ -188,7 +192,7 @@ def _rows(rows: list[dict[str, Any]], form: str, path: Any) -> tuple[list[dict[s
         if all(isinstance(value, dict) for value in whole.values()):
             return [_named(*each) for each in whole.items()], "id to row"
         row = whole.keys() & {*IMAGE_IDS, *QUESTIONS, *CATEGORIES, *LABELS}
-        if not row and all(value is None or isinstance(value, str) for value in whole.values()):
+        if not row and all(value is None or isinstance(_one(value), str) for value in whole.values()):
             return [{"id": name, "answer": value} for name, value in whole.items()], "id to reply"
     keys = whole.keys()
     if {"doc_id", "filtered_resps"} <= keys:
@@ -206,7 +210,7 @@ def _named(name: str, row: Any) -> dict[str, Any]:
 
 
 def _number(value: Any) -> int:
-    return int(value) if re.fullmatch(r"\d+", str(value)) else 0
+    return whole_number(str(value)) or 0
 
 
 def _candidates(row: Mapping[str, Any], names: Sequence[str]) -> list[str]:
@@ -218,6 +222,13 @@ def _candidates(row: Mapping[str, Any], names: Sequence[str]) -> list[str]:
 
 def _is_reply(value: Any) -> bool:
     return value is None or isinstance(value, str)
+
+
+def _one(value: Any) -> Any:
+    """A value, or what is alone in a list."""
+    while isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    return value
 
 
 def _is_nothing(value: Any) -> bool:
@@ -286,8 +297,7 @@ class _Row:
         return found[0]
 
     def _text(self, value: Any) -> str | None:
-        while isinstance(value, list) and len(value) == 1:
-            value = value[0]
+        value = _one(value)
         if self.numbers and isinstance(value, int | float) and value in range(10):
             return str(int(value))
         if _is_nothing(value) or isinstance(value, str):
@@ -300,7 +310,7 @@ class _Row:
             raise VlmFixError(f'{self.place}: no "{key}" ({self._keys()}); mend --id-key.')
         names = [key] if key else [name for name in (IMAGE_IDS if self.images else IDS) if name in row]
         given = {name: row[name] for name in names if not _is_nothing(row[name]) and name != self.reply_key}
-        read: Callable[[Any], Any] = image_number if self.images else _id_text
+        read: Callable[[Any], Any] = image_number if self.images else id_text
         found = {name: read(value) for name, value in given.items()}
         known = {name: value for name, value in found.items() if value is not None}
         if len({*known.values()}) > 1:
@@ -332,17 +342,23 @@ class _Row:
         return f"its keys are {', '.join(self.row)}"
 
 
-def _id_text(value: Any) -> str | None:
+def id_text(value: Any) -> str | None:
+    """An id as text; a whole number is written without ".0", as tables of pandas have it. None if it is no id."""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         return None
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip()
+    if isinstance(value, float):
+        return str(int(value)) if value.is_integer() else str(value)
+    text = str(value).strip()
+    return text.partition(".")[0] if FLOAT.fullmatch(text) else text
+
+
+def whole_number(text: str) -> int | None:
+    """The number that a text of at most 18 digits stands for, else None."""
+    return int(text) if re.fullmatch(r"[0-9]{1,18}", text) else None
 
 
 def image_number(value: Any) -> int | None:
     """The number of an image: a whole number, or the 12 digits of a COCO name. Other digits in a name are no id."""
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        return None
-    if not isinstance(value, str):
-        return int(value) if value == int(value) else None
-    match = COCO_NAME.fullmatch(value.strip().replace("\\", "/").rpartition("/")[2])
+    text = id_text(value)
+    match = COCO_NAME.fullmatch(text.replace("\\", "/").rpartition("/")[2]) if text else None
     return int(match[1] or match[2]) if match else None
