@@ -13,7 +13,9 @@ import json
 import os
 import re
 import zipfile
-from collections.abc import Iterator
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
@@ -74,48 +76,92 @@ def _bytes(path: str | Path, what: str) -> bytes:
     try:
         data = Path(path).read_bytes()
         return gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise VlmFixError(f"Cannot read the {what} {path}: {getattr(error, 'strerror', None) or error}.") from None
 
 
 def _text(data: bytes, path: str | Path, what: str) -> str:
-    utf16 = data[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\x00" in data[:400]
+    wide = _wide(data)
     try:
-        if not utf16:
+        if not wide:
             return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        place = f"byte {error.start + 1} is not UTF-8"
-    else:
-        place = "it looks like UTF-16"
-    encoding = "UTF-16" if utf16 else "GB18030"
-    if not utf16:
+        place, encoding = f"byte {error.start + 1} is not UTF-8", "GB18030"
         try:
             data.decode("gb18030")
         except UnicodeDecodeError:
             encoding = "ENCODING"
-    perhaps = "" if utf16 else " (perhaps GBK)" if encoding == "GB18030" else ""
+    else:
+        place, encoding = f"it looks like {wide}", wide
+    perhaps = " (perhaps GBK)" if encoding == "GB18030" else ""
     raise VlmFixError(
         f"Cannot read the {what} {path}: {place}{perhaps}; write it as UTF-8, for example with "
         f"`iconv -f {encoding} -t UTF-8 {path} > new`."
     )
 
 
+def _wide(data: bytes) -> str:
+    """UTF-16, UTF-32, or "" for text whose letters are single bytes."""
+    if data[:4] in (b"\xff\xfe\x00\x00", b"\x00\x00\xfe\xff") or b"\x00\x00\x00" in data[:400]:
+        return "UTF-32"
+    return "UTF-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\x00" in data[:400] else ""
+
+
 def _parsed(text: str, path: str | Path, what: str, example: str) -> Table:
     start = text.lstrip()[:1]
     if start not in ("[", "{"):
         return _separated(text, path, what, example)
-    lines = [line for line in text.split("\n") if line.strip()]
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     try:
-        return Table(json.loads(text), "a JSON array") if start == "[" else Table([json.loads(text)], "one JSON object")
+        return Table(_json(text), "a JSON array") if start == "[" else Table([_json(text)], "one JSON object")
     except json.JSONDecodeError as whole:
+        cause, place = whole, ""
+    except _Twice as twice:
+        raise _doubled(path, what, "name", str(twice)) from None
+    except (RecursionError, ValueError) as error:
+        raise _error(path, what, f"is no table ({_short(error)})", example) from None
+    rows = []
+    for number, line in lines:
         try:
-            return Table([json.loads(line) for line in lines], "JSON lines")
-        except json.JSONDecodeError as error:
-            cause = whole if start == "[" or len(lines) == 1 else error
-            raise _error(path, what, f"is neither JSON lines nor a JSON array ({cause})", example) from None
+            rows.append(_json(line))
+        except _Twice as twice:
+            raise _doubled(path, what, f"line {number} the name", str(twice)) from None
+        except (RecursionError, ValueError) as error:
+            if start != "[" and len(lines) > 1:
+                cut = ", the last: it is cut off" if number == lines[-1][0] and rows else ""
+                cause, place = error, f"line {number}{cut}: "
+            wrong = f"is neither JSON lines nor a JSON array ({place}{_short(cause)})"
+            raise _error(path, what, wrong, example) from None
+    return Table(rows, "JSON lines")
+
+
+class _Twice(Exception):
+    """A JSON object has a name twice."""
+
+
+def _json(text: str) -> Any:
+    return json.loads(text, object_pairs_hook=_object)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise _Twice(_first_twice([name for name, _ in pairs]))
+    return found
+
+
+def _first_twice(names: Sequence[str]) -> str:
+    """The first name that comes again, or ""; columns without a name, such as a table's numbers of rows, do not count."""
+    return next((name for name, times in Counter(names).items() if name and times > 1), "")
+
+
+def _short(error: Exception) -> str:
+    return "it is nested too deeply" if isinstance(error, RecursionError) else str(error).split(";")[0]
 
 
 def _separated(text: str, path: str | Path, what: str, example: str) -> Table:
+    if "\n" not in text.strip() and "\r" in text.strip():
+        text = text.replace("\r", "\n")  # the line ends of old Macs
     header = text.lstrip().split("\n", 1)[0].rstrip("\r")
     separator = next((mark for mark in ("\t", ",", ";") if mark in header), "")
     if not separator:
@@ -130,6 +176,8 @@ def _separated(text: str, path: str | Path, what: str, example: str) -> Table:
     finally:
         csv.field_size_limit(limit)
     names = [name.strip() for name in lines[0]]
+    if twice := _first_twice(names):
+        raise _doubled(path, what, "column", twice)
     for number, line in enumerate(lines, 1):
         if len(line) != len(names):
             wrong = (
@@ -154,7 +202,13 @@ def _parquet(data: bytes, path: str | Path, what: str) -> list[dict[str, Any]]:
         raise VlmFixError(
             f"The {what} {path} is parquet, which needs pyarrow: pip install pyarrow, or write it as JSON lines."
         ) from None
-    return list(parquet.read_table(io.BytesIO(data)).to_pylist())
+    try:
+        table = parquet.read_table(io.BytesIO(data))
+    except (OSError, ValueError) as error:  # as pyarrow's errors are
+        raise VlmFixError(f"Cannot read the {what} {path} as parquet: {error}.") from None
+    if twice := _first_twice(table.column_names):
+        raise _doubled(path, what, "column", twice)
+    return list(table.to_pylist())
 
 
 def _sheet(data: bytes, path: str | Path, what: str) -> list[dict[str, Any]]:
@@ -162,6 +216,9 @@ def _sheet(data: bytes, path: str | Path, what: str) -> list[dict[str, Any]]:
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as book:
             names = book.namelist()
+            if not any(name.startswith("xl/") for name in names):
+                held = names[0] if names else "nothing in it"
+                raise VlmFixError(f"The {what} {path} is a zip archive with {held}: unpack it, and give the file.")
             texts = []
             if "xl/sharedStrings.xml" in names:
                 shared = ElementTree.fromstring(book.read("xl/sharedStrings.xml"))
@@ -171,6 +228,8 @@ def _sheet(data: bytes, path: str | Path, what: str) -> list[dict[str, Any]]:
     except (KeyError, zipfile.BadZipFile, ElementTree.ParseError) as error:
         raise VlmFixError(f"The {what} {path} is no xlsx workbook ({error}): write it as CSV.") from None
     head = lines[0] if lines else {}
+    if twice := _first_twice([name for name in head.values() if name]):
+        raise _doubled(path, what, "column", twice)
     return [
         {name: line.get(column) for column, name in head.items() if name} for line in lines[1:] if any(line.values())
     ]
@@ -192,6 +251,10 @@ def _inner(item: ElementTree.Element) -> str:
     """The text of a string item, without phonetic hints. "_x000D_" stands for a carriage return."""
     runs = [child for child in item.iter(f"{SHEET}t")]
     return re.sub(r"_x([0-9A-F]{4})_", lambda code: chr(int(code[1], 16)), "".join(run.text or "" for run in runs))
+
+
+def _doubled(path: str | Path, what: str, kind: str, name: str) -> VlmFixError:
+    return VlmFixError(f"The {what} {path} has {kind} {name!r} twice: keep one of them, as only one could be read.")
 
 
 def _error(path: str | Path, what: str, wrong: str, example: str) -> VlmFixError:

@@ -60,7 +60,7 @@ def rate_ratio(
         scores[row["image"]] = scores.get(row["image"], 0) + each
     bread = np.linalg.inv(design.T @ (mean[:, None] * design))
     table = np.stack([*scores.values()])
-    sd = math.sqrt((bread @ (table.T @ table) @ bread)[1, 1])
+    sd = float(np.linalg.norm(table @ bread[1]))  # a root of the sandwich that rounding cannot spoil
     b = float(weights[1])
     ends = {"low": math.exp(b - 1.96 * sd), "high": math.exp(b + 1.96 * sd)}
     return {"ratio": math.exp(b), **ends, "exponent": float(weights[2])}

@@ -10,8 +10,9 @@
     CHAIR           {"imgToEval": {id: {...}}}, {"sentences": [...]}   as in plain rows
     id to reply     {"42": "A dog."}                                   the value, the name
 
-A row that offers two candidates for the reply or for the id is an error, unless they say the same: nothing is guessed, the
-options --answer-key and --id-key decide. A reply of null (or an empty cell of a table) is an answer that failed.
+A row that offers two candidates for the reply or for the id is an error, unless they say the same, as is a file whose
+replies may be elsewhere (`doubts.py`): nothing is guessed, the options --answer-key and --id-key decide. A reply of null
+(or an empty cell of a table) is an answer that failed.
 
 >>> image_number("COCO_val2014_000000391895.jpg"), image_number("391895"), image_number("COCO_val2014_000000391895_25")
 (391895, 391895, None)
@@ -26,20 +27,40 @@ from typing import Any, NamedTuple, TypeAlias
 from vlm_fix.errors import VlmFixError
 from vlm_fix.eval.files import read_table
 
+from . import doubts
+
 REPLIES = (
     *("caption", "text", "answer", "response", "prediction", "output", "pred", "completion", "generated_text"),
     *("generated_caption", "model_answer", "model_response", "model_output", "model_prediction", "predicted_answer"),
+    *(
+        "reply",
+        "generated",
+        "generation",
+        "model_reply",
+        "ans",
+        "outputs",
+        "result",
+        "pred_answer",
+        "llm_answer",
+        "gen",
+        "out",
+    ),
 )
 MANY = ("response_", "answer_", "output_", "prediction_")
-"""A key that begins so is a reply of the model that the rest names, but for the keys of NO_REPLY."""
-NO_REPLY = ("answer_id", "answer_key", "answer_type", "answer_idx", "response_id", "output_id", "prediction_id")
+"""A key that begins so is a reply of the model that the rest names, but for those like NO_REPLY."""
+NO_REPLY = re.compile(
+    r".*_(?:id|idx|index|key|type|time|path|file|dir|url|date|length|len|tokens|model|name|lang|format|prob|score|s|ms|seconds)"
+)
 IDS = ("question_id", "id", "qid", "index", "sample_id")
 IMAGE_IDS = ("image_id", "image", "image_name", "image_path", "file_name", "filename", *IDS)
 QUESTIONS = ("prompt", "question", "query", "instruction")
 LABELS = ("label", "gt_answer", "ground_truth", "gt", "truth", "target")
 IMAGES = ("image", "image_path", "image_name", "file_name", "filename", "image_source", "image_id")
 CATEGORIES = ("category", "task", "split", "type", "subset")
-COCO_NAME = re.compile(r"(?:(?:COCO_(?:train|val|test)20\d\d_)?(\d{12})|(\d+))(?:\.(?:jpe?g|png))?", re.IGNORECASE)
+COCO_NAME = re.compile(
+    r"(?:(?:COCO_(?:train|val|test)20\d\d_)?([0-9]{12})|([0-9]{1,18}))(?:\.(?:jpe?g|png))?", re.IGNORECASE
+)
+FLOAT = re.compile(r"[0-9]{1,18}\.0+")
 LISTS = ("imgToEval", "sentences")
 
 
@@ -119,6 +140,8 @@ def read(
         used[0][reader.reply_key], used[1][reader.id_key] = None, None
     if not found:
         raise VlmFixError(f"{path} has no answers: no row has a reply; name its key with --answer-key.")
+    if not keys.answer and layout != "lmms-eval":
+        _no_doubt(path, found, [*used[0]], layout, images)
     if layout == "plain" and {"question_id", "prompt"} <= rows[0].keys() and "text" in used[0]:
         layout = "LLaVA"
     if layout == "plain" and not any(used[1]) and "question" in rows[0]:
@@ -126,6 +149,22 @@ def read(
     named = {"plain": "plain rows", "LLaVA": "LLaVA's rows"}.get(layout, f"rows of {layout}")
     first, second = (" or ".join(filter(None, names)) for names in used)
     return Answers(str(path), table.form, named, (first, second), found)
+
+
+def _no_doubt(path: Any, found: Sequence[Answer], names: Sequence[str], layout: str, images: bool) -> None:
+    """Raise VlmFixError if something else may be the replies; `doubts.py` says when."""
+    rows = [answer.row for answer in found]
+    known = {*names, *REPLIES, *IMAGE_IDS, *IMAGES, *QUESTIONS, *LABELS, *CATEGORIES}
+    other = "" if layout == "VLMEvalKit" else doubts.other_column(rows, known)
+    if other:
+        raise VlmFixError(
+            f'{path}: both "{names[0]}" and "{other}" could be the reply; say which with --answer-key, such as --answer-key '
+            f"{other}."
+        )
+    if why := doubts.no_reply([answer.reply for answer in found], images):
+        raise VlmFixError(
+            f'{path}: {why}; name the reply with --answer-key, or if it is in "{names[0]}" indeed, give --answer-key {names[0]}.'
+        )
 
 
 def same_question(asked: str, prompt: str) -> bool:
@@ -153,7 +192,7 @@ def _rows(rows: list[dict[str, Any]], form: str, path: Any) -> tuple[list[dict[s
         if all(isinstance(value, dict) for value in whole.values()):
             return [_named(*each) for each in whole.items()], "id to row"
         row = whole.keys() & {*IMAGE_IDS, *QUESTIONS, *CATEGORIES, *LABELS}
-        if not row and all(value is None or isinstance(value, str) for value in whole.values()):
+        if not row and all(value is None or isinstance(_one(value), str) for value in whole.values()):
             return [{"id": name, "answer": value} for name, value in whole.items()], "id to reply"
     keys = whole.keys()
     if {"doc_id", "filtered_resps"} <= keys:
@@ -171,18 +210,25 @@ def _named(name: str, row: Any) -> dict[str, Any]:
 
 
 def _number(value: Any) -> int:
-    return int(value) if re.fullmatch(r"\d+", str(value)) else 0
+    return whole_number(str(value)) or 0
 
 
 def _candidates(row: Mapping[str, Any], names: Sequence[str]) -> list[str]:
     found = [name for name in names if name in row]
     if names is REPLIES:
-        found += [key for key in row if key.startswith(MANY) and key not in NO_REPLY and _is_reply(row[key])]
+        found += [key for key in row if key.startswith(MANY) and not NO_REPLY.fullmatch(key) and _is_reply(row[key])]
     return found
 
 
 def _is_reply(value: Any) -> bool:
     return value is None or isinstance(value, str)
+
+
+def _one(value: Any) -> Any:
+    """A value, or what is alone in a list."""
+    while isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    return value
 
 
 def _is_nothing(value: Any) -> bool:
@@ -251,8 +297,7 @@ class _Row:
         return found[0]
 
     def _text(self, value: Any) -> str | None:
-        while isinstance(value, list) and len(value) == 1:
-            value = value[0]
+        value = _one(value)
         if self.numbers and isinstance(value, int | float) and value in range(10):
             return str(int(value))
         if _is_nothing(value) or isinstance(value, str):
@@ -265,7 +310,7 @@ class _Row:
             raise VlmFixError(f'{self.place}: no "{key}" ({self._keys()}); mend --id-key.')
         names = [key] if key else [name for name in (IMAGE_IDS if self.images else IDS) if name in row]
         given = {name: row[name] for name in names if not _is_nothing(row[name]) and name != self.reply_key}
-        read: Callable[[Any], Any] = image_number if self.images else _id_text
+        read: Callable[[Any], Any] = image_number if self.images else id_text
         found = {name: read(value) for name, value in given.items()}
         known = {name: value for name, value in found.items() if value is not None}
         if len({*known.values()}) > 1:
@@ -297,17 +342,23 @@ class _Row:
         return f"its keys are {', '.join(self.row)}"
 
 
-def _id_text(value: Any) -> str | None:
+def id_text(value: Any) -> str | None:
+    """An id as text; a whole number is written without ".0", as tables of pandas have it. None if it is no id."""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         return None
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip()
+    if isinstance(value, float):
+        return str(int(value)) if value.is_integer() else str(value)
+    text = str(value).strip()
+    return text.partition(".")[0] if FLOAT.fullmatch(text) else text
+
+
+def whole_number(text: str) -> int | None:
+    """The number that a text of at most 18 digits stands for, else None."""
+    return int(text) if re.fullmatch(r"[0-9]{1,18}", text) else None
 
 
 def image_number(value: Any) -> int | None:
     """The number of an image: a whole number, or the 12 digits of a COCO name. Other digits in a name are no id."""
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        return None
-    if not isinstance(value, str):
-        return int(value) if value == int(value) else None
-    match = COCO_NAME.fullmatch(value.strip().replace("\\", "/").rpartition("/")[2])
+    text = id_text(value)
+    match = COCO_NAME.fullmatch(text.replace("\\", "/").rpartition("/")[2]) if text else None
     return int(match[1] or match[2]) if match else None

@@ -45,6 +45,7 @@ def _score(benchmark: Benchmark, args: argparse.Namespace) -> None:
         raise VlmFixError(f"{name} has no effect without --against BASE: leave it out.")
     found = benchmark.score_files(**given, tell=told)
     _tell_misread(found)
+    _tell_unparsed(found)
     if not isinstance(found, dict):
         _print(args, benchmark.title, found)
     elif args.json:
@@ -62,6 +63,18 @@ def _tell_misread(found: Any) -> None:
             print(
                 f"note: {where}the scorer {figures['scorer']} takes {figures['misread']} answers against their plain word: "
                 f"{figures['misread_example']}; --scorer ours reads them",
+                file=sys.stderr,
+            )
+
+
+def _tell_unparsed(found: Any) -> None:
+    """Say of each part where no reply has a yes or no: such replies are often something else, such as the questions."""
+    for part, figures in (found if isinstance(found, dict) else {"": found.to_dict()}).items():
+        if isinstance(figures, dict) and figures.get("unparsed") and figures["unparsed"] == figures.get("n"):
+            where = f"{part}: " if part else ""
+            print(
+                f"note: {where}none of the {figures['n']} replies holds yes or no; if they are in another key, name it with "
+                "--answer-key",
                 file=sys.stderr,
             )
 

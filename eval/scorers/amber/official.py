@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_fix.errors import VlmFixError
-from vlm_fix.eval.scorers.answers import USUAL, Answers, Keys, Tell, read
+from vlm_fix.eval.scorers.answers import USUAL, Answers, Keys, Tell, read, whole_number
 from vlm_fix.eval.scorers.choices import Scorer, Variant
 from vlm_fix.eval.scorers.replies import asks, in_own_order
 from vlm_fix.eval.scorers.result import Result
@@ -80,12 +80,13 @@ def _by_number(given: Answers) -> dict[int, str | None]:
     """Id -> reply."""
     said: dict[int, str | None] = {}
     for row in given.rows:
-        if not row.id.isdigit():
+        number = whole_number(row.id)
+        if number is None:
             has = f"{row.id!r} is no number" if row.id else "there is none"
             raise VlmFixError(f'{given.path}, row {row.number}: AMBER wants "id", 1 to 15220, but {has}; see --id-key.')
-        if int(row.id) in said:
+        if number in said:
             raise VlmFixError(f"{given.path}, row {row.number}: id {row.id} comes twice; keep one answer.")
-        said[int(row.id)] = row.reply
+        said[number] = row.reply
     return said
 
 

@@ -18,7 +18,7 @@ from typing import Any, get_args
 
 from vlm_fix.errors import VlmFixError
 from vlm_fix.eval.files import DATA, read_rows
-from vlm_fix.eval.scorers.answers import USUAL, Keys, read
+from vlm_fix.eval.scorers.answers import USUAL, Keys, id_text, read
 from vlm_fix.eval.scorers.choices import one_of
 
 from .score import Answer, Kind, Question
@@ -47,8 +47,13 @@ def load_questions(path: str | Path) -> list[Question]:
         label = str(row["label"]).strip().lower()
         if label not in ("yes", "no"):
             raise VlmFixError(f'{path}, row {number}: label {row["label"]!r} is neither "yes" nor "no".')
-        questions.append(Question(row["question_id"], row["image"], row["text"], label))
+        questions.append(Question(_id(row["question_id"]), row["image"], row["text"], label))
     return questions
+
+
+def _id(value: Any) -> Any:
+    """A number as it is, a text without the ".0" of pandas."""
+    return id_text(value) if isinstance(value, str | float) else value
 
 
 def coco_questions(kind: Kind) -> list[Question]:

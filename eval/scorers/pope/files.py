@@ -152,8 +152,9 @@ def _in_order(
     """Find the splits one after the other in the rows, as they stand or in the order of their ids."""
     prompts = [plain_text(row.question) for row in rows]
     orders = [list(range(len(rows)))]
-    if all(row.id.isdigit() for row in rows):
-        orders.append(sorted(orders[0], key=lambda place: int(rows[place].id)))
+    numbers = [answers.whole_number(row.id) for row in rows]
+    if None not in numbers:
+        orders.append(sorted(orders[0], key=lambda place: numbers[place] or 0))
     best: list[tuple[str, int]] = []
     for order in orders:
         asked = [prompts[place] for place in order]

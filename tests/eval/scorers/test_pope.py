@@ -178,7 +178,7 @@ def test_bad_answers_get_one_sentence(tmp_path: Path) -> None:
     questions = [pope.Question(i, "a.jpg", "Is there a dog in the image?", "yes") for i in (1, 2)]
     with pytest.raises(VlmFixError, match="Cannot read the answer file"):
         pope_data.load_answers(tmp_path / "nothing.jsonl")
-    (tmp_path / "bad.jsonl").write_text('{"question_id": 1, "reply": "Yes"}')
+    (tmp_path / "bad.jsonl").write_text('{"question_id": 1, "says": "Yes"}')
     with pytest.raises(VlmFixError, match='row 1: no "text" or "answer"'):
         pope_data.load_answers(tmp_path / "bad.jsonl")
     with pytest.raises(VlmFixError, match="no answers"):
