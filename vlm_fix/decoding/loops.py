@@ -20,13 +20,13 @@ from .kinds import Searcher
 from .search import Search
 
 REFUSED = {
-    "assistant_model": "drop it",
-    "prompt_lookup_num_tokens": "drop it",
-    "assistant_early_exit": "drop it",
-    "custom_generate": "drop it",
-    "cache_implementation": "drop it",
-    "prefill_chunk_size": "drop it",
-    "guidance_scale": "drop it",
+    "assistant_model": "leave it out",
+    "prompt_lookup_num_tokens": "leave it out",
+    "assistant_early_exit": "leave it out",
+    "custom_generate": "leave it out",
+    "cache_implementation": "leave it out",
+    "prefill_chunk_size": "leave it out",
+    "guidance_scale": "leave it out",
     **dict.fromkeys(CACHE_NAMES, "pass the whole conversation as one prompt"),
     "num_return_sequences": "call generate once for each",
 }
@@ -37,7 +37,7 @@ def refuse(method: Searcher, setting: Callable[[str], Any]) -> None:
     for name, advice in {**REFUSED, **method.refuses}.items():
         value = setting(name)
         if value is True or (value and value != 1):
-            raise VlmFixError(f"{method.name} runs a decoding loop of its own, without {name}: {advice}.")
+            raise VlmFixError(f"{method.name} decodes with a loop of its own, which does not support {name}: {advice}.")
     if setting("use_cache") is False:
         raise VlmFixError(f"{method.name} needs the cache; drop use_cache=False.")
 
