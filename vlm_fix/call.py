@@ -25,6 +25,12 @@ class Call:
     views: list[Any] = field(default_factory=list)  # the same with the encoder layers that other methods ask for
     processors: list[Any] = field(default_factory=list)  # ours of the scores, before all of generate's own
     scored: bool = False  # True once generate has asked for them
+    broken: torch.Tensor | bool = False  # True once no token of a row had a finite score
+
+    def check_scores(self, scores: torch.Tensor) -> None:
+        """Note whether a row of scores [B, V] has NaN or no finite one; on an accelerator nobody waits for the answer."""
+        broken = (~scores.amax(dim=-1).isfinite()).any() | self.broken
+        self.broken = bool(broken) if scores.device.type == "cpu" else broken
 
     @property
     def batch(self) -> int:

@@ -46,6 +46,7 @@ class Engine(Forwards):
         self.lock, self.installed = threading.RLock(), False
         self.key = compiled.number(self)
         self.wings = [wing for kind in Wing.kinds if (wing := kind.claim(self)) is not None]
+        self._check_kinds()
         for wing in self.wings:
             wing.check()
         names = [m.name for m in self.active]
@@ -53,6 +54,14 @@ class Engine(Forwards):
             raise VlmFixError(f"{twice[0]} is listed twice; give it once, with the parameters you want.")
         self.own_generate = self.own_processors = MISSING
         self._undo = contextlib.ExitStack()
+
+    def _check_kinds(self) -> None:
+        """VlmFixError for a method that no kind of wing looks for: it would change nothing, and nobody would say so."""
+        kinds = [kind for kind in Wing.kinds if Method not in kind.runs] + [type(wing) for wing in self.wings]
+        for method in self.active:
+            if not any(isinstance(method, kind.runs) for kind in kinds):
+                names = ", ".join(dict.fromkeys(base.__name__ for kind in kinds for base in kind.runs))
+                raise VlmFixError(f"{method.name} is of no kind that acts: derive it from one of {names}.")
 
     # ---- on the model and off again ----------------------------------------------------------------------------------
 
@@ -201,6 +210,14 @@ class Engine(Forwards):
         if cache is not None and self.main and cache not in self.sessions:
             self.sessions[cache] = self.main
 
+    def refuse_broken(self, call: Call) -> None:
+        """VlmFixError if the scores of a token were no numbers; a plain model picks some token then and says nothing."""
+        if bool(call.broken):
+            raise VlmFixError(
+                f"with {'+'.join(m.name for m in self.active)} the scores of a token were NaN, or none of them was finite: "
+                "edits must leave numbers, and at least one token; if they do, load the model in bfloat16 or float32."
+            )
+
     def report_unused(self) -> None:
         """After a call: warn, once per method, if it changed nothing in it."""
         unused = [u for wing in self.wings for u in wing.unused(self.main)] if self.main else []
@@ -225,6 +242,7 @@ def generate(engine: Engine, model: Any, *args: Any, **kwargs: Any) -> Any:
         for wing in engine.wings:
             stack.enter_context(wing.around_generate(call, options))
         output = engine.plain_generate(call.inputs["input_ids"], **options.final_kwargs())
+        engine.refuse_broken(call)
         if call.processors and not call.scored:
             raise VlmFixError(
                 f"{', '.join(m.name for m in engine.active)} could not act: this generate (or custom_generate) does not ask "
@@ -245,4 +263,10 @@ def logits_processors(engine: Engine, model: Any, *args: Any, **kwargs: Any) -> 
     if call is None:
         return prepared
     call.scored = True
-    return ordered(call.processors, prepared, functools.partial(engine.outside, quiet=True))
+
+    def check(scores: torch.Tensor) -> None:
+        call.check_scores(scores)
+        if call.broken is True:  # else it is asked for at the end, which costs no step the wait for its device
+            engine.refuse_broken(call)
+
+    return ordered(call.processors, prepared, functools.partial(engine.outside, quiet=True), check)

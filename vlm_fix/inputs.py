@@ -42,6 +42,7 @@ class InputWing(Wing):
     """Runs `InputEdit.prepare` before each forward of the language model, after pruners: methods see what is left."""
 
     order = 70
+    runs = (InputEdit,)
 
     def __init__(self, host: Host):
         super().__init__(host)
@@ -91,6 +92,7 @@ class EncoderWing(Wing):
     """Captures what the vision tower tells methods that are no pruners, into `Call.views`."""
 
     order = 60
+    runs = ()  # it serves methods of other kinds
 
     def __init__(self, host: Host, layers: tuple[int, ...]):
         super().__init__(host)

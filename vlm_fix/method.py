@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import functools
 import math
+import numbers
 import re
 import types
 import typing
@@ -35,11 +36,12 @@ def param(
     high: float | None = None,
     choices: Any = None,
     above: float | None = None,
+    counts: bool = False,
 ) -> Any:
     """A dataclass field with its help text and legal range, `low` and `high` included, `above` not; shown by
-    `vlm-fix methods` and the demo."""
+    `vlm-fix methods` and the demo. counts: up to 1 it is a share, above 1 a count, which must be whole."""
     meta = {"help": help, "low": low if above is None else above, "high": high, "choices": choices}
-    return dataclasses.field(default=default, metadata={**meta, "open": above is not None})
+    return dataclasses.field(default=default, metadata={**meta, "open": above is not None, "counts": counts})
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Method:
     paper: ClassVar[str] = ""
     needs_image: ClassVar[bool] = True
     calibrates_on: ClassVar[str] = "questions"  # what calibrate's samples ask for; "captions", or "pairs" of them
+    one_of: ClassVar[tuple[tuple[str, ...], ...]] = ()  # of a kind: names of which each group needs one to be written
     given: ClassVar[frozenset[str]] = frozenset()  # on an instance: the fields it was made with, which no file may fill
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
@@ -61,12 +64,12 @@ class Method:
         return self
 
     def __post_init__(self) -> None:
+        hints = _hints(type(self))
         for f in dataclasses.fields(self):
-            value, meta = getattr(self, f.name), f.metadata
+            value, meta = _plain(getattr(self, f.name)), f.metadata
+            object.__setattr__(self, f.name, value)
             if value is None:
                 continue
-            if isinstance(value, list):  # methods are hashable
-                object.__setattr__(self, f.name, tuple(value))
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if meta.get("choices") and value not in meta["choices"]:
                 raise VlmFixError(
@@ -89,6 +92,12 @@ class Method:
                     else f"at least {low}"
                 )
                 raise VlmFixError(f"{self.name}: {f.name}={value!r} must be a number {span}.")
+            if meta.get("counts") and any(v > 1 and v % 1 for v in (value if isinstance(value, tuple) else (value,))):
+                raise VlmFixError(
+                    f"{self.name}: {f.name}={value!r} is neither a share up to 1 nor a count, which must be whole."
+                )
+            if not _fits(value, hints[f.name]):
+                raise VlmFixError(f"{self.name}: {f.name}={value!r} must be {_words(hints[f.name])}.")
 
     def resolve(self, arch: Arch) -> Method:
         """A copy with the paper's defaults for this model filled in (layers as a tuple of indices)."""
@@ -155,7 +164,7 @@ class Method:
     @classmethod
     def from_options(cls, options: dict[str, str]) -> Method:
         """Build from text options, as in "pai:alpha=0.2,layers=2-31"; one sentence for an unknown name or bad value."""
-        hints, values = typing.get_type_hints(cls), {}
+        hints, values = _hints(cls), {}
         known = {f.name for f in dataclasses.fields(cls)}
         for key, text in options.items():
             if key not in known:
@@ -168,9 +177,47 @@ class Method:
         return cls(**values)
 
 
+def _plain(value: Any) -> Any:
+    """A field's value as Python's own: NumPy's numbers, and lists, since methods are hashable."""
+    if isinstance(value, list | tuple):
+        return tuple(map(_plain, value))
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        return int(value) if isinstance(value, numbers.Integral) else float(value)
+    return value
+
+
+@functools.cache
+def _hints(cls: type[Method]) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(cls)
+    except NameError:  # types that were imported for type checkers alone
+        return {f.name: Any for f in dataclasses.fields(cls)}
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """True if a plain value is of the type `hint`; a float may be given as an int. True too for hints that are not known here."""
+    if isinstance(hint, types.UnionType):
+        return any(_fits(value, option) for option in typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(_fits(part, typing.get_args(hint)[0]) for part in value)
+    if hint is float or hint is int:
+        return isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
+    return isinstance(value, hint) if hint in (bool, str) else hint is not types.NoneType
+
+
+def _words(hint: Any) -> str:
+    """What `_fits` accepts, as the end of a sentence."""
+    if hint == Layers:
+        return 'layers such as "2-31" or "1|18-31", or a tuple of whole numbers such as (2, 3)'
+    words = {int: "a whole number", float: "a number", bool: "True or False", str: "a text", types.NoneType: "None"}
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    parts = [words.get(o) or f"a tuple, each of it {words.get(typing.get_args(o)[0], 'of its type')}" for o in options]
+    return " or ".join(parts)
+
+
 @functools.cache
 def _check_class(cls: type[Method]) -> None:
-    """VlmFixError for what is easily forgotten in a method of one's own: the decorator, the name."""
+    """VlmFixError for what is easily forgotten in a method of one's own: the decorator, the name, a function, its spelling."""
     for base in cls.__mro__[: cls.__mro__.index(Method)]:
         own = vars(base).get("__annotations__", {}) if issubclass(base, Method) else {}
         fields = [field for field, kind in own.items() if "ClassVar" not in str(kind)]
@@ -181,6 +228,32 @@ def _check_class(cls: type[Method]) -> None:
             )
     if not isinstance(cls.name, str) or cls.name == Method.name:
         raise VlmFixError(f'{cls.__name__} has no name: add name: ClassVar[str] = "{cls.__name__.lower()}" to it.')
+    if not re.fullmatch(r"\w[\w-]*", cls.name):
+        raise VlmFixError(f"{cls.__name__}: name={cls.name!r} does not fit a spec; use letters, digits, - and _.")
+    _check_spelling(cls)
+    groups = [(base, names) for base in cls.__mro__ for names in vars(base).get("one_of", ())]
+    missing = [names for base, names in groups if all(getattr(cls, n) is getattr(base, n) for n in names)]
+    missing += [(name,) for name in sorted(getattr(cls, "__abstractmethods__", ()))]
+    if missing:
+        what = ", ".join(" or ".join(names) for names in missing)
+        raise VlmFixError(f"{cls.__name__} does not say what it does: write {what}, which its kind calls.")
+
+
+def _check_spelling(cls: type[Method]) -> None:
+    """VlmFixError for what nothing asks for, since its name is nearly that of what the kind of the method asks for."""
+    fields = {f.name for f in dataclasses.fields(cls)}
+
+    def names(base: type) -> set[str]:
+        return {name for name in vars(base) if not name.startswith("_")} - fields
+
+    theirs = [base for base in cls.__mro__ if base.__module__.partition(".")[0] != "vlm_fix"]
+    known = set[str]().union(*(names(base) for base in cls.__mro__ if base not in theirs))
+    for base in theirs:
+        for name in names(base) - known:
+            if near := difflib.get_close_matches(name, known - names(base), n=1, cutoff=0.85):
+                raise VlmFixError(
+                    f"{base.__name__}.{name} would never be asked for: did you mean {near[0]}? If not, choose another name."
+                )
 
 
 def shaped(new: Any, like: torch.Tensor, method: Method, function: str, broadcast: bool = False) -> Any:

@@ -30,13 +30,15 @@ ALWAYS_LEAVE_ONE = (
 class Ordered(LogitsProcessorList):
     """`ours`, then `theirs`. Where these forbid every token that ours have left, the model's own scores stand in for ours."""
 
-    def __init__(self, ours: Sequence[Any], theirs: Sequence[Any]):
+    def __init__(self, ours: Sequence[Any], theirs: Sequence[Any], check: Callable[[torch.Tensor], None]):
         super().__init__([*ours, *theirs])
-        self.ours, self.theirs = LogitsProcessorList(ours), LogitsProcessorList(theirs)
+        self.check, self.ours, self.theirs = check, LogitsProcessorList(ours), LogitsProcessorList(theirs)
         self.may_forbid = not all(isinstance(p, ALWAYS_LEAVE_ONE) for p in theirs)
 
     def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
-        new = self.theirs(input_ids, self.ours(input_ids, scores), **kwargs)
+        new = self.ours(input_ids, scores)
+        self.check(new)
+        new = self.theirs(input_ids, new, **kwargs)
         if self.ours and self.may_forbid:
             nothing = torch.isneginf(new).all(dim=-1, keepdim=True)
             if bool(nothing.any()):
@@ -69,7 +71,15 @@ class StreamerApart(BaseStreamer):
             self.inner.end()
 
 
-def ordered(ours: Sequence[Any], theirs: Sequence[Any], outside: Callable[[], AbstractContextManager[None]]) -> Ordered:
-    """The list that generate calls; its own guidance, which runs the model, does so in `outside()`."""
+def ordered(
+    ours: Sequence[Any],
+    theirs: Sequence[Any],
+    outside: Callable[[], AbstractContextManager[None]],
+    check: Callable[[torch.Tensor], None],
+) -> Ordered:
+    """The list that generate calls; its own guidance, which runs the model, does so in `outside()`.
+
+    check: gets the scores [B, V] that methods have left, before generate's own processors.
+    """
     guidance = UnbatchedClassifierFreeGuidanceLogitsProcessor
-    return Ordered(ours, [kept_apart(p, outside) if isinstance(p, guidance) else p for p in theirs])
+    return Ordered(ours, [kept_apart(p, outside) if isinstance(p, guidance) else p for p in theirs], check)

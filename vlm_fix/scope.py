@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import enum
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
+
+from vlm_fix.errors import VlmFixError
 
 
 class RowScope(enum.Enum):
@@ -14,6 +17,14 @@ class RowScope(enum.Enum):
     LAST = "last"  # the prompt's last row, which predicts the first new token
     AFTER_IMAGE = "after_image"  # also the prompt's rows after its last image
     ALL = "all"  # every row of the prompt
+
+
+def check_scopes(methods: Iterable[Any]) -> None:
+    """VlmFixError unless the `row_scope` of each method is a RowScope."""
+    for method in methods:
+        if not isinstance(method.row_scope, RowScope):
+            names = ", ".join(f"RowScope.{scope.name}" for scope in RowScope)
+            raise VlmFixError(f"{method.name}: row_scope is {method.row_scope!r}; it must be one of {names}.")
 
 
 class RowRange(NamedTuple):

@@ -177,6 +177,7 @@ class Wing(ABC):
 
     kinds: ClassVar[list[type[Wing]]] = []
     order: ClassVar[int] = 100
+    runs: ClassVar[tuple[type[Method], ...]] = (Method,)  # the base classes of the methods it looks for
     own_loop: bool = False  # True if the wing chooses tokens in a loop of its own
 
     def one_graph(self, rows: int) -> bool:

@@ -52,7 +52,7 @@ class SID(ColumnMasker, Contrast):
     branch: str = param("negative", "always the second branch", choices=("negative",))
     alpha: float = param(0.5, "contrast strength", low=0)
     beta: float = param(0.1, "plausibility cut-off", low=0, high=1)
-    keep: float = param(100 / 576, "image tokens that stay: a count (> 1) or a share in (0, 1]", above=0)
+    keep: float = param(100 / 576, "image tokens that stay: a count (> 1) or a share in (0, 1]", above=0, counts=True)
     refresh: bool = param(True, "rank the image tokens anew for each token")
 
     def defaults(self, arch: Arch) -> dict[str, Any]:

@@ -60,9 +60,9 @@ class OPERA(WeightReader, Searcher):
     refuses: ClassVar[dict[str, str]] = {
         "num_beams": "set opera:beams=N instead",
         "do_sample": "it is a beam search; pass do_sample=False",
-        "streamer": "a beam may still change; drop it",
-        "output_scores": "drop it",
-        "output_logits": "drop it",
+        "streamer": "a beam may still change, so leave it out",
+        "output_scores": "leave it out",
+        "output_logits": "leave it out",
     }
 
     weight: float = param(1.0, "weight of the penalty", low=0)

@@ -46,9 +46,9 @@ class SGRS(WeightReader, Searcher):
     paper: ClassVar[str] = "https://arxiv.org/abs/2601.20279"
     needs_image: ClassVar[bool] = False
     refuses: ClassVar[dict[str, str]] = {
-        "num_beams": "it samples; drop it",
-        "output_scores": "drop it",
-        "output_logits": "drop it",
+        "num_beams": "it draws one answer a row, so leave it out",
+        "output_scores": "leave it out",
+        "output_logits": "leave it out",
     }
 
     alpha: float = param(0.6, "share of the recent saliency that a token must reach", low=0)

@@ -33,7 +33,7 @@ class PTP(LayerPruner):
     paper: ClassVar[str] = "https://arxiv.org/abs/2509.15704"
 
     keep: float = param(
-        0.5, "image tokens kept per image, on average over a prompt's: a count (> 1) or a share", above=0
+        0.5, "image tokens kept per image, on average over a prompt's: a count (> 1) or a share", above=0, counts=True
     )
     layer: int = param(2, "language-model layer whose attention rates the tokens; they are dropped after it", low=0)
     alpha: float = param(0.5, "weight of the question's attention against the encoder's", low=0, high=1)

@@ -13,9 +13,11 @@ import vlm_fix
 from tests.support.models import make_inputs
 from vlm_fix import registry
 from vlm_fix.attention.edits import ColumnMasker, HeadEdit, LogWeightEdit, ScoreEdit, WeightEdit
-from vlm_fix.decoding.kinds import Contrast, LogitEdit
-from vlm_fix.hidden.edit import LayerOutputEdit
-from vlm_fix.pruning.kinds import TokenPruner
+from vlm_fix.decoding.kinds import Contrast, LogitEdit, Procedure
+from vlm_fix.hidden.edit import HiddenEdit, LayerOutputEdit
+from vlm_fix.method import Method
+from vlm_fix.pruning.kinds import CachePruner, LayerPruner, TokenPruner
+from vlm_fix.pruning.merge import TokenMerger
 
 
 class NoDecorator(ScoreEdit):
@@ -158,7 +160,9 @@ def test_wrong_contrasts(family, model):
 
 
 @pytest.mark.parametrize(
-    "value", [None, [1, 2], torch.ones(36, dtype=torch.bool), torch.ones(2, 2).long(), torch.arange(99)]
+    "value",
+    [None, [1, 2], torch.ones(36, dtype=torch.bool), torch.ones(2, 2).long(), torch.arange(99)]
+    + [torch.tensor(v) for v in ([1, 1], [0, -1], [0, 999])],
 )
 def test_wrong_choices_of_a_pruner(family, model, value):
     @dataclass(frozen=True)
@@ -176,3 +180,82 @@ def test_wrong_choices_of_a_pruner(family, model, value):
         pytest.raises(vlm_fix.VlmFixError, match="chooser: select must return the indices"),
     ):
         model.generate(**make_inputs(family, [1, 2]), max_new_tokens=2, do_sample=False)
+
+
+def written(base, **body):
+    """A class derived from `base` with this body, as one would write it."""
+    return dataclass(frozen=True)(type("Mine", (base,), {"name": "mine", "__doc__": None, **body}))
+
+
+@pytest.mark.parametrize(
+    ("base", "missing"),
+    [
+        (ScoreEdit, "edit_scores"),
+        (LogitEdit, "edit"),
+        (LayerOutputEdit, "layer_output"),
+        (TokenPruner, "select"),
+        (Contrast, "negative or branches, combine or combine_at"),
+        (LayerPruner, "stages, quota or choose, scores or choose"),
+        (CachePruner, "scores"),
+        (TokenMerger, "reduce"),
+    ],
+)
+def test_a_function_that_is_not_written(base, missing):
+    with pytest.raises(vlm_fix.VlmFixError, match=f"Mine does not say what it does: write {missing}, which"):
+        written(base)()
+
+
+@pytest.mark.parametrize(
+    ("base", "typed", "meant"),
+    [
+        (ScoreEdit, "edit_score", "edit_scores"),
+        (LayerOutputEdit, "layer_outputs", "layer_output"),
+        (LayerOutputEdit, "row_scopes", "row_scope"),
+        (LogitEdit, "nuetral", "neutral"),
+        (HiddenEdit, "needs_images", "needs_image"),
+        (Contrast, "negatives", "negative"),
+    ],
+)
+def test_a_misspelt_name(base, typed, meant):
+    with pytest.raises(vlm_fix.VlmFixError, match=f"Mine.{typed} would never be asked for: did you mean {meant}?"):
+        written(base, **{typed: lambda self, *rest: None})()
+
+
+@pytest.mark.parametrize("base", [Method, Procedure, HiddenEdit])
+def test_a_kind_that_does_not_act(model, base):
+    method = written(base, edit_scores=lambda self, x, rows: x + 1)()
+    with pytest.raises(vlm_fix.VlmFixError, match="mine is of no kind that acts: derive it from one of .*ScoreEdit"):
+        vlm_fix.wrap(model, method)
+    vlm_fix.wrap(model, "baseline")  # neither is nothing at all
+
+
+@pytest.mark.parametrize("scope", ["nonsense", "last", None])
+@pytest.mark.parametrize(("base", "function"), [KINDS[0], KINDS[3]])
+def test_a_row_scope_that_is_none(model, base, function, scope):
+    method = written(base, row_scope=scope, **{function: lambda self, x, rows: x})()
+    with pytest.raises(vlm_fix.VlmFixError, match="mine: row_scope is .*; it must be one of RowScope.LAST"):
+        vlm_fix.wrap(model, method)
+
+
+def test_the_name_of_another_method(model):
+    method = written(ScoreEdit, name="pai", edit_scores=lambda self, x, rows: x)()
+    with pytest.raises(vlm_fix.VlmFixError, match="Mine is called 'pai', as PAI of vlm_fix.methods.*of its own"):
+        vlm_fix.wrap(model, [method])
+    with pytest.raises(vlm_fix.VlmFixError, match="name='my method' does not fit a spec"):
+        written(ScoreEdit, name="my method", edit_scores=lambda self, x, rows: x)()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize(("base", "function"), KINDS, ids=lambda v: getattr(v, "__name__", v))
+def test_scores_that_are_no_numbers(model, family, base, function, value):
+    """Read on a CPU at once; on a device it is asked for after the last token."""
+    inputs, asked = make_inputs(family, [1, 2]), []
+
+    def broken(self, x, rows):
+        asked.append(1)
+        return torch.full_like(x, value)
+
+    with vlm_fix.wrapped(model, written(base, **{function: broken})()):
+        with pytest.raises(vlm_fix.VlmFixError, match="with mine the scores of a token were NaN, or none"):
+            model.generate(**inputs, max_new_tokens=4, do_sample=False)
+        assert asked

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,8 +19,9 @@ from vlm_fix.call import Call
 from vlm_fix.families.compat import CACHE, cache_of
 from vlm_fix.method import parse_layers
 from vlm_fix.packing import left_pack
-from vlm_fix.registry import split_methods
+from vlm_fix.registry import get_method, parse, split_methods
 from vlm_fix.session import Rows, Session
+from vlm_fix.wing import installed
 
 
 @pytest.mark.parametrize(
@@ -39,6 +41,13 @@ from vlm_fix.session import Rows, Session
         ("pai:layers=x", "pai: layers='x' is not of the form \"2-31\""),
         ("pai:alpha", "'alpha' in 'pai:alpha' is not of the form name=value"),
         ("hiprune:object_layer=9", "object_layer=9 must be a full-attention encoder layer: "),
+        ("pai,vcd", "'pai,vcd' has a comma before 'vcd': write 'pai+vcd' for a stack, or a list"),
+        ("pai:alpha=.2,vcd:beta=0", "write 'pai:alpha=.2+vcd:beta=0' for a stack"),
+        ("pai+vdc", "there is no method 'vdc'; did you mean 'vcd'"),
+        ("PAI", "there is no method 'PAI'; did you mean 'pai'"),
+        ("pai:alpha=0.2,alpha=0.9", "alpha is given twice in 'pai:alpha=0.2,alpha=0.9'; give it once"),
+        ("hiprune:keep=5.5", "hiprune: keep=5.5 is neither a share up to 1 nor a count, which must be whole"),
+        ("pyramid_drop:keep=5.5", "keep=(5.5,) is neither a share up to 1 nor a count"),
         (["vcd", "pai:gamma=1.1"], "vcd and pai both contrast; use one of them at a time"),
         (["pai", "pai:alpha=1"], "pai is listed twice"),
         ([], "no method was given"),
@@ -52,6 +61,36 @@ def test_bad_spec_is_refused_in_a_sentence(models, spec, sentence):
     assert "generate" not in model.__dict__, "nothing half-patched may be left"
     vlm_fix.wrap(vlm_fix.unwrap(model), "pai")
     vlm_fix.unwrap(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value", "sentence"),
+    [
+        ("pai", "layers", 2, 'layers=2 must be layers such as "2-31"'),
+        ("pai", "layers", (1.9,), "layers=(1.9,) must be layers"),
+        ("pai", "alpha", True, "alpha=True must be a number at least 0"),
+        ("vcd", "seed", 1.5, "seed=1.5 must be a whole number"),
+        ("icd", "prompt", 3, "prompt=3 must be a text"),
+        ("act", "head_list", "5.0", "head_list='5.0' must be a tuple, each of it a text"),
+        ("var", "sink_dims", (1.5,), "sink_dims=(1.5,) must be a tuple, each of it a whole number"),
+    ],
+)
+def test_a_value_of_another_type_is_refused(name, field, value, sentence):
+    with pytest.raises(vlm_fix.VlmFixError) as error:
+        get_method(name)(**{field: value})
+    assert f"{name}: {sentence}" in str(error.value)
+
+
+def test_values_of_numpy_are_plain_numbers(models):
+    method = get_method("pai")(alpha=np.float32(0.5), layers=[np.int64(1), 2])
+    assert type(method.alpha) is float and method == get_method("pai")(alpha=0.5, layers=(1, 2))
+    assert vlm_fix.parse_spec(method.spec()) == get_method("pai")(alpha=0.5, layers="1|2")
+
+
+def test_a_stack_as_text(models):
+    with vlm_fix.wrapped(models["llava"], "pai:alpha=1e+1+vcd") as model:
+        assert [m.spec() for m in installed(model).methods] == ["pai:alpha=10.0", "vcd"]
+    assert [m.spec() for m in parse(["steer:file=a+b.json", "vhr+vcd"])] == ["steer:file=a+b.json", "vhr", "vcd"]
 
 
 def test_models_and_calls_that_do_not_fit_are_refused(models):

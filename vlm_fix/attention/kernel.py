@@ -96,7 +96,10 @@ def edited_weights(
         z = z.masked_fill(~allowed, -torch.inf) if allowed.dtype == torch.bool else z + allowed
     a = z.softmax(dim=-1)
     if allowed is not None:
-        a = a.nan_to_num(0.0)  # rows of padding attend to nothing
+        seen = allowed if allowed.dtype == torch.bool else allowed != -torch.inf
+        a = a.masked_fill(
+            ~seen.any(dim=-1, keepdim=True), 0
+        )  # rows of padding attend to nothing; other NaN are an edit's
     for i, weight_edit in edits.stages.weights:
         new = shaped(weight_edit.edit_weights(a, edits.rows[i]), a, weight_edit, "edit_weights")
         a = _edited(edits, i, weight_edit, new, a, changed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import typing
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar
@@ -14,6 +15,7 @@ from vlm_fix.errors import VlmFixError
 from vlm_fix.families import attention_modules
 from vlm_fix.families.compat import all_rows
 from vlm_fix.method import Method
+from vlm_fix.scope import check_scopes
 from vlm_fix.session import Session
 from vlm_fix.wing import Host, Wing
 
@@ -24,6 +26,7 @@ from .edits import (
     LayerInputReader,
     LogWeightEdit,
     PromptStart,
+    QueryKeyReader,
     ScoreEdit,
     WeightEdit,
     WeightReader,
@@ -50,6 +53,7 @@ class AttentionWing(Wing):
     """The active attention edits, layer by layer. It is always there: the attention function finds the engine by it."""
 
     order = 20
+    runs = (*typing.get_args(STAGES), LayerInputReader, QueryKeyReader, PromptStart)
     path = AttentionPath.AUTO
 
     def __init__(self, host: Host):
@@ -70,6 +74,7 @@ class AttentionWing(Wing):
 
     def check(self) -> None:
         self.host.need_all_heads([edit.name for edit in self.edits])
+        check_scopes(self.edits)
         kinds = {m.name for m in self.host.active if getattr(m, "contrasts", False)}
         alone = [edit.name for edit in self.edits if edit.branch == "negative"]
         if alone and not kinds:

@@ -86,6 +86,7 @@ class ContrastWing(Wing):
     """Hooks that keep the main prompt's embeddings for the branches, and that part joined branches again."""
 
     order = 40
+    runs = (Contrast,)
 
     def __init__(self, host: Host, contrasts: list[Contrast]):
         super().__init__(host)

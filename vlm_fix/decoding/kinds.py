@@ -43,6 +43,7 @@ class Contrast(Method):
     """
 
     kind: ClassVar[str] = "contrast"
+    one_of: ClassVar[tuple[tuple[str, ...], ...]] = (("negative", "branches"), ("combine", "combine_at"))
     on_logits: ClassVar[bool] = False
     """True: `combine` gets the branches' logits. Their level is seen by generate's own processors: a repetition penalty
     divides positive scores and multiplies negative ones."""

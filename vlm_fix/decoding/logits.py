@@ -72,6 +72,7 @@ class LogitWing(Wing):
     """The edits of the next-token distribution, applied after any contrast."""
 
     order = 50
+    runs = (LogitEdit,)
 
     def __init__(self, host: Host):
         super().__init__(host)

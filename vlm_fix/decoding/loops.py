@@ -21,20 +21,20 @@ from .kinds import Searcher
 from .search import Search
 
 REFUSED = {
-    "assistant_model": "drop it",
-    "prompt_lookup_num_tokens": "drop it",
-    "assistant_early_exit": "drop it",
-    "custom_generate": "drop it",
-    "cache_implementation": "drop it",
-    "prefill_chunk_size": "drop it",
-    "guidance_scale": "drop it",
+    "assistant_model": "leave it out",
+    "prompt_lookup_num_tokens": "leave it out",
+    "assistant_early_exit": "leave it out",
+    "custom_generate": "leave it out",
+    "cache_implementation": "leave it out",
+    "prefill_chunk_size": "leave it out",
+    "guidance_scale": "leave it out",
     "num_return_sequences": "call generate once for each",
 }
 
 
 def refuse(method: Searcher, options: GenerateOptions) -> None:
     """VlmFixError, before anything is computed, if generate was asked for something the search does not do."""
-    without = f"{method.name} runs a decoding loop of its own, without"
+    without = f"{method.name} decodes with a loop of its own, which does not support"
     for name, advice in {**REFUSED, **method.refuses}.items():
         value = options.setting(name)
         if value is True or (value and value != 1):
@@ -42,7 +42,7 @@ def refuse(method: Searcher, options: GenerateOptions) -> None:
     if options.kept is not None:
         raise VlmFixError(f"{without} a cache of an earlier turn: pass the whole conversation as one prompt.")
     if cache_of(options.kwargs) is not None and options.cache_kind != "dynamic":
-        raise VlmFixError(f"{without} a cache of kind {options.cache_kind}: drop it, or pass a DynamicCache.")
+        raise VlmFixError(f"{without} a cache of kind {options.cache_kind}: leave it out, or pass a DynamicCache.")
     if options.setting("use_cache") is False:
         raise VlmFixError(f"{method.name} needs the cache; drop use_cache=False.")
 

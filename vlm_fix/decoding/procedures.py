@@ -24,6 +24,7 @@ class ProcedureWing(Wing):
     """Procedures that refine the inputs, and at most one that searches for the tokens."""
 
     order = 35  # the contrast and the edits of logits see the refined prompt
+    runs = (Refiner, Searcher)
 
     def __init__(self, host: Host):
         super().__init__(host)

@@ -21,6 +21,7 @@ class VisionMLPWing(Wing):
     """Hooks on the MLPs of the vision tower; a pass that only observes sees the tower as it is."""
 
     order = 31
+    runs = (VisionMLPEdit,)
 
     def __init__(self, host: Host):
         super().__init__(host)

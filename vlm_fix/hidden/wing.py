@@ -13,6 +13,7 @@ from vlm_fix.errors import VlmFixError
 from vlm_fix.families import final_norm
 from vlm_fix.method import Method, shaped
 from vlm_fix.options import GenerateOptions
+from vlm_fix.scope import check_scopes
 from vlm_fix.session import Rows, Session
 from vlm_fix.wing import Host, Wing
 
@@ -70,6 +71,7 @@ class HiddenWing(Wing):
     """Hooks on the modules that write to the residual stream."""
 
     order = 30
+    runs = tuple(STAGES.values())
 
     def __init__(self, host: Host):
         super().__init__(host)
@@ -79,6 +81,9 @@ class HiddenWing(Wing):
     def claim(cls, host: Host) -> Self | None:
         wing = cls(host)
         return wing if wing.edits else None
+
+    def check(self) -> None:
+        check_scopes(self.edits)
 
     def one_graph(self, rows: int) -> bool:
         return True

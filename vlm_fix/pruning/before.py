@@ -244,15 +244,18 @@ def check_choice(pruner: Any, index: Any, image: ImageTokens) -> None:
     """VlmFixError unless `index` names tokens of the image, each once."""
     count = image.grid[0] * image.grid[1]
     right = isinstance(index, torch.Tensor) and index.dim() == 1 and not index.is_floating_point()
-    if not right or index.dtype == torch.bool or len(index) > count:
+    right = right and index.dtype != torch.bool and len(index) <= count
+    if right and len(index):  # once a prompt, whose columns are read from the device anyway
+        right = bool(((index >= 0) & (index < count)).all() & (index.sort().values.diff() != 0).all())
+    if not right:
         what = (
             f"a {index.dtype} tensor of shape {list(index.shape)}"
             if isinstance(index, torch.Tensor)
             else str(type(index))
         )
         raise VlmFixError(
-            f"{pruner.name}: select must return the indices of the tokens to keep, a tensor of up to {count} integers; it "
-            f"returned {what}."
+            f"{pruner.name}: select must return the indices of the tokens to keep, a tensor of up to {count} different "
+            f"integers from 0 to {count - 1}; it returned {what}."
         )
 
 

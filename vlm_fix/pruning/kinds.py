@@ -29,7 +29,9 @@ class TokenPruner(Method, ABC):
     """Drops visual tokens before the language model."""
 
     kind: ClassVar[str] = "pruning"
-    keep: float | None = param(None, "visual tokens kept per image: a count (> 1) or a share in (0, 1]", above=0)
+    keep: float | None = param(
+        None, "visual tokens kept per image: a count (> 1) or a share in (0, 1]", above=0, counts=True
+    )
     positions: str | None = param(
         None, "position ids of what is kept: re-numbered or as before (family default)", choices=("compact", "original")
     )
@@ -110,8 +112,8 @@ class Tokens:
 class LayerPruner(Method):
     """Drops visual tokens inside the language model. Overwrite `stages`, `quota` and `scores`, or `choose`."""
 
-    name: ClassVar[str] = "layer_pruner"
     kind: ClassVar[str] = "pruning"
+    one_of: ClassVar[tuple[tuple[str, ...], ...]] = (("stages",), ("quota", "choose"), ("scores", "choose"))
 
     @property
     def stages(self) -> tuple[int, ...]:
@@ -169,7 +171,6 @@ POSITIONS = param(
 class StagedPruner(LayerPruner):
     """A LayerPruner with several stages: `stages` follow from `layers`, and `keep` has one entry for each."""
 
-    name: ClassVar[str] = "staged_pruner"
     shares: ClassVar[tuple[float, ...]] = ()  # the paper's shares, stage by stage
 
     layers: Layers = param(None, "language-model layers of the stages")
@@ -177,6 +178,7 @@ class StagedPruner(LayerPruner):
         None,
         "image tokens kept per image at each stage: counts (> 1) or shares in (0, 1] of what the image had; a single one "
         "is the last stage's, the others in the paper's proportion",
+        counts=True,
     )
     positions: str | None = POSITIONS
 
@@ -185,8 +187,9 @@ class StagedPruner(LayerPruner):
         assert isinstance(method, StagedPruner) and method.keep is not None
         keep, layers = method.keep, method.stages
         if len(keep) == 1 and 1 < len(layers) <= len(self.shares):
-            shares, limit = self.shares[: len(layers)], 1.0 if keep[0] <= 1 else math.inf
-            keep = tuple(min(limit, keep[0] * share / shares[-1]) for share in shares)
+            shares = self.shares[: len(layers)]
+            made = (keep[0] * share / shares[-1] for share in shares)
+            keep = tuple(min(1.0, k) if keep[0] <= 1 else float(int(k)) for k in made)
             method = dataclasses.replace(method, keep=keep)
         if len(keep) != len(layers) or not all(0 < k < math.inf for k in keep):
             raise VlmFixError(
@@ -260,10 +263,10 @@ class Cached:
 class CachePruner(Method):
     """Drops keys and values of visual tokens after the prompt. Overwrite `scores`."""
 
-    name: ClassVar[str] = "cache_pruner"
     kind: ClassVar[str] = "pruning"
+    one_of: ClassVar[tuple[tuple[str, ...], ...]] = (("scores",),)
 
-    keep: float = param(0.5, "keys kept per image and layer: a count (> 1) or a share in (0, 1]", above=0)
+    keep: float = param(0.5, "keys kept per image and layer: a count (> 1) or a share in (0, 1]", above=0, counts=True)
     layers: Layers = param(None, "language-model layers whose cache is pruned")
 
     @property

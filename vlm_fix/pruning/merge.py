@@ -15,7 +15,7 @@ from .kinds import TokenPruner
 class TokenMerger(TokenPruner):
     """A TokenPruner that also changes the features of the tokens it keeps."""
 
-    name: ClassVar[str] = "token_merger"
+    one_of: ClassVar[tuple[tuple[str, ...], ...]] = (("reduce",),)
 
     def reduce(self, image: ImageTokens) -> tuple[torch.Tensor, torch.Tensor]:
         """One image -> indices of the kept tokens [n], ascending, and their new features [n, C]."""

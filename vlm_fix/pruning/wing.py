@@ -26,6 +26,7 @@ class PruningWing(Wing):
     """Pruners before the language model, inside it and in its cache."""
 
     order = 10
+    runs = (TokenPruner, LayerPruner, CachePruner)
 
     def __init__(self, host: Host):
         super().__init__(host)
