@@ -145,7 +145,5 @@ class GIFT(WeightEdit, PromptStart, InputEdit):
         depth = model.config.get_text_config().num_hidden_layers
         best = best_value(model, self, "source_layer", range(depth), samples, progress)
         if best is None:
-            raise VlmFixError(
-                "gift: no source layer makes this model answer these questions better; use others or more."
-            )
+            raise VlmFixError("gift: with no source layer this model answers these questions better; use others.")
         return {"source_layer": best}
