@@ -28,7 +28,7 @@ from vlm_fix.wing import Wing
 HERE = Path(__file__).resolve().parent
 CORE = Path(vlm_fix.__file__).parent
 INK, PALE, BLUE, GREEN, ORANGE = "#1f2933", "#eef2f6", "#cfe3f7", "#d5efdc", "#fde3c3"
-HOOKS = ("check", "install", "refuse", "around_generate", "on_prompt", "enter", "unused")
+HOOKS = ("check", "install", "refuse", "around_generate", "on_prompt", "enter", "only_in_generate", "unused")
 WORDS = {
     "GenerateOptions.read": "the arguments, read once",
     "engine.rests": "no image: the model answers alone",
@@ -37,6 +37,7 @@ WORDS = {
     "engine.during": "forwards now belong to it",
     "wing.around_generate": "second branches, processors, loops",
     "engine.plain_generate": "transformers' own generate",
+    "engine.refuse_broken": "scores that are no numbers are an error",
     "engine.report_unused": "a warning if a method changed nothing",
     "engine.keep": "the session of a kept cache",
     "finish": "the caller's own prompt in the output",

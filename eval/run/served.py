@@ -30,8 +30,9 @@ class ServedModel:
     def __init__(self, path: str, dtype: str, device: str) -> None:
         if importlib.util.find_spec("vllm") is None:
             raise VlmFixError("--engine vllm: vLLM is not installed: pip install 'vlm-fix[vllm]'.")
-        self.path, self.dtype_name, self.bare = path, dtype, skeleton(path, None, False)
+        self.path, self.bare = path, skeleton(path, None, False)
         self.device = torch.device("cuda" if torch.cuda.is_available() and device != "cpu" else "cpu")
+        self.dtype_name = "float32" if dtype == "auto" and self.device.type == "cpu" else dtype  # as `load_model` does
         self.engine: Any = None
         self.running: tuple[str, ...] | None = None
 
@@ -70,7 +71,7 @@ class ServedModel:
             additional = {"vlm_fix": list(self.running)} if self.running else {}
             self.engine = LLM(
                 self.path,
-                dtype="auto" if self.dtype_name == "auto" else self.dtype_name,
+                dtype=self.dtype_name,
                 additional_config=additional,
                 enforce_eager=self.device.type == "cpu",
                 enable_prefix_caching=False,  # batches then cost the same in any order
