@@ -163,15 +163,15 @@ def draw_call(ax: Any) -> None:
 
 def draw_wings(ax: Any) -> None:
     ax.set_title("The wings, in the order in which they are called", loc="left", fontsize=11, weight="bold", color=INK)
-    height, left, right = 1 / (len(Wing.kinds) + 1.6), 0.34, 0.98
+    height, left, right = 1 / (len(Wing.kinds) + 1.6), 0.34, 0.94
     x = {hook: left + (right - left) * (i + 0.5) / len(HOOKS) for i, hook in enumerate(HOOKS)}
     for hook in HOOKS:
         ax.text(
-            x[hook],
-            1 - height * 0.7,
-            hook.replace("_", "_\n"),
-            ha="center",
-            va="center",
+            x[hook] - 0.03,
+            1 - height * 1.2,
+            hook,
+            rotation=35,
+            rotation_mode="anchor",
             fontsize=7,
             family="monospace",
         )
