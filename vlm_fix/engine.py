@@ -69,7 +69,10 @@ class Engine(Generating):
             before = others[0].attention_before
         self.attention_before: str | None = before
         capped = getattr(config, "attn_logit_softcapping", None)  # no kernel of SDPA does that: such models run eager
-        if before != (base := "eager" if capped else "sdpa"):
+        base = "eager" if capped else "sdpa"
+        if before == attention.NAME:  # its config is from a model that was wrapped when it was made
+            self.attention_before = before = base
+        if before != base:
             why = (
                 "builds on its eager attention" if capped else "builds on SDPA (which uses flash kernels where it can)"
             )
@@ -83,6 +86,7 @@ class Engine(Generating):
             attention.register()
             self._undo.callback(self._put_back_attention, config)
             self.model.set_attn_implementation({"text_config": attention.NAME})
+            config._attn_implementation_internal = copies.Lent(attention.NAME, base)
             self._undo.callback(self.base.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
             self._undo.callback(self.base.register_forward_hook(self._leave, with_kwargs=True).remove)
             for wing in self.wings:
@@ -106,14 +110,14 @@ class Engine(Generating):
     @contextlib.contextmanager
     def away(self) -> Iterator[None]:
         """The model as it was before `wrap`, for as long as this lasts."""
-        with self.lock:
-            own = {name: vars(self.model).pop(name) for name in (ATTRIBUTE, *copies.PROTOCOL)}
+        with self.lock, copies.removed(self):
+            own = vars(self.model).pop(ATTRIBUTE)
             self.remove()
             try:
                 yield
             finally:
                 self.install()
-                vars(self.model).update(own)
+                vars(self.model)[ATTRIBUTE] = own
 
     def _others_on(self, config: Any) -> list[Engine]:
         """The engines on other models that share this model's config."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -51,9 +51,7 @@ class GenerateOptions:
             raise VlmFixError("the prompt is given twice, by position and as input_ids: leave one of them out.")
         ids = inputs if given is None else given
         if not isinstance(ids, torch.Tensor) or ids.dim() != 2:
-            raise VlmFixError(
-                "pass the prompt as input_ids (the processor's output); inputs_embeds alone hide where the images are."
-            )
+            raise VlmFixError(_no_prompt(ids, kwargs))
         options = cls(model, ids, kwargs)
         if kwargs.get("attention_mask") is None:
             kwargs["attention_mask"] = options.inferred_mask()
@@ -128,3 +126,18 @@ class GenerateOptions:
 
 def _transformers_own(function: Any) -> bool:
     return type(function).__module__.startswith("transformers.")
+
+
+def _no_prompt(ids: Any, kwargs: dict[str, Any]) -> str:
+    """What to write, where `ids` are no prompt [B, L]."""
+    if isinstance(ids, Mapping):
+        return "the processor's output is handed over by name: write generate(**inputs), with two stars."
+    if isinstance(ids, torch.Tensor):
+        return (
+            f"input_ids must be a tensor [rows, length], not of shape {list(ids.shape)}; one prompt is input_ids[None]."
+        )
+    if ids is not None:
+        return f'input_ids must be a tensor, not {type(ids).__name__}: give the processor return_tensors="pt".'
+    if kwargs.get("inputs_embeds") is None:
+        return "generate needs a prompt: write generate(**inputs) with the processor's output."
+    return "pass the prompt as input_ids (the processor's output); inputs_embeds alone hide where the images are."

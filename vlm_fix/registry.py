@@ -66,9 +66,9 @@ def parse_spec(spec: str) -> Method:
     options: dict[str, str] = {}
     for item in filter(None, (part.strip() for part in rest.split(","))):
         key, equals, value = item.partition("=")
+        if (":" in key or not equals) and key.partition(":")[0].strip() in _classes():
+            raise _comma(spec, item)
         if not equals:
-            if item.partition(":")[0] in _classes():
-                raise _comma(spec, item)
             raise VlmFixError(f"{item!r} in {spec!r} is not of the form name=value.")
         if key.strip() in options:
             raise VlmFixError(f"{key.strip()} is given twice in {spec!r}; give it once.")

@@ -27,6 +27,7 @@ W = TypeVar("W", bound="Wing")
 NO_IMAGE = "no prompt contains an image token, so the model answers as if it were not wrapped."
 NO_IDS = "inputs_embeds alone hide where the images are; pass input_ids and pixel_values (the processor's output)."
 OUTSIDE = "that is done only inside generate; call model.generate, or unwrap the model."
+MASKED = "attention_mask masks every image token, so no row of it was reached."
 ATTRIBUTE = "_vlm_fix_engine"  # where a wrapped model keeps its engine
 
 
@@ -228,6 +229,11 @@ class Wing(ABC):
     def unused(self, session: Session) -> Iterator[tuple[Method, str]]:
         """After a call: methods that changed nothing in it, with the reason."""
         yield from ()
+
+
+def idle_reason(method: Any, session: Session) -> str:
+    """Why an edit changed nothing in a finished session whose prompt has image tokens."""
+    return MASKED if method.needs_image and max(session.last_visual, default=-1) < 0 else method.idle_reason
 
 
 def names_of(methods: Iterable[Method], *kinds: type) -> list[str]:

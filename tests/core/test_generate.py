@@ -17,6 +17,7 @@ import vlm_fix
 from tests.support import families
 from tests.support.models import BUILD, PAD, VOCAB, make_inputs, single
 from tests.support.run import Streamed
+from vlm_fix import copies
 from vlm_fix.engine import Engine
 from vlm_fix.wing import Host, Wing, installed
 
@@ -303,6 +304,51 @@ def test_copies_are_wrapped_and_stand_alone(family):
         assert torch.equal(answer(twin, inputs), expected)
         assert torch.equal(answer(vlm_fix.unwrap(twin), inputs), plain)
         assert torch.equal(answer(copy.deepcopy(twin), inputs), plain), "unwrapped, it is copied as ever"
+
+
+def test_copies_of_parts_are_plain(family):
+    model, inputs = BUILD[family](), make_inputs(family, [1, 2])
+    decoder = model.model.language_model
+    hidden = decoder.embed_tokens(inputs["input_ids"])
+
+    def read(decoder):
+        return decoder(inputs_embeds=hidden, use_cache=False).last_hidden_state
+
+    vlm_fix.wrap(model, SPECS[:2])
+    thawed = pickle.loads(pickle.dumps(decoder))  # before a forward, at which transformers adds what cannot be pickled
+    plain = read(thawed)
+    expected = answer(model, inputs)
+    for part in (decoder.layers[1].self_attn, decoder.layers[1]):
+        assert not any("_vlm_fix" in vars(module) for module in copy.deepcopy(part).modules())
+    layers, whole, twin = copy.deepcopy([decoder.layers, model.model, decoder])
+    assert twin is whole.language_model and layers is twin.layers, "one copy of each, however it is reached"
+    assert torch.equal(read(twin), plain) and not twin._forward_pre_hooks
+    assert twin.config._attn_implementation == "sdpa" and not {*copies.PROTOCOL} & {*vars(twin)}
+    config, second = copy.deepcopy([model.config, model])
+    assert second.config is config and torch.equal(answer(second, inputs), expected)
+    assert torch.equal(answer(model, inputs), expected), "the model is still wrapped"
+    left = [part for part in vlm_fix.unwrap(model).modules() if {*copies.PROTOCOL} & {*vars(part)}]
+    assert not left and torch.equal(read(decoder), plain) and installed(thawed) is None
+
+
+def test_a_config_of_a_wrapped_model_is_plain(family):
+    model, inputs = BUILD[family](), make_inputs(family, [1, 2])
+    before = model.config.get_text_config()._attn_implementation
+    vlm_fix.wrap(model, [STRONG])
+    expected = answer(model, inputs)
+    for config in (copy.deepcopy(model.config), pickle.loads(pickle.dumps(model.config))):
+        twin = type(model)(config).eval()
+        twin.load_state_dict(model.state_dict())
+        assert config.get_text_config()._attn_implementation == before
+        assert torch.equal(answer(vlm_fix.wrap(twin, [STRONG]), inputs), expected)
+    shared = type(model)(model.config).eval()  # the very config, which says our attention until `unwrap`
+    shared.load_state_dict(model.state_dict())
+    vlm_fix.unwrap(model)
+    assert shared.config.get_text_config()._attn_implementation == before
+    config = copy.copy(model.config)
+    config._attn_implementation = {"text_config": "vlm_fix"}
+    vlm_fix.unwrap(vlm_fix.wrap(type(model)(config), [STRONG]))
+    assert config.get_text_config()._attn_implementation == before
 
 
 def test_compiled_module_is_wrapped_inside(family, model):

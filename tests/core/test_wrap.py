@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import BatchFeature
 
 import vlm_fix
 from tests.support.models import IMAGE, make_inputs, single
@@ -85,6 +86,30 @@ def test_values_of_numpy_are_plain_numbers(models):
     method = get_method("pai")(alpha=np.float32(0.5), layers=[np.int64(1), 2])
     assert type(method.alpha) is float and method == get_method("pai")(alpha=0.5, layers=(1, 2))
     assert vlm_fix.parse_spec(method.spec()) == get_method("pai")(alpha=0.5, layers="1|2")
+
+
+def test_what_is_no_prompt(models):
+    inputs = single("llava", [1, 2], 1)
+    ids = inputs["input_ids"]
+    with vlm_fix.wrapped(models["llava"], "pai") as model:
+        for given, sentence in (
+            ({"inputs": ids.tolist()}, 'input_ids must be a tensor, not list: give the processor return_tensors="pt"'),
+            ({"inputs": BatchFeature(dict(inputs))}, r"write generate\(\*\*inputs\), with two stars"),
+            ({"input_ids": ids[0]}, rf"not of shape \[{ids.shape[1]}\]; one prompt is input_ids\[None\]"),
+            ({}, "generate needs a prompt"),
+            ({"inputs_embeds": torch.zeros(1, 3, 64)}, "inputs_embeds alone hide where the images are"),
+        ):
+            with pytest.raises(vlm_fix.VlmFixError, match=sentence):
+                model.generate(**given, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("spec", ["pai", "hulluedit"])
+def test_images_that_are_masked(models, spec):
+    inputs = single("llava", [1, 2], 1)
+    inputs["attention_mask"] = (inputs["input_ids"] != IMAGE).long()
+    match = f"{spec} changed nothing in this call: attention_mask masks every image"
+    with vlm_fix.wrapped(models["llava"], spec) as model, pytest.warns(UserWarning, match=match):
+        model.generate(**inputs, max_new_tokens=2, do_sample=False)
 
 
 def test_a_stack_as_text(models):

@@ -17,7 +17,7 @@ from vlm_fix.families.compat import all_rows
 from vlm_fix.method import Method
 from vlm_fix.scope import check_scopes
 from vlm_fix.session import Session
-from vlm_fix.wing import Host, Wing
+from vlm_fix.wing import Host, Wing, idle_reason
 
 from .edits import (
     AttentionEdit,
@@ -119,7 +119,7 @@ class AttentionWing(Wing):
     def unused(self, session: Session) -> Iterator[tuple[Method, str]]:
         for edit in dict.fromkeys(edit for stack in self.stacks for edit in stack):
             if not (edit in self.host.touched and edit.changed_something(session)):
-                yield edit, edit.idle_reason
+                yield edit, idle_reason(edit, session)
 
 
 @dataclass

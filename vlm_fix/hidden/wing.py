@@ -15,7 +15,7 @@ from vlm_fix.method import Method, shaped
 from vlm_fix.options import GenerateOptions
 from vlm_fix.scope import check_scopes
 from vlm_fix.session import Rows, Session
-from vlm_fix.wing import Host, Wing
+from vlm_fix.wing import Host, Wing, idle_reason
 
 from .edit import (
     AttentionOutputEdit,
@@ -153,7 +153,7 @@ class HiddenWing(Wing):
     def unused(self, session: Session) -> Iterator[tuple[Method, str]]:
         for edit in self.edits:
             if not (edit in self.host.touched and edit.changed_something(session)):
-                yield edit, edit.idle_reason
+                yield edit, idle_reason(edit, session)
 
 
 def _rows(
