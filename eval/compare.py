@@ -36,7 +36,17 @@ from vlm_fix.errors import VlmFixError
 from vlm_fix.eval.length import rate_ratio
 from vlm_fix.eval.scorers.answers import plain_text
 from vlm_fix.eval.scorers.benchmark import Captions, Layout
-from vlm_fix.eval.stats import Comparison, Sums, column_sums, outcomes, paired_bootstrap, paired_intervals, transitions
+from vlm_fix.eval.stats import (
+    Comparison,
+    Metric,
+    Sums,
+    column_sums,
+    outcomes,
+    paired_bootstrap,
+    paired_intervals,
+    ratio,
+    transitions,
+)
 
 SHARES = [share / 20 for share in range(1, 21)]
 SIDES = ("tp", "fp", "positive", "n")
@@ -46,7 +56,7 @@ def compare(layout: Layout, pairs: Sequence[tuple[Any, Any]], seed: int = 0, eve
     """Compare (baseline, method) results of one task and part, one pair per seed of the run.
 
     Returns `delta` {metric: Comparison as a dictionary}, of `layout.compared` or with `every` of all columns; `outcomes`
-    and `transitions` (see `stats`); for yes/no answers `d_prime` and for captions `equal_length` {metric: ...},
+    and `transitions` (see `stats`); for yes/no answers `d_prime`, and `said_yes` where the scorer's yes-ratio is that of the labels; for captions `equal_length` {metric: ...},
     `equal_recall` and `rate_ratio` (see `length`) where they can be computed; `verdict` {"is", "text"}, where `is` is better,
     worse or same, or better or worse followed by " by saying" no, yes, less or more. Counts are summed over the pairs and p
     is the largest.
@@ -58,6 +68,8 @@ def compare(layout: Layout, pairs: Sequence[tuple[Any, Any]], seed: int = 0, eve
     base, method = ([row for pair in pairs for row in pair[side].rows] for side in (0, 1))
     wanted = [name for name in layout.columns if name in layout.metrics] if every else layout.compared
     metrics = {name: layout.metrics[name] for name in {**dict.fromkeys(layout.compared), **dict.fromkeys(wanted)}}
+    defined = [result.figures for result in pairs[0] if hasattr(result, "figures")]  # some need answers of both labels
+    metrics = {name: metric for name, metric in metrics.items() if all(name in figures for figures in defined)}
     found: dict[str, Any] = {"delta": _plain(paired_bootstrap(metrics, base, method, seed=seed))}
     each = [outcomes(one.rows, other.rows, layout.right) for one, other in pairs]
     found["outcomes"] = {name: sum(e[name] for e in each) for name in ("mended", "broken")}
@@ -85,6 +97,9 @@ def compare(layout: Layout, pairs: Sequence[tuple[Any, Any]], seed: int = 0, eve
         if labels and "yes_ratio" not in found["delta"]:
             yes = {"yes_ratio": layout.metrics["yes_ratio"]}
             found["delta"] |= _plain(paired_bootstrap(yes, base, method, seed=seed))
+        if any("tp" in row and row["yes"] != row["tp"] + row["fp"] for row in base):  # lmms's yes-ratio is the labels'
+            said_yes: dict[str, Metric] = {"said_yes": lambda s: ratio(s["tp"] + s["fp"], s["n"])}
+            found |= _plain(paired_bootstrap(said_yes, base, method, seed=seed))
         found["verdict"] = _of_answers(found, answers.accuracy, {*labels})
     return found
 
@@ -245,12 +260,19 @@ def _plain(found: Mapping[str, Comparison]) -> dict[str, Any]:
 
 
 def _of_answers(found: Mapping[str, Any], accuracy: str, labels: set[int]) -> dict[str, str]:
-    gain, told, yes = found["delta"][accuracy], found.get("d_prime"), found["delta"].get("yes_ratio")
+    gain, told, yes = (
+        found["delta"][accuracy],
+        found.get("d_prime"),
+        found.get("said_yes") or found["delta"].get("yes_ratio"),
+    )
     text, sign = said(ACCURACIES.get(accuracy, accuracy), gain), _sign(gain)
     word = {1: "better", -1: "worse", 0: "no difference seen"}[sign]
     if not yes or not _sign(yes):
         return {"is": word if sign else "same", "text": f"{word}: {text}"}
-    more, shift = "yes" if yes["delta"] > 0 else "no", said("yes-ratio", yes)
+    more, shift = (
+        "yes" if yes["delta"] > 0 else "no",
+        said("answers of yes" if "said_yes" in found else "yes-ratio", yes),
+    )
     if not sign:
         return {"is": "same", "text": f"{word}: {text}; it says {more} more often, {shift}"}
     by = f"{word} by saying {more}"

@@ -51,13 +51,29 @@ def read_file(path: str | Path) -> dict[str, Any]:
     import yaml
 
     try:
-        found = yaml.safe_load(read_text(path, "configuration"))
+        found = yaml.load(read_text(path, "configuration"), _loader(path))
     except yaml.YAMLError as error:
         where = getattr(error, "problem_mark", None)
         raise VlmFixError(f"{path} is not YAML{f', line {where.line + 1}' if where else ''}: mend it there.") from None
     if not isinstance(found, dict):
         raise VlmFixError(f"{path} holds no options: write lines such as `model: picto-llava`.")
     return {str(name).replace("_", "-"): value for name, value in found.items()}
+
+
+def _loader(path: str | Path) -> Any:
+    """A safe YAML loader that refuses a name that comes twice, of which YAML itself would take the last."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            names = [str(self.construct_object(key, deep=True)).replace("_", "-") for key, _ in node.value]
+            for place, name in enumerate(names):
+                if name in names[:place]:
+                    line = node.value[place][0].start_mark.line + 1
+                    raise VlmFixError(f"{path}, line {line}: {name} comes twice; give it once.")
+            return super().construct_mapping(node, deep)
+
+    return Loader
 
 
 def key_values(text: str | None, option: str) -> dict[str, Any]:
@@ -70,15 +86,26 @@ def key_values(text: str | None, option: str) -> dict[str, Any]:
         return {}
     if text.startswith("{"):
         try:
-            return dict(json.loads(text))
+            return dict(json.loads(text, object_pairs_hook=lambda pairs: _once(pairs, option)))
+        except VlmFixError:
+            raise
         except (ValueError, TypeError):
             raise VlmFixError(f"{option} {text!r} is not a JSON object.") from None
-    found: dict[str, Any] = {}
+    found: list[tuple[str, Any]] = []
     for part in text.split(","):
         name, equals, value = part.partition("=")
         if not equals or not name.strip():
             raise VlmFixError(f"{option} {text!r}: {part!r} is not NAME=VALUE; write a=1,b=2 or a JSON object.")
-        found[name.strip()] = _value(value.strip())
+        found.append((name.strip(), _value(value.strip())))
+    return _once(found, option)
+
+
+def _once(pairs: list[tuple[str, Any]], option: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise VlmFixError(f"{option} names {name} twice: give it once.")
+        found[name] = value
     return found
 
 

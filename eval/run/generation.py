@@ -13,7 +13,7 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -183,8 +183,13 @@ def answer(model: Any, processor: Any, samples: Sequence[Sample], seed: int, **h
     return [{**{"answer": None, "tokens": 0, "finished": False}, **rows[s.id], **batch_wide} for s in samples]
 
 
-def warm_up(model: Any, processor: Any, samples: Sequence[Sample], seed: int, how: dict[str, Any]) -> None:
-    """Make a short untimed call, so that a combination that a method refuses ends the run before anything is written."""
+def warm_up(
+    model: Any, processor: Any, samples: Sequence[Sample], seed: int, how: dict[str, Any], own: Mapping[str, Any]
+) -> None:
+    """Make a short untimed call, so that a combination that a method refuses ends the run before anything is written.
+
+    `own` are the arguments among `how` that the user added with --gen-kwargs. Raises VlmFixError if `generate` refuses them.
+    """
     images, prompts = readable(samples)
     if images:
         short = {**how, "max_new_tokens": min(2, how["max_new_tokens"])}
@@ -193,6 +198,12 @@ def warm_up(model: Any, processor: Any, samples: Sequence[Sample], seed: int, ho
                 generate(model, processor, images, prompts, seed, **short)
         except VlmFixError:
             raise
+        except (ValueError, TypeError) as error:
+            if own:
+                said = " ".join(str(error).split()) or type(error).__name__
+                raise VlmFixError(
+                    f"generate refuses these settings ({said[:300]}): mend --gen-kwargs, which are {', '.join(own)}."
+                ) from None
         except Exception:  # the batch itself will record the error, sample by sample
             return
 

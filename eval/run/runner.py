@@ -72,7 +72,7 @@ def _run(
     mine = left[store.team.rank :: store.team.size]
     yield len(task.samples) - sum(len(plan[i]) for i in left)
     if mine:
-        warm_up(model, processor, plan[mine[0]], seed, how)
+        warm_up(model, processor, plan[mine[0]], seed, how, settings.gen_kwargs)
         reset_peak(model.device)
     dead = 0
     for i in mine:

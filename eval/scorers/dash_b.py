@@ -19,6 +19,7 @@ Worked example: of two images without a bed the model sees one in the first; in 
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,6 +42,9 @@ METRICS: dict[str, Metric] = {
     "harmonic": lambda s: harmonic(METRICS["tpr"](s), METRICS["tnr"](s)),
     "yes_ratio": lambda s: ratio(s["yes"], s["n"]),
 }
+NEEDS = {"no": ("tnr", "harmonic"), "yes": ("tpr", "harmonic")}
+"""The figures that need images with a label."""
+IMAGES = 2682
 PROMPT = "Can you see a {} in this image? Please answer only with yes or no."
 
 
@@ -77,7 +81,7 @@ def load_answers(
     found: list[Question] = []
     answers: list[str | None] = []
     example = '{"img_id": "2327067188.png", "object_name": "backpack", "gt": "no", "response": "no"}'
-    given = read(path, example, Keys(answer_key or "response"))
+    given = read(path, example, Keys(answer_key))
     tell(given.told())
     for answer in given.rows:
         row, number = answer.row, answer.number
@@ -89,6 +93,8 @@ def load_answers(
     twice = len(found) - len({question.id for question in found})
     if twice:
         raise VlmFixError(f"{path}: {twice} images come twice; keep one answer of each.")
+    if len(found) != IMAGES:
+        tell(f"note: {len(found)} of DASH-B's {IMAGES} images are answered")
     return found, answers
 
 
@@ -98,11 +104,14 @@ def verdict(answer: str | None, label: str, scorer: Scorer) -> str:
 
 
 def score(answers: Sequence[str | None], questions: Sequence[Question], scorer: Scorer = "official") -> Result:
-    """Score answers; None is an answer that failed, and wrong."""
+    """Score answers; None is an answer that failed, and wrong. Figures about a label that no question has are left out."""
     one_of(scorer, Scorer, "scorer")
     said = [verdict(answer, q.label, scorer) for answer, q in zip(answers, questions, strict=True)]
     rows = [counts(q.image, q.label, one) for q, one in zip(questions, said, strict=True)]
-    return tally(scorer, rows, METRICS, yesno.misread(answers, said), [q.object for q in questions])
+    result = tally(scorer, rows, METRICS, yesno.misread(answers, said), [q.object for q in questions])
+    labels = {q.label for q in questions}
+    left_out = {name for label, names in NEEDS.items() if label not in labels for name in names}
+    return replace(result, figures={name: value for name, value in result.figures.items() if name not in left_out})
 
 
 def results(
@@ -113,6 +122,9 @@ def results(
 ) -> dict[str, dict[str, Result]]:
     """Score an answer file; rows in the order of the images."""
     both = sorted(zip(*load_answers(answers, answer_key, tell), strict=True), key=lambda pair: pair[0].id)
+    labels = {question.label for question, _ in both}
+    for label in NEEDS.keys() - labels:
+        tell(f"note: no image has the label {label}, so {' and '.join(NEEDS[label])} are left out")
     return {"dash-b": {"questions": score([answer for _, answer in both], [question for question, _ in both], scorer)}}
 
 

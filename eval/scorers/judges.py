@@ -7,10 +7,12 @@
     mm-vet        {"v1_0": "...", "v1_1": "...", ...}                             mm-vet_evaluator.py of MM-Vet
 
 Read at RLHF-V/RLHF-V@8daac8a and haotian-liu/LLaVA. The questions are in a template that comes with the benchmark. Answers
-are matched with it by id, else by their order, where each prompt has to hold its question. A reply of null becomes "".
+are matched with it by id, else by their order: then ids, if there are any, number the rows, or each row repeats its
+question. Wherever a row has a question it has to be that of the template. A reply of null becomes "".
 """
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +24,7 @@ from . import answers
 from .answers import Keys
 
 Row = Mapping[str, Any]
+MM_VET = re.compile(r"(?:v1_)?(\d+)")
 
 
 class Judge(NamedTuple):
@@ -61,23 +64,60 @@ def export(
 def _matched(
     template: Sequence[Row], given: answers.Answers, ids: Sequence[str], path: str
 ) -> list[tuple[Row, answers.Answer]]:
-    for key in ids:
-        names = [str(row.get(key, "")) for row in template]
-        by_id = {answer.id: answer for answer in given.rows}
-        if by_id.keys() == {*names} and len(by_id) == len(names) == len(given.rows):
-            return [(row, by_id[name]) for row, name in zip(template, names, strict=True)]
     if len(template) != len(given.rows):
         raise VlmFixError(
             f"{path} has {len(template)} questions and {given.path} {len(given.rows)} answers: give one for each question."
         )
-    for row, answer in zip(template, given.rows, strict=True):
-        asked = _question(row)
-        if answer.question and not answers.same_question(asked, answer.question):
-            raise VlmFixError(
-                f"{given.path}, row {answer.number} answers {answer.question[:60]!r}, but {path} asks {asked[:60]!r} there: give "
-                "the answers in the order of the template, or with its ids."
-            )
-    return list(zip(template, given.rows, strict=True))
+    for key in ids:
+        names = [str(row.get(key, "")) for row in template]
+        if not all(names):
+            continue
+        for each in ([answer.id for answer in given.rows], [str(answer.row.get(key, "")) for answer in given.rows]):
+            if each == names:
+                return [
+                    (row, _asked(row, one, given.path, path)) for row, one in zip(template, given.rows, strict=True)
+                ]
+            by_id = dict(zip(each, given.rows, strict=True))
+            if by_id.keys() == {*names} and len(by_id) == len(names):
+                return [
+                    (row, _asked(row, by_id[name], given.path, path)) for row, name in zip(template, names, strict=True)
+                ]
+    _check_order(template, given, ids, path)
+    return [(row, _asked(row, answer, given.path, path)) for row, answer in zip(template, given.rows, strict=True)]
+
+
+def _check_order(template: Sequence[Row], given: answers.Answers, ids: Sequence[str], path: str) -> None:
+    """Raise VlmFixError for ids that say another order than that of the rows, unless each row repeats its question."""
+    said = [answer.id for answer in given.rows]
+    theirs = [str(answer.row[key]) for key in ids for answer in given.rows if answer.row.get(key)]
+    known = {str(row[key]) for key in ids for row in template if row.get(key)}
+    count = range(len(said))
+    numbered = said in ([""] * len(said), [str(n) for n in count], [str(n + 1) for n in count])
+    repeated = all(answer.question for answer in given.rows)
+    if {*said, *theirs} & known or not (numbered or repeated):
+        raise VlmFixError(
+            f"The ids of {given.path} ({', '.join(said[:3])}, ...) are not those of {path}, once each, nor the numbers of its "
+            "rows in order: name the key of the id with --id-key, or add each question, in the order of the template."
+        )
+
+
+def _asked(row: Row, answer: answers.Answer, path: str, template: str) -> answers.Answer:
+    asked = _question(row)
+    if answer.question and not answers.same_question(asked, answer.question):
+        raise VlmFixError(
+            f"{path}, row {answer.number} answers {answer.question[:60]!r}, but {template} asks {asked[:60]!r} there: give "
+            "the answers in the order of the template, or with its ids."
+        )
+    return answer
+
+
+def _once(names: Sequence[Any], pairs: Sequence[tuple[Row, answers.Answer]], what: str) -> None:
+    """Raise VlmFixError if a name comes twice: the judge would read one of the two answers."""
+    seen: set[Any] = set()
+    for name, (_, answer) in zip(names, pairs, strict=True):
+        if name in seen:
+            raise VlmFixError(f"row {answer.number}: {what} {name!r} comes twice; keep one answer.")
+        seen.add(name)
 
 
 def _question(row: Row) -> str:
@@ -106,30 +146,43 @@ def _objhal(pairs: Sequence[tuple[Row, answers.Answer]]) -> str:
                 "(obj_halbench_300_with_image.jsonl) with --template."
             )
         rows.append({"image_id": image, "question": asked, "text": answer.reply or ""})
+    _once([(row["image_id"], row["question"]) for row in rows], pairs, "image and question")
     return _lines(rows)
 
 
 def _llava_bench(pairs: Sequence[tuple[Row, answers.Answer]]) -> str:
-    return _lines(
-        [
+    rows = []
+    for row, answer in pairs:
+        asked = _question(row) if row is not answer.row else answer.question
+        if not asked:
+            raise VlmFixError(
+                f"row {answer.number}: no question, which the judge reads: add prompt, or give questions.jsonl of LLaVA-Bench "
+                "with --template."
+            )
+        rows.append(
             {
                 "question_id": row.get("question_id", answer.id or answer.number),
-                "prompt": _question(row) if row is not answer.row else answer.question,
+                "prompt": asked,
                 "text": answer.reply or "",
                 "answer_id": str(answer.row.get("answer_id", answer.number)),
                 "model_id": str(answer.row.get("model_id", "")),
                 "metadata": {},
             }
-            for row, answer in pairs
-        ]
-    )
+        )
+    _once([row["question_id"] for row in rows], pairs, "question_id")
+    return _lines(rows)
 
 
 def _mm_vet(pairs: Sequence[tuple[Row, answers.Answer]]) -> str:
-    bare = next((answer.number for _, answer in pairs if not answer.id), None)
-    if bare:
-        raise VlmFixError(f"row {bare}: no id; mm-vet's are v1_0, v1_1, ...: name the key with --id-key.")
-    named = {answer.id if answer.id.startswith("v1_") else f"v1_{answer.id}": answer.reply or "" for _, answer in pairs}
+    named = {}
+    names = []
+    for _, answer in pairs:
+        if not (number := MM_VET.fullmatch(answer.id)):
+            has = f"the id is {answer.id!r}" if answer.id else "no id"
+            raise VlmFixError(f"row {answer.number}: {has}; mm-vet's are v1_0, v1_1, ...: name the key with --id-key.")
+        names.append(f"v1_{number[1]}")
+        named[names[-1]] = answer.reply or ""
+    _once(names, pairs, "id")
     return json.dumps(named, indent=4, ensure_ascii=False) + "\n"
 
 

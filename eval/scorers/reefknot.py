@@ -67,7 +67,7 @@ def load(
     times: Counter[str] = Counter()
     rows: Sequence[Any] = read_rows(path, "Reefknot file") if not answered else []
     if answered:
-        given = read(path, ROW, Keys(answer_key or "response"))
+        given = read(path, ROW, Keys(answer_key))
         tell(given.told())
         rows, answers = [answer.row for answer in given.rows], [answer.reply for answer in given.rows]
     for number, row in enumerate(rows, 1):

@@ -227,3 +227,42 @@ def test_report_as_csv_and_latex(tmp_path: Path, capsys: Any) -> None:
         lines = [line for line in body.splitlines()[2:] if line.endswith(r"\\") and "multicolumn" not in line]
         assert lines and all(line.count(" & ") == columns - 1 for line in lines)
         assert not any(mark in line.replace(rf"\{mark}", "") for line in lines for mark in "%_#")
+
+
+def test_what_generate_refuses_ends_the_run_and_is_no_table_of_zeros(tmp_path: Path, capsys: Any) -> None:
+    arguments = ["eval", "pope", "--limit", "1", "--split", "random", "--output", str(tmp_path / "out")]
+    assert cli.main([*arguments, "--gen-kwargs", "nonsense=3"]) == 2
+    told = capsys.readouterr().err
+    assert "generate refuses these settings" in told and "nonsense" in told and "--gen-kwargs" in told
+    assert not (tmp_path / "out" / "results.json").exists()
+
+
+def test_a_setting_that_comes_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    for text, message in (
+        ("limit: 1\nmodel: a\nlimit: 2\n", "line 3: limit comes twice"),
+        ("batch_size: 1\nbatch-size: 2\n", "line 2: batch-size comes twice"),
+        ("gen-kwargs: {a: 1, a: 2}\n", "line 1: a comes twice"),
+    ):
+        path.write_text(text)
+        with pytest.raises(VlmFixError, match=message):
+            options.read_file(path)
+    path.write_text("limit: 1\nmethod: [pai, vcd]\ngen-kwargs: {a: 1}\n")
+    assert options.read_file(path) == {"limit": 1, "method": ["pai", "vcd"], "gen-kwargs": {"a": 1}}
+    for text in ("a=1,a=2", '{"a": 1, "a": 2}'):
+        with pytest.raises(VlmFixError, match="--gen-kwargs names a twice"):
+            options.key_values(text, "--gen-kwargs")
+
+
+def test_options_of_a_checkpoint_have_no_effect_on_answers_for_a_judge(tmp_path: Path, capsys: Any) -> None:
+    answers = tmp_path / "a.jsonl"
+    answers.write_text('{"id": "v1_0", "text": "A dog."}\n')
+    given = ["export", "mm-vet", str(answers), "--out", str(tmp_path / "o.json")]
+    assert cli.main(given) == 0
+    for extra in (["--model", "foo"], ["--device", "cuda"], ["--dtype", "float16"], ["--calibration", "x"]):
+        assert cli.main([*given, *extra]) == 2
+        assert f"{extra[0]} has no effect on export mm-vet" in capsys.readouterr().err
+    assert cli.main([*given, "--template", "x"]) == 2
+    for extra in (["--out", "x"], ["--template", "x"], ["--id-key", "x"], ["--answer-key", "x"]):
+        assert cli.main(["export", "nullu", str(tmp_path / "new"), *extra]) == 2
+        assert f"{extra[0]} has no effect on export nullu" in capsys.readouterr().err

@@ -57,6 +57,19 @@ def test_verdicts_of_an_observer_whose_skill_and_caution_are_known(
     )
 
 
+def test_a_shift_of_the_threshold_is_caution_to_lmms_too() -> None:
+    results = []
+    for threshold in (0.2, 0.75):
+        result = answers(1.5, threshold)
+        questions = [pope.Question(n, f"{n // 6}.jpg", "", ("yes", "no")[n % 2]) for n in range(result.n)]
+        texts = ["yes" if row["tp"] or row["fp"] else "no" for row in result.rows]
+        results.append(pope.score(questions, [pope.Answer(n, text) for n, text in enumerate(texts)], "lmms"))
+    found = compare(LAYOUTS["pope"], [(results[0], results[1])])
+    assert found["delta"]["yes_ratio"]["base"] == found["delta"]["yes_ratio"]["method"] == 0.5
+    assert found["said_yes"]["delta"] < -0.1 and "answers of yes" in found["verdict"]["text"]
+    assert found["verdict"]["is"] == "better by saying no"
+
+
 def test_a_benchmark_whose_labels_are_all_no_cannot_tell_skill_from_caution() -> None:
     questions = [pope.Question(i, f"{i}.jpg", "", "no") for i in range(100)]
     base, method = (

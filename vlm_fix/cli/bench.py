@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> None:
     if args.output:
         check_place(args.output)
     if args.keep and args.kind != "prune":
-        raise VlmFixError(f"--keep has no effect on bench {args.kind}: it is for bench prune, or leave it out.")
+        raise VlmFixError(f"--keep has no effect on bench {args.kind}: it is for bench prune; leave it out.")
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # silence the banner of torch's profiler
     from rich.console import Console
     from rich.progress import Progress

@@ -23,8 +23,8 @@ ABOUT = """The files are those of `vlm-fix score BENCHMARK`, made by any code; i
 
 better, worse: the 95 % interval of the difference (paired bootstrap over images) excludes 0. Better only by saying no:
 yes is told from no no better than before (d'). Better only by saying less: CHAIR_i is no lower than that of the
-baseline's captions, cut to the same recall. fixed: only NEW is right (captions: free of hallucination), broken: only BASE."""
-OUTCOMES = {"mended": "fixed", "broken": "broken"}
+baseline's captions, cut to the same recall. mended: only NEW is right (captions: free of hallucination), broken: only BASE."""
+OUTCOMES = ("mended", "broken")
 MOVES = {"fn_to_tp": "FN>TP", "tp_to_fn": "TP>FN", "fp_to_tn": "FP>TN", "tn_to_fp": "TN>FP"}
 
 
@@ -131,7 +131,7 @@ def _print(benchmark: Benchmark, found: Mapping[str, Any]) -> None:
     columns = benchmark.layouts[found["task"]].columns
     for name, one in found["delta"].items():
         grid.add_row(columns.get(name, name.replace("_", " ")), *_cells(one, 1 if name in PLAIN else 100))
-    for key, label in (("d_prime", "d'"), ("equal_recall", "at equal recall")):
+    for key, label in (("said_yes", "answers of yes"), ("d_prime", "d'"), ("equal_recall", "at equal recall")):
         if key in found:
             grid.add_row(label, *_cells(found[key], 1 if key == "d_prime" else 100, 2 if key == "d_prime" else 1))
     equal = found.get("equal_length", {})
@@ -144,7 +144,7 @@ def _print(benchmark: Benchmark, found: Mapping[str, Any]) -> None:
         grid.add_row("hallucinations, words equal", "", "", change)
     screen = console()
     screen.print(grid)
-    counts = [f"{label} {found['outcomes'][name]}" for name, label in OUTCOMES.items()]
+    counts = [f"{name} {found['outcomes'][name]}" for name in OUTCOMES]
     moves = [f"{label} {found['transitions'][name]}" for name, label in MOVES.items()] if "transitions" in found else []
     screen.print(f"{', '.join(counts)} (McNemar p = {found['outcomes']['p']:.2g})" + "".join(f"  {m}" for m in moves))
     screen.print(f"{found['verdict']['text']}\n", soft_wrap=True, style="bold", markup=False)

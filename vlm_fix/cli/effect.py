@@ -40,16 +40,24 @@ def _of_coco(args: Any) -> bool:
 
 
 RULES = (
-    Rule("--temperature", _samples, "add --sample"),
-    Rule("--top-p", _samples, "add --sample"),
-    Rule("--split", _has_splits, "POPE alone has splits, and a file of --questions is one split"),
-    Rule("--build", lambda args: _own_questions(args) and _of_coco(args), "it is for POPE about --data coco:DIR"),
-    Rule("--labels", lambda args: _own_questions(args) and _of_coco(args), "it is for POPE's own questions about COCO"),
-    Rule("--ids", _of_coco, "it is for pope and chair about --data coco:DIR"),
-    Rule("--scorer", lambda args: args.benchmark != "chair", "captions are judged by --variant"),
-    Rule("--variant", _asks("chair", "all", "amber"), "it is for captions: chair, amber"),
-    Rule("--drop-incomplete", _asks("chair", "all"), "it is for chair"),
-    Rule("--device", lambda args: not args.device_map, "--device-map places the model; give one of them"),
+    Rule("--temperature", _samples, "add --sample, or leave it out"),
+    Rule("--top-p", _samples, "add --sample, or leave it out"),
+    Rule("--split", _has_splits, "only POPE has splits, and a file of --questions is a single split; leave it out"),
+    Rule(
+        "--build",
+        lambda args: _own_questions(args) and _of_coco(args),
+        "it is for POPE with --data coco:DIR; leave it out",
+    ),
+    Rule(
+        "--labels",
+        lambda args: _own_questions(args) and _of_coco(args),
+        "it is for POPE's own questions about COCO; leave it out",
+    ),
+    Rule("--ids", _of_coco, "it is for pope and chair with --data coco:DIR; leave it out"),
+    Rule("--scorer", lambda args: args.benchmark != "chair", "captions are judged by --variant; leave it out"),
+    Rule("--variant", _asks("chair", "all", "amber"), "it is for captions (chair and amber); leave it out"),
+    Rule("--drop-incomplete", _asks("chair", "all"), "it is for chair; leave it out"),
+    Rule("--device", lambda args: not args.device_map, "--device-map places the model; leave one of them out"),
 )
 
 
@@ -58,7 +66,7 @@ def check(args: argparse.Namespace) -> None:
     for option, acts, remedy in RULES:
         given = getattr(args, option.lstrip("-").replace("-", "_"))
         if given not in (None, False) and not acts(args):
-            raise VlmFixError(f"{option} has no effect on this run: {remedy}, or leave it out.")
+            raise VlmFixError(f"{option} has no effect on this run: {remedy}.")
     if args.benchmark == "chair" and "{question}" in (args.prompt or ""):
         raise VlmFixError("--prompt with {question} is for questions: give chair a prompt for captions.")
     if args.scorer == "official" and args.benchmark == "hallusion":

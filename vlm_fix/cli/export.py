@@ -38,7 +38,15 @@ def add_to(commands: Any) -> None:
         parser.add_argument(argument.name, **argument.options)
 
 
+CHECKPOINT = {"model": "picto-llava", "dtype": "auto", "device": "auto", "calibration": []}
+ANSWERS = dict.fromkeys(("out", "template", "answer_key", "id_key"))
+"""The options of a method in a checkpoint, and those of answers, with their usual values."""
+
+
 def run(args: argparse.Namespace) -> None:
+    for name, usual in (CHECKPOINT if args.what in JUDGES else ANSWERS).items():
+        if getattr(args, name) != usual:
+            raise VlmFixError(f"--{name.replace('_', '-')} has no effect on export {args.what}: leave it out.")
     if args.what not in JUDGES:
         check_place(args.path, folder=True)
         from vlm_fix.eval.export import export

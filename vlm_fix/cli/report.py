@@ -32,7 +32,7 @@ def add_to(commands: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     other = args.markdown or args.csv or args.latex
     if args.samples is not None and (args.samples < 0 or (other and not args.out)):
-        wrong = "give 0 or more" if args.samples < 0 else "it is for the page: add --out FILE, or leave it out"
+        wrong = "give 0 or more" if args.samples < 0 else "it is for the page: add --out FILE, or leave --samples out"
         raise VlmFixError(f"--samples {args.samples}: {wrong}.")
     if twice := [folder for folder in args.folders if args.folders.count(folder) > 1]:
         raise VlmFixError(f"{twice[0]} is given twice: name each run once.")

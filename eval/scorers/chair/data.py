@@ -43,7 +43,8 @@ def load_captions(
     captions = [Caption(int(row.id), row.reply or "") for row in given.rows]
     twice = [image for image, times in Counter(caption.image_id for caption in captions).items() if times > 1]
     if twice:
-        text = f"{path} has several captions of {len(twice)} images, the first is {twice[0]}; each of them counts."
+        which = f"image {twice[0]}" if len(twice) == 1 else f"{len(twice)} images, the first of which is {twice[0]}"
+        text = f"{path} has several captions of {which}; each of them counts."
         warnings.warn(text, stacklevel=2)
     return captions
 

@@ -175,7 +175,7 @@ def test_captions_load_from_the_usual_forms(tmp_path: Path) -> None:
     path.write_text('[{"image_id": "COCO_val2014_000000000042.jpg", "text": "a"}, {"image_id": 7, "answer": "b"}]')
     assert chair_data.load_captions(path) == [chair.Caption(42, "a"), chair.Caption(7, "b")]
     path.write_text('{"image": "000000000042.png", "caption": "a\\u2028b"}\n\n{"image_id": 42, "caption": ""}\n')
-    with pytest.warns(UserWarning, match="several captions of 1 images, the first is 42"):
+    with pytest.warns(UserWarning, match="several captions of image 42;"):
         assert chair_data.load_captions(path) == [chair.Caption(42, "a\u2028b"), chair.Caption(42, "")]
 
 

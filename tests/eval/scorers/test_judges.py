@@ -79,3 +79,34 @@ def test_llava_bench_and_mm_vet(tmp_path):
     named = lines(tmp_path / "b", [{"id": "v1_7", "response": "A cat."}])
     assert run("mm-vet", named, tmp_path / "v.json") == 0
     assert json.loads((tmp_path / "v.json").read_text()) == {"v1_7": "A cat."}
+
+
+def test_mmhal_is_never_filled_by_position_against_its_ids(template, tmp_path, capsys):
+    own = [{"image_id": q["image_id"], "text": f"{i}."} for i, q in enumerate(QUESTIONS)]
+    assert run("mmhal", lines(tmp_path / "a", own[::-1]), tmp_path / "o.json", "--template", template) == 0
+    made = json.loads((tmp_path / "o.json").read_text())
+    assert made == [{**q, "model_answer": f"{i}."} for i, q in enumerate(QUESTIONS)]
+    numbered = [{"question_id": i, "text": f"{i}."} for i in range(4)]
+    assert run("mmhal", lines(tmp_path / "a", numbered), tmp_path / "o.json", "--template", template) == 0
+    capsys.readouterr()
+    for rows in (
+        numbered[::-1],
+        [numbered[0]] * 4,
+        [*own[:3], own[0]],
+        [{"id": f"x{i}", "text": "A"} for i in range(4)],
+    ):
+        assert run("mmhal", lines(tmp_path / "a", rows), tmp_path / "p", "--template", template) == 2
+        assert "are not those of" in capsys.readouterr().err and not (tmp_path / "p").exists()
+
+
+def test_what_a_judge_would_misread_is_refused(tmp_path, capsys):
+    row = {"question_id": 1, "prompt": "What?", "text": "A dog."}
+    for judge, rows, message in (
+        ("mm-vet", [{"id": "v1_0", "text": "A"}, {"id": "0", "text": "B"}], "row 2: id 'v1_0' comes twice"),
+        ("mm-vet", [{"id": "hello", "text": "A"}], "row 1: the id is 'hello'; mm-vet's are v1_0"),
+        ("llava-bench", [{"question_id": 1, "text": "A"}], "row 1: no question"),
+        ("llava-bench", [row, row], "row 2: question_id 1 comes twice"),
+        ("objhal", [{"image_id": 7, **row}] * 2, "comes twice"),
+    ):
+        assert run(judge, lines(tmp_path / "a", rows), tmp_path / "o") == 2
+        assert message in capsys.readouterr().err

@@ -353,3 +353,18 @@ def test_answers_to_other_questions_and_ids_that_come_twice_are_refused(tmp_path
     answers = write(tmp_path / "a.jsonl", [{"id": n, "question": f"Dog {1 - n}?", "answer": "Yes"} for n in range(2)])
     assert cli.main(["score", "beaf", beaf_file, answers]) == 2
     assert "row 1 answers 'Dog 1?', but BEAF question 0 is 'Dog 0?'" in capsys.readouterr().err
+
+
+def test_dash_b_leaves_out_what_its_answers_cannot_tell(tmp_path: Path, capsys: Any) -> None:
+    rows = [{"img_id": f"{n}.png", "object_name": "bed", "gt": "yes", "text": "Yes"} for n in range(3)]
+    assert cli.main(["score", "dash-b", write(tmp_path / "a.jsonl", rows), "--json"]) == 0
+    told = capsys.readouterr()
+    got = json.loads(told.out)["questions"]
+    assert got["tpr"] == got["accuracy"] == 1 and not {"tnr", "harmonic"} & got.keys()
+    assert "3 of DASH-B's 2682 images" in told.err and "no image has the label no, so tnr and harmonic" in told.err
+    assert cli.main(["compare", *[str(tmp_path / "a.jsonl")] * 2, "--benchmark", "dash-b", "--json"]) == 0
+    (told,) = json.loads(capsys.readouterr().out)
+    assert not {"tnr", "harmonic"} & told["delta"].keys() and "tpr" in told["delta"]
+    write(tmp_path / "a.jsonl", [{**row, "response": "No"} for row in rows])
+    assert cli.main(["score", "dash-b", str(tmp_path / "a.jsonl")]) == 2
+    assert "--answer-key" in capsys.readouterr().err
