@@ -85,7 +85,7 @@ def test_inside_the_language_model(at):
 
 
 def test_deeper_features_matter():
-    """Of what is compared above: without them the answer is another one."""
+    """Of what is compared above: without them the logits are a thousand times further off than the comparisons allow."""
     model, inputs = build("qwen3_vl"), families.prompt("qwen3_vl", [2])
     plain = greedy(model, inputs, 1)[1]
 
@@ -95,7 +95,7 @@ def test_deeper_features_matter():
     hook = model.model.language_model.register_forward_pre_hook(without, with_kwargs=True)
     changed = greedy(model, inputs, 1)[1]
     hook.remove()
-    assert float((plain - changed).abs().max()) > 0.1
+    assert error(changed, plain.double()) > 1e-2
 
 
 @torch.no_grad()

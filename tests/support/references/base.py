@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
@@ -173,6 +174,16 @@ def float64(model):
     ):
         twin.set_experts_implementation("eager")  # the default has no float64
     return twin
+
+
+class NoFloat32(TorchFunctionMode):
+    """Within it, what code turns to float32 is float64: linear attention computes in float32 whatever it is given."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.float:
+            func = torch.Tensor.double
+        args = [torch.float64 if a is torch.float32 else a for a in args]
+        return func(*args, **{k: torch.float64 if v is torch.float32 else v for k, v in (kwargs or {}).items()})
 
 
 def decoder(model):
