@@ -56,10 +56,10 @@ def compare(layout: Layout, pairs: Sequence[tuple[Any, Any]], seed: int = 0, eve
     """Compare (baseline, method) results of one task and part, one pair per seed of the run.
 
     Returns `delta` {metric: Comparison as a dictionary}, of `layout.compared` or with `every` of all columns; `outcomes`
-    and `transitions` (see `stats`); for yes/no answers `d_prime`, and `said_yes` where the
-    scorer's yes-ratio is that of the labels; for captions `equal_length` {metric: ...}, `equal_recall` and `rate_ratio` (see `length`) where they can be computed; `verdict` {"is", "text"}, where `is` is better,
-    worse or same, or better or worse followed by " by saying" no, yes, less or more. Counts are summed over the pairs and p
-    is the largest.
+    and `transitions` (see `stats`); for yes/no answers `d_prime`, and `said_yes` where the scorer's yes-ratio is that of
+    the labels; for captions `equal_length` {metric: ...}, `equal_recall` and `rate_ratio` (see `length`) where they can be
+    computed; `verdict` {"is", "text"}, where `is` is better, worse or same, or better or worse followed by " by saying" no,
+    yes, less or more. Counts are summed over the pairs and p is the largest.
     Raises VlmFixError for results that are not about the same questions.
     """
     pairs = [(base, _in_order_of(base, method)) for base, method in pairs]
