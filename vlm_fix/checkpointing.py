@@ -22,7 +22,7 @@ NAME = "_gradient_checkpointing_func"
 
 @dataclass
 class Given:
-    """A part of a session: what methods knew before its first checkpointed layer, whose gradients no layer owes."""
+    """A part of a session: what methods knew before its first checkpointed layer, if no gradient is owed to it."""
 
     tensors: list[torch.Tensor] = field(default_factory=list)
     known: bool = False
@@ -40,7 +40,7 @@ class Kept:
             return self.function(run, *args, **kwargs)
         given = session.part(Given)
         if not given.known:
-            given.tensors, given.known = list(numbers(session)), True
+            given.tensors, given.known = [x for x in numbers(session) if not x.requires_grad], True
         before, running = session.copied(), vars(self.host.running).copy()
         again = reentrant = False
 

@@ -87,7 +87,7 @@ class HulluEdit(LayerInputEdit, FinalOutputEdit):
         first, n = session.prompt_len - 1, states.shape[1]
         image = (session.types[:, :n] == VISUAL).to(x.device)
         text = rows.after[:, 0, 0, :n].clone()
-        text[:, first] = False
+        text[:, first : first + 1] = False  # not there yet in the earlier chunks of a prompt
         new = x.clone()
         columns = torch.arange(n, device=x.device)
         for r, position in enumerate(rows.positions.tolist()):

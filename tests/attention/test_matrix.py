@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import vlm_fix
-from tests.support.cases import ALL, ROWS, SPECS
+from tests.support.cases import ALL, CASES, ROWS, SPECS
 from tests.support.matrix import COSINE, FAMILIES, LIMIT, REFUSED, check, pair, prompts
 from tests.support.models import IMAGE, make_inputs, single
 from tests.support.references import attention as edits
@@ -95,6 +95,7 @@ WHOLE = (
     "cca",
     "var:detector=secondary",
     "vhr:prompt_rows=all",
+    "memvr:ratio=1,threshold=0.75,layers=0-2",
 )  # they need the whole prompt in one forward
 
 
@@ -112,9 +113,14 @@ def test_beams_static_caches_chunks_and_drafts_agree_or_are_refused(family, mode
                     model.generate(**one, max_new_tokens=6, do_sample=False, **option)
                 continue
             assert torch.equal(model.generate(**one, max_new_tokens=6, do_sample=False, **option), plain), option
-        beams = model.generate(**batch, max_new_tokens=5, num_beams=3, do_sample=False)[1, -5:]
-        alone = model.generate(**one, max_new_tokens=5, num_beams=3, do_sample=False)[0, -5:]
-        assert torch.equal(alone, beams)
+        sentence = CASES[spec.partition(":")[0]].refuses.get("num_beams")
+        if sentence:
+            with pytest.raises(vlm_fix.VlmFixError, match=sentence):
+                model.generate(**one, max_new_tokens=5, num_beams=3, do_sample=False)
+        else:
+            beams = model.generate(**batch, max_new_tokens=5, num_beams=3, do_sample=False)[1, -5:]
+            alone = model.generate(**one, max_new_tokens=5, num_beams=3, do_sample=False)[0, -5:]
+            assert torch.equal(alone, beams)
         # a prompt that was run before, beside others, gives the same again
         assert torch.equal(model.generate(**one, max_new_tokens=6, do_sample=False), plain)
 

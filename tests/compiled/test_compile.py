@@ -12,6 +12,7 @@ import vlm_fix
 from tests.support import families
 from tests.support.models import BUILD, make_inputs, single
 from tests.support.run import error
+from tests.support.tensors import DIRECTIONS, SUBSPACE, VTI, shallow
 from vlm_fix.attention.edits import AttentionEdit
 from vlm_fix.decoding.kinds import Contrast, LogitEdit, Procedure
 from vlm_fix.families.compat import CACHE, cache_of
@@ -24,7 +25,10 @@ SPECS = {
     "gift": "gift:source_layer=0,layers=1",
     "head_pursuit": "head_pursuit:head_list=1.0|1.3",
     "iri": "iri:rr_attention=1|0.2,rr_mlp=0.3|1",
+    "nullu": f"nullu:file={shallow(SUBSPACE, 2)},layers=0-",
+    "steer": f"steer:file={shallow(DIRECTIONS, 2)}",
     "var": "var:tau=1.5,min_visual_mass=0,rho=0,layers=0-",
+    "vti": f"vti:file={shallow(VTI, 2)}",
 }
 OTHERS = Contrast | LogitEdit | Procedure  # some are attention edits as well
 EDITS = [m.name for m in list_methods() if issubclass(m, AttentionEdit | HiddenEdit) and not issubclass(m, OTHERS)]

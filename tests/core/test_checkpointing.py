@@ -17,7 +17,12 @@ from vlm_fix.pruning.kinds import CachePruner
 TRAINED = [
     s for s in SPECS if not isinstance(vlm_fix.parse_spec(s), CachePruner)
 ]  # those need a cache, training has none
-HANDS_ON = ("gift", "iri")  # what they read in one layer goes into later ones, with its gradient
+HANDS_ON = (
+    "gift",
+    "iri",
+    "memvr",
+    "rudder",
+)  # what they read before a layer or in one is used inside others, with its gradient
 FUNCTION = "_gradient_checkpointing_func"
 
 

@@ -264,10 +264,10 @@ CASES = {
             refuses=CHUNKS,
             rows={
                 "memvr:ratio=1,threshold=0.75,layers=0-2": lambda p: hidden.MemVR(
-                    **p.at, layers=[0, 1, 2], ratio=1, threshold=p.unsure
+                    **p.at, layers=[0, 1, 2], ratio=1, **p.moved("memvr", threshold=0.75)
                 ),
                 "memvr:ratio=1,threshold=0.75,layers=1,prompt_rows=last": lambda p: hidden.MemVR(
-                    **p.at, layers=[1], ratio=1, threshold=p.unsure, rows="last"
+                    **p.at, layers=[1], ratio=1, rows="last", **p.moved("memvr", threshold=0.75)
                 ),
             },
         ),
@@ -276,8 +276,12 @@ CASES = {
             neutral=("hulluedit:blend=0", "hulluedit:kappa=0,lam=0"),
             refuses={"num_beams": "does not go with beam search"},
             rows={
-                "hulluedit:anchor=2,rank=6,prior_rank=3,kappa=2,lam=3,pcr_threshold=0.05": row(
-                    hidden.HulluEdit, (2,), kappa=2, lam=3, rank=6, prior=3, threshold=0.05
+                "hulluedit:anchor=2,rank=6,prior_rank=3,kappa=2,lam=3,pcr_threshold=0.05": lambda p: hidden.HulluEdit(
+                    **p.at,
+                    layers=[2],
+                    kappa=2,
+                    lam=3,
+                    **p.moved("hulluedit", rank=6, prior_rank=3, pcr_threshold=0.05),
                 )
             },
         ),

@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 FOLDER = Path(tempfile.gettempdir()) / "vlm-fix-tests"
 DEPTH, CHANNELS = 4, 64
@@ -29,6 +29,12 @@ def written(name: str, named: dict[str, torch.Tensor]) -> Path:
     save_file(named, part)
     part.replace(FOLDER / name)
     return FOLDER / name
+
+
+def shallow(file: Path, depth: int) -> Path:
+    """The file for models of the first `depth` layers alone."""
+    kept = {name: x for name, x in load_file(file).items() if int(name.rpartition(".")[2]) < depth}
+    return written(f"{file.stem}-{depth}.safetensors", kept)
 
 
 SUBSPACE = written("subspace.safetensors", {f"layers.{i}": rows for i, rows in subspace().items()})

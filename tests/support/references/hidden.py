@@ -254,8 +254,8 @@ class HulluEdit(Reference):
     kappa: float = 0.5
     lam: float = 0.22
     rank: int = 8
-    prior: int = 5
-    threshold: float = 0.015
+    prior_rank: int = 5
+    pcr_threshold: float = 0.015
 
     def attach(self, twin):
         return [changed(ref.decoder(twin).norm, self.edit)]
@@ -270,14 +270,14 @@ class HulluEdit(Reference):
         middle = sum(float(w[j]) * z[j] for j in range(len(z)))
         u = self.directions(torch.stack([(z[j] - middle) * float(w[j]) ** 0.5 for j in range(len(z))]), self.rank)
         t = torch.stack([row - sum(float(row @ q) * q for q in u) for row in t])
-        p = self.directions(t - t.mean(0), self.prior)
+        p = self.directions(t - t.mean(0), self.prior_rank)
         h_u, h_p = (sum((float(h @ q) * q for q in qs), torch.zeros_like(h)) for qs in (u, p))
         whole = length(h) ** 2 + 1e-6
         vcr = min(1.0, max(0.045, length(h_u) ** 2 / whole))
         pcr = min(0.92, length(h_p) ** 2 / whole)
         n = min(3.2, self.kappa * (1 - vcr) / (vcr + 1e-6))
         strength = min(3.8, self.lam * pcr / (1 - pcr + 1e-6))
-        if not self.gates.above(("pcr", r), pcr, self.threshold, max(self.threshold, 1e-3)):
+        if not self.gates.above(("pcr", r), pcr, self.pcr_threshold, max(self.pcr_threshold, 1e-3)):
             strength = 0.0
         new = h_u + h_p / (1 + n + strength) + (h - h_u - h_p) / (1 + n)
         return 0.24 * h + 0.76 * new * (length(h) / length(new)) ** 0.74
