@@ -91,11 +91,11 @@ class Answers:
     keys: tuple[str, str]
     rows: list[Answer]
 
-    def told(self) -> str:
+    def told(self, lost_ones: str = "count as failed") -> str:
         """Say what was read, and as what."""
         lost = sum(answer.reply is None for answer in self.rows)
         where = f"reply in {self.keys[0]}, id in {self.keys[1] or 'no key, so the number of the row'}"
-        failed = f"; {lost} of them null, which count as failed" if lost else ""
+        failed = f"; {lost} of them null, which {lost_ones}" if lost else ""
         return f"read {len(self.rows)} answers from {self.path}: {self.form}, {self.layout} ({where}){failed}"
 
 

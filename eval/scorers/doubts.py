@@ -11,7 +11,7 @@
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from .yesno import plain
+from .plain import plain
 
 ASIDE = ("gt_", "reference", "explanation", "rationale", "reason", "thought", "metadata", "system", "error")
 """A key that begins so, or ends in one of ENDS, stands beside the reply."""

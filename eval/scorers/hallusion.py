@@ -17,7 +17,8 @@ The official judge is GPT-4, which is not called here:
     vlmevalkit   (default) the answer has the word yes and not no, or no and not yes, and that is the truth
     ours         the first of the words yes and no is the truth; the other scorers as for POPE
 
-In every scorer a VS question without a figure is also right if the answer is uncertain (mark 2, or neither yes nor no).
+In every scorer a VS question without a figure is also right if the answer is uncertain (mark 2, or neither yes nor no, in
+words: an empty reply or "nan" is wrong).
 lmms-eval, VLMEvalKit and `vlm-fix eval` leave those 178 questions out.
 
 Worked example, a question about a figure and its edited copy, only the first right: aAcc 1/2, qAcc 0, fAcc 1/2.
@@ -26,6 +27,7 @@ Worked example, a question about a figure and its edited copy, only the first ri
 {'aAcc': 0.5, 'qAcc': 0.0, 'fAcc': 0.5, 'easy': 1.0, 'hard': 0.0, 'yes_ratio': 1.0, 'mean': 0.3333333333333333}
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,6 +51,7 @@ METRICS: dict[str, Metric] = {
     "yes_ratio": lambda s: ratio(s["yes"], s["n"]),
     "mean": lambda s: (METRICS["aAcc"](s) + METRICS["fAcc"](s) + METRICS["qAcc"](s)) / 3,
 }
+NO_ANSWER = ("failed to obtain answer", "error ")  # what VLMEvalKit and others write where a call failed
 MARK = "gpt4v_output_gpt_check"
 ROW = (
     '"category": "VD", "subcategory": "map", "set_id": "0", "figure_id": "1", "question_id": "0", "visual_input": "2", '
@@ -186,7 +189,7 @@ def score(
         raise VlmFixError(f"{twice} questions come twice: give each (category, set, figure, question) once.")
     said = [verdict(answer, q.label, scorer) for answer, q in zip(answers, questions, strict=True)]
     right = [
-        one == question.label or (one == "unknown" and answer is not None and not _seen(question))
+        one == question.label or (one == "unknown" and _answered(answer) and not _seen(question))
         for one, answer, question in zip(said, answers, questions, strict=True)
     ]
     sets = [f"{q.category}_{q.subcategory}_{q.set}" for q in questions]
@@ -230,6 +233,12 @@ def verdict(answer: str | None, label: str, scorer: Scorer) -> str:
             f"{answer[:20]!r} is no mark of GPT-4 (0, 1 or 2): use --scorer vlmevalkit for plain answers."
         )
     return "unknown" if answer == "2" else label if answer == "1" else {"yes": "no", "no": "yes"}[label]
+
+
+def _answered(answer: str | None) -> bool:
+    """Whether an answer without yes and no is one in words, not what programs write for none."""
+    text = re.sub(r"[\W_]+", " ", answer or "").strip().lower()
+    return text not in ("", "nan", "none", "null", "n a") and not text.startswith(NO_ANSWER)
 
 
 def _seen(question: Question) -> bool:

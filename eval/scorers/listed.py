@@ -92,13 +92,13 @@ def results(
     lost = next((key for ids in parts.values() for key in ids if key not in rows), None)
     if lost:
         raise VlmFixError(f"The subsets name question {lost!r}, which {questions} does not ask.")
-    counted = {part: [key for key in ids if rows[key]] for part, ids in parts.items()}
-    return {
-        name: {
-            part: tally("official", [rows[key] for key in ids], metrics, asked=[texts[key] for key in ids])
-            for part, ids in counted.items()
-        }
-    }
+    found = {}
+    for part, ids in parts.items():
+        kept = [key for key in ids if rows[key]]
+        replies = [said[key] for key in kept]
+        misread = yesno.misread(replies, [read(name, reply) for reply in replies])
+        found[part] = tally("official", [rows[key] for key in kept], metrics, misread, [texts[key] for key in kept])
+    return {name: found}
 
 
 def _once(ids: Sequence[str], path: str) -> None:

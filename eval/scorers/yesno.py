@@ -6,7 +6,7 @@
     vcd          DAMO-NLP-SG/VCD@d6568ff             label yes: "yes" is no substring; label no: "no" is a substring
     lmms         lmms-eval 0.7.3                     the whole answer is "no"; the yes-ratio is that of the labels
     vlmevalkit   open-compass/VLMEvalKit@e8e78f0     the word no and not the word yes; neither or both is wrong
-    ours         -                                   its plain word is no (see `plain`); none is wrong
+    ours         -                                   its plain word is no (`plain.py`); none is wrong
 
 Worked example: "No." is no, except for lmms, which wants "no"; "I cannot tell" is yes for official and opera, no for vcd
 where the label is no, and neither for us.
@@ -26,6 +26,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from .choices import Scorer
+from .plain import plain
 
 COMMITS = {
     "opera": "shikiw/OPERA@61426ef",
@@ -36,45 +37,11 @@ COMMITS = {
 """The code that each scorer follows; official is the benchmark's."""
 
 
-WORDS = {
-    "yes": "yes yeah yep sí si oui ja sim sì да tak evet có vâng نعم",
-    "no": "no nope non nein não нет nie hayır không nee nej لا",
-}
-BEGINNINGS = {
-    "no": ("不", "没", "沒", "否", "無", "无", "いいえ", "아니"),
-    "yes": ("是", "有", "对", "對", "はい", "네", "예"),
-}
-"""Of languages that put no space between words."""
-THOUGHT = re.compile(
-    r"^.*[<◁]/(?:think|thinking|reasoning)[>▷]|[<◁](?:think|thinking|reasoning)[>▷].*", re.DOTALL | re.I
-)
-MARKUP = re.compile(r"<[^<>]*>|[*_`#~\\]")
-START = re.compile(r"\W*(?:(?:the |final |my )*answer(?: is)?\W+)?(\w+)")
-
-
 class Misread(NamedTuple):
     """Answers that a scorer takes against their plain word: how many, and the first of them, told in a few words."""
 
     n: int = 0
     example: str = ""
-
-
-def plain(reply: str) -> str:
-    """Return what a reader takes a reply for: yes, no or unknown.
-
-    Thoughts (up to </think>) and markup are left out. If the first word is yes or no in one of a dozen languages, that is
-    it; else the first of the English words yes and no anywhere.
-
-    >>> [plain(text) for text in ("**No**", "<think>yes?</think> NO!", "是的", "Well, yes", "Not sure", "The answer: Oui.")]
-    ['no', 'no', 'yes', 'yes', 'unknown', 'yes']
-    """
-    text = MARKUP.sub(" ", THOUGHT.sub("", reply)).lower()
-    start = START.match(text)
-    for word, same in WORDS.items():
-        if start and (start[1] in same.split() or start[1].startswith(BEGINNINGS[word])):
-            return word
-    first = re.search(r"\b(yes|no)\b", text)
-    return first[1] if first else "unknown"
 
 
 def misread(replies: Sequence[str | None], said: Sequence[str]) -> Misread:

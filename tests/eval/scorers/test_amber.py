@@ -222,3 +222,16 @@ def test_rows_of_vlmevalkit_are_counted(tmp_path) -> None:
     path.write_text(json.dumps([*rows, rows[0]]))
     with pytest.raises(VlmFixError, match="id 0 comes twice"):
         amber_file.score_file(path)
+
+
+def test_a_caption_of_null_is_left_out(tmp_path, nltk_data):
+    told, shown = [], amber_data.scenes()
+    rows = [{"id": scene.id, "response": "There is a dog and a car."} for scene in shown]
+    rows[:500] = [{**row, "response": None} for row in rows[:500]]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    found = amber_file.score_file(tmp_path / "a.json", tell=told.append)["captions"]
+    assert found.n == 504 and found.rows[0]["image"] == shown[500].image
+    assert told[1] == "note: 500 captions are null; their images are left out of captions"
+    (tmp_path / "a.json").write_text(json.dumps([{**row, "response": None} for row in rows]))
+    with pytest.raises(VlmFixError, match="captions: all are null"):
+        amber_file.score_file(tmp_path / "a.json")

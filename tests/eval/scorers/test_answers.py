@@ -413,12 +413,26 @@ def test_captions_in_every_layout(layout, tmp_path):
     assert result.chair_s == 0.5 and [o.node for o in result.captions[0].hallucinated] == ["zebra"]
 
 
-def test_a_caption_of_null_is_an_empty_caption_that_is_told(tmp_path):
+def test_a_caption_of_null_is_left_out_and_told(tmp_path):
     told: list[str] = []
-    path = lines(tmp_path / "a", [{"image_id": 9, "caption": None}, {"image_id": 25, "caption": "A giraffe."}])
-    assert chair.score_files(path, variant="pattern", tell=told.append).recall > 0
+    said = [{"image_id": 9, "caption": "A giraffe."}, {"image_id": 25, "caption": "A giraffe."}]
+    whole = chair.score_files(lines(tmp_path / "b", said[1:]), variant="pattern")
+    path = lines(tmp_path / "a", [{**said[0], "caption": None}, said[1]])
+    assert chair.score_files(path, variant="pattern", tell=told.append) == whole
     where = "plain rows (reply in caption, id in image_id)"
-    assert told == [f"read 2 answers from {path}: JSON lines, {where}; 1 of them null, which count as failed"]
+    assert told == [f"read 2 answers from {path}: JSON lines, {where}; 1 of them null, which are left out"]
+    with pytest.raises(VlmFixError, match="all 2 are null"):
+        chair.score_files(lines(tmp_path / "c", [{**row, "caption": None} for row in said]), variant="pattern")
+
+
+def test_failing_is_no_way_to_fewer_hallucinations(tmp_path, capsys):
+    base = [{"image_id": image, "caption": "A giraffe and a zebra."} for image in (9, 25, 30, 34)]
+    failed = lines(tmp_path / "m", [{**row, "caption": None} if row["image_id"] == 9 else row for row in base])
+    options = ["compare", lines(tmp_path / "b", base), failed, "--benchmark", "chair", "--variant", "pattern"]
+    assert cli.main(options) == 2
+    assert "--common" in capsys.readouterr().err
+    assert cli.main([*options, "--common"]) == 0
+    assert "no difference seen" in capsys.readouterr().out
 
 
 # --------------------------------------------------------------------------------------------------------------- AMBER

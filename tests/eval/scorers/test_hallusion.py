@@ -69,6 +69,14 @@ def test_answers_in_words():
     assert not right(seen, "Yes. No.") and right(seen, "Yes. No.", "ours")
 
 
+@pytest.mark.parametrize("reply", ["", " ", "nan", "None", "N/A", "...", "Failed to obtain answer via API.", None])
+def test_no_answer_is_not_an_uncertain_one(reply):
+    asked = [question for question in hallusion.questions() if not question.image]
+    assert len(asked) == 178
+    assert hallusion.score([reply] * 178, asked)["overall"].figures["aAcc"] == 0
+    assert hallusion.score(["I am not certain."] * 178, asked)["overall"].figures["aAcc"] == 1
+
+
 def test_bad_input_gets_one_sentence(tmp_path, capsys):
     path = tmp_path / "answers.json"
     path.write_text(json.dumps([{**rows()[0], "model_prediction": "Yes"}] * 2))
