@@ -115,7 +115,8 @@ def _parsed(text: str, path: str | Path, what: str, example: str) -> Table:
     try:
         return Table(_json(text), "a JSON array") if start == "[" else Table([_json(text)], "one JSON object")
     except json.JSONDecodeError as whole:
-        cause, place = whole, ""
+        cause: Exception = whole
+        place = ""
     except _Twice as twice:
         raise _doubled(path, what, "name", str(twice)) from None
     except (RecursionError, ValueError) as error:
