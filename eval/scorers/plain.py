@@ -35,7 +35,7 @@ ANSWER = re.compile(r"^.*\b(?:answer|conclusion)\W*[:：]|^.*答案\W*[:：是�
 MARKUP = re.compile(r"<[^<>]*>|[*_`#~\\]")
 LEAD = re.compile(r"\W*(?:(?:the |final |my )*answer(?: is)?\W+)?")
 CLAUSE = re.compile(r"[.,;:!?\n，。；：！？、،؟…—]+")
-DENIAL = re.compile(r"n['’]t\b|\b(?:not|none|nothing|neither|cannot|nowhere|absent)\b")
+DENIAL = re.compile(r"n['’]t\b|\w not\b|\bnot \w|\b(?:none|nothing|neither|cannot|nowhere|absent)\b")
 DOUBT = re.compile(
     r"\b(?:un)?(?:sure|clear|certain|able|known|know|likely)\b"
     r"|\b(?:tell|determine|say|possible|confirm|identify|sorry|only|if|provided?)\b"
