@@ -58,6 +58,7 @@ def export(
         pairs = _matched(rows, given, made.ids, template)
     else:
         pairs = [(answer.row, answer) for answer in given.rows]
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
     write_atomic(Path(out), made.write(pairs))
 
 

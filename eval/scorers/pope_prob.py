@@ -21,6 +21,8 @@ Worked example: two right and sure, one wrong and unsure.
 
 from __future__ import annotations
 
+import json
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -48,20 +50,38 @@ def load_probabilities(path: str | Path) -> tuple[dict[str, tuple[float, float]]
     tokens: dict[str, list[str]] = {}
     for number, row in enumerate(read_rows(path, "file of probabilities", ROW), 1):
         needs(row, ("question_id", "p_yes", "p_no"), path, number)
-        yes, no = row["p_yes"], row["p_no"]
-        numbers = all(isinstance(p, int | float) and 0 <= p <= 1 for p in (yes, no))
-        if not numbers or not 0 < yes + no < 1.0001:
+        yes, no = (_number(row[key]) for key in ("p_yes", "p_no"))
+        if not (0 <= yes <= 1 and 0 <= no <= 1) or not 0 < yes + no < 1.0001:
             raise VlmFixError(
-                f"{path}, row {number}: p_yes {yes!r} and p_no {no!r} are not two probabilities with a sum above 0, at most 1."
+                f"{path}, row {number}: p_yes {row['p_yes']!r} and p_no {row['p_no']!r} are not two probabilities "
+                "with a sum above 0, at most 1."
             )
-        if str(row["question_id"]) in found:
-            raise VlmFixError(f"{path}, row {number}: question_id {row['question_id']} comes twice; keep one.")
-        found[str(row["question_id"])] = float(yes), float(no)
-        named = {name: row[name] for name in TOKENS if row.get(name)}
+        id = re.sub(r"\.0+$", "", str(row["question_id"]))  # pandas writes whole numbers so
+        if id in found:
+            raise VlmFixError(f"{path}, row {number}: question_id {id} comes twice; keep one.")
+        found[id] = yes, no
+        named = {name: _tokens(row[name]) for name in TOKENS if row.get(name)}
         if named and tokens and named != tokens:
             raise VlmFixError(f"{path}, row {number}: other tokens count as yes or no than in the rows before.")
         tokens = tokens or named
     return found, tokens
+
+
+def _tokens(value: Any) -> list[str]:
+    """A list of tokens, also as a text of CSV: a JSON array, or words with spaces between them."""
+    try:
+        found = json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        found = value.split()
+    return [*map(str, found if isinstance(found, list | tuple) else [value])]
+
+
+def _number(value: Any) -> float:
+    """A number, also as a text of CSV; nan for anything else."""
+    try:
+        return float("nan" if isinstance(value, bool) or value is None else value)
+    except (TypeError, ValueError):
+        return float("nan")
 
 
 def score(questions: Sequence[Question], probabilities: Sequence[tuple[float, float]]) -> Result:

@@ -69,8 +69,6 @@ def check_place(place: str, folder: bool = False) -> None:
         raise VlmFixError(f"{place} cannot be written: give a place in a folder that you may write to.")
     if not folder and path.is_dir():
         raise VlmFixError(f"{place} is a folder: give a file in it.")
-    if not folder and existing not in (path, path.absolute().parent):
-        raise VlmFixError(f"{place} cannot be written, as there is no folder {path.absolute().parent}: make it first.")
 
 
 def written(value: Any) -> str:

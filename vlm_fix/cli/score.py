@@ -6,6 +6,7 @@ import argparse
 import functools
 import json
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from vlm_fix.errors import VlmFixError
@@ -44,7 +45,7 @@ def _score(benchmark: Benchmark, args: argparse.Namespace) -> None:
         name = "--common" if args.common else "--frontier"
         raise VlmFixError(f"{name} has no effect without --against BASE: leave it out.")
     found = benchmark.score_files(**given, tell=told)
-    _tell_misread(found)
+    _tell_misread(found, [getattr(layout.answers, "total", "") for layout in benchmark.layouts.values()])
     _tell_unparsed(found)
     if not isinstance(found, dict):
         _print(args, benchmark.title, found)
@@ -54,12 +55,16 @@ def _score(benchmark: Benchmark, args: argparse.Namespace) -> None:
         _print_parts(benchmark.title, found)
 
 
-def _tell_misread(found: Any) -> None:
-    """Say how many answers the scorer takes against their plain word, with an example and the option that reads them."""
+def _tell_misread(found: Any, totals: Sequence[str]) -> None:
+    """Say how many answers the scorer takes against their plain word, with an example and the option that reads them.
+
+    Where one of the parts has all answers, as `totals` name it, it alone is told.
+    """
     results = found if isinstance(found, dict) else {"": found.to_dict()}
-    for part, figures in results.items():
+    whole = {part: results[part] for part in totals if part and part in results}
+    for part, figures in (whole or results).items():
         if isinstance(figures, dict) and figures.get("misread"):
-            where = f"{part}: " if part else ""
+            where = f"{part}: " if part and not whole else ""
             print(
                 f"note: {where}the scorer {figures['scorer']} takes {figures['misread']} answers against their plain word: "
                 f"{figures['misread_example']}; --scorer ours reads them",

@@ -168,12 +168,30 @@ def _in_order(
             return result
         best = max(best, found, key=lambda each: sum(size for _, size in each))
     done = sum(size for _, size in best)
+    if not best and (near := _nearest(splits, rows)):
+        split, lost = near
+        raise VlmFixError(
+            f"Questions and answers do not line up: {path} has {len(rows)} answers, most of them to the split {split}, but none "
+            f"to {len(lost)} of its {len(splits[split])} questions, the first with question_id {lost[0]}; give all answers of "
+            "the split, or the questions that were asked as QUESTIONS (a file, or a name such as coco:random)."
+        )
     told = ", ".join(f"{size} of {name}" for name, size in best) or "none of a split"
     raise VlmFixError(
         f"Questions and answers do not line up: {path} has {len(rows)} answers, of which the first {done} are those to whole "
         f"splits ({told}); give all answers of each split in the order of its questions, with the question in each row, and "
         "QUESTIONS of the data set they come from (a file, or a folder with a file for each split)."
     )
+
+
+def _nearest(splits: Splits, rows: Sequence[answers.Answer]) -> tuple[str, list[int | str]] | None:
+    """The split whose questions most rows answer under its ids, and the ids without an answer; None if half have none."""
+    by_id = {row.id: plain_text(row.question) for row in rows if row.question}
+    lost = {
+        name: [q.question_id for q in each if plain_text(q.text) not in by_id.get(str(q.question_id), "")]
+        for name, each in splits.items()
+    }
+    name = min(lost, key=lambda split: len(lost[split]))
+    return (name, lost[name]) if 0 < 2 * len(lost[name]) < len(splits[name]) else None
 
 
 def _stretches(splits: Mapping[str, list[str]], prompts: Sequence[str]) -> list[tuple[str, int]]:

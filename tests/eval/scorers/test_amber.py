@@ -235,3 +235,11 @@ def test_a_caption_of_null_is_left_out(tmp_path, nltk_data):
     (tmp_path / "a.json").write_text(json.dumps([{**row, "response": None} for row in rows]))
     with pytest.raises(VlmFixError, match="captions: all are null"):
         amber_file.score_file(tmp_path / "a.json")
+
+
+def test_misread_answers_are_told_once_for_all_parts(tmp_path, capsys) -> None:
+    rows = [{"id": q.id, "response": "no."} for q in amber_data.questions()]
+    (tmp_path / "answers.json").write_text(json.dumps(rows))
+    assert cli.main(["score", "amber", str(tmp_path / "answers.json")]) == 0
+    notes = [line for line in capsys.readouterr().err.splitlines() if "plain word" in line]
+    assert len(notes) == 1 and f"takes {len(rows)} answers" in notes[0]

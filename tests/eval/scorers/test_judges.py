@@ -110,3 +110,9 @@ def test_what_a_judge_would_misread_is_refused(tmp_path, capsys):
     ):
         assert run(judge, lines(tmp_path / "a", rows), tmp_path / "o") == 2
         assert message in capsys.readouterr().err
+
+
+def test_the_folder_of_the_file_is_made(tmp_path):
+    answers = lines(tmp_path / "a", [{"id": "v1_7", "response": "A cat."}])
+    assert run("mm-vet", answers, tmp_path / "new" / "folder" / "v.json") == 0
+    assert json.loads((tmp_path / "new" / "folder" / "v.json").read_text()) == {"v1_7": "A cat."}

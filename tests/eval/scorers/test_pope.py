@@ -217,3 +217,12 @@ def test_an_answer_that_comes_twice_is_named(tmp_path: Path) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(VlmFixError, match="row 3: the question '1' of random comes twice"):
         BENCHMARKS["pope"].results(str(file))
+
+
+def test_the_split_that_lacks_an_answer_is_named(tmp_path: Path) -> None:
+    asked = pope_data.coco_questions("popular")
+    rows = [{"question_id": q.question_id, "prompt": q.text, "text": "No", "image": q.image} for q in asked]
+    file = tmp_path / "answers.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows if row["question_id"] != 17))
+    with pytest.raises(VlmFixError, match="the split popular, but none to 1 of its 3000 questions.* question_id 17;"):
+        BENCHMARKS["pope"].results(str(file))

@@ -368,3 +368,17 @@ def test_dash_b_leaves_out_what_its_answers_cannot_tell(tmp_path: Path, capsys: 
     write(tmp_path / "a.jsonl", [{**row, "response": "No"} for row in rows])
     assert cli.main(["score", "dash-b", str(tmp_path / "a.jsonl")]) == 2
     assert "--answer-key" in capsys.readouterr().err
+
+
+def test_probabilities_from_csv_are_those_of_json(tmp_path: Path, capsys: Any) -> None:
+    asked = [{"question_id": n, "image": f"{n}.jpg", "text": "A dog?", "label": ("yes", "no")[n % 2]} for n in range(4)]
+    questions = write(tmp_path / "q.jsonl", asked)
+    tokens = {"yes_tokens": ["Yes", "yes"], "no_tokens": ["No"]}
+    rows = [{"question_id": n, "p_yes": 0.2 * n, "p_no": 0.3, **tokens} for n in range(4)]
+    table = "".join(f"{n}.0;{0.2 * n};0.3;Yes yes;No\n" for n in range(4))
+    (tmp_path / "a.csv").write_text("question_id;p_yes;p_no;yes_tokens;no_tokens\n" + table)
+    expected = shown(capsys, "pope-prob", questions, write(tmp_path / "a.jsonl", rows))
+    assert shown(capsys, "pope-prob", questions, str(tmp_path / "a.csv")) == expected
+    (tmp_path / "a.csv").write_text("question_id;p_yes;p_no\n0;much;0.3\n")
+    assert cli.main(["score", "pope-prob", questions, str(tmp_path / "a.csv")]) == 2
+    assert "row 1: p_yes 'much' and p_no '0.3' are not two probabilities" in capsys.readouterr().err
