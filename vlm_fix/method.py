@@ -57,14 +57,14 @@ class Method:
     given: ClassVar[frozenset[str]] = frozenset()  # on an instance: the fields it was made with, which no file may fill
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        _check_class(cls)
+        _check_class(cls)  # type: ignore[arg-type]  # mypy takes no class for hashable
         self = super().__new__(cls)
         names = [f.name for f in dataclasses.fields(cls)]
         object.__setattr__(self, "given", frozenset((*names[: len(args)], *kwargs)))
         return self
 
     def __post_init__(self) -> None:
-        hints = _hints(type(self))
+        hints = _hints(type(self))  # type: ignore[arg-type]
         for f in dataclasses.fields(self):
             value, meta = _plain(getattr(self, f.name)), f.metadata
             object.__setattr__(self, f.name, value)
@@ -164,7 +164,7 @@ class Method:
     @classmethod
     def from_options(cls, options: dict[str, str]) -> Method:
         """Build from text options, as in "pai:alpha=0.2,layers=2-31"; one sentence for an unknown name or bad value."""
-        hints, values = _hints(cls), {}
+        hints, values = _hints(cls), {}  # type: ignore[arg-type]
         known = {f.name for f in dataclasses.fields(cls)}
         for key, text in options.items():
             if key not in known:

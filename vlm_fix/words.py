@@ -37,7 +37,7 @@ def template_columns(session: Session, around: tuple[int, ...] | None = None) ->
     if ids is None:
         return torch.zeros(session.types.shape, dtype=torch.bool, device=session.types.device)
     tokens, config = engine_of(call.model).tokens, call.model.config
-    configs = (getattr(call.model, "generation_config", None), config, config.get_text_config())
+    configs: tuple[Any, ...] = (getattr(call.model, "generation_config", None), config, config.get_text_config())
     ends = ids_of(c.eos_token_id for c in configs if getattr(c, "eos_token_id", None) is not None)
     marks = ids_of(i for name in END_MARKS if (i := getattr(config, name, None)) is not None)
     template = torch.zeros(ids.shape, dtype=torch.bool, device=ids.device)

@@ -82,7 +82,10 @@ class DAGCD(WeightReader, LogitEdit):
         ids, inside = ids.to(l.device), inside.to(l.device)
 
         def of_row(r: int) -> torch.Tensor:  # [B, layers H, P] weights on the context
-            return torch.cat([memory.weights[i][:, :, r].to(l) for i in self.layers or ()], dim=1) * inside[:, None]
+            return (
+                torch.cat([memory.weights[i][:, :, r].to(l) for i in self.layers or () if isinstance(i, int)], dim=1)
+                * inside[:, None]
+            )
 
         if (
             memory.chosen is None or not step.index

@@ -97,7 +97,8 @@ def _by_number(given: Answers) -> dict[int, str | None]:
 
 def _about_amber(given: Answers, shown: Sequence[Scene], asked: Sequence[Question]) -> None:
     """Raise VlmFixError for a row whose question or image is not the one that its id has in AMBER."""
-    known: dict[int, Scene | Question] = {item.id: item for item in (*shown, *asked)}
+    known: dict[int, Scene | Question] = {scene.id: scene for scene in shown}
+    known |= {question.id: question for question in asked}
     for row in given.rows:
         item = known.get(int(row.id))
         if isinstance(item, Question):
