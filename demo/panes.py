@@ -92,7 +92,7 @@ def control(cls: type[Method], field: dataclasses.Field[Any], text: str | None) 
     if kind in (int, float):
         low, high, now = meta.get("low"), meta.get("high"), kind(value if text is None else text)
         if high is None and kind is float and value > 0:
-            high = 5 * value
+            high = 1 if meta.get("counts") else 5 * value  # a share; a count is typed on the command line
         if low is None or high is None:
             return gr.Number(value=now, minimum=low, maximum=high, precision=0 if kind is int else None, **common)
         step = 1 if kind is int else (high - low) / 100

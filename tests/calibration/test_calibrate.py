@@ -277,14 +277,14 @@ def test_ad_hh_finds_what_a_reference_finds(family, model):
 def test_gift_takes_the_best_source_layer(family, model):
     samples, scores = labelled(family, (1, 2, 1)), []
     for layer in range(4):
-        with vlm_fix.wrapped(model, f"gift:source_layer={layer},layers=1-3"):
+        with vlm_fix.wrapped(model, f"gift:source_layer={layer},layers=1-3,template=0|0"):
             s = answer_scores(model, samples)
         right = float((s[:, 0] > s[:, 1]).float().mean())
         scores.append((right, float(s.log_softmax(-1)[:, 0].mean()), layer))
     assert len({score[:2] for score in scores}) > 1
     s = answer_scores(model, samples)
     plain = float((s[:, 0] > s[:, 1]).float().mean()), float(s.log_softmax(-1)[:, 0].mean())
-    gift, best = vlm_fix.parse_spec("gift:layers=1-3"), max(scores)
+    gift, best = vlm_fix.parse_spec("gift:layers=1-3,template=0|0"), max(scores)
     assert best[:2] > plain
     assert gift.calibrate(model, samples, 0, quiet) == {"source_layer": best[2]}
     if family == "qwen2_5_vl":  # on these two questions it answers worse with any

@@ -37,7 +37,7 @@ def files(tmp_path):
         "short": write(tmp_path / "s.jsonl", [{"question_id": i, "text": "Yes"} for i in range(3)]),
         "captions": write(tmp_path / "c.jsonl", [{"image_id": 9, "caption": "A bowl of broccoli and a zebra."}]),
         "strange": write(
-            tmp_path / "x.jsonl", [{"image_id": -9, "caption": "A dog."}, {"image_id": 1, "caption": "A"}]
+            tmp_path / "x.jsonl", [{"image_id": 999999, "caption": "A dog."}, {"image_id": 1, "caption": "A"}]
         ),
     }
 

@@ -14,7 +14,7 @@ BAD = {
     "temperature": ("eval pope --temperature 0.7", "--temperature has no effect on this run: add --sample"),
     "the default temperature": ("eval pope --temperature 1.0", "--temperature has no effect"),
     "top-p": ("eval chair --top-p 0.9 --num-beams 2", "--top-p has no effect"),
-    "ids with picto": ("eval pope --ids {dir}/ids", "--ids has no effect on this run: it is for pope and chair about"),
+    "ids with picto": ("eval pope --ids {dir}/ids", "--ids has no effect on this run: it is for pope and chair with"),
     "ids with amber": ("eval amber --data amber:{dir} --ids {dir}/ids", "--ids has no effect"),
     "splits of captions": ("eval chair --split random", "--split has no effect"),
     "splits of files": ("eval pope --data coco:{dir} --questions a.json --split random", "--split has no effect"),

@@ -23,7 +23,9 @@ def test_each_field_has_a_control_that_sets_it(cls):
         if isinstance(made, gr.Slider):
             low, high = field.metadata["low"], field.metadata["high"]
             low += made.step if field.metadata.get("open") else 0  # such as keep, which must be above 0
-            assert made.minimum == low and made.maximum == (5 * field.default if high is None else high)
+            assert made.minimum == low and made.maximum == (
+                high or (1 if field.metadata.get("counts") else 5 * field.default)
+            )
             for end in (made.minimum, made.maximum):
                 spec = compare.stack_of([cls.name], remember({}, end, method=cls.name, field=field.name))[0]
                 assert getattr(parse_spec(spec), field.name) == pytest.approx(end, rel=1e-5)

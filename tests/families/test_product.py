@@ -60,4 +60,5 @@ def test_a_raw_exception_and_a_silent_method_fail(monkeypatch):
     monkeypatch.setattr(PAI, "edit_scores", lambda self, scores, rows: scores)
     assert "changed nothing, without a word" in product.walk("pai", "llava")["why"]
     monkeypatch.setattr(VHR, "edit_heads", lambda self, out, rows: out * float("nan"))
-    assert "not finite" in product.walk("vhr", "llava")["why"]
+    found = product.walk("vhr", "llava")
+    assert found["outcome"] == product.FAILED and "were NaN" in found["why"]

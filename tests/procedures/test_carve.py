@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import DynamicCache, GenerationConfig
 
 import vlm_fix
 from tests.support import families
@@ -442,7 +442,9 @@ def test_what_it_cannot_do_is_one_sentence(model, family):
         with pytest.raises(VlmFixError, match="needs pixel_values of whole images"):
             model.generate(**without, max_new_tokens=2)
         with pytest.raises(VlmFixError, match="whole conversation"):
-            model.generate(**inputs, max_new_tokens=2, **{CACHE: object()})
+            kept = DynamicCache()
+            kept.update(torch.zeros(1, 1, 3, 4), torch.zeros(1, 1, 3, 4), 0)
+            model.generate(**inputs, max_new_tokens=2, **{CACHE: kept})
     with pytest.raises(VlmFixError, match="carve looks at all image tokens, of which hiprune drops some"):
         vlm_fix.wrap(model, ["hiprune", METHOD])
     for wrong in ("carve:steps=0", "carve:top=2", "carve:regions=0"):

@@ -390,13 +390,14 @@ def test_values_and_stacks_that_do_not_fit_are_refused(models, spec, sentence):
 def test_options_of_generate_and_forwards_that_do_not_fit_are_refused(model, family):
     from transformers import DynamicCache, StaticCache
 
-    inputs = single(family, [1], 0)
+    inputs, kept = single(family, [1], 0), DynamicCache()
+    kept.update(torch.zeros(1, 1, 3, 4), torch.zeros(1, 1, 3, 4), 0)
     with vlm_fix.wrapped(model, "fastv"):
         for option in (
             {"cache_implementation": "static"},
             {"prefill_chunk_size": 11},
             {"prompt_lookup_num_tokens": 2},
-            {CACHE: DynamicCache(config=model.config.get_text_config())},
+            {CACHE: kept},
         ):
             with pytest.raises(vlm_fix.VlmFixError, match="fastv does not work with"):
                 model.generate(**inputs, max_new_tokens=3, do_sample=False, **option)

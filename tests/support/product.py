@@ -134,7 +134,7 @@ def _attempt(spec: str, family: str, batch: bool) -> dict[str, str]:
             with vlm_fix.wrapped(model_of(family), spec):
                 found = answer(family, batch, CASES[spec.partition(":")[0]].scores)
     except vlm_fix.VlmFixError as error:
-        return {"outcome": REFUSED, "why": str(error)}
+        return {"outcome": FAILED if "were NaN" in str(error) else REFUSED, "why": str(error)}
     except Exception as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
         own = [
