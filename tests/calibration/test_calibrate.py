@@ -288,7 +288,7 @@ def test_gift_takes_the_best_source_layer(family, model):
     assert best[:2] > plain
     assert gift.calibrate(model, samples, 0, quiet) == {"source_layer": best[2]}
     if family == "qwen2_5_vl":  # on these two questions it answers worse with any
-        with pytest.raises(vlm_fix.VlmFixError, match="no source layer makes this model answer"):
+        with pytest.raises(vlm_fix.VlmFixError, match="with no source layer this model answers"):
             gift.calibrate(model, labelled(family, (2, 1)), 0, quiet)
 
 
