@@ -49,7 +49,7 @@ class Call:
     def with_pixels(self, change: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, torch.Tensor]:
         """The same prompt with `change` applied to pixel_values."""
         pixels = self.inputs["pixel_values"]
-        if pixels.dim() != 5:
+        if pixels.dim() < 5:
             return {**self.inputs, "pixel_values": change(pixels)}
-        real = (pixels != 0).flatten(2).any(dim=2)  # [images, tiles, ...]: blank tiles are padding, and told by that
+        real = (pixels != 0).flatten(-3).any(dim=-1)  # [images, tiles], [rows, images, tiles]: blank tiles are padding
         return {**self.inputs, "pixel_values": pixels.index_put((real,), change(pixels[real]))}

@@ -176,7 +176,8 @@ class Forwards(Host):
 
     def _leave(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         """After the forward: remember a cache that the model made itself, for a caller's own decoding loop."""
-        if not compiled.tracing(self, output[0].shape[1]):
+        ids = args[0] if args else kwargs.get("input_ids")
+        if ids is None or not compiled.tracing(self, ids.shape[1]):
             self._left(output)
 
     @compiled.uncompiled

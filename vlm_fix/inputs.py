@@ -53,6 +53,9 @@ class InputWing(Wing):
         wing = cls(host)
         return wing if wing.methods else None
 
+    def check(self) -> None:
+        self.host.need_image_columns([m.name for m in self.methods if m.needs_image])
+
     def one_graph(self, rows: int) -> bool:
         return rows == 1
 

@@ -18,6 +18,7 @@ from vlm_fix.arch import Arch, Family
 from vlm_fix.caches import Sessions
 from vlm_fix.call import Call
 from vlm_fix.errors import VlmFixError
+from vlm_fix.families.compat import keeps_columns
 from vlm_fix.method import Method
 from vlm_fix.options import GenerateOptions
 from vlm_fix.recorder import Recorder
@@ -105,6 +106,19 @@ class Host:
                 f"{', '.join(names)} works on all heads of a layer, of which tensor parallelism leaves each of {parts} "
                 "processes a part: load the model without tp_plan; device_map shares out whole layers."
             )
+
+    def need_image_columns(self, names: Sequence[str]) -> None:
+        """VlmFixError for methods that work on image columns of the language model, if it has none."""
+        if names and self.family.crosses:
+            raise VlmFixError(
+                f"{', '.join(names)} works on the columns of the language model that show the image, which a {self.family.name} "
+                "model does not have: it reads images in cross-attention layers, where a row sees no text to weigh them "
+                "against. Contrasts of images or prompts, and edits of logits and hidden states, work on it."
+            )
+
+    def keeps_columns(self, cache: Any) -> bool:
+        """True if every layer of the cache holds the keys of all text and image columns, which can be cut and copied."""
+        return not self.family.crosses and keeps_columns(cache)
 
     @contextlib.contextmanager
     def recording(self, recorder: Recorder) -> Iterator[None]:

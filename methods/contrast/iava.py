@@ -116,6 +116,7 @@ class Looking(Recorder):
 def attention_to_images(call: Call, inputs: dict[str, Any]) -> list[torch.Tensor]:
     """Per prompt [layers, n]: the last row's head-mean weights on its n image tokens; what the main branch knows is reused."""
     engine, looking = engine_of(call.model), Looking()
+    engine.need_image_columns(["iava"])
     with engine.recording(looking):
         Branch(engine, call, "instruction", Negative(inputs)).prefill()
     weights = torch.stack([looking.seen[i] for i in sorted(looking.seen)])

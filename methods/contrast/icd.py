@@ -76,7 +76,7 @@ def after_image(call: Call, tokens: tuple[int, ...]) -> dict[str, torch.Tensor]:
     new = torch.tensor(tokens, device=ids.device)
     values = {"input_ids": new, "attention_mask": torch.ones_like(new)}
     inputs = dict(call.inputs)
-    for key in by_token(inputs):
+    for key in [*by_token(inputs), *({"cross_attention_mask"} & inputs.keys())]:
         rows = []
         for i, row in enumerate(inputs[key]):
             where = images[i].nonzero()
@@ -84,6 +84,8 @@ def after_image(call: Call, tokens: tuple[int, ...]) -> dict[str, torch.Tensor]:
             if len(where) and at < len(row) and ids[i, at] == getattr(config, "vision_end_token_id", -1):
                 at += 1
             fill = values.get(key, torch.zeros_like(new)) if len(where) else torch.zeros_like(new)
+            if row.dim() > 1:  # new tokens see the tiles that the token before them sees
+                fill = row[at - 1 : at].expand(len(new), -1, -1) * bool(len(where))
             rows.append(torch.cat([row[:at], fill.to(row.dtype), row[at:]]))
         inputs[key] = torch.stack(rows)
     return inputs

@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 from vlm_fix import HeadEdit, RowScope, VlmFixError, param
 from vlm_fix.arch import Arch
 from vlm_fix.calibration.search import batches
-from vlm_fix.families import family_of, get_part, output_projection
+from vlm_fix.families import family_of, get_part, language_head, output_projection
 from vlm_fix.hooks import hooked
 from vlm_fix.method import parse_heads
 from vlm_fix.sample import Sample
@@ -86,10 +86,11 @@ class HeadPursuit(HeadEdit):
             raise VlmFixError(
                 "head_pursuit: the tokenizer knows none of the concept's words; name others with concept=."
             )
-        layers = get_part(model, family_of(model).language).layers
+        family = family_of(model)
+        layers, vectors = get_part(model, family.language).layers, language_head(model, family).weight
         heads = model.config.get_text_config().num_attention_heads
         written = written_rows(model, layers, samples, 16, progress)
-        dictionary = normalize(model.lm_head.weight[ids].detach().float(), dim=-1)
+        dictionary = normalize(vectors[ids].detach().float(), dim=-1)
         shares: dict[str, float] = {}
         for i, (layer, rows) in enumerate(zip(layers, written, strict=True)):
             weight = output_projection(layer.self_attn).weight.detach().float()  # [C, heads * D]

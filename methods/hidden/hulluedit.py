@@ -43,6 +43,7 @@ class HulluEdit(LayerInputEdit, FinalOutputEdit):
     """
 
     name: ClassVar[str] = "hulluedit"
+    reads_image_columns: ClassVar[bool] = True
     paper: ClassVar[str] = "https://github.com/VioAgnes/HulluEdit"
     row_scope = RowScope.ALL
     keeps_history: ClassVar[bool] = True

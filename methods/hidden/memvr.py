@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from vlm_fix import Arch, LayerInputEdit, LayerOutputEdit, Memory, MLPInputEdit, MLPRawEdit, RowScope, param
-from vlm_fix.families import final_norm, get_part
+from vlm_fix.families import final_norm, get_part, language_head
 from vlm_fix.session import PAD, VISUAL, Rows, Session
 
 from .steering import scaled
@@ -45,6 +45,7 @@ class MemVR(LayerInputEdit, LayerOutputEdit, MLPInputEdit, MLPRawEdit):
     """
 
     name: ClassVar[str] = "memvr"
+    reads_image_columns: ClassVar[bool] = True
     paper: ClassVar[str] = "https://arxiv.org/abs/2410.03577"
     row_scope = RowScope.ALL
     idle_reason: ClassVar[str] = "no early exit was that unsure; lower threshold."
@@ -100,8 +101,9 @@ class MemVR(LayerInputEdit, LayerOutputEdit, MLPInputEdit, MLPRawEdit):
     def entropy(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
         """[B, r, C] -> [B, r]"""
         model = rows.session.call.model
-        language = get_part(model, rows.session.call.family.language)
-        logits = model.lm_head(final_norm(language)(x.to(model.lm_head.weight.dtype))).float()
+        family = rows.session.call.family
+        norm, head = final_norm(get_part(model, family.language)), language_head(model, family)
+        logits = head(norm(x.to(head.weight.dtype))).float()
         p = logits.topk(min(TOP, logits.shape[-1]), dim=-1).values.softmax(dim=-1)
         return torch.special.entr(p).sum(dim=-1) / math.log(TOP)
 

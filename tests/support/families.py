@@ -466,6 +466,51 @@ TINY = {
         ),
         **GLM_IDS,
     ),
+    "llama4": _tiny(  # chunks of attention, layers without rotary embedding, norms after it, experts
+        "Llama4",
+        "llama4_text",
+        "llama4_vision_model",
+        tokens=9,
+        image_token_index=IMAGE,
+        boi_token_index=93,
+        eoi_token_index=94,
+        tower=dict(
+            intermediate_size=128,
+            vision_output_dim=32,
+            projector_input_dim=32,
+            projector_output_dim=32,
+            initializer_range=0.2,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        ),
+        text_config=dict(
+            intermediate_size_mlp=96,
+            num_local_experts=4,
+            moe_layers=[1, 3],
+            attention_chunk_size=24,
+            no_rope_layer_interval=4,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        ),
+    ),
+    "mllama": _tiny(  # layers of their own read up to four tiles of each image
+        "Mllama",
+        "mllama_text_model",
+        "mllama_vision_model",
+        tokens=1,
+        kind="crossed",
+        image_token_index=IMAGE,
+        tower=dict(
+            attention_heads=4,
+            num_global_layers=1,
+            vision_output_dim=96,
+            max_num_tiles=4,
+            intermediate_layers_indices=[1, 3],
+            supported_aspect_ratios=[[1, 1], [1, 2], [2, 1]],
+            initializer_range=0.2,
+        ),
+        text_config=dict(
+            cross_attention_layers=[1, 3], rope_parameters={"rope_type": "default", "rope_theta": 10000.0}
+        ),
+    ),
 }
 
 
@@ -474,6 +519,8 @@ def build(name: str, dtype=torch.float32, seed=0):
     import transformers
 
     tiny = TINY[name]
+    if tiny.cls == "Llama4":  # transformers 5.24 reads it from there and fails: see compat.cannot_run
+        transformers.modeling_outputs.MoeCausalLMOutputWithPast.image_outputs = None
     vision = dict(tiny.tower)
     if tiny.vision:
         vision["model_type"] = tiny.vision
@@ -486,7 +533,9 @@ def build(name: str, dtype=torch.float32, seed=0):
         config = getattr(transformers, tiny.cls + "Config")(vision_config=vision, text_config=text, **tiny.config)
     torch.manual_seed(seed)
     model = getattr(transformers, tiny.cls + "ForConditionalGeneration")(config)
-    for p in model.parameters():
+    for what, p in model.named_parameters():
+        if "gate" in what and p.numel() == 1:  # closed at first: no image would be read
+            p.data.fill_(0.5)
         if p.dim() > 1 and not p.any():  # Gemma 3's projector starts at zero: no image would be seen
             p.data.normal_(std=0.2)
     return ready(model, dtype)
@@ -519,6 +568,25 @@ def _anyres(name: str, size: tuple[int, int]) -> tuple[int, int]:
     return 1 + (ph // SIDE) * (pw // SIDE), 36 + rows * (columns + 1)
 
 
+def _crossed(rows: list[tuple], length: int) -> dict[str, torch.Tensor]:
+    """Mllama's inputs of a batch: a row of text sees the tiles of the last image before it, padding sees none."""
+    most = max(len(pixels) for _, pixels, _ in rows)
+    values, shapes = torch.zeros(len(rows), most, 4, 3, SIDE, SIDE), torch.zeros(len(rows), most).long()
+    mask = torch.zeros(len(rows), length, most, 4)
+    for i, (ids, pixels, images) in enumerate(rows):
+        starts = [length - len(ids) + place for _, place in images]
+        for k, (tile, (tiles, _)) in enumerate(zip(pixels, images, strict=True)):
+            values[i, k], shapes[i, k] = tile[0], tiles
+            mask[i, starts[k] : [*starts, length][k + 1], k, :tiles] = 1
+    real = (torch.arange(4) < shapes[..., None]).long()
+    return {
+        "pixel_values": values,
+        "aspect_ratio_ids": shapes,
+        "aspect_ratio_mask": real,
+        "cross_attention_mask": mask.long(),
+    }
+
+
 EXTRA = {
     "packed": "image_grid_thw",
     "naflex": "spatial_shapes",
@@ -538,6 +606,8 @@ def prompt(name: str, images: list[int], seed: int = 0, rows: list[int] | None =
     made, number = [], 0
     for i, n in enumerate(images):
         ids, pixels, extra = [1, *words(3 + i)], [], []
+        if tiny.kind == "crossed":  # rows before an image would see all tiles, those of padding too: that is Mllama's own
+            ids = [1] * (not n)
         for _ in range(n):
             if tiny.kind == "packed":
                 h, w = [(6, 6), (4, 8), (8, 6)][number % 3]
@@ -592,6 +662,13 @@ def prompt(name: str, images: list[int], seed: int = 0, rows: list[int] | None =
                 pixels.append(torch.randn(2, 36, 3 * PATCH * PATCH, generator=g))
                 extra.append([2, 2, 3, 3])
                 ids += [93] + [IMAGE] * 4 + [94, 93] + [IMAGE] * 9 + [94]
+            elif tiny.kind == "crossed":  # one tile or two of four, and one token for all of them
+                tiles = 1 + number % 2
+                tile = torch.zeros(1, 4, 3, SIDE, SIDE)
+                tile[:, :tiles] = torch.randn(1, tiles, 3, SIDE, SIDE, generator=g)
+                pixels.append(tile)
+                extra.append((tiles, len(ids)))
+                ids += [IMAGE]
             elif tiny.kind == "tiles":
                 tiles = 1 + 2 * (number % 2)
                 pixels.append(torch.randn(tiles, 3, SIDE, SIDE, generator=g))
@@ -618,6 +695,8 @@ def prompt(name: str, images: list[int], seed: int = 0, rows: list[int] | None =
         inputs["moe_mm_token_type_ids"] = ((ids == IMAGE) | (ids == 93) | (ids == 94)).int()
     if not pixels:
         return inputs
+    if tiny.kind == "crossed":
+        return inputs | _crossed(chosen, length)
     if tiny.kind == "padded":
         most = max(len(ps) for _, ps, _ in chosen)
         blank = torch.zeros(1, 3, SIDE, SIDE)

@@ -94,7 +94,8 @@ def ready(model, dtype):
             p.data.add_(0.1 * torch.randn_like(p))
     model.generation_config.pad_token_id = PAD
     model.generation_config.eos_token_id = None
-    return model.to(dtype).eval()
+    model._apply(lambda x: x.to(dtype) if x.is_floating_point() else x)  # rotary tables may be complex numbers
+    return model.eval()
 
 
 BUILD = {"llava": tiny_llava, "qwen2_5_vl": tiny_qwen}

@@ -39,6 +39,11 @@ HYBRID = {  # for decoders of which only layers 1 and 3 have attention weights
     "decore": "decore:head_list=1.0|1.3|3.1",
     "gift": "gift:alpha=3,source_layer=1,layers=3",
 }
+CROSSED = {  # Mllama's other layers read the image and have no attention to text
+    "act": "act:threshold=0.06,beta=0.1,layers=0|2",
+    "decore": "decore:head_list=0.0|0.3|2.1",
+    "head_pursuit": "head_pursuit:head_list=0.0|2.2|2.3,factor=-1",
+}
 CROPS = {
     "hiprune": "hiprune:keep=0.3",
     "downsample_image": "downsample_image:keep=0.33",
@@ -69,7 +74,8 @@ def spec_of(method: str, family: str) -> str:
     arch = arch_of(model_of(family))
     if arch.family.cells == "anyres":
         case = CROPS.get(method, case)
-    return HYBRID.get(method, case) if len(arch.attention) < 4 else case
+    special = CROSSED if arch.family.crosses else HYBRID if len(arch.attention) < 4 else {}
+    return special.get(method, case)
 
 
 def answer(family: str, batch: bool, scores: bool = True):

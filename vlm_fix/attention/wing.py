@@ -74,6 +74,7 @@ class AttentionWing(Wing):
 
     def check(self) -> None:
         self.host.need_all_heads([edit.name for edit in self.edits])
+        self.host.need_image_columns([edit.name for edit in self.edits if edit.needs_image])
         check_scopes(self.edits)
         kinds = {m.name for m in self.host.active if getattr(m, "contrasts", False)}
         alone = [edit.name for edit in self.edits if edit.branch == "negative"]

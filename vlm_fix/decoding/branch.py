@@ -17,7 +17,7 @@ from vlm_fix.attention.edits import AttentionEdit, LayerInputReader, PromptStart
 from vlm_fix.call import Call
 from vlm_fix.errors import VlmFixError
 from vlm_fix.families import prompt_positions
-from vlm_fix.families.compat import keeps_columns, with_cache
+from vlm_fix.families.compat import carried, with_cache
 from vlm_fix.hidden.edit import HiddenEdit
 from vlm_fix.inputs import InputWing
 from vlm_fix.packing import by_token
@@ -85,7 +85,8 @@ class Branch:
         steps = torch.arange(keep, generated.shape[1], device=generated.device)
         positions = self.next_position[:, None] + steps  # type: ignore[index]
         self.host.sessions[self.cache].answer = generated
-        out = self._forward({"input_ids": new, "attention_mask": torch.cat([self.mask, ones], dim=1)}, positions)
+        inputs = {"input_ids": new, "attention_mask": torch.cat([self.mask, ones], dim=1)}
+        out = self._forward(inputs | carried(self.inputs, new), positions)
         self.tokens = generated
         return out
 
@@ -134,6 +135,7 @@ class Branch:
         main = self.host.main
         if (
             main is None
+            or self.host.family.crosses
             or not main.part(MainPrompt).embeds
             or not self._same_images()
             or not {"pixel_values", "inputs_embeds"} & self.inputs.keys()
@@ -156,7 +158,7 @@ class Branch:
         if first is None or self.inputs is not self.main.inputs or self.change is not None:
             return 0
         layers: Any = cache.layers if type(cache) is DynamicCache and not cache.offloading else None
-        if not layers or not keeps_columns(cache):
+        if not layers or not host.keeps_columns(cache):
             return 0
         if host.wing(InputWing) or not all(m is self.contrast or self._keeps_layers(m, first) for m in host.active):
             return 0
@@ -187,7 +189,7 @@ class Branch:
         cache = main.cache() if main and main.cache else None
         if cache is None or not all(map(self._keeps_prompt, host.active)):
             return 0
-        if not keeps_columns(cache):
+        if not host.keeps_columns(cache):
             return 0
         theirs, ids, mask = self.main.inputs, self.inputs["input_ids"], self.inputs["attention_mask"]
         n = min(ids.shape[1] - 1, theirs["input_ids"].shape[1])
@@ -230,9 +232,9 @@ class Branch:
             self.cache.reorder_cache(parent)  # type: ignore[arg-type]
             n = int(best.min()) // 2
         if old.shape[1] > n:
-            if not keeps_columns(self.cache):
+            if not self.host.keeps_columns(self.cache):
                 raise VlmFixError(
-                    f"{self.name} cannot roll back the cache of sliding windows or linear attention; use greedy, sampling "
+                    f"{self.name} cannot roll back the cache of sliding windows, linear or cross-attention; use greedy, sampling "
                     "or beam search."
                 )
             self.cache.crop(n - old.shape[1])

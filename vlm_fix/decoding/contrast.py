@@ -134,7 +134,7 @@ class ContrastWing(Wing):
 
     def _embeddings(self, module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         session = self.host.editing
-        if session is None or session.start >= session.prompt_len:
+        if session is None or session.start >= session.prompt_len or self.host.family.crosses:
             return None
         x = kwargs["inputs_embeds"]
         if session.branch == "main":

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vlm_fix.errors import VlmFixError
+from vlm_fix.families import language_head
 from vlm_fix.wing import Host
 
 
@@ -27,7 +28,7 @@ class Head:
 
     def __call__(self, x: Tensor, norm: bool) -> Tensor:
         """[B, C] rows of an earlier layer -> logits [B, V], with or without the final norm."""
-        return self.finish(self.host.model.lm_head(self.norm(x) if norm else x))
+        return self.finish(language_head(self.host.model, self.host.family)(self.norm(x) if norm else x))
 
     def hooks(self) -> list[Any]:
         """Handles of the hooks that measure; none once it is known."""
@@ -35,7 +36,8 @@ class Head:
             return []
         model, parts = self.host.model, self.host.language.children()
         own = [m.register_forward_hook(self._output) for m in parts if not isinstance(m, nn.ModuleList)]
-        return [*own, model.lm_head.register_forward_hook(self._through), model.register_forward_hook(self._measure)]
+        head = language_head(model, self.host.family)
+        return [*own, head.register_forward_hook(self._through), model.register_forward_hook(self._measure)]
 
     def _output(self, module: Any, args: Any, output: Any) -> None:
         if self.norm is None and isinstance(output, Tensor) and output.dim() == 3:

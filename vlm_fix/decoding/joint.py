@@ -15,7 +15,7 @@ from transformers import Cache, DynamicCache
 
 from vlm_fix.attention.edits import AttentionEdit
 from vlm_fix.families import prompt_positions
-from vlm_fix.families.compat import CACHE_NAMES, cache_of, is_latent, keeps_columns, set_cache, with_cache
+from vlm_fix.families.compat import CACHE_NAMES, cache_of, is_latent, set_cache, with_cache
 from vlm_fix.hidden.edit import HiddenEdit
 from vlm_fix.session import PAD, TEXT, Session, View
 from vlm_fix.wing import Host, JointForward
@@ -35,7 +35,7 @@ def joinable(host: Host, session: Session, branches: list[Any], args: Any, kwarg
         and ids is not None
         and type(cache) is DynamicCache
         and not cache.offloading
-        and keeps_columns(cache)
+        and host.keeps_columns(cache)
         and not is_latent(host.model)
         and not any(v is not None and v is not False for k, v in kwargs.items() if k not in KNOWN)
         and "position_ids" not in session.call.inputs

@@ -13,7 +13,7 @@ from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecod
 from vlm_fix.call import Call
 from vlm_fix.errors import VlmFixError
 from vlm_fix.families import prompt_positions
-from vlm_fix.families.compat import cache_of, detach, keeps_columns, with_cache
+from vlm_fix.families.compat import cache_of, detach, with_cache
 from vlm_fix.memory import Memory
 from vlm_fix.method import Method
 from vlm_fix.pruning.cache import ShortLayer
@@ -151,7 +151,7 @@ class Sequences:
 
     def need_rollback(self, name: str) -> None:
         """VlmFixError if the cache cannot forget tokens."""
-        if not keeps_columns(self.cache):
+        if not self.host.keeps_columns(self.cache):
             raise VlmFixError(
-                f"{name} rolls its cache back, which sliding-window and linear attention layers cannot do."
+                f"{name} rolls its cache back, which sliding-window, linear attention and cross-attention layers cannot do."
             )

@@ -18,6 +18,7 @@ import transformers
 from packaging.version import InvalidVersion, Version
 from transformers import DynamicCache, QuantizedCache, StaticCache
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMixin
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from vlm_fix.errors import VlmFixError
 
@@ -51,6 +52,15 @@ def set_cache(output: Any, cache: Any) -> None:
     setattr(output, CACHE, cache)
 
 
+def carried(inputs: Mapping[str, torch.Tensor], new: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What a step of the rows `new` [B', t] takes along of its prompt's inputs: Mllama's mask of the image's tiles."""
+    mask = inputs.get("cross_attention_mask")
+    if mask is None:
+        return {}
+    last = mask[:, -1:].repeat_interleave(len(new) // len(mask), dim=0)
+    return {"cross_attention_mask": last.expand(-1, new.shape[1], -1, -1)}
+
+
 def all_rows(language: Any) -> list[Any]:
     """A hook that has every layer of the language model compute every row, as methods count them.
 
@@ -77,6 +87,15 @@ def generate_of(model: Any) -> Any:
         return GenerationMixin.generate(model, inputs, **{**kwargs, "guidance_scale": None})
 
     return generate
+
+
+def cannot_run(model: Any) -> str:
+    """Why this transformers cannot run the model at all, wrapped or not; empty if it can."""
+    names = inspect.unwrap(type(model).forward).__code__.co_names
+    lacks = "image_outputs" in names and not hasattr(MoeCausalLMOutputWithPast, "image_outputs")
+    if model.config.model_type == "llama4" and lacks:  # 5.24.0, the first that reads it
+        return "its forward reads image_outputs, which its language model's output does not have; 5.23 and older run it"
+    return ""
 
 
 def is_latent(model: Any) -> bool:

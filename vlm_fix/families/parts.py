@@ -11,10 +11,15 @@ from vlm_fix.errors import VlmFixError
 
 
 def get_part(model: Any, path: str) -> Any:
-    """`model.language_model` -> the module."""
-    for name in path.split("."):
+    """`model.language_model` -> the module; an empty path is the model itself."""
+    for name in path.split(".") if path else ():
         model = getattr(model, name)
     return model
+
+
+def language_head(model: Any, family: Family) -> Any:
+    """The projection of hidden states on the vocabulary."""
+    return get_part(model, family.head)
 
 
 def vision_blocks(model: Any, family: Family) -> list[Any]:

@@ -9,6 +9,7 @@ from torch import nn
 from vlm_fix.arch import Arch, Family
 from vlm_fix.errors import VlmFixError
 
+from .compat import cannot_run
 from .conventions import by_convention, missing
 from .parts import attention_modules, get_part, vision_blocks
 
@@ -65,14 +66,19 @@ FAMILIES = (
     Family("kimi_k25", ("kimi_k25",), image_tokens=VIDEO, cells="grid_thw"),
     Family("molmo2", ("molmo2",), image_tokens=VIDEO, causal=False, cells="grids"),
     Family("ernie4_5_vl_moe", ("ernie4_5_vl_moe",), image_tokens=VIDEO, mrope=True, cells="grid_thw"),
+    Family(  # a whole causal model inside the model
+        "llama4",
+        ("llama4",),
+        base="",
+        language="language_model.model",
+        head="language_model.lm_head",
+        vision="vision_model",
+    ),
+    Family("mllama", ("mllama",), vision="model.vision_model", cells="none", crosses=True),
 )
 REFUSED = {
-    "mllama": "it reads images through cross-attention layers, so no column of its self-attention shows the image; methods "
-    "would have to be written for cross-attention, where every column is the image",
     "blip-2": "its language model is called on its own, from inside generate, with embeddings in place of tokens",
     "instructblip": "its language model is called on its own, from inside generate, with embeddings in place of tokens",
-    "llama4": "its language model is a whole causal model inside the model, with the head and the layers elsewhere than in "
-    "other families, and chunked attention; it needs those paths in the table and a test",
     "florence2": "it is an encoder-decoder",
     "kosmos-2": "it does not use transformers' attention interface",
 }
@@ -86,10 +92,12 @@ def family_of(model: nn.Module) -> Family:
     kind = f"{model_type}+{tower}" if any(f"{model_type}+{tower}" in f.model_types for f in FAMILIES) else model_type
     for family in FAMILIES:
         if kind in family.model_types:
-            if not hasattr(model, "generate") or not hasattr(model, "lm_head"):
+            if not hasattr(model, "generate") or not hasattr(model, family.head.split(".")[0]):
                 raise VlmFixError(
                     f"{type(model).__name__} has no language-model head; load it with AutoModelForImageTextToText."
                 )
+            if why := cannot_run(model):
+                raise VlmFixError(f"this transformers cannot run {type(model).__name__}, wrapped or not: {why}.")
             return family
     if model_type in REFUSED:
         raise VlmFixError(

@@ -33,6 +33,9 @@ class HiddenEdit(Method):
     keeps_history: ClassVar[bool] = False
     """True if it remembers something of each generated token, which beam search would have to move between its rows."""
 
+    reads_image_columns: ClassVar[bool] = False
+    """True if it takes something from the image's columns of the language model."""
+
     layers: Layers = param(None, "language-model layers to edit")
 
     @property

@@ -39,7 +39,7 @@ STAGES = {
     "final_output": FinalOutputEdit,
 }
 
-MIXERS = ("self_attn", "linear_attn", "conv")  # the last two: layers of hybrid decoders
+MIXERS = ("self_attn", "linear_attn", "conv", "cross_attn")  # all but the first: layers of hybrid decoders
 MLPS = ("mlp", "feed_forward")
 
 
@@ -49,7 +49,10 @@ def mlp_of(layer: Any) -> Any:
 
 
 def writers(layer: Any) -> dict[str, Any]:
-    """The modules whose outputs a decoder layer adds to the residual stream (its last norm, where it has one), and itself."""
+    """The modules whose outputs a decoder layer adds to the residual stream (its last norm, where it has one), and itself.
+
+    Mllama's cross-attention layers multiply what both modules make by a gate before they add it.
+    """
     if hasattr(layer, "post_feedforward_layernorm"):  # Gemma 3, EXAONE 4
         attention, mlp = layer.post_attention_layernorm, layer.post_feedforward_layernorm
     elif hasattr(layer, "post_self_attn_layernorm"):  # GLM-4V
@@ -83,6 +86,7 @@ class HiddenWing(Wing):
         return wing if wing.edits else None
 
     def check(self) -> None:
+        self.host.need_image_columns([edit.name for edit in self.edits if edit.reads_image_columns])
         check_scopes(self.edits)
 
     def one_graph(self, rows: int) -> bool:

@@ -270,6 +270,7 @@ def observe(
     given.setdefault("attention_mask", torch.ones_like(ids))
     answer = torch.as_tensor([] if answer_ids is None else answer_ids, dtype=torch.long, device=ids.device).flatten()
     with _engine(model) as engine, engine.lock, contextlib.ExitStack() as stack:
+        engine.need_image_columns(["observe"])
         pruning = engine.wing(PruningWing)
         pruners = pruning.pruners if pruning else Pruners(engine, None, None, None)
         if pruners.cacher:

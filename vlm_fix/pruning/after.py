@@ -45,6 +45,8 @@ def check_model(host: Host, method: Method, prompt: bool = True) -> None:
         reason = reason or AHEAD
     if prompt and "moe_mm_token_type_ids" in inspect.signature(host.language.forward).parameters:
         reason = "experts, which are chosen by what a token shows"
+    if hasattr(config, "attn_temperature_tuning"):  # Llama 4
+        reason = reason or "queries, which are scaled by how many keys the cache holds"
     if is_latent(host.model):
         reason = "latent attention, whose cache holds no keys"
     if reason:

@@ -46,6 +46,7 @@ class PruningWing(Wing):
         if len(names) > 1:
             raise VlmFixError(f"{' and '.join(names)} both prune tokens; use one of them at a time.")
         self.host.need_all_heads(names_of(self.host.active, LayerPruner, CachePruner))
+        self.host.need_image_columns(names_of(self.host.active, *self.runs))
         cachers = names_of(self.host.active, CachePruner)
         others = [m.name for m in self.host.active if isinstance(m, LayerPruner) or getattr(m, "tracks_columns", False)]
         if cachers and len(cachers + others) > 1:

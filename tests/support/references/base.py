@@ -187,6 +187,8 @@ class NoFloat32(TorchFunctionMode):
 
 
 def decoder(model):
+    if not hasattr(model, "model"):  # Llama 4
+        return model.language_model.model
     return getattr(model.model, "language_model", None) or model.model.text_model
 
 
@@ -230,7 +232,7 @@ def teacher_forced(twin, run, inputs, generated):
     if run is not None:
         hooks += run.attach(twin)
         full |= run.extra(full)
-    twin.model.rope_deltas = None
+    getattr(twin, "model", twin).rope_deltas = None
     RUN = run
     try:
         logits = twin(**full, use_cache=False).logits[0]
