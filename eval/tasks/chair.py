@@ -40,8 +40,8 @@ class Chair:
         return {"captions": len(self.samples)}
 
     def score(self, answers: Mapping[str, str | None]) -> dict[str, chair.ChairResult]:
-        """Score captions by sample id, under the name "captions"; None counts as an empty caption."""
-        texts = [(s.image_id, answers[s.id] or "") for s in self.samples if s.id in answers]
+        """Score captions by sample id, under the name "captions"; one that failed (None) is left out."""
+        texts = [(s.image_id, text) for s in self.samples if (text := answers.get(s.id)) is not None]
         cut = chair_data.whole_sentences if self.drop_incomplete else str
         captions = [chair.Caption(image_id, cut(text)) for image_id, text in texts]
         return {"captions": chair.score(captions, self.truth, self.variant)} if captions else {}

@@ -158,14 +158,18 @@ def _task(
     """`images` maps the questions' file names to (id, image or path)."""
     splits: dict[str, list[str]] = {}
     first: dict[str, pope.Question] = {}
+    labels: dict[str, dict[str, str]] = {}
     for split, each in questions.items():
         for question in each:
             splits.setdefault(_id(question), []).append(split)
             first.setdefault(_id(question), question)
+            labels.setdefault(_id(question), {})[split] = question.label
     samples = []
     for key, q in first.items():
         number, image = images[q.image]
         reference = {"label": q.label, "splits": splits[key]}
+        if other := {split: label for split, label in labels[key].items() if label != q.label}:
+            reference["labels"] = other  # RePOPE's, where it corrects POPE's
         samples.append(Sample(key, number, q.image, image, question_prompt(settings, q.text), reference))
     data = {
         "source": source,
