@@ -17,6 +17,7 @@ from rich.console import Console, Group
 from rich.markup import escape
 from rich.table import Table
 
+from vlm_fix.eval.files import write_atomic
 from vlm_fix.eval.run.summary import by_split
 from vlm_fix.eval.scorers.benchmark import Captions
 from vlm_fix.eval.scorers.registry import LAYOUTS, PLAIN, once
@@ -308,5 +309,5 @@ def line(cells: Sequence[str]) -> str:
 
 def write(results: Mapping[str, Any], folder: Path) -> None:
     """Write table.md and figure.png next to results.json."""
-    (folder / "table.md").write_text(markdown(results))
+    write_atomic(folder / "table.md", markdown(results))
     figure.draw(results, folder / "figure.png")

@@ -40,7 +40,7 @@ from vlm_fix import registry
 from vlm_fix.calibrated import choose, read_all
 from vlm_fix.errors import VlmFixError
 from vlm_fix.eval import options
-from vlm_fix.eval.files import write_atomic
+from vlm_fix.eval.files import counted, write_atomic
 from vlm_fix.eval.scorers import pope_prob
 from vlm_fix.eval.scorers.registry import scorer_and_commit
 from vlm_fix.eval.settings import Settings
@@ -263,7 +263,9 @@ def _progress(console: Console, run: str, total: int) -> Iterator[Any]:
         job = bar.add_task(run if len(run) <= 28 else run[:27] + "…", total=total)
         yield lambda n: bar.advance(job, n)
     if not console.is_terminal:
-        console.print(f"{run}: {total} samples, {time.perf_counter() - start:.0f} s", highlight=False, soft_wrap=True)
+        console.print(
+            f"{run}: {counted(total, 'sample')}, {time.perf_counter() - start:.0f} s", highlight=False, soft_wrap=True
+        )
 
 
 def speed(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from vlm_fix.errors import VlmFixError
 from vlm_fix.eval import picto
+from vlm_fix.eval.files import counted
 from vlm_fix.eval.scorers.chair import data as chair_data
 from vlm_fix.eval.scorers.chair import score as chair
 from vlm_fix.eval.scorers.chair.words import caption_to_words, nltk_ready
@@ -73,7 +74,9 @@ def of_folder(folder: Folder, settings: Settings) -> Chair:
                 "with --ids."
             )
     images = {folder.images[number].name: (number, folder.images[number]) for number in ids}
-    return _task(images, truth, variant, settings, f"{folder.path.name}, {len(ids)} images, seed {settings.seed}")
+    return _task(
+        images, truth, variant, settings, f"{folder.path.name}, {counted(len(ids), 'image')}, seed {settings.seed}"
+    )
 
 
 def _task(
