@@ -61,11 +61,32 @@ def read_table(path: str | Path, what: str, example: str = "{...}") -> Table:
     return table
 
 
+def counted(n: int, noun: str) -> str:
+    """Return a number with its noun.
+
+    >>> counted(1, "scene"), counted(20, "scene")
+    ('1 scene', '20 scenes')
+    """
+    return f"{n} {noun}{'s' * (n != 1)}"
+
+
 def write_atomic(path: Path, text: str) -> None:
-    """Write a file so that readers see either the old text or the new, even if the process is killed meanwhile."""
+    """Write a file so that readers see either the old text or the new, even if the process is killed or the disk is full.
+
+    Its folder is made where it is missing.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".part")
-    temporary.write_text(text)
-    temporary.replace(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as handle:
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
+        temporary.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
     with contextlib.suppress(OSError):  # some file systems cannot sync a folder
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)
@@ -173,7 +194,7 @@ def _separated(text: str, path: str | Path, what: str, example: str) -> Table:
         reader = csv.reader(io.StringIO(text, newline="\n"), delimiter=separator)
         lines = [line for line in reader if line]
     except csv.Error as error:
-        raise _error(path, what, f"is not a table of {_named(separator)} ({error})", example) from None
+        raise _error(path, what, f"cannot be read as {_named(separator)} ({error})", example) from None
     finally:
         csv.field_size_limit(limit)
     names = [name.strip() for name in lines[0]]

@@ -33,7 +33,7 @@ class Ordered(LogitsProcessorList):
     def __init__(self, ours: Sequence[Any], theirs: Sequence[Any], check: Callable[[torch.Tensor], None]):
         super().__init__([*ours, *theirs])
         self.check, self.ours, self.theirs = check, LogitsProcessorList(ours), LogitsProcessorList(theirs)
-        self.may_forbid = not all(isinstance(p, ALWAYS_LEAVE_ONE) for p in theirs)
+        self.may_forbid = not all(isinstance(p, ALWAYS_LEAVE_ONE) or getattr(p, "reads_only", False) for p in theirs)
 
     def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
         new = self.ours(input_ids, scores)
@@ -53,6 +53,7 @@ def kept_apart(function: Any, outside: Callable[[], AbstractContextManager[None]
         with outside():
             return function(*args, **kwargs)
 
+    run.reads_only = getattr(function, "reads_only", False)  # type: ignore[attr-defined]
     return run
 
 

@@ -23,4 +23,5 @@ def draw(
     ax.set_title("Captions cut to 5, 10, ... 100 % (dot) of their words", size=9)
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(frameon=False, fontsize=8)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=160)

@@ -41,7 +41,9 @@ def samples(folder: Path, results: Mapping[str, Any], limit: int) -> str:
         for (kind, key), rows in asked.items():
             if kind == benchmark and len(rows) > 1:
                 shown = {run: _judged(row, results) for run, row in rows.items()}
-                spread = [wrong for _, wrong in shown.values()]
+                spread = [
+                    wrong for run, (_, wrong) in shown.items() if rows[run]["answer"] is not None or not captions
+                ] or [0]
                 judged.append((max(spread) - min(spread), key, rows, shown))
         judged = sorted((j for j in judged if j[0] > 0), key=lambda j: (-j[0], j[1]))
         # the captions that differ most; questions differ or not, so take every k-th of them, to cover all parts

@@ -17,7 +17,9 @@ from rich.console import Console, Group
 from rich.markup import escape
 from rich.table import Table
 
+from vlm_fix.eval.files import write_atomic
 from vlm_fix.eval.run.summary import by_split
+from vlm_fix.eval.scorers.benchmark import Captions
 from vlm_fix.eval.scorers.registry import LAYOUTS, PLAIN, once
 from vlm_fix.eval.stats import SIGNIFICANT
 
@@ -36,6 +38,8 @@ CHANGES = {
     "recall": "recall at equal length",
 }
 WIDTH = 100
+BY_WORDS = "Yes where p(yes) > p(no): no answer has to be parsed"
+BY_PROBABILITY = {"accuracy": "accuracy", "auroc": "AUROC", "ece": "ECE", "mass": "p(yes) + p(no)"}
 
 
 def notes(results: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -67,6 +71,10 @@ def notes(results: Mapping[str, Any]) -> list[tuple[str, str]]:
                         f"{first.get('misread_example', 'see samples.jsonl')}; --scorer ours reads them",
                     )
                 )
+    read = results.get("probabilities", {}).get("runs", {})
+    for run in results["runs"] if read else ():
+        if run not in read:
+            notes.append((run, "p_yes and p_no were not read: it chooses its tokens in a loop of its own"))
     for run, count in list(results["changed"].items())[1:]:
         if not count["changed"]:
             notes.append((run, f"every one of its {count['answers']} answers is the baseline's"))
@@ -113,11 +121,14 @@ def _captions(results: Mapping[str, Any]) -> dict[str, str]:
     settings, out = results["settings"], {}
     for benchmark, data in settings["data"].items():
         apart = once(benchmark, next(iter(results["runs"].values()))[benchmark])
-        failed = sum(scores["failed"] for split, _, scores in by_split(results, benchmark) if split in apart)
+        failed: dict[str, int] = {}
+        for split, run, scores in by_split(results, benchmark):
+            if split in apart and scores["failed"]:
+                failed[run] = failed.get(run, 0) + scores["failed"]
+        captions = isinstance(LAYOUTS[benchmark].answers, Captions)
+        what = "captions failed and are left out" if captions else "answers failed and count as wrong"
         lost = (
-            f"; {failed} answer{'s' * (failed > 1)} failed and count as wrong or empty (see samples.jsonl)"
-            if failed
-            else ""
+            f"; {what}: {', '.join(f'{n} of {run}' for run, n in failed.items())} (see samples.jsonl)" if failed else ""
         )
         seeds = settings.get("seeds") or []
         many = f"; sums over the seeds {', '.join(map(str, seeds))}, ± their sd" if len(seeds) > 1 else ""
@@ -189,10 +200,31 @@ def grids(results: Mapping[str, Any]) -> list[Grid]:
         sizes.append(("", run, tuple(Cell("-" if sds.get(b) is None else f"{sds[b]:.3g}") for b in benchmarks)))
     if sizes:
         made.append(Grid(TERM, tuple(b.upper() for b in benchmarks), tuple(sizes)))
+    made += _by_probability(results)
     speeds = tuple(("", run, tuple(_speed_cells(results, each))) for run, each in results["speed"].items())
     units = ("tok/s", "first token s", "peak MB")
     heads = tuple(f"{b.upper()}\n{unit}" for b in results["settings"]["data"] for unit in units)
     return [*made, Grid(captions["speed"], heads, speeds)]
+
+
+def _by_probability(results: Mapping[str, Any]) -> list[Grid]:
+    """Return the table of the probabilities of yes and no, where they were read."""
+    told = results.get("probabilities", {})
+    rows = [
+        (f"{benchmark.upper()} {split}".removesuffix(" questions"), run, figures)
+        for benchmark in results["settings"]["data"]
+        for split in dict.fromkeys(s for run in told.get("runs", {}).values() for s in run.get(benchmark, ()))
+        for run, each in told["runs"].items()
+        if (figures := each.get(benchmark, {}).get(split))
+    ]
+    if not rows:
+        return []
+    words = " and ".join(" ".join(map(repr, told[name])) for name in ("yes_tokens", "no_tokens"))
+    cells = [
+        (split, run, (Cell(str(f["n"])), *(Cell(f"{100 * f[name]:.1f}") for name in BY_PROBABILITY)))
+        for split, run, f in rows
+    ]
+    return [Grid(f"{BY_WORDS}; of the {told['of']}; tokens {words}", ("n", *BY_PROBABILITY.values()), tuple(cells))]
 
 
 def tables(results: Mapping[str, Any]) -> Group:
@@ -277,5 +309,5 @@ def line(cells: Sequence[str]) -> str:
 
 def write(results: Mapping[str, Any], folder: Path) -> None:
     """Write table.md and figure.png next to results.json."""
-    (folder / "table.md").write_text(markdown(results))
+    write_atomic(folder / "table.md", markdown(results))
     figure.draw(results, folder / "figure.png")

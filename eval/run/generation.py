@@ -19,13 +19,14 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 import vlm_fix
 from vlm_fix.errors import VlmFixError
 from vlm_fix.eval.tasks import Sample, load_image
 from vlm_fix.wing import installed
 
+from .first import FirstToken, tokens_of
 from .served import ServedModel
 
 
@@ -54,6 +55,7 @@ class Batch:
     first_token: float | None
     ids: list[list[int]] = dataclasses.field(repr=False, default_factory=list)  # of the new tokens
     term: tuple[float, int] | None = None  # sum of squares and degrees of freedom of a contrast's `Term`
+    yes_no: list[tuple[float, float]] | None = None  # p_yes, p_no as the first token, see `first.py`
 
 
 def encode(model: Any, processor: Any, images: Sequence[Any], prompts: Sequence[str]) -> Any:
@@ -77,15 +79,29 @@ def encode(model: Any, processor: Any, images: Sequence[Any], prompts: Sequence[
     ).to(model.device, model.dtype)
 
 
-def generate(model: Any, processor: Any, images: Sequence[Any], prompts: Sequence[str], seed: int, **how: Any) -> Batch:
-    """Answer each (image, prompt) pair through `generate`, or through vLLM where the model is inside it."""
+def generate(
+    model: Any,
+    processor: Any,
+    images: Sequence[Any],
+    prompts: Sequence[str],
+    seed: int,
+    yes_no: bool = False,
+    **how: Any,
+) -> Batch:
+    """Answer each (image, prompt) pair through `generate`, or through vLLM where the model is inside it.
+
+    `yes_no` also reads the probabilities of yes and no, where `generate` chooses the tokens.
+    """
     if isinstance(model, ServedModel):
         ids, ended, seconds, first = model.answers(processor, images, prompts, seed, **how)
         words = processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
         return Batch([text.strip() for text in words], [len(row) for row in ids], ended, seconds, first, ids)
     inputs, tokenizer = encode(model, processor, images, prompts), processor.tokenizer
     torch.manual_seed(seed)
-    clock = _FirstToken()
+    clock, first = _FirstToken(), None
+    if yes_no and not chooses_tokens(model):
+        first = FirstToken(tokens_of(tokenizer), len(prompts), how.get("num_beams") or 1)
+        how["logits_processor"] = LogitsProcessorList([first])
     start = time.perf_counter()
     output = model.generate(**inputs, stopping_criteria=StoppingCriteriaList([clock]), **how)
     if output.is_cuda:
@@ -106,7 +122,14 @@ def generate(model: Any, processor: Any, images: Sequence[Any], prompts: Sequenc
         first_token=clock.at - start if clock.at else None,
         ids=[row[:n] for row, n in zip(new.tolist(), tokens.tolist(), strict=True)],
         term=(term.squares, term.dof) if term else None,
+        yes_no=first.probabilities() if first else None,
     )
+
+
+def chooses_tokens(model: Any) -> bool:
+    """Whether the tokens are chosen elsewhere than in `generate`: by a method's own loop, or in vLLM."""
+    engine = None if isinstance(model, ServedModel) else installed(model)
+    return isinstance(model, ServedModel) or bool(engine and any(w.own_loop for w in engine.wings))
 
 
 def batches(samples: Sequence[Sample], size: int) -> list[list[Sample]]:
@@ -154,15 +177,16 @@ def answer(model: Any, processor: Any, samples: Sequence[Sample], seed: int, **h
     seconds, first_token = 0.0, None
     notes: dict[str, None] = {}
     terms = []
+    asked = all(sample.yes_no for sample in samples)
     while pending:
         part = pending.pop(0)
         try:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", UserWarning)
                 _reset_warnings(model)
-                batch = generate(
-                    model, processor, [images[s.id] for s in part], [s.prompt for s in part], _seed(seed, part), **how
-                )
+                shown, prompts = [images[s.id] for s in part], [s.prompt for s in part]
+                told = {"yes_no": True} if asked else {}
+                batch = generate(model, processor, shown, prompts, _seed(seed, part), **told, **how)
             notes |= dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, UserWarning))
         except Exception as error:  # one bad sample, or a batch too large for memory, must not end the run
             if torch.cuda.is_available():
@@ -175,8 +199,11 @@ def answer(model: Any, processor: Any, samples: Sequence[Sample], seed: int, **h
         seconds += batch.seconds
         first_token = first_token or batch.first_token
         terms += [batch.term] if batch.term else []
-        for sample, text, tokens, finished in zip(part, batch.texts, batch.tokens, batch.finished, strict=True):
-            rows[sample.id] = {"answer": text, "tokens": tokens, "finished": finished, "error": None}
+        for i, sample in enumerate(part):
+            row = {"answer": batch.texts[i], "tokens": batch.tokens[i], "finished": batch.finished[i], "error": None}
+            if asked:
+                row["p_yes"], row["p_no"] = batch.yes_no[i] if batch.yes_no else (None, None)
+            rows[sample.id] = row
     term = [math.fsum(t[0] for t in terms), sum(t[1] for t in terms)] if terms else None
     batch_wide: dict[str, Any] = {"batch_seconds": seconds, "batch_first_token": first_token}
     batch_wide |= {"batch_warnings": list(notes), "batch_term": term}

@@ -26,7 +26,7 @@ import platform
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -40,12 +40,14 @@ from vlm_fix import registry
 from vlm_fix.calibrated import choose, read_all
 from vlm_fix.errors import VlmFixError
 from vlm_fix.eval import options
-from vlm_fix.eval.files import write_atomic
+from vlm_fix.eval.files import counted, write_atomic
+from vlm_fix.eval.scorers import pope_prob
 from vlm_fix.eval.scorers.registry import scorer_and_commit
 from vlm_fix.eval.settings import Settings
 from vlm_fix.eval.tasks import Task, build
 
 from . import size, summary
+from .first import tokens_of
 from .generation import answer, batches, peak_mb, reset_peak, warm_up
 from .loading import hardware, load_model, load_served, outline
 from .plan import Run, check_stacks, runs
@@ -53,6 +55,7 @@ from .store import Store, Team, load_results
 
 BASELINE = ["baseline"]
 VERSIONS = ("torch", "transformers", "accelerate", "numpy", "pillow", "nltk")
+PROBABILITIES = ("accuracy", "auroc", "ece", "mass")
 GIVE_UP_AFTER = 3  # batches in a row without any answer: then the method or the model is broken, not the data
 
 
@@ -193,7 +196,8 @@ def evaluate(
             for i in range(-(-len(t.samples) // per_batch))
         ]
         store.merge(order)
-        _write(config, plan, specs, tasks, store, model.device)
+        words = {} if settings.engine == "vllm" else tokens_of(processor.tokenizer)
+        _write(config, plan, specs, tasks, store, model.device, words)
     team.wait()
     return load_results(folder)
 
@@ -213,8 +217,9 @@ def _write(
     tasks: Sequence[Task],
     store: Store,
     device: torch.device,
+    words: Mapping[str, Mapping[str, int]],
 ) -> None:
-    """Write results.json from the answers in the store."""
+    """Write results.json from the answers in the store; `words` are the tokens that are yes and no."""
     names = [run.name for run in plan]
     results = {
         "vlm_fix": vlm_fix.__version__,
@@ -236,6 +241,9 @@ def _write(
         "specs": specs,  # of runs whose name is not their spec
         "speed": {run: {t.benchmark: speed(store.of(run, t.benchmark)) for t in tasks} for run in names},
     }
+    if any(sample.yes_no for task in tasks for sample in task.samples[:1]):
+        asked = [row for run in names for task in tasks for row in store.of(run, task.benchmark)]
+        results["probabilities"] = probabilities(asked, words)
     write_atomic(store.folder / "results.json", json.dumps(results, indent=2) + "\n")
 
 
@@ -255,7 +263,9 @@ def _progress(console: Console, run: str, total: int) -> Iterator[Any]:
         job = bar.add_task(run if len(run) <= 28 else run[:27] + "…", total=total)
         yield lambda n: bar.advance(job, n)
     if not console.is_terminal:
-        console.print(f"{run}: {total} samples, {time.perf_counter() - start:.0f} s", highlight=False, soft_wrap=True)
+        console.print(
+            f"{run}: {counted(total, 'sample')}, {time.perf_counter() - start:.0f} s", highlight=False, soft_wrap=True
+        )
 
 
 def speed(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
@@ -268,6 +278,17 @@ def speed(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
         "first_token_seconds": statistics.median(waits) if waits else None,
         "peak_mb": max((row["peak_mb"] for row in rows), default=None),
     }
+
+
+def probabilities(rows: Sequence[Mapping[str, Any]], words: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
+    """Return the tokens that are yes and no, and run -> benchmark -> split -> figures by their probabilities."""
+    found: dict[str, Any] = {f"{word}_tokens": [*tokens] for word, tokens in words.items()}
+    found["of"] = "first token, after methods and logits processors, before temperature and top_p"
+    found["runs"] = runs = {}
+    for (run, benchmark, split), result in pope_prob.of_samples(rows).items():
+        kept = {"n": result.n} | {name: result.figures[name] for name in PROBABILITIES}
+        runs.setdefault(run, {}).setdefault(benchmark, {})[split] = kept
+    return found
 
 
 TERM = ("benchmark", "seed", "batch", "batch_term")

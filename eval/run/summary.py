@@ -1,15 +1,18 @@
 """Score the answers of every run and compare them with the baseline's, paired by question or caption.
 
-A sample that failed is not dropped: it counts as wrong or as an empty caption, and is reported.
+A sample that failed is reported. An answer to a question counts as wrong; a caption is left out, since an empty one would
+have no hallucination, and a comparison is then over the captions that both runs have.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from vlm_fix.eval.compare import compare
+from vlm_fix.errors import VlmFixError
+from vlm_fix.eval.compare import compare, shared
 from vlm_fix.eval.scorers.benchmark import Overall
 from vlm_fix.eval.scorers.registry import BENCHMARKS, LAYOUTS
 from vlm_fix.eval.stats import Metric, column_sums, holm, p_value, paired_bootstrap, spread
@@ -32,7 +35,7 @@ def summarise(
     summary: dict[str, Any] = {run: {} for run in runs}
     every: dict[str, dict[str, dict[int, _Scored]]] = {}
     for task in tasks:
-        scored = every[task.benchmark] = {run: _by_seed(task, rows_of(run, task.benchmark)) for run in runs}
+        scored = every[task.benchmark] = {run: _by_seed(run, task, rows_of(run, task.benchmark)) for run in runs}
         for run, ours in scored.items():
             summary[run][task.benchmark] = {
                 split: _summary(task, split, ours, {} if run == baseline else scored[baseline], seed)
@@ -83,7 +86,8 @@ def _add_overall(
         if "seeds" in found:
             row["seeds"] |= found["seeds"]
         if run != baseline:
-            row["delta"] |= _compared(overall.metrics, _rows(_pairs(results, whole[baseline])), seed)
+            pairs = _shared(_pairs(results, whole[baseline]))
+            row["delta"] |= _compared(overall.metrics, _rows(pairs), seed) if pairs else {}
 
 
 @dataclasses.dataclass
@@ -94,18 +98,24 @@ class _Scored:
     failed: dict[str, int]
 
 
-def _by_seed(task: Task, rows: Sequence[Mapping[str, Any]]) -> dict[int, _Scored]:
+def _by_seed(run: str, task: Task, rows: Sequence[Mapping[str, Any]]) -> dict[int, _Scored]:
     answers: dict[int, dict[str, Any]] = {}
     for row in rows:
         answers.setdefault(row.get("seed", 0), {})[row["id"]] = None if row["error"] else row["answer"]
     scored = {}
     for seed, each in answers.items():
-        results = task.score(each)
+        results, failed = task.score(each), dict.fromkeys(task.sizes, 0)
         told = {key: text for key, text in each.items() if text is not None}
-        whole = results if len(told) == len(each) else task.score(told)
-        scored[seed] = _Scored(
-            results, {split: r.n - (whole[split].n if split in whole else 0) for split, r in results.items()}
-        )
+        if len(told) < len(each):
+            whole, answered = task.score({key: text or "" for key, text in each.items()}), task.score(told)
+            failed = {split: r.n - (answered[split].n if split in answered else 0) for split, r in whole.items()}
+        if lost := next((split for split in task.sizes if split not in results), None):
+            error = next((row["error"] for row in rows if row["error"]), "no answer")
+            raise VlmFixError(
+                f"{run}: none of the {failed[lost]} {lost} of {task.benchmark} was made ({error}): see samples.jsonl, fix the "
+                "cause and start again in another --output."
+            )
+        scored[seed] = _Scored(results, failed)
     return scored
 
 
@@ -119,8 +129,8 @@ def _summary(
     summary |= {"failed": sum(scored.failed[split] for scored in ours.values()), "delta": {}}
     if not theirs:
         return summary
-    pairs = [(base.results[split], method.results[split]) for base, method in _pairs(ours, theirs)]
-    return summary | compare(layout, pairs, seed)
+    pairs = _shared([(base.results[split], method.results[split]) for base, method in _pairs(ours, theirs)])
+    return summary | (compare(layout, pairs, seed) if pairs else {})
 
 
 def _figures(metrics: Mapping[str, Metric], results: Sequence[Any]) -> dict[str, Any]:
@@ -144,6 +154,18 @@ def _pairs(ours: Mapping[int, Any], theirs: Mapping[int, Any]) -> list[tuple[Any
     """Pair (baseline, method) per seed; a run with a single seed is paired with each seed of the other."""
     base, method = ({s: side.get(s, next(iter(side.values()))) for s in {*ours, *theirs}} for side in (theirs, ours))
     return [(base[s], method[s]) for s in sorted(base)]
+
+
+def _shared(pairs: Sequence[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
+    """Return the pairs, where captions failed those of the images that both have; pairs without one are left out."""
+    found = []
+    for pair in pairs:
+        rows = [Counter(row["image"] for row in result.rows) for result in pair]
+        if rows[0] == rows[1]:
+            found.append(pair)
+        elif any(rows[0][image] == n for image, n in rows[1].items()):
+            found.append(shared(*pair))
+    return found
 
 
 def _rows(pairs: Sequence[tuple[Any, Any]]) -> list[tuple[Any, Any]]:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from vlm_fix.errors import VlmFixError
-from vlm_fix.eval.files import read_table
+from vlm_fix.eval.files import counted, read_table
 
 from . import doubts
 
@@ -96,7 +96,9 @@ class Answers:
         lost = sum(answer.reply is None for answer in self.rows)
         where = f"reply in {self.keys[0]}, id in {self.keys[1] or 'no key, so the number of the row'}"
         failed = f"; {lost} of them null, which {lost_ones}" if lost else ""
-        return f"read {len(self.rows)} answers from {self.path}: {self.form}, {self.layout} ({where}){failed}"
+        return (
+            f"read {counted(len(self.rows), 'answer')} from {self.path}: {self.form}, {self.layout} ({where}){failed}"
+        )
 
 
 @dataclass(frozen=True)
@@ -281,7 +283,9 @@ class _Row:
     def _reply_key(self) -> str:
         if self.keys.answer:
             if self.keys.answer not in self.row:
-                raise VlmFixError(f'{self.place}: no "{self.keys.answer}" ({self._keys()}); mend --answer-key.')
+                raise VlmFixError(
+                    f'{self.place}: no "{self.keys.answer}" ({self._keys()}); give one of these as --answer-key.'
+                )
             return self.keys.answer
         found = _candidates(self.row, REPLIES)
         if len(found) > 1:
@@ -307,7 +311,7 @@ class _Row:
     def _id(self, row: Mapping[str, Any], key: str | None) -> str:
         """The id as text; "" if the row has none and needs none."""
         if key and key not in row:
-            raise VlmFixError(f'{self.place}: no "{key}" ({self._keys()}); mend --id-key.')
+            raise VlmFixError(f'{self.place}: no "{key}" ({self._keys()}); give one of these as --id-key.')
         names = [key] if key else [name for name in (IMAGE_IDS if self.images else IDS) if name in row]
         given = {name: row[name] for name in names if not _is_nothing(row[name]) and name != self.reply_key}
         read: Callable[[Any], Any] = image_number if self.images else id_text

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias, get_args
 
+from vlm_fix.eval.files import counted
 from vlm_fix.eval.stats import Metric
 
 from .choices import Labels, Scorer, Variant
@@ -166,14 +167,14 @@ def labels_option() -> Argument:
     return Argument("--labels", {"choices": get_args(Labels), "default": "both", "help": help})
 
 
-def variant_option(help: str = "(%(default)s)") -> Argument:
-    """--variant, for benchmarks with captions."""
-    return Argument("--variant", {"choices": get_args(Variant), "default": "nltk", "help": help})
+def variant_option(help: str = "(nltk)") -> Argument:
+    """--variant, for benchmarks with captions; None, where it is not given, is nltk."""
+    return Argument("--variant", {"choices": get_args(Variant), "help": help})
 
 
 def plain_caption(title: str) -> Callable[[Settings, Data], str]:
     """Return the usual `Layout.caption`: title, source, number of images and scorer."""
-    return lambda _, data: f"{title}: {data['source']}; {data['images']} images; scorer {data['variant']}"
+    return lambda _, data: f"{title}: {data['source']}; {counted(data['images'], 'image')}; scorer {data['variant']}"
 
 
 YES_NO_COLUMNS = {"precision": "prec.", "recall": "recall", "f1": "F1", "yes_ratio": "yes", "unparsed": "unp."}

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vlm_fix.errors import VlmFixError
-from vlm_fix.eval.files import read_text
+from vlm_fix.eval.files import counted, read_text
 from vlm_fix.eval.stats import Metric, harmonic, ratio
 
 from . import yesno
@@ -92,7 +92,7 @@ def load_answers(
         answers.append(answer.reply)
     twice = len(found) - len({question.id for question in found})
     if twice:
-        raise VlmFixError(f"{path}: {twice} images come twice; keep one answer of each.")
+        raise VlmFixError(f"{path}: two answers of {counted(twice, 'image')}; keep one of each.")
     if len(found) != IMAGES:
         tell(f"note: {len(found)} of DASH-B's {IMAGES} images are answered")
     return found, answers

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vlm_fix.errors import VlmFixError
-from vlm_fix.eval.files import DATA, read_rows
+from vlm_fix.eval.files import DATA, counted, read_rows
 from vlm_fix.eval.stats import Metric, ratio
 
 from . import yesno
@@ -186,7 +186,9 @@ def score(
     one_of(scorer, Scorer, "scorer")
     twice = len(questions) - len({question.id for question in questions})
     if twice:
-        raise VlmFixError(f"{twice} questions come twice: give each (category, set, figure, question) once.")
+        raise VlmFixError(
+            f"{counted(twice, 'question')} asked twice: give each (category, set, figure, question) once."
+        )
     said = [verdict(answer, q.label, scorer) for answer, q in zip(answers, questions, strict=True)]
     right = [
         one == question.label or (one == "unknown" and _answered(answer) and not _seen(question))

@@ -100,12 +100,14 @@ def results(
     questions: str,
     captions: str,
     scorer: str = "official",
-    variant: Variant = "nltk",
+    variant: Variant | None = None,
     answer_key: str | None = None,
     id_key: str | None = None,
     tell: Callable[[str], Any] = str,
 ) -> dict[str, dict[str, Result]]:
     """Score a caption file against a POPE question file."""
+    if variant and scorer == "official":
+        raise VlmFixError("--variant has no effect with --scorer official, which reads letters: give --scorer ours.")
     found = load_captions(captions, Keys(answer_key, id_key), tell)
     texts = {caption.image_id: caption.text for caption in found}
     if len(texts) < len(found):
@@ -119,7 +121,7 @@ def results(
             f"{len(every) - len(asked)} of {len(every)} questions are about images that {captions} does not describe: left out.",
             stacklevel=2,
         )
-    return {"opope": {"questions": score(texts, asked, scorer, variant)}}
+    return {"opope": {"questions": score(texts, asked, scorer, variant or "nltk")}}
 
 
 def score_files(**files: Any) -> dict[str, Any]:
@@ -139,7 +141,7 @@ BENCHMARK = Benchmark(
         Argument(
             "--scorer", {"choices": SCORERS, "default": "official", "help": "by letters, or as CHAIR (%(default)s)"}
         ),
-        variant_option("of --scorer ours (%(default)s)"),
+        variant_option("of --scorer ours (nltk)"),
         *KEYS,
     ),
     score_files=score_files,

@@ -2,7 +2,8 @@
 
 A row of the answer file has question_id, p_yes and p_no: the probabilities, as the first token of the answer, of all tokens
 that count as yes and as no. Which tokens these are changes the figures by points (" Yes" and "yes" and "YES"), so the file
-names them once, in a row's `yes_tokens` and `no_tokens`; without them a warning says so.
+names them once, in a row's `yes_tokens` and `no_tokens`; without them a warning says so. The samples.jsonl of `vlm-fix eval`,
+or its folder, brings questions, labels and tokens along; every run and split in it is a part.
 
     accuracy, precision, recall, f1, yes_ratio as for POPE, with the answer yes if p_yes > p_no
     p     = p_yes / (p_yes + p_no)            mass = mean of p_yes + p_no: what is left for all other tokens is 1 - mass
@@ -24,13 +25,13 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from vlm_fix.errors import VlmFixError
-from vlm_fix.eval.files import read_rows
+from vlm_fix.eval.files import read_rows, read_text
 
 from .benchmark import YES_NO_COLUMNS, Argument, Benchmark, Layout, YesNo, plain_caption
 from .pope.data import load_questions
@@ -42,13 +43,16 @@ SOURCE = "this project"
 BINS = 10
 ROW = '{"question_id": 1, "p_yes": 0.91, "p_no": 0.02, "yes_tokens": ["Yes", "yes"], "no_tokens": ["No", "no"]}'
 TOKENS = ("yes_tokens", "no_tokens")
+SAMPLES = "samples.jsonl"
 
 
-def load_probabilities(path: str | Path) -> tuple[dict[str, tuple[float, float]], dict[str, list[str]]]:
-    """Return id -> (p_yes, p_no), and the tokens that count as yes and as no, {} if the file does not name them."""
+def load_probabilities(
+    path: str | Path, rows: Sequence[Mapping[str, Any]]
+) -> tuple[dict[str, tuple[float, float]], dict[str, list[str]]]:
+    """Return id -> (p_yes, p_no) of the rows of a file, and the tokens that count as yes and as no, {} if none names them."""
     found: dict[str, tuple[float, float]] = {}
     tokens: dict[str, list[str]] = {}
-    for number, row in enumerate(read_rows(path, "file of probabilities", ROW), 1):
+    for number, row in enumerate(rows, 1):
         needs(row, ("question_id", "p_yes", "p_no"), path, number)
         yes, no = (_number(row[key]) for key in ("p_yes", "p_no"))
         if not (0 <= yes <= 1 and 0 <= no <= 1) or not 0 < yes + no < 1.0001:
@@ -123,13 +127,71 @@ def ece(judged: Sequence[tuple[float, bool]]) -> float:
     return sum(gaps) / len(judged)
 
 
-def results(questions: str, answers: str, tell: Callable[[str], Any] = str) -> dict[str, dict[str, Result]]:
-    """Score a file of probabilities against a question file."""
-    return {"pope-prob": {"questions": _scored(questions, answers, tell)[0]}}
+def of_samples(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str, str], Result]:
+    """Score rows of samples.jsonl that have p_yes and p_no, by (run, benchmark, split); other rows are left out."""
+    found: dict[tuple[str, str, str], tuple[list[Question], list[tuple[float, float]]]] = {}
+    for row in rows:
+        if row.get("p_yes") is None or not row["p_yes"] + row["p_no"]:
+            continue
+        for split in row.get("splits", ["questions"]):
+            label = row.get("labels", {}).get(split, row["label"])
+            asked, given = found.setdefault((row["run"], row["benchmark"], split), ([], []))
+            asked.append(Question(row["id"], row["image"], row["prompt"], label))
+            given.append((row["p_yes"], row["p_no"]))
+    return {key: score(*both) for key, both in found.items()}
 
 
-def _scored(questions: str, answers: str, tell: Callable[[str], Any]) -> tuple[Result, dict[str, list[str]]]:
-    asked, (given, tokens) = load_questions(questions), load_probabilities(answers)
+def results(
+    questions: str | None, answers: str, method: str | None = None, tell: Callable[[str], Any] = str
+) -> dict[str, dict[str, Result]]:
+    """Score a file of probabilities against a question file, or the samples of `vlm-fix eval`."""
+    return {"pope-prob": _scored(questions, answers, method, tell)[0]}
+
+
+def _scored(
+    questions: str | None, answers: str, method: str | None, tell: Callable[[str], Any]
+) -> tuple[dict[str, Result], dict[str, list[str]]]:
+    path = Path(answers) / SAMPLES if Path(answers).is_dir() else Path(answers)
+    rows = read_rows(path, "file of probabilities", ROW)
+    if {"run", "benchmark", "batch"} <= rows[0].keys():
+        if questions:
+            raise VlmFixError(f"{answers} is of vlm-fix eval and brings its questions along: leave {questions} out.")
+        return _of_eval(path, rows, method, tell)
+    if method:
+        raise VlmFixError("--method has no effect but on the samples of vlm-fix eval: leave it out.")
+    if not questions:
+        raise VlmFixError(f"{answers} has no questions: give the question file before it, or coco:random and the like.")
+    result, tokens = _of_file(path, rows, questions, tell)
+    return {"questions": result}, tokens
+
+
+def _of_eval(
+    path: Path, rows: list[dict[str, Any]], method: str | None, tell: Callable[[str], Any]
+) -> tuple[dict[str, Result], dict[str, list[str]]]:
+    runs = list(dict.fromkeys(row["run"] for row in rows))
+    if method and method not in runs:
+        raise VlmFixError(f"{path} has no run {method!r}: give one of {', '.join(runs)}.")
+    rows = [row for row in rows if row["run"] == (method or row["run"]) and row.get("label") in ("yes", "no")]
+    found = of_samples(rows)
+    if not found:
+        raise VlmFixError(
+            f"{path} has no p_yes and p_no of questions with yes or no: ask pope again with this version."
+        )
+    lost = sum(row.get("p_yes") is None for row in rows)
+    tell(f"read {len(rows) - lost} rows of p_yes and p_no from {path}" + (f"; {lost} rows have none" if lost else ""))
+    several = len({benchmark for _, benchmark, _ in found}) > 1
+    made = path.with_name("results.json")
+    tokens = json.loads(read_text(made, "results")).get("probabilities", {}) if made.is_file() else {}
+    return {
+        (f"{name}: " if not method else "") + (f"{benchmark} {split}" if several else split): result
+        for (name, benchmark, split), result in found.items()
+    }, {name: tokens[name] for name in TOKENS if name in tokens}
+
+
+def _of_file(
+    path: Path, rows: list[dict[str, Any]], questions: str, tell: Callable[[str], Any]
+) -> tuple[Result, dict[str, list[str]]]:
+    asked, (given, tokens), answers = load_questions(questions), load_probabilities(path, rows), path
     tell(f"read {len(given)} rows of p_yes and p_no from {answers}")
     lost = {str(q.question_id) for q in asked} ^ given.keys()
     if lost:
@@ -145,11 +207,13 @@ def _scored(questions: str, answers: str, tell: Callable[[str], Any]) -> tuple[R
     return score(asked, [given[str(q.question_id)] for q in asked]), tokens
 
 
-def score_files(questions: str, answers: str, tell: Callable[[str], Any] = str) -> dict[str, Any]:
+def score_files(
+    questions: str | None, answers: str, method: str | None = None, tell: Callable[[str], Any] = str
+) -> dict[str, Any]:
     """Score a file of probabilities, and name the tokens."""
-    result, tokens = _scored(questions, answers, tell)
+    found, tokens = _scored(questions, answers, method, tell)
     named = {name: " ".join(map(repr, words)) for name, words in tokens.items()}
-    return {"questions": {**result.to_dict(), **named}}
+    return {part: {**result.to_dict(), **named} for part, result in found.items()}
 
 
 BENCHMARK = Benchmark(
@@ -159,11 +223,15 @@ BENCHMARK = Benchmark(
     commits={},
     score_what="score probabilities of yes and no with POPE",
     arguments=(
-        Argument("questions", {"metavar": "QUESTIONS", "help": "POPE question file"}),
+        Argument("questions", {"metavar": "QUESTIONS", "nargs": "?", "help": "POPE question file"}),
         Argument(
             "answers",
-            {"metavar": "ANSWERS", "help": "JSON lines: question_id, p_yes, p_no; yes_tokens, no_tokens once"},
+            {
+                "metavar": "ANSWERS",
+                "help": "JSON lines: question_id, p_yes, p_no; yes_tokens, no_tokens once; or a folder of `vlm-fix eval`",
+            },
         ),
+        Argument("--method", {"metavar": "NAME", "help": "of a folder of `vlm-fix eval`: one of its runs (all)"}),
     ),
     score_files=score_files,
     results=results,

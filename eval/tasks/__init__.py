@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 
 from vlm_fix.errors import VlmFixError
 from vlm_fix.eval import picto
+from vlm_fix.eval.files import counted
 from vlm_fix.eval.scorers.benchmark import Captions
 from vlm_fix.eval.scorers.registry import BENCHMARKS
 from vlm_fix.eval.settings import Settings
@@ -67,7 +68,7 @@ def build(settings: Settings) -> list[Task]:
         n = settings.limit or IMAGES
         # more scenes for POPE, which skips those with fewer than three kinds of objects
         scenes = picto.scenes(where or "shift", n + n // 2 + 8, settings.seed)
-        source = f"picto:{where or 'shift'}, {n} scenes, seed {settings.seed}"
+        source = f"picto:{where or 'shift'}, {counted(n, 'scene')}, seed {settings.seed}"
         builders = {
             "pope": lambda: pope.of_picto(scenes, n, source, settings),
             "chair": lambda: chair.of_picto(scenes[:n], source, settings),

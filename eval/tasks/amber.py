@@ -95,6 +95,12 @@ def _tasks(
     ]
     scorer = settings.scorer
 
+    def judge_captions(texts: Sequence[str | None], shown: Sequence[amber_data.Scene]) -> dict[str, Result]:
+        told = [(text, scene) for text, scene in zip(texts, shown, strict=True) if text is not None]
+        if not told:
+            return {}
+        return {"captions": amber.score_captions([text for text, _ in told], [scene for _, scene in told], lexicon)}
+
     def judge(answers: Sequence[str | None], items: Sequence[amber_data.Question]) -> dict[str, Result]:
         parts = {}
         for kind in ("existence", "attribute", "relation"):
@@ -108,7 +114,7 @@ def _tasks(
             "amber",
             scenes,
             described,
-            lambda texts, shown: {"captions": amber.score_captions(texts, shown, lexicon)},
+            judge_captions,
             data_of(source, scenes, lexicon.scorer, amber.SOURCE),
             512,
         ),

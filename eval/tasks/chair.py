@@ -12,6 +12,7 @@ from typing import Any
 
 from vlm_fix.errors import VlmFixError
 from vlm_fix.eval import picto
+from vlm_fix.eval.files import counted
 from vlm_fix.eval.scorers.chair import data as chair_data
 from vlm_fix.eval.scorers.chair import score as chair
 from vlm_fix.eval.scorers.chair.words import caption_to_words, nltk_ready
@@ -40,8 +41,8 @@ class Chair:
         return {"captions": len(self.samples)}
 
     def score(self, answers: Mapping[str, str | None]) -> dict[str, chair.ChairResult]:
-        """Score captions by sample id, under the name "captions"; None counts as an empty caption."""
-        texts = [(s.image_id, answers[s.id] or "") for s in self.samples if s.id in answers]
+        """Score captions by sample id, under the name "captions"; one that failed (None) is left out."""
+        texts = [(s.image_id, text) for s in self.samples if (text := answers.get(s.id)) is not None]
         cut = chair_data.whole_sentences if self.drop_incomplete else str
         captions = [chair.Caption(image_id, cut(text)) for image_id, text in texts]
         return {"captions": chair.score(captions, self.truth, self.variant)} if captions else {}
@@ -73,7 +74,9 @@ def of_folder(folder: Folder, settings: Settings) -> Chair:
                 "with --ids."
             )
     images = {folder.images[number].name: (number, folder.images[number]) for number in ids}
-    return _task(images, truth, variant, settings, f"{folder.path.name}, {len(ids)} images, seed {settings.seed}")
+    return _task(
+        images, truth, variant, settings, f"{folder.path.name}, {counted(len(ids), 'image')}, seed {settings.seed}"
+    )
 
 
 def _task(

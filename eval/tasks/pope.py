@@ -14,6 +14,7 @@ from typing import Any, get_args
 
 from vlm_fix.errors import VlmFixError
 from vlm_fix.eval import picto
+from vlm_fix.eval.files import counted
 from vlm_fix.eval.scorers.choices import Scorer
 from vlm_fix.eval.scorers.pope import data as pope_data
 from vlm_fix.eval.scorers.pope import repope
@@ -83,7 +84,7 @@ def of_folder(folder: Folder, settings: Settings) -> Pope:
             questions |= {f"{kind} RePOPE": each for kind, each in checked.items()}
         elif settings.labels == "repope":
             questions = {kind: repope.needed(each)[1] for kind, each in questions.items()}
-        source = f"coco, official questions, first {len(names)} images"
+        source = f"coco, official questions, first {counted(len(names), 'image')}"
     else:
         _no_repope(settings)
         instances = folder.annotations("instances", wanted or folder.images)
@@ -93,7 +94,9 @@ def of_folder(folder: Folder, settings: Settings) -> Pope:
         n = min(limit, sum(len(each) > 2 for each in kinds.values()) or limit)  # POPE asks for three objects
         questions = _made(instances, n, settings)
         names = list(dict.fromkeys(q.image for each in questions.values() for q in each))
-        source = f"{folder.path.name}, questions made from annotations, {len(names)} images, seed {settings.seed}"
+        source = (
+            f"{folder.path.name}, questions made from annotations, {counted(len(names), 'image')}, seed {settings.seed}"
+        )
     ids = {name: folder.number_of(name) for name in names}
     return _task(questions, {name: (n, folder.images[n]) for name, n in ids.items() if n is not None}, settings, source)
 
@@ -120,7 +123,7 @@ def of_files(folder: Path, settings: Settings) -> Pope:
         )
     questions = {split: [q for q in each if q.image in names] for split, each in asked.items()}
     images = {name: (number, paths[name]) for number, name in enumerate(names, 1)}
-    return _task(questions, images, settings, f"{', '.join(questions)}, first {len(names)} images")
+    return _task(questions, images, settings, f"{', '.join(questions)}, first {counted(len(names), 'image')}")
 
 
 def _made(instances: Any, images: int, settings: Settings) -> dict[Any, list[pope.Question]]:
@@ -158,14 +161,18 @@ def _task(
     """`images` maps the questions' file names to (id, image or path)."""
     splits: dict[str, list[str]] = {}
     first: dict[str, pope.Question] = {}
+    labels: dict[str, dict[str, str]] = {}
     for split, each in questions.items():
         for question in each:
             splits.setdefault(_id(question), []).append(split)
             first.setdefault(_id(question), question)
+            labels.setdefault(_id(question), {})[split] = question.label
     samples = []
     for key, q in first.items():
         number, image = images[q.image]
         reference = {"label": q.label, "splits": splits[key]}
+        if other := {split: label for split, label in labels[key].items() if label != q.label}:
+            reference["labels"] = other  # RePOPE's, where it corrects POPE's
         samples.append(Sample(key, number, q.image, image, question_prompt(settings, q.text), reference))
     data = {
         "source": source,

@@ -3,7 +3,7 @@
 A sample is one image with one prompt. `Items` is the task of benchmarks whose scorer judges answers in parts; POPE and
 CHAIR have their own classes. All tasks have benchmark, samples, data, sizes, max_new_tokens and score(answers by sample
 id) -> {part: result}; a result has n, rows (counts with their image) and to_dict(). An answer of None is a sample that
-failed: it counts as wrong.
+failed: an answer to a question counts as wrong, a caption is left out, since an empty one would have no hallucination.
 """
 
 from __future__ import annotations
@@ -38,6 +38,11 @@ class Sample:
     prompt: str
     reference: dict[str, Any]
 
+    @property
+    def yes_no(self) -> bool:
+        """Whether the answer is to be yes or no."""
+        return str(self.reference.get("label")).lower() in ("yes", "no")
+
     def describe(self) -> dict[str, Any]:
         """Return the sample's part of a line in samples.jsonl."""
         return {"id": self.id, "image_id": self.image_id, "image": self.file, "prompt": self.prompt, **self.reference}
@@ -57,10 +62,10 @@ class Items:
     @property
     def sizes(self) -> dict[str, int]:
         """Number of answers per part."""
-        return {part: result.n for part, result in self.judge([None] * len(self.items), self.items).items()}
+        return {part: result.n for part, result in self.judge([""] * len(self.items), self.items).items()}
 
     def score(self, answers: Mapping[str, str | None]) -> dict[str, Result]:
-        """Score answers by sample id, per part. None is wrong; samples missing from `answers` are left out."""
+        """Score answers by sample id, per part. None is one that failed; samples missing from `answers` are left out."""
         asked = [item for item, s in zip(self.items, self.samples, strict=True) if s.id in answers]
         given = [answers[s.id] for s in self.samples if s.id in answers]
         return self.judge(given, asked) if asked else {}

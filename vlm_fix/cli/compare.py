@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_fix.errors import VlmFixError
+from vlm_fix.eval.files import counted
 from vlm_fix.eval.scorers.benchmark import Argument, Benchmark
 from vlm_fix.eval.scorers.registry import BENCHMARKS, PLAIN
 
@@ -127,7 +128,10 @@ def _print(benchmark: Benchmark, found: Mapping[str, Any]) -> None:
     heads = names if names[0] != names[1] else [found["base"], found["new"]]
     title = f"{benchmark.title}, {found['n']} {found['part']}" if found["part"] in WHOLES else ""
     grid = table("", *heads, "difference, 95 % interval", gap=0)
-    grid.title, grid.title_justify = title or f"{benchmark.title}, {found['part']}, {found['n']} answers", "left"
+    grid.title, grid.title_justify = (
+        title or f"{benchmark.title}, {found['part']}, {counted(found['n'], 'answer')}",
+        "left",
+    )
     columns = benchmark.layouts[found["task"]].columns
     for name, one in found["delta"].items():
         grid.add_row(columns.get(name, name.replace("_", " ")), *_cells(one, 1 if name in PLAIN else 100))

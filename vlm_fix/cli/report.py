@@ -50,6 +50,5 @@ def run(args: argparse.Namespace) -> None:
             write_atomic(Path(place), make(page.read(args.folders)))
             print(place)
     if out:
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
         write_atomic(Path(out), page.page(args.folders, 6 if args.samples is None else args.samples))
         print(Path(out))

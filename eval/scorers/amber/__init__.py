@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
+from vlm_fix.errors import VlmFixError
 from vlm_fix.eval.scorers import yesno
 from vlm_fix.eval.scorers.answers import Keys, Tell
 from vlm_fix.eval.scorers.benchmark import (
@@ -24,6 +25,7 @@ from vlm_fix.eval.scorers.benchmark import (
 )
 from vlm_fix.eval.scorers.chair import readable_variant
 from vlm_fix.eval.scorers.choices import Scorer, Variant
+from vlm_fix.eval.scorers.result import Result
 
 from . import data as files
 from . import official, score
@@ -32,13 +34,13 @@ from . import official, score
 def score_files(
     answers: str,
     scorer: Scorer = "official",
-    variant: Variant = "nltk",
+    variant: Variant | None = None,
     answer_key: str | None = None,
     id_key: str | None = None,
     tell: Tell = str,
 ) -> dict[str, Any]:
     """Score an answer file, by part; for the official scorer also in the form that its script prints."""
-    found = official.score_file(answers, scorer, variant, Keys(answer_key, id_key), tell)
+    found = _scored(answers, scorer, variant, Keys(answer_key, id_key), tell)
     figures: dict[str, Any] = {part: result.to_dict() for part, result in found.items()}
     if scorer == "official":
         for part, result in found.items():
@@ -66,16 +68,23 @@ def mark(row: Mapping[str, Any], data: Mapping[str, Any]) -> tuple[list[Mark], i
 def results(
     answers: str,
     scorer: Scorer = "official",
-    variant: Variant = "nltk",
+    variant: Variant | None = None,
     answer_key: str | None = None,
     id_key: str | None = None,
     tell: Tell = str,
 ) -> dict[str, dict[str, Any]]:
     """Score an answer file, by task and part."""
-    found = official.score_file(answers, scorer, variant, Keys(answer_key, id_key), tell)
+    found = _scored(answers, scorer, variant, Keys(answer_key, id_key), tell)
     captions = {part: result for part, result in found.items() if part == "captions"}
     asked = {part: result for part, result in found.items() if part != "captions"}
     return {task: parts for task, parts in (("amber", captions), ("amber-qa", asked)) if parts}
+
+
+def _scored(answers: str, scorer: Scorer, variant: Variant | None, keys: Keys, tell: Tell) -> dict[str, Result]:
+    found = official.score_file(answers, scorer, variant or "nltk", keys, tell)
+    if variant and "captions" not in found:
+        raise VlmFixError(f"--variant has no effect on {answers}, of which no captions are scored: leave it out.")
+    return found
 
 
 @cache
@@ -92,7 +101,7 @@ BENCHMARK = Benchmark(
     arguments=(
         Argument("answers", {"metavar": "ANSWERS", "help": "id, response; see docs/benchmarks.md for all layouts"}),
         scorer_option(),
-        variant_option("how nouns are found (%(default)s)"),
+        variant_option("how nouns are found in captions (nltk)"),
         *KEYS,
     ),
     score_files=score_files,

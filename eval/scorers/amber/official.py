@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_fix.errors import VlmFixError
+from vlm_fix.eval.files import counted
 from vlm_fix.eval.scorers.answers import USUAL, Answers, Keys, Tell, read, whole_number
 from vlm_fix.eval.scorers.choices import Scorer, Variant
 from vlm_fix.eval.scorers.replies import asks, in_own_order
@@ -64,12 +65,13 @@ def score_file(
             n = len(mine) - len(lost)
             lacking += [f"{kind}: {n} of {len(mine)} answered, no answer to {lost[0]}"] if n else []
         elif kind == "captions":
-            there = [scene for scene in shown if said[scene.id] is not None]
+            texts = {scene.id: text for scene in shown if (text := said[scene.id]) is not None}
+            there = [scene for scene in shown if scene.id in texts]
             if len(there) < len(shown):  # an empty caption would have no hallucination
-                tell(f"note: {len(shown) - len(there)} captions are null; their images are left out of captions")
+                tell(f"note: {counted(len(shown) - len(there), 'image')} left out of captions, as the caption is null")
             lacking += [] if there else ["captions: all are null"]
             if there:
-                found[kind] = score_captions([said[scene.id] for scene in there], there, lexicon(scorer, variant))
+                found[kind] = score_captions([*texts.values()], there, lexicon(scorer, variant))
         else:
             found[kind] = score_questions([said[question.id] for question in mine], mine, scorer)
     if not found:

@@ -87,14 +87,13 @@ def mentions(caption: str, scene: Scene, words: Lexicon) -> list[Mention]:
     return found
 
 
-def score_captions(captions: Sequence[str | None], scenes: Sequence[Scene], words: Lexicon) -> Result:
-    """Compute CHAIR, Cover, Hal and Cog of one caption per scene; None counts as an empty caption."""
-    texts = [caption or "" for caption in captions]
-    found = [mentions(text, scene, words) for text, scene in zip(texts, scenes, strict=True)]
+def score_captions(captions: Sequence[str], scenes: Sequence[Scene], words: Lexicon) -> Result:
+    """Compute CHAIR, Cover, Hal and Cog of one caption per scene."""
+    found = [mentions(text, scene, words) for text, scene in zip(captions, scenes, strict=True)]
 
     def at_share(share: float) -> list[dict[str, Any]]:
         rows = []
-        for text, scene, its in zip(texts, scenes, found, strict=True):
+        for text, scene, its in zip(captions, scenes, found, strict=True):
             kept = math.ceil(share * len(text.split()))
             rows.append(_row([m for m in its if len(text[: m.noun.start + 1].split()) <= kept], scene, kept))
         return rows

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from vlm_fix.eval.files import counted
 from vlm_fix.eval.scorers.answers import Keys, Tell
 from vlm_fix.eval.scorers.benchmark import KEYS, Argument, Benchmark, Captions, Gain, Layout, Mark, variant_option
 from vlm_fix.eval.scorers.choices import Variant
@@ -15,7 +16,7 @@ from . import score, words
 
 def score_files(
     captions: str,
-    variant: Variant = "nltk",
+    variant: Variant | None = None,
     drop_incomplete: bool = False,
     ground_truth: str | None = None,
     answer_key: str | None = None,
@@ -24,6 +25,7 @@ def score_files(
     by_image: bool = False,
 ) -> score.ChairResult:
     """Score a caption file, in its own order or in that of the images' ids."""
+    variant = variant or "nltk"
     truth = files.ground_truth(ground_truth or "coco", variant)
     found = files.load_captions(captions, Keys(answer_key, id_key), tell)
     if drop_incomplete:
@@ -33,7 +35,7 @@ def score_files(
 
 def _caption(settings: Mapping[str, Any], data: Mapping[str, Any]) -> str:
     how = " (works without NLTK data)" if data["variant"] == "pattern" else ""
-    text = f"CHAIR: {data['source']}; {data['images']} captions; variant {data['variant']}{how}"
+    text = f"CHAIR: {data['source']}; {counted(data['images'], 'caption')}; variant {data['variant']}{how}"
     text += f"; {data['captions']}" if "captions" in data else ""
     return text + "; lower C_S and C_I are better, lower recall is not"
 

@@ -8,6 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from vlm_fix.errors import VlmFixError
+from vlm_fix.eval.files import counted
 from vlm_fix.eval.scorers import yesno
 from vlm_fix.eval.scorers.answers import Answers, Keys, Tell, read
 from vlm_fix.eval.scorers.benchmark import (
@@ -79,7 +80,8 @@ def results(
         for question, reply in zip(asked, replies, strict=False)
     )
     if other:
-        tell(f"note: {other} labels of the answer file differ from those of the questions, which are used")
+        differ = "differs" if other == 1 else "differ"
+        tell(f"note: {counted(other, 'label')} of the answer file {differ} from the questions', which are used")
     found = {}
     if labels != "repope":
         found = {split: score.score(asked, replies, scorer) for split, (asked, replies) in pairs.items()}

@@ -231,7 +231,7 @@ def test_a_caption_of_null_is_left_out(tmp_path, nltk_data):
     (tmp_path / "a.json").write_text(json.dumps(rows))
     found = amber_file.score_file(tmp_path / "a.json", tell=told.append)["captions"]
     assert found.n == 504 and found.rows[0]["image"] == shown[500].image
-    assert told[1] == "note: 500 captions are null; their images are left out of captions"
+    assert told[1] == "note: 500 images left out of captions, as the caption is null"
     (tmp_path / "a.json").write_text(json.dumps([{**row, "response": None} for row in rows]))
     with pytest.raises(VlmFixError, match="captions: all are null"):
         amber_file.score_file(tmp_path / "a.json")

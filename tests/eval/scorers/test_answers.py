@@ -143,8 +143,8 @@ def test_rows_end_at_newlines_alone_everywhere(tmp_path):
         ({"image_id": 9, "id": 8, "caption": "A"}, {"images": True}, r'both "image_id" \(9\) and "id" \(8\)'),
         ({"image": "COCO_val2014_000000000009.jpg", "question_id": 8, "text": "A"}, {"images": True}, "--id-key image"),
         ({"id": 1, "words": "A"}, {}, 'no "text" or "answer" .*its keys are id, words.*--answer-key'),
-        ({"id": 1, "text": "A"}, {"keys": answers.Keys("says")}, 'no "says" .*mend --answer-key'),
-        ({"id": 1, "text": "A"}, {"keys": answers.Keys(None, "says")}, 'no "says" .*mend --id-key'),
+        ({"id": 1, "text": "A"}, {"keys": answers.Keys("says")}, 'no "says" .*as --answer-key'),
+        ({"id": 1, "text": "A"}, {"keys": answers.Keys(None, "says")}, 'no "says" .*as --id-key'),
         ({"id": 1, "text": ["A", "B"]}, {}, r"the reply in \"text\" is \['A', 'B'\], not a text"),
         ({"id": 1, "text": True}, {}, "is True, not a text"),
         ({"id": True, "text": "A"}, {}, "is True, which is no id"),
@@ -378,7 +378,7 @@ def test_labels_that_differ_are_told(tmp_path):
     asked = lines(tmp_path / "q", [{"question_id": 1, "image": "a.jpg", "text": "A dog?", "label": "yes"}])
     given = lines(tmp_path / "a", [{"question_id": 1, "label": "no", "text": "Yes"}])
     assert pope.score_files(given, asked, tell=told.append).accuracy == 1
-    assert told[-1] == "note: 1 labels of the answer file differ from those of the questions, which are used"
+    assert told[-1] == "note: 1 label of the answer file differs from the questions', which are used"
 
 
 # --------------------------------------------------------------------------------------------------------------- CHAIR
@@ -673,7 +673,7 @@ def test_the_command_says_how_many_are_misread_and_what_reads_them(benchmark, tm
     found = json.loads(out)
     parts = [found] if benchmark == "pope" else list(found.values())
     assert max(part["misread"] for part in parts) == 1
-    notes = [line for line in err.splitlines() if "takes 1 answers against their plain word: " in line]
-    assert notes and all(line.endswith("; --scorer ours reads them") for line in notes)
+    notes = [line for line in err.splitlines() if "takes 1 answer against its plain word: " in line]
+    assert notes and all(line.endswith("; --scorer ours reads it") for line in notes)
     assert cli.main(["score", benchmark, *where, "--scorer", "ours"]) == 0
     assert "plain word" not in capsys.readouterr().err

@@ -80,7 +80,7 @@ def test_no_answer_is_not_an_uncertain_one(reply):
 def test_bad_input_gets_one_sentence(tmp_path, capsys):
     path = tmp_path / "answers.json"
     path.write_text(json.dumps([{**rows()[0], "model_prediction": "Yes"}] * 2))
-    with pytest.raises(VlmFixError, match="1 questions come twice"):
+    with pytest.raises(VlmFixError, match="1 question asked twice"):
         hallusion.score(*reversed(hallusion.load_answers(path)))
     assert cli.main(["score", "hallusion", str(path), "--scorer", "official"]) == 2
     assert "needs GPT-4's marks, --scorer vlmevalkit does not" in capsys.readouterr().err

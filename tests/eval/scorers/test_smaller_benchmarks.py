@@ -63,7 +63,7 @@ def test_dash_b_on_answers_to_all_its_images(tmp_path: Path, capsys: Any) -> Non
     assert "no difference seen: accuracy" in capsys.readouterr().out
     write(tmp_path / "answers.jsonl", [*rows, rows[0]])
     assert cli.main(["score", "dash-b", file]) == 2
-    assert "1 images come twice" in capsys.readouterr().err
+    assert "two answers of 1 image" in capsys.readouterr().err
 
 
 def beaf_questions(rng: random.Random, images: int = 60) -> list[dict[str, Any]]:
