@@ -54,6 +54,7 @@ class Batch:
     first_token: float | None
     ids: list[list[int]] = dataclasses.field(repr=False, default_factory=list)  # of the new tokens
     term: tuple[float, int] | None = None  # sum of squares and degrees of freedom of a contrast's `Term`
+    gated: tuple[int, int] | None = None  # its rows that a gate left as they are, of how many
 
 
 def encode(model: Any, processor: Any, images: Sequence[Any], prompts: Sequence[str]) -> Any:
@@ -106,6 +107,7 @@ def generate(model: Any, processor: Any, images: Sequence[Any], prompts: Sequenc
         first_token=clock.at - start if clock.at else None,
         ids=[row[:n] for row, n in zip(new.tolist(), tokens.tolist(), strict=True)],
         term=(term.squares, term.dof) if term else None,
+        gated=term.gated if term else None,
     )
 
 
@@ -153,7 +155,7 @@ def answer(model: Any, processor: Any, samples: Sequence[Sample], seed: int, **h
     pending = [ready] if ready else []
     seconds, first_token = 0.0, None
     notes: dict[str, None] = {}
-    terms = []
+    terms, gates = [], []
     while pending:
         part = pending.pop(0)
         try:
@@ -175,11 +177,13 @@ def answer(model: Any, processor: Any, samples: Sequence[Sample], seed: int, **h
         seconds += batch.seconds
         first_token = first_token or batch.first_token
         terms += [batch.term] if batch.term else []
+        gates += [batch.gated] if batch.gated else []
         for sample, text, tokens, finished in zip(part, batch.texts, batch.tokens, batch.finished, strict=True):
             rows[sample.id] = {"answer": text, "tokens": tokens, "finished": finished, "error": None}
     term = [math.fsum(t[0] for t in terms), sum(t[1] for t in terms)] if terms else None
     batch_wide: dict[str, Any] = {"batch_seconds": seconds, "batch_first_token": first_token}
     batch_wide |= {"batch_warnings": list(notes), "batch_term": term}
+    batch_wide["batch_gated"] = [sum(part) for part in zip(*gates, strict=True)] or None
     return [{**{"answer": None, "tokens": 0, "finished": False}, **rows[s.id], **batch_wide} for s in samples]
 
 

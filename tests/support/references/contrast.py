@@ -243,7 +243,18 @@ def contrasted(method, step, main, others):
         weight = method.alpha * (entropy / math.log(len(p)) if method.normalised else entropy)
         weight = min(weight, math.inf if method.cap is None else method.cap)
     z = main + sum(weight * (main - other) for other in others)
-    return z.masked_fill(torch.tensor([float(v) < method.beta * float(p.max()) for v in p]), -math.inf)
+    z = z.masked_fill(torch.tensor([float(v) < method.beta * float(p.max()) for v in p]), -math.inf)
+    return gated(method, main, z)
+
+
+def gated(method, main, z):
+    """Scores z [V] as `gate` and `entropy` leave them, token by token."""
+    p = main.softmax(-1).tolist()
+    if max(p) >= method.gate < 1:
+        return main
+    h = -sum(v * math.log(v) for v in p if v > 0)
+    w = {"none": 1.0, "nats": h, "normalised": h / math.log(len(p))}[method.entropy]
+    return torch.stack([a if a == -math.inf else b + w * (a - b) for a, b in zip(z, main, strict=True)])
 
 
 def distribution(model, twin, spec, inputs, answer):
