@@ -190,6 +190,22 @@ def iava_kept(twin, method, inputs):
     return torch.tensor(kept, dtype=torch.float64)
 
 
+def avisc_kept(twin, method, inputs):
+    """[N] 1 for blind image tokens, by the formula."""
+    run = Look(ref.visual_columns(inputs["input_ids"]), inputs["input_ids"].shape[1], [0, 1, 2, 3])
+    ref.teacher_forced(twin, run, inputs, inputs["input_ids"][0, :0])
+    rows = [[float(v) for v in run.seen[i]] for i in range(4)]
+    used, held = [], 0.0
+    for i in sorted(range(4), key=lambda i: -sum(rows[i])):
+        if held < method.coverage * sum(map(sum, rows)):
+            used.append(i)
+            held += sum(rows[i])
+    a = [sum(rows[i][j] for i in used) / len(used) for j in range(len(rows[0]))]
+    mean = sum(a) / len(a)
+    limit = mean + method.lam * math.sqrt(sum((v - mean) ** 2 for v in a) / (len(a) - 1))
+    return torch.tensor([v >= limit for v in a], dtype=torch.float64)
+
+
 def branches(model, twin, spec, inputs, answer):
     """Logits [V] of the token after `answer` in the main branch and in the others, one unpadded sample, all from scratch."""
     method, ids = vlm_fix.parse_spec(spec), inputs["input_ids"]
@@ -216,6 +232,9 @@ def branches(model, twin, spec, inputs, answer):
         others.append(ref.teacher_forced(twin, run, inputs, answer))
     elif method.name == "iava":
         kept = iava_kept(twin, method, inputs)
+        others.append(with_embeddings(twin, lambda x: x * kept[:, None], None, inputs, answer))
+    elif method.name == "avisc":
+        kept = avisc_kept(twin, method, inputs)
         others.append(with_embeddings(twin, lambda x: x * kept[:, None], None, inputs, answer))
     elif method.name == "causalmm":
         if method.vision != "none":
