@@ -216,6 +216,9 @@ def branches(model, twin, spec, inputs, answer):
         call = vlm_fix.session.Call(model, vlm_fix.families.family_of(model), inputs)
         noised = {**inputs, "pixel_values": method.noised(inputs["pixel_values"], call)}
         others.append(ref.teacher_forced(twin, None, noised, answer))
+    elif method.name == "ritual":  # its transforms have loops of their own, in test_ritual.py
+        call = vlm_fix.session.Call(model, vlm_fix.families.family_of(model), inputs)
+        others.append(ref.teacher_forced(twin, None, method.negative(call), answer))
     elif method.name in ("pai", "m3id", "icd"):
         prompt = second_prompt("icd" if method.name == "icd" else "m3id", inputs)
         others.append(ref.teacher_forced(twin, None, prompt, answer))
@@ -262,6 +265,8 @@ def contrasted(method, step, main, others):
         weight = method.alpha * (entropy / math.log(len(p)) if method.normalised else entropy)
         weight = min(weight, math.inf if method.cap is None else method.cap)
     z = main + sum(weight * (main - other) for other in others)
+    if method.name == "ritual":
+        z = main + weight * others[0]
     z = z.masked_fill(torch.tensor([float(v) < method.beta * float(p.max()) for v in p]), -math.inf)
     return gated(method, main, z)
 
