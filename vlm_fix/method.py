@@ -37,11 +37,14 @@ def param(
     choices: Any = None,
     above: float | None = None,
     counts: bool = False,
+    by_name: bool = False,
 ) -> Any:
     """A dataclass field with its help text and legal range, `low` and `high` included, `above` not; shown by
-    `vlm-fix methods` and the demo. counts: up to 1 it is a share, above 1 a count, which must be whole."""
+    `vlm-fix methods` and the demo. counts: up to 1 it is a share, above 1 a count, which must be whole. by_name: of a kind,
+    so that the order of a method's own parameters stays theirs."""
     meta = {"help": help, "low": low if above is None else above, "high": high, "choices": choices}
-    return dataclasses.field(default=default, metadata={**meta, "open": above is not None, "counts": counts})
+    meta |= {"open": above is not None, "counts": counts}
+    return dataclasses.field(default=default, metadata=meta, kw_only=by_name)
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ class Method:
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         _check_class(cls)  # type: ignore[arg-type]  # mypy takes no class for hashable
         self = super().__new__(cls)
-        names = [f.name for f in dataclasses.fields(cls)]
+        names = [f.name for f in dataclasses.fields(cls) if not f.kw_only]
         object.__setattr__(self, "given", frozenset((*names[: len(args)], *kwargs)))
         return self
 

@@ -146,6 +146,7 @@ STAR = (
     "* = significant at 5 % after Holm's correction over the runs of the table, each column and split for itself. Mended: "
     "only the method is right (captions: free of hallucination), broken: only the baseline; FN>TP with TN>FP is a shift to yes."
 )
+GATED = "Steps that a contrast's gate left as they are, in percent"
 TERM = "What a contrast adds to the log-probabilities: standard deviation over the tokens it leaves uncut, in nats"
 
 
@@ -195,11 +196,13 @@ def grids(results: Mapping[str, Any]) -> list[Grid]:
             title += "; counts are sums over the seeds, p their largest" if many else ""
             made.append(Grid(title, tuple(CHANGES[name] for name in names), filled))
     benchmarks = tuple(results["settings"]["data"])
-    sizes = []
-    for run, sds in results.get("term_sd", {}).items():
-        sizes.append(("", run, tuple(Cell("-" if sds.get(b) is None else f"{sds[b]:.3g}") for b in benchmarks)))
-    if sizes:
-        made.append(Grid(TERM, tuple(b.upper() for b in benchmarks), tuple(sizes)))
+    for caption, key, factor in ((TERM, "term_sd", 1), (GATED, "gated", 100)):
+        sizes = tuple(
+            ("", run, tuple(Cell("-" if of.get(b) is None else f"{factor * of[b]:.3g}") for b in benchmarks))
+            for run, of in results.get(key, {}).items()
+        )
+        if sizes:
+            made.append(Grid(caption, tuple(b.upper() for b in benchmarks), sizes))
     made += _by_probability(results)
     speeds = tuple(("", run, tuple(_speed_cells(results, each))) for run, each in results["speed"].items())
     units = ("tok/s", "first token s", "peak MB")

@@ -56,6 +56,7 @@ class Batch:
     ids: list[list[int]] = dataclasses.field(repr=False, default_factory=list)  # of the new tokens
     term: tuple[float, int] | None = None  # sum of squares and degrees of freedom of a contrast's `Term`
     yes_no: list[tuple[float, float]] | None = None  # p_yes, p_no as the first token, see `first.py`
+    gated: tuple[int, int] | None = None  # its rows that a gate left as they are, of how many
 
 
 def encode(model: Any, processor: Any, images: Sequence[Any], prompts: Sequence[str]) -> Any:
@@ -123,6 +124,7 @@ def generate(
         ids=[row[:n] for row, n in zip(new.tolist(), tokens.tolist(), strict=True)],
         term=(term.squares, term.dof) if term else None,
         yes_no=first.probabilities() if first else None,
+        gated=term.gated if term else None,
     )
 
 
@@ -176,7 +178,7 @@ def answer(model: Any, processor: Any, samples: Sequence[Sample], seed: int, **h
     pending = [ready] if ready else []
     seconds, first_token = 0.0, None
     notes: dict[str, None] = {}
-    terms = []
+    terms, gates = [], []
     asked = all(sample.yes_no for sample in samples)
     while pending:
         part = pending.pop(0)
@@ -199,6 +201,7 @@ def answer(model: Any, processor: Any, samples: Sequence[Sample], seed: int, **h
         seconds += batch.seconds
         first_token = first_token or batch.first_token
         terms += [batch.term] if batch.term else []
+        gates += [batch.gated] if batch.gated else []
         for i, sample in enumerate(part):
             row = {"answer": batch.texts[i], "tokens": batch.tokens[i], "finished": batch.finished[i], "error": None}
             if asked:
@@ -207,6 +210,7 @@ def answer(model: Any, processor: Any, samples: Sequence[Sample], seed: int, **h
     term = [math.fsum(t[0] for t in terms), sum(t[1] for t in terms)] if terms else None
     batch_wide: dict[str, Any] = {"batch_seconds": seconds, "batch_first_token": first_token}
     batch_wide |= {"batch_warnings": list(notes), "batch_term": term}
+    batch_wide["batch_gated"] = [sum(part) for part in zip(*gates, strict=True)] or None
     return [{**{"answer": None, "tokens": 0, "finished": False}, **rows[s.id], **batch_wide} for s in samples]
 
 

@@ -238,6 +238,9 @@ def _write(
         "term_sd": {
             run: sds for run in names if (sds := term_sds([r for t in tasks for r in store.of(run, t.benchmark)]))
         },
+        "gated": {
+            run: found for run in names if (found := gated([r for t in tasks for r in store.of(run, t.benchmark)]))
+        },
         "specs": specs,  # of runs whose name is not their spec
         "speed": {run: {t.benchmark: speed(store.of(run, t.benchmark)) for t in tasks} for run in names},
     }
@@ -296,12 +299,21 @@ TERM = ("benchmark", "seed", "batch", "batch_term")
 
 def term_sds(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
     """Return benchmark -> standard deviation of the contrast's term over all batches and seeds; {} without a contrast."""
-    terms: dict[str, dict[Any, Any]] = {}
+    return {b: math.sqrt(squares / dof) if dof else None for b, (squares, dof) in _sums(rows, "batch_term").items()}
+
+
+def gated(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Return benchmark -> share of the steps of all answers that a contrast's gate left as they are; {} without a gate."""
+    return {b: count / steps for b, (count, steps) in _sums(rows, "batch_gated").items() if steps}
+
+
+def _sums(rows: Sequence[dict[str, Any]], key: str) -> dict[str, list[float]]:
+    """Return benchmark -> the pairs of numbers that rows have of their batch, summed over batches and seeds."""
+    pairs: dict[str, dict[Any, Any]] = {}
     for row in rows:
-        if row.get("batch_term"):
-            terms.setdefault(row["benchmark"], {})[row["seed"], row["batch"]] = row["batch_term"]
-    sums = {name: [math.fsum(part) for part in zip(*each.values(), strict=True)] for name, each in terms.items()}
-    return {name: math.sqrt(squares / dof) if dof else None for name, (squares, dof) in sums.items()}
+        if row.get(key):
+            pairs.setdefault(row["benchmark"], {})[row["seed"], row["batch"]] = row[key]
+    return {name: [math.fsum(part) for part in zip(*each.values(), strict=True)] for name, each in pairs.items()}
 
 
 def _warnings(rows: Sequence[dict[str, Any]]) -> dict[str, int]:

@@ -14,6 +14,7 @@ from vlm_fix import Contrast, ScoreEdit, VlmFixError, param
 from vlm_fix.arch import Arch
 from vlm_fix.call import Call
 from vlm_fix.decoding.contrast import plausible
+from vlm_fix.decoding.kinds import entropy
 from vlm_fix.engine import Engine
 from vlm_fix.method import parse_heads
 from vlm_fix.recorder import Recorder
@@ -48,6 +49,10 @@ class DeCoRe(ScoreEdit, Contrast):
     def resolve(self, arch: Arch) -> DeCoRe:
         method = super().resolve(arch)
         assert isinstance(method, DeCoRe) and isinstance(method.layers, tuple)
+        if method.entropy != "none":
+            raise VlmFixError(
+                f"decore: its strength grows with the entropy in any case; leave entropy={method.entropy} out."
+            )
         if not method.head_list:
             raise VlmFixError(
                 "decore: the retrieval heads of this model are unknown; find them with `vlm-fix calibrate decore` and pass "
@@ -69,8 +74,7 @@ class DeCoRe(ScoreEdit, Contrast):
         return call.inputs
 
     def combine(self, l: torch.Tensor, l_neg: torch.Tensor) -> torch.Tensor:
-        entropy = torch.special.entr(l.exp()).sum(dim=-1, keepdim=True)
-        a = self.alpha * (entropy / torch.tensor(l.shape[-1]).log() if self.normalised else entropy)
+        a = self.alpha * entropy(l.exp(), self.normalised)
         a = a if self.cap is None else a.clamp(max=self.cap)
         return plausible((l + a * (l - l_neg)).masked_fill(torch.isinf(l), -torch.inf), l, self.beta)
 

@@ -61,10 +61,7 @@ class IAVA(Contrast):
         """Head means [layers, n] of one prompt's n image tokens under both instructions -> [n] True for irrelevant ones."""
         if not general.shape[1]:
             return general[0].bool()
-        share = general.sum(dim=1) / general.sum()
-        order = share.argsort(descending=True, stable=True)
-        before = share[order].cumsum(dim=0) - share[order]
-        layers = order[(before < self.coverage) | (before == 0)]
+        layers = looking(general, self.coverage)
         g, u = general[layers].mean(dim=0), user[layers].mean(dim=0)
         return above(g, self.high) & above(g - u, self.drop)
 
@@ -75,6 +72,14 @@ class IAVA(Contrast):
 def above(x: torch.Tensor, count: float) -> torch.Tensor:
     """[n] -> True where x > mean + count std (of the population)."""
     return x > x.mean() + count * x.std(correction=0)
+
+
+def looking(weights: torch.Tensor, coverage: float) -> torch.Tensor:
+    """Weights [layers, n] on image tokens -> indices of the fewest layers that hold `coverage` of their sum."""
+    share = weights.sum(dim=1) / weights.sum()
+    order = share.argsort(descending=True, stable=True)
+    before = share[order].cumsum(dim=0) - share[order]
+    return order[(before < coverage) | (before == 0)]
 
 
 def instructed(call: Call, tokens: tuple[int, ...]) -> dict[str, Any]:

@@ -21,8 +21,8 @@ class M3ID(Contrast):
 
     Source: arXiv 2403.14003 (no official code; the formula and beta .1 are those of the port in AvisC's repository).
     Ports start t at 0 or at 1 for the first new token. Here it is 1: with 0 the first token, and so a yes-or-no answer,
-    would never be contrasted. The paper's own gate (contrast only where the model is unsure) is left out, as in the
-    port.
+    would never be contrasted. The paper's own gate (contrast only where the model is unsure) is `gate`, off by
+    default as in the port.
     """
 
     name: ClassVar[str] = "m3id"

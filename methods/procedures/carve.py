@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -22,7 +21,7 @@ from vlm_fix.methods.contrast.icd import line_tokens
 from vlm_fix.pruning.shrink import resize, to_image, to_patches
 from vlm_fix.wing import engine_of
 
-from .pictures import labelled, with_images_after
+from .pictures import labelled, normalisation, with_images_after
 
 
 @dataclass(frozen=True)
@@ -132,19 +131,12 @@ class CARVE(Refiner):
         return resize(box, (image.shape[1], image.shape[2]))[0]
 
 
-@functools.lru_cache(maxsize=16)
 def black_of(path: str) -> tuple[float, ...]:
     """Normalised black, -mean / std of each channel, by the image processor of a checkpoint."""
-    from transformers import AutoImageProcessor, AutoProcessor
-
-    try:
-        try:
-            how = AutoImageProcessor.from_pretrained(path, local_files_only=True)
-        except ImportError:  # transformers 5.17 asks for torchvision here, and not there
-            how = AutoProcessor.from_pretrained(path, local_files_only=True).image_processor
-    except (OSError, ValueError, ImportError) as problem:
+    found = normalisation(path)
+    if found is None:
         raise VlmFixError(
             f"carve needs the model's image processor to know black, but {path!r} has none: load the model from its directory "
             "or hub name, or give -mean / std of each channel as carve:black=-1.79|-1.75|-1.48."
-        ) from problem
-    return tuple(-m / s for m, s in zip(how.image_mean, how.image_std, strict=True)) if how.do_normalize else (0.0,) * 3
+        )
+    return tuple(-m / s for m, s in zip(*found, strict=True))

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch.nn.functional import max_pool2d
 
 from vlm_fix.call import Call
+from vlm_fix.errors import VlmFixError
 from vlm_fix.families import image_cells, image_token_ids
 from vlm_fix.packing import by_token
+from vlm_fix.pruning.shrink import to_image, to_patches
 
 
 def with_images_after(call: Call, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -48,6 +53,51 @@ def with_images_after(call: Call, pixels: torch.Tensor) -> dict[str, torch.Tenso
     sizes = [1] * len(pixels) if grids is None else grids.prod(dim=-1).tolist()
     pairs = zip(call.inputs["pixel_values"].split(sizes), pixels.split(sizes), strict=True)
     return {**new, "pixel_values": torch.cat([x for pair in pairs for x in pair])}
+
+
+def changed(call: Call, change: Callable[[torch.Tensor], torch.Tensor], name: str) -> torch.Tensor:
+    """pixel_values with `change` applied to every image: [T, 3, H, W] float32 on the CPU, T copies of it -> the same shape.
+
+    An image that the processor cuts into tiles is changed tile by tile. VlmFixError, which begins with `name`, where the
+    pixels are no rows of an image.
+    """
+    pixels, grids, cells = call.inputs.get("pixel_values"), call.inputs.get("image_grid_thw"), call.family.cells
+    packed = cells == "grid_thw" and grids is not None and bool((grids[:, 0] == 1).all())
+    if pixels is None or not (packed or (cells in ("pixels", "tiles", "anyres") and pixels.dim() in (4, 5))):
+        raise VlmFixError(
+            f"{name} needs pixel_values of whole images or square tiles; {call.family.name} has none in this call."
+        )
+
+    def moved(x: torch.Tensor) -> torch.Tensor:
+        return change(x.detach().float().cpu().contiguous()).to(x)
+
+    if not packed:
+        new: torch.Tensor = call.with_pixels(lambda x: torch.cat([moved(i) for i in x.split(1)]))["pixel_values"]
+        return new
+    ids, patch, made = call.inputs["input_ids"], call.model.config.vision_config.patch_size, []
+    shown = torch.isin(ids, torch.tensor(image_token_ids(call.model, call.family), device=ids.device))
+    maps = image_cells(call.model, call.family, {**call.inputs, "input_ids": ids[shown][None]})
+    for x, at, (_, h, w) in zip(pixels.split(grids.prod(dim=-1).tolist()), maps, grids.tolist(), strict=True):
+        merge = w // at.shape[1] if x.dim() == 2 else 1  # Kimi's patches are in reading order
+        image = to_image(x, (h // merge, w // merge), merge, patch)
+        frames = moved(image.unflatten(0, (3, -1)).transpose(0, 1))
+        made.append(to_patches(frames.transpose(0, 1).flatten(0, 1), merge, patch).view_as(x))
+    return torch.cat(made)
+
+
+@functools.lru_cache(maxsize=16)
+def normalisation(path: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Mean and standard deviation of each channel by the image processor of a checkpoint; None without one."""
+    from transformers import AutoImageProcessor, AutoProcessor
+
+    try:
+        try:
+            how = AutoImageProcessor.from_pretrained(path, local_files_only=True)
+        except ImportError:  # transformers 5.17 asks for torchvision here, and not there
+            how = AutoProcessor.from_pretrained(path, local_files_only=True).image_processor
+    except (OSError, ValueError, ImportError):
+        return None
+    return (tuple(how.image_mean), tuple(how.image_std)) if how.do_normalize else ((0.0,) * 3, (1.0,) * 3)
 
 
 def labelled(mask: torch.Tensor) -> torch.Tensor:

@@ -22,6 +22,7 @@ STEPS = 4
 CAKE = (
     f"layercake:punctuation={'|'.join(map(str, range(3, 40)))},concepts={'|'.join(map(str, range(40, 60)))},beta=0.01"
 )
+RITUAL = "ritual:mean=0.5|0.4|0.6,std=0.3|0.3|0.2,beta=0.01"
 SPECS = [
     "vcd:beta=0.01",
     "pai:alpha=0.5,gamma=1.3",
@@ -30,11 +31,14 @@ SPECS = [
     "sid:beta=0.01",
     "decore:head_list=1.0|1.3|2.2|3.1",
     "iava:tokens=21|22|23,beta=0.01",
+    "avisc:beta=0.01",
+    RITUAL,
     "causalmm:beta=0.01",
     CAKE,
 ]
 MORE = ["sid:keep=5,layers=3,refresh=false,alpha=2", "sid:keep=5,refresh=false",
         "decore:head_list=0.1|3.1,normalised=true,cap=0.5,beta=0.1",
+        "avisc:coverage=1,lam=-0.3,alpha=2.5,beta=0",
         "iava:tokens=21|22,coverage=1,high=0.2,drop=-5,beta=0", "causalmm:vision=reversed,language=none",
         "causalmm:vision=uniform,language=uniform,gamma=2", "causalmm:vision=random,language=random,seed=3",
         "causalmm:vision=none,language=reverse,layers=1|3"]  # fmt: skip
@@ -141,7 +145,8 @@ def test_joined_steps_equal_separate_ones(family, model, spec, monkeypatch):
 @pytest.mark.parametrize(
     ("spec", "passes", "rows"),
     [("icd:tokens=11|12|13", 1, "tail"), ("decore:head_list=1.0|3.1", 1, "last"), ("sid", 1, "last"),
-     ("iava:tokens=21|22", 1, "all"), ("causalmm", 1, "all"), ("m3id", 1, "tail"), ("vcd", 2, "all")],
+     ("iava:tokens=21|22", 1, "all"), ("avisc", 1, "all"), ("causalmm", 1, "all"), ("m3id", 1, "tail"), ("vcd", 2, "all"),
+     (RITUAL, 2, "all")],
 )  # fmt: skip
 def test_branches_share_layers_and_columns_up_to_their_change(family, model, spec, passes, rows):
     """The vision tower runs once per distinct image; columns before the prompts part are not computed again."""
@@ -267,11 +272,19 @@ def test_combine_equals_three_tokens_by_hand():
     def scores(spec):
         return vlm_fix.parse_spec(spec).combine_at(0, p, q)[0]
 
-    for name in ("vcd:alpha=1,beta=0.4", "icd:alpha=1,beta=0.4", "sid:alpha=1,beta=0.4", "iava:alpha=1,beta=0.4"):
+    for name in (
+        "vcd:alpha=1,beta=0.4",
+        "icd:alpha=1,beta=0.4",
+        "sid:alpha=1,beta=0.4",
+        "iava:alpha=1,beta=0.4",
+        "avisc:alpha=1,beta=0.4",
+    ):
         z = scores(name)
         assert z[:2].tolist() == pytest.approx([math.log(0.72), math.log(0.9)]) and z[2] == -math.inf  # .36/.5, .09/.1
     z = scores("pai:gamma=2,beta=0.4")
     assert z[:2].tolist() == pytest.approx([math.log(0.72), math.log(0.9)]) and z[2] == -math.inf
+    z = scores("ritual:alpha=2,beta=0.4")
+    assert z[:2].tolist() == pytest.approx([math.log(0.15), math.log(0.003)]) and z[2] == -math.inf  # .6 * .5^2
     h = -(0.6 * math.log(0.6) + 0.3 * math.log(0.3) + 0.1 * math.log(0.1))
     assert scores("decore").tolist() == pytest.approx(
         [math.log(0.6) + h * math.log(1.2), math.log(0.3) + h * math.log(3), math.log(0.1) - h * math.log(4)]

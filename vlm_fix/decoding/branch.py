@@ -59,6 +59,11 @@ class Branch:
         self.first: torch.Tensor  # [B', V] logits of the prompt
         self.next_position: torch.Tensor | None = None  # [B'] position id of the first generated token
 
+    @property
+    def may_wait(self) -> bool:
+        """True if a step whose logits nobody needs can be left to the next one: it has not run yet, and caches keep columns."""
+        return self.tokens is not None and self.pending is None and keeps_columns(self.cache)
+
     @torch.no_grad()
     def logits(self, generated: torch.Tensor) -> torch.Tensor:
         """[B', t] generated tokens -> this branch's next-token logits [B', V]."""

@@ -19,7 +19,7 @@ from transformers import LogitsProcessor
 from vlm_fix.call import Call
 from vlm_fix.errors import VlmFixError
 from vlm_fix.families.compat import cache_of
-from vlm_fix.method import Method, shaped
+from vlm_fix.method import Method
 from vlm_fix.options import GenerateOptions
 from vlm_fix.packing import left_pack
 from vlm_fix.pruning import PruningWing
@@ -41,7 +41,7 @@ def plausible(scores: torch.Tensor, logits: torch.Tensor, beta: float) -> torch.
 
 
 class PrefixContrast(LogitsProcessor):
-    """Replaces the scores [B, V] by `method.combine_at(step, main, *negatives)`; adds: a beam search will add them up."""
+    """Replaces the scores [B, V] by `method.contrasted(step, main, *negatives)`; adds: a beam search will add them up."""
 
     def __init__(self, host: Host, method: Contrast, call: Call, joins: bool, adds: bool, term: Term | None = None):
         self.host, self.method, self.call, self.joins = host, method, call, joins
@@ -60,13 +60,16 @@ class PrefixContrast(LogitsProcessor):
                 )
             self.branches = [Branch(self.host, self.call, name, branch, self.method) for name, branch in wanted.items()]
         generated = input_ids[:, self.call.inputs["input_ids"].shape[1] :]
-        negatives = [b.logits(generated).to(scores.device).float() for b in self.branches]
-        if self.host.main:
-            self.host.main.parts.pop(MainPrompt, None)  # every branch has its prompt now
-        main, *negatives = (log_probs(x, self.method.on_logits and not self.adds) for x in (scores.float(), *negatives))
-        combined = shaped(self.method.combine_at(generated.shape[1], main, *negatives), main, self.method, "combine")
+        raw = self.method.on_logits and not self.adds
+        combined = main = log_probs(scores.float(), raw)
+        sure = self.method.sure(main)
+        if sure is None or not all(b.may_wait for b in self.branches) or not bool(sure.all()):
+            negatives = [b.logits(generated).to(scores.device).float() for b in self.branches]
+            if self.host.main:
+                self.host.main.parts.pop(MainPrompt, None)  # every branch has its prompt now
+            combined = self.method.contrasted(generated.shape[1], main, *(log_probs(x, raw) for x in negatives))
         if self.term:
-            self.term.add(main, combined, generated)
+            self.term.add(main, combined, generated, sure)
         return log_probs(combined, unless=not self.adds).to(scores.dtype)  # type: ignore[return-value]
 
     def join(self, session: Session, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:

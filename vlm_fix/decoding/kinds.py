@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 
 from vlm_fix.call import Call
-from vlm_fix.method import Method
+from vlm_fix.method import Method, param, shaped
 from vlm_fix.session import Session
 
 from .search import Search
@@ -20,6 +20,12 @@ from .step import Step
 def log_probs(scores: torch.Tensor, unless: bool = False) -> torch.Tensor:
     """Scores [B, V] as log-probabilities, or as they are."""
     return scores if unless else scores.log_softmax(dim=-1)
+
+
+def entropy(p: torch.Tensor, normalised: bool = False) -> torch.Tensor:
+    """Probabilities [B, V] -> entropy [B, 1] in nats; normalised: over log V, from 0 to 1."""
+    h = torch.special.entr(p).sum(dim=-1, keepdim=True)
+    return h / torch.tensor(p.shape[-1]).log() if normalised else h
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,10 @@ class Contrast(Method):
 
     A branch may have another prompt, other image features, or an attention edit that is active only in it: the method is
     then an AttentionEdit too, with branch="negative".
+
+    What every contrast can do besides: with z its scores and l the main branch's, z <- l + w (z - l) where z is not cut
+    off; w = H(p) in nats (entropy=nats; DeCoRe, arXiv 2410.18860), or H(p) / log V (entropy=normalised). Where max p >=
+    `gate` the row keeps l, uncut (CHASD, arXiv 2605.23344). gate=1 and entropy=none change nothing.
     """
 
     kind: ClassVar[str] = "contrast"
@@ -47,6 +57,16 @@ class Contrast(Method):
     on_logits: ClassVar[bool] = False
     """True: `combine` gets the branches' logits. Their level is seen by generate's own processors: a repetition penalty
     divides positive scores and multiplies negative ones."""
+
+    gate: float = param(
+        1.0, "contrast only where the model's own top probability is below this", above=0, high=1, by_name=True
+    )
+    entropy: str = param(
+        "none",
+        "scale what the contrast adds by the entropy of the model's own distribution",
+        choices=("none", "nats", "normalised"),
+        by_name=True,
+    )
 
     @property
     def contrasts(self) -> bool:
@@ -86,6 +106,19 @@ class Contrast(Method):
     def combine_at(self, step: int, l: torch.Tensor, *negatives: torch.Tensor) -> torch.Tensor:
         """`combine` after `step` generated tokens, for a strength that changes as the answer grows or several branches."""
         return self.combine(l, *negatives)
+
+    def sure(self, l: torch.Tensor) -> torch.Tensor | None:
+        """[B, V] of the main branch -> [B, 1] True for rows that are not contrasted; None: every row is."""
+        return None if self.gate == 1 else l.softmax(dim=-1).amax(dim=-1, keepdim=True) >= self.gate
+
+    def contrasted(self, step: int, l: torch.Tensor, *negatives: torch.Tensor) -> torch.Tensor:
+        """`combine_at`, as `entropy` scales and `gate` limits it: what is sampled from. VlmFixError for another shape."""
+        new: torch.Tensor = shaped(self.combine_at(step, l, *negatives), l, self, "combine")
+        if self.entropy != "none":
+            scaled = l + entropy(l.softmax(dim=-1), self.entropy == "normalised") * (new - l)
+            new = torch.where(new.isfinite() & l.isfinite(), scaled, new)
+        sure = self.sure(l)
+        return new if sure is None else torch.where(sure, l, new)
 
 
 @dataclass(frozen=True)

@@ -11,15 +11,19 @@ class Term:
     """The spread of d = combined - log p over the tokens left uncut, pooled over the rows and steps of one call.
 
     A row of n uncut tokens adds sum (d - mean d)^2 to `squares` and n - 1 to `dof`: a constant added to a whole row cancels
-    in the softmax. Rows behind their end token add nothing. All of it stays on the device until it is asked for.
+    in the softmax. Rows behind their end token add nothing. A row that `Contrast.gate` leaves as it is adds zeros, and is
+    counted. All of it stays on the device until it is asked for.
     """
 
     def __init__(self, ends: int | list[int] | torch.Tensor | None) -> None:
         self.ends = torch.as_tensor([] if ends is None else ends, dtype=torch.long).flatten()
         self.steps: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.gates: list[tuple[torch.Tensor, torch.Tensor]] = []  # rows that a gate left as they are, of how many
 
-    def add(self, main: torch.Tensor, combined: torch.Tensor, generated: torch.Tensor) -> None:
-        """A step: log-probabilities and scores [B, V], -inf where cut off, after the tokens [B, t]."""
+    def add(
+        self, main: torch.Tensor, combined: torch.Tensor, generated: torch.Tensor, sure: torch.Tensor | None = None
+    ) -> None:
+        """A step: log-probabilities and scores [B, V], -inf where cut off, after the tokens [B, t]; sure [B, 1]: gated."""
         self.ends = self.ends.to(generated.device)
         ended = torch.isin(generated, self.ends).any(dim=1, keepdim=True).to(main.device)
         left = main.isfinite() & combined.isfinite() & ~ended
@@ -27,6 +31,14 @@ class Term:
         d = torch.where(left, combined - main, 0.0)
         d = torch.where(left, d - d.sum(dim=1, keepdim=True) / count.clamp(min=1), 0.0)
         self.steps.append((d.square().sum(), (count - 1).clamp(min=0).sum()))
+        if sure is not None:
+            self.gates.append(((sure & ~ended).sum(), (~ended).sum()))
+
+    @property
+    def gated(self) -> tuple[int, int] | None:
+        """How many rows a gate left as they are, and of how many, over all steps; None without a gate."""
+        counts = (int(torch.stack(part).sum()) for part in zip(*self.gates, strict=True))
+        return (next(counts), next(counts)) if self.gates else None
 
     @property
     def squares(self) -> float:

@@ -69,7 +69,7 @@ class NextTokens:
             l = out[row : row + 1].log_softmax(dim=-1)
             if name in negatives:
                 assert one.engine.contrast is not None
-                combined = one.engine.contrast.combine_at(generated.shape[1], l, *negatives[name])
+                combined = one.engine.contrast.contrasted(generated.shape[1], l, *negatives[name])
                 l = combined.log_softmax(dim=-1)
             at = {i: (x[step.last[row]][None, None], generated.shape[1]) for i, x in seen.items()}
             prompts = functools.partial(self._prompts, name, one)

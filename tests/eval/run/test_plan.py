@@ -185,3 +185,22 @@ def test_tables_and_pages_show_the_sizes_and_the_control(folder):
     assert "gaussian_logits as vcd" in page.page([folder]) and "noise of the size of M" in page.leaderboard([folder])
     assert {line["method"] for line in published.compare(results)} == {"vcd"}
     assert [row.spec for row in measured.read(folder.parent)["gaussian_logits"]] == ["gaussian_logits as vcd"]
+
+
+def test_the_share_of_gated_steps_is_counted_and_shown(tmp_path):
+    """The gate of a contrast that changes no probability: its steps are those that the model alone is sure of."""
+    methods = (("yes_bias:alpha=0.000001,gate=0.9",), ("vcd",))
+    settings = Settings(model=MODEL, methods=methods, benchmark="chair", limit=3, batch_size=2, max_new_tokens=8,
+                        variant="pattern")  # fmt: skip
+    results = evaluate(settings, tmp_path / "out", console=Console(quiet=True))
+    loaded, gates, steps = loading.load_model(MODEL)[:2], 0, 0
+    (task,) = tasks.build(settings)
+    for sample in task.samples:
+        inputs = generation.encode(*loaded, [tasks.sample.load_image(sample)], [sample.prompt])
+        how = {**settings.generate_kwargs(8), "output_logits": True, "return_dict_in_generate": True}
+        for logits in loaded[0].generate(**inputs, **how).logits:
+            gates, steps = gates + (float(logits[0].softmax(-1).max()) >= 0.9), steps + 1
+    assert 0 < gates < steps
+    assert results["gated"] == {methods[0][0]: {"chair": pytest.approx(gates / steps)}}
+    grid = next(g for g in report.grids(results) if g.caption == report.GATED)
+    assert grid.rows[0][1:] == (methods[0][0], (report.Cell(f"{100 * gates / steps:.3g}"),))

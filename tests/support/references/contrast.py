@@ -190,6 +190,22 @@ def iava_kept(twin, method, inputs):
     return torch.tensor(kept, dtype=torch.float64)
 
 
+def avisc_kept(twin, method, inputs):
+    """[N] 1 for blind image tokens, by the formula."""
+    run = Look(ref.visual_columns(inputs["input_ids"]), inputs["input_ids"].shape[1], [0, 1, 2, 3])
+    ref.teacher_forced(twin, run, inputs, inputs["input_ids"][0, :0])
+    rows = [[float(v) for v in run.seen[i]] for i in range(4)]
+    used, held = [], 0.0
+    for i in sorted(range(4), key=lambda i: -sum(rows[i])):
+        if held < method.coverage * sum(map(sum, rows)):
+            used.append(i)
+            held += sum(rows[i])
+    a = [sum(rows[i][j] for i in used) / len(used) for j in range(len(rows[0]))]
+    mean = sum(a) / len(a)
+    limit = mean + method.lam * math.sqrt(sum((v - mean) ** 2 for v in a) / (len(a) - 1))
+    return torch.tensor([v >= limit for v in a], dtype=torch.float64)
+
+
 def branches(model, twin, spec, inputs, answer):
     """Logits [V] of the token after `answer` in the main branch and in the others, one unpadded sample, all from scratch."""
     method, ids = vlm_fix.parse_spec(spec), inputs["input_ids"]
@@ -200,6 +216,9 @@ def branches(model, twin, spec, inputs, answer):
         call = vlm_fix.session.Call(model, vlm_fix.families.family_of(model), inputs)
         noised = {**inputs, "pixel_values": method.noised(inputs["pixel_values"], call)}
         others.append(ref.teacher_forced(twin, None, noised, answer))
+    elif method.name == "ritual":  # its transforms have loops of their own, in test_ritual.py
+        call = vlm_fix.session.Call(model, vlm_fix.families.family_of(model), inputs)
+        others.append(ref.teacher_forced(twin, None, method.negative(call), answer))
     elif method.name in ("pai", "m3id", "icd"):
         prompt = second_prompt("icd" if method.name == "icd" else "m3id", inputs)
         others.append(ref.teacher_forced(twin, None, prompt, answer))
@@ -216,6 +235,9 @@ def branches(model, twin, spec, inputs, answer):
         others.append(ref.teacher_forced(twin, run, inputs, answer))
     elif method.name == "iava":
         kept = iava_kept(twin, method, inputs)
+        others.append(with_embeddings(twin, lambda x: x * kept[:, None], None, inputs, answer))
+    elif method.name == "avisc":
+        kept = avisc_kept(twin, method, inputs)
         others.append(with_embeddings(twin, lambda x: x * kept[:, None], None, inputs, answer))
     elif method.name == "causalmm":
         if method.vision != "none":
@@ -243,7 +265,20 @@ def contrasted(method, step, main, others):
         weight = method.alpha * (entropy / math.log(len(p)) if method.normalised else entropy)
         weight = min(weight, math.inf if method.cap is None else method.cap)
     z = main + sum(weight * (main - other) for other in others)
-    return z.masked_fill(torch.tensor([float(v) < method.beta * float(p.max()) for v in p]), -math.inf)
+    if method.name == "ritual":
+        z = main + weight * others[0]
+    z = z.masked_fill(torch.tensor([float(v) < method.beta * float(p.max()) for v in p]), -math.inf)
+    return gated(method, main, z)
+
+
+def gated(method, main, z):
+    """Scores z [V] as `gate` and `entropy` leave them, token by token."""
+    p = main.softmax(-1).tolist()
+    if max(p) >= method.gate < 1:
+        return main
+    h = -sum(v * math.log(v) for v in p if v > 0)
+    w = {"none": 1.0, "nats": h, "normalised": h / math.log(len(p))}[method.entropy]
+    return torch.stack([a if a == -math.inf else b + w * (a - b) for a, b in zip(z, main, strict=True)])
 
 
 def distribution(model, twin, spec, inputs, answer):
