@@ -318,6 +318,12 @@ CASES = {
             streamer="streamer",
         ),
         loop("sgrs:layers=1-3,alpha=1", neutral=("sgrs:top_k=1",)),
+        edit(
+            "draft:tokens=3",
+            neutral=("draft:tokens=0",),
+            refuses={"prompt_lookup_num_tokens": "draft drafts itself"},
+            effect=False,
+        ),
         # pruning before the language model, in its layers, in its cache
         pruner("divprune"),
         pruner("downsample_image:keep=5", neutral=("downsample_image:keep=1.0", "downsample_image:keep=1000")),
