@@ -311,6 +311,7 @@ CASES = {
         edit("yes_threshold:yes=3|69|32,no=20|52,mass=0.02,margin=0.9", neutral=("yes_threshold:margin=0",)),
         # procedures
         edit(CROP, f"{CROP},images=both", neutral=(f"{CROP},top=1.0", f"{CROP},top=1.0,images=both")),
+        edit("image_sort:toward=ends,layers=1-2", neutral=("image_sort:rounds=0",)),
         loop(
             "opera:threshold=1,warmup=2,beams=3,candidates=3",
             neutral=("opera:weight=0",),
@@ -318,6 +319,12 @@ CASES = {
             streamer="streamer",
         ),
         loop("sgrs:layers=1-3,alpha=1", neutral=("sgrs:top_k=1",)),
+        edit(
+            "control_mllm:box=0.1|0.1|0.6|0.6,lr=0.5",
+            "control_mllm:version=1,point=0.3|0.7,lr=0.5",
+            neutral=("control_mllm:box=0|0|1|1,steps=0",),
+            refuses=CHUNKS,
+        ),
         edit(
             "draft:tokens=3",
             neutral=("draft:tokens=0",),

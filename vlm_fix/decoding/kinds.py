@@ -47,6 +47,8 @@ class Contrast(Method):
     on_logits: ClassVar[bool] = False
     """True: `combine` gets the branches' logits. Their level is seen by generate's own processors: a repetition penalty
     divides positive scores and multiplies negative ones."""
+    own_keys: ClassVar[bool] = False
+    """True: a branch has other keys than the main one even where their prompts are the same."""
 
     @property
     def contrasts(self) -> bool:
