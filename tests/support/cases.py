@@ -293,6 +293,7 @@ CASES = {
         ),
         edit("random_subspace:rank=20,layers=0-", neutral=("random_subspace:rank=0",)),
         # contrasts
+        edit("attention_buckets:bases=0.02|30", neutral=("attention_buckets:bases=1|1",)),
         edit("causalmm:beta=0.01", neutral=("causalmm:gamma=0", "causalmm:vision=none,language=none")),
         edit("decore:head_list=1.0|1.3|2.2|3.1", neutral=("decore:alpha=0,head_list=1.0",)),
         edit("iava:tokens=21|22|23,beta=0.01", neutral=("iava:alpha=0",)),
