@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from .registry import list_methods, parse_spec
     from .sample import Sample
     from .scope import RowScope
-    from .wrapping import contrast_term, unwrap, wrap, wrapped
+    from .wrapping import contrast_term, drafted, unwrap, wrap, wrapped
 
 __version__ = "0.1.0"
 _HOMES = {  # imported on first use: scoring files and `--help` need no torch
@@ -107,6 +107,7 @@ _HOMES = {  # imported on first use: scoring files and `--help` need no torch
     "scope": ("RowScope",),
     "wrapping": (
         "contrast_term",
+        "drafted",
         "unwrap",
         "wrap",
         "wrapped",
@@ -152,6 +153,7 @@ __all__ = [
     "WeightEdit",
     "WeightReader",
     "contrast_term",
+    "drafted",
     "list_methods",
     "observe",
     "param",

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from vlm_fix import calibrated, copies
-from vlm_fix.decoding import ContrastWing
+from vlm_fix.decoding import ContrastWing, DraftWing
+from vlm_fix.decoding.drafting import Drafted
 from vlm_fix.decoding.term import Term
 from vlm_fix.engine import Engine
 from vlm_fix.errors import VlmFixError
@@ -80,6 +81,16 @@ def contrast_term(model: Any) -> Term | None:
     engine: Engine | None = installed(model)
     wing = engine.wing(ContrastWing) if engine else None
     return wing.term if wing else None
+
+
+def drafted(model: Any) -> Drafted | None:
+    """What `draft` did in the last `generate` call of a wrapped model: its rounds, its candidates, how many were accepted.
+
+    `.tokens_per_round` is what one verification gave. None without it, and before the first call.
+    """
+    engine: Engine | None = installed(model)
+    wing = engine.wing(DraftWing) if engine else None
+    return wing.report if wing else None
 
 
 @contextlib.contextmanager

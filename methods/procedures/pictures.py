@@ -15,14 +15,12 @@ from vlm_fix.packing import by_token
 from vlm_fix.pruning.shrink import to_image, to_patches
 
 
-def with_images_after(call: Call, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The same prompt with another image of its size right after each image, left-padded again.
+def image_blocks(call: Call) -> list[list[tuple[int, int]]]:
+    """Per row of the batch, the columns [first, last) of each image of its prompt, the markers around it included.
 
-    pixels: like pixel_values, of the images that are put in. Their tokens, and the markers around them, repeat those
-    of the image before. Raises VlmFixError where the image tokens do not fit the images.
+    Raises VlmFixError where the image tokens do not fit the images.
     """
-
-    ids, config, grids = call.inputs["input_ids"], call.model.config, call.inputs.get("image_grid_thw")
+    ids, config = call.inputs["input_ids"], call.model.config
     tokens = torch.tensor(image_token_ids(call.model, call.family), device=ids.device)
     shown = torch.isin(ids, tokens)
     cells = image_cells(call.model, call.family, {**call.inputs, "input_ids": ids[shown][None]})
@@ -31,16 +29,30 @@ def with_images_after(call: Call, pixels: torch.Tensor) -> dict[str, torch.Tenso
         getattr(config, f"vision_{side}_token_id", getattr(config, f"image_{side}_token_id", None))
         for side in ("start", "end")
     )
-    rows, passed = [], 0
-    for row, image, seen in zip(ids.tolist(), shown, call.inputs["attention_mask"].bool(), strict=True):
-        columns, done, places = list[int](), 0, image.nonzero()[:, 0].tolist()
+    rows, passed = list[list[tuple[int, int]]](), 0
+    for row, image in zip(ids.tolist(), shown, strict=True):
+        found, places = list[tuple[int, int]](), image.nonzero()[:, 0].tolist()
         while places:
             count = next(ends) - passed
             first, last, places, passed = places[0], places[count - 1] + 1, places[count:], passed + count
-            first -= row[:first][-1:] == [start]
-            last += row[last : last + 1] == [end]
+            found.append((first - (row[:first][-1:] == [start]), last + (row[last : last + 1] == [end])))
+        rows.append(found)
+    return rows
+
+
+def with_images_after(call: Call, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The same prompt with another image of its size right after each image, left-padded again.
+
+    pixels: like pixel_values, of the images that are put in. Their tokens, and the markers around them, repeat those
+    of the image before. Raises VlmFixError where the image tokens do not fit the images.
+    """
+    ids, grids = call.inputs["input_ids"], call.inputs.get("image_grid_thw")
+    rows = []
+    for blocks, seen in zip(image_blocks(call), call.inputs["attention_mask"].bool(), strict=True):
+        columns, done = list[int](), 0
+        for first, last in blocks:
             columns, done = [*columns, *range(done, last), *range(first, last)], last
-        index = torch.tensor([*columns, *range(done, len(row))], device=ids.device)
+        index = torch.tensor([*columns, *range(done, ids.shape[1])], device=ids.device)
         rows.append(index[seen[index]])
     width = max(map(len, rows))
     index = torch.stack([torch.nn.functional.pad(row, (width - len(row), 0), value=-1) for row in rows])
@@ -98,6 +110,29 @@ def normalisation(path: str) -> tuple[tuple[float, ...], tuple[float, ...]] | No
     except (OSError, ValueError, ImportError):
         return None
     return (tuple(how.image_mean), tuple(how.image_std)) if how.do_normalize else ((0.0,) * 3, (1.0,) * 3)
+
+
+def in_order(call: Call, blocks: list[list[tuple[int, int]]], orders: list[tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    """The same prompt with the images of row i in `orders[i]`, their tokens and markers moved; text stays between them.
+
+    blocks: `image_blocks(call)`.
+    """
+    ids, grids, rows, images = call.inputs["input_ids"], call.inputs.get("image_grid_thw"), [], list[int]()
+    for spans, order in zip(blocks, orders, strict=True):
+        columns, done, passed = list[int](), 0, len(images)
+        for (first, last), other in zip(spans, order, strict=True):
+            columns, done = [*columns, *range(done, first), *range(*spans[other])], last
+            images.append(passed + other)
+        rows.append([*columns, *range(done, ids.shape[1])])
+    index, new = torch.tensor(rows, device=ids.device), dict(call.inputs)
+    for name in by_token(new):
+        new[name] = new[name].gather(1, index)
+    for name in ("image_grid_thw", "image_merge_sizes"):
+        if name in new:
+            new[name] = new[name][images]
+    pixels = call.inputs["pixel_values"]
+    parts = pixels.split([1] * len(pixels) if grids is None else grids.prod(dim=-1).tolist())
+    return {**new, "pixel_values": torch.cat([parts[i] for i in images])}
 
 
 def labelled(mask: torch.Tensor) -> torch.Tensor:

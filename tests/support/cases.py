@@ -293,6 +293,7 @@ CASES = {
         ),
         edit("random_subspace:rank=20,layers=0-", neutral=("random_subspace:rank=0",)),
         # contrasts
+        edit("attention_buckets:bases=0.02|30", neutral=("attention_buckets:bases=1|1",)),
         edit("avisc:beta=0.01", neutral=("avisc:alpha=0",)),
         edit("causalmm:beta=0.01", neutral=("causalmm:gamma=0", "causalmm:vision=none,language=none")),
         edit("decore:head_list=1.0|1.3|2.2|3.1", neutral=("decore:alpha=0,head_list=1.0",)),
@@ -313,6 +314,7 @@ CASES = {
         edit("yes_threshold:yes=3|69|32,no=20|52,mass=0.02,margin=0.9", neutral=("yes_threshold:margin=0",)),
         # procedures
         edit(CROP, f"{CROP},images=both", neutral=(f"{CROP},top=1.0", f"{CROP},top=1.0,images=both")),
+        edit("image_sort:toward=ends,layers=1-2", neutral=("image_sort:rounds=0",)),
         loop(
             "opera:threshold=1,warmup=2,beams=3,candidates=3",
             neutral=("opera:weight=0",),
@@ -320,6 +322,18 @@ CASES = {
             streamer="streamer",
         ),
         loop("sgrs:layers=1-3,alpha=1", neutral=("sgrs:top_k=1",)),
+        edit(
+            "control_mllm:box=0.1|0.1|0.6|0.6,lr=0.5",
+            "control_mllm:version=1,point=0.3|0.7,lr=0.5",
+            neutral=("control_mllm:box=0|0|1|1,steps=0",),
+            refuses=CHUNKS,
+        ),
+        edit(
+            "draft:tokens=3",
+            neutral=("draft:tokens=0",),
+            refuses={"prompt_lookup_num_tokens": "draft drafts itself"},
+            effect=False,
+        ),
         # pruning before the language model, in its layers, in its cache
         pruner("divprune"),
         pruner("downsample_image:keep=5", neutral=("downsample_image:keep=1.0", "downsample_image:keep=1000")),

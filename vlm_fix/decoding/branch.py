@@ -221,6 +221,8 @@ class Branch:
             here = [b for b in ("main", self.name) if method.acts_in(b)]
             stays = method.row_scope is RowScope.LAST and not isinstance(method, PromptStart | LayerInputReader)
             return not here or (method is self.contrast and stays)
+        if getattr(method, "own_keys", False):
+            return False
         return isinstance(method, Contrast | LogitEdit) and not isinstance(method, HiddenEdit)
 
     def _synchronise(self, generated: torch.Tensor) -> int:

@@ -57,6 +57,8 @@ class Contrast(Method):
     on_logits: ClassVar[bool] = False
     """True: `combine` gets the branches' logits. Their level is seen by generate's own processors: a repetition penalty
     divides positive scores and multiplies negative ones."""
+    own_keys: ClassVar[bool] = False
+    """True: a branch has other keys than the main one even where their prompts are the same."""
 
     gate: float = param(
         1.0, "contrast only where the model's own top probability is below this", above=0, high=1, by_name=True
