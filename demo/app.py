@@ -82,7 +82,7 @@ def launch(
     `mcp` serves `tools.py` as an MCP server beside it, under /gradio_api/mcp/.
     """
     if mcp and not importlib.util.find_spec("mcp"):
-        raise VlmFixError("the MCP server needs mcp: pip install '.[mcp]' in the clone of vlm-fix.")
+        raise VlmFixError("the MCP server needs mcp: pip install 'vlm-fix[mcp]'")
     refused = VlmFixError(
         f"The page cannot be served on {host}, port {port or 'any'}: choose another --host or --port."
     )

@@ -1,6 +1,6 @@
 """vlm-fix: make pretrained vision-language models hallucinate less, without training.
 
-vlm_fix.wrap(model, "var")              # or "pai:alpha=0.2", or ["hiprune:keep=192", "pai", "vcd"]
+vlm_fix.wrap(model, "pai", alpha=0.3)    # or "pai:alpha=0.3", or a stack: "hiprune:keep=192+pai+vcd"
 model.generate(**inputs)                # unchanged
 vlm_fix.unwrap(model)
 """
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         WeightReader,
     )
     from .decoding.kinds import Contrast, LogitEdit, Procedure, Refiner, Searcher
+    from .eval.api import calibrate, evaluate
     from .hidden.edit import (
         AttentionOutputEdit,
         FinalOutputEdit,
@@ -45,10 +46,10 @@ if TYPE_CHECKING:
     from .method import Layers, Method, param
     from .observation.observe import Observation, observe
     from .pruning.kinds import TokenPruner
-    from .registry import list_methods, parse_spec
+    from .registry import list_methods, parse_spec, register
     from .sample import Sample
     from .scope import RowScope
-    from .wrapping import contrast_term, drafted, unwrap, wrap, wrapped
+    from .wrapping import active, contrast_term, drafted, unwrap, wrap, wrapped
 
 __version__ = "0.1.0"
 _HOMES = {  # imported on first use: scoring files and `--help` need no torch
@@ -77,6 +78,10 @@ _HOMES = {  # imported on first use: scoring files and `--help` need no torch
         "Refiner",
         "Searcher",
     ),
+    "eval.api": (
+        "calibrate",
+        "evaluate",
+    ),
     "hidden.edit": (
         "AttentionOutputEdit",
         "FinalOutputEdit",
@@ -103,9 +108,11 @@ _HOMES = {  # imported on first use: scoring files and `--help` need no torch
     "registry": (
         "list_methods",
         "parse_spec",
+        "register",
     ),
     "scope": ("RowScope",),
     "wrapping": (
+        "active",
         "contrast_term",
         "drafted",
         "unwrap",
@@ -152,12 +159,16 @@ __all__ = [
     "VlmFixError",
     "WeightEdit",
     "WeightReader",
+    "active",
+    "calibrate",
     "contrast_term",
     "drafted",
+    "evaluate",
     "list_methods",
     "observe",
     "param",
     "parse_spec",
+    "register",
     "unwrap",
     "wrap",
     "wrapped",

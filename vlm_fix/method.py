@@ -14,7 +14,7 @@ import numbers
 import re
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -117,6 +117,23 @@ class Method:
         object.__setattr__(method, "given", self.given | changes.keys())
         return method
 
+    def also(self, settings: Mapping[str, Any]) -> Self:
+        """A copy with parameters that were not given yet; VlmFixError for one that was, or that there is not."""
+        for name in settings:
+            self.check_parameter(name)
+            if name in self.given:
+                raise VlmFixError(f"{self.name}: {name} is given twice, in the spec and by name; give it once.")
+        return self.but(**settings)
+
+    @classmethod
+    def check_parameter(cls, name: str) -> None:
+        """VlmFixError with the nearest name for a parameter that there is not."""
+        known = sorted(f.name for f in dataclasses.fields(cls))
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(known) or 'no parameters'}."
+            raise VlmFixError(f"{cls.name} has no parameter {name!r}; {hint}")
+
     def defaults(self, arch: Arch) -> dict[str, Any]:
         """Values for the fields left at None, for this model."""
         return {}
@@ -168,14 +185,8 @@ class Method:
     def from_options(cls, options: dict[str, str]) -> Method:
         """Build from text options, as in "pai:alpha=0.2,layers=2-31"; one sentence for an unknown name or bad value."""
         hints, values = _hints(cls), {}  # type: ignore[arg-type]
-        known = {f.name for f in dataclasses.fields(cls)}
         for key, text in options.items():
-            if key not in known:
-                near = difflib.get_close_matches(key, known, n=1)
-                hint = (
-                    f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(sorted(known)) or 'no parameters'}."
-                )
-                raise VlmFixError(f"{cls.name} has no parameter {key!r}; {hint}")
+            cls.check_parameter(key)
             values[key] = _coerce(text, hints[key], f"{cls.name}: {key}")
         return cls(**values)
 

@@ -1,24 +1,34 @@
-"""name <-> method class; spec strings such as "pai:alpha=0.2,layers=2-31"; third-party methods by entry point.
+"""name <-> method class; spec strings such as "pai:alpha=0.2,layers=2-31"; methods of others.
 
-A package adds methods with the entry-point group `vlm_fix.methods` (name = module that defines Method subclasses).
-The core finds its own methods the same way, by walking the folders of `vlm_fix.methods`.
+A package adds methods with the entry-point group `vlm_fix.methods` (name = module that defines Method subclasses), a
+script with `register`, and a spec with its file, as in "boost.py:Boost:bonus=2".
+The core finds its own methods by walking the folders of `vlm_fix.methods`.
 """
 
 from __future__ import annotations
 
 import difflib
 import functools
+import hashlib
 import importlib
+import importlib.util
 import inspect
 import pkgutil
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, TypeVar
 
 from vlm_fix.errors import VlmFixError
 from vlm_fix.method import Baseline, Method
 
-Spec = str | Method | Sequence["str | Method"]
+Spec = str | Method | type[Method] | Sequence["str | Method | type[Method]"]
+Class = TypeVar("Class", bound=type[Method])
+FILE = re.compile(r"\s*([^:]*\.py)\s*(?::\s*([A-Za-z_]\w*)\s*(?=:|$))?:?(.*)", re.DOTALL)  # file, class, settings
+
+_given: dict[str, type[Method]] = {}  # of `register`
 
 
 @functools.cache
@@ -44,29 +54,91 @@ def _classes() -> dict[str, type[Method]]:
     return found
 
 
+def _known() -> dict[str, type[Method]]:
+    return {**_classes(), **_given}
+
+
 def list_methods() -> list[type[Method]]:
     """All registered method classes, by kind and name."""
-    return sorted(_classes().values(), key=lambda c: (c.kind, c.name))
+    return sorted(_known().values(), key=lambda c: (c.kind, c.name))
+
+
+def register(cls: Class) -> Class:
+    """Make a method of your own known by its name for as long as Python runs; also a decorator, above `@dataclass`.
+
+    `wrap(model, "its_name:bonus=2")`, `evaluate` and `list_methods` then find it. A class that is defined again, as in
+    a notebook, takes the place of the old one. Returns the class. Raises VlmFixError for what is no method, for one that
+    cannot be made without arguments, and for a name that is taken.
+    """
+    if not (isinstance(cls, type) and issubclass(cls, Method)):
+        raise VlmFixError(f"register takes the class of a method, not {cls!r}: derive it from vlm_fix.ScoreEdit, for one.")
+    try:
+        method = cls()
+    except TypeError as error:
+        if "required" not in str(error):
+            raise
+        raise VlmFixError(f"{cls.__name__} needs a default for every parameter: {error}.") from None
+    _check_name(method)
+    _given[cls.name] = cls
+    return cls
 
 
 def get_method(name: str) -> type[Method]:
-    """The class registered under `name`; VlmFixError with the nearest name if there is none."""
-    if name in _classes():
-        return _classes()[name]
-    near = difflib.get_close_matches(name.lower(), _classes(), n=1)
+    """The class registered under `name`, or that of "file.py:Class"; VlmFixError with the nearest name if there is none."""
+    known = _known()
+    if name in known:
+        return known[name]
+    if (file := FILE.fullmatch(name)) and not file[3]:
+        return _from_file(file[1], file[2])
+    near = difflib.get_close_matches(name.lower(), known, n=1)
     hint = f"did you mean {near[0]!r}?" if near else "`vlm-fix methods` lists them."
     raise VlmFixError(f"there is no method {name!r}; {hint}")
 
 
+def _from_file(file: str, cls: str | None) -> type[Method]:
+    """The class `cls` of a Python file, registered; without a name the file's only method. A file is run once."""
+    path = Path(file).expanduser().resolve()
+    if not path.is_file():
+        raise VlmFixError(f"there is no file {file}: give its path, as in --method path/to/{path.name}:Class.")
+    name = f"vlm_fix_file_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec and spec.loader
+        sys.modules[name] = module = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except BaseException as error:
+            del sys.modules[name]
+            if isinstance(error, VlmFixError) or not isinstance(error, Exception):
+                raise
+            raise VlmFixError(f"{file} cannot be run: {type(error).__name__}: {error}.") from error
+    found = {
+        key: value
+        for key, value in vars(sys.modules[name]).items()
+        if isinstance(value, type) and issubclass(value, Method) and value.__module__ == name
+    }
+    if cls is None and len(found) == 1:
+        (cls,) = found
+    if cls not in found:
+        what = f"no method {cls}" if cls else f"{len(found) or 'no'} methods"
+        near = f"write {file}:{next(iter(found))}" if found else "derive a class from vlm_fix.ScoreEdit, for one"
+        raise VlmFixError(f"{file} has {what}; {near}.")
+    return register(found[cls])
+
+
 def parse_spec(spec: str) -> Method:
-    """ "var:sink_dims=1415|2533,rho=0.5" -> VAR(sink_dims=(1415, 2533), rho=0.5)."""
-    name, _, rest = spec.strip().partition(":")
+    """ "var:sink_dims=1415|2533,rho=0.5" -> VAR(sink_dims=(1415, 2533), rho=0.5); "boost.py:Boost:bonus=2" too."""
+    if file := FILE.fullmatch(spec):
+        cls = _from_file(file[1], file[2])
+        name, rest = cls.name, file[3]
+    else:
+        name, _, rest = spec.strip().partition(":")
     if "," in name:
         raise _comma(spec, name.partition(",")[2].strip())
     options: dict[str, str] = {}
     for item in filter(None, (part.strip() for part in rest.split(","))):
         key, equals, value = item.partition("=")
-        if (":" in key or not equals) and key.partition(":")[0].strip() in _classes():
+        if (":" in key or not equals) and key.partition(":")[0].strip() in _known():
             raise _comma(spec, item)
         if not equals:
             raise VlmFixError(f"{item!r} in {spec!r} is not of the form name=value.")
@@ -82,8 +154,8 @@ def _comma(spec: str, second: str) -> VlmFixError:
 
 
 def _check_name(method: Method) -> None:
-    """VlmFixError for a method of one's own under a registered method's name, under which results would be filed."""
-    cls, other = type(method), _classes().get(method.name)
+    """VlmFixError for a method of one's own under another method's name, under which results would be filed."""
+    cls, other = type(method), _known().get(method.name)
     if other and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
         raise VlmFixError(
             f"{cls.__name__} is called {method.name!r}, as {other.__name__} of {other.__module__} is: give it a name of its "
@@ -93,12 +165,16 @@ def _check_name(method: Method) -> None:
 
 def split_stack(text: str) -> list[str]:
     """ "var+pai:alpha=1e+2" -> ["var", "pai:alpha=1e+2"]: a + before what can be a method's spec parts them."""
-    return [piece.strip() for piece in re.split(r"\+(?=\s*[A-Za-z_][\w-]*\s*(?:[:+,]|$))", text)]
+    return [piece.strip() for piece in re.split(r"\+(?=\s*(?:[^\s:+,=]+\.py\b|[A-Za-z_][\w-]*\s*(?:[:+,]|$)))", text)]
 
 
-def parse(spec: Spec) -> list[Method]:
-    """A spec string, "pai+vcd" for a stack, a Method or a list of these -> methods, in the given order."""
-    items: list[str | Method] = list(spec) if isinstance(spec, list | tuple) else [spec]  # type: ignore[list-item]
+def parse(spec: Spec, settings: Mapping[str, Any] | None = None) -> list[Method]:
+    """A spec string, "pai+vcd" for a stack, a Method, its class or a list of these -> methods, in the given order.
+
+    settings: parameters by name, if `spec` is a single method.
+    """
+    items: list[Any] = list(spec) if isinstance(spec, list | tuple) else [spec]
+    items = [item() if isinstance(item, type) and issubclass(item, Method) else item for item in items]
     for item in items:
         if not isinstance(item, str | Method):
             raise VlmFixError(f'{item!r} is no method: pass a name such as "var", a Method, or a list of them.')
@@ -108,7 +184,16 @@ def parse(spec: Spec) -> list[Method]:
         if isinstance(item, Method):
             _check_name(item)
     parts = [part for item in items for part in (split_stack(item) if isinstance(item, str) else [item])]
-    return [part if isinstance(part, Method) else parse_spec(part) for part in parts]
+    methods = [part if isinstance(part, Method) else parse_spec(part) for part in parts]
+    if not settings:
+        return methods
+    if len(methods) > 1:
+        stack = "+".join(method.spec() for method in methods)
+        raise VlmFixError(
+            f"{', '.join(settings)} may be meant for any of {stack}: write it in the spec, such as "
+            f"{methods[0].name}:{next(iter(settings))}=...+{methods[1].name}."
+        )
+    return [methods[0].also(settings)]
 
 
 def split_methods(text: str) -> list[list[str]]:

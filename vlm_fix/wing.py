@@ -161,22 +161,26 @@ class Host:
 
 
 def bare(model: Any) -> Any:
-    """The Hugging Face model inside a PEFT model, one from `torch.compile` or a data-parallel one, which keep it as it is."""
+    """The Hugging Face model inside a PEFT model, a pipeline, one from `torch.compile` or a data-parallel one, which keep it
+    as it is."""
     while True:
-        inside = vars(model).get("_modules", {})
+        own = getattr(model, "__dict__", {})
+        inside = own.get("_modules", {})
         if "_orig_mod" in inside:
             model = inside["_orig_mod"]
         elif isinstance(model, torch.nn.parallel.DistributedDataParallel | torch.nn.DataParallel):
             model = model.module
         elif hasattr(type(model), "get_base_model"):
             model = model.get_base_model()
+        elif not isinstance(model, torch.nn.Module) and isinstance(own.get("model"), torch.nn.Module):
+            model = model.model
         else:
             return model
 
 
 def installed(model: Any) -> Any:
     """The engine on a model, None without one."""
-    return vars(bare(model)).get(ATTRIBUTE)
+    return getattr(bare(model), "__dict__", {}).get(ATTRIBUTE)
 
 
 def engine_of(model: Any) -> Any:

@@ -110,7 +110,7 @@ def content_tokens(tokenizer: Any, ids: tuple[int, ...]) -> tuple[bool, ...]:
         from nltk import pos_tag
         from nltk.tokenize import NLTKWordTokenizer
     except ImportError:
-        raise VlmFixError('content words need NLTK: pip install ".[eval]" in the clone of vlm-fix.') from None
+        raise VlmFixError("content words need NLTK: pip install 'vlm-fix[eval]'") from None
     texts = [tokenizer.decode(ids[:i], clean_up_tokenization_spaces=False) for i in range(len(ids) + 1)]
     text = texts[-1]
     spans = list(NLTKWordTokenizer().span_tokenize(text))

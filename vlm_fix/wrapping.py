@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
 
 from vlm_fix import calibrated, copies
 from vlm_fix.decoding import ContrastWing, DraftWing
@@ -17,45 +16,68 @@ from vlm_fix.engine import Engine
 from vlm_fix.errors import VlmFixError
 from vlm_fix.families import arch_of
 from vlm_fix.families.compat import warn_if_untested
+from vlm_fix.method import Method
 from vlm_fix.registry import Spec, parse
 from vlm_fix.wing import ATTRIBUTE, bare, installed
 
-Model = TypeVar("Model", bound=nn.Module)
+Model = TypeVar("Model")
 
 
-def wrap(model: Model, spec: Spec, calibration: calibrated.Files = None) -> Model:
+def wrap(model: Model, spec: Spec, calibration: calibrated.Files = None, *, replace: bool = False, **settings: Any) -> Model:
     """Install one method or a stack of methods on a Hugging Face vision-language model, in place.
 
-    model: also a PEFT model, or one from `torch.compile`: the model inside is wrapped.
-    spec: a name ("var"), a spec string ("pai:alpha=0.2,layers=2-31"), a Method, or a list of these. Returns the model.
+    model: also a PEFT model, one from `torch.compile`, or a pipeline: the model inside is wrapped.
+    spec: a name ("var"), a spec string ("pai:alpha=0.2,layers=2-31"), a stack of them ("pai+vcd"), a Method or its class,
+    or a list of these. Returns the model.
     calibration: a file of `vlm-fix calibrate`, or several; it fills the parameters that spec does not give. A
     method without one takes calibration/METHOD.json of the checkpoint's folder, if that is there.
+    replace: take off what is on the model first; if the new methods cannot be installed, the old ones stay.
+    settings: parameters of a single method by name, as in `wrap(model, "pai", alpha=0.3)`.
     Raises VlmFixError for an unknown method or value, an unsupported or already wrapped model, a senseless stack, a
     calibration of another method or model.
     """
-    if not isinstance(model, torch.nn.Module) and not hasattr(model, "config"):
+    inside = bare(model)
+    if not isinstance(inside, torch.nn.Module) and not hasattr(inside, "config"):
         raise VlmFixError(f"wrap takes a loaded model, not {model!r}: load it with AutoModelForImageTextToText.")
-    current = installed(model)
-    if current:
-        names = "+".join(m.name for m in current.methods)
+    before = active(model)
+    if before and not replace:
+        names = "+".join(m.name for m in before)
         raise VlmFixError(
-            f"the model is already wrapped with {names}; call vlm_fix.unwrap(model) first, or pass a list of methods."
+            f"the model is already wrapped with {names}; pass replace=True, call vlm_fix.unwrap(model) first, or pass a "
+            "list of methods."
         )
     warn_if_untested()
-    engine = plan(model, spec, calibration)
-    engine.install()
-    vars(engine.model)[ATTRIBUTE] = engine
-    copies.install(engine, wrap)
+    methods = parse(spec, settings)
+    unwrap(model)
+    try:
+        engine = _plan(model, methods, calibration)
+        engine.install()
+        vars(engine.model)[ATTRIBUTE] = engine
+        copies.install(engine, wrap)
+    except BaseException:
+        if before:
+            wrap(model, before)
+        raise
     return model
 
 
 def plan(model: Model, spec: Spec, calibration: calibrated.Files = None) -> Engine:
     """The engine that `wrap` would install; raises what it would say of the methods, and touches nothing."""
-    methods, inside = parse(spec), bare(model)
+    return _plan(model, parse(spec), calibration)
+
+
+def _plan(model: Any, methods: list[Method], calibration: calibrated.Files) -> Engine:
+    inside = bare(model)
     found = calibrated.choose(calibration, inside, methods)
     if found:
         methods = calibrated.apply(found, methods, arch_of(inside))
     return Engine(inside, methods)
+
+
+def active(model: Any) -> list[Method]:
+    """The methods on a model, with their settings, in the order in which they were given; [] on one that is not wrapped."""
+    engine = installed(model)
+    return list(engine.methods) if engine else []
 
 
 def unwrap(model: Model) -> Model:
@@ -94,10 +116,18 @@ def drafted(model: Any) -> Drafted | None:
 
 
 @contextlib.contextmanager
-def wrapped(model: Model, spec: Spec, calibration: calibrated.Files = None) -> Iterator[Model]:
-    """`with vlm_fix.wrapped(model, "vhr"): model.generate(...)`."""
-    wrap(model, spec, calibration)
+def wrapped(
+    model: Model, spec: Spec, calibration: calibrated.Files = None, *, replace: bool = False, **settings: Any
+) -> Iterator[Model]:
+    """`with vlm_fix.wrapped(model, "vhr"): model.generate(...)`, with the arguments of `wrap`.
+
+    With replace=True, what was on the model before is put back on it afterwards.
+    """
+    before = active(model)
+    wrap(model, spec, calibration, replace=replace, **settings)
     try:
         yield model
     finally:
         unwrap(model)
+        if before:
+            wrap(model, before)

@@ -76,11 +76,21 @@ def load_model(
         elif model_args:
             remedy = f"check --model-args {', '.join(model_args)}, or {remedy}"
         raise VlmFixError(f"model {name!r} could not be loaded ({cause.rstrip('.')}): {remedy}") from error
+    prepare(processor, name)
+    return model, processor, identify(model, name) | ({"revision": revision} if revision else {})
+
+
+def prepare(processor: Any, name: str) -> None:
+    """Set a processor up for batches; VlmFixError for one without a chat template."""
     _check(processor, name)
     processor.tokenizer.padding_side = "left"
     if processor.tokenizer.pad_token_id is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
-    identity = {
+
+
+def identify(model: Any, name: str) -> dict[str, Any]:
+    """Say what a loaded model is, for config.json and calibration files."""
+    return {
         "name": name,
         "type": model.config.model_type,
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -88,8 +98,6 @@ def load_model(
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": model.device.type,
     }
-    identity |= {"revision": revision} if revision else {}
-    return model, processor, identity
 
 
 def load_served(

@@ -40,7 +40,7 @@ def test_without_gradio_one_sentence(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gradio", None)
     monkeypatch.delitem(sys.modules, "vlm_fix.demo.app")
     assert cli.main(["demo"]) == 2
-    assert "pip install '.[demo]'" in capsys.readouterr().err
+    assert "pip install 'vlm-fix[demo]'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("where", [["--port", "99999"], ["--host", "203.0.113.9"]])

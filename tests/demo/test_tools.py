@@ -84,4 +84,4 @@ def test_the_server_for_programs(catalogue):
 def test_without_mcp_one_sentence(monkeypatch, capsys):
     monkeypatch.setattr(app.importlib.util, "find_spec", lambda name: None)
     assert cli.main(["demo", "--mcp"]) == 2
-    assert "pip install '.[mcp]'" in capsys.readouterr().err
+    assert "pip install 'vlm-fix[mcp]'" in capsys.readouterr().err

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import functools
+import itertools
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
@@ -18,10 +21,38 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports errors in one line, without the usage."""
+    """Reports errors in one line, without the usage, and names what was probably meant."""
+
+    typed: Sequence[str] = ()
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # argparse calls it for commands, too
+        self.typed = [*args] if args is not None else []
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}; see `{self.prog} --help`.\n")
+        if found := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message):
+            words = re.findall(r"[^\s',]+", found[2])
+            near = difflib.get_close_matches(found[1], words, n=1)
+            what = "there is no command" if "COMMAND" in message else f"{message.partition(':')[0]}: there is no"
+            known = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(words)}."
+            self.exit(2, f"error: {what} {found[1]!r}; {known}\n")
+        own = self.typed if self._subparsers is None else itertools.takewhile(lambda word: word.startswith("-"), self.typed)
+        if self.get_default("rest") is None and (wrong := self.unknown([*own])):
+            message = self.no_option(wrong)
+        self.exit(2, f"error: {message}" + ("\n" if message.endswith("?") else f"; see `{self.prog} --help`.\n"))
+
+    def unknown(self, words: Sequence[str]) -> str:
+        """The first of the words typed that is an option which this parser does not have."""
+        names = (word.partition("=")[0] for word in itertools.takewhile(lambda word: word != "--", words))
+        options = (name for name in names if re.match(r"--[a-zA-Z]", name))
+        return next((name for name in options if not any(own.startswith(name) for own in self.known())), "")
+
+    def known(self) -> list[str]:
+        return [option for option in self._option_string_actions if option.startswith("--")]
+
+    def no_option(self, name: str) -> str:
+        near = difflib.get_close_matches(name.partition("=")[0], self.known(), n=1, cutoff=0.5)
+        return f"there is no option {name}" + (f"; did you mean {near[0]}?" if near else "")
 
 
 def add(
@@ -36,7 +67,7 @@ def add(
         name, help=help, description=f"{help[0].upper()}{help[1:]}.", epilog=epilog, formatter_class=LAYOUT
     )
     if run:
-        made.set_defaults(run=run)
+        made.set_defaults(run=run, parser=made)
     return made
 
 

@@ -23,5 +23,5 @@ def run(args: argparse.Namespace) -> None:
     try:
         from vlm_fix.demo.app import launch
     except ModuleNotFoundError as error:
-        raise VlmFixError(f"the demo needs {error.name}: pip install '.[demo]' in the clone of vlm-fix.") from None
+        raise VlmFixError(f"the demo needs {error.name}: pip install 'vlm-fix[demo]'") from None
     launch(args.model, args.host, args.port, args.share, args.mcp)

@@ -32,7 +32,6 @@ option: `vlm-fix eval --config DIR/run.yaml` repeats the run."""
 
 def add_to(commands: Any) -> None:
     parser = add(commands, "eval", "measure a model with and without methods", run, ABOUT)
-    parser.set_defaults(parser=parser)
     parser.add_argument("--config", metavar="FILE", help="YAML of options by name; what is typed here comes first")
     parser.add_argument(
         "benchmark",

@@ -8,6 +8,8 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from vlm_fix import index
+
 from .common import add, add_json, console, table, written
 
 if TYPE_CHECKING:
@@ -22,11 +24,13 @@ def add_to(commands: Any) -> None:
     parser = add(
         commands, "methods", "list the methods, or what is known of some: paper, settings, figures", run, EXAMPLES
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help="methods to tell more of (all, a line each)")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="methods to tell more of, or file.py:Class (all, a line each)")
     add_json(parser)
 
 
 def run(args: argparse.Namespace) -> None:
+    if not args.names and not args.json:
+        return _list()
     from vlm_fix.eval.report import measured
     from vlm_fix.registry import get_method, list_methods
 
@@ -37,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
             "name": method.name,
             "kind": method.kind,
             "paper": method.paper,
-            "about": (method.__doc__ or "").strip().splitlines()[0],
+            "about": ((method.__doc__ or "").strip().splitlines() or [""])[0],
             "parameters": _settings(method),
             "measured": [dataclasses.asdict(row) for row in known.get(method.name, ())],
         }
@@ -45,22 +49,29 @@ def run(args: argparse.Namespace) -> None:
     ]
     if args.json:
         print(json.dumps(rows, indent=2, default=str))
-    elif args.names:
+    else:
         _tell(rows)
         _figures([row for method in chosen for row in known.get(method.name, ())])
-    else:
-        _list(rows)
 
 
-def _list(rows: list[dict[str, Any]]) -> None:
+def _list() -> None:
     from rich.markup import escape
 
-    short = table("kind", "method", "what it does", gap=0)
-    for row, before in zip(rows, [{"kind": ""}, *rows], strict=False):
-        kind = row["kind"] if row["kind"] != before["kind"] else ""
-        short.add_row(f"[dim]{kind}[/dim]", f"[bold]{row['name']}[/bold]", escape(row["about"]))
+    short, last = table("kind", "method", "what it does", gap=0), ""
+    for name, kind, about in _read():
+        short.add_row(f"[dim]{kind if kind != last else ''}[/dim]", f"[bold]{name}[/bold]", escape(about))
+        last = kind
     console().print(short)
     print("vlm-fix methods NAME: paper and settings; docs/methods.md: formula, cost and what it does on Picto")
+
+
+def _read() -> list[tuple[str, str, str]]:
+    """(name, kind, first sentence) of every method, without importing torch where their files say it."""
+    if (found := index.entries()) is not None:
+        return [(entry.name, entry.kind, entry.about) for entry in found]
+    from vlm_fix.registry import list_methods
+
+    return [(m.name, m.kind, ((m.__doc__ or "").strip().splitlines() or [""])[0]) for m in list_methods()]
 
 
 def _tell(rows: list[dict[str, Any]]) -> None:
