@@ -7,7 +7,6 @@ instead; a batch that is too large for memory is repeated sample by sample.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import math
 import sys
@@ -26,7 +25,7 @@ from vlm_fix.errors import VlmFixError
 from vlm_fix.eval.tasks import Sample, load_image
 from vlm_fix.wing import installed
 
-from .served import ServedModel
+from .elsewhere import Batch, Elsewhere, Gone, chat, starts_itself
 
 
 class _FirstToken(StoppingCriteria):
@@ -43,46 +42,22 @@ class _FirstToken(StoppingCriteria):
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
-@dataclasses.dataclass
-class Batch:
-    """The answers to one batch: text, number of new tokens and whether the end token came, and the seconds taken."""
-
-    texts: list[str]
-    tokens: list[int]
-    finished: list[bool]
-    seconds: float
-    first_token: float | None
-    ids: list[list[int]] = dataclasses.field(repr=False, default_factory=list)  # of the new tokens
-    term: tuple[float, int] | None = None  # sum of squares and degrees of freedom of a contrast's `Term`
-
-
 def encode(model: Any, processor: Any, images: Sequence[Any], prompts: Sequence[str]) -> Any:
     """Encode (image, prompt) pairs with the model's chat template as a left-padded batch on the model's device."""
-    texts = [
-        processor.apply_chat_template(
-            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}],
-            add_generation_prompt=True,
-        )
-        for prompt in prompts
-    ]
-    tokenizer = processor.tokenizer
-    # no second start token if the template already writes it
-    twice = tokenizer.bos_token is not None and texts[0].startswith(tokenizer.bos_token)
+    texts = [chat(processor, prompt) for prompt in prompts]
     return processor(
         images=[[image] for image in images],
         text=texts,
         padding=True,
         return_tensors="pt",
-        **({"add_special_tokens": False} if twice else {}),
+        **({"add_special_tokens": False} if starts_itself(processor, texts[0]) else {}),
     ).to(model.device, model.dtype)
 
 
 def generate(model: Any, processor: Any, images: Sequence[Any], prompts: Sequence[str], seed: int, **how: Any) -> Batch:
-    """Answer each (image, prompt) pair through `generate`, or through vLLM where the model is inside it."""
-    if isinstance(model, ServedModel):
-        ids, ended, seconds, first = model.answers(processor, images, prompts, seed, **how)
-        words = processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        return Batch([text.strip() for text in words], [len(row) for row in ids], ended, seconds, first, ids)
+    """Answer each (image, prompt) pair through `generate`, or where the model is."""
+    if isinstance(model, Elsewhere):
+        return model.answers(processor, images, prompts, seed, **how)
     inputs, tokenizer = encode(model, processor, images, prompts), processor.tokenizer
     torch.manual_seed(seed)
     clock = _FirstToken()
@@ -164,6 +139,8 @@ def answer(model: Any, processor: Any, samples: Sequence[Sample], seed: int, **h
                     model, processor, [images[s.id] for s in part], [s.prompt for s in part], _seed(seed, part), **how
                 )
             notes |= dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, UserWarning))
+        except Gone:
+            raise
         except Exception as error:  # one bad sample, or a batch too large for memory, must not end the run
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
@@ -177,6 +154,7 @@ def answer(model: Any, processor: Any, samples: Sequence[Sample], seed: int, **h
         terms += [batch.term] if batch.term else []
         for sample, text, tokens, finished in zip(part, batch.texts, batch.tokens, batch.finished, strict=True):
             rows[sample.id] = {"answer": text, "tokens": tokens, "finished": finished, "error": None}
+        rows |= {s.id: {"error": why} for s, why in zip(part, batch.errors, strict=False) if why is not None}
     term = [math.fsum(t[0] for t in terms), sum(t[1] for t in terms)] if terms else None
     batch_wide: dict[str, Any] = {"batch_seconds": seconds, "batch_first_token": first_token}
     batch_wide |= {"batch_warnings": list(notes), "batch_term": term}
@@ -195,7 +173,9 @@ def warm_up(
         short = {**how, "max_new_tokens": min(2, how["max_new_tokens"])}
         try:
             with warnings.catch_warnings(action="ignore"):
-                generate(model, processor, images, prompts, seed, **short)
+                errors = generate(model, processor, images, prompts, seed, **short).errors
+            if errors and None not in errors:
+                raise VlmFixError(f"no request is answered: {errors[0]}.")
         except VlmFixError:
             raise
         except (ValueError, TypeError) as error:

@@ -27,6 +27,7 @@ def register() -> None:
         return
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+    from vllm.entrypoints.openai.models.serving import OpenAIServingModels
     from vllm.multimodal.registry import MultiModalRegistry, _ProcessorFactories
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
     from vllm.v1.core.sched.scheduler import Scheduler
@@ -42,6 +43,7 @@ def register() -> None:
     _wrap(_ProcessorFactories, "build_processor", _count_in_processor)
     _wrap(MultiModalRegistry, "_create_processing_info", _count)
     _wrap(InputProcessor, "_validate_params", _validate)
+    _wrap(OpenAIServingModels, "show_available_models", _list)
     for request in (ChatCompletionRequest, CompletionRequest):
         _wrap(request, "to_sampling_params", _take_extra)
 
@@ -192,3 +194,11 @@ def _take_extra(make: Callable[..., Any], request: Any, *args: Any, **kwargs: An
     if asked is not None:
         params.extra_args = {**(params.extra_args or {}), KEY: asked}
     return params
+
+
+async def _list(show: Callable[..., Any], models: Any, *args: Any, **kwargs: Any) -> Any:
+    """OpenAIServingModels.show_available_models: each card says what the server runs, for clients that measure it."""
+    made, engine = await show(*args, **kwargs), _engine_of(models.model_config)
+    for card in made.data:
+        card.vlm_fix = options.described(engine.methods, engine.arch) if engine is not None else []
+    return made
