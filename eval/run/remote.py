@@ -152,9 +152,8 @@ class RemoteModel(Elsewhere):
     def __init__(self, path: str, urls: str, name: str) -> None:
         super().__init__(path, torch.device("cpu"))
         self.servers = [Server(url, name) for url in urls.split(",") if url.strip()]
-        self.hardware = (
-            f"behind {len(self.servers)} server{'s' * (len(self.servers) > 1)}, which measure nothing else here"
-        )
+        count = len(self.servers)
+        self.hardware = f"behind {count} server{'s' * (count > 1)} (hardware unknown here)"
         self.server, self.asked = self.servers[0], None
 
     def identity(self, name: str) -> dict[str, Any]:

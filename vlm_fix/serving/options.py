@@ -12,6 +12,7 @@ from typing import Any
 
 from vlm_fix.arch import Arch
 from vlm_fix.errors import VlmFixError
+from vlm_fix.hidden.edit import VisionMLPEdit
 from vlm_fix.method import Method
 from vlm_fix.pruning.kinds import TokenPruner
 from vlm_fix.tensors import Tensors
@@ -47,9 +48,9 @@ def variant(asked: Any, engine: ServedEngine) -> Variant:
     methods = []
     for method in engine.methods:
         wanted = changes.get(method.name, {})
-        if isinstance(method, TokenPruner) and wanted:
+        if of_images(method, engine.arch) and wanted:
             raise VlmFixError(
-                f"{method.name} drops image tokens for all requests of this server: it cannot change for one."
+                f"{method.name} changes what images are for all requests of this server: it cannot change for one."
             )
         if wanted in OFF:
             continue
@@ -121,13 +122,19 @@ def _example(engine: ServedEngine) -> str:
 # ---- between a server and a client that measures it ------------------------------------------------------------------
 
 
+def of_images(method: Method, arch: Arch) -> bool:
+    """True if the method changes an image's features, which requests share."""
+    own = method.resolve(arch)
+    return isinstance(own, TokenPruner) or (isinstance(own, VisionMLPEdit) and bool(own.vision_layers))
+
+
 def described(methods: Sequence[Method], arch: Arch) -> list[dict[str, Any]]:
     """Methods with every setting as JSON, which a server lists with its model (GET /v1/models) and a client compares."""
     found = []
     for method in methods:
         resolved = method.resolve(arch)
         settings = {f.name: _json(getattr(resolved, f.name)) for f in dataclasses.fields(resolved)}
-        found.append({"method": method.name, "prunes": isinstance(method, TokenPruner), "settings": settings})
+        found.append({"method": method.name, "images": of_images(method, arch), "settings": settings})
     return found
 
 
@@ -146,8 +153,8 @@ def wanted(methods: Sequence[Method], served: Sequence[Mapping[str, Any]], arch:
     changes: dict[str, Any] = {}
     for one in served:
         name, settings = one["method"], one["settings"]
-        if name not in own and one.get("prunes"):
-            raise VlmFixError(f"drops image tokens in every request ({name})")
+        if one.get("images") and own.get(name) != settings:
+            raise VlmFixError(f"runs {name} as it is on every image")
         if name not in own:
             changes[name] = "off"
             continue

@@ -84,6 +84,7 @@ def _configure(create: Callable[..., Any], args: Any, *more: Any, **kwargs: Any)
             "prompts without a prefix cache",
             "change or read rows of the prompt before its last",
         ),
+        ("enable_chunked_prefill", True, "prompts in one piece", "need the whole prompt in one step"),
         ("enforce_eager", None, "hooks on layers", "look into the layers"),
         ("enforce_eager", None, "a pass beside the batch", "run a second pass"),
         ("async_scheduling", True, "the tokens of a step before the next begins", "need the tokens chosen so far"),

@@ -5,6 +5,7 @@ What was seen of an image lies on its features, so that it lives as long as vLLM
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -51,11 +52,15 @@ class Images:
         self.handles, engine, model = [], self.served.engine, self.served.runner.model
         if not engine.needs["the vision tower"]:
             return
+        blocks = model.vision_tower.vision_model.encoder.layers
+        for i in sorted({i for edit in engine.vision for i in edit.vision_layers if i < len(blocks)}):
+            self.handles.append(blocks[i].mlp.register_forward_hook(functools.partial(self._turn, i)))
+        if not engine.input_edits and engine.pruner is None:
+            return
         self.clip = ServedClip(model)
         embed = getattr(model.embed_multimodal, "__wrapped__", model.embed_multimodal)
         wing = engine.wing(EncoderWing)
         wanted = {*(wing.layers if wing else ()), *(engine.pruner.encoder_layers(engine.arch) if engine.pruner else ())}
-        blocks = model.vision_tower.vision_model.encoder.layers
         for i in wanted:
             if i >= len(blocks):
                 raise VlmFixError(f"vLLM's tower stops before layer {i}, which a method reads: choose an earlier one.")
@@ -68,6 +73,12 @@ class Images:
 
         embed_multimodal.__wrapped__ = embed  # type: ignore[attr-defined]
         model.embed_multimodal = embed_multimodal
+
+    def _turn(self, layer: int, module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+        x = output.float()
+        for edit in self.served.engine.vision:
+            x = edit.vision_mlp(x, layer) if layer in edit.vision_layers else x
+        return x.to(output.dtype)
 
     def _note(self, layer: int) -> Any:
         def hook(attn: Any, args: Any, kwargs: dict[str, Any]) -> None:
