@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import os
@@ -99,6 +100,8 @@ def _configure(create: Callable[..., Any], args: Any, *more: Any, **kwargs: Any)
         if getattr(args, name) is not value:
             log.info("%s: %s is set to %s, since methods %s.", "+".join(settings.methods), name, value, why)
             setattr(args, name, value)
+    if engine.needs["the vision tower"] and engine.family.mrope:  # methods there take images alone
+        args.limit_mm_per_prompt = {**(args.limit_mm_per_prompt or {}), "video": 0}
     config = create(*more, **kwargs)
     refusals.check_config(config, engine)
     object.__setattr__(config.model_config, ATTRIBUTE, settings)
@@ -151,10 +154,28 @@ def _engine_of(config: Any) -> ServedEngine | None:
 
 
 def _count_in_processor(build: Callable[..., Any], factories: Any, ctx: Any, *args: Any, **kwargs: Any) -> Any:
-    """A model's processor, which asks its `info` how many placeholders an image has."""
+    """A model's processor, which asks its `info` how many placeholders an image has; Qwen-VL's counts from the grid."""
     made = build(ctx, *args, **kwargs)
     _counted(made.info, ctx.model_config)
+    engine = _engine_of(ctx.model_config)
+    if engine is not None and engine.pruner is not None and engine.family.mrope:
+        budget, updates = engine.pruner.budget, made._get_prompt_updates
+
+        def fewer(*given: Any, **named: Any) -> Any:
+            return [
+                dataclasses.replace(u, replacement=functools.partial(_cut, u.replacement, budget))
+                if u.modality == "image"
+                else u
+                for u in updates(*given, **named)
+            ]
+
+        made._get_prompt_updates = fewer
     return made
+
+
+def _cut(replacement: Callable[[int], list[int]], budget: Callable[[int], int], item: int) -> list[int]:
+    tokens = replacement(item)
+    return tokens[: budget(len(tokens))]
 
 
 def _count(create: Callable[..., Any], registry: Any, config: Any, *args: Any, **kwargs: Any) -> Any:

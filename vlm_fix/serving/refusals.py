@@ -25,7 +25,7 @@ KINDS: tuple[tuple[Any, str], ...] = (
     (CachePruner, "it drops keys layer by layer, and vLLM keeps one block table for all layers"),
     (ImageShrinker, "it gives the vision tower a smaller image, and vLLM's towers here take one size"),
 )
-PRUNED = ("llava",)  # families whose placeholders are counted anew
+TOWERS = ("llava", "qwen2_5_vl")  # families whose vision towers methods read, and whose placeholders are counted anew
 
 
 def reason(method: Method, engine: ServedEngine) -> str | None:
@@ -41,9 +41,9 @@ def reason(method: Method, engine: ServedEngine) -> str | None:
         return "its second branch changes image features or layers inside the model, which has no place beside the batch yet"
     if isinstance(method, LogitEdit) and isinstance(method, AttentionEdit):
         return "it reads attention weights for its edit of the next token, and these are not kept in a batch"
-    if isinstance(method, TokenPruner) and engine.family.name not in PRUNED:
+    if isinstance(method, TokenPruner) and engine.family.name not in TOWERS:
         return (
-            f"image tokens can be dropped before the language model in {', '.join(PRUNED)}, not in {engine.family.name}"
+            f"image tokens can be dropped before the language model in {', '.join(TOWERS)}, not in {engine.family.name}"
         )
     if not isinstance(method, AttentionEdit | HiddenEdit | Contrast | LogitEdit | TokenPruner):
         return "its kind is not known to the server"
@@ -65,8 +65,11 @@ def check_engine(engine: ServedEngine) -> None:
         m.name for m in engine.active if isinstance(m, InputEdit | TokenPruner) and m.encoder_layers(engine.arch)
     ]
     encoder += [m.name for m in engine.vision]
-    if encoder and engine.family.encoder != "clip":
-        raise VlmFixError(f"{encoder[0]} cannot be served by vLLM: it reads vision towers like CLIP's alone there.")
+    if encoder and engine.family.name not in TOWERS:
+        raise VlmFixError(
+            f"{encoder[0]} cannot be served by vLLM in {engine.family.name}: it reads the vision towers of "
+            f"{' and '.join(TOWERS)} alone there."
+        )
     if engine.contrast is not None and engine.pruner is not None:
         raise VlmFixError(
             f"{engine.contrast.name} beside {engine.pruner.name} cannot be served by vLLM: the second branch has all image "
