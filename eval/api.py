@@ -105,7 +105,9 @@ def _loaded(model: Any, processor: Any) -> tuple[str, Loaded]:
         raise VlmFixError("a loaded model needs processor=..., the one it was loaded with, or give the model's name.")
     if engine := installed(model):
         names = "+".join(m.name for m in engine.methods)
-        raise VlmFixError(f"the model is wrapped with {names}: call vlm_fix.unwrap(model) first; methods go into the call.")
+        raise VlmFixError(
+            f"the model is wrapped with {names}: call vlm_fix.unwrap(model) first; methods go into the call."
+        )
     name = str(getattr(model, "name_or_path", "")) or type(model).__name__
     loading.prepare(processor, name)
     return name, (model.eval(), processor, loading.identify(model, name))

@@ -67,7 +67,9 @@ def find(name: str, objects: str | None = None, split: str = "test") -> Shown:
         with Image.open(name) as opened:
             image = ImageOps.exif_transpose(opened).convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise VlmFixError(f"{name} cannot be read as an image ({type(error).__name__}): give a PNG or JPEG file.") from error
+        raise VlmFixError(
+            f"{name} cannot be read as an image ({type(error).__name__}): give a PNG or JPEG file."
+        ) from error
     known = re.fullmatch(r"COCO_(?:val|train)\d{4}_(\d{12})", Path(name).stem)
     if told is None and known:
         told = data.ground_truth("coco", "pattern").get(int(known[1]))
@@ -80,7 +82,9 @@ def objects_of(objects: str) -> frozenset[str]:
     for word in filter(None, (part.strip() for part in objects.split(","))):
         named = {each.node for each in words.find_objects(word, "pattern")[1]}
         if not named:
-            raise VlmFixError(f"--objects: {word!r} is none of COCO's 80 objects, which alone are coloured; leave it out.")
+            raise VlmFixError(
+                f"--objects: {word!r} is none of COCO's 80 objects, which alone are coloured; leave it out."
+            )
         found |= named
     return frozenset(found)
 

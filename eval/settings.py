@@ -40,7 +40,7 @@ class Settings:
     `equal_compute` add the runs of `plan.runs`; `dtype` "auto" is the checkpoint's on a GPU and float32 on a CPU;
     `device_map` spreads the model over devices; `revision`, `trust_remote_code` and `model_args` are for loading it.
     `gen_kwargs` are further arguments of `generate`. `batch_size` "auto" is the largest that fits. `engine` "vllm" answers
-    through vLLM, which takes none of these.
+    through vLLM, and `server` (URLs, with commas) through servers that run already; both take none of these.
     """
 
     benchmark: str = "all"
@@ -76,6 +76,7 @@ class Settings:
     model_args: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     gen_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     engine: str = "hf"
+    server: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "num_beams", "limit", "max_new_tokens"):
@@ -98,10 +99,11 @@ class Settings:
                 raise VlmFixError(f"{option} {name}: give {own[name]} instead.")
         served = [name for name in ("revision", "trust_remote_code", "model_args", "gen_kwargs") if getattr(self, name)]
         served += ["batch_size"] if self.batch_size == "auto" else []
-        if self.engine == "vllm" and served:
-            raise VlmFixError(
-                f"--{served[0].replace('_', '-')} has no effect with --engine vllm: leave one of them out."
-            )
+        other = "--server" if self.server else "--engine vllm" if self.engine == "vllm" else ""
+        if other and served:
+            raise VlmFixError(f"--{served[0].replace('_', '-')} has no effect with {other}: leave one of them out.")
+        if self.server and self.engine != "hf":
+            raise VlmFixError("--server answers in place of --engine: leave one of them out.")
         if self.device_map and int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise VlmFixError(
                 "--device-map spreads one model over all devices, and a launcher starts one per process: use one of them."

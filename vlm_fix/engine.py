@@ -17,7 +17,7 @@ import torch
 from vlm_fix import attention, checkpointing, compiled, copies, decoding, hidden, inputs, pruning  # noqa: F401 (built-in wings register themselves)
 from vlm_fix.caches import Sessions
 from vlm_fix.errors import VlmFixError
-from vlm_fix.families import arch_of, get_part, image_token_ids
+from vlm_fix.families import arch_of, final_norm, get_part, image_token_ids, language_head
 from vlm_fix.generating import MISSING, Generating, generate, logits_processors
 from vlm_fix.method import Method
 from vlm_fix.wing import ATTRIBUTE, Running, Wing
@@ -55,6 +55,11 @@ class Engine(Generating):
             if not any(isinstance(method, kind.runs) for kind in kinds):
                 names = ", ".join(dict.fromkeys(base.__name__ for kind in kinds for base in kind.runs))
                 raise VlmFixError(f"{method.name} is of no kind that acts: derive it from one of {names}.")
+
+    def early_exit(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., C] states after any layer -> logits [..., V] float32, through the final norm and the language head."""
+        head = language_head(self.model, self.family)
+        return head(final_norm(self.language)(x.to(head.weight.dtype))).float()
 
     # ---- on the model and off again ----------------------------------------------------------------------------------
 

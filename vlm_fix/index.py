@@ -118,7 +118,13 @@ def _is_method(module: str, cls: str) -> bool:
 def _text(module: str, cls: str, attribute: str) -> str:
     """The string that the class or the nearest class above it gives the attribute."""
     for node in _read(module, _file(module)).classes[cls].body:
-        target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0] if isinstance(node, ast.Assign) else None
+        target = (
+            node.target
+            if isinstance(node, ast.AnnAssign)
+            else node.targets[0]
+            if isinstance(node, ast.Assign)
+            else None
+        )
         if isinstance(target, ast.Name) and target.id == attribute and isinstance(node, ast.AnnAssign | ast.Assign):
             if isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
                 return node.value.value

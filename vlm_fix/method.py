@@ -172,6 +172,11 @@ class Method:
         """True if these parameters change nothing: the engine then leaves the model's path untouched."""
         return False
 
+    @property
+    def whole_prompt(self) -> bool:
+        """True if it needs the whole prompt in one forward (`Session.need_whole_prompt`)."""
+        return False
+
     def spec(self) -> str:
         """The spec string that `parse_spec` turns back into this method."""
         changed = []

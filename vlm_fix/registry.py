@@ -71,7 +71,9 @@ def register(cls: Class) -> Class:
     cannot be made without arguments, and for a name that is taken.
     """
     if not (isinstance(cls, type) and issubclass(cls, Method)):
-        raise VlmFixError(f"register takes the class of a method, not {cls!r}: derive it from vlm_fix.ScoreEdit, for one.")
+        raise VlmFixError(
+            f"register takes the class of a method, not {cls!r}: derive it from vlm_fix.ScoreEdit, for one."
+        )
     try:
         method = cls()
     except TypeError as error:

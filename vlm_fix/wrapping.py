@@ -23,7 +23,9 @@ from vlm_fix.wing import ATTRIBUTE, bare, installed
 Model = TypeVar("Model")
 
 
-def wrap(model: Model, spec: Spec, calibration: calibrated.Files = None, *, replace: bool = False, **settings: Any) -> Model:
+def wrap(
+    model: Model, spec: Spec, calibration: calibrated.Files = None, *, replace: bool = False, **settings: Any
+) -> Model:
     """Install one method or a stack of methods on a Hugging Face vision-language model, in place.
 
     model: also a PEFT model, one from `torch.compile`, or a pipeline: the model inside is wrapped.

@@ -7,7 +7,6 @@ instead; a batch that is too large for memory is repeated sample by sample.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import math
 import sys
@@ -26,8 +25,8 @@ from vlm_fix.errors import VlmFixError
 from vlm_fix.eval.tasks import Sample, load_image
 from vlm_fix.wing import installed
 
+from .elsewhere import Batch, Elsewhere, Gone, chat, starts_itself
 from .first import FirstToken, tokens_of
-from .served import ServedModel
 
 
 class _FirstToken(StoppingCriteria):
@@ -44,39 +43,15 @@ class _FirstToken(StoppingCriteria):
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
-@dataclasses.dataclass
-class Batch:
-    """The answers to one batch: text, number of new tokens and whether the end token came, and the seconds taken."""
-
-    texts: list[str]
-    tokens: list[int]
-    finished: list[bool]
-    seconds: float
-    first_token: float | None
-    ids: list[list[int]] = dataclasses.field(repr=False, default_factory=list)  # of the new tokens
-    term: tuple[float, int] | None = None  # sum of squares and degrees of freedom of a contrast's `Term`
-    yes_no: list[tuple[float, float]] | None = None  # p_yes, p_no as the first token, see `first.py`
-    gated: tuple[int, int] | None = None  # its rows that a gate left as they are, of how many
-
-
 def encode(model: Any, processor: Any, images: Sequence[Any], prompts: Sequence[str]) -> Any:
     """Encode (image, prompt) pairs with the model's chat template as a left-padded batch on the model's device."""
-    texts = [
-        processor.apply_chat_template(
-            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}],
-            add_generation_prompt=True,
-        )
-        for prompt in prompts
-    ]
-    tokenizer = processor.tokenizer
-    # no second start token if the template already writes it
-    twice = tokenizer.bos_token is not None and texts[0].startswith(tokenizer.bos_token)
+    texts = [chat(processor, prompt) for prompt in prompts]
     return processor(
         images=[[image] for image in images],
         text=texts,
         padding=True,
         return_tensors="pt",
-        **({"add_special_tokens": False} if twice else {}),
+        **({"add_special_tokens": False} if starts_itself(processor, texts[0]) else {}),
     ).to(model.device, model.dtype)
 
 
@@ -93,10 +68,8 @@ def generate(
 
     `yes_no` also reads the probabilities of yes and no, where `generate` chooses the tokens.
     """
-    if isinstance(model, ServedModel):
-        ids, ended, seconds, first = model.answers(processor, images, prompts, seed, **how)
-        words = processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        return Batch([text.strip() for text in words], [len(row) for row in ids], ended, seconds, first, ids)
+    if isinstance(model, Elsewhere):
+        return model.answers(processor, images, prompts, seed, **how)
     inputs, tokenizer = encode(model, processor, images, prompts), processor.tokenizer
     torch.manual_seed(seed)
     clock, first = _FirstToken(), None
@@ -130,8 +103,8 @@ def generate(
 
 def chooses_tokens(model: Any) -> bool:
     """Whether the tokens are chosen elsewhere than in `generate`: by a method's own loop, or in vLLM."""
-    engine = None if isinstance(model, ServedModel) else installed(model)
-    return isinstance(model, ServedModel) or bool(engine and any(w.own_loop for w in engine.wings))
+    engine = None if isinstance(model, Elsewhere) else installed(model)
+    return isinstance(model, Elsewhere) or bool(engine and any(w.own_loop for w in engine.wings))
 
 
 def batches(samples: Sequence[Sample], size: int) -> list[list[Sample]]:
@@ -190,6 +163,8 @@ def answer(model: Any, processor: Any, samples: Sequence[Sample], seed: int, **h
                 told = {"yes_no": True} if asked else {}
                 batch = generate(model, processor, shown, prompts, _seed(seed, part), **told, **how)
             notes |= dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, UserWarning))
+        except Gone:
+            raise
         except Exception as error:  # one bad sample, or a batch too large for memory, must not end the run
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
@@ -207,6 +182,7 @@ def answer(model: Any, processor: Any, samples: Sequence[Sample], seed: int, **h
             if asked:
                 row["p_yes"], row["p_no"] = batch.yes_no[i] if batch.yes_no else (None, None)
             rows[sample.id] = row
+        rows |= {s.id: {"error": why} for s, why in zip(part, batch.errors, strict=False) if why is not None}
     term = [math.fsum(t[0] for t in terms), sum(t[1] for t in terms)] if terms else None
     batch_wide: dict[str, Any] = {"batch_seconds": seconds, "batch_first_token": first_token}
     batch_wide |= {"batch_warnings": list(notes), "batch_term": term}
@@ -226,7 +202,9 @@ def warm_up(
         short = {**how, "max_new_tokens": min(2, how["max_new_tokens"])}
         try:
             with warnings.catch_warnings(action="ignore"):
-                generate(model, processor, images, prompts, seed, **short)
+                errors = generate(model, processor, images, prompts, seed, **short).errors
+            if errors and None not in errors:
+                raise VlmFixError(f"no request is answered: {errors[0]}.")
         except VlmFixError:
             raise
         except (ValueError, TypeError) as error:

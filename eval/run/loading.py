@@ -18,6 +18,8 @@ from vlm_fix.calibrated import weights_id
 from vlm_fix.errors import VlmFixError
 from vlm_fix.eval import picto
 
+from .elsewhere import Elsewhere
+from .remote import RemoteModel
 from .served import ServedModel
 
 
@@ -107,7 +109,15 @@ def load_served(
     check_device(device)
     if device_map:
         raise VlmFixError("--device-map is for Hugging Face's engine: vLLM spreads a model by itself.")
-    model = ServedModel(_path(name), dtype, device)
+    return _with_processor(ServedModel(_path(name), dtype, device), name)
+
+
+def load_remote(name: str, urls: str) -> tuple[Any, Any, dict[str, Any]]:
+    """The same for `--server`: of the checkpoint `name`, the configuration and the processor are read here."""
+    return _with_processor(RemoteModel(_path(name), urls, name), name)
+
+
+def _with_processor(model: Elsewhere, name: str) -> tuple[Any, Any, dict[str, Any]]:
     processor = AutoProcessor.from_pretrained(model.path)
     _check(processor, name)
     return model, processor, model.identity(name)

@@ -34,7 +34,7 @@ from vlm_fix.eval.tasks import Task
 from vlm_fix.families import table as families
 from vlm_fix.method import Baseline, Method
 
-from .served import ServedModel
+from .elsewhere import Elsewhere
 
 AT_BETA = "apc_only"
 NOISE = "gaussian_logits"
@@ -76,7 +76,7 @@ class Run:
         """
         stack = [_seeded(method, seed) if seed is not None else method for method in self.stack]
         chosen = [c for c in calibration if c.method in {method.name for method in stack}]
-        if isinstance(model, ServedModel):
+        if isinstance(model, Elsewhere):
             with model.applied(stack, chosen):
                 yield
         elif all(isinstance(method, Baseline) for method in stack):

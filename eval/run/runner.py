@@ -31,7 +31,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -47,9 +46,10 @@ from vlm_fix.eval.settings import Settings
 from vlm_fix.eval.tasks import Task, build
 
 from . import size, summary
+from .elsewhere import Elsewhere
 from .first import tokens_of
 from .generation import answer, batches, peak_mb, reset_peak, warm_up
-from .loading import hardware, load_model, load_served, outline
+from .loading import hardware, load_model, load_remote, load_served, outline
 from .plan import Run, check_stacks, runs
 from .store import Store, Team, load_results
 
@@ -81,7 +81,7 @@ def _run(
     for i in mine:
         rows = answer(model, processor, plan[i], seed, **how)
         place = {"run": run.name, "seed": seed, "benchmark": task.benchmark, "batch": i, "batch_size": len(plan[i])}
-        peak = {"peak_mb": peak_mb(model.device)}
+        peak = {"peak_mb": None if settings.server else peak_mb(model.device)}
         store.add(
             (run.name, seed, task.benchmark, i),
             [{**place, **sample.describe(), **row, **peak} for sample, row in zip(plan[i], rows, strict=True)],
@@ -122,19 +122,7 @@ def evaluate(
         raise VlmFixError(f"{folder} already holds a run: add --resume to continue it or choose another --output.")
     check_stacks(settings, None if loaded else outline(settings.model, settings.revision, settings.trust_remote_code))
     tasks = build(settings)
-    model, processor, identity = loaded or (
-        load_served(settings.model, settings.dtype, settings.device, settings.device_map)
-        if settings.engine == "vllm"
-        else load_model(
-            settings.model,
-            settings.dtype,
-            settings.device,
-            settings.device_map,
-            settings.revision,
-            settings.trust_remote_code,
-            settings.model_args,
-        )
-    )
+    model, processor, identity = loaded or _loaded(settings)
     calibration = choose(settings.calibration, model, methods)
     plan = runs(settings, model, tasks, calibration)
     for run in plan:  # report a bad value or combination now, not after an hour of baseline
@@ -196,10 +184,20 @@ def evaluate(
             for i in range(-(-len(t.samples) // per_batch))
         ]
         store.merge(order)
-        words = {} if settings.engine == "vllm" else tokens_of(processor.tokenizer)
-        _write(config, plan, specs, tasks, store, model.device, words)
+        words = {} if isinstance(model, Elsewhere) else tokens_of(processor.tokenizer)
+        _write(config, plan, specs, tasks, store, model, words)
     team.wait()
     return load_results(folder)
+
+
+def _loaded(settings: Settings) -> tuple[Any, Any, dict[str, Any]]:
+    """Where `settings` want the model: behind a server, in vLLM, or here."""
+    if settings.server:
+        return load_remote(settings.model, settings.server)
+    where = settings.model, settings.dtype, settings.device, settings.device_map
+    if settings.engine == "vllm":
+        return load_served(*where)
+    return load_model(*where, settings.revision, settings.trust_remote_code, settings.model_args)
 
 
 def _auto_size(team: Team, folder: Path, resume: bool, choose: Callable[[], int]) -> int:
@@ -216,7 +214,7 @@ def _write(
     specs: dict[str, dict[str, str]],
     tasks: Sequence[Task],
     store: Store,
-    device: torch.device,
+    model: Any,
     words: Mapping[str, Mapping[str, int]],
 ) -> None:
     """Write results.json from the answers in the store; `words` are the tokens that are yes and no."""
@@ -228,10 +226,10 @@ def _write(
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in VERSIONS},
         "scorers": {task.benchmark: scorer_and_commit(config, task.benchmark) for task in tasks},
-        "hardware": hardware(device),
+        "hardware": (isinstance(model, Elsewhere) and model.hardware) or hardware(model.device),
         "processes": store.team.size,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "peak_memory_of": "CUDA allocator" if device.type == "cuda" else "process, resident (CPU)",
+        "peak_memory_of": _memory_of(model),
         "runs": summary.summarise(names, tasks, store.of, config["seed"]),
         "changed": summary.changed(names, tasks, store.of),
         "warnings": {run: _warnings([r for t in tasks for r in store.of(run, t.benchmark)]) for run in names},
@@ -248,6 +246,12 @@ def _write(
         asked = [row for run in names for task in tasks for row in store.of(run, task.benchmark)]
         results["probabilities"] = probabilities(asked, words)
     write_atomic(store.folder / "results.json", json.dumps(results, indent=2) + "\n")
+
+
+def _memory_of(model: Any) -> str:
+    if isinstance(model, Elsewhere) and model.hardware:
+        return "the server, not measured"
+    return "CUDA allocator" if model.device.type == "cuda" else "process, resident (CPU)"
 
 
 @contextlib.contextmanager
@@ -279,7 +283,7 @@ def speed(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
     return {
         "tokens_per_second": sum(row["tokens"] for row in rows) / seconds if seconds else None,
         "first_token_seconds": statistics.median(waits) if waits else None,
-        "peak_mb": max((row["peak_mb"] for row in rows), default=None),
+        "peak_mb": max((row["peak_mb"] for row in rows if row["peak_mb"] is not None), default=None),
     }
 
 

@@ -75,7 +75,8 @@ class Store:
         if self.team.first:
             known = folder / "config.json"
             if resume and known.exists():
-                for key, old, new in _differences(json.loads(known.read_text()), config):
+                before = json.loads(known.read_text())
+                for key, old, new in _differences({**before, "server": config["server"]}, config):
                     raise VlmFixError(
                         f"{folder} was made with {key} = {json.dumps(old)}, not {json.dumps(new)}: resume with the "
                         "same settings or choose another --output."

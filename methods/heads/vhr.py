@@ -56,6 +56,10 @@ class VHR(HeadEdit, PromptStart):
     def neutral(self) -> bool:
         return self.alpha == 1
 
+    @property
+    def whole_prompt(self) -> bool:
+        return self.prompt_rows == "all"
+
     def on_prompt(self, session: Session, call: Call) -> None:
         """Run the text-only pass."""
         engine = engine_of(call.model)

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import torch
 
 from vlm_fix import Arch, LayerInputEdit, LayerOutputEdit, Memory, MLPInputEdit, MLPRawEdit, RowScope, param
-from vlm_fix.families import final_norm, get_part, language_head
 from vlm_fix.session import PAD, VISUAL, Rows, Session
+from vlm_fix.wing import engine_of
 
 from .steering import scaled
 
@@ -66,6 +66,10 @@ class MemVR(LayerInputEdit, LayerOutputEdit, MLPInputEdit, MLPRawEdit):
     def sees(self) -> list[int]:
         return sorted({0, *self.layers, *(i + 1 for i in self.layers)})  # type: ignore[misc, operator, union-attr]
 
+    @property
+    def whole_prompt(self) -> bool:
+        return self.prompt_rows == "all"
+
     def changed_something(self, session: Session) -> bool:
         return session.memory(self, MemVRMemory).any
 
@@ -100,10 +104,7 @@ class MemVR(LayerInputEdit, LayerOutputEdit, MLPInputEdit, MLPRawEdit):
 
     def entropy(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
         """[B, r, C] -> [B, r]"""
-        model = rows.session.call.model
-        family = rows.session.call.family
-        norm, head = final_norm(get_part(model, family.language)), language_head(model, family)
-        logits = head(norm(x.to(head.weight.dtype))).float()
+        logits = engine_of(rows.session.call.model).early_exit(x)
         p = logits.topk(min(TOP, logits.shape[-1]), dim=-1).values.softmax(dim=-1)
         return torch.special.entr(p).sum(dim=-1) / math.log(TOP)
 

@@ -74,7 +74,11 @@ class ControlMLLM(InputEdit, Contrast):
             return {"rows": "text", "steps": 5, "lr": 1.0, "sigma": 0.1, "contrast": 0.0}
         first, last, depth = (12, 27, 28) if arch.family.mrope else (14, 25, 32)
         layers = tuple(sorted({min(round(i / depth * arch.depth), arch.depth - 1) for i in range(first, last + 1)}))
-        tuned = {"steps": 1, "lr": 0.02, "contrast": 0.01} if arch.family.mrope else {"steps": 3, "lr": 0.03, "contrast": 0.7}
+        tuned = (
+            {"steps": 1, "lr": 0.02, "contrast": 0.01}
+            if arch.family.mrope
+            else {"steps": 3, "lr": 0.03, "contrast": 0.7}
+        )
         return {"rows": "last", "sigma": 0.4, "layers": layers, **tuned}
 
     def resolve(self, arch: Arch) -> ControlMLLM:
@@ -105,7 +109,9 @@ class ControlMLLM(InputEdit, Contrast):
         embeds, (chosen, weights) = kwargs["inputs_embeds"], self.pointed(session)
         rows = torch.zeros_like(session.types, dtype=torch.bool)
         for row, last in zip(rows, session.last_visual, strict=True):
-            row[min(last + 1, session.prompt_len - 1) if self.rows == "text" and last >= 0 else session.prompt_len - 1 :] = True
+            row[
+                min(last + 1, session.prompt_len - 1) if self.rows == "text" and last >= 0 else session.prompt_len - 1 :
+            ] = True
         p = torch.zeros_like(embeds, dtype=torch.float32)
         before, added, m, s, energies = p, p, p, p, list[torch.Tensor]()
         assert isinstance(self.layers, tuple) and self.steps is not None and self.lr is not None
@@ -135,7 +141,11 @@ class ControlMLLM(InputEdit, Contrast):
         """[B, n] each: the columns of the image that is pointed at, and m."""
         call = session.call
         ids, tokens = call.inputs["input_ids"], engine_of(call.model).tokens
-        ends = torch.isin(ids, torch.tensor(image_token_ids(call.model, call.family), device=ids.device)).sum(dim=1).cumsum(dim=0)
+        ends = (
+            torch.isin(ids, torch.tensor(image_token_ids(call.model, call.family), device=ids.device))
+            .sum(dim=1)
+            .cumsum(dim=0)
+        )
         chosen, weights, seen = torch.zeros(int(ends[-1])), torch.zeros(int(ends[-1])), dict[int, int]()
         for cells in image_cells(call.model, call.family, {**call.inputs, "input_ids": ids.view(1, -1)}):
             row = int(torch.searchsorted(ends, int(cells.max()), right=True))
@@ -143,5 +153,7 @@ class ControlMLLM(InputEdit, Contrast):
             if seen[row] == self.image:
                 chosen[cells], weights[cells] = 1.0, regions.of(self, (cells.shape[0], cells.shape[1]))
         if not chosen.any():
-            raise VlmFixError(f"control_mllm: image={self.image} is pointed at, but no prompt has that many; they count from 0.")
+            raise VlmFixError(
+                f"control_mllm: image={self.image} is pointed at, but no prompt has that many; they count from 0."
+            )
         return session.on_images(chosen, tokens).bool(), session.on_images(weights, tokens)

@@ -46,7 +46,9 @@ class ImageSort(Refiner):
 
     orders: str = param("all", "orders over which attention is averaged", choices=("all", "given"))
     rounds: int = param(1, "sorts, each by the attention after the last; 0: none", low=0)
-    toward: str = param("end", "where most attention goes: the last place, or the last and the first", choices=("end", "ends"))
+    toward: str = param(
+        "end", "where most attention goes: the last place, or the last and the first", choices=("end", "ends")
+    )
     per: str = param("image", "attention of a whole image, or per token of it", choices=("image", "token"))
     layers: Layers = param(None, "layers whose attention is read")
 

@@ -17,7 +17,9 @@ def of(method: Any, size: tuple[int, int]) -> torch.Tensor:
     given = [k for k in ("box", "point", "scribble", "mask") if getattr(method, k) is not None]
     if len(given) != 1:
         what = " and ".join(given) or "none"
-        raise VlmFixError(f"{method.name} takes one region, and got {what}: give one of box=, point=, scribble= and mask=.")
+        raise VlmFixError(
+            f"{method.name} takes one region, and got {what}: give one of box=, point=, scribble= and mask=."
+        )
     if method.box is not None:
         return of_box(method.box, size, method.cover, method.name)
     if method.mask is not None:
@@ -34,7 +36,10 @@ def of_box(box: tuple[float, ...], size: tuple[int, int], cover: str, name: str)
     h, w = size
     found = torch.zeros(h, w)
     if cover == "touch":
-        spans = [(math.floor(a * n + 1e-9), math.ceil(b * n - 1e-9)) for a, b, n in ((box[1], box[3], h), (box[0], box[2], w))]
+        spans = [
+            (math.floor(a * n + 1e-9), math.ceil(b * n - 1e-9))
+            for a, b, n in ((box[1], box[3], h), (box[0], box[2], w))
+        ]
         found[slice(*spans[0]), slice(*spans[1])] = 1
         return found
     y, x = ((torch.arange(n) + 0.5) / n for n in size)

@@ -1,4 +1,14 @@
-"""One spec that acts for every method that is served; the table of docs/serving.md is made from these lists."""
+"""One spec that acts for every method that is served; the table of docs/serving.md is made from these lists.
+
+DIRECTIONS, SUBSPACE and VTI stand for safetensors files, see `filled`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from pathlib import Path
 
 SERVED = {
     "attention": (
@@ -6,11 +16,17 @@ SERVED = {
         "paint:head_scale=sensitive", "zerotuning", "zerotuning:rate=0.2,head_indices=1|3",
         "var:sink_dims=0|1|2,tau=1.5,rho=0,min_visual_mass=0",
     ),
-    "heads": ("vhr", "ad_hh:threshold=0.05", "head_pursuit", "random_heads"),
-    "hidden states": ("iri",),
+    "heads": ("vhr", "vhr:prompt_rows=all", "ad_hh:threshold=0.05", "head_pursuit", "random_heads"),
+    "hidden states": (
+        "iri", "steer:file=DIRECTIONS,strength=0.4", "steer:file=DIRECTIONS,place=mlp_output,prompt_rows=all,absolute=0.3",
+        "nullu:file=SUBSPACE,rank=6", "vti:file=VTI,alpha_text=3,alpha_vision=3", "rudder:layers=3,alpha=1", "vista:lam=0.5",
+        "memvr:threshold=0.05,ratio=0.5", "memvr:threshold=0.05,ratio=0.5,prompt_rows=last", "hulluedit:kappa=1",
+        "random_direction:strength=0.5", "random_subspace:rank=32",
+    ),
     "next token": ("apc_only", "gaussian_logits", "yes_threshold:margin=0.9", "deco", "dola"),
     "second branch": ("vcd", "icd", "m3id", "yes_bias", "pai:gamma=1.5"),
-    "stacks": ("pai:alpha=0.5+vcd", "vhr+pai", "iri+m3id", "vaf+apc_only:beta=0.3", "locore:beta=1+pai"),
+    "stacks": ("pai:alpha=0.5+vcd", "vhr+pai", "iri+m3id", "vaf+apc_only:beta=0.3", "locore:beta=1+pai",
+               "hulluedit+deco", "memvr:threshold=0.05+pai"),
 }  # fmt: skip
 PRUNERS = (
     "hiprune:keep=16", "visionzip:keep=16", "divprune:keep=16", "random_tokens:keep=16", "uniform_grid:keep=16",
@@ -25,3 +41,33 @@ LITTLE = (
 def names(spec: str) -> list[str]:
     """The methods of a stack."""
     return [part.partition(":")[0] for part in spec.split("+")]
+
+
+def filled(spec: str) -> str:
+    """With files that hold random vectors of picto-llava's sizes, the same each time, in place of the names."""
+    import torch
+    from safetensors.torch import save_file
+
+    from vlm_fix.eval.picto import model_path
+
+    config = json.loads((Path(model_path()) / "config.json").read_text())
+    text, vision = config["text_config"], config["vision_config"]
+    depth, width = text["num_hidden_layers"], text["hidden_size"]
+
+    def drawn(seed: int, *shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+    made = {
+        "DIRECTIONS": {f"direction.{i}": drawn(i, width) for i in range(depth)},
+        "SUBSPACE": {f"layers.{i}": drawn(50 + i, 6, width) for i in range(depth)},
+        "VTI": {f"text.{i}": drawn(100 + i, width) for i in range(depth)}
+        | {f"vision.{i}": drawn(150 + i, vision["hidden_size"]) for i in range(vision["num_hidden_layers"])},
+    }
+    folder = Path(tempfile.gettempdir()) / "vlm-fix-serving"
+
+    def file(found: re.Match[str]) -> str:
+        folder.mkdir(exist_ok=True)
+        save_file(made[found[0]], folder / f"{found[0]}.safetensors")
+        return str(folder / f"{found[0]}.safetensors")
+
+    return re.sub("|".join(made), file, spec)

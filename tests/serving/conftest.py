@@ -29,8 +29,8 @@ else:
 
     @pytest.fixture(scope="session")
     def engine():
-        """Started for a stack that needs hooks, passes beside the batch and whole prompts; tests choose what it serves."""
-        return Vllm("var+vcd")
+        """Started for all that a stack may need; tests choose which it serves."""
+        return Vllm("var+vcd+memvr")
 
     @pytest.fixture(scope="session")
     def cached():

@@ -13,6 +13,7 @@ os.environ.update(
     VLLM_CPU_OMP_THREADS_BIND="nobind",
     VLLM_NO_USAGE_STATS="1",
     DO_NOT_TRACK="1",
+    TORCHDYNAMO_DISABLE="1",  # no compiler for the few functions that vLLM compiles in eager mode too
 )
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 

@@ -36,7 +36,11 @@ class Parser(argparse.ArgumentParser):
             what = "there is no command" if "COMMAND" in message else f"{message.partition(':')[0]}: there is no"
             known = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(words)}."
             self.exit(2, f"error: {what} {found[1]!r}; {known}\n")
-        own = self.typed if self._subparsers is None else itertools.takewhile(lambda word: word.startswith("-"), self.typed)
+        own = (
+            self.typed
+            if self._subparsers is None
+            else itertools.takewhile(lambda word: word.startswith("-"), self.typed)
+        )
         if self.get_default("rest") is None and (wrong := self.unknown([*own])):
             message = self.no_option(wrong)
         self.exit(2, f"error: {message}" + ("\n" if message.endswith("?") else f"; see `{self.prog} --help`.\n"))

@@ -65,7 +65,9 @@ def run(args: argparse.Namespace) -> None:
     )
     if args.json:
         rows = [{**answer._asdict(), "objects": answer.objects(shown.truth)} for answer in answers]
-        print(json.dumps({"image": args.image, "truth": shown.truth and sorted(shown.truth), "answers": rows}, indent=2))
+        print(
+            json.dumps({"image": args.image, "truth": shown.truth and sorted(shown.truth), "answers": rows}, indent=2)
+        )
     elif shown.truth is None:
         made = list(answers)
         _show(made, None, _common(made))
@@ -113,5 +115,3 @@ def _show(answers: Any, truth: Collection[str] | None, common: Collection[str]) 
     elif truth is None:
         told = "Yellow: not every caption names it. " if any_marked else ""
         screen.print(f"\n{told}What is in this image is not known here: --objects says it.", style="dim")
-
-

@@ -39,6 +39,7 @@ def _of_coco(args: Any) -> bool:
     return args.benchmark in ("pope", "chair", "all") and args.data.startswith("coco") and not args.questions
 
 
+SERVED = "--server has the model already; leave it out"
 RULES = (
     Rule("--temperature", _samples, "add --sample, or leave it out"),
     Rule("--top-p", _samples, "add --sample, or leave it out"),
@@ -57,6 +58,9 @@ RULES = (
     Rule("--scorer", lambda args: args.benchmark != "chair", "captions are judged by --variant; leave it out"),
     Rule("--variant", _asks("chair", "all", "amber"), "it is for captions (chair and amber); leave it out"),
     Rule("--drop-incomplete", _asks("chair", "all"), "it is for chair; leave it out"),
+    Rule("--dtype", lambda args: not args.server or args.dtype == "auto", SERVED),
+    Rule("--device", lambda args: not args.server, SERVED),
+    Rule("--device-map", lambda args: not args.server, SERVED),
     Rule("--device", lambda args: not args.device_map, "--device-map places the model; leave one of them out"),
 )
 

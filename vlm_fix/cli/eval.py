@@ -69,6 +69,9 @@ def add_to(commands: Any) -> None:
     how.add_argument("--temperature", type=float, metavar="T", help="with --sample (1.0)")
     how.add_argument("--top-p", type=float, metavar="P", help="with --sample (1.0)")
     how.add_argument("--engine", choices=("hf", "vllm"), default="hf", help="generate, or vLLM (%(default)s)")
+    how.add_argument(
+        "--server", metavar="URL,URL", help="servers that run already: each run asks the first that can answer"
+    )
     how.add_argument("--num-beams", type=int, default=1, metavar="N", help="beam search (%(default)s = greedy)")
     how.add_argument("--gen-kwargs", metavar="A=1,B=2", help="further arguments of generate, or a JSON object")
     add_weights(how, device=None)

@@ -24,7 +24,9 @@ def add_to(commands: Any) -> None:
     parser = add(
         commands, "methods", "list the methods, or what is known of some: paper, settings, figures", run, EXAMPLES
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help="methods to tell more of, or file.py:Class (all, a line each)")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help="methods to tell more of, or file.py:Class (all, a line each)"
+    )
     add_json(parser)
 
 

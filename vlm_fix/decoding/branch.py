@@ -62,7 +62,7 @@ class Branch:
     @property
     def may_wait(self) -> bool:
         """True if a step whose logits nobody needs can be left to the next one: it has not run yet, and caches keep columns."""
-        return self.tokens is not None and self.pending is None and keeps_columns(self.cache)
+        return self.tokens is not None and self.pending is None and self.host.keeps_columns(self.cache)
 
     @torch.no_grad()
     def logits(self, generated: torch.Tensor) -> torch.Tensor:

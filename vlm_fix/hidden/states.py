@@ -17,6 +17,8 @@ from .wing import places
 
 def last_rows(engine: Any, inputs: dict[str, torch.Tensor], place: str = "layer_output") -> dict[int, torch.Tensor]:
     """Layer -> what it puts out at `place` in the last row of a prompt, float32 [B, C]. One forward of the prompt."""
+    if hasattr(engine, "last_rows"):  # its layers are not transformers'
+        return engine.last_rows(inputs, place)
     kept: dict[int, torch.Tensor] = {}
 
     def keep(i: int, module: Any, args: Any, output: Any) -> None:

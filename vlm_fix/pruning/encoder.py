@@ -140,10 +140,15 @@ class QwenVL:
         x = args[0] if args else kwargs["hidden_states"]
         q, k, _ = attn.qkv(x).reshape(len(x), 3, attn.num_heads, -1).permute(1, 0, 2, 3).unbind(0)
         q, k = apply_rotary_pos_emb_vision(q, k, *kwargs["position_embeddings"])
-        lengths = kwargs["cu_seqlens"].diff().tolist()
+        return self.seen(q, k, kwargs["cu_seqlens"], attn.scaling)
+
+    @staticmethod
+    def seen(q: torch.Tensor, k: torch.Tensor, bounds: torch.Tensor, scale: float) -> Seen:
+        """Queries and keys [S, H, D] of a layer, whose windows begin at `bounds`."""
+        lengths = bounds.diff().tolist()
         pairs = zip(q.transpose(0, 1).split(lengths, dim=1), k.transpose(0, 1).split(lengths, dim=1), strict=True)
-        heads = [(a, b, attn.scaling) for a, b in pairs]
-        received = torch.cat([column_means(a[None], b[None], attn.scaling)[0] for a, b, _ in heads])
+        heads = [(a, b, scale) for a, b in pairs]
+        received = torch.cat([column_means(a[None], b[None], scale)[0] for a, b, _ in heads])
         return Seen(received, k.float().mean(dim=1), heads)
 
     def project(self, x: torch.Tensor) -> torch.Tensor:
@@ -152,6 +157,12 @@ class QwenVL:
     def images(self, args: Any, kwargs: dict[str, Any], output: Any, seen: dict[int, Seen]) -> Iterator[ImageTokens]:
         patches = args[0] if args else kwargs["hidden_states"]
         grid_thw = kwargs["grid_thw"] if "grid_thw" in kwargs else args[1]
+        return self.tokens(patches, grid_thw, output.last_hidden_state, seen)
+
+    def tokens(
+        self, patches: torch.Tensor, grid_thw: torch.Tensor, states: torch.Tensor, seen: dict[int, Seen]
+    ) -> Iterator[ImageTokens]:
+        """Patches of all images [S, ...], their grids [n, 3] and what goes to the merger [S, Cv], in the tower's order."""
         merge = self.tower.spatial_merge_size
         order = torch.arange(len(patches) // merge**2)
         if window := getattr(self.tower, "window_size", None):
@@ -165,7 +176,7 @@ class QwenVL:
             return units(x).mean(dim=1)[order.to(x.device)]
 
         def raw(here: slice) -> torch.Tensor:
-            return units(output.last_hidden_state)[order[here].to(output.last_hidden_state.device)]
+            return units(states)[order[here].to(states.device)]
 
         scores = {layer: in_order(s.received) for layer, s in seen.items()}
         keys = {layer: in_order(s.keys) for layer, s in seen.items()}

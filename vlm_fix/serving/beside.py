@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from vlm_fix.hooks import hooked
 from vlm_fix.recorder import Recorder
 from vlm_fix.session import Session
 
+from . import layers
 from .groups import Group, KeysValues
 
 if TYPE_CHECKING:
@@ -104,6 +106,32 @@ class Beside:
         )
 
     @torch.inference_mode()
+    def last_rows(self, ids: Sequence[int], place: str, session: Session) -> dict[int, torch.Tensor]:
+        """Layer -> what it puts out at `place` in the last row [1, C], in one forward over a prompt, without edits.
+
+        The images of a prompt that has any are those of the request of `session`.
+        """
+        runner, kept = self.served.runner, dict[int, torch.Tensor]()
+
+        def keep(i: int, module: Any, args: Any, output: Any) -> None:
+            kept[i] = layers.last_row(output)
+
+        tokens, embeds, positions = torch.tensor(ids), None, None
+        shown = torch.isin(tokens, self.served.engine.tokens)
+        if bool(shown.any()):
+            name = next(name for name, one in self.served.requests.items() if one.session is session)
+            features, at = self.served.images.features(name, None), shown.to(runner.device)
+            embeds = runner.model.embed_input_ids(
+                tokens.to(runner.device), multimodal_embeddings=features, is_multimodal=at
+            )
+            if runner.uses_mrope:
+                positions = runner.requests[name].mrope_positions[:, : len(ids)].to(runner.device)
+        watched = (layers.places(runner, i)[place] for i in range(len(layers.decoder_layers(runner))))
+        with hooked([m.register_forward_hook(functools.partial(keep, i)) for i, m in enumerate(watched)]):
+            self.run(BesideForward(self.served, [(Line(), len(ids))]), ids, embeds, positions)
+        return kept
+
+    @torch.inference_mode()
     def run(
         self,
         forward: BesideForward,
@@ -119,7 +147,7 @@ class Beside:
         if positions is None:
             places = [torch.arange(line.length, line.length + count) for line, count in forward.lines]
             positions = torch.cat(places).to(runner.device)
-        if runner.uses_mrope:
+        if runner.uses_mrope and positions.dim() == 1:
             positions = positions.expand(3, -1)
         if embeds is None:
             embeds = runner.model.embed_input_ids(tokens)

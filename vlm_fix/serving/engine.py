@@ -16,6 +16,7 @@ from vlm_fix.decoding.kinds import Contrast, LogitEdit
 from vlm_fix.engine import Engine
 from vlm_fix.families import arch_of
 from vlm_fix.hidden import HiddenWing
+from vlm_fix.hidden.edit import HiddenEdit, VisionMLPEdit
 from vlm_fix.inputs import InputEdit
 from vlm_fix.method import Method
 from vlm_fix.pruning.kinds import TokenPruner
@@ -40,10 +41,17 @@ class ServedEngine(Engine):
         self.attention = self.need(AttentionWing)
         self.hidden, self.contrasting = self.wing(HiddenWing), self.wing(ContrastWing)
         self.contrast: Contrast | None = self.contrasting.contrast if self.contrasting else None
-        self.logit_edits = [m for m in self.active if isinstance(m, LogitEdit)]
+        self.logit_edits = [m for m in self.active if isinstance(m, LogitEdit) and m.edits_logits]
         self.input_edits = [m for m in self.active if isinstance(m, InputEdit) and m.prepares]
         self.pruner = next((m for m in self.active if isinstance(m, TokenPruner)), None)
+        self.vision = [m for m in self.active if isinstance(m, VisionMLPEdit) and m.vision_layers]
+        self.one_by_one = any(isinstance(m, HiddenEdit) and m.keeps_history for m in self.active)
         self.needs_image = bool(self.active) and all(m.needs_image for m in self.active)
+
+    @property
+    def edits(self) -> list[Any]:
+        """Of attention and of hidden states."""
+        return [*self.attention.edits, *(self.hidden.edits if self.hidden else ())]
 
     def need(self, kind: Any) -> Any:
         """The wing of this class, which is always there."""
@@ -72,10 +80,11 @@ class ServedEngine(Engine):
             or self.hidden is not None
             or any(e.exits for e in self.logit_edits),
             "a pass beside the batch": self.contrast is not None
-            or any(isinstance(m, PromptStart) for m in self.active),
+            or any(isinstance(m, PromptStart) or _reads_prompt(m) for m in self.active),
             "the tokens of a step before the next begins": bool(self.contrast or self.logit_edits),
             "prompts without a prefix cache": self.changes_prompt,
-            "the vision tower": bool(self.input_edits) or self.pruner is not None,
+            "prompts in one piece": any(m.whole_prompt for m in self.active),
+            "the vision tower": bool(self.input_edits or self.vision) or self.pruner is not None,
         }
 
     @contextlib.contextmanager
@@ -88,7 +97,20 @@ class ServedEngine(Engine):
         finally:
             self.session, vars(self.model)[ATTRIBUTE] = before, outer
 
+    def early_exit(self, x: torch.Tensor) -> torch.Tensor:
+        assert self.served is not None
+        return self.served.next_tokens.head(x.flatten(0, -2), True).view(*x.shape[:-1], -1).float()
+
+    def last_rows(self, inputs: dict[str, torch.Tensor], place: str) -> dict[int, torch.Tensor]:
+        """What `hidden.states.last_rows` finds in a model of transformers."""
+        assert self.served is not None and self.session is not None
+        return self.served.beside.last_rows(inputs["input_ids"][0].tolist(), place, self.session)
+
     @torch.no_grad()
     def run_prompt(self, inputs: dict[str, torch.Tensor], recorder: Recorder) -> None:
         assert self.served is not None
         self.served.beside.read_prompt(inputs["input_ids"][0].tolist(), recorder)
+
+
+def _reads_prompt(method: Method) -> bool:
+    return isinstance(method, HiddenEdit) and type(method).on_prompt is not HiddenEdit.on_prompt

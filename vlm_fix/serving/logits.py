@@ -16,11 +16,13 @@ import torch
 from vlm_fix.call import Call
 from vlm_fix.decoding.step import Step as Seen
 from vlm_fix.decoding.step import fingerprints
+from vlm_fix.families import final_norm
 from vlm_fix.session import TEXT, VISUAL, Session
 
 from .beside import BesideForward, Line
 from .engine import ServedEngine
 from .groups import Group
+from .layers import language_of
 from .sessions import RequestSession, session_of
 
 if TYPE_CHECKING:
@@ -73,17 +75,21 @@ class NextTokens:
                 l = combined.log_softmax(dim=-1)
             at = {i: (x[step.last[row]][None, None], generated.shape[1]) for i, x in seen.items()}
             prompts = functools.partial(self._prompts, name, one)
-            view = ServedStep(one.engine, prompts, generated, at, self._head, own=one.session)  # type: ignore[arg-type]
+            view = ServedStep(one.engine, prompts, generated, at, self.head, own=one.session)  # type: ignore[arg-type]
             with one.engine.acting(one.session):
                 for edit in one.engine.logit_edits:
                     l = edit.edit(l, view).log_softmax(dim=-1)
             out[row] = l[0]
         return out
 
-    def _head(self, x: torch.Tensor, norm: bool) -> torch.Tensor:
+    def head(self, x: torch.Tensor, norm: bool) -> torch.Tensor:
         """[B, C] -> [B, V]: vLLM's head, after its last norm if asked."""
-        language = self.served.runner.model.get_language_model()
-        return self.served.plain_logits(language.model.norm(x) if norm else x)
+        x = x.to(self.served.runner.model_config.dtype)
+        groups, self.served.groups = self.served.groups, []  # the norm is hooked where a method edits its output
+        try:
+            return self.served.plain_logits(final_norm(language_of(self.served.runner))(x) if norm else x)
+        finally:
+            self.served.groups = groups
 
     def _prompts(self, name: str, one: Request) -> list[int]:
         self._with_images(name, one)

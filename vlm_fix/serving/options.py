@@ -1,16 +1,21 @@
-"""What a request may ask of the server's methods: to leave them out, or another strength."""
+"""What a request may ask of the server's methods: to leave them out, or another strength; and what a server says of itself."""
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from vlm_fix.arch import Arch
 from vlm_fix.errors import VlmFixError
+from vlm_fix.hidden.edit import VisionMLPEdit
 from vlm_fix.method import Method
 from vlm_fix.pruning.kinds import TokenPruner
+from vlm_fix.tensors import Tensors
 
 from .engine import ServedEngine
 from .settings import KEY
@@ -43,9 +48,9 @@ def variant(asked: Any, engine: ServedEngine) -> Variant:
     methods = []
     for method in engine.methods:
         wanted = changes.get(method.name, {})
-        if isinstance(method, TokenPruner) and wanted:
+        if of_images(method, engine.arch) and wanted:
             raise VlmFixError(
-                f"{method.name} drops image tokens for all requests of this server: it cannot change for one."
+                f"{method.name} changes what images are for all requests of this server: it cannot change for one."
             )
         if wanted in OFF:
             continue
@@ -112,3 +117,63 @@ def strengths_of(method: Method) -> list[str]:
 def _example(engine: ServedEngine) -> str:
     first = next((m for m in engine.methods if strengths_of(m)), None)
     return json.dumps({first.name: {strengths_of(first)[0]: 0.5}}) if first else '"off"'
+
+
+# ---- between a server and a client that measures it ------------------------------------------------------------------
+
+
+def of_images(method: Method, arch: Arch) -> bool:
+    """True if the method changes an image's features, which requests share."""
+    own = method.resolve(arch)
+    return isinstance(own, TokenPruner) or (isinstance(own, VisionMLPEdit) and bool(own.vision_layers))
+
+
+def described(methods: Sequence[Method], arch: Arch) -> list[dict[str, Any]]:
+    """Methods with every setting as JSON, which a server lists with its model (GET /v1/models) and a client compares."""
+    found = []
+    for method in methods:
+        resolved = method.resolve(arch)
+        settings = {f.name: _json(getattr(resolved, f.name)) for f in dataclasses.fields(resolved)}
+        found.append({"method": method.name, "images": of_images(method, arch), "settings": settings})
+    return found
+
+
+def wanted(methods: Sequence[Method], served: Sequence[Mapping[str, Any]], arch: Arch) -> Any:
+    """What a request says to a server of `served` methods (`described`) to be answered by `methods`; None: nothing.
+
+    Raises VlmFixError, a clause to follow the server's name, where no request can have that.
+    """
+    own = {one["method"]: one["settings"] for one in described(methods, arch)}
+    kinds, theirs = {m.name: m for m in methods}, [one["method"] for one in served]
+    missing = [name for name in own if name not in theirs]
+    if missing:
+        raise VlmFixError(f"serves {'+'.join(theirs) or 'no method'}, not {missing[0]}")
+    if [name for name in theirs if name in own] != [*own]:
+        raise VlmFixError(f"serves {'+'.join(theirs)} in this order, not {'+'.join(own)}")
+    changes: dict[str, Any] = {}
+    for one in served:
+        name, settings = one["method"], one["settings"]
+        if one.get("images") and own.get(name) != settings:
+            raise VlmFixError(f"runs {name} as it is on every image")
+        if name not in own:
+            changes[name] = "off"
+            continue
+        other = {key: value for key, value in own[name].items() if settings.get(key) != value}
+        for key, value in other.items():
+            if key not in strengths_of(kinds[name]) or value is None:
+                raise VlmFixError(
+                    f"serves {name} with {key}={settings.get(key)}, not {value}, which no request can change"
+                )
+        if other:
+            changes[name] = other
+    return "off" if changes and not own else changes or None
+
+
+def _json(value: Any) -> Any:
+    """A setting as it comes out of JSON again; tensors as their digest."""
+    if isinstance(value, Tensors):
+        digest = hashlib.sha256()
+        for name, tensor in sorted(value.named.items()):
+            digest.update(name.encode() + tensor.numpy().tobytes())
+        return digest.hexdigest()
+    return json.loads(json.dumps(value, default=str))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import os
@@ -27,6 +28,7 @@ def register() -> None:
         return
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+    from vllm.entrypoints.openai.models.serving import OpenAIServingModels
     from vllm.multimodal.registry import MultiModalRegistry, _ProcessorFactories
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
     from vllm.v1.core.sched.scheduler import Scheduler
@@ -42,6 +44,7 @@ def register() -> None:
     _wrap(_ProcessorFactories, "build_processor", _count_in_processor)
     _wrap(MultiModalRegistry, "_create_processing_info", _count)
     _wrap(InputProcessor, "_validate_params", _validate)
+    _wrap(OpenAIServingModels, "show_available_models", _list)
     for request in (ChatCompletionRequest, CompletionRequest):
         _wrap(request, "to_sampling_params", _take_extra)
 
@@ -82,6 +85,7 @@ def _configure(create: Callable[..., Any], args: Any, *more: Any, **kwargs: Any)
             "prompts without a prefix cache",
             "change or read rows of the prompt before its last",
         ),
+        ("enable_chunked_prefill", True, "prompts in one piece", "need the whole prompt in one step"),
         ("enforce_eager", None, "hooks on layers", "look into the layers"),
         ("enforce_eager", None, "a pass beside the batch", "run a second pass"),
         ("async_scheduling", True, "the tokens of a step before the next begins", "need the tokens chosen so far"),
@@ -96,6 +100,8 @@ def _configure(create: Callable[..., Any], args: Any, *more: Any, **kwargs: Any)
         if getattr(args, name) is not value:
             log.info("%s: %s is set to %s, since methods %s.", "+".join(settings.methods), name, value, why)
             setattr(args, name, value)
+    if engine.needs["the vision tower"] and engine.family.mrope:  # methods there take images alone
+        args.limit_mm_per_prompt = {**(args.limit_mm_per_prompt or {}), "video": 0}
     config = create(*more, **kwargs)
     refusals.check_config(config, engine)
     object.__setattr__(config.model_config, ATTRIBUTE, settings)
@@ -148,10 +154,28 @@ def _engine_of(config: Any) -> ServedEngine | None:
 
 
 def _count_in_processor(build: Callable[..., Any], factories: Any, ctx: Any, *args: Any, **kwargs: Any) -> Any:
-    """A model's processor, which asks its `info` how many placeholders an image has."""
+    """A model's processor, which asks its `info` how many placeholders an image has; Qwen-VL's counts from the grid."""
     made = build(ctx, *args, **kwargs)
     _counted(made.info, ctx.model_config)
+    engine = _engine_of(ctx.model_config)
+    if engine is not None and engine.pruner is not None and engine.family.mrope:
+        budget, updates = engine.pruner.budget, made._get_prompt_updates
+
+        def fewer(*given: Any, **named: Any) -> Any:
+            return [
+                dataclasses.replace(u, replacement=functools.partial(_cut, u.replacement, budget))
+                if u.modality == "image"
+                else u
+                for u in updates(*given, **named)
+            ]
+
+        made._get_prompt_updates = fewer
     return made
+
+
+def _cut(replacement: Callable[[int], list[int]], budget: Callable[[int], int], item: int) -> list[int]:
+    tokens = replacement(item)
+    return tokens[: budget(len(tokens))]
 
 
 def _count(create: Callable[..., Any], registry: Any, config: Any, *args: Any, **kwargs: Any) -> Any:
@@ -192,3 +216,11 @@ def _take_extra(make: Callable[..., Any], request: Any, *args: Any, **kwargs: An
     if asked is not None:
         params.extra_args = {**(params.extra_args or {}), KEY: asked}
     return params
+
+
+async def _list(show: Callable[..., Any], models: Any, *args: Any, **kwargs: Any) -> Any:
+    """OpenAIServingModels.show_available_models: each card says what the server runs, for clients that measure it."""
+    made, engine = await show(*args, **kwargs), _engine_of(models.model_config)
+    for card in made.data:
+        card.vlm_fix = options.described(engine.methods, engine.arch) if engine is not None else []
+    return made

@@ -7,15 +7,7 @@ from typing import Any
 from vlm_fix.attention.edits import AttentionEdit, ColumnMasker, QueryKeyReader
 from vlm_fix.decoding.kinds import Contrast, LogitEdit, Procedure
 from vlm_fix.errors import VlmFixError
-from vlm_fix.hidden.edit import (
-    FinalOutputEdit,
-    HiddenEdit,
-    LayerInputEdit,
-    LayerOutputEdit,
-    MLPInputEdit,
-    MLPRawEdit,
-    VisionMLPEdit,
-)
+from vlm_fix.hidden.edit import HiddenEdit
 from vlm_fix.inputs import InputEdit
 from vlm_fix.method import Method
 from vlm_fix.pruning.kinds import CachePruner, ImageShrinker, LayerPruner, TokenPruner
@@ -32,18 +24,8 @@ KINDS: tuple[tuple[Any, str], ...] = (
     (LayerPruner, "it drops tokens inside the language model, and vLLM keeps one block table for all layers"),
     (CachePruner, "it drops keys layer by layer, and vLLM keeps one block table for all layers"),
     (ImageShrinker, "it gives the vision tower a smaller image, and vLLM's towers here take one size"),
-    (
-        MLPRawEdit,
-        "it changes what MLPs compute in every row, which vLLM may take from its cache; a change of weights can be baked: "
-        "`vlm-fix export`",
-    ),
-    (
-        LayerInputEdit | MLPInputEdit | FinalOutputEdit | VisionMLPEdit,
-        "it acts on a layer's or an MLP's input, on the last norm or in the vision tower, which has no hook in vLLM yet",
-    ),
-    (LayerOutputEdit, "vLLM adds a layer's output in the next layer's norm, so that it is not there to be changed"),
 )
-PRUNED = ("llava",)  # families whose placeholders are counted anew
+TOWERS = ("llava", "qwen2_5_vl")  # families whose vision towers methods read, and whose placeholders are counted anew
 
 
 def reason(method: Method, engine: ServedEngine) -> str | None:
@@ -51,21 +33,17 @@ def reason(method: Method, engine: ServedEngine) -> str | None:
     for kind, why in KINDS:
         if isinstance(method, kind):
             return why
-    if isinstance(method, HiddenEdit) and type(method).on_prompt is not HiddenEdit.on_prompt:
-        return "it runs the prompt in passes of its own before it is answered"
     if isinstance(method, InputEdit) and method.prepares and method.previews:
         return "these settings take one more pass over the prompt with its images before it is answered"
     if isinstance(method, Contrast) and isinstance(method, AttentionEdit) and method.branch == "negative":
         return "its second branch is the same prompt with another attention, which has no cache beside the batch yet"
     if isinstance(method, Contrast) and method.contrasts and (method.fork is not None or not _plain_branch(method)):
         return "its second branch changes image features or layers inside the model, which has no place beside the batch yet"
-    if getattr(method, "prompt_rows", "last") == "all":
-        return "prompt_rows=all needs the whole prompt in one forward, and vLLM may compute it in chunks; use prompt_rows=last"
     if isinstance(method, LogitEdit) and isinstance(method, AttentionEdit):
         return "it reads attention weights for its edit of the next token, and these are not kept in a batch"
-    if isinstance(method, TokenPruner) and engine.family.name not in PRUNED:
+    if isinstance(method, TokenPruner) and engine.family.name not in TOWERS:
         return (
-            f"image tokens can be dropped before the language model in {', '.join(PRUNED)}, not in {engine.family.name}"
+            f"image tokens can be dropped before the language model in {', '.join(TOWERS)}, not in {engine.family.name}"
         )
     if not isinstance(method, AttentionEdit | HiddenEdit | Contrast | LogitEdit | TokenPruner):
         return "its kind is not known to the server"
@@ -86,8 +64,12 @@ def check_engine(engine: ServedEngine) -> None:
     encoder = [
         m.name for m in engine.active if isinstance(m, InputEdit | TokenPruner) and m.encoder_layers(engine.arch)
     ]
-    if encoder and engine.family.encoder != "clip":
-        raise VlmFixError(f"{encoder[0]} cannot be served by vLLM: it reads vision towers like CLIP's alone there.")
+    encoder += [m.name for m in engine.vision]
+    if encoder and engine.family.name not in TOWERS:
+        raise VlmFixError(
+            f"{encoder[0]} cannot be served by vLLM in {engine.family.name}: it reads the vision towers of "
+            f"{' and '.join(TOWERS)} alone there."
+        )
     if engine.contrast is not None and engine.pruner is not None:
         raise VlmFixError(
             f"{engine.contrast.name} beside {engine.pruner.name} cannot be served by vLLM: the second branch has all image "

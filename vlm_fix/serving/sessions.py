@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from vlm_fix.attention.edits import AttentionEdit, Changes
+from vlm_fix.attention.edits import Changes
 from vlm_fix.call import Call
 from vlm_fix.memory import ColumnCache, ForwardCache, Memory
 from vlm_fix.session import SLACK, TEXT, VISUAL, Session
@@ -70,7 +70,7 @@ class BatchSession(Session):
         self.start, self.length, self.types = total - 1, 1, self.all_types[:, :total]
         self.forward, self.lengths, self.spare = ForwardCache(), torch.tensor(lengths), {}
 
-    def settle(self, edits: Sequence[AttentionEdit]) -> None:
+    def settle(self, edits: Sequence[Any]) -> None:
         """Note in each request which of the edits changed any row here."""
         for edit in edits:
             if edit.changed_something(self):

@@ -5,19 +5,22 @@ What was seen of an image lies on its features, so that it lives as long as vLLM
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from vlm_fix.errors import VlmFixError
 from vlm_fix.inputs import EncoderWing
-from vlm_fix.pruning.encoder import Clip, ImageTokens, Seen
+from vlm_fix.pruning.encoder import Clip, ImageTokens, QwenVL, Seen
 from vlm_fix.pruning.merge import TokenMerger
 
 if TYPE_CHECKING:
     from .worker import Served
 
-SEEN = "_vlm_fix_seen"  # on an image's features: its ImageTokens
+SEEN, LEFT = "_vlm_fix_seen", "_vlm_fix_left"  # on an image's features: its ImageTokens, and which of them are left
 
 
 class ServedClip(Clip):
@@ -25,6 +28,8 @@ class ServedClip(Clip):
 
     def __init__(self, model: Any):
         self.config, self.projector = model.config, model.multi_modal_projector
+        self.tower = model.vision_tower
+        self.blocks = self.tower.vision_model.encoder.layers
 
     def attention(self, attn: Any, args: Any, kwargs: dict[str, Any]) -> Seen:
         x = args[0] if args else kwargs["hidden_states"]
@@ -32,15 +37,42 @@ class ServedClip(Clip):
         q, k, _ = (part.unflatten(-1, (-1, attn.head_dim)).transpose(1, 2) for part in joint.chunk(3, dim=-1))
         return self.seen(q, k, attn.scale)
 
+    def images(self, args: Any, kwargs: dict[str, Any], output: Any, seen: dict[int, Seen]) -> Iterator[ImageTokens]:
+        return self.tokens(args[0] if args else kwargs["pixel_values"], [output], seen)
+
+
+class ServedQwen(QwenVL):
+    """Qwen2.5-VL's tower as vLLM has it: patches [S, 1, Cv]."""
+
+    def __init__(self, model: Any):
+        self.tower, self.blocks = model.visual, model.visual.blocks
+        self.states = torch.zeros(0)
+        self.tower.merger.register_forward_pre_hook(self._keep)
+
+    def _keep(self, merger: Any, args: Any) -> None:
+        self.states = args[0].flatten(0, 1) if args[0].dim() == 3 else args[0]
+
+    def attention(self, attn: Any, args: Any, kwargs: dict[str, Any]) -> Seen:
+        given = dict(zip(inspect.signature(attn.forward).parameters, args, strict=False)) | kwargs
+        joint, _ = attn.qkv(given["x"])
+        q, k, _ = joint[:, 0].unflatten(-1, (3, -1, attn.hidden_size_per_attention_head)).unbind(1)
+        q, k = (
+            attn.apply_rotary_emb(x[None].contiguous(), given["rotary_pos_emb_cos"], given["rotary_pos_emb_sin"])[0]
+            for x in (q, k)
+        )
+        return self.seen(q, k, given["cu_seqlens"], attn.hidden_size_per_attention_head**-0.5)
+
+    def images(self, args: Any, kwargs: dict[str, Any], output: Any, seen: dict[int, Seen]) -> Iterator[ImageTokens]:
+        given = dict(zip(("x", "grid_thw"), args, strict=False)) | kwargs
+        return self.tokens(given["x"], torch.as_tensor(given["grid_thw"]), self.states, seen)
+
 
 class Images:
     """On one worker."""
 
     def __init__(self, served: Served):
         self.served = served
-        self.outputs: list[
-            tuple[torch.Tensor, torch.Tensor]
-        ] = []  # of the tower: pixels and features, not yet projected
+        self.outputs: list[tuple[Any, dict[str, Any], Any]] = []  # the tower's arguments and what it made
         self.layers: dict[int, Seen] = {}
         self.handles: list[Any] = []
 
@@ -51,16 +83,25 @@ class Images:
         self.handles, engine, model = [], self.served.engine, self.served.runner.model
         if not engine.needs["the vision tower"]:
             return
-        self.clip = ServedClip(model)
+        self.encoder: Any = (ServedQwen if engine.family.mrope else ServedClip)(model)
+        blocks = self.encoder.blocks
+        for i in sorted({i for edit in engine.vision for i in edit.vision_layers if i < len(blocks)}):
+            self.handles.append(blocks[i].mlp.register_forward_hook(functools.partial(self._turn, i)))
+        if not engine.input_edits and engine.pruner is None:
+            return
         embed = getattr(model.embed_multimodal, "__wrapped__", model.embed_multimodal)
         wing = engine.wing(EncoderWing)
         wanted = {*(wing.layers if wing else ()), *(engine.pruner.encoder_layers(engine.arch) if engine.pruner else ())}
-        blocks = model.vision_tower.vision_model.encoder.layers
         for i in wanted:
             if i >= len(blocks):
                 raise VlmFixError(f"vLLM's tower stops before layer {i}, which a method reads: choose an earlier one.")
-            self.handles.append(blocks[i].self_attn.register_forward_pre_hook(self._note(i), with_kwargs=True))
-        self.handles.append(model.vision_tower.register_forward_hook(self._collect, with_kwargs=True))
+            attn = getattr(blocks[i], "self_attn", None) or blocks[i].attn
+            self.handles.append(attn.register_forward_pre_hook(self._note(i), with_kwargs=True))
+        self.handles.append(self.encoder.tower.register_forward_hook(self._collect, with_kwargs=True))
+        if engine.pruner is not None and engine.family.mrope:
+            runner = self.served.runner
+            runner.is_multimodal_pruning_enabled = True  # vLLM then asks again for positions once images are encoded
+            model.get_mrope_input_positions, model.recompute_mrope_positions = self._positions, self._again
 
         def embed_multimodal(**kwargs: Any) -> Any:
             self.outputs.clear()
@@ -69,14 +110,20 @@ class Images:
         embed_multimodal.__wrapped__ = embed  # type: ignore[attr-defined]
         model.embed_multimodal = embed_multimodal
 
+    def _turn(self, layer: int, module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+        x = output.float()
+        for edit in self.served.engine.vision:
+            x = edit.vision_mlp(x, layer) if layer in edit.vision_layers else x
+        return x.to(output.dtype)
+
     def _note(self, layer: int) -> Any:
         def hook(attn: Any, args: Any, kwargs: dict[str, Any]) -> None:
-            self.layers[layer] = self.clip.attention(attn, args, kwargs)
+            self.layers[layer] = self.encoder.attention(attn, args, kwargs)
 
         return hook
 
-    def _collect(self, module: Any, args: Any, kwargs: dict[str, Any], output: torch.Tensor) -> None:
-        self.outputs.append((args[0] if args else kwargs["pixel_values"], output))
+    def _collect(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        self.outputs.append((args, kwargs, output))
 
     @torch.no_grad()
     def _left(self, features: Any) -> Any:
@@ -85,20 +132,51 @@ class Images:
             if self.served.engine.pruner and len(features):
                 raise VlmFixError(f"{self.served.engine.pruner.name} takes images, not their embeddings.")
             return features
-        ((pixels, states),), seen = self.outputs, dict(self.layers)
+        (ran,), seen = self.outputs, dict(self.layers)
         self.layers.clear()
         left, pruner = [], self.served.engine.pruner
-        for image, own in zip(self.clip.tokens(pixels, [states], seen), features, strict=True):
-            image.features = own
+        for image, own in zip(self.encoder.images(*ran, seen), features, strict=True):
+            image.features, index = own, None
             if isinstance(pruner, TokenMerger):
-                own = pruner.reduce(image)[1]
+                index, own = pruner.reduce(image)
             elif pruner is not None:
-                own = own[pruner.select(image).to(own.device)]
+                index = pruner.select(image)
+                own = own[index.to(own.device)]
             else:
                 own = own.view_as(own)
             setattr(own, SEEN, image)
+            setattr(own, LEFT, index)
             left.append(own)
         return left
+
+    def _positions(self, input_tokens: list[int], mm_features: Any) -> tuple[torch.Tensor, int]:
+        """M-RoPE positions [3, L] of a prompt, and what to add to later columns. Images that are not encoded yet: made up.
+
+        What is left of an image keeps its places in the grid, and text goes on after the whole image, as in generate.
+        """
+        merge = self.encoder.tower.spatial_merge_size
+        made, column, base = torch.zeros(3, len(input_tokens), dtype=torch.long), 0, 0
+        for feature in sorted(mm_features, key=lambda f: f.mm_position.offset):
+            place, grid = feature.mm_position, feature.data["image_grid_thw"].data.tolist()
+            height, width = grid[1] // merge, grid[2] // merge
+            made[:, column : place.offset] = torch.arange(base, base + place.offset - column)
+            base += place.offset - column
+            left = getattr(self.served.runner.encoder_cache.get(feature.identifier), LEFT, None)
+            left = torch.arange(place.length) if left is None else left.cpu()
+            column = place.offset + place.length
+            made[:, place.offset : column] = base + torch.stack([torch.zeros_like(left), left // width, left % width])
+            base += max(height, width)
+        made[:, column:] = torch.arange(base, base + len(input_tokens) - column)
+        return made, base - column
+
+    def _again(
+        self, input_ids: Any, multimodal_embeddings: Any, mrope_positions: torch.Tensor, num_computed_tokens: int
+    ) -> tuple[Any, torch.Tensor, int]:
+        """The same once images are encoded: columns that were computed keep what they had."""
+        state = next(s for s in self.served.runner.requests.values() if s.mrope_positions is mrope_positions)
+        made, delta = self._positions(state.prompt_token_ids, state.mm_features)
+        made[:, :num_computed_tokens] = mrope_positions[:, :num_computed_tokens]
+        return multimodal_embeddings, made.to(mrope_positions), delta
 
     def of(self, name: str) -> list[ImageTokens]:
         """What was seen of a request's images, in order."""

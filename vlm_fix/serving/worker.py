@@ -97,6 +97,8 @@ class Served:
         refusals.check_config(config, engine)
         if engine.changes_prompt and config.cache_config.enable_prefix_caching:
             raise VlmFixError("this stack needs every prompt computed: start the server with it.")
+        if engine.needs["prompts in one piece"] and config.scheduler_config.enable_chunked_prefill:
+            raise VlmFixError("this stack needs prompts in one piece: start the server with it.")
         if [e.pruner and e.pruner.keep for e in (engine, self.engine)].count(
             self.engine.pruner and self.engine.pruner.keep
         ) < 2:
@@ -135,7 +137,7 @@ class Served:
         """Say of each method that changed nothing in a finished request, once."""
         engine = one.engine
         for batch in (b for b in self.batches.values() if any(s is one.session for s in b.sessions)):
-            batch.settle(engine.attention.edits)
+            batch.settle(engine.edits)
         for wing in filter(None, (engine.attention, engine.hidden)):
             for method, why in wing.unused(one.session):
                 if method not in one.session.moved:
@@ -196,7 +198,7 @@ class Served:
         made = self.batches.get(engine)
         if made is None or [id(s) for s in made.sessions] != [id(s) for s in sessions]:
             if made is not None:
-                made.settle(engine.attention.edits)
+                made.settle(engine.edits)
             made = self.batches[engine] = BatchSession(sessions)
         return made
 
@@ -231,7 +233,7 @@ class Step:
                 continue
             if end >= session.prompt_len:
                 self.samples.append((row, name, one))
-            if length == 1 and start >= session.prompt_len:
+            if length == 1 and start >= session.prompt_len and not engine.one_by_one:
                 together.setdefault(engine, []).append((row, name, end))
                 continue
             if session.fresh:

@@ -1,0 +1,50 @@
+"""Other architectures, small and with random weights: edits answer as in generate, word for word."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.serving.architectures import BUILD, checkpoint
+from tests.serving.support import CAPTION, Case, HuggingFace, Vllm, answer_of, cases, differences
+
+START = "random_direction:prompt_rows=all+vhr+deco"  # hooks, passes beside the batch, whole prompts
+SPECS = (
+    "pai:alpha=1",
+    "vaf:enhance=1.5",
+    "vhr",
+    "random_direction:strength=0.5",
+    "deco",
+    "pai:alpha=0.5+yes_bias:bias=1",
+)
+
+
+@pytest.mark.parametrize("name", BUILD)
+def test_edits_answer_as_in_generate(name, tmp_path_factory):
+    folder = checkpoint(name, tmp_path_factory.mktemp(name))
+    engine, own = Vllm(START, folder, enable_chunked_prefill=False), HuggingFace(folder)
+    asked = [*cases(3), Case((1, 2), CAPTION), Case((), CAPTION)]
+    plain = own.answers([], asked[:4], 12)
+    for spec in SPECS:
+        engine.use(spec)
+        theirs = own.answers(spec.split("+"), asked, 12)
+        assert not differences(asked, engine.answers(asked, 12), theirs), spec
+        assert differences(asked[:4], plain, theirs[:4]), f"{spec} does not act"
+
+
+def test_pruned_images_of_qwen_keep_their_places(tmp_path):
+    """Fewer placeholders, M-RoPE positions as they were, also where a prompt comes in chunks."""
+    folder = checkpoint("qwen2_5_vl", tmp_path)
+    engine = Vllm("hiprune:keep=9", folder, max_num_batched_tokens=32, limit_mm_per_prompt=None)
+    own = HuggingFace(folder)
+    asked = [*cases(3), Case((1, 2), CAPTION), Case((), CAPTION)]
+    plain = own.answers([], asked[:4], 12)
+    for spec in ("hiprune:keep=9", "divprune:keep=9", "visionzip:keep=9", "random_tokens:keep=9+pai:alpha=1"):
+        engine.use(spec)
+        outputs = engine.llm.generate(
+            [engine.prompt(c) for c in asked], [engine.params(c, 12) for c in asked], use_tqdm=False
+        )
+        image = own.model.config.image_token_id
+        assert [o.prompt_token_ids.count(image) for o in outputs] == [9 * len(c.scenes) for c in asked]
+        theirs = own.answers(spec.split("+"), asked, 12)
+        assert not differences(asked, [answer_of(o) for o in outputs], theirs), spec
+        assert differences(asked[:4], plain, theirs[:4]), f"{spec} does not act"
