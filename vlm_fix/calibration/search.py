@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 
 from vlm_fix.families import family_of, prompt_positions
 from vlm_fix.families.compat import cache_of, with_cache
-from vlm_fix.hooks import hooked
+from vlm_fix.hooks import hooked, made
 from vlm_fix.method import Method
 from vlm_fix.sample import Sample
 from vlm_fix.wrapping import wrapped
@@ -154,7 +154,7 @@ class LastRow:
         kept: dict[Key, Tensor] = {}
 
         def keep(key: Key, module: Any, args: Any, output: Any) -> None:
-            kept[key] = (output[0] if isinstance(output, tuple) else output)[:, -1].clone()
+            kept[key] = made(args, output)[:, -1].clone()
 
         with hooked([m.register_forward_hook(functools.partial(keep, key)) for key, m in modules.items()]):
             return self.logits(), kept

@@ -65,6 +65,8 @@ class PrefixContrast(LogitsProcessor):
             self.host.main.parts.pop(MainPrompt, None)  # every branch has its prompt now
         main, *negatives = (log_probs(x, self.method.on_logits and not self.adds) for x in (scores.float(), *negatives))
         combined = shaped(self.method.combine_at(generated.shape[1], main, *negatives), main, self.method, "combine")
+        if not self.method.gated:
+            self.host.effects.note(self.method, combined, main)
         if self.term:
             self.term.add(main, combined, generated)
         return log_probs(combined, unless=not self.adds).to(scores.dtype)  # type: ignore[return-value]

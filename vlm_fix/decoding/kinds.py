@@ -47,6 +47,8 @@ class Contrast(Method):
     on_logits: ClassVar[bool] = False
     """True: `combine` gets the branches' logits. Their level is seen by generate's own processors: a repetition penalty
     divides positive scores and multiplies negative ones."""
+    gated: ClassVar[bool] = False
+    """True if it may rightly leave a whole answer as it is; of others that do, the user is told."""
 
     @property
     def contrasts(self) -> bool:
@@ -94,7 +96,8 @@ class LogitEdit(Method, ABC):
 
     kind: ClassVar[str] = "logits"
     needs_image: ClassVar[bool] = False
-    on_logits: ClassVar[bool] = False  # as of a Contrast
+    on_logits: ClassVar[bool] = False  # these two as of a Contrast
+    gated: ClassVar[bool] = False
 
     @property
     def exits(self) -> tuple[int, ...]:
