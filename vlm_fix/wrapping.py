@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
-import torch
 from torch import nn
 
 from vlm_fix import calibrated, copies
@@ -32,7 +31,9 @@ def wrap(model: Model, spec: Spec, calibration: calibrated.Files = None) -> Mode
     Raises VlmFixError for an unknown method or value, an unsupported or already wrapped model, a senseless stack, a
     calibration of another method or model.
     """
-    if not isinstance(model, torch.nn.Module) and not hasattr(model, "config"):
+    if not isinstance(model, nn.Module) and isinstance(getattr(model, "model", None), nn.Module):
+        raise VlmFixError(f"wrap takes a model; this {type(model).__name__} holds one: wrap its `.model`, in place.")
+    if not isinstance(model, nn.Module) and not hasattr(model, "config"):
         raise VlmFixError(f"wrap takes a loaded model, not {model!r}: load it with AutoModelForImageTextToText.")
     current = installed(model)
     if current:

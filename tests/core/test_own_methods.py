@@ -327,7 +327,10 @@ def test_a_bare_forward_that_ends_in_nan(grad, family, model):
     cls = dataclass(frozen=True)(type("Mine", (HeadEdit,), {"name": "mine", "__annotations__": {}, **functions}))
     vlm_fix.wrap(model, cls())
     inputs = make_inputs(family, [1, 1])
-    with torch.set_grad_enabled(grad), pytest.raises(vlm_fix.VlmFixError, match="with mine the scores of a token were NaN"):
+    with (
+        torch.set_grad_enabled(grad),
+        pytest.raises(vlm_fix.VlmFixError, match="with mine the scores of a token were NaN"),
+    ):
         model(**inputs)
     model.train()
     try:

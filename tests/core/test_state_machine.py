@@ -131,9 +131,7 @@ def conversed(model, family):
 def went_on(model, cache, ids):
     """Tokens and scores of the second turn."""
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), CACHE: copy.deepcopy(cache)}
-    out = model.generate(
-        **inputs, max_new_tokens=2, do_sample=False, return_dict_in_generate=True, output_scores=True
-    )
+    out = model.generate(**inputs, max_new_tokens=2, do_sample=False, return_dict_in_generate=True, output_scores=True)
     return [out.sequences, *out.scores]
 
 
@@ -156,7 +154,12 @@ def traces(model):
         for name, part in model.named_modules()
     ]
     config = model.config.get_text_config()
-    return parts, str(config._attn_implementation), type(config._attn_implementation_internal), repr(model.generation_config)
+    return (
+        parts,
+        str(config._attn_implementation),
+        type(config._attn_implementation_internal),
+        repr(model.generation_config),
+    )
 
 
 @torch.no_grad()
@@ -198,7 +201,9 @@ class Models(RuleBasedStateMachine):
         super().__init__()
         self.models = {family: live(family) for family in FAMILIES}
         self.specs = dict.fromkeys(FAMILIES)
-        self.kept = dict.fromkeys(FAMILIES)  # a cache of an earlier turn, its ids, and how often the model was wrapped then
+        self.kept = dict.fromkeys(
+            FAMILIES
+        )  # a cache of an earlier turn, its ids, and how often the model was wrapped then
         self.wraps, self.now = 0, FAMILIES[0]
 
     # ---- what is looked at after every step ------------------------------------------------------------------------
@@ -227,7 +232,12 @@ class Models(RuleBasedStateMachine):
         model = self.models[family] if model is None else model
         expected = reference(family, self.specs[family], function, *args)
         found = outcome(lambda: function(model, family, *args))
-        assert same(found, expected), (self.specs[family], function.__name__, args, found if isinstance(found, str) else "")
+        assert same(found, expected), (
+            self.specs[family],
+            function.__name__,
+            args,
+            found if isinstance(found, str) else "",
+        )
 
     # ---- on and off --------------------------------------------------------------------------------------------------
 
@@ -341,11 +351,20 @@ class Models(RuleBasedStateMachine):
     def interrupt_from_outside(self, family, error, n, what):
         """In the caller's own code."""
         function = Raise(error, n)
-        more = {what: function if what == "prefix_allowed_tokens_fn" else [function]}
-        if what == "logits_processor":
-            more[what] = [lambda ids, scores: scores if function(ids) is None else scores]
-        elif what == "prefix_allowed_tokens_fn":
-            more[what] = lambda row, ids: list(range(96)) if function(ids) is None else []
+
+        def processor(ids, scores):
+            function(ids)
+            return scores
+
+        def allowed(row, ids):
+            function(ids)
+            return list(range(96))
+
+        more = {
+            "stopping_criteria": {"stopping_criteria": [function]},
+            "logits_processor": {"logits_processor": [processor]},
+            "prefix_allowed_tokens_fn": {"prefix_allowed_tokens_fn": allowed},
+        }[what]
         with contextlib.suppress(type(error), vlm_fix.VlmFixError), silent():
             answered(self.models[family], family, "image", "greedy", **more)
 

@@ -606,7 +606,9 @@ def prompt(name: str, images: list[int], seed: int = 0, rows: list[int] | None =
     made, number = [], 0
     for i, n in enumerate(images):
         ids, pixels, extra = [1, *words(3 + i)], [], []
-        if tiny.kind == "crossed":  # rows before an image would see all tiles, those of padding too: that is Mllama's own
+        if (
+            tiny.kind == "crossed"
+        ):  # rows before an image would see all tiles, those of padding too: that is Mllama's own
             ids = [1] * (not n)
         for _ in range(n):
             if tiny.kind == "packed":

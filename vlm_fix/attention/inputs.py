@@ -50,7 +50,9 @@ class AttentionInputs:
     @property
     def windowed(self) -> bool:
         """True if some columns are out of reach: a prompt in a layer with a sliding window, any row of one with chunks."""
-        kinds, layer = (getattr(x, name, None) for x, name in ((self.module.config, "layer_types"), (self.module, "layer_idx")))
+        kinds, layer = (
+            getattr(x, name, None) for x, name in ((self.module.config, "layer_types"), (self.module, "layer_idx"))
+        )
         if kinds and layer is not None and kinds[layer] == "chunked_attention":
             return True
         return self.query.shape[2] > 1 and self.kwargs.get("sliding_window") is not None

@@ -67,7 +67,9 @@ def fingerprints(call: Call) -> list[int]:
         return sums
     if call.family.crosses:  # [rows, images, tiles, 3, H, W], blank where there is none
         real = (row[(row != 0).flatten(-3).any(dim=-1)] for row in pixels.detach().float().cpu())
-        return [zlib.crc32(x.numpy().tobytes(), before) if len(x) else before for x, before in zip(real, sums, strict=True)]
+        return [
+            zlib.crc32(x.numpy().tobytes(), before) if len(x) else before for x, before in zip(real, sums, strict=True)
+        ]
     images, along = split_pixels(call.inputs, pixels)
     token = image_token_ids(call.model, call.family)[0]
     ends = ((ids == token) & mask).sum(dim=1).cumsum(dim=0).cpu()  # an image has tokens in proportion to its pixels
