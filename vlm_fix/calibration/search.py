@@ -122,13 +122,13 @@ class LastRow:
     """A batch of prompts whose last row can be run again and again under the caller's hooks, at a decode step's cost.
 
     What only the last row computes can be changed there exactly: everything before it is in the cache (a prompt that is
-    not causal is run whole, so hooks must write to row -1 only). `inputs` is what `collate` makes.
+    not causal, or whose rows read images elsewhere, is run whole, so hooks must write to row -1 only). `inputs` is what `collate` makes.
     """
 
     def __init__(self, model: Any, inputs: dict[str, Tensor]):
         self.model, self.inputs, family = model, inputs, family_of(model)
         self.cache = None
-        if family.causal:
+        if family.causal and not family.crosses:
             self.positions, _ = prompt_positions(model, family, inputs)
             size = inputs["input_ids"].shape
             before = {k: v[:, :-1] if v.shape == size else v for k, v in inputs.items()}
