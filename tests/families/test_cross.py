@@ -6,6 +6,7 @@ And Llama 4, which transformers 5.24.0 cannot run: the tests lend it what it lac
 from __future__ import annotations
 
 import functools
+import math
 
 import pytest
 import torch
@@ -76,38 +77,22 @@ def test_methods_on_image_columns_are_refused_by_name(model, spec):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("beams", [1, 3])
-def test_m3id_against_two_plain_forwards(model, beams):
-    """Step t: gamma_t (l - l_text) added, the second branch a prompt without its image, from the formula, in float64."""
-    inputs, steps = families.prompt("mllama", [1, 2], rows=[1]), 3
-    with vlm_fix.wrapped(model, "m3id:lam=0.5,beta=0"):
-        tokens, _, scores = greedy(model, inputs, steps, suppress_tokens=[IMAGE])
-        if beams > 1:
-            assert model.generate(**inputs, max_new_tokens=3, num_beams=beams, do_sample=False).shape[0] == 1
-            return
-    method, twin = vlm_fix.parse_spec("m3id:lam=0.5,beta=0"), ref.float64(model)
-    keep = inputs["input_ids"][0] != IMAGE
+def test_m3id_equals_two_plain_forwards(model):
+    """log p + (e^(decay t) - 1) (log p - log p_text), the text a prompt without its image: two whole passes in float64."""
+    inputs, steps, decay = families.prompt("mllama", [1, 2], rows=[1]), 3, 0.5
+    with vlm_fix.wrapped(model, f"m3id:decay={decay},beta=0"):
+        tokens, _, scores = greedy(model, inputs, steps)
+        assert model.generate(**inputs, max_new_tokens=3, num_beams=3, do_sample=False).shape[0] == 1
+    twin, keep, mask = ref.float64(model), inputs["input_ids"][0] != IMAGE, inputs["cross_attention_mask"]
     for t in range(steps):
-        new = tokens[:, :t]
-        mask = torch.cat(
-            [inputs["cross_attention_mask"], inputs["cross_attention_mask"][:, -1:].expand(-1, t, -1, -1)], 1
-        )
-        whole = {**inputs, "pixel_values": inputs["pixel_values"].double(), "cross_attention_mask": mask}
-        whole |= {"input_ids": torch.cat([inputs["input_ids"], new], 1)}
-        whole["attention_mask"] = torch.ones_like(whole["input_ids"])
-        text = torch.cat([inputs["input_ids"][:, keep], new], 1)
-        l, other = (
-            twin(**x, use_cache=False).logits[:, -1].log_softmax(-1)
-            for x in (whole, {"input_ids": text, "attention_mask": torch.ones_like(text)})
-        )
-        expected = method.combine_at(t, l, other).log_softmax(-1)
-        finite = torch.isfinite(scores[:, t])
-        assert (
-            error(
-                scores[:, t].log_softmax(-1)[finite], expected.masked_fill(~finite, -torch.inf).log_softmax(-1)[finite]
-            )
-            < 1e-5
-        )
+        ids = torch.cat([inputs["input_ids"], tokens[:, :t]], 1)
+        text = torch.cat([inputs["input_ids"][:, keep], tokens[:, :t]], 1)
+        whole = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        whole["pixel_values"] = inputs["pixel_values"].double()
+        whole["cross_attention_mask"] = torch.cat([mask, mask[:, -1:].expand(-1, t, -1, -1)], 1)
+        l, other = (twin(**x, use_cache=False).logits[:, -1].log_softmax(-1) for x in (whole, {"input_ids": text}))
+        expected = l + (math.exp(decay * (t + 1)) - 1) * (l - other)
+        assert error(scores[:, t].log_softmax(-1), expected.log_softmax(-1)) < 1e-5
 
 
 def test_text_alone(model):

@@ -122,7 +122,8 @@ class LastRow:
     """A batch of prompts whose last row can be run again and again under the caller's hooks, at a decode step's cost.
 
     What only the last row computes can be changed there exactly: everything before it is in the cache (a prompt that is
-    not causal, or whose rows read images elsewhere, is run whole, so hooks must write to row -1 only). `inputs` is what `collate` makes.
+    not causal, or whose rows read images elsewhere, is run whole, so hooks must write to row -1 only). `inputs` is what
+    `collate` makes.
     """
 
     def __init__(self, model: Any, inputs: dict[str, Tensor]):
