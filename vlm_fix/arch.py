@@ -9,12 +9,12 @@ from dataclasses import dataclass
 class Family:
     """Attribute paths are relative to the `...ForConditionalGeneration` model.
 
-    `base` owns get_placeholder_mask and the text model ("": the model itself), `head` is the language head; `encoder` names the way encoder attention is recomputed
-    (pruning/encoder.py), None: pruners are refused; `cells` how image tokens lie in the image (see `image_cells`), "none": a
-    resampler makes them; a model type may name the tower it is meant for ("llava+pixtral");
-    `mrope` families have 3-D positions made by `base.get_rope_index`; others count positions from `first_position`. Where
-    the prompt is not `causal`, all its rows see its last one. `crosses`: layers of their own read the images through
-    cross-attention, so that no column of self-attention shows one.
+    `base` owns get_placeholder_mask and the text model ("": the model itself), `head` is the language head; `encoder` names
+    the way encoder attention is recomputed (pruning/encoder.py), None: pruners are refused; `cells` how image tokens lie in
+    the image (see `image_cells`), "none": a resampler makes them; a model type may name the tower it is meant for
+    ("llava+pixtral"); `mrope` families have 3-D positions made by `base.get_rope_index`; others count positions from
+    `first_position`. Where the prompt is not `causal`, all its rows see its last one. `crosses`: layers of their own read the
+    images through cross-attention, so that no column of self-attention shows one.
     """
 
     name: str

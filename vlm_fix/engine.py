@@ -16,6 +16,7 @@ import torch
 
 from vlm_fix import attention, checkpointing, compiled, copies, decoding, hidden, inputs, pruning  # noqa: F401 (built-in wings register themselves)
 from vlm_fix.caches import Sessions
+from vlm_fix.effects import Effects
 from vlm_fix.errors import VlmFixError
 from vlm_fix.families import arch_of, final_norm, get_part, image_token_ids, language_head
 from vlm_fix.generating import MISSING, Generating, generate, logits_processors
@@ -36,7 +37,7 @@ class Engine(Generating):
         self.active = [m for m in (m.resolve(self.arch) for m in methods) if not m.neutral]
         self.callbacks, self.attention_functions = {}, {}
         self.running, self.warned = Running(), set()
-        self.sessions = Sessions()
+        self.sessions, self.effects = Sessions(), Effects()
         self.lock, self.installed = threading.RLock(), False
         self.key = compiled.number(self)
         self.wings = [wing for kind in Wing.kinds if (wing := kind.claim(self)) is not None]

@@ -14,7 +14,7 @@ from vlm_fix.families import prompt_positions
 from vlm_fix.families.compat import CACHE, cache_of, versions
 from vlm_fix.recorder import Recorder
 from vlm_fix.session import PAD, TEXT, VISUAL, Session
-from vlm_fix.wing import NO_IDS, NO_IMAGE, OUTSIDE, Host
+from vlm_fix.wing import NO_IDS, NO_IMAGE, NOT_NUMBERS, OUTSIDE, Host
 
 
 class Forwards(Host):
@@ -184,10 +184,22 @@ class Forwards(Host):
     def _left(self, output: Any) -> None:
         if self.session is not None and self.session.plain:
             return
+        if self.session is not None and self.call is None and not self.quiet:
+            self._refuse_nan(output)
         cache = cache_of(output)
         if cache is not None and self.session is not None and cache not in self.sessions and not self.joint:
             self.sessions[cache] = self.session
         self.session = None
+
+    def _refuse_nan(self, output: Any) -> None:
+        """VlmFixError where a caller's own forward ends in NaN, on a CPU: elsewhere asking would wait for the device.
+
+        `generate` asks at its end; a training loop has its own ways.
+        """
+        x = getattr(output, "last_hidden_state", None)
+        x = getattr(output, "logits", None) if x is None else x
+        if x is not None and x.device.type == "cpu" and not self.model.training and bool(x[:, -1].isnan().any()):
+            raise VlmFixError(f"with {'+'.join(m.name for m in self.active)} {NOT_NUMBERS}")
 
     @torch.no_grad()
     def run_prompt(self, inputs: dict[str, torch.Tensor], recorder: Recorder) -> None:

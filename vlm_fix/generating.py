@@ -16,7 +16,7 @@ from vlm_fix.families.compat import cache_of, generate_of
 from vlm_fix.forwards import Forwards
 from vlm_fix.options import GenerateOptions, named
 from vlm_fix.processors import ordered
-from vlm_fix.wing import NO_IMAGE
+from vlm_fix.wing import NO_IMAGE, NOT_NUMBERS, UNMOVED
 
 MISSING: Any = object()
 
@@ -96,16 +96,17 @@ class Generating(Forwards):
     def refuse_broken(self, call: Call) -> None:
         """VlmFixError if the scores of a token were no numbers; a plain model picks some token then and says nothing."""
         if bool(call.broken):
-            raise VlmFixError(
-                f"with {'+'.join(m.name for m in self.active)} the scores of a token were NaN, or none of them was finite: "
-                "edits must leave numbers, and at least one token; if they do, load the model in bfloat16 or float32."
-            )
+            raise VlmFixError(f"with {'+'.join(m.name for m in self.active)} {NOT_NUMBERS}")
 
     def report_unused(self) -> None:
         """After a call: warn, once per method, if it changed nothing in it."""
         unused = [u for wing in self.wings for u in wing.unused(self.main)] if self.main else []
         for method, reason in unused:
             self.warn_once([method], reason)
+        told = {method for method, _ in unused}
+        for method in self.effects.idle():
+            if method not in told:
+                self.warn_once([method], UNMOVED)
 
 
 def generate(engine: Generating, model: Any, *args: Any, **kwargs: Any) -> Any:

@@ -20,12 +20,19 @@ def hooked(handles: Sequence[Any]) -> Iterator[None]:
             handle.remove()
 
 
+def made(args: Any, output: Any) -> Tensor:
+    """What a module made of its input [B, q, C], alone or first in a tuple; a layer of experts may put it out as [B q, C]."""
+    x: Tensor = output[0] if isinstance(output, tuple) else output
+    return x.view(args[0].shape) if x.dim() == 2 and args and args[0].dim() == 3 else x
+
+
 def overwrite(module: torch.nn.Module, value: Tensor) -> Any:
     """A hook on `module` that writes `value` [B, C] over the last row of its output."""
 
     def replace(module: Any, args: Any, output: Any) -> Any:
-        x = (output[0] if isinstance(output, tuple) else output).clone()
+        x = made(args, output).clone()
         x[:, -1] = value
+        x = x.view_as(output[0] if isinstance(output, tuple) else output)
         return (x, *output[1:]) if isinstance(output, tuple) else x
 
     return module.register_forward_hook(replace)

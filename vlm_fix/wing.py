@@ -17,6 +17,7 @@ import torch
 from vlm_fix.arch import Arch, Family
 from vlm_fix.caches import Sessions
 from vlm_fix.call import Call
+from vlm_fix.effects import Effects
 from vlm_fix.errors import VlmFixError
 from vlm_fix.families.compat import keeps_columns
 from vlm_fix.method import Method
@@ -29,6 +30,11 @@ NO_IMAGE = "no prompt contains an image token, so the model answers as if it wer
 NO_IDS = "inputs_embeds alone hide where the images are; pass input_ids and pixel_values (the processor's output)."
 OUTSIDE = "that is done only inside generate; call model.generate, or unwrap the model."
 MASKED = "attention_mask masks every image token, so no row of it was reached."
+NOT_NUMBERS = (
+    "the scores of a token were NaN, or none of them was finite: edits must leave numbers, and at least one token; if they "
+    "do, load the model in bfloat16 or float32."
+)
+UNMOVED = "it gave back what it was given, unchanged, wherever it was asked."
 ATTRIBUTE = "_vlm_fix_engine"  # where a wrapped model keeps its engine
 
 
@@ -89,6 +95,7 @@ class Host:
     running: Running
     sessions: Sessions
     warned: set[tuple[Method, str]]  # what the user was told already
+    effects: Effects
 
     session = _running("session")
     call = _running("call")

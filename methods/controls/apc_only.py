@@ -27,6 +27,7 @@ class APCOnly(LogitEdit):
     kind: ClassVar[str] = "control"
     paper: ClassVar[str] = "https://arxiv.org/abs/2210.15097"
     on_logits: ClassVar[bool] = True
+    gated: ClassVar[bool] = True
 
     beta: float = param(0.1, "plausibility cut-off", low=0, high=1)
 

@@ -126,5 +126,5 @@ def after_last_layer(layer: Any, c: torch.Tensor, x: torch.Tensor) -> torch.Tens
         )
     y = layer.input_layernorm(c.to(x)) + 0.2 * x
     added = mlp_of(layer)(before(y)[:, None])
-    added = (added[0] if isinstance(added, tuple) else added)[:, 0]
+    added = (added[0] if isinstance(added, tuple) else added).view_as(y)
     return y + (added if behind is None else behind(added))

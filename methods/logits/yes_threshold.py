@@ -30,6 +30,7 @@ class YesThreshold(LogitEdit):
     name: ClassVar[str] = "yes_threshold"
     kind: ClassVar[str] = "control"
     on_logits: ClassVar[bool] = True
+    gated: ClassVar[bool] = True
 
     mass: float = param(0.2, "p(yes) + p(no) above which the answer counts as yes or no", low=0, high=1)
     margin: float = param(0.5, "|p(yes) - p(no)| below which it becomes yes", low=0, high=1)

@@ -259,3 +259,83 @@ def test_scores_that_are_no_numbers(model, family, base, function, value):
         with pytest.raises(vlm_fix.VlmFixError, match="with mine the scores of a token were NaN, or none"):
             model.generate(**inputs, max_new_tokens=4, do_sample=False)
         assert asked
+
+
+UNCHANGED = {  # each gives back what it is given, as it is or as a copy
+    "ScoreEdit": (ScoreEdit, {"edit_scores": lambda self, z, rows: z}),
+    "copied": (ScoreEdit, {"edit_scores": lambda self, z, rows: z.clone()}),
+    "LogWeightEdit": (LogWeightEdit, {"log_weights": lambda self, rows: torch.zeros(1, 1, 1, 1)}),
+    "WeightEdit": (WeightEdit, {"edit_weights": lambda self, a, rows: a * 1}),
+    "HeadEdit": (HeadEdit, {"edit_heads": lambda self, out, rows: out}),
+    "LayerOutputEdit": (LayerOutputEdit, {"layer_output": lambda self, x, rows: x}),
+    "LogitEdit": (LogitEdit, {"edit": lambda self, l, step: l.clone()}),
+    "Contrast": (
+        Contrast,
+        {"negative": lambda self, call: call.without_images(), "combine": lambda self, l, other: l},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", UNCHANGED)
+def test_a_method_that_changes_nothing_is_told_once(kind, family, model):
+    base, functions = UNCHANGED[kind]
+    cls = dataclass(frozen=True)(type("Mine", (base,), {"name": "mine", "__annotations__": {}, **functions}))
+    inputs, settings = make_inputs(family, [1, 1]), dict(max_new_tokens=3, do_sample=False)
+    vlm_fix.wrap(model, cls())
+    with pytest.warns(UserWarning) as said:
+        model.generate(**inputs, **settings)
+        model.generate(**inputs, **settings)
+    assert [str(w.message) for w in said if w.category is UserWarning] == [
+        "mine changed nothing in this call: it gave back what it was given, unchanged, wherever it was asked."
+    ]
+
+
+@pytest.mark.parametrize("layers", ["0", "3", "0-"])
+def test_a_method_that_acts_somewhere_is_not_told(layers, family, model, recwarn):
+    """In one layer of four, or only from the third row on: that is enough."""
+
+    def late(self, scores, rows):
+        return scores + rows.visual if int(rows.positions[-1]) >= rows.session.prompt_len + 1 else scores
+
+    cls = dataclass(frozen=True)(
+        type("Late", (ScoreEdit,), {"name": "late", "__annotations__": {}, "edit_scores": late})
+    )
+    vlm_fix.wrap(model, cls(layers=layers))
+    model.generate(**make_inputs(family, [1, 1]), max_new_tokens=4, do_sample=False)
+    assert not [w for w in recwarn if "changed nothing" in str(w.message)]
+
+
+def test_effects_are_asked_for_until_there_is_one():
+    from vlm_fix.effects import Effects
+
+    seen, x = Effects(), torch.zeros(3)
+    seen.note("a", x, x)
+    seen.note("b", x.clone(), x)
+    seen.note("c", x + 1, x)
+    seen.note("d", x, x)
+    seen.note("d", x * torch.nan, x)
+    assert list(seen.idle()) == ["a", "b"] and seen.moved == {"a": False, "b": False, "c": True, "d": True}
+    seen.note("c", x, x)
+    seen.note("b", x + 1, x)
+    assert list(seen.idle()) == ["a"]
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_bare_forward_that_ends_in_nan(grad, family, model):
+    """As in generate; a model in training has its own ways with NaN."""
+    functions = {"edit_heads": lambda self, out, rows: out * torch.nan}
+    cls = dataclass(frozen=True)(type("Mine", (HeadEdit,), {"name": "mine", "__annotations__": {}, **functions}))
+    vlm_fix.wrap(model, cls())
+    inputs = make_inputs(family, [1, 1])
+    with (
+        torch.set_grad_enabled(grad),
+        pytest.raises(vlm_fix.VlmFixError, match="with mine the scores of a token were NaN"),
+    ):
+        model(**inputs)
+    model.train()
+    try:
+        assert model(**inputs).logits[:, -1].isnan().all()
+    finally:
+        model.eval()
+    vlm_fix.unwrap(model)
+    assert model(**inputs).logits.isfinite().all()

@@ -321,3 +321,19 @@ def test_attention_set_after_wrap_is_refused(family, model):
             model.generate(**inputs, max_new_tokens=3)
     assert model.config.get_text_config()._attn_implementation == "sdpa"
     assert torch.equal(model.generate(**inputs, max_new_tokens=3, do_sample=False), before)
+
+
+def test_a_pipeline():
+    """It holds the model: wrapping either wraps the model."""
+    from transformers import pipeline
+
+    from vlm_fix.eval.picto import model_path, scene
+
+    pipe = pipeline("image-text-to-text", model=str(model_path("picto-llava")))
+    content = [{"type": "image", "image": scene("test", 0, 0).image}, {"type": "text", "text": "Describe the image."}]
+    asked = dict(text=[{"role": "user", "content": content}], max_new_tokens=6, return_full_text=False)
+    plain = pipe(**asked)
+    for target in (pipe.model, pipe):
+        with vlm_fix.wrapped(target, "pai:alpha=8"):
+            assert pipe(**asked) != plain
+        assert pipe(**asked) == plain

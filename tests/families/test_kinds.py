@@ -41,7 +41,7 @@ def alone(model, name, spec):
     assert torch.equal(greedy(model, batch, 4, suppress_tokens=[IMAGE])[1], plain[1])
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", [n for n in TINY if n != "mllama"])
 def test_each_kind(name):
     """Logits, hidden states, a second branch with masked columns, and pruning where the tower is read; neutral is exact."""
     model, batch = build(name), prompt(name, IMAGES)

@@ -239,7 +239,7 @@ def test_vas_needs_text_before_the_image():
         _ = seen.vas
 
 
-@pytest.mark.parametrize("name", list(TINY))
+@pytest.mark.parametrize("name", [n for n in TINY if n != "mllama"])  # no column of it shows an image
 @torch.no_grad()
 def test_outputs_are_what_layers_add(name):
     """Attention's and the MLP's output add up to what each layer changes, whatever norms lie in between."""

@@ -141,7 +141,8 @@ def _grouped(x: torch.Tensor, kv_heads: int) -> torch.Tensor:
 def edited_heads(out: torch.Tensor, edits: LayerEdits) -> torch.Tensor:
     """Apply the head edits to per-head outputs [B, H, R, D]."""
     for i, edit in edits.stages.heads:
-        out = _where(edits.masks[i], shaped(edit.edit_heads(out, edits.rows[i]), out, edit, "edit_heads"), out)
+        new = shaped(edit.edit_heads(out, edits.rows[i]), out, edit, "edit_heads")
+        out = _edited(edits, i, edit, new, out, None)
     return out
 
 
@@ -154,6 +155,8 @@ def _edited(
     changed: list[torch.Tensor] | None,
 ) -> torch.Tensor:
     new = _where(edits.masks[i], new, old)
+    if edits.effects and edit.may_leave_unchanged is Unchanged.NO_ROW:  # others tell by `changed_something`
+        edits.effects.note(edit, new, old)
     if changed is not None and new is not old:
         changed.append(note_changes(edit, edits.rows[i], new, old))
     return new

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from vlm_fix.effects import Effects
 from vlm_fix.session import Rows, Session
 
 from .edits import AttentionEdit, Changes, FewColumnsEdit, Unchanged
@@ -37,6 +38,7 @@ class Plan:
     reached: torch.Tensor | None  # [B, R] rows that any edit applies to; None: all
     keeps_rows: bool  # an edit may leave rows unchanged
     strategy: Strategy | None  # None: the rows stay as they are
+    effects: Effects
 
     @property
     def edits_all_rows(self) -> bool:
@@ -45,7 +47,7 @@ class Plan:
     def for_layer(self, layer: int, session: Session) -> LayerEdits:
         """The edits with what they see in `layer`."""
         rows = [Rows(layer, session, edit, self.positions, **self.kinds) for edit in self.edits]
-        return LayerEdits(self.stages, rows, self.masks)
+        return LayerEdits(self.stages, rows, self.masks, self.effects)
 
 
 def plan_of(handle: Any, session: Session, inputs: AttentionInputs, recorded: bool) -> Plan | None:
@@ -89,6 +91,7 @@ def _made(handle: Any, session: Session, inputs: AttentionInputs, recorded: bool
         reached,
         any(edit.may_leave_unchanged in unchanged for edit in edits),
         strategy_for(stages, inputs, first, len(masks) == 1, all_rows, recorded, handle.path),
+        handle.engine.effects,
     )
 
 

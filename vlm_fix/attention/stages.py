@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from vlm_fix.effects import Effects
 from vlm_fix.session import Rows
 
 from .edits import (
@@ -74,11 +75,12 @@ class LayerEdits:
     stages: Stages
     rows: list[Rows]
     masks: list[torch.Tensor | None]
+    effects: Effects | None = None  # told of what each edit changes
 
     def part(self, part: slice) -> LayerEdits:
         """The same for a part of the rows."""
         rows = [dataclasses.replace(r, positions=r.positions[part]) for r in self.rows]
-        return LayerEdits(self.stages, rows, [m if m is None else m[:, part] for m in self.masks])
+        return LayerEdits(self.stages, rows, [m if m is None else m[:, part] for m in self.masks], self.effects)
 
 
 NO_EDITS = LayerEdits(Stages.of(()), [], [])

@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 
 from vlm_fix.families import family_of, prompt_positions
 from vlm_fix.families.compat import cache_of, with_cache
-from vlm_fix.hooks import hooked
+from vlm_fix.hooks import hooked, made
 from vlm_fix.method import Method
 from vlm_fix.sample import Sample
 from vlm_fix.wrapping import wrapped
@@ -122,13 +122,14 @@ class LastRow:
     """A batch of prompts whose last row can be run again and again under the caller's hooks, at a decode step's cost.
 
     What only the last row computes can be changed there exactly: everything before it is in the cache (a prompt that is
-    not causal is run whole, so hooks must write to row -1 only). `inputs` is what `collate` makes.
+    not causal, or whose rows read images elsewhere, is run whole, so hooks must write to row -1 only). `inputs` is what
+    `collate` makes.
     """
 
     def __init__(self, model: Any, inputs: dict[str, Tensor]):
         self.model, self.inputs, family = model, inputs, family_of(model)
         self.cache = None
-        if family.causal:
+        if family.causal and not family.crosses:
             self.positions, _ = prompt_positions(model, family, inputs)
             size = inputs["input_ids"].shape
             before = {k: v[:, :-1] if v.shape == size else v for k, v in inputs.items()}
@@ -154,7 +155,7 @@ class LastRow:
         kept: dict[Key, Tensor] = {}
 
         def keep(key: Key, module: Any, args: Any, output: Any) -> None:
-            kept[key] = (output[0] if isinstance(output, tuple) else output)[:, -1].clone()
+            kept[key] = made(args, output)[:, -1].clone()
 
         with hooked([m.register_forward_hook(functools.partial(keep, key)) for key, m in modules.items()]):
             return self.logits(), kept

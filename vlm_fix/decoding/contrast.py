@@ -68,6 +68,8 @@ class PrefixContrast(LogitsProcessor):
             if self.host.main:
                 self.host.main.parts.pop(MainPrompt, None)  # every branch has its prompt now
             combined = self.method.contrasted(generated.shape[1], main, *(log_probs(x, raw) for x in negatives))
+            if not self.method.gated and sure is None:
+                self.host.effects.note(self.method, combined, main)
         if self.term:
             self.term.add(main, combined, generated, sure)
         return log_probs(combined, unless=not self.adds).to(scores.dtype)  # type: ignore[return-value]

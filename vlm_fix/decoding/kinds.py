@@ -59,6 +59,8 @@ class Contrast(Method):
     divides positive scores and multiplies negative ones."""
     own_keys: ClassVar[bool] = False
     """True: a branch has other keys than the main one even where their prompts are the same."""
+    gated: ClassVar[bool] = False
+    """True if it may rightly leave a whole answer as it is; of others that do, the user is told."""
 
     gate: float = param(
         1.0, "contrast only where the model's own top probability is below this", above=0, high=1, by_name=True
@@ -129,7 +131,8 @@ class LogitEdit(Method, ABC):
 
     kind: ClassVar[str] = "logits"
     needs_image: ClassVar[bool] = False
-    on_logits: ClassVar[bool] = False  # as of a Contrast
+    on_logits: ClassVar[bool] = False  # these two as of a Contrast
+    gated: ClassVar[bool] = False
 
     @property
     def exits(self) -> tuple[int, ...]:

@@ -32,8 +32,11 @@ class LogitEdits(LogitsProcessor):
         self.seen: dict[
             int, tuple[torch.Tensor, int]
         ] = {}  # layer -> rows [B', n, C], generated tokens before the first
+        layers = host.language.layers
         self.handles = [
-            host.language.layers[i].register_forward_pre_hook(functools.partial(self._see, i), with_kwargs=True)
+            layers[i - 1].register_forward_hook(functools.partial(self._made, i))
+            if hasattr(layers[i], "cross_attn")  # left out of prompts without an image
+            else layers[i].register_forward_pre_hook(functools.partial(self._see, i), with_kwargs=True)
             for i in sorted({i for e in edits for i in e.exits})
         ]
         self.handles += head.hooks() if self.handles else []
@@ -49,8 +52,11 @@ class LogitEdits(LogitsProcessor):
         step = Step(self.host, lambda: self.prompts, generated, self.seen, self.head)
         z = scores.float()
         for edit in (e for e in self.edits if all(map(step.reached, e.exits))):
-            new = edit.edit(log_probs(z, unless=edit.on_logits and not self.adds), step)
-            z = log_probs(shaped(new, z, edit, "edit"), unless=not self.adds)
+            given = log_probs(z, unless=edit.on_logits and not self.adds)
+            new = shaped(edit.edit(given, step), z, edit, "edit")
+            if not edit.gated:
+                self.host.effects.note(edit, new, given)
+            z = log_probs(new, unless=not self.adds)
         return z.to(scores.dtype)  # type: ignore[return-value]
 
     def _see(self, layer: int, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
@@ -62,6 +68,9 @@ class LogitEdits(LogitsProcessor):
         first = session.start - (session.prompt_len - 1)
         count = session.length + min(first, 0)  # from the end: dropped tokens came before
         self.seen[layer] = x[:, x.shape[1] - count :].detach().clone(), max(first, 0)
+
+    def _made(self, layer: int, before: Any, args: Any, output: Any) -> None:
+        self._see(layer, before, (output[0] if isinstance(output, tuple) else output,), {})
 
     @functools.cached_property
     def prompts(self) -> list[int]:

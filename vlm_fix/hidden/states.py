@@ -27,6 +27,9 @@ def last_rows(engine: Any, inputs: dict[str, torch.Tensor], place: str = "layer_
     layers = range(len(engine.language.layers))
     with hooked([places(engine.language, i)[place].register_forward_hook(functools.partial(keep, i)) for i in layers]):
         engine.run_prompt(inputs, Recorder())
+    for i in layers:  # Mllama leaves layers out of a prompt without an image: they add nothing
+        if i not in kept:
+            kept[i] = kept[i - 1] if place == "layer_output" else torch.zeros_like(kept[i - 1])
     return kept
 
 

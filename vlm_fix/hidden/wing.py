@@ -11,6 +11,7 @@ import torch
 from vlm_fix import compiled
 from vlm_fix.errors import VlmFixError
 from vlm_fix.families import final_norm
+from vlm_fix.hooks import made
 from vlm_fix.method import Method, shaped
 from vlm_fix.options import GenerateOptions
 from vlm_fix.scope import check_scopes
@@ -129,8 +130,10 @@ class HiddenWing(Wing):
         self, what: str, layer: int, module: Any, args: Any, output: Any
     ) -> torch.Tensor | tuple[Any, ...] | None:
         """The module's output [B, q, C], or a tuple that begins with it, with the edited rows in it."""
-        x = output[0] if isinstance(output, tuple) else output
+        x = made(args, output)
         new = compiled.through(self.host, what, layer, x, x.shape[1])
+        if new is not None:
+            new = new.view_as(output[0] if isinstance(output, tuple) else output)
         return (new, *output[1:]) if new is not None and isinstance(output, tuple) else new
 
     def edit(self, edits: Sequence[tuple[HiddenEdit, Stage]], layer: int, x: torch.Tensor) -> torch.Tensor | None:
@@ -147,9 +150,12 @@ class HiddenWing(Wing):
             old = new[:, first:]
             given = old.float()
             part = changed(given, rows)
+            part = shaped(part, old, edit, changed.__name__)
+            if type(edit).changed_something is HiddenEdit.changed_something:
+                self.host.effects.note(edit, part, given)
             if part is given:  # it only looked
                 continue
-            part = shaped(part, old, edit, changed.__name__).to(x.dtype)
+            part = part.to(x.dtype)
             part = part if mask is None else torch.where(mask[..., None], part, old)
             new = part if first == 0 else torch.cat([new[:, :first], part], dim=1)
         return None if new is x else new
