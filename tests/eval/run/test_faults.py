@@ -16,12 +16,14 @@ from rich.console import Console
 
 from vlm_fix import cli
 from vlm_fix.errors import VlmFixError
+from vlm_fix.eval import tasks
 from vlm_fix.eval.run import runner
 from vlm_fix.eval.run.store import Store, held, read_config
 from vlm_fix.eval.settings import Settings
 
 SETTINGS = Settings("pope", data="picto:shift", limit=1, splits=("random",), batch_size=2)
 VOCABULARY = ["yes", "no"]
+TASKS = tasks.build(SETTINGS)
 
 
 class Tokenizer:
@@ -40,11 +42,17 @@ def said(model, processor, samples, seed, **how):
     return [{"answer": "yes" if len(s.prompt) % 2 else "Nein, caf\u00e9", **row, **batch} for s in samples]
 
 
+def stubbed(patch: pytest.MonkeyPatch) -> None:
+    """No model is run, and the data are made once."""
+    patch.setattr(runner, "answer", said)
+    patch.setattr(runner, "warm_up", lambda *args: None)
+    patch.setattr(runner, "peak_mb", lambda device: 1.0)
+    patch.setattr(runner, "build", lambda settings: TASKS)
+
+
 @pytest.fixture(autouse=True)
 def stub(monkeypatch):
-    monkeypatch.setattr(runner, "answer", said)
-    monkeypatch.setattr(runner, "warm_up", lambda *args: None)
-    monkeypatch.setattr(runner, "peak_mb", lambda device: 1.0)
+    stubbed(monkeypatch)
 
 
 def evaluate(folder: Path, resume: bool = True) -> None:
@@ -116,10 +124,7 @@ def whole(tmp_path_factory):
     """A run that nothing disturbs, and at how many points it could have been."""
     folder = tmp_path_factory.mktemp("whole") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        stub.__wrapped__(patch) if hasattr(stub, "__wrapped__") else None
-        patch.setattr(runner, "answer", said)
-        patch.setattr(runner, "warm_up", lambda *args: None)
-        patch.setattr(runner, "peak_mb", lambda device: 1.0)
+        stubbed(patch)
         count = Point(0, None)
         count.put(patch, folder)
         evaluate(folder, resume=False)
