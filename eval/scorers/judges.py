@@ -8,8 +8,8 @@
 
 Read at RLHF-V/RLHF-V@8daac8a and haotian-liu/LLaVA. The questions are in a template that comes with the benchmark. Answers
 are matched with it by id, else by their order: then ids, if there are any, number the rows, or each row repeats its
-question. Wherever a row has a question it has to be that of the template. A reply of null becomes "", but for objhal, where it is left
-out, as an empty caption has no hallucination.
+question. Wherever a row has a question it has to be that of the template. A reply of null becomes "";
+objhal leaves it out, as an empty caption has no hallucination.
 """
 
 import json

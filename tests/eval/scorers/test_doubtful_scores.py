@@ -9,7 +9,10 @@ from vlm_fix.eval import files
 from vlm_fix.eval.scorers.amber import data as amber_data
 from vlm_fix.eval.scorers.pope import data as pope_data
 
-DOUBT = "each of the {} answers is right: if these are the labels and not the replies, name the key of the replies with --answer-key"
+DOUBT = (
+    "each of the {} answers is right: if these are the labels and not the replies, name the key of the replies with "
+    "--answer-key"
+)
 
 
 def write(path, rows):
