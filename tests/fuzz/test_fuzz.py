@@ -8,13 +8,16 @@ import pytest
 from .targets import TARGETS, fault
 
 FOUND = sorted(path for path in (Path(__file__).parent / "found").glob("*") if path.name != ".gitkeep")
-READERS = {name.replace(" ", "-"): name for name in TARGETS}
+READERS = {name.replace(" ", "-").replace("'", ""): name for name in TARGETS}
 
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_readers_return_or_say_what_is_wrong(name, tmp_path):
     @hypothesis.settings(
-        max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(hypothesis.HealthCheck)
+        max_examples=3 if TARGETS[name].slow else 25,
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=list(hypothesis.HealthCheck),
     )
     @hypothesis.given(TARGETS[name].strategy)
     def feed(data):
