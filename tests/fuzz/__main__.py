@@ -70,10 +70,7 @@ def main() -> int:
                 if found:
                     where = f"{name}: {place(found.error)}"
                     known.add(where)
-                    kept = (
-                        FOUND
-                        / f"{name.replace(' ', '-').replace("'", '')}-{hashlib.sha256(found.data).hexdigest()[:10]}"
-                    )
+                    kept = FOUND / f"{name.replace(' ', '-')}-{hashlib.sha256(found.data).hexdigest()[:10]}"
                     FOUND.mkdir(exist_ok=True)
                     kept.write_bytes(found.data)
                     print(f"{where}\n  {found.error!r:.200}\n  {found.data[:120]!r}\n  kept in {kept.name}", flush=True)

@@ -8,7 +8,7 @@ import pytest
 from .targets import TARGETS, fault
 
 FOUND = sorted(path for path in (Path(__file__).parent / "found").glob("*") if path.name != ".gitkeep")
-READERS = {name.replace(" ", "-").replace("'", ""): name for name in TARGETS}
+READERS = {name.replace(" ", "-"): name for name in TARGETS}
 
 
 @pytest.mark.parametrize("name", TARGETS)
