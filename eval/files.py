@@ -78,7 +78,9 @@ def write_atomic(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".part")
     try:
-        with temporary.open("w", encoding="utf-8") as handle:
+        with temporary.open(
+            "w", encoding="utf-8", errors="backslashreplace"
+        ) as handle:  # half an emoji, as JSON has it
             handle.write(text)
             handle.flush()
             os.fsync(handle.fileno())
@@ -89,8 +91,10 @@ def write_atomic(path: Path, text: str) -> None:
         raise
     with contextlib.suppress(OSError):  # some file systems cannot sync a folder
         folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def _bytes(path: str | Path, what: str) -> bytes:

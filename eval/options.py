@@ -52,7 +52,9 @@ def read_file(path: str | Path) -> dict[str, Any]:
 
     try:
         found = yaml.load(read_text(path, "configuration"), _loader(path))
-    except yaml.YAMLError as error:
+    except VlmFixError:
+        raise
+    except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:  # the latter of numbers and dates
         where = getattr(error, "problem_mark", None)
         raise VlmFixError(f"{path} is not YAML{f', line {where.line + 1}' if where else ''}: mend it there.") from None
     if not isinstance(found, dict):
@@ -89,8 +91,8 @@ def key_values(text: str | None, option: str) -> dict[str, Any]:
             return dict(json.loads(text, object_pairs_hook=lambda pairs: _once(pairs, option)))
         except VlmFixError:
             raise
-        except (ValueError, TypeError):
-            raise VlmFixError(f"{option} {text!r} is not a JSON object.") from None
+        except (ValueError, TypeError, RecursionError):
+            raise VlmFixError(f"{option} {text[:80]!r} is not a JSON object.") from None
     found: list[tuple[str, Any]] = []
     for part in text.split(","):
         name, equals, value = part.partition("=")
@@ -114,5 +116,5 @@ def _value(text: str) -> Any:
         return {"True": True, "False": False, "None": None}[text]
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from vlm_fix.errors import VlmFixError
 from vlm_fix.eval.scorers.choices import Labels, Scorer, Variant
@@ -26,6 +26,28 @@ LOADING = {
     "trust_remote_code": "--trust-remote-code",
 }
 """Arguments of `generate` and of `from_pretrained` that have an option of their own."""
+
+
+LAUNCHERS = (
+    ("RANK", "WORLD_SIZE", "LOCAL_RANK"),  # torchrun, accelerate launch --multi_gpu
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),  # mpirun, also that of accelerate
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+    ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_RANK"),
+)
+
+
+class Place(NamedTuple):
+    """Which of how many processes this is, and which of those on its machine."""
+
+    rank: int = 0
+    size: int = 1
+    local: int = 0
+
+
+def launched() -> Place:
+    """Return this process's place among those that a launcher started, or that of a process alone."""
+    names = next((names for names in LAUNCHERS if names[1] in os.environ), LAUNCHERS[0])
+    return Place(*(int(os.environ.get(name, usual)) for name, usual in zip(names, Place(), strict=True)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +126,7 @@ class Settings:
             raise VlmFixError(f"--{served[0].replace('_', '-')} has no effect with {other}: leave one of them out.")
         if self.server and self.engine != "hf":
             raise VlmFixError("--server answers in place of --engine: leave one of them out.")
-        if self.device_map and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if self.device_map and launched().size > 1:
             raise VlmFixError(
                 "--device-map spreads one model over all devices, and a launcher starts one per process: use one of them."
             )

@@ -56,7 +56,7 @@ class Calibration:
             content = json.loads(Path(path).read_text())
         except OSError:
             raise VlmFixError(f"calibration file {path} cannot be read; {remedy}") from None
-        except ValueError:
+        except (ValueError, RecursionError):
             raise VlmFixError(f"{path} is not a calibration file (no JSON); {remedy}") from None
         known = {f.name: f.type for f in dataclasses.fields(cls)}
         if (
@@ -64,6 +64,7 @@ class Calibration:
             or not {"method", "found", "model"} <= set(content) <= set(known)
             or not isinstance(content["method"], str)
             or not all(isinstance(content.get(k, {}), dict) for k, t in known.items() if str(t).startswith("dict"))
+            or not all(isinstance(v.get(TENSORS, ""), str) for v in content["found"].values() if isinstance(v, dict))
         ):
             raise VlmFixError(f"{path} is not a calibration file (it needs method, found and model); {remedy}")
         for name, value in content["found"].items():

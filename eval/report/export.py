@@ -21,6 +21,8 @@ SPECIAL = {c: f"\\{c}" for c in "&%$#_{}"} | {
     "↓": r"$\downarrow$",
     "→": r"$\to$",
     "*": r"$^{*}$",
+    "▁": r"\_",  # the space of SentencePiece, and that of byte-level vocabularies
+    "Ġ": r"\.{G}",
 }
 
 
@@ -38,6 +40,13 @@ def csv_text(found: Sequence[tuple[Path, Mapping[str, Any]]]) -> str:
                         if isinstance(value, int | float) and not isinstance(value, bool):
                             change = scores["delta"].get(name, {})
                             writer.writerow([*place, name, value, *(change.get(key, "") for key in HEAD[7:])])
+        for run, tasks in results.get("probabilities", {}).get("runs", {}).items():
+            for task, parts in tasks.items():
+                for part, figures in parts.items():
+                    place = (folder, results["settings"]["model"]["name"], run, task, part)
+                    writer.writerows(
+                        [*place, f"probability_{name}", value, "", "", "", ""] for name, value in figures.items()
+                    )
     return out.getvalue()
 
 

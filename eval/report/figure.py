@@ -49,7 +49,9 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
         drawn.suptitle(
             f"{name} on {source}; bars: 95 % interval of the difference, open marks: not significant (Holm)", size=9
         )
-        drawn.savefig(path, dpi=160, metadata={"Software": None})
+        part = Path(path).with_suffix(".part.png")  # a page never shows half a picture
+        drawn.savefig(part, dpi=160, metadata={"Software": None})
+        part.replace(path)
         plt.close(drawn)
 
 

@@ -7,6 +7,7 @@ and can be printed. It shows the samples on which the runs differ most, and says
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -71,9 +72,26 @@ def read(folders: Sequence[str | Path]) -> list[tuple[Path, dict[str, Any]]]:
     return found
 
 
+@contextlib.contextmanager
+def shown(folder: Path) -> Iterator[None]:
+    """Raise VlmFixError for results that lack what a report shows."""
+    try:
+        yield
+    except VlmFixError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, StopIteration) as error:
+        raise VlmFixError(
+            f"The results.json of {folder} is not as `vlm-fix eval` of this version writes it ({type(error).__name__}: {error}): "
+            "run it again."
+        ) from error
+
+
 def page(folders: Sequence[str | Path], samples: int = 6) -> str:
     """Return the HTML of all folders, a section each, with `samples` captions and as many questions side by side."""
-    sections = "".join(_section(folder, results, samples) for folder, results in read(folders))
+    sections = ""
+    for folder, results in read(folders):
+        with shown(folder):
+            sections += _section(folder, results, samples)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
         f'content="width=device-width,initial-scale=1"><title>vlm-fix report</title><style>{STYLE}</style></head><body>'
@@ -203,7 +221,11 @@ def _ends(value: float, scores: Mapping[str, Any], name: str) -> tuple[float, fl
 
 def leaderboard(folders: Sequence[str | Path]) -> str:
     """Return a short Markdown table per folder: the main figures of each task and split, and speed, of every run."""
-    return "\n".join(_board(folder, results) for folder, results in read(folders))
+    boards = []
+    for folder, results in read(folders):
+        with shown(folder):
+            boards.append(_board(folder, results))
+    return "\n".join(boards)
 
 
 def _board(folder: Path, results: Mapping[str, Any]) -> str:

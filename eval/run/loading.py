@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from vlm_fix.calibrated import weights_id
 from vlm_fix.errors import VlmFixError
 from vlm_fix.eval import picto
+from vlm_fix.eval.settings import launched
 
 from .elsewhere import Elsewhere
 from .remote import RemoteModel
@@ -56,8 +57,8 @@ def load_model(
     if name.startswith(("/", ".", "~")) and not Path(path).exists():
         raise VlmFixError(f"model {name!r} could not be loaded (there is no such folder): {remedy}")
     cuda = device != "cpu" and torch.cuda.is_available()
-    if device == "auto" and cuda and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
+    if device == "auto" and cuda and launched().size > 1:
+        device = f"cuda:{launched().local % torch.cuda.device_count()}"
     theirs: dict[str, Any] = {"revision": revision} if revision else {}
     theirs |= {"trust_remote_code": True} if trust_remote_code else {}
     try:

@@ -51,7 +51,7 @@ from .first import tokens_of
 from .generation import answer, batches, peak_mb, reset_peak, warm_up
 from .loading import hardware, load_model, load_remote, load_served, outline
 from .plan import Run, check_stacks, runs
-from .store import Store, Team, load_results
+from .store import Store, Team, held, load_results, read_config
 
 BASELINE = ["baseline"]
 VERSIONS = ("torch", "transformers", "accelerate", "numpy", "pillow", "nltk")
@@ -152,41 +152,42 @@ def evaluate(
             }
         )
     )
-    store = Store(folder, config, resume, team)
-    if team.first:
-        write_atomic(folder / "run.yaml", options.to_text(settings))
-    specs: dict[str, dict[str, str]] = {}
-    for run in plan:
-        done, samples = 0, sum(len(task.samples) for task in tasks) * len(run.seeds)
-        parts = [(run, tasks)]
-        if run.imitates:
-            mine = [{k: row.get(k) for k in TERM} for t in tasks for row in store.of(run.imitates, t.benchmark)]
-            sds = term_sds([row for share in team.gather(mine) for row in share])
-            parts = [(run.sized(sds.get(task.benchmark)), [task]) for task in tasks]
-            specs[run.name] = {task.benchmark: part.spec for part, (task,) in parts}
-        with _progress(console, run.name, samples) as advance:
-            for seed, (part, its) in itertools.product(run.seeds, parts):
-                with part.applied(model, calibration, seed if settings.seeds else None):
-                    for task in its:
-                        for n in _run(model, processor, part, seed, task, settings, store):
-                            advance(n)
-                            done += n
-                            if watch:
-                                watch(run.name, done, samples)
-    team.wait()
-    if team.first:
-        per_batch = int(settings.batch_size)
-        order = [
-            (run.name, s, t.benchmark, i)
-            for run in plan
-            for s in run.seeds
-            for t in tasks
-            for i in range(-(-len(t.samples) // per_batch))
-        ]
-        store.merge(order)
-        words = {} if isinstance(model, Elsewhere) else tokens_of(processor.tokenizer)
-        _write(config, plan, specs, tasks, store, model, words)
-    team.wait()
+    with held(folder) if team.first else contextlib.nullcontext():
+        store = Store(folder, config, resume, team)
+        if team.first:
+            write_atomic(folder / "run.yaml", options.to_text(settings))
+        specs: dict[str, dict[str, str]] = {}
+        for run in plan:
+            done, samples = 0, sum(len(task.samples) for task in tasks) * len(run.seeds)
+            parts = [(run, tasks)]
+            if run.imitates:
+                mine = [{k: row.get(k) for k in TERM} for t in tasks for row in store.of(run.imitates, t.benchmark)]
+                sds = term_sds([row for share in team.gather(mine) for row in share])
+                parts = [(run.sized(sds.get(task.benchmark)), [task]) for task in tasks]
+                specs[run.name] = {task.benchmark: part.spec for part, (task,) in parts}
+            with _progress(console, run.name, samples) as advance:
+                for seed, (part, its) in itertools.product(run.seeds, parts):
+                    with part.applied(model, calibration, seed if settings.seeds else None):
+                        for task in its:
+                            for n in _run(model, processor, part, seed, task, settings, store):
+                                advance(n)
+                                done += n
+                                if watch:
+                                    watch(run.name, done, samples)
+        team.wait()
+        if team.first:
+            per_batch = int(settings.batch_size)
+            order = [
+                (run.name, s, t.benchmark, i)
+                for run in plan
+                for s in run.seeds
+                for t in tasks
+                for i in range(-(-len(t.samples) // per_batch))
+            ]
+            store.merge(order)
+            words = {} if isinstance(model, Elsewhere) else tokens_of(processor.tokenizer)
+            _write(config, plan, specs, tasks, store, model, words)
+        team.wait()
     return load_results(folder)
 
 
@@ -204,7 +205,7 @@ def _auto_size(team: Team, folder: Path, resume: bool, choose: Callable[[], int]
     """Return the size that a run to be resumed had, else the smallest that the processes chose."""
     known = folder / "config.json"
     if resume and known.exists():
-        return int(json.loads(known.read_text())["batch_size"])
+        return int(read_config(folder)["batch_size"])
     return min(team.gather(choose()))
 
 

@@ -7,6 +7,7 @@ A batch is identified by (run, seed, benchmark, number); an incomplete batch is 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import warnings
@@ -19,6 +20,7 @@ import torch
 
 from vlm_fix.errors import VlmFixError
 from vlm_fix.eval.files import write_atomic
+from vlm_fix.eval.settings import launched
 
 Key = tuple[str, int, str, int]
 """(run, seed, benchmark, number of the batch)"""
@@ -28,16 +30,22 @@ class Team:
     """The processes of `accelerate launch` or `torchrun`, or just this one. They synchronise over gloo."""
 
     def __init__(self) -> None:
-        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        if "WORLD_SIZE" not in os.environ and {"MASTER_ADDR", "ACCELERATE_USE_CPU"} <= os.environ.keys():
+        self.rank, self.size, _ = launched()
+        if self.size == 1 and {"MASTER_ADDR", "ACCELERATE_USE_CPU"} <= os.environ.keys():
             warnings.warn(  # it sets the address for --num_processes, and then starts the program once
-                "accelerate launch --cpu started one process, whatever its --num_processes: it needs MPI for more. To share "
-                "the work run `torchrun --nproc_per_node N -m vlm_fix.cli eval ...`.",
+                "accelerate launch started one process, whatever its --num_processes: on a CPU it needs --mpirun_hostfile for "
+                "more. To share the work run `torchrun --nproc_per_node N -m vlm_fix.cli eval ...`.",
                 stacklevel=2,
             )
         if self.size > 1 and not torch.distributed.is_initialized():
+            if lost := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+                raise VlmFixError(
+                    f"{self.size} processes were started without {lost[0]}, where they meet: set MASTER_ADDR (the first machine, "
+                    "such as 127.0.0.1) and MASTER_PORT (a free one, such as 29500), or start them with torchrun."
+                )
             # days, because a process waits for the others to answer their share
-            torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))
+            days = timedelta(days=30)
+            torch.distributed.init_process_group("gloo", timeout=days, rank=self.rank, world_size=self.size)
 
     @property
     def first(self) -> bool:
@@ -74,17 +82,23 @@ class Store:
         self.rows: dict[Key, list[dict[str, Any]]] = {}
         if self.team.first:
             known = folder / "config.json"
-            if resume and known.exists():
-                before = json.loads(known.read_text())
-                for key, old, new in _differences({**before, "server": config["server"]}, config):
+            folder.mkdir(parents=True, exist_ok=True)
+            if known.exists() and not resume:  # another run began while this one loaded its model
+                raise VlmFixError(
+                    f"{folder} already holds a run: add --resume to continue it or choose another --output."
+                )
+            if not known.exists() and self._files():
+                raise VlmFixError(
+                    f"{folder} holds answers ({self._files()[0].name}) without the config.json that they were made with: choose "
+                    "another --output."
+                )
+            if known.exists():
+                for key, old, new in _differences({**read_config(folder), "server": config["server"]}, config):
                     raise VlmFixError(
                         f"{folder} was made with {key} = {json.dumps(old)}, not {json.dumps(new)}: resume with the "
                         "same settings or choose another --output."
                     )
             else:
-                folder.mkdir(parents=True, exist_ok=True)
-                for path in self._files():
-                    path.unlink()
                 write_atomic(known, json.dumps(config, indent=2) + "\n")
             self.merge()
         self.team.wait()
@@ -99,7 +113,7 @@ class Store:
         self.rows = {}
         for path in self._files():
             found: dict[Key, list[dict[str, Any]]] = {}
-            for line in path.read_text(errors="replace").split("\n"):
+            for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
                 try:
                     row = json.loads(line)
                     found.setdefault((row["run"], row["seed"], row["benchmark"], row["batch"]), []).append(row)
@@ -121,7 +135,7 @@ class Store:
 
     def add(self, key: Key, rows: list[dict[str, Any]]) -> None:
         """Append a batch, and return once it is on disk."""
-        with self.mine.open("a") as handle:
+        with self.mine.open("a", encoding="utf-8") as handle:
             handle.write("".join(json.dumps(row) + "\n" for row in rows))
             handle.flush()
             os.fsync(handle.fileno())
@@ -131,6 +145,42 @@ class Store:
         """Return all rows of a run and benchmark, by seed and batch."""
         keys = sorted(key for key in self.rows if (key[0], key[2]) == (run, benchmark))
         return [row for key in keys for row in self.rows[key]]
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Hold a folder, also against other processes. Raises VlmFixError if another run holds it; a killed one does no more."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise VlmFixError(
+                f"{folder} is in use by another run: wait for its end, or choose another --output."
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(handle)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read the config.json of a run. Raises VlmFixError if it is not as a run wrote it."""
+    path = folder / "config.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise VlmFixError(f"{path} cannot be read ({error}): mend it, or choose another --output.") from None
+    if not isinstance(found, dict):
+        raise VlmFixError(f"{path} holds no settings: mend it, or choose another --output.")
+    return found
 
 
 def _differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -122,11 +122,6 @@ def results(
     return {"beaf": {"questions": score(paired(asked, given, "BEAF"), asked, scorer)}}
 
 
-def score_files(**files: Any) -> dict[str, Any]:
-    """Score an answer file."""
-    return {part: result.to_dict() for part, result in results(**files)["beaf"].items()}
-
-
 BENCHMARK = Benchmark(
     name="beaf",
     title="BEAF",
@@ -139,7 +134,6 @@ BENCHMARK = Benchmark(
         scorer_option(),
         *KEYS,
     ),
-    score_files=score_files,
     results=results,
     layouts={
         "beaf": Layout(

@@ -119,8 +119,13 @@ class Argument:
 
     @property
     def dest(self) -> str:
-        """The keyword of `Benchmark.score_files` that gets the value."""
+        """The keyword of `Benchmark.results` that gets the value."""
         return self.name.lstrip("-").replace("-", "_")
+
+
+def figures_of(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return part -> figures."""
+    return {part: result.to_dict() for parts in found.values() for part, result in parts.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,10 +133,10 @@ class Benchmark:
     """A benchmark, as `vlm-fix eval NAME` and `vlm-fix score NAME` know it.
 
     `commits` maps a scorer or variant to the code that it follows, `source_commit` is that of the benchmark's own script.
-    `score_files` gets the values of `arguments` by keyword, and `tell`, which prints a line about what was read. It returns
-    one result, or a dictionary with the figures of each part and perhaps a number for the whole. `layouts` are by task;
-    AMBER has two tasks, the others one. `results` gets the same and returns task -> part -> result with its rows, in an
-    order that does not depend on that of the file; `answers` names the argument with the answers; `asked` says whether
+    `results` gets the values of `arguments` by keyword, and `tell`, which prints a line about what was read. It returns task ->
+    part -> result with its rows, in an order that does not depend on that of the file; `answers` names the argument with the
+    answers. `shown` makes of them what `vlm-fix score` prints: one result, or a dictionary with the figures of each part and
+    perhaps a number for the whole. `layouts` are by task; AMBER and Reefknot have two, the others one. `asked` says whether
     `vlm-fix eval` asks it.
     """
 
@@ -141,12 +146,16 @@ class Benchmark:
     commits: Mapping[str, str]
     score_what: str
     arguments: tuple[Argument, ...]
-    score_files: Callable[..., Any]
     results: Callable[..., dict[str, dict[str, Any]]]
+    shown: Callable[[dict[str, dict[str, Any]]], Any] = figures_of
     answers: str = "answers"
     asked: bool = True
     layouts: Mapping[str, Layout]
     overall: Overall | None = None
+
+    def score_files(self, *files: str, **given: Any) -> Any:
+        """Score an answer file: what `shown` makes of its results."""
+        return self.shown(self.results(*files, **given))
 
 
 KEYS = (

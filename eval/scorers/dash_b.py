@@ -128,11 +128,6 @@ def results(
     return {"dash-b": {"questions": score([answer for _, answer in both], [question for question, _ in both], scorer)}}
 
 
-def score_files(**given: Any) -> dict[str, Any]:
-    """Score an answer file."""
-    return {part: result.to_dict() for part, result in results(**given)["dash-b"].items()}
-
-
 BENCHMARK = Benchmark(
     name="dash-b",
     title="DASH-B",
@@ -144,7 +139,6 @@ BENCHMARK = Benchmark(
         scorer_option(),
         KEYS[0],
     ),
-    score_files=score_files,
     results=results,
     layouts={
         "dash-b": Layout(

@@ -247,20 +247,6 @@ def _seen(question: Question) -> bool:
     return question.category != "VS" or question.figure != "0"
 
 
-def score_files(
-    answers: str,
-    scorer: Scorer | None = None,
-    answer_key: str | None = None,
-    id_key: str | None = None,
-    tell: Tell = str,
-) -> dict[str, dict[str, Any]]:
-    """Score an answer file, by part."""
-    return {
-        part: result.to_dict()
-        for part, result in results(answers, scorer, answer_key, id_key, tell)["hallusion"].items()
-    }
-
-
 def results(
     answers: str,
     scorer: Scorer | None = None,
@@ -288,7 +274,6 @@ BENCHMARK = Benchmark(
         scorer_option(None, "official counts a judge's marks (vlmevalkit, or official for a file with marks alone)"),
         *KEYS,
     ),
-    score_files=score_files,
     results=results,
     layouts={
         "hallusion": Layout(

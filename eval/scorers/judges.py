@@ -8,7 +8,8 @@
 
 Read at RLHF-V/RLHF-V@8daac8a and haotian-liu/LLaVA. The questions are in a template that comes with the benchmark. Answers
 are matched with it by id, else by their order: then ids, if there are any, number the rows, or each row repeats its
-question. Wherever a row has a question it has to be that of the template. A reply of null becomes "".
+question. Wherever a row has a question it has to be that of the template. A reply of null becomes "";
+objhal leaves it out, as an empty caption has no hallucination.
 """
 
 import json
@@ -37,6 +38,7 @@ class Judge(NamedTuple):
     ids: tuple[str, ...]
     template: bool
     write: Callable[[Sequence[tuple[Row, answers.Answer]]], str]
+    captions: bool = False  # of which those that failed are left out
 
 
 def export(
@@ -52,13 +54,14 @@ def export(
     if made.template and not template:
         raise VlmFixError(f"export {judge} fills the benchmark's own file: give it with --template ({made.what}).")
     given = answers.read(path, '{"question_id": 1, "prompt": "...", "text": "..."}', keys)
-    tell(given.told())
+    tell(given.told("are left out" if made.captions else "become empty texts, which the judge will read as answers"))
     if template:
         rows = read_rows(template, f"template of {judge}")
         pairs = _matched(rows, given, made.ids, template)
     else:
         pairs = [(answer.row, answer) for answer in given.rows]
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    if made.captions:
+        pairs = [pair for pair in pairs if pair[1].reply is not None]
     write_atomic(Path(out), made.write(pairs))
 
 
@@ -193,7 +196,7 @@ def _lines(rows: Sequence[Row]) -> str:
 
 JUDGES = {
     "mmhal": Judge("response_template.json of MMHal-Bench", ("image_id", "image_src"), True, _mmhal),
-    "objhal": Judge("obj_halbench_300_with_image.jsonl", ("question_id", "image_id"), False, _objhal),
+    "objhal": Judge("obj_halbench_300_with_image.jsonl", ("question_id", "image_id"), False, _objhal, True),
     "llava-bench": Judge("questions.jsonl of LLaVA-Bench", ("question_id",), False, _llava_bench),
     "mm-vet": Judge("", ("question_id", "id"), False, _mm_vet),
 }

@@ -30,7 +30,7 @@ from vlm_fix.eval.stats import Metric, ratio
 
 from . import yesno
 from .answers import Keys, same_question
-from .benchmark import KEYS, YES_NO_COLUMNS, Argument, Benchmark, Layout, YesNo, plain_caption
+from .benchmark import KEYS, YES_NO_COLUMNS, Argument, Benchmark, Layout, YesNo, figures_of, plain_caption
 from .pope.data import load_answers, load_questions
 from .pope.score import Answer, Question
 from .replies import METRICS, counts
@@ -142,9 +142,9 @@ def _subsets(files: str) -> dict[str, list[str]]:
     return found
 
 
-def score_files(name: str, **files: Any) -> dict[str, Any]:
-    """Score an answer file; with subsets also their mean."""
-    found = {part: result.to_dict() for part, result in results(name, **files)[name].items()}
+def shown(results: Mapping[str, Mapping[str, Result]]) -> dict[str, Any]:
+    """Return the figures of each part; with subsets also their mean."""
+    found = figures_of(results)
     over = [figures for part, figures in found.items() if part != "questions"]
     if over:
         found["mean of the subsets"] = {metric: fmean(figures[metric] for figures in over) for metric in METRICS}
@@ -166,8 +166,8 @@ def _benchmark(name: str, extra: Sequence[Argument] = ()) -> Benchmark:
             *extra,
             *KEYS,
         ),
-        score_files=functools.partial(score_files, name),
         results=functools.partial(results, name),
+        shown=shown,
         asked=False,
         layouts={
             name: Layout(

@@ -38,7 +38,7 @@ from vlm_fix.eval.stats import Metric, ratio
 
 from . import yesno
 from .answers import Answers, Keys, Tell, plain_text, read
-from .benchmark import KEYS, Argument, Benchmark, Layout, YesNo, plain_caption, scorer_option
+from .benchmark import KEYS, Argument, Benchmark, Layout, YesNo, figures_of, plain_caption, scorer_option
 from .choices import Scorer, one_of
 from .result import Result, all_right, tally
 
@@ -201,20 +201,6 @@ def verdict(answer: str | None, label: str, scorer: Scorer) -> str:
     return text if text in ("yes", "no") else next((word for word in ("yes", "no") if word in text[:4]), "unknown")
 
 
-def score_files(
-    answers: str,
-    scorer: Scorer = "official",
-    questions: str | None = None,
-    answer_key: str | None = None,
-    id_key: str | None = None,
-    tell: Tell = str,
-) -> dict[str, dict[str, Any]]:
-    """Score a folder of TASK.txt files, or a file with all tasks, by part; the score is in points."""
-    scored = results(answers, scorer, questions, answer_key, id_key, tell)["mme"]
-    found = {part: result.to_dict() for part, result in scored.items()}
-    return {part: {**figures, "score": 100 * figures["score"]} for part, figures in found.items()}
-
-
 def results(
     answers: str,
     scorer: Scorer = "official",
@@ -223,7 +209,7 @@ def results(
     id_key: str | None = None,
     tell: Tell = str,
 ) -> dict[str, dict[str, Result]]:
-    """Score the same by task and part, as fractions; rows in the order of images and questions."""
+    """Score a folder of TASK.txt files, or a file with all tasks, as fractions; rows in the order of images and questions."""
     given: Sequence[str | None]
     if Path(answers).is_file():
         rows = read(answers, ROW, Keys(answer_key, id_key))
@@ -237,6 +223,11 @@ def results(
         tell(f"read {len(given)} answers from {answers}: TASK.txt files (image, question, truth, answer)")
     order = sorted(range(len(asked)), key=lambda place: asked[place][1:])
     return {"mme": score([given[place] for place in order], [asked[place] for place in order], scorer)}
+
+
+def in_points(found: Mapping[str, Mapping[str, Result]]) -> dict[str, dict[str, Any]]:
+    """Return the figures of each part, with the score as papers give it."""
+    return {part: {**figures, "score": 100 * figures["score"]} for part, figures in figures_of(found).items()}
 
 
 BENCHMARK = Benchmark(
@@ -259,8 +250,8 @@ BENCHMARK = Benchmark(
         scorer_option(),
         *KEYS,
     ),
-    score_files=score_files,
     results=results,
+    shown=in_points,
     layouts={
         "mme": Layout(
             columns={

@@ -124,11 +124,6 @@ def results(
     return {"opope": {"questions": score(texts, asked, scorer, variant or "nltk")}}
 
 
-def score_files(**files: Any) -> dict[str, Any]:
-    """Score a caption file."""
-    return {part: result.to_dict() for part, result in results(**files)["opope"].items()}
-
-
 BENCHMARK = Benchmark(
     name="opope",
     title="OPOPE",
@@ -144,7 +139,6 @@ BENCHMARK = Benchmark(
         variant_option("of --scorer ours (nltk)"),
         *KEYS,
     ),
-    score_files=score_files,
     results=results,
     answers="captions",
     asked=False,

@@ -26,6 +26,7 @@ import json
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -144,25 +145,22 @@ def of_samples(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str, str], 
 def results(
     questions: str | None, answers: str, method: str | None = None, tell: Callable[[str], Any] = str
 ) -> dict[str, dict[str, Result]]:
-    """Score a file of probabilities against a question file, or the samples of `vlm-fix eval`."""
-    return {"pope-prob": _scored(questions, answers, method, tell)[0]}
-
-
-def _scored(
-    questions: str | None, answers: str, method: str | None, tell: Callable[[str], Any]
-) -> tuple[dict[str, Result], dict[str, list[str]]]:
+    """Score a file of probabilities against a question file, or the samples of `vlm-fix eval`, and name the tokens."""
     path = Path(answers) / SAMPLES if Path(answers).is_dir() else Path(answers)
     rows = read_rows(path, "file of probabilities", ROW)
     if {"run", "benchmark", "batch"} <= rows[0].keys():
         if questions:
             raise VlmFixError(f"{answers} is of vlm-fix eval and brings its questions along: leave {questions} out.")
-        return _of_eval(path, rows, method, tell)
-    if method:
+        found, tokens = _of_eval(path, rows, method, tell)
+    elif method:
         raise VlmFixError("--method has no effect but on the samples of vlm-fix eval: leave it out.")
-    if not questions:
+    elif not questions:
         raise VlmFixError(f"{answers} has no questions: give the question file before it, or coco:random and the like.")
-    result, tokens = _of_file(path, rows, questions, tell)
-    return {"questions": result}, tokens
+    else:
+        result, tokens = _of_file(path, rows, questions, tell)
+        found = {"questions": result}
+    named = {name: " ".join(map(repr, words)) for name, words in tokens.items()}
+    return {"pope-prob": {part: replace(result, notes=named) for part, result in found.items()}}
 
 
 def _of_eval(
@@ -207,15 +205,6 @@ def _of_file(
     return score(asked, [given[str(q.question_id)] for q in asked]), tokens
 
 
-def score_files(
-    questions: str | None, answers: str, method: str | None = None, tell: Callable[[str], Any] = str
-) -> dict[str, Any]:
-    """Score a file of probabilities, and name the tokens."""
-    found, tokens = _scored(questions, answers, method, tell)
-    named = {name: " ".join(map(repr, words)) for name, words in tokens.items()}
-    return {part: {**result.to_dict(), **named} for part, result in found.items()}
-
-
 BENCHMARK = Benchmark(
     name="pope-prob",
     title="POPE by probability",
@@ -233,7 +222,6 @@ BENCHMARK = Benchmark(
         ),
         Argument("--method", {"metavar": "NAME", "help": "of a folder of `vlm-fix eval`: one of its runs (all)"}),
     ),
-    score_files=score_files,
     results=results,
     asked=False,
     layouts={

@@ -147,16 +147,6 @@ def results(
     return found
 
 
-def score_files(**given: Any) -> dict[str, Any]:
-    """Score an answer file."""
-    tasks = results(**given).items()
-    return {
-        part if task == "reefknot" else f"choice, {part}": result.to_dict()
-        for task, parts in tasks
-        for part, result in parts.items()
-    }
-
-
 BENCHMARK = Benchmark(
     name="reefknot",
     title="Reefknot",
@@ -170,7 +160,6 @@ BENCHMARK = Benchmark(
         scorer_option(),
         KEYS[0],
     ),
-    score_files=score_files,
     results=results,
     layouts={
         "reefknot": Layout(

@@ -18,7 +18,8 @@ class Result:
 
     `unparsed` answers are neither yes nor no to the scorer; `misread` are those it takes against their plain word.
     `at_share` returns the rows with each caption cut to a share of its words; None for answers that are no captions.
-    `asked` are the questions of the rows, by which two results are paired; () where the image alone names a row.
+    `asked` are the questions of the rows, by which two results are paired; () where the image alone names a row. `notes` say
+    by name what figures depend on.
     """
 
     scorer: str
@@ -29,10 +30,18 @@ class Result:
     misread: Misread = NONE
     at_share: Callable[[float], list[dict[str, Any]]] | None = field(default=None, repr=False, compare=False)
     asked: Sequence[str] = field(default=(), repr=False, compare=False)
+    notes: Mapping[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return what results.json holds: everything but the rows."""
-        return {"scorer": self.scorer, "n": self.n, **self.figures, "unparsed": self.unparsed, **told(self.misread)}
+        return {
+            "scorer": self.scorer,
+            "n": self.n,
+            **self.figures,
+            "unparsed": self.unparsed,
+            **told(self.misread),
+            **self.notes,
+        }
 
     def sums(self) -> dict[str, float]:
         """Sum each count over the rows."""

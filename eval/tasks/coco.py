@@ -21,6 +21,15 @@ from vlm_fix.eval.files import read_text
 NAME = re.compile(r"(?:COCO_(?:train|val)20\d\d_)?(\d{12})")
 
 
+PARTS: dict[str, tuple[tuple[str, type], ...]] = {
+    "images": (("id", int), ("file_name", str)),
+    "categories": (("id", int), ("name", str)),
+    "annotations": (("image_id", int),),
+}
+OWN: dict[str, tuple[tuple[str, type], ...]] = {"instances": (("category_id", int),), "captions": (("caption", str),)}
+"""What entries of an annotation file have at least."""
+
+
 @dataclasses.dataclass
 class Folder:
     """An open folder. `images` maps ids to files; `own` means that they are not COCO's images."""
@@ -75,6 +84,21 @@ class Folder:
         whole, ids = _annotations(self.path, kind), {*ids}
         images = [image for image in whole["images"] if image["id"] in ids]
         rows = [row for row in whole["annotations"] if row["image_id"] in ids]
+        listed = {image["id"] for image in images}
+        names = {category["id"] for category in whole.get("categories", ())}
+        for row in rows:
+            lost = (
+                "image_id"
+                if row["image_id"] not in listed
+                else "category_id"
+                if row.get("category_id") not in names
+                else ""
+            )
+            if lost and (kind == "instances" or lost == "image_id"):
+                raise VlmFixError(
+                    f"{kind}_*.json in {self.path} has an annotation with {lost} {row[lost]}, which it does not list: fetch the "
+                    "annotation file again."
+                )
         return {**whole, "images": images, "annotations": rows}
 
 
@@ -106,6 +130,20 @@ def _annotations(folder: Path, kind: str) -> dict[str, Any]:
             "so put COCO's annotation file there."
         )
     try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise VlmFixError(f"{path} is not JSON (line {error.lineno}): fetch the annotation file again.") from error
+        found = json.loads(read_text(path, "annotation file"))
+    except VlmFixError:
+        raise
+    except (ValueError, RecursionError) as error:
+        where = f" (line {error.lineno})" if isinstance(error, json.JSONDecodeError) else ""
+        raise VlmFixError(f"{path} is not JSON{where}: fetch the annotation file again.") from error
+    for part, keys in {**PARTS, "annotations": (*PARTS["annotations"], *OWN[kind])}.items():
+        rows = found.get(part) if isinstance(found, dict) else None
+        if part == "categories" and kind == "captions":
+            continue
+        for number, row in enumerate(rows if isinstance(rows, list) else [None], 1):
+            lost = [key for key, type in keys if not isinstance(row, dict) or not isinstance(row.get(key), type)]
+            if lost:
+                raise VlmFixError(
+                    f'{path}: {part} has no "{lost[0]}" in its entry {number}, as COCO\'s have: fetch the annotation file again.'
+                )
+    return found

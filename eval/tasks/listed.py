@@ -9,7 +9,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,105 +21,84 @@ from vlm_fix.eval.settings import Settings
 
 from .sample import Items, Sample, complete, data_of, draw, place, question_prompt
 
-
-class DashB:
-    """DASH-B's task: 2682 questions, one image each."""
-
-    IMAGES_FROM = "as linked on github.com/YanNeu/DASH-B, which has the lists in images/"
-
-    @staticmethod
-    def build(folder: Path, settings: Settings) -> list[Items]:
-        asked = dash_b.questions(folder)
-        paths = {q.image: place(folder, q.image, ("images",)) for q in asked}
-        kept = _kept(asked, lambda q: q.image, paths, folder, settings, DashB.IMAGES_FROM)
-        return [
-            _items(
-                "dash-b",
-                kept,
-                paths,
-                settings,
-                dash_b.SOURCE,
-                folder,
-                lambda a, q: {"questions": dash_b.score(a, q, settings.scorer)},
-            )
-        ]
+IN_REEFKNOT = ("VG_100K", "VG_100K_2", "images")
 
 
-class Beaf:
-    """BEAF's task: every question before and after an object is removed."""
+@dataclass(frozen=True)
+class Listed:
+    """A benchmark with its questions in files.
 
-    IMAGES_FROM = "as linked on github.com/postech-ami/BEAF, which has beaf_qna.json"
+    `read` yields (task, questions, path of an image by name) of a folder; --limit counts what `group` makes of questions.
+    `score` returns the parts of (answers, questions, scorer); IMAGES_FROM says where the images come from.
+    """
 
-    @staticmethod
-    def build(folder: Path, settings: Settings) -> list[Items]:
-        asked = beaf.load_questions(folder / "beaf_qna.json")
-        paths = {q.image: place(folder, q.image, ("images",)) for q in asked}
-        kept = _kept(asked, lambda q: q.before, paths, folder, settings, Beaf.IMAGES_FROM)
-        return [
-            _items(
-                "beaf",
-                kept,
-                paths,
-                settings,
-                beaf.SOURCE,
-                folder,
-                lambda a, q: {"questions": beaf.score(a, q, settings.scorer)},
-            )
-        ]
+    IMAGES_FROM: str
+    commit: str
+    read: Callable[[Path], Iterator[tuple[str, Sequence[Any], Callable[[str], Path]]]]
+    score: Callable[[Sequence[str | None], Sequence[Any], Any], dict[str, Result]]
+    group: Callable[[Any], str] = lambda question: question.image
 
-
-class Reefknot:
-    """Reefknot's tasks: yes/no questions and choices, whichever file is there."""
-
-    IMAGES_FROM = "of Visual Genome; the questions are on github.com/JackChen-seu/Reefknot in Dataset/"
-
-    @staticmethod
-    def build(folder: Path, settings: Settings) -> list[Items]:
-        files = [path for name in ("YESNO", "Multichoice") for path in [folder / f"{name}.jsonl"] if path.is_file()]
-        if not files:
-            raise VlmFixError(
-                f"{folder} has neither YESNO.jsonl nor Multichoice.jsonl: put them there, {Reefknot.IMAGES_FROM}."
-            )
-        tasks = []
-        for path in files:
-            asked, _ = reefknot.load(path, answered=False)
-            inside = ("VG_100K", "VG_100K_2", "images")
-            paths = {q.image: place(folder, f"{q.image.removesuffix('.jpg')}.jpg", inside) for q in asked}
-            kept = _kept(asked, lambda q: q.image, paths, folder, settings, Reefknot.IMAGES_FROM)
-            judge = lambda a, q: reefknot.score(a, q, settings.scorer)  # noqa: E731
-            tasks.append(_items(kept[0].type, kept, paths, settings, reefknot.SOURCE, folder, judge))
-        return tasks
+    def build(self, folder: Path, settings: Settings) -> list[Items]:
+        """Build the tasks about the sampled images, all of which must be there."""
+        made = []
+        for task, asked, path_of in self.read(folder):
+            if settings.limit:
+                drawn = draw(list(dict.fromkeys(map(self.group, asked))), settings)
+                asked = [q for q in asked if self.group(q) in drawn]
+            paths = {q.image: path_of(q.image) for q in asked}
+            complete(paths, folder, self.IMAGES_FROM)
+            numbers = {image: number for number, image in enumerate(paths, 1)}
+            samples = [
+                Sample(
+                    q.id,
+                    numbers[q.image],
+                    q.image,
+                    paths[q.image],
+                    question_prompt(settings, q.text),
+                    {"label": q.label},
+                )
+                for q in asked
+            ]
+            judge = lambda answers, items: self.score(answers, items, settings.scorer)  # noqa: E731
+            made.append(Items(task, asked, samples, judge, data_of(folder.name, asked, settings.scorer, self.commit)))
+        return made
 
 
-def _kept(
-    asked: Sequence[Any],
-    group: Callable[[Any], str],
-    paths: Mapping[str, Path],
-    folder: Path,
-    settings: Settings,
-    source: str,
-) -> list[Any]:
-    """Return the questions about the sampled images, all of which must be there."""
-    names = list(dict.fromkeys(map(group, asked)))
-    if settings.limit:
-        drawn = draw(names, settings)
-        asked = [q for q in asked if group(q) in drawn]
-    complete({q.image: paths[q.image] for q in asked}, folder, source)
-    return [*asked]
+def _dash_b(folder: Path) -> Iterator[Any]:
+    yield "dash-b", dash_b.questions(folder), lambda name: place(folder, name, ("images",))
 
 
-def _items(
-    task: str,
-    asked: Sequence[Any],
-    paths: Mapping[str, Path],
-    settings: Settings,
-    commit: str,
-    folder: Path,
-    judge: Callable[[Sequence[str | None], Sequence[Any]], dict[str, Result]],
-) -> Items:
-    numbers = {image: number for number, image in enumerate(dict.fromkeys(q.image for q in asked), 1)}
-    samples = [
-        Sample(q.id, numbers[q.image], q.image, paths[q.image], question_prompt(settings, q.text), {"label": q.label})
-        for q in asked
-    ]
-    return Items(task, asked, samples, judge, data_of(folder.name, asked, settings.scorer, commit))
+def _beaf(folder: Path) -> Iterator[Any]:
+    yield "beaf", beaf.load_questions(folder / "beaf_qna.json"), lambda name: place(folder, name, ("images",))
+
+
+def _reefknot(folder: Path) -> Iterator[Any]:
+    files = [path for name in ("YESNO", "Multichoice") for path in [folder / f"{name}.jsonl"] if path.is_file()]
+    if not files:
+        raise VlmFixError(
+            f"{folder} has neither YESNO.jsonl nor Multichoice.jsonl: put them there, {Reefknot.IMAGES_FROM}."
+        )
+    for path in files:
+        asked, _ = reefknot.load(path, answered=False)
+        yield asked[0].type, asked, lambda name: place(folder, f"{name.removesuffix('.jpg')}.jpg", IN_REEFKNOT)
+
+
+DashB = Listed(
+    "as linked on github.com/YanNeu/DASH-B, which has the lists in images/",
+    dash_b.SOURCE,
+    _dash_b,
+    lambda answers, asked, scorer: {"questions": dash_b.score(answers, asked, scorer)},
+)
+Beaf = Listed(
+    "as linked on github.com/postech-ami/BEAF, which has beaf_qna.json",
+    beaf.SOURCE,
+    _beaf,
+    lambda answers, asked, scorer: {"questions": beaf.score(answers, asked, scorer)},
+    lambda question: question.before,  # with all of the edited copies
+)
+Reefknot = Listed(
+    "of Visual Genome; the questions are on github.com/JackChen-seu/Reefknot in Dataset/",
+    reefknot.SOURCE,
+    _reefknot,
+    reefknot.score,
+)

@@ -78,7 +78,7 @@ def load_image(sample: Sample) -> Image.Image:
     try:
         with Image.open(sample.image) as image:
             return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError) as error:
+    except Exception as error:  # decoders raise what they like, and one broken image must not end a run
         raise VlmFixError(
             f"{sample.image} cannot be read as an image ({type(error).__name__}): replace the file or leave its id out "
             "with --ids."

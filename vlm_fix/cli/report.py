@@ -47,7 +47,10 @@ def run(args: argparse.Namespace) -> None:
         print(args.markdown)
     for place, make in ((args.csv, export.csv_text), (args.latex, export.latex)):
         if place:
-            write_atomic(Path(place), make(page.read(args.folders)))
+            found = page.read(args.folders)
+            with page.shown(found[0][0]):
+                text = make(found)
+            write_atomic(Path(place), text)
             print(place)
     if out:
         write_atomic(Path(out), page.page(args.folders, 6 if args.samples is None else args.samples))

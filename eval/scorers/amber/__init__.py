@@ -19,6 +19,7 @@ from vlm_fix.eval.scorers.benchmark import (
     Mark,
     Overall,
     YesNo,
+    figures_of,
     plain_caption,
     scorer_option,
     variant_option,
@@ -31,19 +32,12 @@ from . import data as files
 from . import official, score
 
 
-def score_files(
-    answers: str,
-    scorer: Scorer = "official",
-    variant: Variant | None = None,
-    answer_key: str | None = None,
-    id_key: str | None = None,
-    tell: Tell = str,
-) -> dict[str, Any]:
-    """Score an answer file, by part; for the official scorer also in the form that its script prints."""
-    found = _scored(answers, scorer, variant, Keys(answer_key, id_key), tell)
-    figures: dict[str, Any] = {part: result.to_dict() for part, result in found.items()}
-    if scorer == "official":
-        for part, result in found.items():
+def shown(results: Mapping[str, Mapping[str, Result]]) -> dict[str, Any]:
+    """Return the figures of each part; those of the official scorer also as its script prints them."""
+    found = {part: result for parts in results.values() for part, result in parts.items()}
+    figures: dict[str, Any] = figures_of(results)
+    for part, result in found.items():
+        if result.scorer.partition(",")[0] == "official":
             figures[part]["printed"] = official.printed(result, 0.001 if part == "existence" else 0.0001)
     if {"captions", "questions"} <= found.keys():
         figures["amber_score"] = score.amber_score(found)
@@ -74,17 +68,12 @@ def results(
     tell: Tell = str,
 ) -> dict[str, dict[str, Any]]:
     """Score an answer file, by task and part."""
-    found = _scored(answers, scorer, variant, Keys(answer_key, id_key), tell)
+    found = official.score_file(answers, scorer, variant or "nltk", Keys(answer_key, id_key), tell)
+    if variant and "captions" not in found:
+        raise VlmFixError(f"--variant has no effect on {answers}, of which no captions are scored: leave it out.")
     captions = {part: result for part, result in found.items() if part == "captions"}
     asked = {part: result for part, result in found.items() if part != "captions"}
     return {task: parts for task, parts in (("amber", captions), ("amber-qa", asked)) if parts}
-
-
-def _scored(answers: str, scorer: Scorer, variant: Variant | None, keys: Keys, tell: Tell) -> dict[str, Result]:
-    found = official.score_file(answers, scorer, variant or "nltk", keys, tell)
-    if variant and "captions" not in found:
-        raise VlmFixError(f"--variant has no effect on {answers}, of which no captions are scored: leave it out.")
-    return found
 
 
 @cache
@@ -104,8 +93,8 @@ BENCHMARK = Benchmark(
         variant_option("how nouns are found in captions (nltk)"),
         *KEYS,
     ),
-    score_files=score_files,
     results=results,
+    shown=shown,
     layouts={
         "amber": Layout(
             columns={"chair": "CHAIR", "cover": "cover", "hal": "Hal", "cog": "Cog", "score": "AMBER score"},

@@ -14,7 +14,7 @@ from . import data as files
 from . import score, words
 
 
-def score_files(
+def results(
     captions: str,
     variant: Variant | None = None,
     drop_incomplete: bool = False,
@@ -22,15 +22,14 @@ def score_files(
     answer_key: str | None = None,
     id_key: str | None = None,
     tell: Tell = str,
-    by_image: bool = False,
-) -> score.ChairResult:
-    """Score a caption file, in its own order or in that of the images' ids."""
+) -> dict[str, dict[str, score.ChairResult]]:
+    """Score a caption file, in the order of the images' ids."""
     variant = variant or "nltk"
     truth = files.ground_truth(ground_truth or "coco", variant)
     found = files.load_captions(captions, Keys(answer_key, id_key), tell)
     if drop_incomplete:
         found = [caption._replace(text=files.whole_sentences(caption.text)) for caption in found]
-    return score.score(sorted(found, key=lambda c: c.image_id) if by_image else found, truth, variant)
+    return {"chair": {"captions": score.score(sorted(found, key=lambda c: c.image_id), truth, variant)}}
 
 
 def _caption(settings: Mapping[str, Any], data: Mapping[str, Any]) -> str:
@@ -72,8 +71,8 @@ BENCHMARK = Benchmark(
         ),
         *KEYS,
     ),
-    score_files=score_files,
-    results=lambda **given: {"chair": {"captions": score_files(**given, by_image=True)}},
+    results=results,
+    shown=lambda found: found["chair"]["captions"],
     answers="captions",
     layouts={
         "chair": Layout(

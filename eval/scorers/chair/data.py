@@ -72,8 +72,11 @@ def ground_truth(source: str | Path = "coco", variant: Variant = "nltk") -> dict
     one_of(variant, Variant, "variant")
     path = DATA / f"chair/gt_objects_{variant}_trainval2014.json.gz" if source == "coco" else source
     try:
-        return {int(image): frozenset(nodes) for image, nodes in json.loads(read_text(path, "ground truth")).items()}
-    except (ValueError, AttributeError, TypeError) as error:
+        found = json.loads(read_text(path, "ground truth"))
+        if not all(isinstance(nodes, list) for nodes in found.values()):
+            raise TypeError("a text would be read as its letters")
+        return {int(image): frozenset(nodes) for image, nodes in found.items()}
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
         if isinstance(error, VlmFixError):
             raise
         raise VlmFixError(f'The ground truth {path} is not of the form {{"image id": ["object", ...]}}.') from None

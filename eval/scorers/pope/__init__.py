@@ -19,6 +19,7 @@ from vlm_fix.eval.scorers.benchmark import (
     Gain,
     Layout,
     YesNo,
+    figures_of,
     labels_option,
     scorer_option,
 )
@@ -26,37 +27,6 @@ from vlm_fix.eval.scorers.choices import Labels, Scorer, one_of
 from vlm_fix.eval.stats import column_sums
 
 from . import data, files, repope, score
-
-
-def score_files(
-    answers: str,
-    questions: str | None = None,
-    scorer: Scorer = "official",
-    labels: Labels = "both",
-    answer_key: str | None = None,
-    id_key: str | None = None,
-    tell: Tell = str,
-) -> score.PopeResult | dict[str, Any]:
-    """Score an answer file: one split, with RePOPE's result in `repope`, or the parts of a file with several.
-
-    `mean` is the mean over splits, as in LLaVA's paper, `overall` the figures of all answers, as VLMEvalKit prints them.
-    """
-    found = results(answers, questions, scorer, labels, answer_key, id_key, tell)["pope"]
-    plain = [split for split in found if split not in repope.PARTS]
-    if len(plain) == 1:
-        beside = [found[split] for split in found if split in repope.PARTS]
-        return dataclasses.replace(found[plain[0]], repope=beside[0] if beside else None)
-    parts: dict[str, Any] = {split: result.to_dict() for split, result in found.items()}
-    for end, mine in (("", plain), (" RePOPE", [split for split in found if split in repope.PARTS])):
-        if mine:
-            n = sum(found[split].n for split in mine)
-            mean = {metric: fmean(getattr(found[split], metric) for split in mine) for metric in score.METRICS}
-            sums = column_sums(
-                [row for split in mine for row in found[split].rows], ["n", "tp", "fp", "tn", "fn", "yes"]
-            )
-            overall = {name: float(metric(sums)) for name, metric in score.METRICS.items()}
-            parts |= {f"mean{end}": {"n": n, **mean}, f"overall{end}": {"n": n, **overall}}
-    return parts
 
 
 def results(
@@ -93,6 +63,29 @@ def results(
             result = dataclasses.replace(score.score(checked, mine, scorer), labels="repope")
             found[split if labels == "repope" else f"{kind} RePOPE"] = result
     return {"pope": found}
+
+
+def shown(results: Mapping[str, Mapping[str, score.PopeResult]]) -> score.PopeResult | dict[str, Any]:
+    """Return the result of one split, with RePOPE's in `repope`, or the figures of the parts of a file with several.
+
+    `mean` is the mean over splits, as in LLaVA's paper, `overall` the figures of all answers, as VLMEvalKit prints them.
+    """
+    found = results["pope"]
+    plain = [split for split in found if split not in repope.PARTS]
+    if len(plain) == 1:
+        beside = [found[split] for split in found if split in repope.PARTS]
+        return dataclasses.replace(found[plain[0]], repope=beside[0] if beside else None)
+    parts: dict[str, Any] = figures_of(results)
+    for end, mine in (("", plain), (" RePOPE", [split for split in found if split in repope.PARTS])):
+        if mine:
+            n = sum(found[split].n for split in mine)
+            mean = {metric: fmean(getattr(found[split], metric) for split in mine) for metric in score.METRICS}
+            sums = column_sums(
+                [row for split in mine for row in found[split].rows], ["n", "tp", "fp", "tn", "fn", "yes"]
+            )
+            overall = {name: float(metric(sums)) for name, metric in score.METRICS.items()}
+            parts |= {f"mean{end}": {"n": n, **mean}, f"overall{end}": {"n": n, **overall}}
+    return parts
 
 
 def _matched(questions: str | None, given: Answers, labels: Labels) -> tuple[dict[str, Any], str, Labels]:
@@ -141,8 +134,8 @@ BENCHMARK = Benchmark(
         labels_option(),
         *KEYS,
     ),
-    score_files=score_files,
     results=results,
+    shown=shown,
     layouts={
         "pope": Layout(
             columns={"accuracy": "accuracy", **YES_NO_COLUMNS},

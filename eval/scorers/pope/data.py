@@ -47,7 +47,12 @@ def load_questions(path: str | Path) -> list[Question]:
         label = str(row["label"]).strip().lower()
         if label not in ("yes", "no"):
             raise VlmFixError(f'{path}, row {number}: label {row["label"]!r} is neither "yes" nor "no".')
-        questions.append(Question(_id(row["question_id"]), row["image"], row["text"], label))
+        texts = [row["image"], row["text"]]
+        if not all(isinstance(text, str) for text in texts) or id_text(row["question_id"]) is None:
+            raise VlmFixError(
+                f"{path}, row {number}: image and text must be texts, and question_id a number or a text."
+            )
+        questions.append(Question(_id(row["question_id"]), *texts, label))
     return questions
 
 

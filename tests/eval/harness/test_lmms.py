@@ -26,7 +26,7 @@ from vlm_fix.errors import VlmFixError
 from vlm_fix.eval.harness import inside as harness
 from vlm_fix.eval.harness import lmms, vlmevalkit
 from vlm_fix.eval.scorers.pope import score as pope
-from vlm_fix.eval.scorers.pope import score_files
+from vlm_fix.eval.scorers.registry import BENCHMARKS
 
 needs_lmms = pytest.mark.skipif(
     importlib.util.find_spec("lmms_eval") is None, reason="lmms-eval is not installed: make test-lmms"
@@ -208,7 +208,7 @@ def test_lmms_eval_agrees_with_the_eval_command(tmp_path):
         for row in rows:
             key = (Path(row["input_media"][0]).stem, row["input"])
             assert row["filtered_resps"].strip() == answers[METHOD, *key]
-        scored = score_files(str(samples))  # its own file, by `vlm-fix score`
+        scored = BENCHMARKS["pope"].score_files(str(samples))  # its own file, by `vlm-fix score`
         assert scored.n == 36 and scored.accuracy == figures["accuracy"] and scored.f1 == figures["f1"]
 
 

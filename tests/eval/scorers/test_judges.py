@@ -116,3 +116,11 @@ def test_the_folder_of_the_file_is_made(tmp_path):
     answers = lines(tmp_path / "a", [{"id": "v1_7", "response": "A cat."}])
     assert run("mm-vet", answers, tmp_path / "new" / "folder" / "v.json") == 0
     assert json.loads((tmp_path / "new" / "folder" / "v.json").read_text()) == {"v1_7": "A cat."}
+
+
+def test_a_caption_that_failed_is_no_empty_one_for_the_judge(tmp_path, capsys):
+    rows = [{"image_id": i, "question": "Describe it.", "text": None if i == 2 else "A dog."} for i in (1, 2, 3)]
+    command = ["export", "objhal", lines(tmp_path / "a", rows), "--out", str(tmp_path / "out")]
+    assert cli.main(command) == 0
+    assert [json.loads(line)["image_id"] for line in (tmp_path / "out").read_text().splitlines()] == [1, 3]
+    assert "1 of them null, which are left out" in capsys.readouterr().err
