@@ -22,6 +22,7 @@ STEPS = 4
 CAKE = (
     f"layercake:punctuation={'|'.join(map(str, range(3, 40)))},concepts={'|'.join(map(str, range(40, 60)))},beta=0.01"
 )
+CROPS = "crops:decay=0.1,beta=0.01,gate=1"
 RITUAL = "ritual:mean=0.5|0.4|0.6,std=0.3|0.3|0.2,beta=0.01"
 SPECS = [
     "vcd:beta=0.01",
@@ -33,10 +34,12 @@ SPECS = [
     "iava:tokens=21|22|23,beta=0.01",
     "avisc:beta=0.01",
     RITUAL,
+    CROPS,
     "causalmm:beta=0.01",
     CAKE,
 ]
-MORE = ["sid:keep=5,layers=3,refresh=false,alpha=2", "sid:keep=5,refresh=false",
+MORE = ["crops:alpha=0,decay=0.5,text_low=3,text_more=4,text_rate=0.3,beta=0,gate=1", "crops:decay=0,keep=5,gate=0.99",
+        "crops:text_low=40,decay=0.2,gate=1","sid:keep=5,layers=3,refresh=false,alpha=2", "sid:keep=5,refresh=false",
         "decore:head_list=0.1|3.1,normalised=true,cap=0.5,beta=0.1",
         "avisc:coverage=1,lam=-0.3,alpha=2.5,beta=0",
         "iava:tokens=21|22,coverage=1,high=0.2,drop=-5,beta=0", "causalmm:vision=reversed,language=none",

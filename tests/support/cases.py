@@ -295,6 +295,7 @@ CASES = {
         # contrasts
         edit("avisc:beta=0.01", neutral=("avisc:alpha=0",)),
         edit("causalmm:beta=0.01", neutral=("causalmm:gamma=0", "causalmm:vision=none,language=none")),
+        edit("crops:decay=0.1,beta=0.01,gate=1", neutral=("crops:alpha=0,decay=0",)),
         edit("decore:head_list=1.0|1.3|2.2|3.1", neutral=("decore:alpha=0,head_list=1.0",)),
         edit("iava:tokens=21|22|23,beta=0.01", neutral=("iava:alpha=0",)),
         edit("icd:tokens=11|12|13,beta=0.01", neutral=("icd:alpha=0",)),
