@@ -69,12 +69,11 @@ def _tokenized(path: str, text: str) -> tuple[int, ...]:
     return tuple(tokenizer(f"\n{text.strip()}\n", add_special_tokens=False)["input_ids"])
 
 
-def after_image(call: Call, tokens: tuple[int, ...]) -> dict[str, torch.Tensor]:
-    """The call's inputs with `tokens` after each row's last image (and its end marker), padded on the left."""
+def after_image(call: Call, *tokens: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    """The call's inputs with `tokens`, or each row's own, after its last image (and its end marker), padded on the left."""
     ids, config = call.inputs["input_ids"], call.model.config
     images = torch.isin(ids, torch.tensor(image_token_ids(call.model, call.family), device=ids.device))
-    new = torch.tensor(tokens, device=ids.device)
-    values = {"input_ids": new, "attention_mask": torch.ones_like(new)}
+    own = tokens if len(tokens) > 1 else tokens * len(ids)
     inputs = dict(call.inputs)
     for key in by_token(inputs):
         rows = []
@@ -83,7 +82,9 @@ def after_image(call: Call, tokens: tuple[int, ...]) -> dict[str, torch.Tensor]:
             at = int(where[-1]) + 1 if len(where) else 0
             if len(where) and at < len(row) and ids[i, at] == getattr(config, "vision_end_token_id", -1):
                 at += 1
-            fill = values.get(key, torch.zeros_like(new)) if len(where) else torch.zeros_like(new)
-            rows.append(torch.cat([row[:at], fill.to(row.dtype), row[at:]]))
-        inputs[key] = torch.stack(rows)
+            values = {"input_ids": own[i], "attention_mask": (1,) * len(own[i])}
+            new = row.new_tensor(values.get(key, (0,) * len(own[i])) if len(where) else ())
+            rows.append(torch.cat([row[:at], new, row[at:]]))
+        width = max(map(len, rows))
+        inputs[key] = torch.stack([torch.nn.functional.pad(row, (width - len(row), 0)) for row in rows])
     return inputs

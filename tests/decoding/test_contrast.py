@@ -15,6 +15,7 @@ from tests.support.references import base as ref
 from tests.support.references.contrast import distribution
 from tests.support.references.decoding import second_prompt
 from tests.support.run import VAR_TINY, Streamed, error, greedy
+from tests.support.tensors import OBJECTS
 from vlm_fix.families.compat import cache_of
 from vlm_fix.registry import parse_spec
 
@@ -22,6 +23,7 @@ STEPS = 4
 CAKE = (
     f"layercake:punctuation={'|'.join(map(str, range(3, 40)))},concepts={'|'.join(map(str, range(40, 60)))},beta=0.01"
 )
+MARINE = f"marine:objects={OBJECTS}"
 CROPS = "crops:decay=0.1,beta=0.01,gate=1"
 RITUAL = "ritual:mean=0.5|0.4|0.6,std=0.3|0.3|0.2,beta=0.01"
 SPECS = [
@@ -35,6 +37,7 @@ SPECS = [
     "avisc:beta=0.01",
     RITUAL,
     CROPS,
+    MARINE,
     "causalmm:beta=0.01",
     CAKE,
 ]
@@ -149,7 +152,7 @@ def test_joined_steps_equal_separate_ones(family, model, spec, monkeypatch):
     ("spec", "passes", "rows"),
     [("icd:tokens=11|12|13", 1, "tail"), ("decore:head_list=1.0|3.1", 1, "last"), ("sid", 1, "last"),
      ("iava:tokens=21|22", 1, "all"), ("avisc", 1, "all"), ("causalmm", 1, "all"), ("m3id", 1, "tail"), ("vcd", 2, "all"),
-     (RITUAL, 2, "all")],
+     (RITUAL, 2, "all"), (MARINE, 1, "tail")],
 )  # fmt: skip
 def test_branches_share_layers_and_columns_up_to_their_change(family, model, spec, passes, rows):
     """The vision tower runs once per distinct image; columns before the prompts part are not computed again."""
@@ -169,6 +172,7 @@ def test_branches_share_layers_and_columns_up_to_their_change(family, model, spe
     after = whole - max(i for i, t in enumerate(ids) if t == IMAGE) - 1
     before = ids.index(IMAGE)
     expected = {
+        "marine": after - (family != "llava") + 3,
         "icd": after - (family != "llava") + 3,
         "decore": 1,
         "sid": 1,

@@ -13,7 +13,7 @@ from tests.support.references import attention as edits
 from tests.support.references import base as ref
 from tests.support.references import hidden
 from tests.support.run import VAR_TINY
-from tests.support.tensors import DIRECTIONS, SUBSPACE, VTI
+from tests.support.tensors import DIRECTIONS, OBJECTS, SUBSPACE, VTI
 
 MODES = ("cache_implementation", "prefill_chunk_size", "prompt_lookup_num_tokens")
 
@@ -302,6 +302,7 @@ CASES = {
         edit(f"layercake:punctuation={MARKS},concepts={THINGS},beta=0.01", neutral=("layercake:alpha=0",)),
         edit("m3id:decay=0.3,beta=0.01", neutral=("m3id:decay=0",)),
         edit("ritual:mean=0.5|0.4|0.6,std=0.3|0.3|0.2,beta=0.01", neutral=("ritual:alpha=0",)),
+        edit(f"marine:objects={OBJECTS}", neutral=("marine:gamma=0",)),
         edit("sid:beta=0.01", neutral=("sid:alpha=0",)),
         edit("vcd:beta=0.01", neutral=("vcd:alpha=0",)),
         edit("yes_bias:tokens=11|12|13", neutral=("yes_bias:alpha=0",)),

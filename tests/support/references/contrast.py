@@ -241,8 +241,8 @@ def branches(model, twin, spec, inputs, answer):
     elif method.name == "ritual":  # its transforms have loops of their own, in test_ritual.py
         call = vlm_fix.session.Call(model, vlm_fix.families.family_of(model), inputs)
         others.append(ref.teacher_forced(twin, None, method.negative(call), answer))
-    elif method.name in ("pai", "m3id", "icd"):
-        prompt = second_prompt("icd" if method.name == "icd" else "m3id", inputs)
+    elif method.name in ("pai", "m3id", "icd", "marine"):
+        prompt = second_prompt("icd" if method.name in ("icd", "marine") else "m3id", inputs)
         others.append(ref.teacher_forced(twin, None, prompt, answer))
     elif method.name == "sid":
         first = int(str(method.layers or 2).rstrip("-"))
@@ -302,6 +302,8 @@ def contrasted(method, step, main, others):
     z = main + sum(weight * (main - other) for other in others)
     if method.name == "ritual":
         z = main + weight * others[0]
+    if method.name == "marine":
+        return gated(method, main, main + method.gamma * (others[0] - main))
     z = z.masked_fill(torch.tensor([float(v) < method.beta * float(p.max()) for v in p]), -math.inf)
     return gated(method, main, z)
 
