@@ -69,12 +69,11 @@ def _tokenized(path: str, text: str) -> tuple[int, ...]:
     return tuple(tokenizer(f"\n{text.strip()}\n", add_special_tokens=False)["input_ids"])
 
 
-def after_image(call: Call, tokens: tuple[int, ...]) -> dict[str, torch.Tensor]:
-    """The call's inputs with `tokens` after each row's last image (and its end marker), padded on the left."""
+def after_image(call: Call, *tokens: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    """The call's inputs with `tokens`, or each row's own, after its last image (and its end marker), padded on the left."""
     ids, config = call.inputs["input_ids"], call.model.config
     images = torch.isin(ids, torch.tensor(image_token_ids(call.model, call.family), device=ids.device))
-    new = torch.tensor(tokens, device=ids.device)
-    values = {"input_ids": new, "attention_mask": torch.ones_like(new)}
+    own = tokens if len(tokens) > 1 else tokens * len(ids)
     inputs = dict(call.inputs)
     for key in [*by_token(inputs), *({"cross_attention_mask"} & inputs.keys())]:
         rows = []
@@ -83,9 +82,14 @@ def after_image(call: Call, tokens: tuple[int, ...]) -> dict[str, torch.Tensor]:
             at = int(where[-1]) + 1 if len(where) else 0
             if len(where) and at < len(row) and ids[i, at] == getattr(config, "vision_end_token_id", -1):
                 at += 1
-            fill = values.get(key, torch.zeros_like(new)) if len(where) else torch.zeros_like(new)
+            values = {"input_ids": own[i], "attention_mask": (1,) * len(own[i])}
+            more = len(own[i]) if len(where) else 0
             if row.dim() > 1:  # new tokens see the tiles that the token before them sees
-                fill = row[at - 1 : at].expand(len(new), -1, -1) * bool(len(where))
-            rows.append(torch.cat([row[:at], fill.to(row.dtype), row[at:]]))
+                new = row[at - 1 : at].expand(more, -1, -1)
+            else:
+                new = row.new_tensor(values.get(key, (0,) * more) if more else ())
+            rows.append(torch.cat([row[:at], new, row[at:]]))
+        width = max(map(len, rows))
+        rows = [torch.nn.functional.pad(row, (0, 0) * (row.dim() - 1) + (width - len(row), 0)) for row in rows]
         inputs[key] = torch.stack(rows)
     return inputs

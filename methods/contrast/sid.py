@@ -64,7 +64,7 @@ class SID(ColumnMasker, Contrast):
         before = [i for i in arch.attention if i < method.layers[0]]
         if not before:
             raise VlmFixError(
-                f"sid: layer {method.layers[0]} has no layer before it to rank the image tokens; begin with "
+                f"{self.name}: layer {method.layers[0]} has no layer before it to rank the image tokens; begin with "
                 f"layers={arch.attention[0] + 1}-."
             )
         return dataclasses.replace(method, layers=(before[-1], *method.layers))
@@ -93,7 +93,7 @@ class SID(ColumnMasker, Contrast):
                 past = max(0, session.types.shape[1] - visual.shape[1])  # what a sliding window has left behind
                 a = weights_from(session.length - (stop - start)).mean(dim=1)
                 for i, t in enumerate(new):
-                    masked[t] = pad(self.dropped(a[:, i], visual), (past, 0))
+                    masked[t] = pad(self.hidden(a[:, i], visual, t, rows), (past, 0))
             return None
         if session is not session.whole and self.drops(session):  # they are gone
             return None
@@ -110,18 +110,25 @@ class SID(ColumnMasker, Contrast):
     def stays(self, session: Session) -> torch.Tensor | None:
         return ~session.memory(self, SIDMemory).masked[-1] if self.drops(session) else None
 
+    def hidden(self, scores: torch.Tensor, visual: torch.Tensor, t: int, rows: Rows) -> torch.Tensor:
+        """The columns [B, K] that the row of token t (-1: the prompt's last) masks, by its head means `scores` [B, K]."""
+        return self.dropped(scores, visual)
+
     def dropped(self, scores: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
         """Scores and image columns [B, K] -> [B, K] True for image columns that are masked; ties keep the lower index."""
         count = visual.sum(dim=1, keepdim=True)
         keep = (self.keep * count).round().clamp(min=1) if self.keep <= 1 else count.clamp(max=int(self.keep))
-        order = scores.masked_fill(~visual, torch.inf).argsort(dim=1, stable=True)
-        rank = torch.empty_like(order).scatter_(
-            1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
-        )
-        return visual & (rank >= keep)
+        return beyond(scores, visual, keep)
 
     def negative(self, call: Call) -> dict[str, torch.Tensor]:
         return call.inputs
 
     def combine(self, l: torch.Tensor, l_neg: torch.Tensor) -> torch.Tensor:
         return plausible((1 + self.alpha) * l - self.alpha * l_neg, l, self.beta)
+
+
+def beyond(scores: torch.Tensor, of: torch.Tensor, keep: torch.Tensor | int) -> torch.Tensor:
+    """[B, K] True for the columns `of` but the `keep` lowest-scored; ties keep the lower index."""
+    order = scores.masked_fill(~of, torch.inf).argsort(dim=1, stable=True)
+    at = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    return of & (torch.empty_like(order).scatter_(1, order, at) >= keep)

@@ -15,6 +15,7 @@ from tests.support.references import base as ref
 from tests.support.references.contrast import distribution
 from tests.support.references.decoding import second_prompt
 from tests.support.run import VAR_TINY, Streamed, error, greedy
+from tests.support.tensors import OBJECTS
 from vlm_fix.families.compat import cache_of
 from vlm_fix.registry import parse_spec
 
@@ -22,6 +23,8 @@ STEPS = 4
 CAKE = (
     f"layercake:punctuation={'|'.join(map(str, range(3, 40)))},concepts={'|'.join(map(str, range(40, 60)))},beta=0.01"
 )
+MARINE = f"marine:objects={OBJECTS}"
+CROPS = "crops:decay=0.1,beta=0.01,gate=1"
 RITUAL = "ritual:mean=0.5|0.4|0.6,std=0.3|0.3|0.2,beta=0.01"
 SPECS = [
     "vcd:beta=0.01",
@@ -33,10 +36,13 @@ SPECS = [
     "iava:tokens=21|22|23,beta=0.01",
     "avisc:beta=0.01",
     RITUAL,
+    CROPS,
+    MARINE,
     "causalmm:beta=0.01",
     CAKE,
 ]
-MORE = ["sid:keep=5,layers=3,refresh=false,alpha=2", "sid:keep=5,refresh=false",
+MORE = ["crops:alpha=0,decay=0.5,text_low=3,text_more=4,text_rate=0.3,beta=0,gate=1", "crops:decay=0,keep=5,gate=0.99",
+        "crops:text_low=40,decay=0.2,gate=1","sid:keep=5,layers=3,refresh=false,alpha=2", "sid:keep=5,refresh=false",
         "decore:head_list=0.1|3.1,normalised=true,cap=0.5,beta=0.1",
         "avisc:coverage=1,lam=-0.3,alpha=2.5,beta=0",
         "iava:tokens=21|22,coverage=1,high=0.2,drop=-5,beta=0", "causalmm:vision=reversed,language=none",
@@ -146,7 +152,7 @@ def test_joined_steps_equal_separate_ones(family, model, spec, monkeypatch):
     ("spec", "passes", "rows"),
     [("icd:tokens=11|12|13", 1, "tail"), ("decore:head_list=1.0|3.1", 1, "last"), ("sid", 1, "last"),
      ("iava:tokens=21|22", 1, "all"), ("avisc", 1, "all"), ("causalmm", 1, "all"), ("m3id", 1, "tail"), ("vcd", 2, "all"),
-     (RITUAL, 2, "all")],
+     (RITUAL, 2, "all"), (MARINE, 1, "tail")],
 )  # fmt: skip
 def test_branches_share_layers_and_columns_up_to_their_change(family, model, spec, passes, rows):
     """The vision tower runs once per distinct image; columns before the prompts part are not computed again."""
@@ -166,6 +172,7 @@ def test_branches_share_layers_and_columns_up_to_their_change(family, model, spe
     after = whole - max(i for i, t in enumerate(ids) if t == IMAGE) - 1
     before = ids.index(IMAGE)
     expected = {
+        "marine": after - (family != "llava") + 3,
         "icd": after - (family != "llava") + 3,
         "decore": 1,
         "sid": 1,

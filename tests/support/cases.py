@@ -13,7 +13,7 @@ from tests.support.references import attention as edits
 from tests.support.references import base as ref
 from tests.support.references import hidden
 from tests.support.run import VAR_TINY
-from tests.support.tensors import DIRECTIONS, SUBSPACE, VTI
+from tests.support.tensors import DIRECTIONS, OBJECTS, SUBSPACE, VTI
 
 MODES = ("cache_implementation", "prefill_chunk_size", "prompt_lookup_num_tokens")
 
@@ -296,12 +296,14 @@ CASES = {
         edit("attention_buckets:bases=0.02|30", neutral=("attention_buckets:bases=1|1",)),
         edit("avisc:beta=0.01", neutral=("avisc:alpha=0",)),
         edit("causalmm:beta=0.01", neutral=("causalmm:gamma=0", "causalmm:vision=none,language=none")),
+        edit("crops:decay=0.1,beta=0.01,gate=1", neutral=("crops:alpha=0,decay=0",)),
         edit("decore:head_list=1.0|1.3|2.2|3.1", neutral=("decore:alpha=0,head_list=1.0",)),
         edit("iava:tokens=21|22|23,beta=0.01", neutral=("iava:alpha=0",)),
         edit("icd:tokens=11|12|13,beta=0.01", neutral=("icd:alpha=0",)),
         edit(f"layercake:punctuation={MARKS},concepts={THINGS},beta=0.01", neutral=("layercake:alpha=0",)),
         edit("m3id:decay=0.3,beta=0.01", neutral=("m3id:decay=0",)),
         edit("ritual:mean=0.5|0.4|0.6,std=0.3|0.3|0.2,beta=0.01", neutral=("ritual:alpha=0",)),
+        edit(f"marine:objects={OBJECTS}", neutral=("marine:gamma=0",)),
         edit("sid:beta=0.01", neutral=("sid:alpha=0",)),
         edit("vcd:beta=0.01", neutral=("vcd:alpha=0",)),
         edit("yes_bias:tokens=11|12|13", neutral=("yes_bias:alpha=0",)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from pathlib import Path
@@ -48,3 +49,14 @@ def vti() -> dict[str, torch.Tensor]:
 
 DIRECTIONS = written("directions.safetensors", {f"direction.{i}": drawn(200 + i, CHANNELS) for i in range(DEPTH)})
 VTI = written("vti.safetensors", vti())
+
+
+def objects() -> Path:
+    """MARINE's file: token ids for every image."""
+    part = FOLDER / f"objects.json.{os.getpid()}"
+    part.write_text(json.dumps({"*": [11, 12, 13]}))
+    part.replace(FOLDER / "objects.json")
+    return FOLDER / "objects.json"
+
+
+OBJECTS = objects()

@@ -62,21 +62,33 @@ def fingerprints(call: Call) -> list[int]:
     """A checksum of each prompt: its images' pixels and its tokens without padding."""
     ids, mask = call.inputs["input_ids"], call.inputs["attention_mask"].bool()
     sums = [zlib.crc32(row[keep].cpu().numpy().tobytes()) for row, keep in zip(ids, mask, strict=True)]
-    pixels = call.inputs.get("pixel_values")
+    for row, images in enumerate(images_of_rows(call)):
+        for image in images:
+            sums[row] = checksum(image, sums[row])
+    return sums
+
+
+def checksum(image: torch.Tensor, start: int = 0) -> int:
+    """Of an image's pixels as generate gets them."""
+    return zlib.crc32(image.detach().float().cpu().contiguous().numpy().tobytes(), start)
+
+
+def images_of_rows(call: Call) -> list[list[torch.Tensor]]:
+    """The pixels of each prompt's images, image by image (or tile by tile)."""
+    ids, pixels = call.inputs["input_ids"], call.inputs.get("pixel_values")
+    found: list[list[torch.Tensor]] = [[] for _ in ids]
     if pixels is None or not len(pixels):
-        return sums
+        return found
     if call.family.crosses:  # [rows, images, tiles, 3, H, W], blank where there is none
-        real = (row[(row != 0).flatten(-3).any(dim=-1)] for row in pixels.detach().float().cpu())
-        return [
-            zlib.crc32(x.numpy().tobytes(), before) if len(x) else before for x, before in zip(real, sums, strict=True)
-        ]
+        return [list(row[(row != 0).flatten(-3).any(dim=-1)]) for row in pixels.detach()]
     images, along = split_pixels(call.inputs, pixels)
     token = image_token_ids(call.model, call.family)[0]
-    ends = ((ids == token) & mask).sum(dim=1).cumsum(dim=0).cpu()  # an image has tokens in proportion to its pixels
+    shown = (ids == token) & call.inputs["attention_mask"].bool()
+    ends = shown.sum(dim=1).cumsum(dim=0).cpu()  # an image has tokens in proportion to its pixels
     share, start = float(ends[-1]) / sum(image.shape[along] for image in images), 0
     for image in images:
         row = int(torch.searchsorted(ends, (start + image.shape[along] / 2) * share, right=True))
-        if row < len(sums):
-            sums[row] = zlib.crc32(image.detach().float().cpu().contiguous().numpy().tobytes(), sums[row])
+        if row < len(found):
+            found[row].append(image)
         start += image.shape[along]
-    return sums
+    return found

@@ -40,6 +40,28 @@ class SidReference(ref.Reference):
 
 
 @dataclass
+class TextReference(SidReference):
+    """CRoPS's text branch: the least attended columns of all, how many by the row's own token."""
+
+    counts: object = None
+
+    def edited(self, row):
+        return True
+
+    def score(self, z, layer, head, row):
+        if layer < self.first:
+            return z
+        last = max(row, self.prompt_len - 1)
+        seen = sorted(range(last + 1), key=lambda j: (float(self.means[last][j]), j))
+        stay, z = seen[: self.counts(last - self.prompt_len + 2)], z.clone()
+        stay = stay if min(stay) <= row else [row]
+        for j in range(len(z)):
+            if j not in stay:
+                z[j] = -math.inf
+        return z
+
+
+@dataclass
 class DecoreReference(ref.Reference):
     heads: tuple = ()
 
@@ -219,13 +241,24 @@ def branches(model, twin, spec, inputs, answer):
     elif method.name == "ritual":  # its transforms have loops of their own, in test_ritual.py
         call = vlm_fix.session.Call(model, vlm_fix.families.family_of(model), inputs)
         others.append(ref.teacher_forced(twin, None, method.negative(call), answer))
-    elif method.name in ("pai", "m3id", "icd"):
-        prompt = second_prompt("icd" if method.name == "icd" else "m3id", inputs)
+    elif method.name in ("pai", "m3id", "icd", "marine"):
+        prompt = second_prompt("icd" if method.name in ("icd", "marine") else "m3id", inputs)
         others.append(ref.teacher_forced(twin, None, prompt, answer))
     elif method.name == "sid":
         first = int(str(method.layers or 2).rstrip("-"))
         run = SidReference(visual, n, [0, 1, 2, 3], keep=method.keep, refresh=method.refresh, first=first)
         others.append(ref.teacher_forced(twin, run, inputs, answer))
+    elif method.name == "crops":
+        if method.alpha:
+            run = SidReference(visual, n, [0, 1, 2, 3], keep=method.keep)
+            others.append(ref.teacher_forced(twin, run, inputs, answer))
+        if method.decay:
+            prompt = second_prompt("m3id", inputs)
+            run = TextReference([], prompt["input_ids"].shape[1], [0, 1, 2, 3])
+            run.counts = lambda t: math.floor(
+                method.text_low + method.text_more * (1 - math.exp(-method.text_rate * t))
+            )
+            others.append(ref.teacher_forced(twin, run, prompt, answer))
     elif method.name == "decore":
         heads = tuple(tuple(map(int, item.split("."))) for item in method.head_list)
         others.append(ref.teacher_forced(twin, DecoreReference(visual, n, [0, 1, 2, 3], heads=heads), inputs, answer))
@@ -264,11 +297,32 @@ def contrasted(method, step, main, others):
         entropy = -sum(float(v) * math.log(float(v)) for v in p if v > 0)
         weight = method.alpha * (entropy / math.log(len(p)) if method.normalised else entropy)
         weight = min(weight, math.inf if method.cap is None else method.cap)
+    if method.name == "crops":
+        return crops(method, step + 1, main, others)
     z = main + sum(weight * (main - other) for other in others)
     if method.name == "ritual":
         z = main + weight * others[0]
+    if method.name == "marine":
+        return gated(method, main, main + method.gamma * (others[0] - main))
     z = z.masked_fill(torch.tensor([float(v) < method.beta * float(p.max()) for v in p]), -math.inf)
     return gated(method, main, z)
+
+
+def crops(method, t, main, others):
+    """CRoPS's generalised contrast of log-probabilities [V], token by token, as its official sampler writes it."""
+    p = main.softmax(-1).tolist()
+    kept = [v for v in range(len(p)) if p[v] >= method.beta * max(p)]
+    total = sum(p[v] for v in kept)
+    if max(p) / total >= method.gate:
+        return main
+    others, z = [o.log_softmax(-1) for o in others], torch.full_like(main, -math.inf)
+    image, text = others[0] if method.alpha else None, others[-1] if method.decay else None
+    gamma = math.exp(-method.decay * t)
+    for v in kept:
+        own = math.log(p[v] / total)
+        z[v] = own + (0 if text is None else (1 - gamma) / gamma * (own - float(text[v])))
+        z[v] = z[v] if image is None else (1 + method.alpha) * z[v] - method.alpha * float(image[v])
+    return z
 
 
 def gated(method, main, z):
