@@ -11,9 +11,9 @@ import torch
 import vlm_fix
 from tests.support.models import make_inputs, single
 from tests.support.references import base as ref
+from tests.support.references import pruning_choices as more
 from tests.support.references.pruning_before import (
     divprune,
-    images_of,
     masked_logits,
     sensitivity,
     uniform_grid,
@@ -30,11 +30,24 @@ from vlm_fix.wing import engine_of
 # ---- slow choices: loops over Python floats -------------------------------------------------------------------------
 
 
-MERGES = {"vscan:windows=2,llm_keep=1": (vscan, 8), "visionzip:contextual=0.4": (visionzip, 5)}
+MERGES = {
+    "vscan:windows=2,llm_keep=1": (vscan, 8),
+    "visionzip:contextual=0.4": (visionzip, 5),
+    "prumerge:neighbours=3,spatial=0.5": (more.prumerge, 6),
+    "fastvid:context=0.6": (more.fastvid, 5),
+}
 CHOICES = {
     "divprune": divprune,
     "zoo_prune:directions=3,seed=4": zoo_prune,
     "uniform_grid": uniform_grid,
+    "cdpruner": more.cdpruner,
+    "cdpruner:theta=0.8,inverse=true": more.cdpruner,
+    "vispruner:important=0.4,step=3": more.vispruner,
+    "holov:crops=5,alpha=2": more.holov,
+    "scope:alpha=0.5": more.scope,
+    "flowcut:memory=0.3": more.flowcut,
+    "agilepruner:slope=0.08,erank_avg=9": more.agilepruner,
+    "agilepruner:slope=0.2,space=projected,tau_max=0.9": more.agilepruner,
 }
 EVERY = [*CHOICES, *MERGES, "random_tokens"]
 
@@ -50,7 +63,7 @@ def test_answer_equals_reference(family, model, spec):
     with vlm_fix.wrapped(model, full):
         tokens, logits, _ = greedy(model, inputs)
     twin, kept, offset = copy.deepcopy(model).double(), [], 0
-    for image in images_of(family, twin, inputs):
+    for image in more.described(family, twin, inputs):
         kept += [offset + i for i in CHOICES[spec](image, budget, vlm_fix.parse_spec(full))]
         offset += len(image["z"])
     expected = masked_logits(family, twin, inputs, kept, tokens[0], compact=family == "llava")
@@ -66,7 +79,7 @@ def test_merged_answer_equals_reference(family, model, spec):
         tokens, logits, _ = greedy(model, inputs)
         method = engine_of(model).wing(PruningWing).pruners.pruner
     twin, kept, offset = copy.deepcopy(model).double(), {}, 0
-    for image in images_of(family, twin, inputs):
+    for image in more.described(family, twin, inputs):
         kept |= {offset + i: z for i, z in reduce(image, budget, method).items()}
         offset += len(image["z"])
     compact = family == "llava"

@@ -21,7 +21,7 @@ from vlm_fix.wing import Host
 from .cache import SplitLayer
 from .columns import ImageColumns
 from .encoder import ImageTokens
-from .rows import Seen, attention_chunks, rows_attention
+from .rows import Seen, attention_chunks, keys_of, rows_attention
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class TokenPruner(Method, ABC):
     """Drops visual tokens before the language model."""
 
     kind: ClassVar[str] = "pruning"
+    reads_flow: ClassVar[bool] = False  # `select` needs `ImageTokens.flow` of its encoder layers
     keep: float | None = param(
         None, "visual tokens kept per image: a count (> 1) or a share in (0, 1]", above=0, counts=True
     )
@@ -39,6 +40,16 @@ class TokenPruner(Method, ABC):
     def encoder_layers(self, arch: Arch) -> tuple[int, ...]:
         """Vision layers whose attention column scores `select` needs."""
         return ()
+
+    @property
+    def asks(self) -> bool:
+        """True if the choice depends on the prompt's words: `ImageTokens.question` is then set."""
+        return False
+
+    @property
+    def exact(self) -> bool:
+        """True if as many tokens as `budget` says are kept of each image, whatever it shows."""
+        return True
 
     @abstractmethod
     def select(self, image: ImageTokens) -> torch.Tensor:
@@ -86,10 +97,14 @@ class Tokens:
     @property
     def question(self) -> torch.Tensor:
         """[B, n] True for the prompt's text after its last image."""
-        types, columns = self.session.types, torch.arange(self.images.shape[1])
-        after = columns[None] > torch.tensor(self.session.last_visual)[:, None]
-        after &= columns < self.session.prompt_len
-        return (after.to(types.device) & (types != PAD)).to(self.hidden.device)
+        return question_columns(self.session).to(self.hidden.device)
+
+    def keys(self) -> torch.Tensor:
+        """[B, Hkv, n, D] rotated keys of the layer before."""
+        seen = self.previous
+        if seen is None:
+            raise VlmFixError("no keys were computed before layer 0; drop tokens later.")
+        return (keys_of(seen) if seen.keys is None else seen.keys).to(self.hidden.device)
 
     def attention(self, rows: torch.Tensor | None = None, own: bool = False) -> torch.Tensor:
         """[B, n] attention from `rows` [B, n] (None: the last prompt token), mean over heads and rows.
@@ -142,6 +157,14 @@ class LayerPruner(Method):
         whole = tokens.session.whole.part(ImageColumns).images
         quota = functools.partial(self.quota, tokens.stage)
         return top_per_image(self.scores(tokens), tokens.images, whole, quota), tokens.hidden
+
+
+def question_columns(session: Session) -> torch.Tensor:
+    """[B, n] True for the prompt's text after its last image."""
+    types, columns = session.types, torch.arange(session.types.shape[1])
+    after = columns[None] > torch.tensor(session.last_visual)[:, None]
+    after &= columns < session.prompt_len
+    return after.to(types.device) & (types != PAD)
 
 
 def top_per_image(
