@@ -80,6 +80,8 @@ class AgilePruner(TokenPruner):
 
         @dataclass(frozen=True)
         class Probe(AgilePruner):
+            name: ClassVar[str] = "effective_rank"
+
             def select(self, image: ImageTokens) -> torch.Tensor:
                 found.append(float(effective_rank(self.of(image))))
                 return torch.arange(1)  # what is answered does not matter

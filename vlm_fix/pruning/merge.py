@@ -35,5 +35,6 @@ def means(x: torch.Tensor, home: torch.Tensor, count: int) -> tuple[torch.Tensor
     """[n, ...] rows that go to groups `home` [n] -> the groups' means [count, ...] in float32, 0 for none, and sizes [count]."""
     home = home.to(x.device)
     size = torch.bincount(home, minlength=count)
-    total = torch.zeros(count, x[0].numel(), device=x.device).index_add(0, home, x.float().flatten(1))
+    flat = x.float().reshape(len(x), x.shape[1:].numel())
+    total = torch.zeros(count, flat.shape[1], device=x.device).index_add(0, home, flat)
     return (total / size.clamp(min=1)[:, None]).view(count, *x.shape[1:]), size
