@@ -374,6 +374,7 @@ CASES = {
             neutral=("a_vl:keep=99,core=1,text_keep=1", "a_vl:keep=1,every=1,text_start=99"),
         ),
         pruner("expected_attention:keep=3", neutral=("expected_attention:keep=99",)),
+        pruner("kvcompose:keep=3", neutral=("kvcompose:keep=99", "kvcompose:keep=1.0")),
         pruner("knorm:keep=3", neutral=("knorm:keep=99", "knorm:keep=1.0")),
     )
 }

@@ -301,9 +301,25 @@ class CachePruner(Method):
         """True if what a step computes depends on the steps before it: rows then cannot change places, as beams do."""
         return False
 
+    @property
+    def together(self) -> bool:
+        """True if `choose` is asked once for all layers, when the last of them has read the prompt."""
+        return False
+
     def scores(self, cached: Cached) -> torch.Tensor:
         """[B, Hkv, n] or [B, 1, n] (the same choice in all heads); the highest of each image's columns are kept."""
         raise NotImplementedError
+
+    def choose(self, scores: dict[int, torch.Tensor], images: torch.Tensor) -> dict[int, torch.Tensor]:
+        """Scores of layers, images [B, n] as in `ImageColumns` -> by layer [B, Hkv or 1, n] True for image columns to keep.
+
+        In every head of a layer as many of a row.
+        """
+        quota = functools.partial(share_of, self.keep)
+        return {
+            i: torch.stack([top_per_image(s, images, images, quota) for s in layer.unbind(dim=1)], dim=1)
+            for i, layer in scores.items()
+        }
 
     def before_step(self, session: Session, i: int, layer: SplitLayer) -> None:
         """If it wanders: before layer i computes a step after the prompt."""

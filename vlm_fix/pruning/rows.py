@@ -43,6 +43,11 @@ def received(seen: Seen, rows: torch.Tensor, valid: torch.Tensor) -> torch.Tenso
     return torch.stack(parts).sum(dim=0)
 
 
+def strongest(seen: Seen, rows: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """[B, H, n] the largest causal softmax attention that columns get from chosen rows; as `received`."""
+    return torch.stack([a.amax(dim=2) for a in attention_chunks(*_chosen(seen, rows, valid))]).amax(dim=0)
+
+
 def _chosen(seen: Seen, rows: torch.Tensor, valid: torch.Tensor) -> tuple[Any, ...]:
     """What `attention_chunks` takes for chosen rows; the rows that a sample has less than others may look nowhere."""
     attn, x = seen.attn, seen.x

@@ -60,7 +60,9 @@ class ServedQwen(QwenVL):
             attn.apply_rotary_emb(x[None].contiguous(), given["rotary_pos_emb_cos"], given["rotary_pos_emb_sin"])[0]
             for x in (q, k)
         )
-        return self.seen(q, k, v if self.flows else None, given["cu_seqlens"], attn.hidden_size_per_attention_head**-0.5)
+        return self.seen(
+            q, k, v if self.flows else None, given["cu_seqlens"], attn.hidden_size_per_attention_head**-0.5
+        )
 
     def images(self, args: Any, kwargs: dict[str, Any], output: Any, seen: dict[int, Seen]) -> Iterator[ImageTokens]:
         given = dict(zip(("x", "grid_thw"), args, strict=False)) | kwargs
