@@ -70,7 +70,7 @@ class VisualTopK(WeightEdit):
 
     def chosen(self, weights: torch.Tensor, rows: Rows) -> torch.Tensor | None:
         """[B, R, K] True for the image columns that these rows see; None: all."""
-        if self.choosers is None:
+        if not isinstance(self.choosers, tuple):
             return self.vote(weights, rows)
         memory, width = rows.memory(Choice), rows.session.types.shape[1]
         layer, chunk = memory.asking if memory.asking[0] == rows.layer else (rows.layer, 0)

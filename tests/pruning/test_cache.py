@@ -48,6 +48,12 @@ class SlowCache(Slow):
         groups = z.shape[1] // len(kept)
         for h in range(z.shape[1]):
             z[0, h, prompt:, sorted(self.visual - set(kept[h // groups]))] = -torch.inf
+        if self.method.name == "razor":
+            for h in range(z.shape[1]):
+                group = range(h // groups * groups, (h // groups + 1) * groups)
+                for image in () if any((layer, other) in HEADS for other in group) else self.images:
+                    rest = image[: len(image) - quota(self.method.keep, len(image))]
+                    z[0, h, prompt:, rest] = (sum(z[0, h, prompt:, j] for j in rest) / len(rest))[:, None]
         if hasattr(self.method, "core"):
             self.wander(layer, z, kept[0])
         return z
@@ -192,7 +198,15 @@ def kvcompose(run, layer, keys, values):
     return kept
 
 
+def razor(run, layer, keys, values):
+    """Everything stays: `SlowCache.masked` then gives what is outside the window one score."""
+    return [sorted(run.visual)] * len(keys)
+
+
+HEADS = ((0, 1), (2, 3), (3, 0), (3, 2))
 SPECS = {
+    "razor:keep=3,head_list=0.1|2.3|3.0|3.2": razor,
+    "razor:keep=0.3,head_list=0.1|2.3|3.0|3.2,layers=0|2": razor,
     "kvcompose:keep=3": kvcompose,
     "kvcompose:keep=0.2,share=false,least=2,layers=1-3": kvcompose,
     "knorm:keep=3": knorm,
@@ -205,7 +219,13 @@ SPECS = {
     "a_vl:core=1,keep=6,text_start=3,text_every=1": a_vl,
     "a_vl:keep=0.5,core=0.2,every=3,text_keep=0.4,text_start=2,text_every=2,heavy=0.5": a_vl,
 }
-EVERY = ["knorm:keep=3", "kvcompose:keep=3", "expected_attention:keep=3", "a_vl:core=0.2,text_start=3,text_every=2"]
+EVERY = [
+    "knorm:keep=3",
+    "kvcompose:keep=3",
+    "razor:keep=3,head_list=1.0",
+    "expected_attention:keep=3",
+    "a_vl:core=0.2,text_start=3,text_every=2",
+]
 
 
 @pytest.mark.parametrize("spec", SPECS)

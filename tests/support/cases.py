@@ -375,6 +375,7 @@ CASES = {
         ),
         pruner("expected_attention:keep=3", neutral=("expected_attention:keep=99",)),
         pruner("kvcompose:keep=3", neutral=("kvcompose:keep=99", "kvcompose:keep=1.0")),
+        pruner("razor:head_list=1.0|2.3", neutral=("razor:head_list=1.0,keep=99", "razor:head_list=1.0,keep=1.0")),
         pruner("knorm:keep=3", neutral=("knorm:keep=99", "knorm:keep=1.0")),
     )
 }

@@ -18,7 +18,7 @@ from vlm_fix.method import Layers, Method, param, parse_layers
 from vlm_fix.session import PAD, Session, View
 from vlm_fix.wing import Host
 
-from .cache import SplitLayer
+from .cache import ShortLayer, SplitLayer
 from .columns import ImageColumns
 from .encoder import ImageTokens
 from .rows import Seen, attention_chunks, keys_of, rows_attention
@@ -289,6 +289,7 @@ class CachePruner(Method):
     kind: ClassVar[str] = "pruning"
     one_of: ClassVar[tuple[tuple[str, ...], ...]] = (("scores",),)
 
+    rewrites: ClassVar[bool] = False  # it changes keys and values in `rewrite`, whether or not any are dropped
     keep: float = param(0.5, "keys kept per image and layer: a count (> 1) or a share in (0, 1]", above=0, counts=True)
     layers: Layers = param(None, "language-model layers whose cache is pruned")
 
@@ -320,6 +321,9 @@ class CachePruner(Method):
             i: torch.stack([top_per_image(s, images, images, quota) for s in layer.unbind(dim=1)], dim=1)
             for i, layer in scores.items()
         }
+
+    def rewrite(self, cached: Cached, layer: ShortLayer, scores: torch.Tensor, images: torch.Tensor) -> None:
+        """If it `rewrites`: change what is left of the prompt in `layer`, of the scores [B, Hkv, n] and images [B, n]."""
 
     def before_step(self, session: Session, i: int, layer: SplitLayer) -> None:
         """If it wanders: before layer i computes a step after the prompt."""
