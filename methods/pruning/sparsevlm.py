@@ -11,7 +11,9 @@ from vlm_fix import param
 from vlm_fix.arch import Arch
 from vlm_fix.memory import Memory
 from vlm_fix.pruning.columns import ImageColumns
+from vlm_fix.pruning.diversity import peaks
 from vlm_fix.pruning.kinds import StagedPruner, Tokens, schedule, share_of
+from vlm_fix.pruning.merge import means
 
 
 @dataclass
@@ -94,13 +96,8 @@ class SparseVLM(StagedPruner):
 def cluster(x: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """[n, C] -> `count` centres by density peaks over the `count` nearest neighbours, and their clusters' means."""
     x = x.float()
-    distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist") / x.shape[1] ** 0.5
-    density = (-distance.topk(count, largest=False).values.square().mean(dim=-1)).exp()
-    index = torch.arange(len(x), device=x.device)
-    denser = (density[None] > density[:, None]) | ((density[None] == density[:, None]) & (index[None] < index[:, None]))
-    apart = torch.where(denser, distance, distance.max()).amin(dim=1)
-    centres = (apart * density).sort(descending=True, stable=True).indices[:count]
+    distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")
+    centres = peaks(x, count).sort(descending=True, stable=True).indices[:count]
     home = distance[:, centres].argmin(dim=1)
     home[centres] = torch.arange(count, device=x.device)
-    size = torch.bincount(home, minlength=count)[:, None]
-    return centres, torch.zeros(count, x.shape[1], device=x.device).index_add(0, home, x) / size
+    return centres, means(x, home, count)[0]

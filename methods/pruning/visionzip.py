@@ -10,7 +10,7 @@ import torch
 from vlm_fix import param
 from vlm_fix.arch import Arch
 from vlm_fix.pruning.encoder import ImageTokens
-from vlm_fix.pruning.merge import TokenMerger, nearest
+from vlm_fix.pruning.merge import TokenMerger, means, nearest
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,9 @@ class VisionZip(TokenMerger):
         target, others[rest[place]] = rest[place], False
         assigned = others.nonzero()[:, 0]
         home, raw = nearest(keys[assigned], keys[target]), image.raw().float()
-        count = torch.bincount(home, minlength=targets)
-        x = raw[assigned.to(raw.device)].flatten(1)
-        total = torch.zeros(targets, x.shape[1], device=x.device).index_add(0, home.to(x.device), x)
-        mean = (total / count.clamp(min=1)[:, None].to(x.device)).view(targets, *raw.shape[1:])
+        mean, count = means(raw[assigned.to(raw.device)], home, targets)
         merged = image.project(raw[target.to(raw.device)] + mean)
-        hit = count > 0  # a target that nothing came to stays as it is, bit for bit
+        hit = (count > 0).to(target.device)  # a target that nothing came to stays as it is, bit for bit
         features[target[hit].to(features.device)] = merged[hit.to(merged.device)].to(features)
         kept = torch.cat([dominant, target]).sort().values
         return kept, features[kept.to(features.device)]

@@ -40,7 +40,7 @@ def test_without_a_cache(family, model, spec):
     inputs = make_inputs(family, [1, 2])
     with vlm_fix.wrapped(model, spec):
         expected = model.generate(**inputs, **HOW)
-        if spec.startswith(("opera", "sgrs", "a_vl", "expected_attention", "knorm")):
+        if spec.startswith(("opera", "sgrs", "a_vl", "expected_attention", "knorm", "kvcompose", "razor")):
             with pytest.raises(vlm_fix.VlmFixError, match="drop use_cache=False"):
                 model.generate(**inputs, **HOW, use_cache=False)
         else:

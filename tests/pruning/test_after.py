@@ -140,7 +140,29 @@ def ptp(method):
     return choose
 
 
+def dart(method):
+    def choose(run, stage, layer, hidden):
+        keys, x = run.keys[layer - 1], run.twin.model.language_model.norm(hidden)
+        size = [sum(abs(float(v)) for v in keys[:, j].flatten()) for j in range(keys.shape[1])]
+        text, kept = ranked(size, run.question)[: method.pivots], []
+        for image in run.images:
+            budget = quota(method.keep, len(image))
+            own = ranked(size, image)[: min(method.pivots, budget)]
+            taken, pivots = list(own), sorted(own + text)
+            for n, pivot in enumerate(pivots):
+                more = (budget - len(own)) // len(pivots) + (n < (budget - len(own)) % len(pivots))
+                alike = {j: float(x[pivot] @ x[j] / x[pivot].norm() / x[j].norm()) for j in image if j not in taken}
+                taken += sorted(alike, key=lambda j: (alike[j], j))[:more]
+            kept += taken
+        return kept, {}
+
+    return choose
+
+
 SPECS = {
+    "dart:keep=9": dart,
+    "dart:keep=0.7,layer=1,pivots=3": dart,
+    "dart:keep=2,pivots=3,positions=compact": dart,
     "fastv:keep=5": fastv,
     "fastv:keep=0.25,layer=1,positions=compact": fastv,
     "pyramid_drop": pyramid_drop,
@@ -153,7 +175,7 @@ SPECS = {
     "ptp:keep=4": ptp,
     "ptp:keep=0.9,layer=0,scale=none,alpha=0.8": ptp,
 }
-EVERY = ["fastv:keep=5", "pyramid_drop", "sparsevlm", "vscan:windows=2", "ptp:keep=4"]
+EVERY = ["dart:keep=7", "fastv:keep=5", "pyramid_drop", "sparsevlm", "vscan:windows=2", "ptp:keep=4"]
 
 
 def fits(family, spec):

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 import vlm_fix
-from tests.support.models import make_inputs, single
+from tests.support import families
+from tests.support.models import BUILD, make_inputs, single
 from tests.support.references import base as ref
+from tests.support.references import pruning_choices as more
 from tests.support.references.pruning_before import (
     divprune,
-    images_of,
     masked_logits,
     sensitivity,
     uniform_grid,
@@ -30,11 +31,24 @@ from vlm_fix.wing import engine_of
 # ---- slow choices: loops over Python floats -------------------------------------------------------------------------
 
 
-MERGES = {"vscan:windows=2,llm_keep=1": (vscan, 8), "visionzip:contextual=0.4": (visionzip, 5)}
+MERGES = {
+    "vscan:windows=2,llm_keep=1": (vscan, 8),
+    "visionzip:contextual=0.4": (visionzip, 5),
+    "prumerge:neighbours=3,spatial=0.5": (more.prumerge, 6),
+    "fastvid:context=0.6": (more.fastvid, 5),
+}
 CHOICES = {
     "divprune": divprune,
     "zoo_prune:directions=3,seed=4": zoo_prune,
     "uniform_grid": uniform_grid,
+    "cdpruner": more.cdpruner,
+    "cdpruner:theta=0.8,inverse=true": more.cdpruner,
+    "vispruner:important=0.4,step=3": more.vispruner,
+    "holov:crops=5,alpha=2": more.holov,
+    "scope:alpha=0.5": more.scope,
+    "flowcut:memory=0.3": more.flowcut,
+    "agilepruner:slope=0.08,erank_avg=9": more.agilepruner,
+    "agilepruner:slope=0.2,space=projected,tau_max=0.9": more.agilepruner,
 }
 EVERY = [*CHOICES, *MERGES, "random_tokens"]
 
@@ -50,7 +64,7 @@ def test_answer_equals_reference(family, model, spec):
     with vlm_fix.wrapped(model, full):
         tokens, logits, _ = greedy(model, inputs)
     twin, kept, offset = copy.deepcopy(model).double(), [], 0
-    for image in images_of(family, twin, inputs):
+    for image in more.described(family, twin, inputs):
         kept += [offset + i for i in CHOICES[spec](image, budget, vlm_fix.parse_spec(full))]
         offset += len(image["z"])
     expected = masked_logits(family, twin, inputs, kept, tokens[0], compact=family == "llava")
@@ -66,7 +80,7 @@ def test_merged_answer_equals_reference(family, model, spec):
         tokens, logits, _ = greedy(model, inputs)
         method = engine_of(model).wing(PruningWing).pruners.pruner
     twin, kept, offset = copy.deepcopy(model).double(), {}, 0
-    for image in images_of(family, twin, inputs):
+    for image in more.described(family, twin, inputs):
         kept |= {offset + i: z for i, z in reduce(image, budget, method).items()}
         offset += len(image["z"])
     compact = family == "llava"
@@ -114,9 +128,13 @@ def test_selection_on_random_features(seed):
     axis = torch.eye(5)[torch.randint(5, (n,), generator=g)] * 2.0 ** torch.randint(-3, 3, (n, 1), generator=g)
     matrix = torch.randn(6, 5, generator=g)
     raw = torch.randn(n, 6, generator=g)
+    question, flow = torch.randn(3, 8, generator=g), [torch.rand(n, 3, generator=g) for _ in range(4)]
     for z in (torch.randn(n, 8, generator=g), axis):
         image = ImageTokens((height, width), {}, features=z, raw=lambda: raw, project=lambda x: (x @ matrix).tanh())
-        slow = {"grid": (height, width), "z": z.double(), "raw": raw.double()}
+        image.first, image.question = {3: flow[3][:, 0]}, question[:, : z.shape[1]]
+        image.flow = dict(enumerate(flow[:3]))
+        slow = {"grid": (height, width), "z": z.double(), "raw": raw.double(), "question": image.question.double()}
+        slow |= {"first": image.first, "flow": {i: x.tolist() for i, x in enumerate(flow)}}
         slow["project"] = lambda x: (x @ matrix.double()).tanh()
         method = vlm_fix.parse_spec("zoo_prune:step=0.5,directions=9")  # a step at which one side is not the other
         expected = torch.tensor(sensitivity(slow, method))
@@ -149,6 +167,8 @@ def test_merging_on_random_features(seed):
             "project": lambda x: (x @ matrix.double()).tanh(),
         }
         for spec, (reduce, _) in MERGES.items():
+            if spec.startswith(("prumerge", "fastvid")):
+                continue
             first = scores if "vscan" in spec else {3: scores[3]}
             image = ImageTokens(
                 (height, width),
@@ -167,6 +187,95 @@ def test_merging_on_random_features(seed):
                 for index, feature in zip(kept.tolist(), features, strict=True):
                     assert float((feature - expected[index]).abs().max()) < 1e-5
                 assert budget < n or torch.equal(features, z)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    "spec", ["prumerge:neighbours=4", "prumerge:adaptive=true,neighbours=2", "prumerge:adaptive=true,spatial=0"]
+)
+def test_prumerge_on_random_features(spec, seed):
+    g = torch.Generator().manual_seed(seed)
+    matrix, raw, z = torch.randn(8, 5, generator=g), torch.randn(30, 8, generator=g), torch.randn(30, 5, generator=g)
+    heads = [(*(torch.randn(2, 31, 4, generator=g) * (1 + 3 * (i < 2)) for i in range(2)), 0.5)]
+    image = ImageTokens(
+        (5, 6), {}, heads={3: heads}, features=z, raw=lambda: raw, project=lambda x: (x @ matrix).tanh()
+    )
+    q, k = (x.double().transpose(0, 1).flatten(1) for x in heads[0][:2])
+    slow = {"raw": raw.double(), "joint": ((k @ q[0] / 8**0.5).softmax(0)[1:], k[1:])}
+    slow["project"] = lambda x: (x @ matrix.double()).tanh()
+    for budget in (2, 3, 11, 29):
+        method = vlm_fix.parse_spec(f"{spec},keep={budget}")
+        kept, features = method.reduce(image)
+        expected = more.prumerge(slow, budget, method)
+        assert kept.tolist() == list(expected) and (method.adaptive or len(kept) == budget)
+        assert float((features - torch.stack([*expected.values()])).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_fastvid_on_random_videos(seed):
+    """Segments of one frame and of several, frames that keep nothing by themselves, more anchors than a frame has room for."""
+    g, frames, n = torch.Generator().manual_seed(seed), 9, 12
+    drift = torch.randn(frames, 1, 6, generator=g).cumsum(dim=0) * torch.tensor([0.1, 0.6, 1.5, 0.3])[seed]
+    z = (2 + drift + 0.7 * torch.randn(frames, n, 6, generator=g)).flatten(0, 1)
+    flow = torch.rand(frames * n, 3, generator=g)
+    image = ImageTokens((frames * 3, 4), {}, features=z, frames=frames, video=True, flow={3: flow})
+    slow = {"z": z.double(), "frames": frames, "flow": {3: flow.tolist()}}
+    for spec in (
+        "",
+        "segments=1,tau=0.97,ignore=0.99",
+        "segments=3,tau=-1,ignore=0.97,every=2,context=0.9,own=0.2",
+        "keep=40",
+    ):
+        method = vlm_fix.parse_spec(f"fastvid:{spec}" if "keep" in spec else f"fastvid:keep=0.4,{spec}".rstrip(","))
+        kept, features = method.reduce(image)
+        expected = more.fastvid(slow, method.budget(len(z)), method)
+        assert kept.tolist() == list(expected) and len(kept) <= method.budget(len(z)) + frames
+        assert float((features - torch.stack([*expected.values()])).abs().max()) < 1e-5
+
+
+FOUR = ["llava", "qwen2_5_vl", "qwen2_vl", "qwen3_vl"]
+
+
+@pytest.mark.parametrize("name", FOUR)
+def test_choices_in_bf16_are_those_of_what_the_tower_said(name, monkeypatch):
+    """In half precision: the choice from the formula in float64 on the very numbers that the method had."""
+    model = BUILD[name](torch.bfloat16) if name in BUILD else copy.deepcopy(families.build(name)).to(torch.bfloat16)
+    inputs = single(name, [1, 2], 1) if name in BUILD else families.prompt(name, [2])
+    for spec, choose in CHOICES.items():
+        if spec in ("uniform_grid",) or "zoo" in spec:
+            continue
+        seen, method = [], vlm_fix.parse_spec(f"{spec},keep=5" if ":" in spec else f"{spec}:keep=5")
+        real = type(method).select
+        monkeypatch.setattr(
+            type(method),
+            "select",
+            lambda self, im, seen=seen, real=real: seen.append((im, real(self, im))) or seen[-1][1],
+        )
+        with vlm_fix.wrapped(model, method):
+            greedy(model, {**inputs, "pixel_values": inputs["pixel_values"].bfloat16()}, 1)
+        monkeypatch.undo()
+        assert len(seen) == 2
+        for image, kept in seen:
+            facts = {
+                "z": image.features.double(),
+                "raw": image.raw().double(),
+                "first": image.first,
+                "grid": image.grid,
+            }
+            facts["question"] = None if image.question is None else image.question.double()
+            facts["flow"] = {i: x.double().tolist() for i, x in image.flow.items()} | {99: None}
+            assert kept.tolist() == choose(facts, 5, method), spec
+
+
+def test_calibration_measures_the_effective_rank(model, family):
+    from vlm_fix.methods.pruning.agilepruner import AgilePruner, effective_rank
+    from vlm_fix.sample import Sample
+
+    samples, said = [Sample(single(family, [1, 2], row), 3, 4) for row in range(2)], []
+    found = AgilePruner().calibrate(model, samples, 0, lambda what, share: said.append(share))["erank_avg"]
+    images = [im for s in samples for im in more.described(family, copy.deepcopy(model).double(), s.inputs)]
+    ranks = [float(effective_rank(torch.stack([x.flatten() for x in im["raw"]]))) for im in images]
+    assert said == [0, 0.5] and abs(found - sum(ranks) / 3) < 1e-4 and max(ranks) < 36
 
 
 def test_grid_is_exact_for_every_size():

@@ -12,6 +12,7 @@ import torch
 import vlm_fix
 from tests.support import families
 from tests.support.models import BUILD, IMAGE, make_inputs, single
+from tests.support.references import pruning_after
 from tests.support.references.pruning_after import STEPS, Slow, quota
 from tests.support.references.pruning_before import ranked
 from tests.support.run import VAR_TINY, error, greedy
@@ -28,6 +29,7 @@ class SlowCache(Slow):
 
     def __init__(self, family, model, inputs, method, choose):
         super().__init__(family, model, inputs, (), choose)
+        self.model = model
         self.method, self.normed, self.kv_heads = method, {}, model.config.get_text_config().num_key_value_heads
         self.visual = {j for image in self.images for j in image}
 
@@ -46,6 +48,12 @@ class SlowCache(Slow):
         groups = z.shape[1] // len(kept)
         for h in range(z.shape[1]):
             z[0, h, prompt:, sorted(self.visual - set(kept[h // groups]))] = -torch.inf
+        if self.method.name == "razor":
+            for h in range(z.shape[1]):
+                group = range(h // groups * groups, (h // groups + 1) * groups)
+                for image in () if any((layer, other) in HEADS for other in group) else self.images:
+                    rest = image[: len(image) - quota(self.method.keep, len(image))]
+                    z[0, h, prompt:, rest] = (sum(z[0, h, prompt:, j] for j in rest) / len(rest))[:, None]
         if hasattr(self.method, "core"):
             self.wander(layer, z, kept[0])
         return z
@@ -155,7 +163,52 @@ def expected_attention(run, layer, keys, values):
     return chosen(run, scores)
 
 
+def kvcompose(run, layer, keys, values):
+    """A budget for all layers: from a pass of its own over the prompt."""
+    method, plain, outer = run.method, getattr(run, "plain", None), pruning_after.RUN
+    if plain is None:
+        plain = run.plain = Slow(run.family, run.model, run.inputs, (), None)
+        plain.logits(torch.ones(STEPS, dtype=torch.long))
+        pruning_after.RUN = outer
+    heads, layers = len(keys), sorted(method.layers)
+    groups = len(plain.weights[0]) // heads
+
+    def scores(i):
+        s = []
+        for g in range(heads):
+            rows = [plain.weights[i][h] for h in range(g * groups, (g + 1) * groups)]
+            s.append(
+                [sum(max(float(w[r, j]) for r in run.question) for w in rows) / groups for j in range(run.last + 1)]
+            )
+        mean = [sum(head[j] for head in s) / heads for j in range(run.last + 1)]
+        return [[v + m * method.share for v, m in zip(head, mean, strict=True)] for head in s]
+
+    kept = [[] for _ in range(heads)]
+    for image in run.images:
+        composed = {}
+        for i in layers:
+            sorted_heads = [sorted((s[j] for j in image), reverse=True) for s in scores(i)]
+            composed[i] = [sum(column) / heads for column in zip(*sorted_heads, strict=True)]
+            composed[i][: method.least] = [math.inf] * method.least
+        composed[layers[0]] = [max(column) for column in zip(*composed.values(), strict=True)]
+        flat = sorted(((-c, i, k) for i in layers for k, c in enumerate(composed[i])))
+        count = sum(i == layer for _, i, _ in flat[: quota(method.keep, len(image)) * len(layers)])
+        for g, s in enumerate(scores(layer)):
+            kept[g] += ranked(s, image)[:count]
+    return kept
+
+
+def razor(run, layer, keys, values):
+    """Everything stays: `SlowCache.masked` then gives what is outside the window one score."""
+    return [sorted(run.visual)] * len(keys)
+
+
+HEADS = ((0, 1), (2, 3), (3, 0), (3, 2))
 SPECS = {
+    "razor:keep=3,head_list=0.1|2.3|3.0|3.2": razor,
+    "razor:keep=0.3,head_list=0.1|2.3|3.0|3.2,layers=0|2": razor,
+    "kvcompose:keep=3": kvcompose,
+    "kvcompose:keep=0.2,share=false,least=2,layers=1-3": kvcompose,
     "knorm:keep=3": knorm,
     "knorm:keep=0.2,heads=mean,layers=1|3": knorm,
     "expected_attention:keep=3": expected_attention,
@@ -166,7 +219,13 @@ SPECS = {
     "a_vl:core=1,keep=6,text_start=3,text_every=1": a_vl,
     "a_vl:keep=0.5,core=0.2,every=3,text_keep=0.4,text_start=2,text_every=2,heavy=0.5": a_vl,
 }
-EVERY = ["knorm:keep=3", "expected_attention:keep=3", "a_vl:core=0.2,text_start=3,text_every=2"]
+EVERY = [
+    "knorm:keep=3",
+    "kvcompose:keep=3",
+    "razor:keep=3,head_list=1.0",
+    "expected_attention:keep=3",
+    "a_vl:core=0.2,text_start=3,text_every=2",
+]
 
 
 @pytest.mark.parametrize("spec", SPECS)

@@ -14,8 +14,9 @@ from tests.pruning.test_after import EveryOther, every_other
 from tests.support import families
 from tests.support.models import IMAGE
 from tests.support.references import base as ref
+from tests.support.references import pruning_choices as more
 from tests.support.references.pruning_after import Slow
-from tests.support.references.pruning_before import divprune, images_of, uniform_grid, visionzip, zoo_prune
+from tests.support.references.pruning_before import divprune, uniform_grid, visionzip, zoo_prune
 from tests.support.run import error, greedy
 from vlm_fix.families import table
 from vlm_fix.pruning import PruningWing
@@ -28,6 +29,14 @@ CHOICES = {
     "zoo_prune:directions=3,seed=4,keep=5": zoo_prune,
     "uniform_grid:keep=5": uniform_grid,
     "visionzip:contextual=0.4,keep=5": visionzip,
+    "cdpruner:keep=5": more.cdpruner,
+    "vispruner:step=2,keep=5": more.vispruner,
+    "holov:crops=3,keep=5": more.holov,
+    "scope:keep=5": more.scope,
+    "flowcut:keep=5": more.flowcut,
+    "agilepruner:slope=0.1,keep=5": more.agilepruner,
+    "prumerge:neighbours=3,keep=5": more.prumerge,
+    "fastvid:keep=5": more.fastvid,
 }
 
 
@@ -63,7 +72,7 @@ def test_before_the_language_model(name, spec):
         tokens, logits, _ = greedy(model, inputs, STEPS, suppress_tokens=[IMAGE])
         method = engine_of(model).wing(PruningWing).pruners.pruner
     twin, kept, offset = copy.deepcopy(model).double(), {}, 0
-    for image in images_of(name, twin, inputs):
+    for image in more.described(name, twin, inputs):
         found = CHOICES[spec](image, 5, method)
         kept |= {offset + i: found[i] if isinstance(found, dict) else image["z"][i] for i in found}
         offset += len(image["z"])

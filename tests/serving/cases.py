@@ -30,7 +30,8 @@ SERVED = {
 }  # fmt: skip
 PRUNERS = (
     "hiprune:keep=16", "visionzip:keep=16", "divprune:keep=16", "random_tokens:keep=16", "uniform_grid:keep=16",
-    "zoo_prune:keep=16", "hiprune:keep=16+pai:alpha=0.5",
+    "zoo_prune:keep=16", "vispruner:keep=16", "holov:keep=16", "scope:keep=16", "flowcut:keep=16", "agilepruner:keep=16",
+    "prumerge:keep=16,layer=2", "cdpruner:keep=16,theta=0", "hiprune:keep=16+pai:alpha=0.5",
 )  # fmt: skip
 SPECS = [spec for specs in SERVED.values() for spec in specs]
 LITTLE = (

@@ -171,6 +171,14 @@ CASES = {
             },
         ),
         edit(
+            neutral=("visual_topk:k=1.0", "visual_topk:k=1000"),
+            rows={
+                "visual_topk:k=5": row(edits.VisualTopK, ALL, k=5),
+                "visual_topk:k=0.2,choosers=1": row(edits.VisualTopK, ALL, k=0.2, choosers=(1,)),
+                "visual_topk:k=3,choosers=0|2,layers=0|2-3": row(edits.VisualTopK, (0, 2, 3), k=3, choosers=(0, 2)),
+            },
+        ),
+        edit(
             neutral=("zerotuning:rate=1",),
             rows={
                 "zerotuning:rate=0.1": row(edits.ZeroTuning, ALL, rate=0.1),
@@ -337,18 +345,27 @@ CASES = {
             effect=False,
         ),
         # pruning before the language model, in its layers, in its cache
+        pruner("agilepruner:slope=0.05"),
+        pruner("cdpruner"),
         pruner("divprune"),
         pruner("downsample_image:keep=5", neutral=("downsample_image:keep=1.0", "downsample_image:keep=1000")),
+        pruner("fastvid", "fastvid:keep=5"),
+        pruner("flowcut"),
         pruner("hiprune:keep=4", neutral=("hiprune:keep=1.0", "hiprune:keep=1000")),
+        pruner("holov:crops=5"),
+        pruner("prumerge:neighbours=3", "prumerge:adaptive=true"),
         pruner("random_tokens"),
+        pruner("scope"),
         pruner("uniform_grid"),
         pruner("visionzip:contextual=0.4"),
+        pruner("vispruner:step=3"),
         pruner(
             "vscan:windows=2",
             "vscan:windows=2,llm_keep=1",
             neutral=("vscan:windows=2,llm_keep=1,keep=1.0", "vscan:windows=2,llm_keep=1,keep=1000"),
         ),
         pruner("zoo_prune:directions=3,seed=4"),
+        pruner("dart:keep=6", neutral=("dart:keep=1.0", "dart:keep=99")),
         pruner("fastv:keep=5", neutral=("fastv:keep=1.0", "fastv:keep=99")),
         pruner("ptp:keep=4", neutral=("ptp:keep=99",)),
         pruner("pyramid_drop", neutral=("pyramid_drop:keep=99|99|99",)),
@@ -359,6 +376,8 @@ CASES = {
             neutral=("a_vl:keep=99,core=1,text_keep=1", "a_vl:keep=1,every=1,text_start=99"),
         ),
         pruner("expected_attention:keep=3", neutral=("expected_attention:keep=99",)),
+        pruner("kvcompose:keep=3", neutral=("kvcompose:keep=99", "kvcompose:keep=1.0")),
+        pruner("razor:head_list=1.0|2.3", neutral=("razor:head_list=1.0,keep=99", "razor:head_list=1.0,keep=1.0")),
         pruner("knorm:keep=3", neutral=("knorm:keep=99", "knorm:keep=1.0")),
     )
 }

@@ -20,7 +20,7 @@ from vlm_fix.session import PAD, VISUAL, Session
 from . import deepstack, shrink
 from .columns import ImageColumns, Kept
 from .encoder import ImageTokens, capture, in_prompt_order, unreadable
-from .kinds import ImageShrinker
+from .kinds import ImageShrinker, question_columns
 from .merge import TokenMerger
 from .pruners import Pruners
 
@@ -47,7 +47,8 @@ def install(pruners: Pruners) -> Iterator[Any]:
     if isinstance(pruner, ImageShrinker):
         yield from shrink.install(host, pruner.shrink)
     elif host.family.encoder:
-        yield from capture(host, get_part(host.model, host.family.vision), pruners.encoder_layers)
+        tower = get_part(host.model, host.family.vision)
+        yield from capture(host, tower, pruners.encoder_layers, flows=pruners.flows)
 
     def hook(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         session = host.editing
@@ -214,6 +215,7 @@ def choose(
     merges = isinstance(pruner, TokenMerger)
     embeds = embeds.clone() if merges else embeds
     shown = session.part(ImageColumns)
+    asked = question_columns(session) if pruner and pruner.asks else None
     for row, images in enumerate(shown.vision):
         if row and images is shown.vision[row - 1]:  # a beam of the same prompt
             keep[row], embeds[row] = keep[row - 1], embeds[row - 1] if merges else embeds[row]
@@ -221,6 +223,7 @@ def choose(
         for number, image in enumerate(images, 1):
             columns = (shown.images[row] == number).nonzero()[:, 0]
             image.features = features_of(image, embeds[row, columns.to(embeds.device)])
+            image.question = None if asked is None else embeds[row, asked[row].to(embeds.device)]
             own = share(pruner, image.siblings)
             with torch.set_grad_enabled(merges and torch.is_grad_enabled()):
                 index, merged = own.reduce(image) if merges else (own.select(image), None)

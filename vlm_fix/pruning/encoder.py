@@ -32,10 +32,15 @@ class ImageTokens:
     heads: dict[int, list[Heads]] = field(
         default_factory=dict
     )  # fully attending layer -> of the image, or of each frame
+    flow: dict[int, torch.Tensor] = field(
+        default_factory=dict
+    )  # vision layer -> [N, 3] of `flow_of`, if a method reads it
     features: torch.Tensor | None = None  # [N, C] after the projector, as the language model gets them
     chosen: torch.Tensor | None = None  # the tokens that exist at all, when the image was shrunk before the tower
     here: torch.Tensor | None = None  # one crop of an image: its tokens that the prompt shows; None: all N
     siblings: int = 1  # crops of the same image, this one among them
+    frames: int = 1  # of a video: N / frames tokens each, one frame after the other
+    question: torch.Tensor | None = None  # [M, C] embeddings of the prompt's text after its last image
     pixels: torch.Tensor | None = None  # the image as the tower gets it: the same bits alone and in a batch
     video: bool = False  # True for a video, all its frames one under the other
     raw: Callable[[], torch.Tensor] | None = None  # -> [N, ..., Cv] before the projector (Qwen-VL: [N, merge^2, Cv])
@@ -50,6 +55,9 @@ class Seen:
     keys: torch.Tensor  # [..., S, D], mean over heads
     heads: list[Heads]  # per image; with windowed attention per window
     first: torch.Tensor | None = None  # [..., S] attention of the first column's query, mean over heads
+    flow: torch.Tensor | None = (
+        None  # [..., S, 3] or, for a first column that may be a class token or not, [2, ..., S, 3]
+    )
 
 
 def chunk_bytes(x: torch.Tensor) -> int:
@@ -68,6 +76,20 @@ def column_means(query: torch.Tensor, key: torch.Tensor, scaling: float) -> torc
     return total / (heads * count)
 
 
+def flow_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, classed: bool) -> torch.Tensor:
+    """Queries, keys and values [n, H, S, D] of a layer -> [n, S, 3]: what flows from each column to the whole image.
+
+    Means over heads of the attention that a query pays, and of the softmax of its value's products with all values; then
+    |v|_1 of the value's mean. The query is the class token's, the first; without one it is the mean of all, and the second
+    entry 0.
+    """
+    q, k, v = q.float(), k.float(), v.float()
+    asking = q[:, :, :1] if classed else q.mean(dim=2, keepdim=True)
+    relation = (asking @ k.mT * scale).softmax(dim=-1).mean(dim=1)[:, 0]
+    semantic = (v[:, :, :1] @ v.mT).softmax(dim=-1).mean(dim=1)[:, 0] if classed else torch.zeros_like(relation)
+    return torch.stack([relation, semantic, v.mean(dim=1).abs().sum(dim=-1)], dim=-1)
+
+
 def in_float32(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """`module` on `x`, computed in float32 whatever the dtype of its weights; packed ones compute in their own way."""
     packed = [p for p in module.parameters() if not p.is_floating_point()]
@@ -81,21 +103,22 @@ def in_float32(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
 class Clip:
     """CLIP-like towers: images [n, 3, H, W], a CLS column unless the feature selection keeps it out of the tokens."""
 
-    def __init__(self, model: Any):
-        self.config, self.projector = model.config, model.model.multi_modal_projector
+    def __init__(self, model: Any, flows: bool = False):
+        self.config, self.projector, self.flows = model.config, model.model.multi_modal_projector, flows
 
     def attention(self, attn: Any, args: Any, kwargs: dict[str, Any]) -> Seen:
         x = args[0] if args else kwargs["hidden_states"]
         shape = (*x.shape[:2], attn.num_heads, attn.head_dim)
         q, k = (f(x).view(shape).transpose(1, 2) for f in (attn.q_proj, attn.k_proj))
-        return self.seen(q, k, attn.scale)
+        return self.seen(q, k, attn.v_proj(x).view(shape).transpose(1, 2) if self.flows else None, attn.scale)
 
     @staticmethod
-    def seen(q: torch.Tensor, k: torch.Tensor, scale: float) -> Seen:
-        """Queries and keys [n, H, S, D] of a layer."""
+    def seen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None, scale: float) -> Seen:
+        """Queries, keys and, for its flow, values [n, H, S, D] of a layer."""
         first = (q[:, :, :1].float() @ k.float().transpose(2, 3) * scale).softmax(dim=-1).mean(dim=1)[:, 0]
         heads = [(a, b, scale) for a, b in zip(q, k, strict=True)]
-        return Seen(column_means(q, k, scale), k.float().mean(dim=1), heads, first)
+        flow = None if v is None else torch.stack([flow_of(q, k, v, scale, classed) for classed in (False, True)])
+        return Seen(column_means(q, k, scale), k.float().mean(dim=1), heads, first, flow)
 
     def images(self, args: Any, kwargs: dict[str, Any], output: Any, seen: dict[int, Seen]) -> Iterator[ImageTokens]:
         layers = self.config.vision_feature_layer
@@ -121,6 +144,7 @@ class Clip:
                 classed if has_class else received,
                 {layer: s.keys[i, -size:] for layer, s in seen.items()},
                 {layer: [s.heads[i]] for layer, s in seen.items()},
+                {layer: s.flow[int(has_class), i, -size:] for layer, s in seen.items() if s.flow is not None},
                 pixels=pixels[i],
                 raw=functools.partial(raw, i),
                 project=functools.partial(in_float32, self.projector),
@@ -131,25 +155,29 @@ class QwenVL:
     """Qwen-VL's towers: packed patches, in Qwen2.5-VL in window order; scores are averaged over each merge unit and put
     in reading order."""
 
-    def __init__(self, model: Any):
-        self.tower = model.model.visual
+    def __init__(self, model: Any, flows: bool = False):
+        self.tower, self.flows = model.model.visual, flows
 
     def attention(self, attn: Any, args: Any, kwargs: dict[str, Any]) -> Seen:
         from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
 
         x = args[0] if args else kwargs["hidden_states"]
-        q, k, _ = attn.qkv(x).reshape(len(x), 3, attn.num_heads, -1).permute(1, 0, 2, 3).unbind(0)
+        q, k, v = attn.qkv(x).reshape(len(x), 3, attn.num_heads, -1).permute(1, 0, 2, 3).unbind(0)
         q, k = apply_rotary_pos_emb_vision(q, k, *kwargs["position_embeddings"])
-        return self.seen(q, k, kwargs["cu_seqlens"], attn.scaling)
+        return self.seen(q, k, v if self.flows else None, kwargs["cu_seqlens"], attn.scaling)
 
     @staticmethod
-    def seen(q: torch.Tensor, k: torch.Tensor, bounds: torch.Tensor, scale: float) -> Seen:
-        """Queries and keys [S, H, D] of a layer, whose windows begin at `bounds`."""
+    def seen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None, bounds: torch.Tensor, scale: float) -> Seen:
+        """Queries, keys and, for its flow, values [S, H, D] of a layer, whose windows begin at `bounds`."""
         lengths = bounds.diff().tolist()
         pairs = zip(q.transpose(0, 1).split(lengths, dim=1), k.transpose(0, 1).split(lengths, dim=1), strict=True)
         heads = [(a, b, scale) for a, b in pairs]
         received = torch.cat([column_means(a[None], b[None], scale)[0] for a, b, _ in heads])
-        return Seen(received, k.float().mean(dim=1), heads)
+        if v is None:
+            return Seen(received, k.float().mean(dim=1), heads)
+        parts = zip(heads, v.transpose(0, 1).split(lengths, dim=1), strict=True)
+        flow = torch.cat([flow_of(a[None], b[None], c[None], scale, False)[0] for (a, b, _), c in parts])
+        return Seen(received, k.float().mean(dim=1), heads, flow=flow)
 
     def project(self, x: torch.Tensor) -> torch.Tensor:
         return in_float32(self.tower.merger, x.flatten(0, -2)).view(*x.shape[:-2], -1)
@@ -180,6 +208,7 @@ class QwenVL:
 
         scores = {layer: in_order(s.received) for layer, s in seen.items()}
         keys = {layer: in_order(s.keys) for layer, s in seen.items()}
+        flow = {layer: in_order(s.flow) for layer, s in seen.items() if s.flow is not None}
         start = frame = 0
         frames = int(grid_thw[:, 0].sum())
         for t, h, w in grid_thw.tolist():
@@ -192,7 +221,9 @@ class QwenVL:
                 received,
                 {layer: u[here] for layer, u in keys.items()},
                 {layer: s.heads[frame - t : frame] for layer, s in seen.items() if len(s.heads) == frames},
+                {layer: u[here] for layer, u in flow.items()},
                 pixels=patches[start * merge**2 : (start + n) * merge**2],
+                frames=t,
                 raw=functools.partial(raw, here),
                 project=self.project,
             )
@@ -205,12 +236,17 @@ def unreadable(host: Host, name: str) -> str:
     return f"{name} cannot read the vision tower of {host.family.name} models; it works with {known}."
 
 
-def capture(engine: Host, tower: nn.Module, layers: tuple[int, ...], into: str = "vision") -> Iterator[Any]:
-    """Hooks that append one ImageTokens per image to the running call (its list `into`) whenever the tower runs."""
+def capture(
+    engine: Host, tower: nn.Module, layers: tuple[int, ...], into: str = "vision", flows: bool = False
+) -> Iterator[Any]:
+    """Hooks that append one ImageTokens per image to the running call (its list `into`) whenever the tower runs.
+
+    flows: with `ImageTokens.flow` of the layers.
+    """
     if engine.family.encoder is None:
         looking = [m.name for m in engine.active if m.encoder_layers(engine.arch) is not None]
         raise VlmFixError(unreadable(engine, looking[0]))
-    encoder: Any = {"clip": Clip, "qwen": QwenVL}[engine.family.encoder](engine.model)
+    encoder: Any = {"clip": Clip, "qwen": QwenVL}[engine.family.encoder](engine.model, flows)
     blocks, seen = vision_blocks(engine.model, engine.family), {}
 
     def note(layer: int) -> Any:

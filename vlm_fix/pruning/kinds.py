@@ -18,10 +18,10 @@ from vlm_fix.method import Layers, Method, param, parse_layers
 from vlm_fix.session import PAD, Session, View
 from vlm_fix.wing import Host
 
-from .cache import SplitLayer
+from .cache import ShortLayer, SplitLayer
 from .columns import ImageColumns
 from .encoder import ImageTokens
-from .rows import Seen, attention_chunks, rows_attention
+from .rows import Seen, attention_chunks, keys_of, rows_attention
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class TokenPruner(Method, ABC):
     """Drops visual tokens before the language model."""
 
     kind: ClassVar[str] = "pruning"
+    reads_flow: ClassVar[bool] = False  # `select` needs `ImageTokens.flow` of its encoder layers
     keep: float | None = param(
         None, "visual tokens kept per image: a count (> 1) or a share in (0, 1]", above=0, counts=True
     )
@@ -39,6 +40,16 @@ class TokenPruner(Method, ABC):
     def encoder_layers(self, arch: Arch) -> tuple[int, ...]:
         """Vision layers whose attention column scores `select` needs."""
         return ()
+
+    @property
+    def asks(self) -> bool:
+        """True if the choice depends on the prompt's words: `ImageTokens.question` is then set."""
+        return False
+
+    @property
+    def exact(self) -> bool:
+        """True if as many tokens as `budget` says are kept of each image, whatever it shows."""
+        return True
 
     @abstractmethod
     def select(self, image: ImageTokens) -> torch.Tensor:
@@ -86,10 +97,14 @@ class Tokens:
     @property
     def question(self) -> torch.Tensor:
         """[B, n] True for the prompt's text after its last image."""
-        types, columns = self.session.types, torch.arange(self.images.shape[1])
-        after = columns[None] > torch.tensor(self.session.last_visual)[:, None]
-        after &= columns < self.session.prompt_len
-        return (after.to(types.device) & (types != PAD)).to(self.hidden.device)
+        return question_columns(self.session).to(self.hidden.device)
+
+    def keys(self) -> torch.Tensor:
+        """[B, Hkv, n, D] rotated keys of the layer before."""
+        seen = self.previous
+        if seen is None:
+            raise VlmFixError("no keys were computed before layer 0; drop tokens later.")
+        return (keys_of(seen) if seen.keys is None else seen.keys).to(self.hidden.device)
 
     def attention(self, rows: torch.Tensor | None = None, own: bool = False) -> torch.Tensor:
         """[B, n] attention from `rows` [B, n] (None: the last prompt token), mean over heads and rows.
@@ -142,6 +157,14 @@ class LayerPruner(Method):
         whole = tokens.session.whole.part(ImageColumns).images
         quota = functools.partial(self.quota, tokens.stage)
         return top_per_image(self.scores(tokens), tokens.images, whole, quota), tokens.hidden
+
+
+def question_columns(session: Session) -> torch.Tensor:
+    """[B, n] True for the prompt's text after its last image."""
+    types, columns = session.types, torch.arange(session.types.shape[1])
+    after = columns[None] > torch.tensor(session.last_visual)[:, None]
+    after &= columns < session.prompt_len
+    return after.to(types.device) & (types != PAD)
 
 
 def top_per_image(
@@ -266,6 +289,7 @@ class CachePruner(Method):
     kind: ClassVar[str] = "pruning"
     one_of: ClassVar[tuple[tuple[str, ...], ...]] = (("scores",),)
 
+    rewrites: ClassVar[bool] = False  # it changes keys and values in `rewrite`, whether or not any are dropped
     keep: float = param(0.5, "keys kept per image and layer: a count (> 1) or a share in (0, 1]", above=0, counts=True)
     layers: Layers = param(None, "language-model layers whose cache is pruned")
 
@@ -278,9 +302,28 @@ class CachePruner(Method):
         """True if what a step computes depends on the steps before it: rows then cannot change places, as beams do."""
         return False
 
+    @property
+    def together(self) -> bool:
+        """True if `choose` is asked once for all layers, when the last of them has read the prompt."""
+        return False
+
     def scores(self, cached: Cached) -> torch.Tensor:
         """[B, Hkv, n] or [B, 1, n] (the same choice in all heads); the highest of each image's columns are kept."""
         raise NotImplementedError
+
+    def choose(self, scores: dict[int, torch.Tensor], images: torch.Tensor) -> dict[int, torch.Tensor]:
+        """Scores of layers, images [B, n] as in `ImageColumns` -> by layer [B, Hkv or 1, n] True for image columns to keep.
+
+        In every head of a layer as many of a row.
+        """
+        quota = functools.partial(share_of, self.keep)
+        return {
+            i: torch.stack([top_per_image(s, images, images, quota) for s in layer.unbind(dim=1)], dim=1)
+            for i, layer in scores.items()
+        }
+
+    def rewrite(self, cached: Cached, layer: ShortLayer, scores: torch.Tensor, images: torch.Tensor) -> None:
+        """If it `rewrites`: change what is left of the prompt in `layer`, of the scores [B, Hkv, n] and images [B, n]."""
 
     def before_step(self, session: Session, i: int, layer: SplitLayer) -> None:
         """If it wanders: before layer i computes a step after the prompt."""

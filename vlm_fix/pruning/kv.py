@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from vlm_fix.wing import Host
 from .after import check_model
 from .cache import ShortLayer, SplitLayer, take
 from .columns import ImageColumns
-from .kinds import Cached, CachePruner, share_of, top_per_image
+from .kinds import Cached, CachePruner
 from .rows import Seen
 
 
@@ -63,8 +63,15 @@ def install(host: Host, cacher: CachePruner) -> Iterator[Any]:
         with torch.no_grad():
             if session.start:
                 cacher.after_step(cached, layer)
-            else:
-                cache.layers[i] = prune(cacher, cached, layer)
+                return
+            waiting = session.memory(cacher, Waiting)
+            waiting.scores[i] = cacher.scores(cached)
+            if not cacher.together or i == max(cacher.layers or ()):
+                images = session.part(ImageColumns).images.to(cached.valid.device)
+                scores, waiting.scores = waiting.scores, {}
+                for j, keep in cacher.choose({k: v.to(images.device) for k, v in scores.items()}, images).items():
+                    keep = keep | ((images == 0) & cached.valid)[:, None]
+                    cache.layers[j] = prune(cacher, cached, j, cache.layers[j], keep, scores[j])
 
     assert isinstance(cacher.layers, tuple)
     for i in cacher.layers:
@@ -75,16 +82,14 @@ def install(host: Host, cacher: CachePruner) -> Iterator[Any]:
             yield Heard(layer.self_attn)
 
 
-def prune(cacher: CachePruner, cached: Cached, layer: Any) -> ShortLayer:
-    """The cache layer after the prompt, thinned out; session.views[i] tells its columns from then on."""
-    session = cached.session
+def prune(
+    cacher: CachePruner, cached: Cached, i: int, layer: Any, keep: torch.Tensor, scores: torch.Tensor
+) -> ShortLayer:
+    """Layer i of the cache after the prompt, with the columns `keep` [B, Hkv or 1, n], which session.views[i] then tells."""
     short = (SplitLayer if cacher.wanders else ShortLayer).of(layer, 0)  # refuses what cannot be thinned out
-    images = session.part(ImageColumns).images.to(cached.valid.device)
-    scores = cacher.scores(cached)
-    quota = functools.partial(share_of, cacher.keep)
-    stays = (images == 0) & cached.valid
-    keep = torch.stack([top_per_image(s, images, images, quota) | stays for s in scores.unbind(dim=1)], dim=1)
-    index = shorten(session, cached.layer, short, keep)
+    index = shorten(cached.session, i, short, keep.to(short.keys.device))
+    if cacher.rewrites:
+        cacher.rewrite(cached, short, scores, cached.session.part(ImageColumns).images.to(scores.device))
     if isinstance(short, SplitLayer):
         cacher.after_prompt(cached, scores[:, 0].gather(1, index[:, 0]), short)
     return short
@@ -101,6 +106,13 @@ def shorten(session: Session, i: int, layer: ShortLayer, keep: torch.Tensor) -> 
     if not torch.equal(index, torch.arange(keep.shape[2], device=index.device).expand_as(keep)):
         layer.keys, layer.values = take((layer.keys, layer.values), index)
     return index
+
+
+@dataclass
+class Waiting(Memory):
+    """Scores of the prompt's columns by layer, until their layers are thinned out."""
+
+    scores: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass

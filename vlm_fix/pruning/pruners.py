@@ -27,3 +27,8 @@ class Pruners:
     def encoder_layers(self) -> tuple[int, ...]:
         """Vision layers whose attention scores they need."""
         return tuple({layer for m in self.all for layer in m.encoder_layers(self.host.arch) or ()})
+
+    @property
+    def flows(self) -> bool:
+        """True if one of them reads `ImageTokens.flow`."""
+        return any(getattr(m, "reads_flow", False) for m in self.all)

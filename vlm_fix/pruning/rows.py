@@ -43,6 +43,11 @@ def received(seen: Seen, rows: torch.Tensor, valid: torch.Tensor) -> torch.Tenso
     return torch.stack(parts).sum(dim=0)
 
 
+def strongest(seen: Seen, rows: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """[B, H, n] the largest causal softmax attention that columns get from chosen rows; as `received`."""
+    return torch.stack([a.amax(dim=2) for a in attention_chunks(*_chosen(seen, rows, valid))]).amax(dim=0)
+
+
 def _chosen(seen: Seen, rows: torch.Tensor, valid: torch.Tensor) -> tuple[Any, ...]:
     """What `attention_chunks` takes for chosen rows; the rows that a sample has less than others may look nowhere."""
     attn, x = seen.attn, seen.x
@@ -54,10 +59,16 @@ def _chosen(seen: Seen, rows: torch.Tensor, valid: torch.Tensor) -> tuple[Any, .
         shape = (-1, seen.queries.shape[1], -1, seen.queries.shape[-1])
         return seen.queries.gather(2, index[:, None, :, None].expand(shape)), seen.keys, allowed, attn.scaling
     cos, sin = (t.expand(len(x), -1, -1) for t in seen.rotary)
-    keys = queries_and_keys(attn, x, (cos, sin), seen.positions)[1] if seen.keys is None else seen.keys
+    keys = keys_of(seen) if seen.keys is None else seen.keys
     picked, cos, sin = (t.gather(1, index[..., None].expand(-1, -1, t.shape[-1])) for t in (x, cos, sin))
     query, _ = queries_and_keys(attn, picked, (cos, sin), at_columns(seen.positions, index))
     return query, keys, allowed, attn.scaling
+
+
+def keys_of(seen: Seen) -> torch.Tensor:
+    """[B, Hkv, n, D] the layer's keys, made anew."""
+    cos, sin = (t.expand(len(seen.x), -1, -1) for t in seen.rotary)
+    return queries_and_keys(seen.attn, seen.x, (cos, sin), seen.positions)[1]
 
 
 def attention_chunks(

@@ -12,7 +12,8 @@ from vlm_fix.session import VISUAL, Session
 from vlm_fix.wing import Host, Wing, names_of
 
 from . import after, before, kv
-from .kinds import CachePruner, ImageShrinker, LayerPruner, TokenPruner
+from .columns import ImageColumns
+from .kinds import CachePruner, ImageShrinker, LayerPruner, TokenPruner, share_of
 from .pruners import Pruners
 
 CACHES = {
@@ -99,4 +100,8 @@ class PruningWing(Wing):
             return True
         if pruner not in (self.pruners.dropper, self.pruners.cacher):
             return False
+        if isinstance(pruner, CachePruner) and pruner.rewrites:
+            shown = session.part(ImageColumns).images
+            largest = max(int((shown == i).sum(dim=1).max()) for i in range(1, int(shown.max()) + 1))
+            return share_of(pruner.keep, largest) < largest
         return any(int((view.types == VISUAL).sum()) < images for view in session.views.values())

@@ -45,6 +45,10 @@ def reason(method: Method, engine: ServedEngine) -> str | None:
         return (
             f"image tokens can be dropped before the language model in {', '.join(TOWERS)}, not in {engine.family.name}"
         )
+    if isinstance(method, TokenPruner) and method.asks:
+        return "it chooses image tokens by the question, and vLLM keeps an image's features for whatever is asked next"
+    if isinstance(method, TokenPruner) and not method.exact:
+        return "it keeps as many tokens as an image needs, and vLLM counts an image's tokens before it is seen"
     if not isinstance(method, AttentionEdit | HiddenEdit | Contrast | LogitEdit | TokenPruner):
         return "its kind is not known to the server"
     return None

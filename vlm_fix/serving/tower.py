@@ -34,8 +34,8 @@ class ServedClip(Clip):
     def attention(self, attn: Any, args: Any, kwargs: dict[str, Any]) -> Seen:
         x = args[0] if args else kwargs["hidden_states"]
         joint, _ = attn.qkv_proj(x)
-        q, k, _ = (part.unflatten(-1, (-1, attn.head_dim)).transpose(1, 2) for part in joint.chunk(3, dim=-1))
-        return self.seen(q, k, attn.scale)
+        q, k, v = (part.unflatten(-1, (-1, attn.head_dim)).transpose(1, 2) for part in joint.chunk(3, dim=-1))
+        return self.seen(q, k, v if self.flows else None, attn.scale)
 
     def images(self, args: Any, kwargs: dict[str, Any], output: Any, seen: dict[int, Seen]) -> Iterator[ImageTokens]:
         return self.tokens(args[0] if args else kwargs["pixel_values"], [output], seen)
@@ -55,12 +55,14 @@ class ServedQwen(QwenVL):
     def attention(self, attn: Any, args: Any, kwargs: dict[str, Any]) -> Seen:
         given = dict(zip(inspect.signature(attn.forward).parameters, args, strict=False)) | kwargs
         joint, _ = attn.qkv(given["x"])
-        q, k, _ = joint[:, 0].unflatten(-1, (3, -1, attn.hidden_size_per_attention_head)).unbind(1)
+        q, k, v = joint[:, 0].unflatten(-1, (3, -1, attn.hidden_size_per_attention_head)).unbind(1)
         q, k = (
             attn.apply_rotary_emb(x[None].contiguous(), given["rotary_pos_emb_cos"], given["rotary_pos_emb_sin"])[0]
             for x in (q, k)
         )
-        return self.seen(q, k, given["cu_seqlens"], attn.hidden_size_per_attention_head**-0.5)
+        return self.seen(
+            q, k, v if self.flows else None, given["cu_seqlens"], attn.hidden_size_per_attention_head**-0.5
+        )
 
     def images(self, args: Any, kwargs: dict[str, Any], output: Any, seen: dict[int, Seen]) -> Iterator[ImageTokens]:
         given = dict(zip(("x", "grid_thw"), args, strict=False)) | kwargs
@@ -84,7 +86,7 @@ class Images:
         if not engine.needs["the vision tower"]:
             return
         self.encoder: Any = (ServedQwen if engine.family.mrope else ServedClip)(model)
-        blocks = self.encoder.blocks
+        self.encoder.flows, blocks = engine.pruner is not None and engine.pruner.reads_flow, self.encoder.blocks
         for i in sorted({i for edit in engine.vision for i in edit.vision_layers if i < len(blocks)}):
             self.handles.append(blocks[i].mlp.register_forward_hook(functools.partial(self._turn, i)))
         if not engine.input_edits and engine.pruner is None:

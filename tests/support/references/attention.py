@@ -40,6 +40,29 @@ class Factors(Reference):  # VAF and AVAR
 
 
 @dataclass
+class VisualTopK(Reference):
+    k: float = 1.0
+    choosers: tuple = ()
+    chosen: dict = field(default_factory=dict)
+
+    def mixed(self, a, layer):
+        count = max(1, round(self.k * len(self.visual)) if self.k <= 1 else int(self.k))
+        for r in filter(self.edited, range(a.shape[1])):
+            if layer in self.choosers or not self.choosers:
+                shares = [
+                    [float(head[r, j]) / sum(float(head[r, i]) for i in self.visual) for j in self.visual] for head in a
+                ]
+                votes = [sum(column) for column in zip(*shares, strict=True)]
+                top = self.gates.largest((layer, r), votes, count)
+                self.chosen[r] = [self.visual[i] for i in top if votes[i] > 0]
+            if layer in self.choosers or r not in self.chosen:
+                continue
+            for h in range(a.shape[0]):
+                a[h, r, [j for j in self.visual if j not in self.chosen[r]]] = 0
+                a[h, r] /= sum(a[h, r].tolist())
+
+
+@dataclass
 class LocoRE(Reference):
     beta: float = 0.0
     window: int = 0

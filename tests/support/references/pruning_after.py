@@ -61,7 +61,7 @@ class Slow:
             full["mm_token_type_ids"] = torch.nn.functional.pad(types, (0, ids.shape[1] - types.shape[1]))
         assert not (tokens == IMAGE).any(), "pick another seed: the reference would look for an image there"
         self.alive = [set(range(ids.shape[1])) for _ in self.layers]
-        self.weights, self.first = {}, None
+        self.weights, self.keys, self.first = {}, {}, None
         hooks = [m.register_forward_pre_hook(self.hook(i), with_kwargs=True) for i, m in enumerate(self.layers)]
         self.twin.model.rope_deltas, RUN = None, self
         try:
@@ -78,7 +78,7 @@ class Slow:
         mask[:, dead] = True
         mask[dead, dead] = False
         z = z.masked_fill(mask, -torch.inf)
-        self.weights[layer] = z[0].softmax(-1)
+        self.weights[layer], self.keys[layer] = z[0].softmax(-1), keys
         return z
 
     def hook(self, i):
