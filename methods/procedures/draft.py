@@ -40,7 +40,9 @@ class Draft(Drafter):
 
     tokens: int = param(5, "candidates drafted before each verification; 0: none", low=0)
     keep: float = param(0.25, "image columns the draft sees: a count (> 1) or a share in (0, 1]", above=0, counts=True)
-    rows: str = param("text", "rows whose attention chooses: all text after the images, or the last", choices=("text", "last"))
+    rows: str = param(
+        "text", "rows whose attention chooses: all text after the images, or the last", choices=("text", "last")
+    )
     heads: str = param("each", "each key-value head chooses, or all together", choices=("each", "together"))
 
     @property

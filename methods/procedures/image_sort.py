@@ -35,7 +35,7 @@ class ImageSort(Refiner):
     round, in the order there is.
 
     Source: arXiv 2310.01427 (Attention Sorting), 2508.05128 (AttnRank); official codes not read. Deviations: these are
-    documents in both papers. AttnRank measures a model's places on a calibration set; here they are the two ends, as it found them.
+    documents in both papers. AttnRank measures a model's places on a calibration set; here they are the two ends it found.
     Text between the images stays where it is, so that a prompt should not number them ("the second image"). Ties keep the
     order there is.
     """
@@ -46,7 +46,9 @@ class ImageSort(Refiner):
 
     orders: str = param("all", "orders over which attention is averaged", choices=("all", "given"))
     rounds: int = param(1, "sorts, each by the attention after the last; 0: none", low=0)
-    toward: str = param("end", "where most attention goes: the last place, or the last and the first", choices=("end", "ends"))
+    toward: str = param(
+        "end", "where most attention goes: the last place, or the last and the first", choices=("end", "ends")
+    )
     per: str = param("image", "attention of a whole image, or per token of it", choices=("image", "token"))
     layers: Layers = param(None, "layers whose attention is read")
 

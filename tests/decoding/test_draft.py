@@ -86,7 +86,9 @@ class Thinned(Reference):
                 a[head, row] = self.weight(a[head, row], layer, head, row)
 
 
-@pytest.mark.parametrize(("options", "how"), [("", {}), (",rows=last,heads=together", {"text_rows": False, "apart": False})])
+@pytest.mark.parametrize(
+    ("options", "how"), [("", {}), (",rows=last,heads=together", {"text_rows": False, "apart": False})]
+)
 def test_candidates_are_those_of_the_formula(model, family, monkeypatch, options, how):
     """The draft's scores in the first round, against loops over materialised weights."""
     seen, original = [], drafting.Candidates.get_candidates

@@ -25,7 +25,6 @@ WAYS = {
 
 def reference(twin, inputs, m, columns, rows, layers, version, steps, lr, accumulate=False):
     """(p, energies): m [N] on the image's columns; autograd through all layers, weights formed, one row after the other."""
-    ids = inputs["input_ids"]
     twin.requires_grad_(False)
     p = torch.zeros(len(columns), twin.config.get_text_config().hidden_size, dtype=torch.float64)
     before, added, first, second, energies = p, p, p, p, []
@@ -60,7 +59,11 @@ def reference(twin, inputs, m, columns, rows, layers, version, steps, lr, accumu
 def touched(h, w):
     """By hand: the cells of BOX on h x w."""
     return torch.tensor(
-        [float(i / h < 0.6 and (i + 1) / h > 0.1 and j / w < 0.6 and (j + 1) / w > 0.1) for i in range(h) for j in range(w)]
+        [
+            float(i / h < 0.6 and (i + 1) / h > 0.1 and j / w < 0.6 and (j + 1) / w > 0.1)
+            for i in range(h)
+            for j in range(w)
+        ]
     )
 
 
@@ -135,9 +138,15 @@ def test_regions(tmp_path):
     for i in range(3):
         for j in range(5):
             d = [min(math.dist((i + 0.5, j + 0.5), at) for at in ((1.5, 2.5), (0.3, 4.5)))]
-            all_d = [min(math.dist((a + 0.5, b + 0.5), at) for at in ((1.5, 2.5), (0.3, 4.5))) for a in range(3) for b in range(5)]
+            all_d = [
+                min(math.dist((a + 0.5, b + 0.5), at) for at in ((1.5, 2.5), (0.3, 4.5)))
+                for a in range(3)
+                for b in range(5)
+            ]
             share = (d[0] - min(all_d)) / (max(all_d) - min(all_d))
-            assert math.isclose(float(near[i, j]), math.exp(-(share**2) / 0.32) / (math.sqrt(2) * math.pi * 0.4), rel_tol=1e-5)
+            assert math.isclose(
+                float(near[i, j]), math.exp(-(share**2) / 0.32) / (math.sqrt(2) * math.pi * 0.4), rel_tol=1e-5
+            )
 
 
 def test_what_it_cannot_do_is_one_sentence(model, family):

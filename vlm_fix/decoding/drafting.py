@@ -189,7 +189,9 @@ class DraftWing(Wing):
             self.host.warn_once([self.method], f"{reason}.", what)
             yield
             return
-        options.kwargs["prompt_lookup_num_tokens"] = self.method.length  # transformers' assisted generation, see _candidates
+        options.kwargs["prompt_lookup_num_tokens"] = (
+            self.method.length
+        )  # transformers' assisted generation, see _candidates
         outer, self.call, self.report = self.call, call, Drafted()
         try:
             yield
@@ -215,7 +217,9 @@ class DraftWing(Wing):
         host, main = self.host, self.host.main
         whole = main.cache() if main and main.cache else None
         if whole is None or type(whole) is not DynamicCache or not keeps_columns(whole):
-            raise VlmFixError(f"{self.method.name} needs a dynamic cache of all columns; unwrap the model for this call.")
+            raise VlmFixError(
+                f"{self.method.name} needs a dynamic cache of all columns; unwrap the model for this call."
+            )
         assert main is not None
         session, cache = main.copied(), DynamicCache(config=host.model.config.get_text_config())
         session.branch, kept = BRANCH, main.part(Kept).by_layer
