@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from .inputs import InputEdit
     from .memory import Memory
     from .method import Layers, Method, param
+    from .observation.inspection import Inspection, inspect
     from .observation.observe import Observation, observe
     from .pruning.kinds import TokenPruner
     from .registry import list_methods, parse_spec
@@ -95,6 +96,10 @@ _HOMES = {  # imported on first use: scoring files and `--help` need no torch
         "Method",
         "param",
     ),
+    "observation.inspection": (
+        "Inspection",
+        "inspect",
+    ),
     "observation.observe": (
         "Observation",
         "observe",
@@ -126,6 +131,7 @@ __all__ = [
     "HeadEdit",
     "HiddenEdit",
     "InputEdit",
+    "Inspection",
     "LayerInputEdit",
     "LayerInputReader",
     "LayerOutputEdit",
@@ -154,6 +160,7 @@ __all__ = [
     "WeightReader",
     "contrast_term",
     "drafted",
+    "inspect",
     "list_methods",
     "observe",
     "param",
