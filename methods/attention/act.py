@@ -39,11 +39,11 @@ class ACT(FewColumnsEdit, QueryKeyReader, InputEdit):
     Rows sum to 1. sinks="secondary": the columns of `attention.sinks` instead, which cost one more prefill.
 
     Source: arXiv 2406.15765; official code GATECH-EIC/ACT@a267af7 (threshold .1, beta .4, layers 2-30 of 32; for open
-    answers its scripts take threshold=0.15 and layers=2-31). It is made
-    for language models and also runs on prompts without an image. The heads come from a sweep, one head at a time
-    (`vlm-fix calibrate act`); the default, all of them, is only a place to start. Deviations: in the official code decode
-    rows look for sinks in themselves and sum up to almost 2; here they use the prompt's and sum to 1. Sinks are sought in
-    the weights before any edit of the same layer; a later turn on a kept cache seeks them in its own rows.
+    answers threshold=0.15, layers=2-31). It is made for language models and runs without an image too. The heads come from
+    a sweep, one head at a time (`vlm-fix calibrate act`); the default, all of them, is only a place to start. Deviations:
+    in the official code decode rows look for sinks in themselves and sum up to almost 2; here they use the prompt's and sum
+    to 1. Sinks are sought in the weights before any edit of the same layer; a later turn on a kept cache seeks them in its
+    own rows.
     """
 
     name: ClassVar[str] = "act"

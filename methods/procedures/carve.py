@@ -34,10 +34,11 @@ class CARVE(Refiner):
     neighbours) with the largest sums of S stay, max(`regions`, floor(`share` n)) of n; other pixels turn black; the box
     around what stays is enlarged (bicubic) to [H, W] and takes the image's place, or with images="both" comes right after it.
 
-    Source: arXiv 2509.06461, crop alone; official code (the repository at commit a1f0442 that the paper links), both images (layers 20-25 of 32, scaled here to the depth).
-    Deviations: the size of what the image processor gave stays: a crop of another shape is stretched. The general instruction
-    stands on a line of its own right after the (last) image and ends that prompt, apart from the chat template. Each image has
-    a map of its own. The default of `steps` and the 8 neighbours are this file's choice. top = 1 leaves the prompt alone.
+    Source: arXiv 2509.06461, crop alone; official code (the repository at commit a1f0442 that the paper links), both
+    images (layers 20-25 of 32, scaled here to the depth). Deviations: the size of what the image processor gave stays: a
+    crop of another shape is stretched. The general instruction stands on a line of its own right after the (last) image
+    and ends that prompt, apart from the chat template. Each image has a map of its own. The default of `steps` and the 8
+    neighbours are this file's choice. top = 1 leaves the prompt alone.
     """
 
     name: ClassVar[str] = "carve"

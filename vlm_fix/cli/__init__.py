@@ -26,6 +26,7 @@ from . import (
     methods,
     models,
     picto,
+    point,
     published,
     report,
     score,
@@ -50,6 +51,7 @@ COMMANDS = (
     serve,
     lmms_tasks,
     vlmevalkit,
+    point,
     demo,
     picto,
 )

@@ -103,7 +103,8 @@ def _maps(found: Inspection, answer: list[str], cells: Sequence[torch.Tensor], p
             )
     about = (
         "<h2>Attention rollout</h2><p>Where a token's row leads back to when the attention of all layers is multiplied, "
-        "half of each layer being its residual. Below each map: the share that ends on the image. It follows attention alone, not what is read.</p>"
+        "half of each layer being its residual. Below each map: the share that ends on the image. It follows "
+        "attention alone, not what is read.</p>"
     )
     return [about, f"<div class=maps>{''.join(figures)}</div>"]
 
@@ -136,7 +137,8 @@ def _saliency(found: Inspection, words: Sequence[str], answer: list[str]) -> lis
         row = "".join(f'<td class=n style="{tint(x / max(peak, cells[0]))}">{x:.3f}</td>' for x in cells)
         rows.append(f"<tr><th>{word}</th>{row}</tr>")
     about = (
-        "<h2>Saliency</h2><p>|A dL/dA| of the row that says each token, L = -log p of it, mean over heads and summed over layers: what the "
+        "<h2>Saliency</h2><p>|A dL/dA| of the row that says each token, L = -log p of it, mean over heads "
+        "and summed over layers: what the "
         "token hangs on. The first column is the image as a whole.</p>"
     )
     return [about, _table(["", "image", *(shown(words[j]) for j in columns)], rows)]
@@ -156,7 +158,8 @@ def _effects(found: Inspection, words: Sequence[str]) -> list[str]:
         ]
         made.append(f"<h3>{part}</h3>" + _table(["layer", *names], rows))
     about = (
-        f"<h2>Causal map</h2><p>The token's probability is {effects.clean:.3f}, and {effects.noised:.3f} with a noised image. Each number is the "
+        f"<h2>Causal map</h2><p>The token's probability is {effects.clean:.3f}, and {effects.noised:.3f} with "
+        f"a noised image. Each number is the "
         "share of the loss that returns when this output of the clean run is put into the noised one. Methods are off.</p>"
     )
     return [about, *made]
@@ -186,7 +189,8 @@ def _sinks(found: Inspection) -> list[str]:
         for i, (phi, (text, image), mass) in enumerate(zip(found.phi, found.sinks, found.sink_mass, strict=True))
     ]
     about = (
-        "<h2>Sinks</h2><p>Columns with a massive activation when they enter a layer (largest |x_d| / rms(x) above 20), and the attention that "
+        "<h2>Sinks</h2><p>Columns with a massive activation when they enter a layer (largest |x_d| / rms(x) "
+        "above 20), and the attention that "
         "the answer gives them.</p>"
     )
     return [about, _table(["layer", "largest", "text sinks", "image sinks", "weight on sinks"], rows)]
