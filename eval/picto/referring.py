@@ -3,7 +3,8 @@
 Each question names two kinds of object of which the scene shows one each, and a box around one of them. The model is asked
 after both, "Is there a cup in the image?", and the kind whose log-odds of yes to no are higher is its choice. Every pair is
 asked both ways, with the box around the one and around the other: a model that does not see the box chooses the same both
-times and is right in exactly half of the questions. Picto's models know yes/no questions and captions, so this is the form in which they can refer.
+times and is right in exactly half of the questions. Picto's models know yes/no questions and captions: they can refer in this
+form.
 
 The scorer is a comparison of two numbers; intervals are paired bootstraps over scenes (`eval.stats`).
 """

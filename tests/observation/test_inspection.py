@@ -108,15 +108,18 @@ def test_saliency_is_weight_times_gradient(model, family):
 
 def test_causal_map_by_hand(model, family):
     """One layer of every part and group: the noise drawn again, the clean output put into the noised run."""
-    inputs, token = single(family, [1, 2], 1), 1
+    inputs, token = single(family, [1], 0), 1
+    pixels = inputs["pixel_values"]
+    noise = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        logits = model(**inputs).logits[0, -1]
-    answer = [int(logits.argmax()), *ANSWER[1:]]
+        p_clean, p_dirty = (
+            model(**{**inputs, "pixel_values": x}).logits[0, -1].softmax(dim=-1)
+            for x in (pixels, pixels + 6.0 * pixels.std() * noise)
+        )
+    answer = [int((p_clean - p_dirty).argmax()), *ANSWER[1:]]  # one that the image carries
     found = vlm_fix.inspect(model, inputs, answer, saliency=False, rollout=False, causal=0, noise=6.0).effects
     twin = double(model)
     twin.set_attn_implementation("eager")
-    pixels = inputs["pixel_values"]
-    noise = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(0))
     clean = {**inputs, "pixel_values": pixels.double()}
     dirty = {**inputs, "pixel_values": (pixels + 6.0 * pixels.std() * noise).double()}
 
