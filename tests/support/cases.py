@@ -143,6 +143,7 @@ CASES = {
                 ),
             },
         ),
+        edit("pine", neutral=("pine:order=given,mask=false",), refuses=CHUNKS),
         edit(
             neutral=("tame:gamma=0",),
             refuses=CHUNKS,
