@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from .inputs import InputEdit
     from .memory import Memory
     from .method import Layers, Method, param
+    from .observation.inspection import Inspection, inspect
     from .observation.observe import Observation, observe
     from .pruning.kinds import TokenPruner
     from .registry import list_methods, parse_spec, register
@@ -100,6 +101,10 @@ _HOMES = {  # imported on first use: scoring files and `--help` need no torch
         "Method",
         "param",
     ),
+    "observation.inspection": (
+        "Inspection",
+        "inspect",
+    ),
     "observation.observe": (
         "Observation",
         "observe",
@@ -133,6 +138,7 @@ __all__ = [
     "HeadEdit",
     "HiddenEdit",
     "InputEdit",
+    "Inspection",
     "LayerInputEdit",
     "LayerInputReader",
     "LayerOutputEdit",
@@ -164,6 +170,7 @@ __all__ = [
     "contrast_term",
     "drafted",
     "evaluate",
+    "inspect",
     "list_methods",
     "observe",
     "param",

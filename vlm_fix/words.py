@@ -90,16 +90,16 @@ def content_columns(session: Session) -> torch.Tensor:
 
 
 @functools.lru_cache(maxsize=4)
-def tokenizer_of(name: str) -> Any:
-    """The tokenizer that was saved beside a model."""
+def tokenizer_of(name: str, what: str = "content words need") -> Any:
+    """The tokenizer that was saved beside a model; VlmFixError, which begins with `what`, if there is none."""
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as e:
         raise VlmFixError(
-            f"content words need the model's tokenizer, and {name or 'a model without a name'!r} holds none; load the model "
-            "with from_pretrained from a folder with its tokenizer, or use all words."
+            f"{what} the model's tokenizer, and {name or 'a model without a name'!r} holds none; load the model "
+            f"with from_pretrained from a folder with its tokenizer{', or use all words' * what.startswith('content')}."
         ) from e
 
 

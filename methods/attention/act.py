@@ -36,13 +36,13 @@ class ACT(FewColumnsEdit, QueryKeyReader, InputEdit):
     While the prompt is read, column j of head h is a sink iff the mean of A[h, i, j] over the rows i that see it exceeds
     `threshold`; the first sink (BOS) is left alone. On every row, for the heads in `head_list`:
         A[sink] <- beta A[sink];   A[rest] <- A[rest] (1 + (1 - beta) sum A[sink] / sum A[rest]).
-    Rows sum to 1. sinks="secondary": the columns of `attention.sinks` instead, which cost one more prefill.
+    Rows sum to 1. sinks="secondary": the columns of `attention.sinks` instead, for one more prefill.
 
-    Source: arXiv 2406.15765; official code GATECH-EIC/ACT@a267af7 (threshold .1, beta .4, layers 2-30 of 32). It is made
-    for language models and also runs on prompts without an image. The heads come from a sweep, one head at a time
-    (`vlm-fix calibrate act`); the default, all of them, is only a place to start. Deviations: in the official code decode
-    rows look for sinks in themselves and sum up to almost 2; here they use the prompt's and sum to 1. Sinks are sought in
-    the weights before any edit of the same layer; a later turn on a kept cache seeks them in its own rows.
+    Source: arXiv 2406.15765; official code GATECH-EIC/ACT@a267af7 (threshold .1, beta .4, layers 2-30 of 32; for open
+    answers threshold=0.15, layers=2-31). It is made for language models and runs without an image too. The heads come from
+    a sweep, one head at a time (`vlm-fix calibrate act`); the default, all of them, is only a place to start. Deviations:
+    in the official code decode rows look for sinks in themselves and sum up to almost 2; here they use the prompt's and sum
+    to 1. Sinks are sought in the weights before any edit of the layer; a later turn on a kept cache seeks them in its rows.
     """
 
     name: ClassVar[str] = "act"

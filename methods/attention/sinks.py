@@ -77,6 +77,8 @@ def secondary_sinks(
     kwargs are the language model's (`InputEdit.prepare`); limits None: `lifetime_limits`. As in the official code the output
     of the final norm counts as one more layer of a life. Source: "On the Existence and Behaviour of Secondary Attention
     Sinks", official code JeffreyWong20/Secondary-Attention-Sinks@11eefcc.
+    Deviations: its calls leave out the embeddings (the first layer's input) and look only at the layers in which BOS's norm is
+    high, by hand for each model; here all inputs count, which makes a life longer by those: `life` takes other limits.
     """
     session.need_whole_prompt(name)
     if limits is not None and len(limits) != 2:

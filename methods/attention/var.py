@@ -43,12 +43,13 @@ class VAR(WeightEdit, LayerInputReader, InputEdit):
         A[sink] <- (1 - p) A[sink];   A[V \\ sink] <- A[V \\ sink] (1 + p sum A[sink] / sum A[V \\ sink]).
     Row sums stay 1. Nothing happens in a layer without a visual sink.
 
-    Source: arXiv 2503.03321; official code seilk/VisAttnSink@98e62d6, whose rho_c = 1 - rho and p_c = 1 - p.
-    sink_dims: known for LLaVA-1.5, Qwen2-VL-7B and InternVL2-8B; otherwise detected per call and layer as the dimensions
-    in which the first real token (BOS, the best-known sink) exceeds tau. Deviations: the official code leaks the sinks of
-    one sample into the next; here they live with their cache. A prompt with several images is edited after the last one.
+    Source: arXiv 2503.03321; official code seilk/VisAttnSink@98e62d6, whose rho_c = 1 - rho and p_c = 1 - p. sink_dims:
+    known for LLaVA-1.5, Qwen2-VL-7B and InternVL2-8B; otherwise detected per call and layer as the dimensions in which
+    the first real token (BOS, the best-known sink) exceeds tau. Deviations: the official code leaks the sinks of one
+    sample into the next; here they live with their cache. Its settings leave out the last layer, but the flag that says
+    so is never read: layers=2-30 (of 32) is what they meant. A prompt with several images is edited after the last one.
     Generated tokens are never tested: on a kept cache earlier answers have no sinks. detector="secondary" takes the columns
-    of `attention.sinks` instead (a later turn keeps the first one's): no dimensions to know, one more prefill.
+    of `attention.sinks` (a later turn keeps the first one's): no dimensions to know, one more prefill.
     """
 
     name: ClassVar[str] = "var"

@@ -36,7 +36,7 @@ class SID(ColumnMasker, Contrast):
     Source: arXiv 2408.02032; official code huofushuo/SID@127dd41 (masking variant; alpha .5, beta .1, k = 100 on POPE and
     50 on CHAIR of LLaVA's 576 tokens, here as a share). Like there, each new token ranks the image tokens anew and the
     prompt's rows take the ranking of its last row; refresh=False keeps that one, and the other columns leave the cache.
-    Several images are ranked together.
+    Its greedy decoding skips the cut-off, which its sampling applies: beta=0 is that. Several images are ranked together.
     """
 
     name: ClassVar[str] = "sid"

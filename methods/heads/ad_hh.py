@@ -36,7 +36,8 @@ class ADHH(WeightEdit):
     renormalising; T are the text columns after the image, generated tokens included.
 
     Source: "Understanding and Mitigating Hallucination in Large Vision-Language Models via Modular Attribution and
-    Intervention"; its official code at 841fc1b (threshold .4; 20 heads for LLaVA-1.5-7B, 35 for 13B). `calibrate` ranks
+    Intervention"; its official code at 841fc1b (threshold .4; 20 heads for LLaVA-1.5-7B, 35 for 13B; its
+    list for LLaVA-34B, with threshold=0.5, is not built in: head_list takes it). `calibrate` ranks
     heads by contrastive influence: with s(h) the fall of a given answer's log-probability when head h writes zeros in the
     row that predicts it, the mean of s over questions answered wrong (the hallucination) less its mean over those answered
     right; the `top` heads above 0 are taken. The paper does this with the objects of a model's own captions. Deviation: the

@@ -18,10 +18,9 @@ from vlm_fix.families import image_cells
 from vlm_fix.method import Method, with_weights
 from vlm_fix.methods.contrast.iava import Looking, instructed
 from vlm_fix.methods.contrast.icd import line_tokens
-from vlm_fix.pruning.shrink import resize, to_image, to_patches
 from vlm_fix.wing import engine_of
 
-from .pictures import labelled, normalisation, with_images_after
+from .pictures import images_of, labelled, normalisation, with_images_after, zoomed
 
 
 @dataclass(frozen=True)
@@ -34,10 +33,11 @@ class CARVE(Refiner):
     neighbours) with the largest sums of S stay, max(`regions`, floor(`share` n)) of n; other pixels turn black; the box
     around what stays is enlarged (bicubic) to [H, W] and takes the image's place, or with images="both" comes right after it.
 
-    Source: arXiv 2509.06461, crop alone; official code at a1f0442, both images (layers 20-25 of 32, scaled here to the depth).
-    Deviations: the size of what the image processor gave stays: a crop of another shape is stretched. The general instruction
-    stands on a line of its own right after the (last) image and ends that prompt, apart from the chat template. Each image has
-    a map of its own. The default of `steps` and the 8 neighbours are this file's choice. top = 1 leaves the prompt alone.
+    Source: arXiv 2509.06461, crop alone; official code (the repository at commit a1f0442 that the paper links), both
+    images (layers 20-25 of 32, scaled here to the depth). Deviations: the size of what the image processor gave stays: a
+    crop of another shape is stretched. The general instruction stands on a line of its own right after the (last) image
+    and ends that prompt, apart from the chat template. Each image has a map of its own. The default of `steps` and the 8
+    neighbours are this file's choice. top = 1 leaves the prompt alone.
     """
 
     name: ClassVar[str] = "carve"
@@ -66,26 +66,16 @@ class CARVE(Refiner):
         return self.top == 1
 
     def refine(self, call: Call) -> dict[str, Any]:
-        pixels, cells = call.inputs.get("pixel_values"), call.family.cells
-        grids: Any = call.inputs.get("image_grid_thw")
-        if pixels is None or cells not in ("pixels", "grid_thw") or (grids is not None and any(grids[:, 0] != 1)):
-            raise VlmFixError(
-                f"carve needs pixel_values of whole images, as llava gets them, no tiles or videos ({call.family.name})."
-            )
-        black = torch.tensor(self.black or black_of(call.model.config.name_or_path)).to(pixels)
+        images = images_of(call, self.name)
+        black = torch.tensor(self.black or black_of(call.model.config.name_or_path)).to(call.inputs["pixel_values"])
         if len(black) != 3:
             raise VlmFixError(f"carve: black={self.black} must hold one number for each of the 3 channels.")
-        maps, crops = self.maps(call), list[torch.Tensor]()
-        if cells == "pixels":
-            crops = [self.refined(*x, black)[None] for x in zip(pixels, maps, strict=True)]
-        else:
-            patch = call.model.config.vision_config.patch_size
-            for x, s, (_, h, w) in zip(pixels.split(grids.prod(-1).tolist()), maps, grids.tolist(), strict=True):
-                merge = w // s.shape[1] if x.dim() == 2 else 1  # Kimi's patches are in reading order
-                image = to_image(x, (h // merge, w // merge), merge, patch)
-                crops.append(to_patches(self.refined(image, s, black), merge, patch).view_as(x))
-        new = torch.cat(crops)
-        return {"pixel_values": new} if self.images == "crop" else with_images_after(call, new)
+        crops = [pack(self.refined(x, s, black)) for (x, pack), s in zip(images, self.maps(call), strict=True)]
+        return (
+            {"pixel_values": torch.cat(crops)}
+            if self.images == "crop"
+            else with_images_after(call, [[c] for c in crops])
+        )
 
     def maps(self, call: Call) -> list[torch.Tensor]:
         """S [h, w] of each image of the batch, in tokens, on the CPU."""
@@ -127,8 +117,7 @@ class CARVE(Refiner):
             return image
         y, x = (kept.any(dim=dim).nonzero()[:, 0].tolist() for dim in (1, 0))
         dark = black.repeat_interleave(len(image) // len(black))[:, None, None]
-        box = torch.where(kept.to(image.device), image, dark)[None, :, y[0] : y[-1] + 1, x[0] : x[-1] + 1]
-        return resize(box, (image.shape[1], image.shape[2]))[0]
+        return zoomed(torch.where(kept.to(image.device), image, dark), x[0], y[0], x[-1] + 1, y[-1] + 1)
 
 
 def black_of(path: str) -> tuple[float, ...]:

@@ -1,4 +1,4 @@
-"""ControlMLLM and ControlMLLM++: the user points, and a latent learned at test time turns attention there (Wu et al., 2024, 2025)."""
+"""ControlMLLM and ++: the user points, and a latent learned at test time turns attention there (Wu et al., 2024, 2025)."""
 
 from __future__ import annotations
 
@@ -13,11 +13,9 @@ from vlm_fix.attention.differentiable import attended
 from vlm_fix.call import Call
 from vlm_fix.decoding.contrast import plausible
 from vlm_fix.decoding.kinds import Contrast
-from vlm_fix.families import image_cells, image_token_ids
 from vlm_fix.inputs import InputEdit
 from vlm_fix.method import with_weights
 from vlm_fix.session import VISUAL, Session
-from vlm_fix.wing import engine_of
 
 from . import regions
 
@@ -36,12 +34,12 @@ class ControlMLLM(InputEdit, Contrast):
     a [N]: attention to the image, mean over `layers`, heads and `rows` of the prompt. With region weights m [N] (1 in a box or
     mask; around points and scribbles exp(-D^2 / 2 sigma^2) / (sqrt(2) pi sigma), D the distance to the nearest one, from 0 to 1),
     E = 400 (1 - sum m a / sum a)^2. The model's weights stay as they are. Version 1: all layers, all text after the image;
-    `steps` of p <- p - lr dE/dp, where the image gets p' = .5 p + .5 p'_before. Version ++: the last row, layers 14-25 of 32 (M-RoPE
-    families: 12-27 of 28), Adam with lr (1e-3 added to its root), and the answer is contrasted with the one without p:
+    `steps` of p <- p - lr dE/dp, where the image gets p' = .5 p + .5 p'_before. Version ++: the last row, layers 14-25 of 32
+    (M-RoPE families: 12-27 of 28), Adam with lr (1e-3 added to its root), and the answer is contrasted with that without p:
     (1 + contrast) l - contrast l_without where softmax(l) >= .1 of its largest.
 
     Source: arXiv 2407.21534 and its ++; official code mrwu-mac/ControlMLLM@57e16e7 (v1: 5 steps, lr 1, sigma .1; ++: 4
-    forwards, so 3 steps, lr .03, sigma .4, contrast .7; Qwen2.5-VL 1 step, .02, .01), layers scaled here to the depth. Deviations:
+    forwards, so 3 steps, lr .03, sigma .4, contrast .7; Qwen2.5-VL 1 step, .02, .01), layers scaled here. Deviations:
     version 1's code adds each step's p' to embeddings that hold those of the steps before (accumulate=true; the paper's p' is
     the only one added). A region's cells are those it touches, as in the code for Qwen; LLaVA's takes cells by their centre
     (cover=centre). The contrast is VCD's formula, whose fork is not in the repository. Regions are shares of what the image
@@ -106,7 +104,7 @@ class ControlMLLM(InputEdit, Contrast):
         session.need_whole_prompt(self.name)
         if session.kept:
             raise VlmFixError("control_mllm needs every token of the image's grid; use it without a pruning method.")
-        embeds, (chosen, weights) = kwargs["inputs_embeds"], self.pointed(session)
+        embeds, (chosen, weights) = kwargs["inputs_embeds"], regions.pointed(self, session)
         rows = torch.zeros_like(session.types, dtype=torch.bool)
         for row, last in zip(rows, session.last_visual, strict=True):
             row[
@@ -136,24 +134,3 @@ class ControlMLLM(InputEdit, Contrast):
                     p = p - self.lr * (m / (1 - 0.9**step)) / ((s / (1 - 0.999**step)).sqrt() + 1e-3)
         session.memory(self, Energies).energy = torch.stack(energies, dim=1)
         return {**kwargs, "inputs_embeds": x.detach()}
-
-    def pointed(self, session: Session) -> tuple[torch.Tensor, torch.Tensor]:
-        """[B, n] each: the columns of the image that is pointed at, and m."""
-        call = session.call
-        ids, tokens = call.inputs["input_ids"], engine_of(call.model).tokens
-        ends = (
-            torch.isin(ids, torch.tensor(image_token_ids(call.model, call.family), device=ids.device))
-            .sum(dim=1)
-            .cumsum(dim=0)
-        )
-        chosen, weights, seen = torch.zeros(int(ends[-1])), torch.zeros(int(ends[-1])), dict[int, int]()
-        for cells in image_cells(call.model, call.family, {**call.inputs, "input_ids": ids.view(1, -1)}):
-            row = int(torch.searchsorted(ends, int(cells.max()), right=True))
-            seen[row] = seen.get(row, -1) + 1
-            if seen[row] == self.image:
-                chosen[cells], weights[cells] = 1.0, regions.of(self, (cells.shape[0], cells.shape[1]))
-        if not chosen.any():
-            raise VlmFixError(
-                f"control_mllm: image={self.image} is pointed at, but no prompt has that many; they count from 0."
-            )
-        return session.on_images(chosen, tokens).bool(), session.on_images(weights, tokens)

@@ -35,7 +35,7 @@ class ImageSort(Refiner):
     round, in the order there is.
 
     Source: arXiv 2310.01427 (Attention Sorting), 2508.05128 (AttnRank); official codes not read. Deviations: these are
-    documents in both papers. AttnRank measures a model's places on a calibration set; here they are the two ends, as it found them.
+    documents in both papers. AttnRank measures a model's places on a calibration set; here they are the two ends it found.
     Text between the images stays where it is, so that a prompt should not number them ("the second image"). Ties keep the
     order there is.
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.nn.functional import max_pool2d
@@ -12,7 +12,7 @@ from vlm_fix.call import Call
 from vlm_fix.errors import VlmFixError
 from vlm_fix.families import image_cells, image_token_ids
 from vlm_fix.packing import by_token
-from vlm_fix.pruning.shrink import to_image, to_patches
+from vlm_fix.pruning.shrink import resize, to_image, to_patches
 
 
 def image_blocks(call: Call) -> list[list[tuple[int, int]]]:
@@ -40,18 +40,50 @@ def image_blocks(call: Call) -> list[list[tuple[int, int]]]:
     return rows
 
 
-def with_images_after(call: Call, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The same prompt with another image of its size right after each image, left-padded again.
+def images_of(call: Call, name: str) -> list[tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]]:
+    """Each image of the batch as pixels [C, H, W], or [C frames, H, W], and what packs such an image like pixel_values.
 
-    pixels: like pixel_values, of the images that are put in. Their tokens, and the markers around them, repeat those
-    of the image before. Raises VlmFixError where the image tokens do not fit the images.
+    Raises VlmFixError, with the method's name, for tiles and videos.
     """
-    ids, grids = call.inputs["input_ids"], call.inputs.get("image_grid_thw")
+    pixels, kind = call.inputs.get("pixel_values"), call.family.cells
+    grids = call.inputs.get("image_grid_thw")
+    if pixels is None or kind not in ("pixels", "grid_thw") or (grids is not None and any(grids[:, 0] != 1)):
+        raise VlmFixError(
+            f"{name} needs pixel_values of whole images, as llava gets them, no tiles or videos ({call.family.name})."
+        )
+    if grids is None:
+        return [(x, lambda y: y[None]) for x in pixels]
+    found, patch = [], call.model.config.vision_config.patch_size
+    ids = call.inputs["input_ids"]
+    shown = torch.isin(ids, torch.tensor(image_token_ids(call.model, call.family), device=ids.device))
+    cells = image_cells(call.model, call.family, {**call.inputs, "input_ids": ids[shown][None]})
+    for x, (_, h, w), tokens in zip(pixels.split(grids.prod(-1).tolist()), grids.tolist(), cells, strict=True):
+        merge = w // tokens.shape[1] if x.dim() == 2 else 1  # Kimi's patches are in reading order
+
+        def pack(y: torch.Tensor, x: torch.Tensor = x, merge: int = merge) -> torch.Tensor:
+            return to_patches(y, merge, patch).view_as(x)
+
+        found.append((to_image(x, (h // merge, w // merge), merge, patch), pack))
+    return found
+
+
+def zoomed(image: torch.Tensor, left: int, top: int, right: int, bottom: int) -> torch.Tensor:
+    """A part of an image [C, H, W], in pixels, enlarged (bicubic) to the image's size."""
+    return resize(image[None, :, top:bottom, left:right], (image.shape[1], image.shape[2]))[0]
+
+
+def with_images_after(call: Call, further: Sequence[Sequence[torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The same prompt with further images of its size right after each image, left-padded again.
+
+    further: for each image of the batch those that are put in, like its part of pixel_values. Their tokens, and the markers
+    around them, repeat those of the image before. Raises VlmFixError where the image tokens do not fit the images.
+    """
+    ids, grids, counts = call.inputs["input_ids"], call.inputs.get("image_grid_thw"), iter(map(len, further))
     rows = []
     for blocks, seen in zip(image_blocks(call), call.inputs["attention_mask"].bool(), strict=True):
         columns, done = list[int](), 0
         for first, last in blocks:
-            columns, done = [*columns, *range(done, last), *range(first, last)], last
+            columns, done = [*columns, *range(done, last), *(list(range(first, last)) * next(counts))], last
         index = torch.tensor([*columns, *range(done, ids.shape[1])], device=ids.device)
         rows.append(index[seen[index]])
     width = max(map(len, rows))
@@ -61,10 +93,28 @@ def with_images_after(call: Call, pixels: torch.Tensor) -> dict[str, torch.Tenso
         new[name] = new[name].gather(1, index.clamp(min=0)).masked_fill(index < 0, 0)
     for name in ("image_grid_thw", "image_merge_sizes"):
         if name in new:
-            new[name] = new[name].repeat_interleave(2, dim=0)
-    sizes = [1] * len(pixels) if grids is None else grids.prod(dim=-1).tolist()
-    pairs = zip(call.inputs["pixel_values"].split(sizes), pixels.split(sizes), strict=True)
-    return {**new, "pixel_values": torch.cat([x for pair in pairs for x in pair])}
+            new[name] = new[name].repeat_interleave(torch.tensor([1 + len(f) for f in further]).to(ids.device), dim=0)
+    pixels = call.inputs["pixel_values"]
+    parts = pixels.split([1] * len(pixels) if grids is None else grids.prod(dim=-1).tolist())
+    return {
+        **new,
+        "pixel_values": torch.cat([x for own, more in zip(parts, further, strict=True) for x in (own, *more)]),
+    }
+
+
+def apart(call: Call) -> dict[str, torch.Tensor]:
+    """A prompt for each image of the batch: its own without the other images, left-padded."""
+    rows = []
+    for row, blocks in enumerate(image_blocks(call)):
+        shown = call.inputs["attention_mask"][row].bool().tolist()
+        for own in blocks:
+            others = {column for block in blocks if block != own for column in range(*block)}
+            rows.append((row, [column for column, real in enumerate(shown) if real and column not in others]))
+    width, new = max(len(columns) for _, columns in rows), dict(call.inputs)
+    for name in by_token(call.inputs):
+        cut = [call.inputs[name][row][columns] for row, columns in rows]
+        new[name] = torch.stack([torch.nn.functional.pad(x, (width - len(x), 0)) for x in cut])
+    return new
 
 
 def changed(call: Call, change: Callable[[torch.Tensor], torch.Tensor], name: str) -> torch.Tensor:

@@ -10,6 +10,31 @@ import torch
 from torch.nn.functional import adaptive_max_pool2d
 
 from vlm_fix import VlmFixError
+from vlm_fix.families import image_cells, image_token_ids
+from vlm_fix.session import Session
+from vlm_fix.wing import engine_of
+
+
+def pointed(method: Any, session: Session) -> tuple[torch.Tensor, torch.Tensor]:
+    """[B, n] each: the columns of the image that is pointed at, and m."""
+    call = session.call
+    ids, tokens = call.inputs["input_ids"], engine_of(call.model).tokens
+    ends = (
+        torch.isin(ids, torch.tensor(image_token_ids(call.model, call.family), device=ids.device))
+        .sum(dim=1)
+        .cumsum(dim=0)
+    )
+    chosen, weights, seen = torch.zeros(int(ends[-1])), torch.zeros(int(ends[-1])), dict[int, int]()
+    for cells in image_cells(call.model, call.family, {**call.inputs, "input_ids": ids.view(1, -1)}):
+        row = int(torch.searchsorted(ends, int(cells.max()), right=True))
+        seen[row] = seen.get(row, -1) + 1
+        if seen[row] == method.image:
+            chosen[cells], weights[cells] = 1.0, of(method, (cells.shape[0], cells.shape[1]))
+    if not chosen.any():
+        raise VlmFixError(
+            f"control_mllm: image={method.image} is pointed at, but no prompt has that many; they count from 0."
+        )
+    return session.on_images(chosen, tokens).bool(), session.on_images(weights, tokens)
 
 
 def of(method: Any, size: tuple[int, int]) -> torch.Tensor:
@@ -31,7 +56,7 @@ def of_box(box: tuple[float, ...], size: tuple[int, int], cover: str, name: str)
     """[h, w] 1 in the cells that the box (left, top, right, bottom, as shares of the image) touches, or whose centre it holds."""
     if len(box) != 4 or not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
         raise VlmFixError(
-            f"{name}: box={'|'.join(map(str, box))} must be left|top|right|bottom as shares of the image, such as 0.1|0.2|0.5|0.6."
+            f"{name}: box={'|'.join(map(str, box))} must be left|top|right|bottom as shares of the image: 0.1|0.2|0.5|0.6."
         )
     h, w = size
     found = torch.zeros(h, w)

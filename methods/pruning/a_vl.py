@@ -39,10 +39,11 @@ class AVL(CachePruner):
 
     Source: arXiv 2409.14846; 2147483647-2/A-VL@8932507 with its flags' defaults: half deleted, 60 % of all image tokens
     not computed, half of the text but at least 20 columns kept, 70 % of them heavy; all layers; 3 steps as in its README
-    and scripts (the flag itself is off). Deviations: its forward never reads the flag `text_every` and evicts at every step
-    (text_every=1); shares are rounded, its are cut off; with several images the text between them stays and the core is
-    picked from all together. It masks what the paper's CUDA operator skips; here attention is given shorter keys. Its
-    option to drop image tokens in the prompt, after layer 3, is `fastv`'s. Ties go to the lower index.
+    and scripts (the flag itself is off). Deviations: its forward never reads the flag `text_every` and evicts at every
+    step (text_every=1); shares are rounded, its are cut off; with several images the text between them stays and the core
+    is picked from all together. It masks what the paper's CUDA operator skips; here attention is given shorter keys. Its
+    other scheme for text, behind a flag of its own, is not here. Its option to drop image tokens in the prompt, after
+    layer 3, is `fastv`'s. Ties go to the lower index.
     """
 
     name: ClassVar[str] = "a_vl"

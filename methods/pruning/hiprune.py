@@ -22,7 +22,8 @@ class HiPrune(TokenPruner):
 
     Source: arXiv 2508.00553; official code Danielement321/HiPrune (alpha .1; LLaVA layer 9 of 24 and 192/128/64 of 576
     tokens; Qwen2.5-VL layer 16 of 32, shares .334/.223/.112, M-RoPE kept). Layers scale with the encoder's depth.
-    Deviations: neighbours do not wrap across rows as the official code lets them; ties go to the earlier token.
+    Deviation: neighbours do not wrap across rows as the official code lets them, counting patches in one line
+    (border=line). Ties go to the earlier token.
     """
 
     name: ClassVar[str] = "hiprune"
@@ -30,6 +31,8 @@ class HiPrune(TokenPruner):
 
     alpha: float = param(0.1, "share of the budget for anchors with their neighbours", low=0, high=1)
     object_layer: int | None = param(None, "encoder layer of the anchors, counted from 1 as in the paper", low=1)
+
+    border: str = param("grid", "neighbours at the ends of rows: none, or the next row's", choices=("grid", "line"))
 
     def defaults(self, arch: Arch) -> dict[str, Any]:
         middle = round((16 / 32 if arch.family.mrope else 9 / 24) * arch.vision_depth) - 1
@@ -62,13 +65,18 @@ class HiPrune(TokenPruner):
         y, x = anchors // width, anchors % width
         near = [(y, x), (y, x - 1), (y, x + 1), (y - 1, x), (y + 1, x)]
         first = torch.cat(
-            [torch.where((v >= 0) & (v < height) & (u >= 0) & (u < width), v * width + u, -1) for v, u in near]
+            [torch.where((v >= 0) & (v < height) & self.inside(u, width), v * width + u, -1) for v, u in near]
         )
+        first = first[first < len(objects)]
         chosen = torch.zeros(len(objects), dtype=torch.bool, device=objects.device)
         chosen[first[first >= 0]] = True
         rest = ranked(registers.masked_fill(chosen, -torch.inf))[: max(0, budget - int(chosen.sum()))]
         chosen[rest] = True
         return chosen.nonzero()[:, 0]
+
+    def inside(self, column: torch.Tensor, width: int) -> torch.Tensor:
+        """True where a neighbour in this column counts."""
+        return torch.ones_like(column, dtype=torch.bool) if self.border == "line" else (column >= 0) & (column < width)
 
 
 def ranked(scores: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,8 @@ class PyramidDrop(StagedPruner):
     floor(r_t N0) of what is left stay, per image, N0 the image's tokens at the start.
 
     Source: arXiv 2410.17247; official code Cooperx521/PyramidDrop@6444f30 (before layers 8, 16, 24 of 32, r = .5, .25,
-    .125), re-numbering positions. Layers scale with the model's depth. With M-RoPE, which the code does not know,
+    .125), re-numbering positions. Layers scale with the model's depth, which the code's do not:
+    layers=8|16|24 are its on 40 layers too. With M-RoPE, which the code does not know,
     positions stay. Ties go to the lower index.
     """
 

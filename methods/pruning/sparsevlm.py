@@ -32,9 +32,10 @@ class SparseVLM(StagedPruner):
     With `rank` > 0, a stage drops lambda (N - rank(P)) tokens instead, P [raters, N] the attention: `keep` is unused.
 
     Source: arXiv 2410.04417; official code Gumpest/SparseVLMs@26a5f48, v1.0 (after layers 2, 6, 15 of 32: 300, 200, 110
-    of 576 tokens, called "192"; the paper's adaptive rank is not in it), re-numbering positions. Deviations: clusters
-    stay at their centre's place instead of behind the kept tokens; ties of density go to the lower index instead of a
-    random one; no rater (equal m): the last token. With M-RoPE positions stay.
+    of 576 tokens, called "192"; the paper's adaptive rank is not in it), re-numbering positions. Its layers do not scale
+    with the depth as these do: layers=2|6|15 are its on 40 layers too. Deviations: clusters stay at their centre's place
+    instead of behind the kept tokens; ties of density go to the lower index instead of a random one; no rater (equal m):
+    the last token. With M-RoPE positions stay.
     """
 
     name: ClassVar[str] = "sparsevlm"

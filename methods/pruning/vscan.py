@@ -29,7 +29,8 @@ class VScan(TokenMerger, LayerPruner):
     Source: arXiv 2505.22654; official code Tencent/SelfEvolvingAgent (LLaVA layer 6 of 24, 16 windows of 6 x 6 patches,
     a third of the tokens from language-model layer 16 of 32 on; Qwen2.5-VL layer 8 of 32, then 14 of 28). Layers scale
     with depth. Towers without a class token (Qwen-VL): attention received, mean over heads and queries. Ambiguity:
-    Qwen's "4 x 4 windows" are read as four parts a side, as in LLaVA.
+    Qwen's "4 x 4 windows" are read as four parts a side, as in LLaVA. Where half of the budget is no multiple of windows^2
+    (the papers' are), each part gets the whole number below and the global scan the rest: there the official code keeps others.
     """
 
     name: ClassVar[str] = "vscan"

@@ -25,7 +25,6 @@ WAYS = {
 
 def reference(twin, inputs, m, columns, rows, layers, version, steps, lr, accumulate=False):
     """(p, energies): m [N] on the image's columns; autograd through all layers, weights formed, one row after the other."""
-    ids = inputs["input_ids"]
     twin.requires_grad_(False)
     p = torch.zeros(len(columns), twin.config.get_text_config().hidden_size, dtype=torch.float64)
     before, added, first, second, energies = p, p, p, p, []

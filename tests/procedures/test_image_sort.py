@@ -52,7 +52,7 @@ def test_images_move_with_their_tokens(model, family):
     for start, size in zip(starts, sizes, strict=True):
         blocks.append(ids[start : start + size // 4 + 2])
     between = [ids[a + len(b) : c] for a, b, c in zip(starts, blocks, [*starts[1:], len(ids)], strict=True)]
-    expected = ids[: starts[0]] + sum((blocks[o] + between[i] for i, o in enumerate((2, 0, 1))), [])
+    expected = ids[: starts[0]] + [t for i, o in enumerate((2, 0, 1)) for t in blocks[o] + between[i]]
     assert new["input_ids"][0].tolist() == expected
     parts = inputs["pixel_values"].split(sizes)
     assert torch.equal(new["pixel_values"], torch.cat([parts[i] for i in (2, 0, 1)]))

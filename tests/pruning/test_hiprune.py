@@ -100,3 +100,14 @@ def encoder_choice(family, twin, inputs, budget, alpha):
         kept += [offset + i for i in ref.hiprune_choice(*columns, (h // 2, w // 2), budget, alpha)]
         offset += h * w // 4
     return kept, features
+
+
+@pytest.mark.parametrize(("border", "kept"), [("grid", [1, 2, 5, 8]), ("line", [1, 2, 3, 5])])
+def test_neighbours_at_the_end_of_a_row(border, kept):
+    """An anchor at the end of the first row of 3 x 3: the official code's neighbours go on in the next row."""
+    from vlm_fix.methods.pruning.hiprune import HiPrune
+    from vlm_fix.pruning.encoder import ImageTokens
+
+    scores = {1: torch.tensor([0.0, 0, 9, 0, 0, 0, 0, 0, 0]), 3: torch.arange(9.0)}
+    method = HiPrune(keep=4, alpha=1.0, object_layer=2, border=border)
+    assert method.select(ImageTokens((3, 3), scores)).tolist() == kept

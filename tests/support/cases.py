@@ -143,6 +143,7 @@ CASES = {
                 ),
             },
         ),
+        edit("pine", neutral=("pine:order=given,mask=false",), refuses=CHUNKS),
         edit(
             neutral=("tame:gamma=0",),
             refuses=CHUNKS,
@@ -325,6 +326,7 @@ CASES = {
         # procedures
         edit(CROP, f"{CROP},images=both", neutral=(f"{CROP},top=1.0", f"{CROP},top=1.0,images=both")),
         edit("image_sort:toward=ends,layers=1-2", neutral=("image_sort:rounds=0",)),
+        edit("sparc:boxes=0.1|0.2|0.5|0.7", neutral=("sparc:regions=0",)),
         loop(
             "opera:threshold=1,warmup=2,beams=3,candidates=3",
             neutral=("opera:weight=0",),
@@ -333,7 +335,7 @@ CASES = {
         ),
         loop("sgrs:layers=1-3,alpha=1", neutral=("sgrs:top_k=1",)),
         edit(
-            "control_mllm:box=0.1|0.1|0.6|0.6,lr=0.5",
+            "control_mllm:box=0.1|0.1|0.6|0.6,lr=0.01",
             "control_mllm:version=1,point=0.3|0.7,lr=0.5",
             neutral=("control_mllm:box=0|0|1|1,steps=0",),
             refuses=CHUNKS,

@@ -15,11 +15,11 @@ from .common import DTYPES, add, add_json, check_place, console
 
 def add_to(commands: Any) -> None:
     parser = add(commands, "bench", "time methods against the unwrapped model, on random weights", run)
-    parser.add_argument("kind", choices=("attention", "decode", "prune", "serve"), help="which methods")
+    parser.add_argument("kind", choices=("attention", "decode", "prune", "draft", "serve"), help="which methods")
     parser.add_argument("--shape", default="small", metavar="S", help="small, small-qwen, llava-1.5-7b, qwen2.5-vl-7b")
     parser.add_argument("--method", default="", metavar="A,B+C", help="only these (all of the kind)")
     parser.add_argument(
-        "--model", default="picto-llava", metavar="NAME", help="serve only: folder or name (%(default)s)"
+        "--model", default="picto-llava", metavar="NAME", help="draft and serve only: folder or name (%(default)s)"
     )
     parser.add_argument("--new-tokens", type=int, default=32, metavar="N", help="tokens to time (%(default)s)")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="(%(default)s)")
@@ -45,6 +45,9 @@ def run(args: argparse.Namespace) -> None:
 
     if args.kind == "serve":
         _serve(args)
+        return
+    if args.kind == "draft":
+        _draft(args)
         return
     try:
         keep = tuple(float(part) for part in (args.keep or "192,64").split(","))
@@ -90,3 +93,25 @@ def _serve(args: argparse.Namespace) -> None:
         print(json.dumps(results, indent=2))
     else:
         console().print(serving.table(results))
+
+
+def _draft(args: argparse.Namespace) -> None:
+    """A model that drafts for itself."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from vlm_fix.eval import bench
+    from vlm_fix.eval.bench import drafting
+    from vlm_fix.registry import split_methods
+
+    specs = ["+".join(stack) for stack in split_methods(args.method)]
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("bench draft", total=None)
+        tick = lambda total: progress.update(task, total=total, advance=1)  # noqa: E731
+        results = drafting.run(specs, args.model, args.new_tokens, args.rounds, args.device, args.dtype, tick)
+    if args.output:
+        bench.write(results, Path(args.output))
+    if args.json:
+        print(json.dumps(results, indent=2))
+    else:
+        console().print(drafting.table(results))

@@ -1,0 +1,88 @@
+"""vlm-fix point: ask about a region of a picture."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from vlm_fix.errors import VlmFixError
+
+from .common import add, add_model, add_weights
+
+EXAMPLES = """examples:
+  vlm-fix point photo.jpg "What is this?" --box 120,40,260,210 --model llava-hf/llava-1.5-7b-hf
+  vlm-fix point photo.jpg "What is this?" --point 190,125
+  vlm-fix point photo.jpg "What is this?" --mask mask.png --method control_mllm:version=1"""
+
+
+def add_to(commands: Any) -> None:
+    parser = add(commands, "point", "ask about a region of a picture, with ControlMLLM", run, EXAMPLES)
+    parser.add_argument("image", metavar="IMAGE", help="a picture")
+    parser.add_argument("question", metavar="QUESTION", help="what is asked")
+    region = parser.add_mutually_exclusive_group(required=True)
+    region.add_argument("--box", metavar="X,Y,X,Y", help="left, top, right, bottom, in the picture's pixels")
+    region.add_argument("--point", metavar="X,Y", help="in pixels")
+    region.add_argument("--scribble", metavar="X,Y,...", help="its points, in pixels")
+    region.add_argument("--mask", metavar="FILE", help="a picture of the same size whose bright pixels are the region")
+    parser.add_argument("--method", default="control_mllm", metavar="SPEC", help="its settings (%(default)s)")
+    parser.add_argument("--new-tokens", type=int, default=60, metavar="N", help="(%(default)s)")
+    add_model(parser)
+    add_weights(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    for file in filter(None, (args.image, args.mask)):
+        if not Path(file).is_file():
+            raise VlmFixError(f"there is no picture {file!r}: give an image file.")
+    from PIL import Image, ImageOps
+
+    import vlm_fix
+    from vlm_fix.eval.run.loading import load_model
+
+    picture = ImageOps.exif_transpose(Image.open(args.image)).convert("RGB")
+    model, processor, _ = load_model(args.model, args.dtype, args.device)
+    if args.mask:
+        region = f"mask={args.mask}"
+    else:
+        name = next(n for n in ("box", "point", "scribble") if getattr(args, n))
+        given = shares(numbers(getattr(args, name), name), picture.size, processor.image_processor)
+        region = f"{name}={'|'.join(f'{share:.5f}' for share in given)}"
+    words = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": args.question}]}]
+    text = processor.apply_chat_template(words, add_generation_prompt=True)
+    inputs = dict(processor(images=picture, text=text, return_tensors="pt").to(model.device, model.dtype))
+    how = {"max_new_tokens": args.new_tokens, "do_sample": False}
+    for label, spec in (
+        ("whole picture", "baseline"),
+        ("region", f"{args.method}{',' if ':' in args.method else ':'}{region}"),
+    ):
+        with vlm_fix.wrapped(model, spec):
+            said = model.generate(**inputs, **how)[0, inputs["input_ids"].shape[1] :]
+        print(f"{label}: {processor.tokenizer.decode(said, skip_special_tokens=True).strip()}")
+
+
+def numbers(text: str, name: str) -> list[float]:
+    """The coordinates in "X,Y,..."."""
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or len(found) % 2 or (name == "box" and len(found) != 4) or (name == "point" and len(found) != 2):
+        raise VlmFixError(f"--{name} {text!r} is not of the form {'10,20,60,80' if name == 'box' else '10,20'}.")
+    return found
+
+
+def shares(at: list[float], size: tuple[int, int], how: Any) -> list[float]:
+    """Coordinates x, y, ... in pixels of a picture -> shares of what the image processor `how` shows the model of it."""
+    (width, height), left, top = size, 0.0, 0.0
+    if getattr(how, "do_center_crop", False) and "shortest_edge" in (how.size or {}):
+        scale = how.size["shortest_edge"] / min(size)
+        cut = (how.crop_size["width"] / scale, how.crop_size["height"] / scale)
+        left, top = (width - cut[0]) / 2, (height - cut[1]) / 2
+        width, height = cut  # type: ignore[assignment]
+    found = [(v - (top if i % 2 else left)) / (height if i % 2 else width) for i, v in enumerate(at)]
+    if all(not 0 <= v <= 1 for v in found[::2]) or all(not 0 <= v <= 1 for v in found[1::2]):
+        raise VlmFixError(
+            f"what is pointed at lies outside of what the model is shown of a picture of {size[0]} x {size[1]} pixels."
+        )
+    return [min(max(v, 0.0), 1.0) for v in found]
