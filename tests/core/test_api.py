@@ -12,7 +12,7 @@ from transformers import AutoProcessor, ImageTextToTextPipeline
 
 import vlm_fix
 from tests.support.models import make_inputs
-from vlm_fix import ScoreEdit, index, param, registry
+from vlm_fix import LogitEdit, ScoreEdit, index, param, registry
 from vlm_fix.eval.picto import model_path, scene
 from vlm_fix.eval.run import loading
 from vlm_fix.methods import PAI
@@ -116,11 +116,11 @@ def test_register(model, own):
         vlm_fix.register(3)
 
     @dataclass(frozen=True)
-    class Needy(ScoreEdit):
+    class Needy(LogitEdit):
         name: ClassVar[str] = "needy"
         share: float
 
-        def edit_scores(self, scores, rows):
+        def edit(self, scores, *rest):
             return scores
 
     with pytest.raises(vlm_fix.VlmFixError, match="Needy needs a default for every parameter"):
@@ -231,9 +231,8 @@ def test_evaluate_a_model_in_memory(picto, own, tmp_path):
 
 def test_calibrate_a_model_in_memory(picto, tmp_path):
     model, processor = picto
-    found = vlm_fix.calibrate(
-        model, "vhr", processor=processor, limit=4, search={"alpha": [1.0, 1.5]}, out=tmp_path / "vhr.json"
-    )
-    assert set(found.found) == {"alpha"} and found.score["questions"] == 4 and (tmp_path / "vhr.json").is_file()
-    with vlm_fix.wrapped(model, "vhr", calibration=found):
-        assert vlm_fix.active(model)[0].alpha == found.found["alpha"]
+    found = vlm_fix.calibrate(model, "zerotuning", processor=processor, limit=2, out=tmp_path / "zero.json")
+    assert {"rate", "head_indices"} == {*found.found} and found.score["questions"] == 2
+    assert (tmp_path / "zero.json").is_file()
+    with vlm_fix.wrapped(model, "zerotuning", calibration=found):
+        assert vlm_fix.active(model)[0].rate == found.found["rate"]

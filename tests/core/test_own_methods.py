@@ -259,3 +259,16 @@ def test_scores_that_are_no_numbers(model, family, base, function, value):
         with pytest.raises(vlm_fix.VlmFixError, match="with mine the scores of a token were NaN, or none"):
             model.generate(**inputs, max_new_tokens=4, do_sample=False)
         assert asked
+
+
+@pytest.mark.parametrize(
+    ("base", "function", "own", "meant"),
+    [
+        (ScoreEdit, "edit_scores", lambda self, scores: scores, r"def edit_scores\(self, scores, rows\)"),
+        (ScoreEdit, "edit_scores", lambda self, scores, rows, more: scores, r"def edit_scores\(self, scores, rows\)"),
+        (TokenPruner, "select", lambda self: None, r"def select\(self, image\)"),
+    ],
+)
+def test_other_arguments_than_its_kind_hands_over(base, function, own, meant):
+    with pytest.raises(vlm_fix.VlmFixError, match=f"Mine.{function} gets other arguments: write {meant}"):
+        written(base, **{function: own})()
