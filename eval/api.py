@@ -117,7 +117,7 @@ def _runs(methods: str | Sequence[Stack]) -> tuple[tuple[str, ...], ...]:
     """As `Settings.methods`: specs by run. Methods of one's own are registered, so that their specs can be read again."""
     if isinstance(methods, str):
         return tuple(map(tuple, split_methods(methods)))
-    if isinstance(methods, Method) or isinstance(methods, type):
+    if isinstance(methods, Method | type):
         raise VlmFixError("methods is a list of runs: write [method], or a spec.")
     stacks = [parse(stack) for stack in methods]
     for method in (method for stack in stacks for method in stack):

@@ -1,4 +1,4 @@
-"""The methods' names, kinds and first sentences, read from their source: importing them means importing torch, which takes seconds.
+"""The methods' names, kinds and first sentences, read from their source: importing them would import torch, which is slow.
 
 A name or kind is a string in the body of a class or of one it derives from, in this package or in a third party's module.
 Where that is not so, `entries` says None, and the registry, which imports everything, has to be asked.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import inspect
 import math
 import numbers
 import re
@@ -250,6 +251,7 @@ def _check_class(cls: type[Method]) -> None:
     if not re.fullmatch(r"\w[\w-]*", cls.name):
         raise VlmFixError(f"{cls.__name__}: name={cls.name!r} does not fit a spec; use letters, digits, - and _.")
     _check_spelling(cls)
+    _check_arguments(cls)
     groups = [(base, names) for base in cls.__mro__ for names in vars(base).get("one_of", ())]
     missing = [names for base, names in groups if all(getattr(cls, n) is getattr(base, n) for n in names)]
     missing += [(name,) for name in sorted(getattr(cls, "__abstractmethods__", ()))]
@@ -273,6 +275,24 @@ def _check_spelling(cls: type[Method]) -> None:
                 raise VlmFixError(
                     f"{base.__name__}.{name} would never be asked for: did you mean {near[0]}? If not, choose another name."
                 )
+
+
+def _check_arguments(cls: type[Method]) -> None:
+    """VlmFixError for a function of a method of one's own that does not take what its kind hands it."""
+    theirs = [base for base in cls.__mro__ if base.__module__.partition(".")[0] != "vlm_fix"]
+    for base in theirs:
+        for name, own in vars(base).items():
+            asked = next((vars(kind)[name] for kind in cls.__mro__ if kind not in theirs and name in vars(kind)), None)
+            if not (isinstance(own, types.FunctionType) and isinstance(asked, types.FunctionType)) or name.startswith(
+                "__"
+            ):
+                continue
+            needed = [p for p in inspect.signature(asked).parameters.values() if p.default is p.empty and p.kind <= 1]
+            try:
+                inspect.signature(own).bind(*needed)
+            except TypeError:
+                told = ", ".join(p.name for p in needed)
+                raise VlmFixError(f"{base.__name__}.{name} gets other arguments: write def {name}({told}).") from None
 
 
 def shaped(new: Any, like: torch.Tensor, method: Method, function: str, broadcast: bool = False) -> Any:

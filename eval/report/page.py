@@ -1,8 +1,9 @@
 """Make one self-contained HTML page, or a short Markdown table, from the folders of one or more evaluations.
 
-The page has the tables, figures as inline SVG (accuracy against yes-ratio, CHAIR against recall or cover, gain against
-time), and answers side by side with object words marked. It loads nothing, follows the reader's light or dark setting,
-and can be printed. It shows the samples on which the runs differ most, and says so.
+The page has a sentence for each method, tables that can be sorted and filtered, figures as inline SVG (differences with
+their intervals, accuracy against yes-ratio, CHAIR against recall or cover, gain against time), and answers side by side with
+object words marked. It loads nothing, follows the reader's light or dark setting, and can be printed. It shows the samples on
+which the runs differ most, and says so.
 """
 
 from __future__ import annotations
@@ -18,41 +19,16 @@ from vlm_fix.errors import VlmFixError
 from vlm_fix.eval.files import write_atomic
 from vlm_fix.eval.run.summary import correct
 from vlm_fix.eval.scorers.benchmark import Captions, Layout, YesNo
-from vlm_fix.eval.scorers.registry import LAYOUTS, PLAIN, groups, once, scorer_and_commit
+from vlm_fix.eval.scorers.registry import LAYOUTS, LOWER, PLAIN, better, groups, once, scorer_and_commit
 from vlm_fix.eval.stats import SIGNIFICANT
 
-from . import side_by_side
+from . import shell, side_by_side
 from . import tables as report
-from .svg import Point, colour, scatter, text_of
+from .svg import Bar, Point, forest, scatter, text_of
 
 MARKS = "<!-- leaderboard -->", "<!-- /leaderboard -->"
-STYLE = """
-:root{color-scheme:light dark;--ink:#1b1f24;--soft:#5c6670;--line:#d9dee3;--page:#fff;--card:#f6f8fa;--good:#0b6b3a;
---good-bg:#d8f3e3;--bad:#a3130b;--bad-bg:#fde0dd}
-@media (prefers-color-scheme:dark){:root{--ink:#e6e9ec;--soft:#9aa5b1;--line:#343b43;--page:#14171b;--card:#1d2228;
---good:#8be0b0;--good-bg:#123524;--bad:#ffab9f;--bad-bg:#4a1713}}
-body{font:15px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--page);max-width:1180px;margin:2rem auto;
-padding:0 1rem}
-h1,h2,h3{line-height:1.25;text-wrap:balance}h2{margin-top:3rem;border-top:1px solid var(--line);padding-top:1.5rem}
-small,.soft,caption{color:var(--soft)}caption{text-align:left;font-size:.9em;padding:.4rem 0}
-.scroll{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.9em;margin:1rem 0}
-th,td{padding:.25rem .7rem;text-align:right;border-bottom:1px solid var(--line);vertical-align:top;white-space:nowrap}
-th{font-weight:600}td:first-child,th:first-child,tr.split td{text-align:left}tr.split td{font-weight:600;padding-top:.8rem}
-td small{display:block}td .star{color:var(--ink);font-weight:600}code{font-size:.95em}
-.figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,440px),1fr));gap:1rem}figure{margin:0}
-svg{width:100%;height:auto;background:var(--card);border-radius:8px}svg text{fill:var(--ink);font:11px system-ui,sans-serif}
-svg .soft{fill:var(--soft)}svg .grid{stroke:var(--line)}.legend{columns:3 220px;padding:0;list-style:none}
-.legend b{display:inline-block;min-width:1.5em;border-radius:1em;color:#fff;text-align:center;font-size:.8em}
-.sample{background:var(--card);border-radius:8px;padding:1rem;margin:1rem 0;break-inside:avoid}
-.sample:has(img){display:grid;grid-template-columns:150px 1fr;gap:.5rem 1rem}.sample p:first-of-type{margin:0}
-.sample img{grid-row:1/3;width:150px;border-radius:6px}
-.answers{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,230px),1fr));gap:.8rem;align-content:start}
-@media (max-width:640px){.sample img{grid-row:1}.sample:has(img) .answers{grid-column:1/3}
-.sample:has(img){grid-template-columns:min(150px,35%) 1fr}.sample img{width:100%}}
-.answers div{border-top:2px solid var(--line);padding-top:.3rem}.answers p{margin:.2rem 0;overflow-wrap:anywhere}
-mark{border-radius:3px;padding:0 .15em}mark.good{color:var(--good);background:var(--good-bg)}
-mark.bad{color:var(--bad);background:var(--bad-bg);text-decoration:underline wavy}
-"""
+KINDS = ("better", "worse")
+NOTHING = '<span class="soft">no difference of the main figures is significant</span>'
 
 
 def read(folders: Sequence[str | Path]) -> list[tuple[Path, dict[str, Any]]]:
@@ -92,11 +68,7 @@ def page(folders: Sequence[str | Path], samples: int = 6) -> str:
     for folder, results in read(folders):
         with shown(folder):
             sections += _section(folder, results, samples)
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
-        f'content="width=device-width,initial-scale=1"><title>vlm-fix report</title><style>{STYLE}</style></head><body>'
-        f"<h1>Hallucination with and without methods</h1>{sections}</body></html>\n"
-    )
+    return shell.whole("Hallucination with and without methods", sections)
 
 
 def _section(folder: Path, results: Mapping[str, Any], samples: int) -> str:
@@ -113,38 +85,57 @@ def _section(folder: Path, results: Mapping[str, Any], samples: int) -> str:
     return (
         f"<h2>{text_of(Path(model['name']).name)} on {text_of(sources)}</h2>"
         f'<p class="soft">{"<br>".join(map(text_of, about))}</p>'
-        f'<ul class="legend">{_legend(results)}</ul><div class="figures">{"".join(figures(results))}</div>'
+        f'<ul class="verdicts">{_verdicts(results)}</ul><div class="figures">{"".join(figures(results))}</div>'
         f"{''.join(map(_grid, report.grids(results)))}"
         f'<p class="soft">{text_of(report.STAR)}</p><ul>{notes}</ul>{side_by_side.samples(folder, results, samples)}'
     )
 
 
-def _legend(results: Mapping[str, Any]) -> str:
-    return "".join(
-        f'<li><b style="background:{colour(i)}">{i}</b> <code>{text_of(run)}</code></li>'
-        for i, run in enumerate(results["runs"])
-    )
+def _verdicts(results: Mapping[str, Any]) -> str:
+    """A line for each method: the main figures on which it is significantly better, or worse."""
+    lines, base = [], next(iter(results["runs"]))
+    for run, each in results["runs"].items():
+        found: dict[bool, list[str]] = {True: [], False: []}
+        for _, heading, task, split, name in columns(results):
+            delta = each[task][split]["delta"].get(name) if split else None
+            if delta and delta["p_holm"] < SIGNIFICANT and (good := better(name, delta["delta"])) is not None:
+                found[good].append(f"{heading} ({100 * delta['delta']:+.1f})")
+        told = [
+            f'<span class="{kind}">{kind} on {text_of(", ".join(what))}</span>'
+            for kind, what in zip(KINDS, found.values(), strict=True)
+            if what
+        ]
+        if run != base:
+            lines.append(
+                f'<li data-run="{text_of(run)}"><code>{text_of(run)}</code>: {"; ".join(told) or NOTHING}</li>'
+            )
+    return "".join(lines)
 
 
 def _grid(grid: report.Grid) -> str:
-    """Format a table with the method in the first column and each split in its own row."""
-    head = "".join(f"<th>{text_of(head)}</th>" for head in ("method", *grid.heads))
-    rows, last = [], ""
+    """Format a table with the method in the first column; with splits, their names in the second."""
+    several = any(split for split, _, _ in grid.rows)
+    heads = ["method", *(["split"] if several else []), *grid.heads]
+    head = "".join(
+        f'<th{" class=text" if i <= several else ""}><button type="button">{text_of(head)}</button></th>'
+        for i, head in enumerate(heads)
+    )
+    rows = []
     for split, run, cells in grid.rows:
-        if split != last:
-            rows.append(f'<tr class="split"><td colspan="{len(cells) + 1}">{text_of(split)}</td></tr>')
-        last = split
-        shown = "".join(
-            f"<td>{text_of(c.text)}"
-            + (f"<small{' class=star' if c.star else ''}>{text_of(c.change)}</small>" if c.change else "")
-            + "</td>"
-            for c in cells
+        shown = "".join(f"<td>{text_of(c.text)}{_change_of(c)}</td>" for c in cells)
+        part = f'<td class="text">{text_of(split)}</td>' if several else ""
+        rows.append(
+            f'<tr data-run="{text_of(run)}"><td class="text"><code>{text_of(run)}</code></td>{part}{shown}</tr>'
         )
-        rows.append(f"<tr><td><code>{text_of(run)}</code></td>{shown}</tr>")
     return (
         f'<div class="scroll"><table><caption>{text_of(grid.caption)}</caption><thead><tr>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
+
+
+def _change_of(cell: report.Cell) -> str:
+    kind = {True: "better", False: "worse"}.get(cell.better) if cell.star else None  # type: ignore[arg-type]
+    return f"<small{f' class={kind}' if kind else ''}>{text_of(cell.change)}</small>" if cell.change else ""
 
 
 # ------------------------------------------------------------------------------------------------------------- figures
@@ -154,6 +145,8 @@ def figures(results: Mapping[str, Any]) -> Iterator[str]:
     """Yield the SVG figures that these results have data for."""
     shown = {task: LAYOUTS[task] for task in LAYOUTS if task in results["settings"]["data"]}
     for task, layout in shown.items():
+        yield from _differences(results, task, layout)
+    for task, layout in shown.items():
         if isinstance(layout.answers, YesNo):
             yield _accuracy_figure(results, task, layout.answers)
     for task, layout in shown.items():
@@ -161,6 +154,29 @@ def figures(results: Mapping[str, Any]) -> Iterator[str]:
             yield _caption_figure(results, task, layout.answers)
     for task, layout in shown.items():
         yield from _cost_figure(results, task, layout)
+
+
+def _differences(results: Mapping[str, Any], task: str, layout: Layout) -> Iterator[str]:
+    """Draw every method's difference from the baseline, with its interval: the main figures of a task."""
+    base, *methods = results["runs"]
+    for name, heading in layout.leaderboard.items():
+        parts = []
+        for split in results["runs"][base][task]:
+            deltas = {run: results["runs"][run][task][split]["delta"].get(name) for run in methods}
+            bars = [_bar(run, name, delta) for run, delta in deltas.items() if delta]
+            if bars:
+                parts.append((split if len(results["runs"][base][task]) > 1 else "", bars))
+        if parts:
+            title = (
+                f"{task.upper()} {(heading or layout.columns.get(name, name)).removeprefix('CHAIR_i').strip() or 'C_I'}"
+            )
+            yield forest(parts, f"points above the baseline; {'lower' if name in LOWER else 'higher'} is better", title)
+
+
+def _bar(run: str, name: str, delta: Mapping[str, Any]) -> Bar:
+    significant = delta["p_holm"] < SIGNIFICANT
+    points = (100 * delta[key] for key in ("delta", "low", "high"))
+    return Bar(run, *points, better(name, delta["delta"]) if significant else None)
 
 
 def _accuracy_figure(results: Mapping[str, Any], task: str, answers: YesNo) -> str:
@@ -200,7 +216,7 @@ def _cost_figure(results: Mapping[str, Any], task: str, layout: Layout) -> Itera
         if per_second[run] and per_second[base]:
             points.append(Point(i, run, per_second[base] / per_second[run], 100 * sign * gain))
     if points:
-        yield scatter(points, "time per token, baseline = 1", label, "What does it cost?", 1)
+        yield scatter(points, "time per token, baseline = 1", label, "What does it cost?", 1, (1, 10))
 
 
 def _disjoint(parts: Mapping[str, Any], answers: YesNo) -> list[Any]:
@@ -228,24 +244,34 @@ def leaderboard(folders: Sequence[str | Path]) -> str:
     return "\n".join(boards)
 
 
+def columns(results: Mapping[str, Any]) -> list[tuple[str, str, str, str, str]]:
+    """Return (heading, the same with its task, task, split or "" for the mean of all, figure) of the main figures."""
+    first, found = next(iter(results["runs"].values())), []
+    for task in results["settings"]["data"]:
+        for split in first[task]:
+            where = f"{task.upper()} {split}" if len(first[task]) > 1 else task.upper()
+            for name, head in LAYOUTS[task].leaderboard.items():
+                plain = head.removesuffix(" ↓")
+                full = where if not head else plain if task in plain.lower() else f"{task.upper()} {plain}"
+                found.append((head or where, full, task, split, name))
+        found += [
+            (head, f"{task.upper()} {head}", task, "", name) for name, head in LAYOUTS[task].leaderboard_means.items()
+        ]
+    return found
+
+
 def _board(folder: Path, results: Mapping[str, Any]) -> str:
     settings, runs = results["settings"], results["runs"]
-    base = next(iter(runs))
-    columns: list[tuple[str, str, str, str]] = []  # heading, task, split ("": their mean), metric
-    for task in settings["data"]:
-        for split in runs[base][task]:
-            where = f"{task.upper()} {split}" if len(runs[base][task]) > 1 else task.upper()
-            columns += [(head or where, task, split, name) for name, head in LAYOUTS[task].leaderboard.items()]
-        columns += [(head, task, "", name) for name, head in LAYOUTS[task].leaderboard_means.items()]
+    base, shown = next(iter(runs)), columns(results)
     last = list(settings["data"])[-1]
-    lines = [report.line(["method", *(c[0] for c in columns), "tokens/s"])]
-    lines.append(report.line(["---", *["---:"] * (len(columns) + 1)]))
+    lines = [report.line(["method", *(heading for heading, *_ in shown), "tokens/s"])]
+    lines.append(report.line(["---", *["---:"] * (len(shown) + 1)]))
     for run in runs:
         cells = [
             _change(runs[run][b][split], name, run == base)
             if split
             else f"{100 * fmean(each[name] for part, each in runs[run][b].items() if part not in groups(b)):.1f}"
-            for _, b, split, name in columns
+            for _, _, b, split, name in shown
         ]
         speed = results["speed"][run][last]["tokens_per_second"]
         lines.append(
@@ -279,8 +305,9 @@ def _board(folder: Path, results: Mapping[str, Any]) -> str:
             f"{how}, {model['dtype']}, weights {model['weights'][:15]}, {judges}; "
             f"{results['hardware']}, {results['date'][:10]}, vlm-fix {results['vlm_fix']}. Baseline in percent (words: mean "
             "length; yes: yes-ratio, mean over splits), below it differences in points with a paired bootstrap 95 % interval "
-            f"over images, bold where significant at 5 % after Holm's correction over the {len(runs) - 1} runs below the "
-            f"baseline.{lost or ' Every answer was parsed, none failed.'} All of it: `{folder.name}/results.json`.",
+            f"over images: bold is significantly better, ✗ significantly worse, at 5 % after Holm's correction over the "
+            f"{len(runs) - 1} runs below the baseline.{lost or ' Every answer was parsed, none failed.'} All of it: "
+            f"`{folder.name}/results.json`.",
             "",
         ]
     )
@@ -291,7 +318,9 @@ def _change(scores: Mapping[str, Any], name: str, base: bool) -> str:
     if base or not delta:
         return f"{scores[name]:.1f}" if name in PLAIN else f"{100 * scores[name]:.1f}"
     change, low, high = (round(100 * delta[key], 1) + 0.0 for key in ("delta", "low", "high"))
-    return (f"**{change:+.1f}**" if delta["p_holm"] < SIGNIFICANT else f"{change:+.1f}") + f" [{low:.1f}, {high:.1f}]"
+    good = better(name, delta["delta"]) if delta["p_holm"] < SIGNIFICANT else None
+    shown = {True: f"**{change:+.1f}**", False: f"{change:+.1f} ✗", None: f"{change:+.1f}"}[good]
+    return f"{shown} [{low:.1f}, {high:.1f}]"
 
 
 def save_markdown(text: str, path: Path) -> None:

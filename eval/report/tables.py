@@ -20,7 +20,7 @@ from rich.table import Table
 from vlm_fix.eval.files import write_atomic
 from vlm_fix.eval.run.summary import by_split
 from vlm_fix.eval.scorers.benchmark import Captions
-from vlm_fix.eval.scorers.registry import LAYOUTS, PLAIN, once
+from vlm_fix.eval.scorers.registry import LAYOUTS, PLAIN, better, once
 from vlm_fix.eval.stats import SIGNIFICANT
 
 from . import figure
@@ -103,6 +103,12 @@ def _star(delta: Mapping[str, Any], name: str) -> bool:
     return name in delta and delta[name]["p_holm"] < SIGNIFICANT
 
 
+def _cell(name: str, scores: Mapping[str, Any]) -> Cell:
+    delta = scores["delta"]
+    good = better(name, delta[name]["delta"]) if name in delta else None
+    return Cell(_value(name, scores), _delta(delta, name), _star(delta, name), good)
+
+
 def _changes(scores: Mapping[str, Any]) -> dict[str, Cell]:
     """Return the cells of CHANGES that this row has; none for the baseline."""
     counts = {**scores.get("outcomes", {}), **scores.get("transitions", {})}
@@ -152,11 +158,12 @@ TERM = "What a contrast adds to the log-probabilities: standard deviation over t
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """A value, its change against the baseline with interval (or ""), and whether the change is significant."""
+    """A value, its change against the baseline with interval (or ""), whether it is significant, and for the better."""
 
     text: str
     change: str = ""
     star: bool = False
+    better: bool | None = None
 
     def __str__(self) -> str:
         return self.text + (f" ({self.change})" if self.change else "")
@@ -180,10 +187,7 @@ def grids(results: Mapping[str, Any]) -> list[Grid]:
         several = len({split for split, _, _ in found}) > 1
         rows, changed = [], []
         for split, run, scores in found:
-            cells = tuple(
-                Cell(_value(name, scores), _delta(scores["delta"], name), _star(scores["delta"], name))
-                for name in columns
-            )
+            cells = tuple(_cell(name, scores) for name in columns)
             rows.append((split if several else "", run, cells))
             if changes := _changes(scores):
                 changed.append((split if several else "", run, changes))
@@ -246,7 +250,7 @@ def tables(results: Mapping[str, Any]) -> Group:
             last = split
             shown = []
             for cell in cells:
-                style = "bold" if cell.star else "dim"
+                style = {True: "bold green", False: "bold red", None: "bold"}[cell.better] if cell.star else "dim"
                 shown.append(escape(cell.text) + (f"\n[{style}]{escape(cell.change)}[/{style}]" if cell.change else ""))
             label = (
                 run if len(run) <= 16 else re.sub("(?=[:+])", "\n", run, count=1)

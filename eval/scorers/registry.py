@@ -18,6 +18,15 @@ BENCHMARKS: dict[str, Benchmark] = {
 LAYOUTS: dict[str, Layout] = {task: each for made in BENCHMARKS.values() for task, each in made.layouts.items()}
 PLAIN = {"unparsed", "misread", "length", "n", "failed"}
 """Figures that are numbers; all others are fractions."""
+LOWER = {"chair_s", "chair_i", "chair", "hal", "cog", "ig", "sb_yes", "sb_no", "id"}
+"""Figures of which less is better."""
+NEITHER = {"yes_ratio"}
+"""Figures of which neither more nor less is better."""
+
+
+def better(name: str, change: float) -> bool | None:
+    """Return whether a change of the figure `name` is for the better; None if it is neither."""
+    return None if name in NEITHER or not change else (change < 0) == (name in LOWER)
 
 
 def groups(task: str) -> Collection[str]:

@@ -85,6 +85,10 @@ BAD = {
     "results in a file": ("eval pope --output {captions}/out", "cannot be written"),
     "scenes in a file": ("picto render {captions}/out", "cannot be written"),
     "tell of an unknown method": ("methods vdc", "did you mean 'vcd'"),
+    "describe what is not there": ("describe {dir}/none.jpg", "there is no image"),
+    "describe what is no image": ("describe {readme}", "cannot be read as an image"),
+    "objects that are none": ("describe --objects dog,blob", "'blob' is none of COCO's 80 objects"),
+    "a file without that method": ("describe --method {readme}.py:Boost", "there is no file"),
 }
 
 
@@ -227,6 +231,56 @@ def test_help_version_and_module_entry(capsys):
     assert done.returncode == 0 and done.stdout.startswith("vlm-fix ")
 
 
+@pytest.mark.parametrize(
+    ("typed", "says"),
+    [
+        ("metods", "there is no command 'metods'; did you mean 'methods'?"),
+        ("frobnicate", "there is no command 'frobnicate'; choose from describe, "),
+        ("eval poep", "there is no 'poep'; did you mean 'pope'?"),
+        ("eval pope --metod pai", "there is no option --metod; did you mean --method?"),
+        ("compare a b --bencmark pope", "there is no option --bencmark; did you mean --benchmark?"),
+        ("methods --jsn", "there is no option --jsn; did you mean --json?"),
+        ("--bogus", "there is no option --bogus"),
+        ("picto rendr x", "there is no 'rendr'; did you mean 'render'?"),
+        ("eval pope extra", "vlm-fix eval takes no further argument, so extra has no meaning"),
+        ("score", "the following arguments are required: BENCHMARK"),
+    ],
+)
+def test_what_is_mistyped_is_named(typed, says, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(typed.split())
+    (line,) = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and line.startswith("error: ") and says in line
+
+
+def test_vlm_fix_alone_prints_its_help(capsys):
+    assert cli.main([]) == 0
+    told = capsys.readouterr()
+    assert "COMMAND" in told.out and "vlm-fix describe" in told.out and not told.err
+
+
+def test_describe_marks_what_is_not_there(capsys, tmp_path):
+    command = ["describe", "scene:0", "--model", MODEL, "--method", "pai:alpha=2", "--max-new-tokens", "40"]
+    assert cli.main([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    plain, edited = found["answers"]
+    assert (plain["method"], edited["method"]) == ("baseline", "pai:alpha=2.0") and plain["text"] != edited["text"]
+    assert "dog" in found["truth"] and all(
+        right == (name in found["truth"]) for name, right in plain["objects"].items()
+    )
+    assert cli.main([*command, "--objects", "kite"]) == 0
+    told = capsys.readouterr().out
+    assert "not in the image: " in told and "dog" in told.partition("not in the image: ")[2] and "Green is in" in told
+    from vlm_fix.eval.picto import scene
+
+    scene("test", 0, 0).image.save(tmp_path / "mine.png")
+    assert cli.main(["describe", str(tmp_path / "mine.png"), *command[2:]]) == 0
+    assert "--objects says it" in capsys.readouterr().out
+    scene("test", 0, 0).image.save(tmp_path / "COCO_val2014_000000000042.png")
+    assert cli.main(["describe", str(tmp_path / "COCO_val2014_000000000042.png"), "--model", MODEL]) == 0
+    assert "not in the image: " in capsys.readouterr().out
+
+
 def test_all_scorers_are_offered():
     assert set(SCORERS) == set(yesno.Scorer.__args__)
 
@@ -246,6 +300,6 @@ def test_the_command_line_starts_without_heavy_imports():
     heavy = ("torch", "transformers", "numpy", "nltk", "PIL")
     code = "import sys; from vlm_fix.cli import main; main(['--help'] if len(sys.argv) < 2 else sys.argv[1:])"
     loaded = f"import sys, atexit; atexit.register(lambda: print([m for m in {heavy} if m in sys.modules])); {code}"
-    for command in ([], ["score", "--help"], ["eval", "--help"], ["score", "mme", "nowhere"]):
+    for command in ([], ["score", "--help"], ["eval", "--help"], ["score", "mme", "nowhere"], ["methods"]):
         out = subprocess.run([sys.executable, "-c", loaded, *command], capture_output=True, text=True).stdout
         assert out.rstrip().endswith("[]"), (command, out[-200:])

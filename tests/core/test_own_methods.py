@@ -339,3 +339,16 @@ def test_a_bare_forward_that_ends_in_nan(grad, family, model):
         model.eval()
     vlm_fix.unwrap(model)
     assert model(**inputs).logits.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("base", "function", "own", "meant"),
+    [
+        (ScoreEdit, "edit_scores", lambda self, scores: scores, r"def edit_scores\(self, scores, rows\)"),
+        (ScoreEdit, "edit_scores", lambda self, scores, rows, more: scores, r"def edit_scores\(self, scores, rows\)"),
+        (TokenPruner, "select", lambda self: None, r"def select\(self, image\)"),
+    ],
+)
+def test_other_arguments_than_its_kind_hands_over(base, function, own, meant):
+    with pytest.raises(vlm_fix.VlmFixError, match=f"Mine.{function} gets other arguments: write {meant}"):
+        written(base, **{function: own})()

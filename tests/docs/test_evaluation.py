@@ -11,7 +11,7 @@ from vlm_fix.cli.config import arguments
 from vlm_fix.eval.scorers.registry import BENCHMARKS
 
 TEXT = (ROOT / "docs/evaluation.md").read_text()
-BLOCKS = [line for block in re.findall(r"```\n(.*?)```", TEXT, re.DOTALL) for line in block.splitlines()]
+BLOCKS = [line for block in re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL) for line in block.splitlines()]
 COMMANDS = [*BLOCKS, *re.findall(r"`(vlm-fix (?:eval|score) \S+ [^`]+)`", TEXT)]
 
 

@@ -15,7 +15,7 @@ from tests.support.models import BUILD, IMAGE
 from tests.support.references import base as ref
 from tests.support.run import error, greedy
 from vlm_fix.families import FAMILIES, REFUSED, attention_modules, get_part
-from vlm_fix.observation.observe import by_layer
+from vlm_fix.observation.layers import by_layer
 
 build = functools.cache(families.build)
 SPECS = [

@@ -435,3 +435,49 @@ def test_unexplained_pictures_are_refused_before_any_pass(models, monkeypatch):
     unknown = single("llava", [1], 0) | {"pixel_values_videos": torch.zeros(1, 2, 3, 24, 24)}
     with pytest.raises(vlm_fix.VlmFixError, match="0 video tokens, which the videos given with it do not explain"):
         vlm_fix.observe(models["llava"], unknown)
+
+
+def test_an_answer_may_be_ids_an_output_or_text(family, model):
+    inputs = single(family, [1, 2], 1)
+    output = model.generate(**inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    new = output[:, inputs["input_ids"].shape[1] :]
+    wanted = vlm_fix.observe(model, inputs, new[0])
+    kept = model.generate(**inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False, return_dict_in_generate=True)
+
+    class Words:
+        def __call__(self, text, add_special_tokens):
+            assert not add_special_tokens
+            return {"input_ids": [int(word) for word in text.split()]}
+
+    words = " ".join(map(str, new[0].tolist()))
+    for answer in (new, output, kept, new[0].tolist(), words):
+        seen = vlm_fix.observe(model, inputs, answer, tokenizer=Words())
+        assert torch.equal(seen.tokens, new[0]) and torch.equal(seen.weights_to_image, wanted.weights_to_image)
+
+
+def test_answers_that_are_none(family, model):
+    inputs = single(family, [1, 2], 1)
+    cases = (
+        (torch.ones(2, 3).long(), "one answer at a time, not 2"),
+        (torch.tensor([IMAGE, 3]), "the answer holds image tokens"),
+        ("a dog", "needs its tokenizer: observe"),
+        (object(), "must be token ids, what generate returned, or text"),
+    )
+    for answer, says in cases:
+        with pytest.raises(vlm_fix.VlmFixError, match=says):
+            vlm_fix.observe(model, inputs, answer)
+
+
+def test_a_short_repr_and_a_figure(family, model):
+    seen = vlm_fix.observe(model, single(family, [1, 2], 1), ANSWER)
+    assert len(repr(seen)) < 200 and f"{len(ANSWER)} answer tokens" in repr(seen)
+    figure = seen.plot()
+    maps = [axis for axis in figure.axes if axis.images]
+    assert len(maps) == len(ANSWER) and len({axis.images[0].get_clim() for axis in maps}) == 1, "one scale for all"
+    assert maps[1].get_title() == "row 1"
+    shown = maps[2].images[0].get_array()
+    assert torch.equal(torch.tensor(shown), seen.heatmap(2))
+    (one,) = [axis for axis in seen.plot(len(ANSWER), layers=[1], image=shown).axes if axis.images]
+    assert one.get_title() == "(what comes next)" and len(one.images) == 2
+    with pytest.raises(vlm_fix.VlmFixError, match="there is no row 99"):
+        seen.plot([99])

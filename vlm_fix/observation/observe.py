@@ -24,10 +24,14 @@ from vlm_fix.pruning.kinds import ImageShrinker
 from vlm_fix.pruning.pruners import Pruners
 from vlm_fix.recorder import LastHeads, Recorder
 from vlm_fix.session import PAD, VISUAL, Session, View
-from vlm_fix.wing import installed
+from vlm_fix.wing import bare, installed
+
+from . import show
+from .answer import answer_of
+from .layers import by_layer, visual_of
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Observation:
     """Attention of the rows that predict an answer; all tensors lie on the CPU.
 
@@ -55,6 +59,19 @@ class Observation:
     mlp_output: torch.Tensor | None  # [layers, rows, C] the same of the MLP
     question_to_image: torch.Tensor | None  # [layers, heads, Q, N]: the prompt's Q rows after the images; if asked for
     column_sums: torch.Tensor | None  # [layers, heads, columns] what all rows, the prompt's too, give; if asked for
+
+    def __repr__(self) -> str:
+        return show.short(self)
+
+    def plot(
+        self, rows: int | Sequence[int] | None = None, *, image: Any = None, tokenizer: Any = None, **chosen: Any
+    ) -> Any:
+        """The heatmaps of `rows` (default: of the answer's first tokens) on one scale, as a matplotlib Figure.
+
+        image: the picture to lay them over. tokenizer: the processor, to write each row's token above it. chosen: layers,
+        heads and sinks as for `heatmap`, and index, the image of several. Raises VlmFixError as `heatmap` does.
+        """
+        return show.plot(self, rows, image, tokenizer, **chosen)
 
     @property
     def grids(self) -> list[tuple[int, int]]:
@@ -219,28 +236,13 @@ class Probe(Recorder):
         return torch.stack(whole)
 
 
-def by_layer(parts: dict[int, torch.Tensor], depth: int) -> torch.Tensor:
-    """[..., D] of some layers -> [depth, ..., D]; zeros in the other layers, and where a layer's D is smaller."""
-    width, some = max(x.shape[-1] for x in parts.values()), next(iter(parts.values()))
-    padded = {i: pad_to(x, width) for i, x in parts.items()}
-    return torch.stack([padded.get(i, torch.zeros_like(pad_to(some, width))) for i in range(depth)])
-
-
-def visual_of(view: View) -> torch.Tensor:
-    """[N] bool: which of the image tokens that entered the language model the layers of `view` still have."""
-    assert view.whole.types is not None and view.types is not None
-    types = view.whole.types[0]
-    held = torch.zeros_like(types, dtype=torch.bool)
-    held[view.index[0][view.types[0, : view.index.shape[1]] == VISUAL]] = True
-    return held[types == VISUAL]
-
-
 @torch.no_grad()
 def observe(
     model: Any,
     inputs: dict[str, Any],
-    answer_ids: torch.Tensor | Sequence[int] | None = None,
+    answer_ids: Any = None,
     *,
+    tokenizer: Any = None,
     tau: float = 20.0,
     sink_dims: Sequence[int] | None = None,
     text_only: bool = False,
@@ -251,9 +253,9 @@ def observe(
 ) -> Observation:
     """Run the prompt and a given answer through `model` and note what each answer token looked at.
 
-    inputs: the processor's output for one prompt with at least one image or video. answer_ids [n]: generated tokens, fed
-    as they are (teacher forcing), without their prompt. Every token is computed once; only the observed rows' weights are
-    formed.
+    inputs: the processor's output for one prompt with at least one image or video. answer_ids: generated tokens [n], what
+    `generate` returned for these inputs, or text (tokenizer: its processor). It is fed as it is (teacher forcing): every
+    token is computed once, and only the observed rows' weights are formed.
     On a wrapped model the edited weights are seen; a contrast's second branch and edits of the logits are not.
     tau and sink_dims: what counts as a sink (VAR's phi). text_only: also a pass without the images, for `divergence`.
     outputs: keep `attention_output` and `mlp_output`. question: also the rows after the images, for `question_to_image`.
@@ -268,7 +270,7 @@ def observe(
     if ids.shape[0] != 1:
         raise VlmFixError(f"observe takes one prompt at a time, not a batch of {ids.shape[0]}.")
     given.setdefault("attention_mask", torch.ones_like(ids))
-    answer = torch.as_tensor([] if answer_ids is None else answer_ids, dtype=torch.long, device=ids.device).flatten()
+    model = bare(model)
     with _engine(model) as engine, engine.lock, contextlib.ExitStack() as stack:
         engine.need_image_columns(["observe"])
         pruning = engine.wing(PruningWing)
@@ -281,6 +283,7 @@ def observe(
             raise VlmFixError(f"{pruners.pruner.name} shows the model another image; observe knows this one's patches.")
         if sink_dims is not None and any(not 0 <= d < engine.arch.hidden for d in sink_dims):
             raise VlmFixError(f"sink_dims={tuple(sink_dims)} do not fit a model of hidden size {engine.arch.hidden}.")
+        answer = answer_of(answer_ids, ids, model, tokenizer, engine.tokens)
         call, probe = Call(model, engine.family, given), Probe(tau, sink_dims, dtype, outputs, question, columns)
         if not bool(torch.isin(ids, engine.tokens.to(ids.device)).any()):
             raise VlmFixError(

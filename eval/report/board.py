@@ -1,0 +1,115 @@
+"""Make the leaderboard: one self-contained HTML page with a row for every run of many evaluations, to sort and to filter.
+
+A cell has the difference from the baseline of the same run, drawn with its 95 % interval on one scale for its column; that
+scale reaches at least five points to both sides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vlm_fix import index
+from vlm_fix.eval.scorers.registry import LOWER, NEITHER, better
+from vlm_fix.eval.stats import SIGNIFICANT
+
+from . import shell
+from .page import columns, read
+from .svg import text_of
+
+LEAST, WIDTH, HEIGHT = 5.0, 96, 14
+ABOUT = (
+    "Every row is one method on one model and data set. Figures are differences in points from the unmodified model in the same "
+    "run, with 95 % intervals (paired bootstrap over images). Green is significantly better, red significantly worse, at 5 % "
+    "after Holm's correction over the runs of its evaluation; the grey line is no difference. Compare inside one model and data "
+    "set: scenes, seeds and decoding differ between them."
+)
+
+
+def page(folders: Sequence[str | Path]) -> str:
+    """Return the HTML. Raises VlmFixError for a folder without results."""
+    found = read(folders)
+    heads: dict[str, tuple[str, str]] = {}  # heading -> what is better, the figure
+    for _, results in found:
+        for _, full, _, split, name in columns(results):
+            if split:
+                sense = "" if name in NEITHER else "lower is better" if name in LOWER else "higher is better"
+                heads.setdefault(full, (sense, name))
+    rows = [row for folder, results in found for row in _rows(folder, results)]
+    scale = {
+        head: max(
+            [LEAST, *(abs(100 * d[key]) for *_, cells in rows if (d := cells.get(head)) for key in ("low", "high"))]
+        )
+        for head in heads
+    }
+    body = "".join(_row(row, heads, scale) for row in rows)
+    titles = [
+        "method",
+        "model",
+        "data",
+        "kind",
+        *(f"{head}\n{sense}" for head, (sense, _) in heads.items()),
+        "speed, ×",
+    ]
+    head = "".join(
+        f'<th{" class=text" if i < 4 else ""}><button type="button">{text_of(title)}</button></th>'
+        for i, title in enumerate(titles)
+    )
+    selects = _select("model", [row[1] for row in rows]) + _select("kind", [row[3] for row in rows])
+    table = f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    return shell.whole("Leaderboard", f'<p class="soft">{text_of(ABOUT)}</p>{table}', selects)
+
+
+def _rows(folder: Path, results: Mapping[str, Any]) -> list[tuple[str, str, str, str, float | None, dict[str, Any]]]:
+    """(run, model, data, kind, speed beside the baseline's, heading -> difference and figure) of each method."""
+    settings, runs = results["settings"], results["runs"]
+    base, *methods = runs
+    model = Path(settings["model"]["name"]).name
+    data = "; ".join(dict.fromkeys(each["source"] for each in settings["data"].values()))
+    data += (
+        ", sampling" if settings["sample"] else f", {settings['num_beams']} beams" if settings["num_beams"] > 1 else ""
+    )
+    task = [*settings["data"]][-1]
+    known = {entry.name: entry.kind for entry in index.entries() or ()}
+    made = []
+    for run in methods:
+        deltas = {
+            full: delta | {"name": name}
+            for _, full, task_, split, name in columns(results)
+            if split and (delta := runs[run][task_][split]["delta"].get(name))
+        }
+        fast, plain = (results["speed"][each][task]["tokens_per_second"] for each in (run, base))
+        names = [part.partition(":")[0] for part in run.partition(" as ")[0].split("+")]
+        kinds = dict.fromkeys(known.get(name, "other") for name in names)
+        made.append((run, model, data, " + ".join(kinds), fast / plain if fast and plain else None, deltas))
+    return made
+
+
+def _row(row: tuple[Any, ...], heads: Mapping[str, Any], scale: Mapping[str, float]) -> str:
+    run, model, data, kind, speed, deltas = row
+    cells = "".join(_cell(deltas.get(head), scale[head]) for head in heads)
+    words = "".join(f'<td class="text">{text_of(word)}</td>' for word in (model, data, kind))
+    pace = "<td></td>" if speed is None else f"<td>{speed:.2f}</td>"
+    told = f'data-run="{text_of(run)}" data-model="{text_of(model)}" data-kind="{text_of(kind)}"'
+    return f'<tr {told}><td class="text"><code>{text_of(run)}</code></td>{words}{cells}{pace}</tr>'
+
+
+def _cell(delta: Mapping[str, Any] | None, most: float) -> str:
+    if delta is None:
+        return '<td data-v=""></td>'
+    change, low, high = (round(100 * delta[key], 1) + 0.0 for key in ("delta", "low", "high"))
+    good = better(delta["name"], delta["delta"]) if delta["p_holm"] < SIGNIFICANT else None
+    kind, ink = {True: ("better", "good"), False: ("worse", "bad"), None: ("", "soft")}[good]
+    at, middle = (lambda value: WIDTH / 2 + value / most * (WIDTH / 2 - 3)), HEIGHT / 2
+    drawn = (
+        f'<svg width="{WIDTH}" height="{HEIGHT}" aria-hidden="true"><path class="grid" d="M{WIDTH / 2} 0V{HEIGHT}"/>'
+        f'<path stroke="var(--{ink})" d="M{at(low):.1f} {middle}H{at(high):.1f}"/>'
+        f'<circle cx="{at(change):.1f}" cy="{middle}" r="3" fill="var(--{ink})"/></svg>'
+    )
+    return f'<td data-v="{change}"><span class="{kind}">{change:+.1f}</span> <small>[{low:.1f}, {high:.1f}]</small>{drawn}</td>'
+
+
+def _select(name: str, values: Sequence[str]) -> str:
+    options = "".join(f"<option>{text_of(value)}</option>" for value in sorted(set(values)))
+    return f'<select name="{name}" aria-label="{name}"><option value="">every {name}</option>{options}</select>'
