@@ -12,6 +12,7 @@ from typing import Any
 from vlm_fix.errors import VlmFixError
 
 from . import options, refusals
+from .beside import GROWTH
 from .engine import ServedEngine
 from .settings import KEY, Settings, skeleton
 
@@ -33,6 +34,7 @@ def register() -> None:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.engine.input_processor import InputProcessor
+    from vllm.v1.executor.abstract import Executor
     from vllm.v1.worker.gpu_worker import Worker
 
     for name in ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN"):
@@ -40,6 +42,7 @@ def register() -> None:
     _wrap(EngineArgs, "create_engine_config", _configure)
     _wrap(Worker, "load_model", _load)
     _wrap(Worker, "initialize_from_config", _check_caches)
+    _wrap(Executor, "determine_available_memory", _leave_room)
     _wrap(Scheduler, "__init__", _schedule)
     _wrap(_ProcessorFactories, "build_processor", _count_in_processor)
     _wrap(MultiModalRegistry, "_create_processing_info", _count)
@@ -128,6 +131,18 @@ def _check_caches(initialize: Callable[..., Any], worker: Any, *args: Any, **kwa
     if served is not None:
         served.check_caches()
     return made
+
+
+def _leave_room(determine: Callable[..., Any], executor: Any, *args: Any, **kwargs: Any) -> Any:
+    """Executor.determine_available_memory: second branches get their part of what the cache would have."""
+    found, engine = determine(*args, **kwargs), _engine_of(executor.vllm_config.model_config)
+    if engine is None or engine.contrast is None:
+        return found
+    share = 1 / (1 + GROWTH * (engine.contrast.passes - 1))
+    log.info(
+        "%s: vLLM's cache gets %.0f %% of its memory, second branches the rest.", engine.contrast.name, 100 * share
+    )
+    return [int(each * share) for each in found]
 
 
 def _schedule(init: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: Any) -> None:
