@@ -10,7 +10,6 @@ import torch
 import transformers as t
 
 from tests.serving.support import PATH
-from vlm_fix.eval.picto.train import name_as_published
 
 BARE = (
     "{% for m in messages %}{% for part in m['content'] %}{% if part['type'] == 'image' %}IMAGE\n"
@@ -160,7 +159,5 @@ def checkpoint(name: str, folder: Path) -> str:
             p.data.add_(0.1 * torch.randn_like(p))
     model.generation_config.pad_token_id, model.generation_config.eos_token_id = 0, 2
     model.to(torch.float32).save_pretrained(folder)
-    if name.startswith("llava"):
-        name_as_published(folder / "model.safetensors")
     processor.save_pretrained(folder)
     return str(folder)

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import logging
 import os
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,7 @@ from .settings import KEY, Settings, skeleton
 log = logging.getLogger("vllm.vlm_fix")
 ATTRIBUTE = "_vlm_fix_settings"  # on vLLM's ModelConfig, with which it reaches every process
 WRAPPED = "_vlm_fix_wrapped"
+TOWER = re.compile(r"^(model\.)?vision_tower\.(?!vision_model\.)")
 
 
 def register() -> None:
@@ -30,6 +32,7 @@ def register() -> None:
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.entrypoints.openai.completion.protocol import CompletionRequest
     from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+    from vllm.model_executor.models.utils import AutoWeightsLoader
     from vllm.multimodal.registry import MultiModalRegistry, _ProcessorFactories
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
     from vllm.v1.core.sched.scheduler import Scheduler
@@ -40,6 +43,7 @@ def register() -> None:
     for name in ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN"):
         register_backend(AttentionBackendEnum[name], f"vlm_fix.serving.backend.{name}")
     _wrap(EngineArgs, "create_engine_config", _configure)
+    _wrap(AutoWeightsLoader, "load_weights", _name)
     _wrap(Worker, "load_model", _load)
     _wrap(Worker, "initialize_from_config", _check_caches)
     _wrap(Executor, "determine_available_memory", _leave_room)
@@ -121,6 +125,13 @@ def _load(load: Callable[..., Any], worker: Any, *args: Any, **kwargs: Any) -> A
         model = skeleton(model_config.model, model_config.revision, bool(model_config.trust_remote_code))
         workers.start(worker.model_runner, settings, model)
     return made
+
+
+def _name(load: Callable[..., Any], loader: Any, weights: Any, *args: Any, **kwargs: Any) -> Any:
+    """AutoWeightsLoader.load_weights: transformers 5 leaves `vision_model` out of the names of a LLaVA's tower, vLLM wants it."""
+    if hasattr(getattr(loader.module, "vision_tower", None), "vision_model"):
+        weights = ((TOWER.sub(r"\1vision_tower.vision_model.", name), weight) for name, weight in weights)
+    return load(weights, *args, **kwargs)
 
 
 def _check_caches(initialize: Callable[..., Any], worker: Any, *args: Any, **kwargs: Any) -> Any:

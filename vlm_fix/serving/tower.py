@@ -47,7 +47,9 @@ class ServedQwen(QwenVL):
     def __init__(self, model: Any):
         self.tower, self.blocks = model.visual, model.visual.blocks
         self.states = torch.zeros(0)
-        self.tower.merger.ln_q.register_forward_pre_hook(self._keep)  # vLLM's compiler takes the hooks of the merger itself
+        self.tower.merger.ln_q.register_forward_pre_hook(
+            self._keep
+        )  # vLLM's compiler takes the hooks of the merger itself
 
     def _keep(self, norm: Any, args: Any) -> None:
         self.states = args[0].flatten(0, 1) if args[0].dim() == 3 else args[0]
