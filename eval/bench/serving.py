@@ -1,9 +1,9 @@
 """Benchmark methods inside vLLM: plain vLLM, vLLM with each method, and Hugging Face's generate, in one run.
 
 `vlm-fix bench serve` keeps 1, 8 and 32 requests in flight, each an image and a question with a fixed number of new tokens, and
-counts requests/s, tokens/s and seconds to the first token (median). Rounds are interleaved: in each, plain vLLM runs right
-before the method, and the ratio is between these two; the table shows the median, lowest and highest. Every engine lives in
-this process. The prefix cache is off: each request is computed.
+counts requests/s, tokens/s and seconds to the first token (median). Runs are interleaved: each method runs right before or
+after plain vLLM, and the ratio is between these two; the table shows the median of the rounds, the lowest and the highest. Every
+engine lives in this process, with as many threads as `generate`. Neither prompts nor images are kept from run to run.
 """
 
 from __future__ import annotations
@@ -24,26 +24,32 @@ from vlm_fix.eval.run.loading import hardware, load_model
 from .clock import timed
 
 METHODS = ("pai", "vhr", "iri", "deco", "vcd", "hiprune:keep=0.25")  # one of each kind
+MOST = 32  # requests of a run, if no more are in flight: two for each in flight up to there
 CONCURRENT = (1, 8, 32)
 PLAIN, BESIDE = "vLLM", "generate"
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+}
 FIGURES = ("requests_per_second", "tokens_per_second", "first_token")
 
 
-def engine(path: str, spec: str | None, concurrent: int) -> Any:
-    """vLLM with a stack, or plain."""
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+def engine(path: str, spec: str | None, concurrent: int, engines: int) -> Any:
+    """vLLM with a stack, or plain; one of `engines` that share the device."""
     from vllm import LLM
 
+    gpu = torch.cuda.is_available()
+    more: dict[str, Any] = {"gpu_memory_utilization": round(0.8 / engines, 3)} if gpu else {"dtype": "float32"}
     return LLM(
         path,
-        dtype="auto" if torch.cuda.is_available() else "float32",
-        enforce_eager=not torch.cuda.is_available(),
+        enforce_eager=not gpu,
         enable_prefix_caching=False,
         max_model_len=512,
         max_num_seqs=concurrent,
         additional_config={"vlm_fix": spec} if spec else {},
+        **more,
     )
 
 
@@ -52,6 +58,8 @@ def round_of(llm: Any, prompts: Sequence[Any], concurrent: int, new_tokens: int)
     from vllm import SamplingParams
 
     core = llm.llm_engine
+    core.reset_encoder_cache()
+    core.reset_mm_cache()
     params = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False)
     asked: dict[str, float] = {}
     first: dict[str, float] = {}
@@ -89,33 +97,46 @@ def run(
     concurrent: Sequence[int] = CONCURRENT,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure and return settings, hardware and rows. `tick(total)` is called after each measurement."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     net, processor, identity = load_model(model)
     specs = list(methods) or list(METHODS)
-    engines = {PLAIN: engine(net.name_or_path, None, max(concurrent))}
-    engines |= {spec: engine(net.name_or_path, spec, max(concurrent)) for spec in specs}
+    own = [*specs, BESIDE]
     words = [{"type": "image"}, {"type": "text", "text": "Describe the image."}]
     text = processor.apply_chat_template([{"role": "user", "content": words}], add_generation_prompt=True)
-    pairs = [(scene("test", 0, i).image, text) for i in range(2 * max(concurrent))]
+    count_of = {count: max(count, min(2 * count, MOST)) for count in concurrent}
+    pairs = [(scene("test", 0, i).image, text) for i in range(max(count_of.values()))]
     prompts = [{"prompt": t, "multi_modal_data": {"image": i}} for i, t in pairs]
-    rows, total = [], len(concurrent) * rounds * (2 * len(specs) + 1)
-    for llm in engines.values():
+    rows, total = [], len(specs) + 1 + len(concurrent) * rounds * (len(own) + (len(own) + 1) // 2)
+    engines = {}
+    for spec in (None, *specs):
+        engines[spec or PLAIN] = llm = engine(net.name_or_path, spec, max(concurrent), len(specs) + 1)
         round_of(llm, prompts[:2], 2, 2)
+        if tick:
+            tick(total)
     for count in concurrent:
         found: dict[str, list[dict[str, float]]] = {}
         ratios: dict[str, list[dict[str, float]]] = {}
+
+        def measure(spec: str, count: int = count, found: dict[str, Any] = found) -> dict[str, float]:
+            how = count, new_tokens
+            if spec == BESIDE:
+                one = beside(net, processor, pairs[: count_of[count]], *how)
+            else:
+                one = round_of(engines[spec], prompts[: count_of[count]], *how)
+            found.setdefault(spec, []).append(one)
+            if tick:
+                tick(total)
+            return one
+
         for _ in range(rounds):
-            for spec in (*specs, BESIDE):
-                base = round_of(engines[PLAIN], prompts[: 2 * count], count, new_tokens)
-                if spec == BESIDE:
-                    own = beside(net, processor, pairs[: 2 * count], count, new_tokens)
-                else:
-                    own = round_of(engines[spec], prompts[: 2 * count], count, new_tokens)
-                found.setdefault(PLAIN, []).append(base)
-                found.setdefault(spec, []).append(own)
-                ratios.setdefault(spec, []).append({name: own[name] / base[name] for name in FIGURES})
-                if tick:
-                    tick(total)
-        for spec, each in found.items():
+            for i in range(0, len(own), 2):
+                first = measure(own[i])
+                base = measure(PLAIN)
+                for spec, one in [(own[i], first), *((s, measure(s)) for s in own[i + 1 : i + 2])]:
+                    ratios.setdefault(spec, []).append({name: one[name] / base[name] for name in FIGURES})
+        for spec in (PLAIN, *own):
+            each = found[spec]
             row: dict[str, Any] = {"concurrent": count, "spec": spec}
             row |= {name: statistics.median(one[name] for one in each) for name in FIGURES}
             row["ratios"] = (

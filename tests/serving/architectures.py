@@ -119,11 +119,10 @@ def qwen2_5_vl() -> tuple[Any, Any]:
     )
     config = t.Qwen2_5_VLConfig(
         vision_config=dict(
-            depth=4, hidden_size=64, intermediate_size=96, num_heads=2, patch_size=8, out_hidden_size=64,
+            depth=4, hidden_size=64, intermediate_size=96, num_heads=2, patch_size=8, out_hidden_size=128,
             spatial_merge_size=2, temporal_patch_size=2, window_size=32, fullatt_block_indexes=[1, 3], in_channels=3,
         ),
-        text_config=dict(vocab_size=len(words), rope_parameters=MROPE, **TEXT)
-        | {"num_attention_heads": 2, "num_key_value_heads": 1},
+        text_config=dict(vocab_size=len(words), rope_parameters=MROPE, **{**TEXT, "hidden_size": 128}),
         **ids,
     )  # fmt: skip
     return t.Qwen2_5_VLForConditionalGeneration(config), processor

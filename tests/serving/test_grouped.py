@@ -9,7 +9,6 @@ import torch
 from transformers import LlavaForConditionalGeneration
 
 from tests.serving.support import CAPTION, Case, HuggingFace, Vllm, cases, differences
-from vlm_fix.eval.picto.train import name_as_published
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +26,6 @@ def grouped(hf, tmp_path_factory):
     model = LlavaForConditionalGeneration(config)
     model.load_state_dict(state)
     model.to(torch.float32).save_pretrained(folder)
-    name_as_published(folder / "model.safetensors")
     hf.processor.save_pretrained(folder)
     return str(folder)
 

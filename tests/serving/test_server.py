@@ -19,6 +19,8 @@ import urllib.request
 import pytest
 
 from tests.serving.support import CAPTION, PATH, Case, HuggingFace
+from vlm_fix.eval.run.runner import evaluate
+from vlm_fix.eval.settings import Settings
 
 SERVE = [sys.executable, "-m", "vlm_fix.cli", "serve", "picto-llava"]
 SMALL = [
@@ -140,6 +142,20 @@ def test_a_request_switches_the_method_off_or_changes_it(server, hf: HuggingFace
         text = server.ask(body(case, **more))["choices"][0]["message"]["content"]
         want = hf.processor.decode(hf.answers(spec, [case])[0].tokens, skip_special_tokens=True)
         assert text.strip() == want.strip()
+
+
+def test_an_evaluation_through_the_server_has_the_answers_of_generate(server, tmp_path):
+    """The same tasks and batches; the baseline and another strength are asked for request by request."""
+    asked = dict(benchmark="all", limit=2, splits=("random",), max_new_tokens=24, batch_size=4)
+    asked["methods"] = (("pai:alpha=1",), ("pai:alpha=0.3",))
+    url = server.url.removesuffix("/chat/completions")
+    found = {}
+    for name, more in (("server", {"server": url}), ("hf", {})):
+        results = evaluate(Settings(**asked, **more), tmp_path / name)
+        lines = map(json.loads, (tmp_path / name / "samples.jsonl").read_text().splitlines())
+        found[name] = {(r["run"], r["id"]): (r["answer"], r["tokens"], r["finished"], r["error"]) for r in lines}
+    assert found["server"] == found["hf"] and len(found["hf"]) > 30
+    assert results["runs"] == json.loads((tmp_path / "server" / "results.json").read_text())["runs"]
 
 
 @pytest.mark.parametrize(

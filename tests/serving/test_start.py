@@ -45,7 +45,7 @@ def test_without_a_method_every_log_probability_is_that_of_vllm_without_the_plug
         ("nothing", {}, "there is no method"),
         ("pai:alpha=-1", {}, "at least 0"),
         ("sparsevlm", {}, "sparsevlm cannot be served by vLLM: it drops tokens inside the language model"),
-        ("vhr:prompt_rows=all", {}, "prompt_rows=last"),
+        ("memvr", {"enable_chunked_prefill": True}, "enable_chunked_prefill=True"),
         ("var", {"enable_prefix_caching": True}, "enable_prefix_caching=True"),
         ("vcd+hiprune", {}, "Serve one of them"),
         ("iri:lambda_a=0.1+iri", {}, "listed twice"),
@@ -93,3 +93,9 @@ def test_a_cache_of_unknown_layout_is_refused(engine):
     with pytest.raises(VlmFixError, match="CPU_ATTN"):
         layout_of(Layer())
     assert torch.equal(layer.kv_cache[1:3], before)
+
+
+def test_second_branches_have_their_room_in_the_memory_plan(engine, cached):
+    """vcd's branches take about as much as the requests themselves, and a quarter more while they grow."""
+    whole, left = (e.llm.llm_engine.vllm_config.cache_config.num_gpu_blocks for e in (cached, engine))
+    assert left == pytest.approx(whole / 2.25, rel=0.01)

@@ -21,6 +21,9 @@ def add_to(commands: Any) -> None:
     parser.add_argument(
         "--model", default="picto-llava", metavar="NAME", help="draft and serve only: folder or name (%(default)s)"
     )
+    parser.add_argument(
+        "--concurrent", default="1,8,32", metavar="N,M", help="serve only: requests in flight (%(default)s)"
+    )
     parser.add_argument("--new-tokens", type=int, default=32, metavar="N", help="tokens to time (%(default)s)")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="(%(default)s)")
     parser.add_argument("--keep", metavar="N,M", help="visual tokens kept, prune only (192,64)")
@@ -81,12 +84,30 @@ def _serve(args: argparse.Namespace) -> None:
 
     if importlib.util.find_spec("vllm") is None:
         raise VlmFixError("vLLM is not installed: pip install 'vlm-fix[vllm]'.")
+    from rich.console import Console
+    from rich.progress import Progress
+
     from vlm_fix.eval import bench
     from vlm_fix.eval.bench import serving
     from vlm_fix.registry import split_methods
 
     specs = ["+".join(stack) for stack in split_methods(args.method)]
-    results = serving.run(specs, args.model, args.new_tokens, args.rounds)
+    try:
+        concurrent = [int(part) for part in args.concurrent.split(",")]
+    except ValueError:
+        concurrent = [0]
+    if min(concurrent) < 1:
+        raise VlmFixError(f"--concurrent {args.concurrent!r} is not a list of numbers of requests such as 1,8,32.")
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("bench serve", total=None)
+        results = serving.run(
+            specs,
+            args.model,
+            args.new_tokens,
+            args.rounds,
+            lambda total: progress.update(task, total=total, advance=1),
+            concurrent,
+        )
     if args.output:
         bench.write(results, Path(args.output))
     if args.json:

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from .worker import Served
 
 
+GROWTH = 1.25  # how much wider a line's cache becomes when it is full
+
+
 @dataclass
 class Line:
     """A sequence beside the batch: its cache, and the session of its edits."""
@@ -38,7 +41,7 @@ class Line:
         for store, new in ((self.keys, key), (self.values, value)):
             held = store.get(layer)
             if held is None or held.shape[1] < end:
-                wide = new.new_empty(new.shape[1], max(end, 2 * self.length), new.shape[2])
+                wide = new.new_empty(new.shape[1], max(end, int(GROWTH * self.length)), new.shape[2])
                 if held is not None:
                     wide[:, : self.length] = held[:, : self.length]
                 store[layer] = wide

@@ -46,6 +46,7 @@ class ServedEngine(Engine):
         self.pruner = next((m for m in self.active if isinstance(m, TokenPruner)), None)
         self.vision = [m for m in self.active if isinstance(m, VisionMLPEdit) and m.vision_layers]
         self.one_by_one = any(isinstance(m, HiddenEdit) and m.keeps_history for m in self.active)
+        self.needs_whole = any(m.whole_prompt for m in self.active)
         self.needs_image = bool(self.active) and all(m.needs_image for m in self.active)
 
     @property
@@ -83,7 +84,7 @@ class ServedEngine(Engine):
             or any(isinstance(m, PromptStart) or _reads_prompt(m) for m in self.active),
             "the tokens of a step before the next begins": bool(self.contrast or self.logit_edits),
             "prompts without a prefix cache": self.changes_prompt,
-            "prompts in one piece": any(m.whole_prompt for m in self.active),
+            "prompts in one piece": self.needs_whole,
             "the vision tower": bool(self.input_edits or self.vision) or self.pruner is not None,
         }
 

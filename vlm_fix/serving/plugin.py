@@ -6,18 +6,21 @@ import dataclasses
 import functools
 import logging
 import os
+import re
 from collections.abc import Callable
 from typing import Any
 
 from vlm_fix.errors import VlmFixError
 
 from . import options, refusals
+from .beside import GROWTH
 from .engine import ServedEngine
 from .settings import KEY, Settings, skeleton
 
 log = logging.getLogger("vllm.vlm_fix")
 ATTRIBUTE = "_vlm_fix_settings"  # on vLLM's ModelConfig, with which it reaches every process
 WRAPPED = "_vlm_fix_wrapped"
+TOWER = re.compile(r"^(model\.)?vision_tower\.(?!vision_model\.)")
 
 
 def register() -> None:
@@ -29,17 +32,21 @@ def register() -> None:
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.entrypoints.openai.completion.protocol import CompletionRequest
     from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+    from vllm.model_executor.models.utils import AutoWeightsLoader
     from vllm.multimodal.registry import MultiModalRegistry, _ProcessorFactories
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.engine.input_processor import InputProcessor
+    from vllm.v1.executor.abstract import Executor
     from vllm.v1.worker.gpu_worker import Worker
 
     for name in ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN"):
         register_backend(AttentionBackendEnum[name], f"vlm_fix.serving.backend.{name}")
     _wrap(EngineArgs, "create_engine_config", _configure)
+    _wrap(AutoWeightsLoader, "load_weights", _name)
     _wrap(Worker, "load_model", _load)
     _wrap(Worker, "initialize_from_config", _check_caches)
+    _wrap(Executor, "determine_available_memory", _leave_room)
     _wrap(Scheduler, "__init__", _schedule)
     _wrap(_ProcessorFactories, "build_processor", _count_in_processor)
     _wrap(MultiModalRegistry, "_create_processing_info", _count)
@@ -120,6 +127,13 @@ def _load(load: Callable[..., Any], worker: Any, *args: Any, **kwargs: Any) -> A
     return made
 
 
+def _name(load: Callable[..., Any], loader: Any, weights: Any, *args: Any, **kwargs: Any) -> Any:
+    """AutoWeightsLoader.load_weights: transformers 5 leaves `vision_model` out of the names of a LLaVA's tower, vLLM wants it."""
+    if hasattr(getattr(loader.module, "vision_tower", None), "vision_model"):
+        weights = ((TOWER.sub(r"\1vision_tower.vision_model.", name), weight) for name, weight in weights)
+    return load(weights, *args, **kwargs)
+
+
 def _check_caches(initialize: Callable[..., Any], worker: Any, *args: Any, **kwargs: Any) -> Any:
     """Worker.initialize_from_config: the caches are there."""
     from . import worker as workers
@@ -128,6 +142,18 @@ def _check_caches(initialize: Callable[..., Any], worker: Any, *args: Any, **kwa
     if served is not None:
         served.check_caches()
     return made
+
+
+def _leave_room(determine: Callable[..., Any], executor: Any, *args: Any, **kwargs: Any) -> Any:
+    """Executor.determine_available_memory: second branches get their part of what the cache would have."""
+    found, engine = determine(*args, **kwargs), _engine_of(executor.vllm_config.model_config)
+    if engine is None or engine.contrast is None:
+        return found
+    share = 1 / (1 + GROWTH * (engine.contrast.passes - 1))
+    log.info(
+        "%s: vLLM's cache gets %.0f %% of its memory, second branches the rest.", engine.contrast.name, 100 * share
+    )
+    return [int(each * share) for each in found]
 
 
 def _schedule(init: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: Any) -> None:

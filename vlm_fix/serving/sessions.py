@@ -104,6 +104,7 @@ def joined(values: Sequence[Any]) -> Any:
 
     Tensors are filled with zeros up to the largest: a column's memory says nothing of columns that came later.
     """
+    values = [None if isinstance(v, torch.Tensor) and v.dim() and not v.numel() else v for v in values]  # not used yet
     known = [v for v in values if v is not None]
     if not known:
         return None
@@ -122,5 +123,6 @@ def joined(values: Sequence[Any]) -> Any:
         return Changes()
     if isinstance(first, Memory):
         names = [f.name for f in dataclasses.fields(first)]
-        return type(first)(**{n: joined([v and getattr(v, n) for v in values]) for n in names})
+        found = {n: joined([v and getattr(v, n) for v in values]) for n in names}
+        return type(first)(**{n: x for n, x in found.items() if x is not None})
     return first

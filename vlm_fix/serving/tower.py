@@ -47,9 +47,11 @@ class ServedQwen(QwenVL):
     def __init__(self, model: Any):
         self.tower, self.blocks = model.visual, model.visual.blocks
         self.states = torch.zeros(0)
-        self.tower.merger.register_forward_pre_hook(self._keep)
+        self.tower.merger.ln_q.register_forward_pre_hook(
+            self._keep
+        )  # vLLM's compiler takes the hooks of the merger itself
 
-    def _keep(self, merger: Any, args: Any) -> None:
+    def _keep(self, norm: Any, args: Any) -> None:
         self.states = args[0].flatten(0, 1) if args[0].dim() == 3 else args[0]
 
     def attention(self, attn: Any, args: Any, kwargs: dict[str, Any]) -> Seen:
@@ -176,6 +178,8 @@ class Images:
     ) -> tuple[Any, torch.Tensor, int]:
         """The same once images are encoded: columns that were computed keep what they had."""
         state = next(s for s in self.served.runner.requests.values() if s.mrope_positions is mrope_positions)
+        if num_computed_tokens >= len(state.prompt_token_ids):
+            return multimodal_embeddings, mrope_positions, state.mrope_position_delta
         made, delta = self._positions(state.prompt_token_ids, state.mm_features)
         made[:, :num_computed_tokens] = mrope_positions[:, :num_computed_tokens]
         return multimodal_embeddings, made.to(mrope_positions), delta

@@ -40,6 +40,7 @@ class Request:
     branches: dict[str, Any] = field(default_factory=dict)  # logits.BranchLine by name
     seen: int = 0  # columns that were computed
     unprepared: bool = False  # an InputEdit has still to look at its images
+    in_pieces: bool = False  # its prompt came in pieces, though a method needs it whole
 
 
 class Served:
@@ -230,6 +231,11 @@ class Step:
                 continue
             if engine.needs_image and session.last_visual[0] < 0:
                 served.say(f"prompts without an image are answered without {', '.join(m.name for m in engine.active)}.")
+                continue
+            if start < session.prompt_len and engine.needs_whole and (start > 0 or end < session.prompt_len):
+                one.in_pieces = True  # vLLM had no room for all of its images
+            if one.in_pieces:
+                served.say("a prompt came in pieces, and is answered without the methods, which need it whole.")
                 continue
             if end >= session.prompt_len:
                 self.samples.append((row, name, one))
