@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from vlm_fix import Layers, Memory, Unchanged, WeightEdit, param
+from vlm_fix import Layers, Memory, Unchanged, VlmFixError, WeightEdit, param
 from vlm_fix.arch import Arch
 from vlm_fix.method import parse_layers
 from vlm_fix.pruning.kinds import share_of
@@ -33,12 +33,12 @@ class VisualTopK(WeightEdit):
     choosers=None: every layer in `layers` chooses for itself (TokenSelect). Otherwise these layers see everything and
     choose, and those behind reuse the last choice (DELTA).
 
-    Source: TokenSelect, arXiv 2411.02886, pzs19/TokenSelect (the soft vote); DELTA as the survey of it describes the reuse,
-    code not found. Deviations: both are for long texts and choose among all tokens but the first and the newest, here text
-    is never hidden; the prompt itself is read in full (TokenSelect chooses in its chunks too), its last row like a step;
-    TokenSelect's reuse of a choice for a like query and its max-pooling are left out. The weights are formed and then
-    hidden: it tells what a kernel that skips them would answer, and is no faster. Columns of weight 0 have no vote. Ties
-    go to the lower index.
+    Source: TokenSelect, arXiv 2411.02886, pzs19/TokenSelect (the soft vote). The reuse is DELTA's, whose text and code were
+    not to be had: only that a few layers choose and the following ones reuse the choice. Deviations: both are for long texts
+    and choose among all tokens but the first and the newest, here text is never hidden; the prompt itself is read in full
+    (TokenSelect chooses in its chunks too), its last row like a step; TokenSelect's reuse of a choice for a like query and
+    its max-pooling are left out. The weights are formed and then hidden: it tells what a kernel that skips them would
+    answer, and is no faster. Columns of weight 0 have no vote. Ties go to the lower index.
     """
 
     name: ClassVar[str] = "visual_topk"
@@ -53,7 +53,10 @@ class VisualTopK(WeightEdit):
         method: Any = super().resolve(arch)
         if self.choosers is None:
             return method
-        return method.but(choosers=parse_layers(self.choosers, arch.depth, f"{self.name}: choosers"))
+        choosers = parse_layers(self.choosers, arch.depth, f"{self.name}: choosers")
+        if not set(choosers) <= set(method.layers):
+            raise VlmFixError(f"{self.name}: choosers={self.choosers!r} must be among its layers {method.layers}.")
+        return method.but(choosers=choosers)
 
     @property
     def neutral(self) -> bool:

@@ -87,6 +87,11 @@ def test_sinks_without_given_lives_take_the_limits_of_the_depth(monkeypatch):
     assert torch.equal(logits[0], logits[1]) and not torch.equal(logits[0], logits[2])
 
 
+def test_layers_that_choose_must_be_edited(models):
+    with pytest.raises(vlm_fix.VlmFixError, match="choosers='1' must be among its layers"):
+        vlm_fix.wrap(models["llava"], "visual_topk:choosers=1,layers=2-3")
+
+
 # ---- every decoding mode -----------------------------------------------------------------------------------------------
 
 WHOLE = (
