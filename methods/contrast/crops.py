@@ -71,7 +71,8 @@ class CRoPS(SID):
         at = torch.arange(past, past + scores.shape[1], device=scores.device)
         types = torch.nn.functional.pad(session.types[:, past:], (0, scores.shape[1] + past - session.types.shape[1]))
         seen = (types != PAD).to(scores.device) & (at < session.prompt_len + t + 1)
-        return beyond(scores, seen, math.floor(self.text_low - self.text_more * math.expm1(-self.text_rate * (t + 2))))
+        kept = math.floor(self.text_low - self.text_more * math.expm1(-self.text_rate * (t + 2)))
+        return beyond(scores, seen, kept) | ~seen  # padding is no column that a row still has
 
     def mask_columns(self, weights_from: Callable[[int], torch.Tensor], rows: Rows) -> torch.Tensor | None:
         masked = super().mask_columns(weights_from, rows)

@@ -38,10 +38,12 @@ SPECS = [
     RITUAL,
     CROPS,
     MARINE,
+    "owl:beta=0.01",
     "causalmm:beta=0.01",
     CAKE,
 ]
-MORE = ["crops:alpha=0,decay=0.5,text_low=3,text_more=4,text_rate=0.3,beta=0,gate=1", "crops:decay=0,keep=5,gate=0.99",
+MORE = ["owl:base=0.9|2.5|1.4|1.4,layers=0-,beta_text=0.4,beta=0.1", "owl:base=99,layers=2,boost=0.3,lam=2",
+        "crops:alpha=0,decay=0.5,text_low=3,text_more=4,text_rate=0.3,beta=0,gate=1", "crops:decay=0,keep=5,gate=0.99",
         "crops:text_low=40,decay=0.2,gate=1","sid:keep=5,layers=3,refresh=false,alpha=2", "sid:keep=5,refresh=false",
         "decore:head_list=0.1|3.1,normalised=true,cap=0.5,beta=0.1",
         "avisc:coverage=1,lam=-0.3,alpha=2.5,beta=0",
@@ -152,7 +154,7 @@ def test_joined_steps_equal_separate_ones(family, model, spec, monkeypatch):
     ("spec", "passes", "rows"),
     [("icd:tokens=11|12|13", 1, "tail"), ("decore:head_list=1.0|3.1", 1, "last"), ("sid", 1, "last"),
      ("iava:tokens=21|22", 1, "all"), ("avisc", 1, "all"), ("causalmm", 1, "all"), ("m3id", 1, "tail"), ("vcd", 2, "all"),
-     (RITUAL, 2, "all"), (MARINE, 1, "tail")],
+     (RITUAL, 2, "all"), (MARINE, 1, "tail"), ("owl", 1, "last")],
 )  # fmt: skip
 def test_branches_share_layers_and_columns_up_to_their_change(family, model, spec, passes, rows):
     """The vision tower runs once per distinct image; columns before the prompts part are not computed again."""
@@ -175,6 +177,7 @@ def test_branches_share_layers_and_columns_up_to_their_change(family, model, spe
         "marine": after - (family != "llava") + 3,
         "icd": after - (family != "llava") + 3,
         "decore": 1,
+        "owl": 1,
         "sid": 1,
         "m3id": whole - before - ids.count(IMAGE),
     }

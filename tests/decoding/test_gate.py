@@ -94,13 +94,15 @@ def test_a_branch_that_nobody_needs_waits_and_catches_up(family, model, spec, op
         assert few < many == STEPS
 
 
-def test_defaults_leave_positions_specs_and_other_methods_alone():
+def test_defaults_leave_positions_specs_and_other_methods_alone(models):
     vcd = vlm_fix.registry.get_method("vcd")
     assert vcd(0.5, 0.2) == vlm_fix.parse_spec("vcd:alpha=0.5,beta=0.2") and vcd(0.5).given == {"alpha"}
     assert vcd(0.5, gate=0.9).spec() == "vcd:gate=0.9,alpha=0.5"
     for bad in ("gate=0", "gate=1.1", "entropy=yes"):
         with pytest.raises(vlm_fix.VlmFixError, match="vcd: (gate|entropy)"):
             vlm_fix.parse_spec(f"vcd:{bad}")
+    with pytest.raises(vlm_fix.VlmFixError, match="pai: gate and entropy act on its contrast, which these parameters"):
+        vlm_fix.wrap(models["llava"], "pai:gate=0.5")
     with pytest.raises(vlm_fix.VlmFixError, match="no parameter"):
         vlm_fix.parse_spec("deco:gate=0.5")
 

@@ -14,7 +14,7 @@ SERVED = {
     "attention": (
         "pai:alpha=1", "vaf:enhance=1.5", "avar:system=0.4", "hgai", "spin:keep=0.5", "locore:beta=1", "gift", "paint",
         "paint:head_scale=sensitive", "zerotuning", "zerotuning:rate=0.2,head_indices=1|3",
-        "var:sink_dims=0|1|2,tau=1.5,rho=0,min_visual_mass=0", "visual_topk:k=0.3",
+        "var:sink_dims=0|1|2,tau=1.5,rho=0,min_visual_mass=0", "visual_topk:k=0.3", "farsight:sigma=0.02",
     ),
     "heads": ("vhr", "vhr:prompt_rows=all", "ad_hh:threshold=0.05", "head_pursuit", "random_heads"),
     "hidden states": (
@@ -24,7 +24,7 @@ SERVED = {
         "random_direction:strength=0.5", "random_subspace:rank=32",
     ),
     "next token": ("apc_only", "gaussian_logits", "yes_threshold:margin=0.9", "deco", "dola"),
-    "second branch": ("vcd", "icd", "m3id", "yes_bias", "pai:gamma=1.5"),
+    "second branch": ("vcd", "icd", "m3id", "yes_bias", "ritual", "marine:objects=tests/serving/objects.json", "pai:gamma=1.5"),
     "stacks": ("pai:alpha=0.5+vcd", "vhr+pai", "iri+m3id", "vaf+apc_only:beta=0.3", "locore:beta=1+pai",
                "hulluedit+deco", "memvr:threshold=0.05+pai"),
 }  # fmt: skip

@@ -108,6 +108,13 @@ CASES = {
             },
         ),
         edit(
+            neutral=("farsight:length=0",),
+            rows={
+                "farsight:sigma=0.01,layers=0-": row(edits.FarSight, ALL, sigma=0.01, length=256),
+                "farsight:sigma=0.02,length=5,layers=1|2": row(edits.FarSight, (1, 2), sigma=0.02, length=5),
+            },
+        ),
+        edit(
             neutral=("gift:alpha=0",),
             rows={
                 "gift:alpha=3,source_layer=1,layers=2-3": row(
@@ -311,6 +318,7 @@ CASES = {
         edit("icd:tokens=11|12|13,beta=0.01", neutral=("icd:alpha=0",)),
         edit(f"layercake:punctuation={MARKS},concepts={THINGS},beta=0.01", neutral=("layercake:alpha=0",)),
         edit("m3id:decay=0.3,beta=0.01", neutral=("m3id:decay=0",)),
+        edit("owl:beta=0.01,base=0.9|2.5|1.4|1.4,layers=0-", neutral=("owl:alpha=0,beta_text=0",)),
         edit("ritual:mean=0.5|0.4|0.6,std=0.3|0.3|0.2,beta=0.01", neutral=("ritual:alpha=0",)),
         edit(f"marine:objects={OBJECTS}", neutral=("marine:gamma=0",)),
         edit("sid:beta=0.01", neutral=("sid:alpha=0",)),

@@ -9,7 +9,9 @@ from typing import Any, ClassVar
 
 import torch
 
+from vlm_fix.arch import Arch
 from vlm_fix.call import Call
+from vlm_fix.errors import VlmFixError
 from vlm_fix.method import Method, param, shaped
 from vlm_fix.session import Session
 
@@ -71,6 +73,15 @@ class Contrast(Method):
         choices=("none", "nats", "normalised"),
         by_name=True,
     )
+
+    def resolve(self, arch: Arch) -> Method:
+        method = super().resolve(arch)
+        assert isinstance(method, Contrast)
+        if not (method.neutral or method.contrasts) and (method.gate, method.entropy) != (1, "none"):
+            raise VlmFixError(
+                f"{self.name}: gate and entropy act on its contrast, which these parameters turn off; leave them out."
+            )
+        return method
 
     @property
     def contrasts(self) -> bool:

@@ -62,6 +62,42 @@ class TextReference(SidReference):
 
 
 @dataclass
+class OwlReference(ref.Reference):
+    """Reads the ratios of the model as it is (sign 0), or edits scores by them."""
+
+    method: object = None
+    sign: int = 0
+    ratio: dict = field(default_factory=dict)
+    heads: int = 4
+
+    def columns(self):
+        """Text of the prompt before the first and after the last image."""
+        return [j for j in range(self.prompt_len) if j < min(self.visual) or j > max(self.visual)]
+
+    def weight(self, a, layer, head, row):
+        if not self.sign:
+            seen, read = sum(a[self.visual].tolist()), sum(a[self.columns()].tolist())
+            self.ratio[layer, row] = self.ratio.get((layer, row), 0.0) + seen / read / self.heads
+        return a
+
+    def score(self, z, layer, head, row):
+        m, z = self.method, z.clone()
+        if not self.sign:
+            return z
+        a, b = m.alpha, m.beta_text
+        if m.base is not None:
+            x, y = self.ratio[layer, row], m.base[self.layers.index(layer)]
+            if x < y:
+                a, b = (min(m.cap, s + m.boost * abs(x - y) / y) for s in (a, b))
+        for j in self.visual:
+            z[j] = z[j] + self.sign * a * abs(z[j])
+        for j in self.columns():
+            if j > 0:
+                z[j] = z[j] - self.sign * b * abs(z[j])
+        return z
+
+
+@dataclass
 class DecoreReference(ref.Reference):
     heads: tuple = ()
 
@@ -259,6 +295,13 @@ def branches(model, twin, spec, inputs, answer):
                 method.text_low + method.text_more * (1 - math.exp(-method.text_rate * t))
             )
             others.append(ref.teacher_forced(twin, run, prompt, answer))
+    elif method.name == "owl":
+        layers = list(method.resolve(vlm_fix.families.arch_of(model)).layers)
+        plain = OwlReference(visual, n, layers, method=method)
+        ref.teacher_forced(twin, plain, inputs, answer)
+        for sign in (1, -1):
+            run = OwlReference(visual, n, layers, method=method, sign=sign, ratio=plain.ratio)
+            others.append(ref.teacher_forced(twin, run, inputs, answer))
     elif method.name == "decore":
         heads = tuple(tuple(map(int, item.split("."))) for item in method.head_list)
         others.append(ref.teacher_forced(twin, DecoreReference(visual, n, [0, 1, 2, 3], heads=heads), inputs, answer))
@@ -302,6 +345,8 @@ def contrasted(method, step, main, others):
     z = main + sum(weight * (main - other) for other in others)
     if method.name == "ritual":
         z = main + weight * others[0]
+    if method.name == "owl":
+        z = (1 + method.lam) * others[0] - method.lam * others[1]
     if method.name == "marine":
         return gated(method, main, main + method.gamma * (others[0] - main))
     z = z.masked_fill(torch.tensor([float(v) < method.beta * float(p.max()) for v in p]), -math.inf)
