@@ -1,7 +1,7 @@
 # `make run` and `make test` need nothing but Python 3.11 or 3.12; they create .venv themselves.
 PYTHON ?= $(shell for p in python3.12 python3.11 python3; do $$p -c 'import sys; sys.exit(sys.version_info[:2] not in [(3,11),(3,12)])' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
-LIMIT ?= 80
+LIMIT ?= 60
 # one worker a core with one thread each: several times faster than one process with a thread a core
 JOBS ?= $(shell python3 -c 'import os; print(max(1, min(8, os.cpu_count() or 1)))' 2>/dev/null || echo 2)
 PYTEST := -m pytest -n $(JOBS) --dist worksteal --disable-warnings $(ARGS)

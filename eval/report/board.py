@@ -44,21 +44,17 @@ def page(folders: Sequence[str | Path]) -> str:
         for head in heads
     }
     body = "".join(_row(row, heads, scale) for row in rows)
-    titles = [
-        "method",
-        "model",
-        "data",
-        "kind",
-        *(f"{head}\n{sense}" for head, (sense, _) in heads.items()),
-        "speed, ×",
-    ]
+    figures = [f"{head}\n{sense}" for head, (sense, _) in heads.items()]
+    titles = ["method", *figures, "speed, ×", "kind", "model", "data"]
     head = "".join(
-        f'<th{" class=text" if i < 4 else ""}><button type="button">{text_of(title)}</button></th>'
+        f'<th{"" if 0 < i < len(figures) + 2 else " class=text"}><button type="button">{text_of(title)}</button></th>'
         for i, title in enumerate(titles)
     )
     selects = _select("model", [row[1] for row in rows]) + _select("kind", [row[3] for row in rows])
-    table = f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-    return shell.whole("Leaderboard", f'<p class="soft">{text_of(ABOUT)}</p>{table}', selects)
+    table = (
+        f'<div class="scroll"><table class="board"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    )
+    return shell.whole("Leaderboard", f'<p class="soft">{text_of(ABOUT)}</p>{table}', selects, "wide")
 
 
 def _rows(folder: Path, results: Mapping[str, Any]) -> list[tuple[str, str, str, str, float | None, dict[str, Any]]]:
@@ -89,10 +85,10 @@ def _rows(folder: Path, results: Mapping[str, Any]) -> list[tuple[str, str, str,
 def _row(row: tuple[Any, ...], heads: Mapping[str, Any], scale: Mapping[str, float]) -> str:
     run, model, data, kind, speed, deltas = row
     cells = "".join(_cell(deltas.get(head), scale[head]) for head in heads)
-    words = "".join(f'<td class="text">{text_of(word)}</td>' for word in (model, data, kind))
+    words = "".join(f'<td class="text">{text_of(word)}</td>' for word in (kind, model, data))
     pace = "<td></td>" if speed is None else f"<td>{speed:.2f}</td>"
     told = f'data-run="{text_of(run)}" data-model="{text_of(model)}" data-kind="{text_of(kind)}"'
-    return f'<tr {told}><td class="text"><code>{text_of(run)}</code></td>{words}{cells}{pace}</tr>'
+    return f'<tr {told}><td class="text"><code>{text_of(run)}</code></td>{cells}{pace}{words}</tr>'
 
 
 def _cell(delta: Mapping[str, Any] | None, most: float) -> str:

@@ -167,9 +167,7 @@ def _differences(results: Mapping[str, Any], task: str, layout: Layout) -> Itera
             if bars:
                 parts.append((split if len(results["runs"][base][task]) > 1 else "", bars))
         if parts:
-            title = (
-                f"{task.upper()} {(heading or layout.columns.get(name, name)).removeprefix('CHAIR_i').strip() or 'C_I'}"
-            )
+            title = full_heading(task, heading or layout.columns.get(name, name))
             yield forest(parts, f"points above the baseline; {'lower' if name in LOWER else 'higher'} is better", title)
 
 
@@ -251,13 +249,17 @@ def columns(results: Mapping[str, Any]) -> list[tuple[str, str, str, str, str]]:
         for split in first[task]:
             where = f"{task.upper()} {split}" if len(first[task]) > 1 else task.upper()
             for name, head in LAYOUTS[task].leaderboard.items():
-                plain = head.removesuffix(" ↓")
-                full = where if not head else plain if task in plain.lower() else f"{task.upper()} {plain}"
-                found.append((head or where, full, task, split, name))
+                found.append((head or where, full_heading(task, head) if head else where, task, split, name))
         found += [
             (head, f"{task.upper()} {head}", task, "", name) for name, head in LAYOUTS[task].leaderboard_means.items()
         ]
     return found
+
+
+def full_heading(task: str, heading: str) -> str:
+    """Return a heading that names its task: "CHAIR_i", "CHAIR recall"."""
+    plain = heading.removesuffix(" ↓")
+    return plain if task in plain.lower() else f"{task.upper()} {plain}"
 
 
 def _board(folder: Path, results: Mapping[str, Any]) -> str:

@@ -9,6 +9,7 @@ STYLE = """
 --good:#8be0b0;--good-bg:#123524;--bad:#ffab9f;--bad-bg:#4a1713;--key:#7db8f5}}
 body{font:15px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--page);max-width:1180px;margin:2rem auto;
 padding:0 1rem}
+body.wide{max-width:1560px}.bar+h2{border:0;margin-top:1rem;padding-top:0}
 h1,h2,h3{line-height:1.25;text-wrap:balance}h2{margin-top:3rem;border-top:1px solid var(--line);padding-top:1.5rem}
 small,.soft,caption{color:var(--soft)}caption{text-align:left;font-size:.9em;padding:.4rem 0}
 .scroll{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.9em;margin:1rem 0}
@@ -24,8 +25,11 @@ border-bottom:1px solid var(--line);z-index:2}.bar input[type=search],.bar selec
 color:inherit;background:var(--card);border:1px solid var(--line);border-radius:6px;min-width:0;max-width:100%}
 .figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,440px),1fr));gap:1rem;align-items:start}
 figure{margin:0}.figures svg{width:100%;height:auto;background:var(--card);border-radius:8px}
-svg text{fill:var(--ink);font:11px system-ui,sans-serif}svg .soft{fill:var(--soft)}svg .grid{stroke:var(--line)}
-.verdicts{padding-left:1.2rem}.sample{background:var(--card);border-radius:8px;padding:1rem;margin:1rem 0;break-inside:avoid}
+svg text{fill:var(--ink);font:11px system-ui,sans-serif;paint-order:stroke;stroke:var(--card);stroke-width:3px}
+svg .soft{fill:var(--soft)}svg .grid{stroke:var(--line)}
+.board small{display:inline}.board svg{display:block;margin-left:auto}.board .text{white-space:normal;min-width:7em;
+max-width:13em;overflow-wrap:anywhere}.verdicts{padding-left:1.2rem}
+.sample{background:var(--card);border-radius:8px;padding:1rem;margin:1rem 0;break-inside:avoid}
 .sample:has(img){display:grid;grid-template-columns:150px 1fr;gap:.5rem 1rem}.sample p:first-of-type{margin:0}
 .sample img{grid-row:1/3;width:150px;border-radius:6px}
 .answers{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,230px),1fr));gap:.8rem;align-content:start}
@@ -50,7 +54,7 @@ function show(){
   e.toggleAttribute("hidden",!(fits&&kept&&(!only||!row||base||e.querySelector(".better,.worse"))));
   rows+=row&&!e.hasAttribute("hidden");
  }
- bar.querySelector("output").textContent=rows+" rows";
+ bar.querySelector("output").textContent=rows+" table rows";
 }
 function sort(button){
  const head=button.closest("th"),table=head.closest("table"),body=table.tBodies[0],at=head.cellIndex;
@@ -81,10 +85,10 @@ def bar(selects: str = "") -> str:
     )
 
 
-def whole(title: str, body: str, selects: str = "") -> str:
+def whole(title: str, body: str, selects: str = "", kind: str = "") -> str:
     """A self-contained page. Without JavaScript it shows everything, in its first order."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
-        f'content="width=device-width,initial-scale=1"><title>{title}</title><style>{STYLE}</style></head><body>'
+        f'content="width=device-width,initial-scale=1"><title>{title}</title><style>{STYLE}</style></head><body class="{kind}">'
         f"<h1>{title}</h1>{bar(selects)}{body}<script>{SCRIPT}</script></body></html>\n"
     )

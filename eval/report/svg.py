@@ -126,7 +126,7 @@ def forest(parts: Sequence[tuple[str, Sequence[Bar]]], x: str, title: str, least
 
     Filled marks are significant, green for better and red for worse; open ones are not.
     """
-    width, left, right, top, step = 420, 128, 96, 30, 19
+    width, left, right, top, step = 420, 124, 118, 30, 19
     ends = [v for _, bars in parts for bar in bars for v in (bar.low, bar.high)]
     xticks = ticks(min([*ends, -least]), max([*ends, least]))
 
@@ -156,7 +156,9 @@ def forest(parts: Sequence[tuple[str, Sequence[Bar]]], x: str, title: str, least
     for tick in xticks:
         ink = 'stroke="var(--soft)"' if tick == 0 else 'class="grid"'
         drawn.append(_line(at_x(tick), top, at_x(tick), y, ink))
-        drawn.append(f'<text class="soft" x="{at_x(tick):.1f}" y="{y + 15}" text-anchor="middle">{tick:+g}</text>')
+        drawn.append(
+            f'<text class="soft" x="{at_x(tick):.1f}" y="{y + 15}" text-anchor="middle">{f"{tick:+g}" if tick else "0"}</text>'
+        )
     drawn.append(f'<text x="{(left + width - right) / 2}" y="{y + 33}" text-anchor="middle">{text_of(x)}</text>')
     return _figure(width, y + 42, f"{title}: {x}", [*drawn, *rows])
 
