@@ -29,14 +29,12 @@ ABOUT = (
 
 def page(folders: Sequence[str | Path]) -> str:
     """Return the HTML. Raises VlmFixError for a folder without results."""
-    found = read(folders)
-    heads: dict[str, tuple[str, str]] = {}  # heading -> what is better, the figure
-    for _, results in found:
-        for _, full, _, split, name in columns(results):
-            if split:
-                sense = "" if name in NEITHER else "lower is better" if name in LOWER else "higher is better"
-                heads.setdefault(full, (sense, name))
-    rows = [row for folder, results in found for row in _rows(folder, results)]
+    rows = [row for _, results in read(folders) for row in _rows(results)]
+    heads: dict[str, str] = {}  # heading -> what is better
+    for *_, deltas in rows:
+        for head, delta in deltas.items():
+            name = delta["name"]
+            heads[head] = "" if name in NEITHER else "lower is better" if name in LOWER else "higher is better"
     scale = {
         head: max(
             [LEAST, *(abs(100 * d[key]) for *_, cells in rows if (d := cells.get(head)) for key in ("low", "high"))]
@@ -44,10 +42,10 @@ def page(folders: Sequence[str | Path]) -> str:
         for head in heads
     }
     body = "".join(_row(row, heads, scale) for row in rows)
-    figures = [f"{head}\n{sense}" for head, (sense, _) in heads.items()]
-    titles = ["method", *figures, "speed, ×", "kind", "model", "data"]
+    figures = [f"{head}\n{sense}" for head, sense in heads.items()]
+    titles = ["method", *figures, "kind", "model", "data"]
     head = "".join(
-        f'<th{"" if 0 < i < len(figures) + 2 else " class=text"}><button type="button">{text_of(title)}</button></th>'
+        f'<th{"" if 0 < i < len(figures) + 1 else " class=text"}><button type="button">{text_of(title)}</button></th>'
         for i, title in enumerate(titles)
     )
     selects = _select("model", [row[1] for row in rows]) + _select("kind", [row[3] for row in rows])
@@ -57,16 +55,15 @@ def page(folders: Sequence[str | Path]) -> str:
     return shell.whole("Leaderboard", f'<p class="soft">{text_of(ABOUT)}</p>{table}', selects, "wide")
 
 
-def _rows(folder: Path, results: Mapping[str, Any]) -> list[tuple[str, str, str, str, float | None, dict[str, Any]]]:
-    """(run, model, data, kind, speed beside the baseline's, heading -> difference and figure) of each method."""
+def _rows(results: Mapping[str, Any]) -> list[tuple[str, str, str, str, dict[str, Any]]]:
+    """(run, model, data, kind, heading -> difference and figure) of each method."""
     settings, runs = results["settings"], results["runs"]
-    base, *methods = runs
+    _, *methods = runs
     model = Path(settings["model"]["name"]).name
     data = "; ".join(dict.fromkeys(each["source"] for each in settings["data"].values()))
     data += (
         ", sampling" if settings["sample"] else f", {settings['num_beams']} beams" if settings["num_beams"] > 1 else ""
     )
-    task = [*settings["data"]][-1]
     known = {entry.name: entry.kind for entry in index.entries() or ()}
     made = []
     for run in methods:
@@ -75,20 +72,18 @@ def _rows(folder: Path, results: Mapping[str, Any]) -> list[tuple[str, str, str,
             for _, full, task_, split, name in columns(results)
             if split and (delta := runs[run][task_][split]["delta"].get(name))
         }
-        fast, plain = (results["speed"][each][task]["tokens_per_second"] for each in (run, base))
         names = [part.partition(":")[0] for part in run.partition(" as ")[0].split("+")]
         kinds = dict.fromkeys(known.get(name, "other") for name in names)
-        made.append((run, model, data, " + ".join(kinds), fast / plain if fast and plain else None, deltas))
+        made.append((run, model, data, " + ".join(kinds), deltas))
     return made
 
 
 def _row(row: tuple[Any, ...], heads: Mapping[str, Any], scale: Mapping[str, float]) -> str:
-    run, model, data, kind, speed, deltas = row
+    run, model, data, kind, deltas = row
     cells = "".join(_cell(deltas.get(head), scale[head]) for head in heads)
     words = "".join(f'<td class="text">{text_of(word)}</td>' for word in (kind, model, data))
-    pace = "<td></td>" if speed is None else f"<td>{speed:.2f}</td>"
     told = f'data-run="{text_of(run)}" data-model="{text_of(model)}" data-kind="{text_of(kind)}"'
-    return f'<tr {told}><td class="text"><code>{text_of(run)}</code></td>{cells}{pace}{words}</tr>'
+    return f'<tr {told}><td class="text"><code>{text_of(run)}</code></td>{cells}{words}</tr>'
 
 
 def _cell(delta: Mapping[str, Any] | None, most: float) -> str:

@@ -13,13 +13,13 @@ from rich.console import Console
 from tests.support import paths
 from vlm_fix import cli
 from vlm_fix.errors import VlmFixError
-from vlm_fix.eval.report import page, svg
+from vlm_fix.eval.report import board, page, svg
 from vlm_fix.eval.run.runner import Settings, evaluate
 from vlm_fix.eval.scorers.chair import score as chair
 
 MODEL = os.environ.get("VLM_FIX_TEST_MODEL", "picto-llava")
 RESULTS = paths.RESULTS / "picto-shift"
-VOID = {"meta", "br", "img", "line", "circle"}
+VOID = {"meta", "br", "img", "line", "circle", "input"}
 
 
 class Checker(html.parser.HTMLParser):
@@ -141,6 +141,30 @@ def test_the_leaderboard_is_the_readme_table_and_keeps_the_rest_of_a_file(tmp_pa
     file.write_text(page.MARKS[0])
     assert cli.main(["report", str(RESULTS), "--markdown", str(file)]) == 2
     assert "add it where the table ends" in capsys.readouterr().err
+
+
+def test_the_board_has_a_row_for_each_method_and_marks_gain_and_harm(tmp_path):
+    seen = Checker(text := board.page([RESULTS]))
+    assert "http" not in text and not seen.sources
+    results = json.loads((RESULTS / "results.json").read_text())
+    rows = dict(re.findall(r'<tr data-run="([^"]*)".*?</code></td>(.*?)</tr>', text))
+    assert list(rows) == list(results["runs"])[1:]
+    delta = results["runs"]["vcd"]["chair"]["captions"]["delta"]["chair_i"]
+    assert f'<span class="better">{100 * delta["delta"]:+.1f}</span>' in rows["vcd"], "fewer invented objects is better"
+    assert '<span class="worse">-12.6</span>' in rows["vcd"], "recall"
+    assert '<span class="worse">+12.8</span>' in rows["hiprune"] and "pruning" in rows["hiprune"]
+    scale = [float(x) for x in re.findall(r'cx="([\d.]+)"', rows["var"])]
+    assert scale and set(scale) == {board.WIDTH / 2}, "no difference stands on the line"
+
+
+def test_a_small_difference_looks_small():
+    assert svg.widened([92.1, 92.5], 10) == pytest.approx((87.3, 97.3)) and svg.widened([0.2, 1], 10) == (0, 10)
+    assert svg.widened([-1, 30], 10) == (-1, 30)
+    drawn = svg.forest([("", [svg.Bar("a", 0.4, 0.1, 0.8, True), svg.Bar("b", -0.2, -0.9, 0.6)])], "points", "T")
+    found = {
+        float(t): float(x) for x, t in re.findall(r'x="([\d.]+)" y="[\d.]+" text-anchor="middle">([+-]?\d+)<', drawn)
+    }
+    assert min(found) <= -5 and max(found) >= 5 and "+0.4 [0.1, 0.8]" in drawn
 
 
 def test_a_folder_without_results_is_named(tmp_path):
