@@ -63,10 +63,8 @@ class Observation:
     def __repr__(self) -> str:
         return show.short(self)
 
-    def plot(
-        self, rows: int | Sequence[int] | None = None, *, image: Any = None, tokenizer: Any = None, **chosen: Any
-    ) -> Any:
-        """The heatmaps of `rows` (default: of the answer's first tokens) on one scale, as a matplotlib Figure.
+    def plot(self, rows: Any = None, *, image: Any = None, tokenizer: Any = None, **chosen: Any) -> Any:
+        """The heatmaps of `rows`, a number or several (default: the answer's first), on one scale, as a matplotlib Figure.
 
         image: the picture to lay them over. tokenizer: the processor, to write each row's token above it. chosen: layers,
         heads and sinks as for `heatmap`, and index, the image of several. Raises VlmFixError as `heatmap` does.
