@@ -80,7 +80,8 @@ class PINE(ScoreEdit, QueryKeyReader, InputEdit):
         memory = rows.memory(PINEMemory)
         if memory.segment is None or self.order == "given":
             return
-        query, key = inputs.query.float(), inputs.key.float()
+        compute = torch.promote_types(inputs.query.dtype, torch.float32)
+        query, key = inputs.query.to(compute), inputs.key.to(compute)
         cos, sin = (memory.tables[name].to(query.device) for name in ("cos", "sin"))
         if cos.shape[-1] != query.shape[-1] or inputs.scores.softcap is not None:
             raise VlmFixError(
