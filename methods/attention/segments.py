@@ -11,7 +11,7 @@ import torch
 from vlm_fix import VlmFixError
 from vlm_fix.families import attention_modules
 from vlm_fix.families.compat import cache_of
-from vlm_fix.methods.procedures.pictures import image_blocks
+from vlm_fix.methods.procedures.pictures import ONE_RUN, image_blocks
 from vlm_fix.pruning.rows import Seen, half_turned, is_turned
 from vlm_fix.session import PAD, Session
 from vlm_fix.wing import engine_of
@@ -20,7 +20,7 @@ from vlm_fix.wing import engine_of
 def check(session: Session, embeds: torch.Tensor, places: torch.Tensor) -> None:
     """VlmFixError for images that are no single run of tokens, and for other embeddings of positions than plain rotary ones."""
     family, language = session.call.family, engine_of(session.call.model).language
-    if family.cells not in ("pixels", "grid_thw", "sizes", "placed", "spatial", "navit"):
+    if family.cells not in ONE_RUN:
         raise VlmFixError(
             f"pine needs each image as one run of tokens, not in tiles or from a resampler ({family.name})."
         )
