@@ -29,7 +29,7 @@ def page() -> str:
     """The text of docs/coverage.md."""
     methods, found, parts = {m.name: m for m in vlm_fix.list_methods()}, entries(), [HEAD]
     here = sum(bool(places(e, methods)) for e in found)
-    parts.append(f"{here} of {len(found)} rows are here; {len(found) - here} are argued away or still to come.\n")
+    parts.append(f"{here} of {len(found)} rows are here; {len(found) - here} are argued away.\n")
     for group, rows in groupby(found, key=lambda e: e["group"]):
         parts.append(f"\n## {group}\n\n| system | where | to be said |\n|---|---|---|\n")
         for e in rows:
@@ -53,7 +53,7 @@ def note(entry: dict, methods: dict) -> str:
     """What is to be said, or that the method is not there yet."""
     if entry["where"] and not places(entry, methods):
         return f"to come as `{entry['where'][0]}`"
-    return entry["note"]
+    return entry["note"].replace("|", "\\|")
 
 
 if __name__ == "__main__":

@@ -67,8 +67,8 @@ def cropped(image: Image.Image, box: Sequence[float]) -> Image.Image:
     """The box with a margin, as an image of the whole one's size."""
     width, height = image.size
     dx, dy = MARGIN * (box[2] - box[0]), MARGIN * (box[3] - box[1])
-    edges = (max(0, box[0] - dx), max(0, box[1] - dy), min(1, box[2] + dx), min(1, box[3] + dy))
-    cut = image.crop(tuple(round(e * s) for e, s in zip(edges, (width, height) * 2, strict=True)))
+    left, top, right, bottom = max(0, box[0] - dx), max(0, box[1] - dy), min(1, box[2] + dx), min(1, box[3] + dy)
+    cut = image.crop((round(left * width), round(top * height), round(right * width), round(bottom * height)))
     return cut.resize(image.size, Image.Resampling.BICUBIC)
 
 

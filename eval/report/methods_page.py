@@ -58,8 +58,10 @@ OPTIONS = {
 CLAIMS = {
     "avar": "gains of 1 to 2 points with Qwen2.5-VL-7B are reported, on what benchmark is not known [N]",
     "dart": "88.9 % of the tokens pruned at comparable performance, the prompt 2.99 times as fast (the paper's abstract) [P]",
+    "draft": "up to 1.94 times as fast on Video-LLMs, the same answers (the paper's abstract) [P]",
     "flowcut": "1.6 % above the best before it with LLaVA-1.5-7B at 88.9 % fewer tokens, 4.3 % with LLaVA-NeXT-7B at 94.4 % "
     "fewer, the prompt 3.2 times as fast (the paper's abstract) [P]",
+    "sparc": "V* +6.7 points with Qwen3-VL-4B (the paper's abstract) [P]",
 }
 TINY = bench.Shape(
     "llava",

@@ -13,7 +13,7 @@ from vlm_fix.inputs import InputEdit
 from vlm_fix.pruning.rows import half_turned
 from vlm_fix.session import VISUAL, Rows, Session
 
-from .segments import allowed, image_weights, segments_of, stood_back, turned, turns
+from .segments import allowed, check, image_weights, segments_of, stood_back, turned, turns
 
 
 @dataclass
@@ -65,6 +65,7 @@ class PINE(ScoreEdit, QueryKeyReader, InputEdit):
             places = torch.arange(session.start, session.types.shape[1], device=session.types.device)[None]
         if session.start == 0 and bool((session.types == VISUAL).any()):
             session.need_whole_prompt(self.name)
+            check(session, kwargs["inputs_embeds"], places)
             if session.kept:
                 raise VlmFixError("pine needs all tokens of the images; use it without a pruning method.")
             memory.segment, memory.lengths, memory.ahead = segments_of(
@@ -80,7 +81,8 @@ class PINE(ScoreEdit, QueryKeyReader, InputEdit):
         memory = rows.memory(PINEMemory)
         if memory.segment is None or self.order == "given":
             return
-        query, key = inputs.query.float(), inputs.key.float()
+        compute = torch.promote_types(inputs.query.dtype, torch.float32)
+        query, key = inputs.query.to(compute), inputs.key.to(compute)
         cos, sin = (memory.tables[name].to(query.device) for name in ("cos", "sin"))
         if cos.shape[-1] != query.shape[-1] or inputs.scores.softcap is not None:
             raise VlmFixError(

@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from typing import Any
 
 import torch
 
 from vlm_fix import VlmFixError
+from vlm_fix.families import attention_modules
 from vlm_fix.families.compat import cache_of
-from vlm_fix.methods.procedures.pictures import image_blocks
-from vlm_fix.pruning.rows import half_turned
+from vlm_fix.methods.procedures.pictures import ONE_RUN, image_blocks
+from vlm_fix.pruning.rows import Seen, half_turned, is_turned
 from vlm_fix.session import PAD, Session
 from vlm_fix.wing import engine_of
+
+
+def check(session: Session, embeds: torch.Tensor, places: torch.Tensor) -> None:
+    """VlmFixError for images that are no single run of tokens, and for other embeddings of positions than plain rotary ones."""
+    family, language = session.call.family, engine_of(session.call.model).language
+    if family.cells not in ONE_RUN:
+        raise VlmFixError(
+            f"pine needs each image as one run of tokens, not in tiles or from a resampler ({family.name})."
+        )
+    rotary, attn = getattr(language, "rotary_emb", None), next(iter(attention_modules(language).values()))
+    if rotary is None or len(inspect.signature(rotary.forward).parameters) != 2:
+        raise VlmFixError(f"pine needs one rotary embedding for all layers, which {family.name} has not.")
+    tables = tuple(t.to(embeds.dtype) for t in turns(session, places))
+    if not is_turned(Seen(attn, embeds, (tables[0], tables[1]), None, places)):
+        raise VlmFixError(f"pine needs a plain rotary embedding of whole heads, which {family.name} has not.")
 
 
 def segments_of(session: Session, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -86,6 +86,9 @@ class ImageSort(Refiner):
                         for image, score in zip(order, scores, strict=True):
                             totals[row][image] += score / len(tried[row])
             found = [self.sorted(order, total) for order, total in zip(found, totals, strict=True)]
+        if all(list(order) == sorted(order) for order in found):
+            engine_of(call.model).warn_once([self], "the images of each prompt stand in that order already.")
+            return {}
         return in_order(call, blocks, found)
 
     def scores(self, call: Call, blocks: Any, orders: list[tuple[int, ...]]) -> list[list[float]]:

@@ -14,6 +14,9 @@ from vlm_fix.families import image_cells, image_token_ids
 from vlm_fix.packing import by_token
 from vlm_fix.pruning.shrink import resize, to_image, to_patches
 
+ONE_RUN = ("pixels", "grid_thw", "sizes", "placed", "spatial", "navit")
+"""`Family.cells` of models whose image is one run of tokens, each of which shows a patch: no tiles, no resampler."""
+
 
 def image_blocks(call: Call) -> list[list[tuple[int, int]]]:
     """Per row of the batch, the columns [first, last) of each image of its prompt, the markers around it included.

@@ -14,10 +14,16 @@ from vlm_fix.families import image_cells, image_token_ids
 from vlm_fix.session import Session
 from vlm_fix.wing import engine_of
 
+from .pictures import ONE_RUN
+
 
 def pointed(method: Any, session: Session) -> tuple[torch.Tensor, torch.Tensor]:
     """[B, n] each: the columns of the image that is pointed at, and m."""
     call = session.call
+    if call.family.cells not in ONE_RUN:
+        raise VlmFixError(
+            f"{method.name} needs images that are one run of tokens, not tiles or from a resampler ({call.family.name})."
+        )
     ids, tokens = call.inputs["input_ids"], engine_of(call.model).tokens
     ends = (
         torch.isin(ids, torch.tensor(image_token_ids(call.model, call.family), device=ids.device))

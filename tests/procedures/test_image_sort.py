@@ -23,7 +23,7 @@ IMAGES, HOW = [1, 3], {"max_new_tokens": 5, "do_sample": False}
 def refined(model, inputs, spec):
     with vlm_fix.wrapped(model, spec):
         engine = engine_of(model)
-        return engine.wing(ProcedureWing).refine(Call(model, engine.family, dict(inputs)))
+        return {**inputs, **engine.wing(ProcedureWing).refine(Call(model, engine.family, dict(inputs)))}
 
 
 def call_of(model, inputs):

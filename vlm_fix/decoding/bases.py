@@ -63,8 +63,8 @@ class RotaryWing(Wing):
         if len(bases) == 1:
             return rebased(module, bases[0], args, kwargs)
         each = [output if base == 1 else rebased(module, base, args, kwargs) for base in bases]
-        parts = [[t.chunk(len(bases))[i] for t in tables] for i, tables in enumerate(each)]
-        return tuple(torch.cat(tables) for tables in zip(*parts, strict=True))
+        parts = [[t.chunk(len(bases), dim=-3)[i] for t in tables] for i, tables in enumerate(each)]
+        return tuple(torch.cat(tables, dim=-3) for tables in zip(*parts, strict=True))
 
 
 def rebased(module: Any, ratio: float, args: Any, kwargs: dict[str, Any]) -> Any:

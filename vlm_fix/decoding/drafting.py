@@ -142,6 +142,7 @@ class DraftWing(Wing):
         return cls(host, found[0]) if found else None
 
     def check(self) -> None:
+        self.host.need_image_columns([self.method.name])
         others = names_of(self.host.active, TokenPruner, LayerPruner, CachePruner, Searcher)
         if others:
             raise VlmFixError(

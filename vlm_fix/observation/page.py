@@ -168,10 +168,14 @@ def _effects(found: Inspection, words: Sequence[str]) -> list[str]:
 def _heads(found: Inspection, most: int = 12) -> list[str]:
     made = []
     for name, table in (("copy the next token", found.copying), ("look at the image", found.looking)):
-        order = table.flatten().argsort(descending=True, stable=True)[:most].tolist()
+        heads = [divmod(k, table.shape[1]) for k in range(table.numel())]
+        heads.sort(key=lambda at: (-float(table[at]), -float(found.image_mass[at])))
+        chosen = [at for at in heads[:most] if float(table[at]) > 0]
+        if not chosen:
+            made.append(f"<h3>Heads that {name}</h3><p>None: in no head is that the largest weight of a row.</p>")
+            continue
         rows = []
-        for k in order:
-            layer, head = divmod(k, table.shape[1])
+        for layer, head in chosen:
             value, mass = float(table[layer, head]), float(found.image_mass[layer, head])
             rows.append(f"<tr><td>{layer}.{head}</td><td class=n>{value:.2f}</td><td class=n>{mass:.2f}</td></tr>")
         made.append(
