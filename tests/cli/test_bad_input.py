@@ -15,6 +15,7 @@ import torch
 import vlm_fix
 from tests.support.models import make_inputs, single
 from vlm_fix import cli
+from vlm_fix.eval.run import loading
 from vlm_fix.eval.scorers.registry import BENCHMARKS
 from vlm_fix.registry import get_method
 from vlm_fix.wing import installed
@@ -200,13 +201,11 @@ def test_calls_of_observe(models, what):
 # ---- the command line --------------------------------------------------------------------------------------------------
 
 COMMANDS = [
-    "",
     "evla pope",
     "eval",
     "eval popee",
     "eval pope --method",
     "eval pope --method ,",
-    "eval pope --method pai,,vcd",
     "eval pope --method pai,pai",
     "eval pope --limit -1",
     "eval pope --limit many",
@@ -215,7 +214,6 @@ COMMANDS = [
     "eval pope --batch-size -8",
     "eval pope --batch-size big",
     "eval pope --seed x",
-    "eval pope --seed -1",
     "eval pope --max-new-tokens 0",
     "eval pope --max-new-tokens -5",
     "eval pope --num-beams 0",
@@ -231,7 +229,6 @@ COMMANDS = [
     "eval pope --device gpu0",
     "eval pope --device cuda:x",
     "eval pope --engine jax",
-    "eval pope --data picto:",
     "eval pope --data coco:",
     "eval pope --data s3://bucket",
     "eval pope --ids {here}/none",
@@ -313,8 +310,16 @@ def refused(capsys, arguments) -> str:
     return said[0]
 
 
+class TooFar(BaseException):
+    pass
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands(command, tmp_path, capsys, monkeypatch):
+    def too_far(*args, **kwargs):
+        raise TooFar("a model is loaded before the mistake is told")
+
+    monkeypatch.setattr(loading.AutoProcessor, "from_pretrained", too_far)
     monkeypatch.chdir(tmp_path)
     refused(capsys, command.format(here=tmp_path).split())
     assert not list(tmp_path.iterdir()), "nothing is written"
