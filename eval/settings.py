@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
@@ -109,7 +110,7 @@ class Settings:
                 raise VlmFixError(f"--{name.replace('_', '-')} is {value}: give a whole number of at least 1.")
         if self.sample and self.num_beams > 1:
             raise VlmFixError("--sample and --num-beams exclude each other: drop one of them.")
-        if self.temperature <= 0 or not 0 < self.top_p <= 1:
+        if not 0 < self.temperature < math.inf or not 0 < self.top_p <= 1:  # nan is neither
             raise VlmFixError("--temperature must be above 0 and --top-p in (0, 1].")
         if len(set(self.seeds)) != len(self.seeds):
             raise VlmFixError(f"--seeds {','.join(map(str, self.seeds))} names a seed twice: give each once.")

@@ -339,14 +339,14 @@ def parse_layers(value: Layers, depth: int, where: str) -> tuple[int, ...]:
     if isinstance(value, str):
         indices: list[int] = []
         for part in value.split("|"):
-            match = re.fullmatch(r"(\d+)(-(\d+)?)?", part.strip())
+            match = re.fullmatch(r"(\d{1,18})(-(\d{1,18})?)?", part.strip())
             if not match:
                 raise VlmFixError(f'{where}: layers={value!r} is not of the form "2-31", "1|18-31" or "2-".')
             first = int(match[1])
             last = first if match[2] is None else depth - 1 if match[3] is None else int(match[3])
             if match[3] and last < first:
                 raise VlmFixError(f"{where}: {part.strip()} in layers={value!r} is reversed; write {last}-{first}.")
-            indices += range(first, last + 1)
+            indices += [first, *range(first, min(last, depth) + 1)]
     else:
         indices = [int(i) for i in value]
     outside = [i for i in indices if not 0 <= i < depth]
@@ -371,7 +371,13 @@ def parse_heads(name: str, items: Sequence[str], arch: Arch) -> list[tuple[int, 
     heads = []
     for item in items:
         layer, _, head = item.partition(".")
-        if not (layer.isdecimal() and head.isdecimal() and int(layer) < arch.depth and int(head) < arch.heads):
+        if not (
+            layer.isdecimal()
+            and head.isdecimal()
+            and len(item) < 40
+            and int(layer) < arch.depth
+            and int(head) < arch.heads
+        ):
             raise VlmFixError(
                 f"{name}: {item!r} is not layer.head; layers end at {arch.depth - 1}, heads at {arch.heads - 1}."
             )

@@ -135,6 +135,8 @@ def parse_spec(spec: str) -> Method:
         name, rest = cls.name, file[3]
     else:
         name, _, rest = spec.strip().partition(":")
+    if not name.strip():
+        raise VlmFixError(f'{spec!r} names no method; pass a name such as "var", or "baseline".')
     if "," in name:
         raise _comma(spec, name.partition(",")[2].strip())
     options: dict[str, str] = {}

@@ -91,7 +91,7 @@ def test_a_crash_is_one_line_and_the_others_go_on(capsys, monkeypatch):
 
 def test_what_another_model_refuses_is_no_failure():
     model, inputs = doctor._load(Namespace(model="picto-llava", dtype="auto", device="auto"))
-    model.config.model_type = "mllama"
+    model.config.model_type = "florence2"
     found = list(doctor.examine(model, inputs, must_run=False, tokens=1))
     assert all(f.ok and "not supported" in f.refused and f.changed is None for f in found)
     assert not any(f.ok for f in doctor.examine(model, inputs, must_run=True, tokens=1))

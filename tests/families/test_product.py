@@ -51,6 +51,7 @@ def test_a_raw_exception_and_a_silent_method_fail(monkeypatch):
     def broken(self, *args, **kwargs):
         raise KeyError("a raw error")
 
+    from vlm_fix.effects import Effects
     from vlm_fix.methods.attention.pai import PAI
     from vlm_fix.methods.heads.vhr import VHR
 
@@ -58,6 +59,9 @@ def test_a_raw_exception_and_a_silent_method_fail(monkeypatch):
     assert product.walk("pai", "llava")["outcome"] == product.FAILED
     assert "KeyError: 'a raw error'" in product.walk("pai", "llava")["why"]
     monkeypatch.setattr(PAI, "edit_scores", lambda self, scores, rows: scores)
+    found = product.walk("pai", "llava")
+    assert found["outcome"] == product.IDLE and "it gave back what it was given, unchanged" in found["why"]
+    monkeypatch.setattr(Effects, "idle", lambda self: iter(()))
     assert "changed nothing, without a word" in product.walk("pai", "llava")["why"]
     monkeypatch.setattr(VHR, "edit_heads", lambda self, out, rows: out * float("nan"))
     found = product.walk("vhr", "llava")

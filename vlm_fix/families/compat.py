@@ -91,9 +91,9 @@ def generate_of(model: Any) -> Any:
 
 def cannot_run(model: Any) -> str:
     """Why this transformers cannot run the model at all, wrapped or not; empty if it can."""
-    names = inspect.unwrap(type(model).forward).__code__.co_names
-    lacks = "image_outputs" in names and not hasattr(MoeCausalLMOutputWithPast, "image_outputs")
-    if model.config.model_type == "llama4" and lacks:  # 5.24.0, the first that reads it
+    if model.config.model_type != "llama4" or hasattr(MoeCausalLMOutputWithPast, "image_outputs"):
+        return ""
+    if "image_outputs" in inspect.unwrap(type(model).forward).__code__.co_names:  # 5.24.0, the first that reads it
         return "its forward reads image_outputs, which its language model's output does not have; 5.23 and older run it"
     return ""
 

@@ -38,6 +38,7 @@ class ServedEngine(Engine):
 
     def __init__(self, model: Any, methods: Sequence[Method]):
         super().__init__(model, list(methods))
+        self.effects.asked = False  # a request is told of by what its session remembers
         self.attention = self.need(AttentionWing)
         self.hidden, self.contrasting = self.wing(HiddenWing), self.wing(ContrastWing)
         self.contrast: Contrast | None = self.contrasting.contrast if self.contrasting else None
