@@ -124,8 +124,10 @@ class Argument:
 
 
 def figures_of(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Return part -> figures."""
-    return {part: result.to_dict() for parts in found.values() for part, result in parts.items()}
+    """Return part -> figures, of tasks whose parts have different names."""
+    parts = [(part, result.to_dict()) for parts in found.values() for part, result in parts.items()]
+    assert len(dict(parts)) == len(parts), found.keys()
+    return dict(parts)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ Worked example:
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -147,6 +147,15 @@ def results(
     return found
 
 
+def shown(results: Mapping[str, Mapping[str, Result]]) -> dict[str, Any]:
+    """Return the figures of each part of both tasks."""
+    return {
+        part if task == "reefknot" else f"choice, {part}": result.to_dict()
+        for task, parts in results.items()
+        for part, result in parts.items()
+    }
+
+
 BENCHMARK = Benchmark(
     name="reefknot",
     title="Reefknot",
@@ -161,6 +170,7 @@ BENCHMARK = Benchmark(
         KEYS[0],
     ),
     results=results,
+    shown=shown,
     layouts={
         "reefknot": Layout(
             columns={"accuracy": "acc", **YES_NO_COLUMNS},
