@@ -81,9 +81,12 @@ class Server:
             raise VlmFixError(
                 f"{self.url}/models lists no models: --server takes an OpenAI-compatible server."
             ) from None
-        if name not in cards and len(cards) != 1:
-            raise VlmFixError(f"{self.url} serves {', '.join(cards) or 'nothing'}: name one of them with --model.")
-        self.model = name if name in cards else next(iter(cards))
+        mine = [one for one, card in cards.items() if _folder(name) in (_folder(one), _folder(card.get("root")))]
+        if name not in cards and len(mine) != 1:
+            raise VlmFixError(
+                f"{self.url} serves {', '.join(cards) or 'nothing'}, not {name}: name the checkpoint that it serves with --model."
+            )
+        self.model = name if name in cards else mine[0]
         card = cards[self.model]
         self.vllm = card.get("owned_by") == "vllm"
         self.methods: list[dict[str, Any]] = card.get(options.KEY) or []
@@ -202,6 +205,11 @@ class RemoteModel(Elsewhere):
         first = min((a.first for a in found if a.first is not None), default=None)
         texts, tokens, ended = [a.text for a in found], [a.tokens for a in found], [a.finished for a in found]
         return Batch(texts, tokens, ended, seconds, first, errors=[a.error for a in found])
+
+
+def _folder(path: Any) -> str:
+    """The last part of a path, where there is one."""
+    return str(path or "").rstrip("/").rpartition("/")[2]
 
 
 def _content(image: Any, prompt: str) -> list[dict[str, Any]]:

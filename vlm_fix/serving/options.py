@@ -48,7 +48,7 @@ def variant(asked: Any, engine: ServedEngine) -> Variant:
     methods = []
     for method in engine.methods:
         wanted = changes.get(method.name, {})
-        if of_images(method, engine.arch) and wanted:
+        if wanted and of_images(method, engine.arch):
             raise VlmFixError(
                 f"{method.name} changes what images are for all requests of this server: it cannot change for one."
             )

@@ -197,7 +197,10 @@ def test_servers_that_cannot_be_used(fake, tmp_path):
     ):
         with pytest.raises(VlmFixError, match=words):
             evaluate(settings(url), tmp_path / str(i))
-    assert remote.Server(other.url, "picto-llava").model == "a"
+    with pytest.raises(VlmFixError, match="serves a, not picto-llava"):
+        remote.Server(other.url, "picto-llava")
+    other.card = {"id": "a", "root": "/models/picto-llava/"}
+    assert remote.Server(other.url, "./picto-llava").model == "a"
 
 
 def test_options_that_a_server_leaves_without_effect(tmp_path):
