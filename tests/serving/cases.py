@@ -19,7 +19,7 @@ SERVED = {
     "heads": ("vhr", "vhr:prompt_rows=all", "ad_hh:threshold=0.05", "head_pursuit", "random_heads"),
     "hidden states": (
         "iri", "steer:file=DIRECTIONS,strength=0.4", "steer:file=DIRECTIONS,place=mlp_output,prompt_rows=all,absolute=0.3",
-        "nullu:file=SUBSPACE,rank=6", "vti:file=VTI,alpha_text=3,alpha_vision=3", "rudder:layers=3,alpha=1", "vista:lam=0.5",
+        "nullu:file=SUBSPACE,rank=6", "vti:file=VTI,alpha_text=3,alpha_vision=3", "rudder:layers=3,alpha=1",
         "memvr:threshold=0.05,ratio=0.5", "memvr:threshold=0.05,ratio=0.5,prompt_rows=last", "hulluedit:kappa=1",
         "random_direction:strength=0.5", "random_subspace:rank=32",
     ),

@@ -41,6 +41,8 @@ def reason(method: Method, engine: ServedEngine) -> str | None:
     for kind, why in KINDS:
         if isinstance(method, kind):
             return why
+    if isinstance(method, HiddenEdit) and type(method).on_prompt is not HiddenEdit.on_prompt:
+        return "it runs the prompt in passes of its own, with which not every answer was that of generate"
     if isinstance(method, InputEdit) and method.prepares and method.previews:
         return "these settings take one more pass over the prompt with its images before it is answered"
     if isinstance(method, Contrast) and isinstance(method, AttentionEdit) and method.branch == "negative":
