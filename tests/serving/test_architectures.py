@@ -38,7 +38,7 @@ def test_pruned_images_of_qwen_keep_their_places(tmp_path):
     own = HuggingFace(folder)
     asked = [*cases(3), Case((1, 2), CAPTION), Case((), CAPTION)]
     plain = own.answers([], asked[:4], 12)
-    for spec in ("hiprune:keep=9", "divprune:keep=9", "visionzip:keep=9", "random_tokens:keep=9+pai:alpha=1"):
+    for spec in ("hiprune:keep=9", "divprune:keep=9", "visionzip:keep=9", "hiprune:keep=9+pai:alpha=1"):
         engine.use(spec)
         outputs = engine.llm.generate(
             [engine.prompt(c) for c in asked], [engine.params(c, 12) for c in asked], use_tqdm=False

@@ -25,7 +25,6 @@ KINDS: tuple[tuple[Any, str], ...] = (
     (CachePruner, "it drops keys layer by layer, and vLLM keeps one block table for all layers"),
     (ImageShrinker, "it gives the vision tower a smaller image, and vLLM's towers here take one size"),
 )
-HELD = (
     "hiprune",
     "visionzip",
     "divprune",
@@ -51,8 +50,6 @@ def reason(method: Method, engine: ServedEngine) -> str | None:
         return "its second branch changes image features or layers inside the model, which has no place beside the batch yet"
     if isinstance(method, LogitEdit) and isinstance(method, AttentionEdit):
         return "it reads attention weights for its edit of the next token, and these are not kept in a batch"
-    if isinstance(method, TokenPruner) and method.name not in HELD:
-        return "it is not among the pruners that were held against generate in vLLM"
     if isinstance(method, TokenPruner) and engine.family.name not in TOWERS:
         return (
             f"image tokens can be dropped before the language model in {', '.join(TOWERS)}, not in {engine.family.name}"
