@@ -25,13 +25,6 @@ KINDS: tuple[tuple[Any, str], ...] = (
     (CachePruner, "it drops keys layer by layer, and vLLM keeps one block table for all layers"),
     (ImageShrinker, "it gives the vision tower a smaller image, and vLLM's towers here take one size"),
 )
-    "hiprune",
-    "visionzip",
-    "divprune",
-    "random_tokens",
-    "uniform_grid",
-    "zoo_prune",
-)  # a fixed count, of the image alone
 TOWERS = ("llava", "qwen2_5_vl")  # families whose vision towers methods read, and whose placeholders are counted anew
 
 
