@@ -133,7 +133,9 @@ def test_models_and_calls_that_do_not_fit_are_refused(models):
     one = single("llava", [1], 0)
     text = {"input_ids": torch.tensor([[1, 5, 6, 7]])}
     with vlm_fix.wrapped(model, ["hiprune:keep=4", "vcd"]):
-        with pytest.raises(vlm_fix.VlmFixError, match="already wrapped with hiprune\\+vcd; call vlm_fix.unwrap"):
+        with pytest.raises(
+            vlm_fix.VlmFixError, match="already wrapped with hiprune\\+vcd; pass replace=True, call vlm_fix.unwrap"
+        ):
             vlm_fix.wrap(model, "pai")
         with pytest.raises(vlm_fix.VlmFixError, match="drop output_attentions=True"):
             model.generate(**one, max_new_tokens=2, output_attentions=True)

@@ -14,7 +14,7 @@ SERVED = {
     "attention": (
         "pai:alpha=1", "vaf:enhance=1.5", "avar:system=0.4", "hgai", "spin:keep=0.5", "locore:beta=1", "gift", "paint",
         "paint:head_scale=sensitive", "zerotuning", "zerotuning:rate=0.2,head_indices=1|3",
-        "var:sink_dims=0|1|2,tau=1.5,rho=0,min_visual_mass=0", "visual_topk:k=0.3", "farsight:sigma=0.02",
+        "var:sink_dims=0|1|2,tau=1.5,rho=0,min_visual_mass=0", "visual_topk:k=0.3",
     ),
     "heads": ("vhr", "vhr:prompt_rows=all", "ad_hh:threshold=0.05", "head_pursuit", "random_heads"),
     "hidden states": (

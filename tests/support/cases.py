@@ -108,13 +108,6 @@ CASES = {
             },
         ),
         edit(
-            neutral=("farsight:length=0",),
-            rows={
-                "farsight:sigma=0.01,layers=0-": row(edits.FarSight, ALL, sigma=0.01, length=256),
-                "farsight:sigma=0.02,length=5,layers=1|2": row(edits.FarSight, (1, 2), sigma=0.02, length=5),
-            },
-        ),
-        edit(
             neutral=("gift:alpha=0",),
             rows={
                 "gift:alpha=3,source_layer=1,layers=2-3": row(

@@ -28,27 +28,6 @@ class ZeroTuning(Reference):
 
 
 @dataclass
-class FarSight(Reference):
-    rows: str = "all"
-    sigma: float = 1.0
-    length: int = 0
-    kept: dict = field(default_factory=dict)
-
-    def score(self, z, layer, head, row):
-        self.kept[head, row] = z.clone()
-        return z
-
-    def weight(self, a, layer, head, row):
-        z, n = self.kept[head, row], self.prompt_len + self.length
-        w = [math.exp(float(z[j])) if a[j] > 0 else 0.0 for j in range(row + 1)]
-        total = sum(w) + sum(math.exp(-(j - row) * self.sigma) for j in range(row + 1, n))
-        new = a.clone()
-        for j in range(row + 1):
-            new[j] = w[j] / total
-        return new
-
-
-@dataclass
 class Factors(Reference):  # VAF and AVAR
     rows: str = "after_image"
     image: float = 1.0
