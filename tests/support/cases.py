@@ -176,7 +176,6 @@ CASES = {
             rows={
                 "visual_topk:k=5": row(edits.VisualTopK, ALL, k=5),
                 "visual_topk:k=0.05,choosers=0|1": row(edits.VisualTopK, ALL, k=0.05, choosers=(0, 1)),
-                "visual_topk:k=4,choosers=0|2,layers=0|2-3": row(edits.VisualTopK, (0, 2, 3), k=4, choosers=(0, 2)),
             },
         ),
         edit(
