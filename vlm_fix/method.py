@@ -58,6 +58,7 @@ class Method:
     needs_image: ClassVar[bool] = True
     calibrates_on: ClassVar[str] = "questions"  # what calibrate's samples ask for; "captions", or "pairs" of them
     one_of: ClassVar[tuple[tuple[str, ...], ...]] = ()  # of a kind: names of which each group needs one to be written
+    grid: ClassVar[dict[str, tuple[Any, ...]]] = {}  # field -> other strengths for `recommend`
     given: ClassVar[frozenset[str]] = frozenset()  # on an instance: the fields it was made with, which no file may fill
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:

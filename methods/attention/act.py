@@ -47,6 +47,7 @@ class ACT(FewColumnsEdit, QueryKeyReader, InputEdit):
 
     name: ClassVar[str] = "act"
     paper: ClassVar[str] = "https://arxiv.org/abs/2406.15765"
+    grid: ClassVar[dict[str, tuple[float, ...]]] = {"beta": (0.2, 0.8)}
     row_scope = RowScope.ALL
     may_leave_unchanged: ClassVar[Unchanged] = Unchanged.ANY_ROW
     tracks_columns: ClassVar[bool] = True

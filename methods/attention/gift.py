@@ -44,6 +44,7 @@ class GIFT(WeightEdit, PromptStart, InputEdit):
     paper: ClassVar[str] = "https://arxiv.org/abs/2510.22067"
     may_leave_unchanged: ClassVar[Unchanged] = Unchanged.PROMPT_ROWS
     tracks_columns: ClassVar[bool] = True
+    grid: ClassVar[dict[str, tuple[float, ...]]] = {"alpha": (0.5, 1.0)}
 
     alpha: float | None = param(None, "strength: the most salient column's weight grows by exp(alpha)", low=0, high=50)
     source_layer: int | None = param(None, "layer whose attention gives the map", low=0)

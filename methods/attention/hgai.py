@@ -24,6 +24,7 @@ class HGAI(ScoreEdit):
 
     name: ClassVar[str] = "hgai"
     paper: ClassVar[str] = "https://arxiv.org/abs/2411.16724"
+    grid: ClassVar[dict[str, tuple[float, ...]]] = {"alpha": (0.25, 1.0)}
 
     alpha: float = param(0.5, "share of the heads' mean |z| added to the image columns' scores", low=0)
 

@@ -32,6 +32,7 @@ class LocoRE(LogWeightEdit):
     needs_image: ClassVar[bool] = False
     heads_apart: ClassVar[bool] = True
     idle_reason: ClassVar[str] = "it acts from the second token on; generate more."
+    grid: ClassVar[dict[str, tuple[float, ...]]] = {"beta": (0.05, 0.3)}
 
     beta: float | None = param(None, "share added to the attention weights of recent output columns", low=0)
     window: int = param(8, "number of most recent output columns, w_s in the paper", low=0)

@@ -32,6 +32,7 @@ class PAI(ScoreEdit, Contrast):
     kind: ClassVar[str] = "attention"
     heads_apart: ClassVar[bool] = True
     paper: ClassVar[str] = "https://arxiv.org/abs/2407.21771"
+    grid: ClassVar[dict[str, tuple[float, ...]]] = {"alpha": (0.1, 0.4, 0.6)}
 
     alpha: float = param(0.2, "share of |z| added to the image columns' scores", low=0)
     gamma: float = param(1.0, "guidance against the prompt without image; 1 = off, the paper uses 1.1", low=1)

@@ -42,6 +42,7 @@ class PAINT(ScoreEdit, WeightEdit, InputEdit):
     name: ClassVar[str] = "paint"
     paper: ClassVar[str] = "https://arxiv.org/abs/2501.12206"
     tracks_columns: ClassVar[bool] = True
+    grid: ClassVar[dict[str, tuple[float, ...]]] = {"alpha": (0.35,)}
 
     alpha: float = param(0.7, "share of |z| added to the scores of local tokens", low=0)
     beta: float = param(0.3, "share of |z| added to the scores of summary tokens", low=0)

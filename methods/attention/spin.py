@@ -34,6 +34,7 @@ class SPIN(ScoreEdit, HeadEdit):
     name: ClassVar[str] = "spin"
     kind: ClassVar[str] = "heads"
     paper: ClassVar[str] = "https://arxiv.org/abs/2505.16411"
+    grid: ClassVar[dict[str, tuple[float, ...]]] = {"epsilon": (0.3, 0.6)}
 
     keep: float | None = param(None, "share of the heads that stay as they are", low=0, high=1)
     epsilon: float = param(0.08, "factor on the outputs of the other heads", low=0)

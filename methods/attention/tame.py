@@ -37,6 +37,7 @@ class TAME(ColumnEdit, QueryKeyReader):
 
     name: ClassVar[str] = "tame"
     paper: ClassVar[str] = "https://openreview.net/forum?id=zGb4WgCW5i"
+    grid: ClassVar[dict[str, tuple[float, ...]]] = {"gamma": (0.4,)}
     row_scope = RowScope.ALL
     tracks_columns: ClassVar[bool] = True
     needs_image: ClassVar[bool] = False

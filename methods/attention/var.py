@@ -54,6 +54,7 @@ class VAR(WeightEdit, LayerInputReader, InputEdit):
 
     name: ClassVar[str] = "var"
     paper: ClassVar[str] = "https://arxiv.org/abs/2503.03321"
+    grid: ClassVar[dict[str, tuple[float, ...]]] = {"p": (0.2, 0.6)}
     row_scope = RowScope.AFTER_IMAGE
     may_leave_unchanged: ClassVar[Unchanged] = Unchanged.ANY_ROW
     tracks_columns: ClassVar[bool] = True

@@ -46,6 +46,7 @@ class CausalMM(WeightEdit, Contrast):
     kind: ClassVar[str] = "contrast"
     paper: ClassVar[str] = "https://arxiv.org/abs/2410.04780"
     on_logits: ClassVar[bool] = True
+    grid: ClassVar[dict[str, tuple[float, ...]]] = {"gamma": (0.25, 0.5)}
     row_scope = RowScope.ALL
 
     branch: str = param("negative", "always its own branches", choices=("negative",))

@@ -37,6 +37,7 @@ class DeCoRe(ScoreEdit, Contrast):
     kind: ClassVar[str] = "contrast"
     paper: ClassVar[str] = "https://arxiv.org/abs/2410.18860"
     needs_image: ClassVar[bool] = False
+    grid: ClassVar[dict[str, tuple[float, ...]]] = {"alpha": (0.25, 0.5)}
 
     branch: str = param("negative", "always the second branch", choices=("negative",))
     head_list: tuple[str, ...] | None = param(None, "retrieval heads as layer.head, e.g. 16.29|26.9")

@@ -38,6 +38,7 @@ class IAVA(Contrast):
     name: ClassVar[str] = "iava"
     paper: ClassVar[str] = "https://arxiv.org/abs/2503.18556"
     on_logits: ClassVar[bool] = True
+    grid: ClassVar[dict[str, tuple[float, ...]]] = {"alpha": (0.25, 0.5)}
 
     alpha: float = param(1.0, "contrast strength", low=0)
     beta: float = param(0.1, "plausibility cut-off", low=0, high=1)

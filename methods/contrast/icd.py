@@ -33,6 +33,7 @@ class ICD(Contrast):
     name: ClassVar[str] = "icd"
     paper: ClassVar[str] = "https://arxiv.org/abs/2403.18715"
     on_logits: ClassVar[bool] = True
+    grid: ClassVar[dict[str, tuple[float, ...]]] = {"alpha": (0.25, 0.5)}
 
     alpha: float = param(1.0, "contrast strength", low=0)
     beta: float = param(0.1, "plausibility cut-off", low=0, high=1)

@@ -45,6 +45,7 @@ class LayerCake(WeightEdit, Contrast):
     paper: ClassVar[str] = "https://arxiv.org/abs/2507.04404"
     needs_image: ClassVar[bool] = False
     on_logits: ClassVar[bool] = True
+    grid: ClassVar[dict[str, tuple[float, ...]]] = {"alpha": (0.25, 0.5)}
 
     branch: str = param("negative", "always the second branch", choices=("negative",))
     alpha: float = param(1.0, "contrast strength", low=0)

@@ -27,6 +27,7 @@ class M3ID(Contrast):
 
     name: ClassVar[str] = "m3id"
     paper: ClassVar[str] = "https://arxiv.org/abs/2403.14003"
+    grid: ClassVar[dict[str, tuple[float, ...]]] = {"decay": (0.01, 0.05)}
 
     decay: float = param(0.02, "how fast reliance on the image is taken to fade, per token", low=0, high=1)
     beta: float = param(0.1, "plausibility cut-off", low=0, high=1)

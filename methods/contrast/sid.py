@@ -43,6 +43,7 @@ class SID(ColumnMasker, Contrast):
     kind: ClassVar[str] = "contrast"
     paper: ClassVar[str] = "https://arxiv.org/abs/2408.02032"
     on_logits: ClassVar[bool] = True
+    grid: ClassVar[dict[str, tuple[float, ...]]] = {"alpha": (0.25, 1.0)}
     row_scope = RowScope.ALL
     tracks_columns: ClassVar[bool] = True
 

@@ -31,6 +31,7 @@ class VCD(Contrast):
     name: ClassVar[str] = "vcd"
     paper: ClassVar[str] = "https://arxiv.org/abs/2311.16922"
     on_logits: ClassVar[bool] = True
+    grid: ClassVar[dict[str, tuple[float, ...]]] = {"alpha": (0.25, 0.5)}
 
     alpha: float = param(1.0, "contrast strength", low=0)
     beta: float = param(0.1, "plausibility cut-off", low=0, high=1)

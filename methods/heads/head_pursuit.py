@@ -40,6 +40,7 @@ class HeadPursuit(HeadEdit):
     paper: ClassVar[str] = "https://arxiv.org/abs/2510.21518"
     needs_image: ClassVar[bool] = False
     calibrates_on: ClassVar[str] = "captions"
+    grid: ClassVar[dict[str, tuple[float, ...]]] = {"factor": (2.0,)}
 
     factor: float = param(5.0, "factor on the outputs of the heads: 5 enhances the concept, -1 suppresses it")
     head_list: tuple[str, ...] | None = param(None, "heads of the concept as layer.head, e.g. 16.29|26.9; by calibrate")

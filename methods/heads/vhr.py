@@ -40,6 +40,7 @@ class VHR(HeadEdit, PromptStart):
     name: ClassVar[str] = "vhr"
     kind: ClassVar[str] = "heads"
     paper: ClassVar[str] = "https://arxiv.org/abs/2412.13949"
+    grid: ClassVar[dict[str, tuple[float, ...]]] = {"alpha": (1.5, 3.0)}
 
     alpha: float = param(2.0, "factor on the outputs of the chosen heads (4 breaks the text)", low=0)
     prompt_rows: str = param("last", "prompt rows that are rescaled in the first pass", choices=("last", "all"))

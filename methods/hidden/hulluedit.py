@@ -45,6 +45,7 @@ class HulluEdit(LayerInputEdit, FinalOutputEdit):
     name: ClassVar[str] = "hulluedit"
     reads_image_columns: ClassVar[bool] = True
     paper: ClassVar[str] = "https://github.com/VioAgnes/HulluEdit"
+    grid: ClassVar[dict[str, tuple[float, ...]]] = {"kappa": (0.25, 1.0)}
     row_scope = RowScope.ALL
     keeps_history: ClassVar[bool] = True
 

@@ -47,6 +47,7 @@ class IRI(AttentionOutputEdit, MLPOutputEdit):
     name: ClassVar[str] = "iri"
     paper: ClassVar[str] = "https://arxiv.org/abs/2511.05923"
     idle_reason: ClassVar[str] = "no target layer comes after a source layer; raise targets or sources."
+    grid: ClassVar[dict[str, tuple[float, ...]]] = {"lambda_a": (0.1, 0.5)}
 
     lambda_a: float | None = param(None, "strength of the attention injection", low=0)
     lambda_m: float | None = param(None, "strength of the MLP injection", low=0)

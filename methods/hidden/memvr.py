@@ -47,6 +47,7 @@ class MemVR(LayerInputEdit, LayerOutputEdit, MLPInputEdit, MLPRawEdit):
     name: ClassVar[str] = "memvr"
     reads_image_columns: ClassVar[bool] = True
     paper: ClassVar[str] = "https://arxiv.org/abs/2410.03577"
+    grid: ClassVar[dict[str, tuple[float, ...]]] = {"ratio": (0.06, 0.24)}
     row_scope = RowScope.ALL
     idle_reason: ClassVar[str] = "no early exit was that unsure; lower threshold."
 

@@ -40,6 +40,7 @@ class Nullu(MLPRawEdit):
     paper: ClassVar[str] = "https://arxiv.org/abs/2412.13817"
     needs_image: ClassVar[bool] = False
     calibrates_on: ClassVar[str] = "pairs"
+    grid: ClassVar[dict[str, tuple[float, ...]]] = {"rank": (2, 8)}
     row_scope = RowScope.ALL
 
     file: Source | None = param(None, "the subspace: safetensors, rows [k, C] for each layer; by calibrate")

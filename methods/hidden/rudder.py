@@ -40,6 +40,7 @@ class RUDDER(AttentionOutputEdit, LayerInputEdit):
 
     name: ClassVar[str] = "rudder"
     paper: ClassVar[str] = "https://arxiv.org/abs/2511.10292"
+    grid: ClassVar[dict[str, tuple[float, ...]]] = {"alpha": (0.1, 0.5)}
     row_scope = RowScope.ALL
 
     alpha: float = param(0.25, "most that is added, as a share of the residual stream's length", low=0)

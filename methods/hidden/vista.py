@@ -48,6 +48,7 @@ class VISTA(MLPOutputEdit, LogitEdit):
     kind: ClassVar[str] = "hidden"
     paper: ClassVar[str] = "https://arxiv.org/abs/2502.03628"
     needs_image: ClassVar[bool] = True
+    grid: ClassVar[dict[str, tuple[float, ...]]] = {"lam": (0.08, 0.3)}
 
     lam: float = param(0.17, "strength of the steering, as a share of the MLP output's length; 0: none", low=0)
     alpha: float = param(0.3, "share of the late layers' logits; 0: none", low=0, high=1)

@@ -47,6 +47,7 @@ class VTI(MLPOutputEdit, VisionMLPEdit):
     kind: ClassVar[str] = "hidden"
     paper: ClassVar[str] = "https://arxiv.org/abs/2410.15778"
     calibrates_on: ClassVar[str] = "pairs"
+    grid: ClassVar[dict[str, tuple[float, ...]]] = {"alpha_text": (0.3, 0.6)}
     row_scope = RowScope.ALL
 
     file: Source | None = param(

@@ -46,6 +46,7 @@ class DAGCD(WeightReader, LogitEdit):
     kind: ClassVar[str] = "logits"
     needs_image: ClassVar[bool] = False
     on_logits: ClassVar[bool] = True
+    grid: ClassVar[dict[str, tuple[float, ...]]] = {"alpha": (1.0, 2.0)}
 
     alpha: float = param(4.0, "strength", low=0)
     heads_used: int = param(10, "number of heads", low=1)

@@ -30,6 +30,7 @@ class DeCo(LogitEdit):
     name: ClassVar[str] = "deco"
     paper: ClassVar[str] = "https://arxiv.org/abs/2410.11779"
     on_logits: ClassVar[bool] = True
+    grid: ClassVar[dict[str, tuple[float, ...]]] = {"alpha": (0.2, 0.4)}
 
     alpha: float = param(0.6, "strength of the correction", low=0)
     top_k: int = param(20, "most candidates", low=1)

@@ -31,6 +31,7 @@ class DoLa(LogitEdit):
 
     name: ClassVar[str] = "dola"
     paper: ClassVar[str] = "https://arxiv.org/abs/2309.03883"
+    grid: ClassVar[dict[str, tuple[float, ...]]] = {"alpha": (0.25, 0.5)}
 
     alpha: float = param(1.0, "contrast strength", low=0)
     beta: float = param(0.1, "plausibility cut-off", low=0, high=1)

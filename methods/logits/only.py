@@ -46,6 +46,7 @@ class ONLY(WeightReader, QueryKeyReader, LogitEdit):
     kind: ClassVar[str] = "logits"
     paper: ClassVar[str] = "https://arxiv.org/abs/2507.00898"
     needs_image: ClassVar[bool] = True
+    grid: ClassVar[dict[str, tuple[float, ...]]] = {"alpha": (0.25, 0.5)}
 
     alpha: float = param(1.0, "contrast strength, where the two distributions lie far apart", low=0)
     alpha_add: float = param(3.0, "weight of the second distribution, where they are close", low=0)

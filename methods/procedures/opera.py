@@ -57,6 +57,7 @@ class OPERA(WeightReader, Searcher):
     kind: ClassVar[str] = "procedure"
     paper: ClassVar[str] = "https://arxiv.org/abs/2311.17911"
     needs_image: ClassVar[bool] = True
+    grid: ClassVar[dict[str, tuple[float, ...]]] = {"weight": (0.5,)}
     refuses: ClassVar[dict[str, str]] = {
         "num_beams": "set opera:beams=N instead",
         "do_sample": "it is a beam search; pass do_sample=False",

@@ -45,6 +45,7 @@ class SGRS(WeightReader, Searcher):
     kind: ClassVar[str] = "procedure"
     paper: ClassVar[str] = "https://arxiv.org/abs/2601.20279"
     needs_image: ClassVar[bool] = False
+    grid: ClassVar[dict[str, tuple[float, ...]]] = {"alpha": (0.3,)}
     refuses: ClassVar[dict[str, str]] = {
         "num_beams": "it draws one answer a row, so leave it out",
         "output_scores": "leave it out",

@@ -48,6 +48,7 @@ class AVL(CachePruner):
 
     name: ClassVar[str] = "a_vl"
     paper: ClassVar[str] = "https://arxiv.org/abs/2409.14846"
+    grid: ClassVar[dict[str, tuple[float, ...]]] = {"keep": (0.75,)}
 
     core: float = param(0.4, "share of all image columns that most steps compute", low=0, high=1)
     every: int = param(3, "steps after which all stored columns are computed once and the core is picked anew", low=1)

@@ -25,6 +25,7 @@ class FastV(LayerPruner):
 
     name: ClassVar[str] = "fastv"
     paper: ClassVar[str] = "https://arxiv.org/abs/2403.06764"
+    grid: ClassVar[dict[str, tuple[float, ...]]] = {"keep": (0.75,)}
 
     keep: float = param(0.5, "image tokens kept per image: a count (> 1) or a share in (0, 1]", above=0, counts=True)
     layer: int = param(2, "K: the first layer that no longer gets the dropped tokens", low=1)

@@ -31,6 +31,7 @@ class PTP(LayerPruner):
 
     name: ClassVar[str] = "ptp"
     paper: ClassVar[str] = "https://arxiv.org/abs/2509.15704"
+    grid: ClassVar[dict[str, tuple[float, ...]]] = {"keep": (0.75,)}
 
     keep: float = param(
         0.5, "image tokens kept per image, on average over a prompt's: a count (> 1) or a share", above=0, counts=True

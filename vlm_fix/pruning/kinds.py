@@ -30,6 +30,7 @@ class TokenPruner(Method, ABC):
 
     kind: ClassVar[str] = "pruning"
     reads_flow: ClassVar[bool] = False  # `select` needs `ImageTokens.flow` of its encoder layers
+    grid: ClassVar[dict[str, tuple[Any, ...]]] = {"keep": (0.5, 0.75)}
     keep: float | None = param(
         None, "visual tokens kept per image: a count (> 1) or a share in (0, 1]", above=0, counts=True
     )
@@ -195,6 +196,7 @@ class StagedPruner(LayerPruner):
     """A LayerPruner with several stages: `stages` follow from `layers`, and `keep` has one entry for each."""
 
     shares: ClassVar[tuple[float, ...]] = ()  # the paper's shares, stage by stage
+    grid: ClassVar[dict[str, tuple[Any, ...]]] = {"keep": ((0.5,), (0.75,))}
 
     layers: Layers = param(None, "language-model layers of the stages")
     keep: tuple[float, ...] | None = param(
@@ -288,6 +290,7 @@ class CachePruner(Method):
 
     kind: ClassVar[str] = "pruning"
     one_of: ClassVar[tuple[tuple[str, ...], ...]] = (("scores",),)
+    grid: ClassVar[dict[str, tuple[Any, ...]]] = {"keep": (0.75,)}
 
     rewrites: ClassVar[bool] = False  # it changes keys and values in `rewrite`, whether or not any are dropped
     keep: float = param(0.5, "keys kept per image and layer: a count (> 1) or a share in (0, 1]", above=0, counts=True)
