@@ -64,11 +64,13 @@ def calibrate(
     progress: Progress = lambda label, share: None,
     loaded: tuple[Any, Any, dict[str, Any]] | None = None,
     pairs: str | None = None,
+    questions: tasks.pope.Pope | None = None,
 ) -> Result:
     """Calibrate the method `spec` with `limit` questions to find parameters and as many to score them.
 
     Parameters set in `spec` are kept. `search` maps options to the values to try, in all combinations. `loaded` is the
-    (model, processor, identity) of `loading.load_model`; `pairs` a JSONL file of caption pairs (`tasks.pairs`).
+    (model, processor, identity) of `loading.load_model`; `pairs` a JSONL file of caption pairs (`tasks.pairs`); `questions` a
+    task that has been built of the data already.
     Raises VlmFixError for bad input, if nothing is found, or if no value of a search beats the model alone.
     """
     method = parse_spec(spec)
@@ -80,7 +82,7 @@ def calibrate(
     own = type(method).calibrate is not Method.calibrate
     if not own and not search:
         method.calibrate(None, (), seed, progress)
-    task = _questions(data, limit, seed)
+    task = questions or _questions(data, limit, seed)
     net, processor, identity = loaded or loading.load_model(model, dtype, device)
     halves = _halves(task, limit, seed)
     inputs = _encoded(net, processor, [*halves[0], *halves[1]], progress)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     )
     from .decoding.kinds import Contrast, LogitEdit, Procedure, Refiner, Searcher
     from .eval.api import calibrate, evaluate
+    from .eval.recommend import Recommendation, recommend
     from .hidden.edit import (
         AttentionOutputEdit,
         FinalOutputEdit,
@@ -82,6 +83,10 @@ _HOMES = {  # imported on first use: scoring files and `--help` need no torch
     "eval.api": (
         "calibrate",
         "evaluate",
+    ),
+    "eval.recommend": (
+        "Recommendation",
+        "recommend",
     ),
     "hidden.edit": (
         "AttentionOutputEdit",
@@ -154,6 +159,7 @@ __all__ = [
     "Procedure",
     "PromptStart",
     "QueryKeyReader",
+    "Recommendation",
     "Refiner",
     "RowScope",
     "Sample",
@@ -175,6 +181,7 @@ __all__ = [
     "observe",
     "param",
     "parse_spec",
+    "recommend",
     "register",
     "unwrap",
     "wrap",

@@ -7,6 +7,7 @@ The core finds its own methods by walking the folders of `vlm_fix.methods`.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import functools
 import hashlib
@@ -24,7 +25,7 @@ from typing import Any, TypeVar
 from vlm_fix.errors import VlmFixError
 from vlm_fix.method import Baseline, Method
 
-Spec = str | Method | type[Method] | Sequence["str | Method | type[Method]"]
+Spec = str | Path | Method | type[Method] | Sequence["str | Path | Method | type[Method]"]
 Class = TypeVar("Class", bound=type[Method])
 FILE = re.compile(r"\s*([^:]*\.py)\s*(?::\s*([A-Za-z_]\w*)\s*(?=:|$))?:?(.*)", re.DOTALL)  # file, class, settings
 
@@ -172,12 +173,52 @@ def split_stack(text: str) -> list[str]:
     return [piece.strip() for piece in re.split(r"\+(?=\s*(?:[^\s:+,=]+\.py\b|[A-Za-z_][\w-]*\s*(?:[:+,]|$)))", text)]
 
 
+def file_of(text: str) -> str:
+    """The path of a file of `vlm-fix recommend`, "@vlm-fix.yaml" or "vlm-fix.yaml"; "" for any other spec."""
+    text = text.strip()
+    return text.removeprefix("@") if text.startswith("@") or text.endswith((".yaml", ".yml")) else ""
+
+
+def read_file(path: str | Path) -> dict[str, Any]:
+    """The content of such a file (see `presets`); VlmFixError if it is none."""
+    import yaml
+
+    remedy = "make it with `vlm-fix recommend --out FILE`."
+    try:
+        content = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
+    except OSError:
+        raise VlmFixError(f"the file {path} cannot be read; {remedy}") from None
+    except (yaml.YAMLError, UnicodeDecodeError):
+        raise VlmFixError(f"{path} is not YAML; {remedy}") from None
+    stack = content.get("stack") if isinstance(content, dict) else None
+    if not isinstance(stack, list) or not all(
+        isinstance(row, dict) and isinstance(row.get("method"), str) for row in stack
+    ):
+        raise VlmFixError(f"{path} holds no stack of methods; {remedy}")
+    return content
+
+
+def read_stack(path: str | Path) -> list[Method]:
+    """The methods of such a file; none where the model itself was best."""
+    found = []
+    for row in read_file(path)["stack"]:
+        cls, given = get_method(row["method"]), dict(row.get("parameters") or {})
+        unknown = [name for name in given if name not in {f.name for f in dataclasses.fields(cls)}]
+        if unknown:
+            raise VlmFixError(f"{path}: {cls.name} has no parameter {unknown[0]!r}; was it written by another vlm-fix?")
+        if isinstance(given.get("file"), str):
+            given["file"] = str(Path(path).expanduser().parent / given["file"])
+        found.append(cls(**given))
+    return found
+
+
 def parse(spec: Spec, settings: Mapping[str, Any] | None = None) -> list[Method]:
-    """A spec string, "pai+vcd" for a stack, a Method, its class or a list of these -> methods, in the given order.
+    """A spec string, "pai+vcd" for a stack, "@vlm-fix.yaml", a Method, its class or a list of these -> methods, in the given order.
 
     settings: parameters by name, if `spec` is a single method.
     """
     items: list[Any] = list(spec) if isinstance(spec, list | tuple) else [spec]
+    items = [f"@{item}" if isinstance(item, Path) else item for item in items]
     items = [item() if isinstance(item, type) and issubclass(item, Method) else item for item in items]
     for item in items:
         if not isinstance(item, str | Method):
@@ -188,7 +229,13 @@ def parse(spec: Spec, settings: Mapping[str, Any] | None = None) -> list[Method]
         if isinstance(item, Method):
             _check_name(item)
     parts = [part for item in items for part in (split_stack(item) if isinstance(item, str) else [item])]
-    methods = [part if isinstance(part, Method) else parse_spec(part) for part in parts]
+    methods: list[Method] = []
+    for part in parts:
+        if isinstance(part, str) and (path := file_of(part)):
+            methods += read_stack(path)
+        else:
+            methods.append(part if isinstance(part, Method) else parse_spec(part))
+    methods = methods or [Baseline()]
     if not settings:
         return methods
     if len(methods) > 1:

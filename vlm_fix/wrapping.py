@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from vlm_fix import calibrated, copies
+from vlm_fix import calibrated, copies, presets
 from vlm_fix.decoding import ContrastWing, DraftWing
 from vlm_fix.decoding.drafting import Drafted
 from vlm_fix.decoding.term import Term
@@ -30,13 +30,13 @@ def wrap(
 
     model: also a PEFT model, one from `torch.compile`, or a pipeline: the model inside is wrapped.
     spec: a name ("var"), a spec string ("pai:alpha=0.2,layers=2-31"), a stack of them ("pai+vcd"), a Method or its class,
-    or a list of these. Returns the model.
+    a file that `vlm-fix recommend` wrote ("vlm-fix.yaml"), or a list of these. Returns the model.
     calibration: a file of `vlm-fix calibrate`, or several; it fills the parameters that spec does not give. A
     method without one takes calibration/METHOD.json of the checkpoint's folder, if that is there.
     replace: take off what is on the model first; if the new methods cannot be installed, the old ones stay.
     settings: parameters of a single method by name, as in `wrap(model, "pai", alpha=0.3)`.
     Raises VlmFixError for an unknown method or value, an unsupported or already wrapped model, a senseless stack, a
-    calibration of another method or model.
+    calibration or a file of another method or model.
     """
     inside = bare(model)
     if not isinstance(inside, torch.nn.Module) and not hasattr(inside, "config"):
@@ -50,6 +50,7 @@ def wrap(
         )
     warn_if_untested()
     methods = parse(spec, settings)
+    presets.check(spec, inside)
     unwrap(model)
     try:
         engine = _plan(model, methods, calibration)
@@ -65,6 +66,7 @@ def wrap(
 
 def plan(model: Model, spec: Spec, calibration: calibrated.Files = None) -> Engine:
     """The engine that `wrap` would install; raises what it would say of the methods, and touches nothing."""
+    presets.check(spec, bare(model))
     return _plan(model, parse(spec), calibration)
 
 

@@ -29,6 +29,7 @@ from . import (
     picto,
     point,
     published,
+    recommend,
     report,
     score,
     serve,
@@ -38,6 +39,7 @@ from .common import LAYOUT, Parser
 
 COMMANDS = (
     describe,
+    recommend,
     eval,
     calibrate,
     score,
@@ -60,6 +62,7 @@ COMMANDS = (
 EXAMPLES = """examples:
   vlm-fix describe --method vcd,pai                        a caption with and without methods, bundled model and image
   vlm-fix eval all --method vcd,pai --limit 20             the same measured, in about two minutes on a CPU
+  vlm-fix recommend --budget 30m                           which method for this model and data, proven on other images
   vlm-fix eval chair --model llava-hf/llava-1.5-7b-hf --data coco:/data/coco --method pai,vcd
   vlm-fix score chair captions.jsonl --variant pattern
   vlm-fix compare greedy.jsonl method.jsonl --benchmark chair
