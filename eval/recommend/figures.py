@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from vlm_fix.eval.stats import Sums, table_intervals
+from vlm_fix.eval.stats import Sums, expanded, jackknife, table_intervals
 
 from . import objective
 from .objective import COLUMNS, Judge, sums_of
@@ -39,6 +39,7 @@ def summary(
             row |= {"gain": _r(standing.gain), "score": _r(standing.score), "error": _r(standing.error)}
             row |= {"missed": {name: _r(by) for name, by in standing.missed.items()}}
             row |= {"changes": {name: _r(value - _of(base, judge)[name]) for name, value in _of(mine, judge).items()}}
+            row["errors"] = _errors(outcome.base.table[: standing.images], standing.table, judge)
             row["slowdown"] = _r(objective.slowdown(base, mine))
             row["warnings"] = [*warned.get(standing.candidate.key, ())]
         rows.append(row)
@@ -61,13 +62,9 @@ def proof_of(proof: Proof, judge: Judge) -> dict[str, Any]:
     base, mine = sums_of(proof.base), sums_of(proof.table)
     names = [name for name, (part, *_) in FIGURES.items() if part in judge.asked]
 
-    def change(name: str) -> Callable[[Sums, Sums], Any]:
-        _, metric, scale, _ = FIGURES[name]
-        return lambda a, b: scale * (metric(b) - metric(a))
-
-    wanted = {name: change(name) for name in names}
+    wanted = {name: _change(name) for name in names}
     wanted |= {f"{part}_matched": _scaled(objective.GAINS[part][1]) for part in judge.parts}
-    ends = table_intervals(wanted, COLUMNS, proof.base, proof.table, level=proof.level)
+    ends = table_intervals(wanted, COLUMNS, proof.base, proof.table, level=expanded(proof.level, proof.images))
     changes: dict[str, dict[str, float]] = {}
     for name, delta in wanted.items():
         low, high = ends[name]
@@ -87,6 +84,20 @@ def proof_of(proof: Proof, judge: Judge) -> dict[str, Any]:
         "slowdown": _r(objective.slowdown(base, mine)),
         "changes": changes,
     }
+
+
+def _errors(base: Any, mine: Any, judge: Judge) -> dict[str, float]:
+    """Standard errors of the changes that the figures show; none of a single image."""
+    if len(base) < 2:
+        return {}
+    wanted = {name: _change(name) for name, (part, *_) in FIGURES.items() if part in judge.asked}
+    wanted |= {"gain": judge.gain, "slowdown": objective.slowdown}
+    return {name: _r(jackknife(delta, COLUMNS, base, mine)[1]) for name, delta in wanted.items()}
+
+
+def _change(name: str) -> Callable[[Sums, Sums], Any]:
+    _, metric, scale, _ = FIGURES[name]
+    return lambda base, method: scale * (metric(method) - metric(base))
 
 
 def verdict(outcome: Outcome) -> str:

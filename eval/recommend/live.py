@@ -43,11 +43,12 @@ class Live:
         """Where the search is, and who leads."""
         left = max(0.0, self.budget - search.clock())
         head = what if what.startswith("proof") else "round {} of {}".format(*search.rounds)
-        alive = [s for s in search.alive if s.images]
+        alive = search.alive
         lead = (
             f", best {alive[0].candidate.key} {alive[0].score:+.1f} points on {alive[0].images} images" if alive else ""
         )
-        return f"{head}: {len(search.alive)} of {len(search.standings)} candidates in{lead}; {_time(left)} left"
+        wait = f", {len(search.waiting)} to try" if search.waiting else ""
+        return f"{head}: {len(alive)} of {len(search.standings)} candidates in{wait}{lead}; {_time(left)} left"
 
     def picture(self, search: Search, candidates: Candidates, what: str) -> Group:
         table = Table("candidate", "images", "gain, points", "misses", box=None, padding=(0, 2, 0, 0))

@@ -10,7 +10,8 @@ Controls take part, and cannot win; nothing is proposed that scores no better th
 
 Proof. The two best are measured once on images that no search has seen, beside the baseline, block by block until time or images
 end: when to stop depends on the time alone, never on the figures. Each interval of the gain that counts has the level
-`bonferroni(2)`, so that the chance of even one false claim is at most 5 %, however many candidates were searched.
+`bonferroni(2)`, widened for few images, so that the chance of even one false claim is at most 5 %, however many candidates
+were searched.
 
 Source: Z. Karnin, T. Koren, O. Somekh, Almost optimal exploration in multi-armed bandits, ICML 2013 (sequential halving).
 """
@@ -22,17 +23,16 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from vlm_fix.eval.stats import SIGNIFICANT, bonferroni, jackknife, table_intervals
+from vlm_fix.eval.stats import SIGNIFICANT, bonferroni, expanded, jackknife, table_intervals
 
 from .objective import COLUMNS, Judge, sums_of
 
 BASELINE = ""
-FIRST, CHUNK = 4, 32  # images: of the first round at least, and of one measurement at most
+FIRST, CHUNK = 8, 32  # images: of the first round at least, and of one measurement at most
 FINALISTS = 2
 SURELY, SETTLED = 2.0, 8  # standard errors; images before a candidate is dropped for its own figures
 ENOUGH = 30  # images, for a claim
 FIRST_SHARE = 0.5  # of the search, at most, for the first round
-SECONDS = COLUMNS.index("seconds")
 
 
 @dataclass(frozen=True)
@@ -122,6 +122,7 @@ class Search:
     end: float
     watch: Callable[[Search, str], None] = lambda search, what: None
     stacks: Callable[[Sequence[Candidate]], Sequence[Candidate]] = lambda best: ()
+    resamples: int = 2000
     standings: list[Standing] = field(default_factory=list)
     base: Standing = field(default_factory=lambda: Standing(Candidate(BASELINE)))
     rounds: tuple[int, int] = (0, 0)
@@ -129,19 +130,12 @@ class Search:
     def run(self, candidates: Sequence[Candidate], images: Sequence[Hashable], unseen: Sequence[Hashable]) -> Outcome:
         """Search on `images`, prove on `unseen`."""
         self.standings = [Standing(candidate) for candidate in candidates]
-        total = max(1, math.ceil(math.log2(max(len(candidates), 1) / FINALISTS)))
-        stacked = False
-        for number in range(total):
-            if len(self.alive) <= FINALISTS and number:
-                break
-            self.rounds = (number + 1, total)
-            if not self._round(images, total - number):
-                break
-            self._halve()
-            if not stacked and (number == total - 2 or len(self.alive) <= 4 * FINALISTS):
-                stacked = True
-                self.standings += [Standing(made) for made in self.stacks([s.candidate for s in self._best()])]
-            self.watch(self, "round")
+        untried = len(candidates) + 1
+        while 0 < len(self.waiting) < untried:  # again, if time is left for more of them
+            untried = len(self.waiting)
+            self._halving(images)
+        for standing in self.waiting:
+            standing.out = "not tried: the budget was too small"
         best, reason = self._proposed()
         proofs = self._prove(best, unseen) if best else []
         won = sorted((proof for proof in proofs if proof.better), key=lambda proof: -proof.gain)
@@ -151,36 +145,52 @@ class Search:
 
     @property
     def alive(self) -> list[Standing]:
-        """The candidates that are in, the best first; those not yet measured last."""
-        return sorted((s for s in self.standings if not s.out), key=lambda s: (not s.images, -s.score))
+        """The candidates that are in and have been measured, the best first."""
+        return sorted((s for s in self.standings if s.images and not s.out), key=lambda s: -s.score)
+
+    @property
+    def waiting(self) -> list[Standing]:
+        """The candidates that have not been measured yet."""
+        return [s for s in self.standings if not s.images and not s.out]
+
+    def _halving(self, images: Sequence[Hashable]) -> None:
+        """All rounds, from those that wait to the finalists."""
+        number, stacked, going = 0, False, True
+        while going:
+            number += 1
+            left = max(1, math.ceil(math.log2(max(len(self.alive if number > 1 else self.waiting), 1) / FINALISTS)))
+            self.rounds = (number, number + left - 1)
+            in_time = self._round(images, left)
+            self._halve()
+            self.watch(self, "round")
+            going = in_time and len(self.alive) > FINALISTS
+            if in_time and not stacked and len(self.alive) <= 4 * FINALISTS:
+                stacked = True
+                made = [Standing(made) for made in self.stacks([s.candidate for s in self._best()])]
+                self.standings += made
+                going = going or bool(made)
 
     def _round(self, images: Sequence[Hashable], rounds_left: int) -> bool:
-        """Measure all that are in on more images; False if the time is up."""
-        start = self.clock()
+        """Measure all that are in on more images; False if the time is up.
+
+        The first round measures those that wait on a few images, as many of them as half of the time is enough for.
+        """
+        start, first = self.clock(), self.rounds[0] == 1
         if not self.base.images:
             self._extend(self.base, images[:FIRST], math.inf)
         usual = 1.5 * self.base.cost(0)
-        alive = self.alive
-        if self.rounds[0] == 1:
-            alive = [s for s in self.standings if not s.out]  # in the order given
-        share = (self.until - start) / rounds_left
-        costs = [s.cost(usual) for s in (self.base, *alive)]
-        have = [s.images for s in (self.base, *alive)]
-        reach = (share - (self.clock() - start) + sum(c * h for c, h in zip(costs, have, strict=True))) / max(
-            sum(costs), 1e-9
-        )
-        most = max(have)
-        n = min(len(images), max(FIRST, most, int(reach) // FIRST * FIRST))
-        first = self.rounds[0] == 1
-        limit = start + FIRST_SHARE * (self.until - start) if first and n == FIRST else self.until
+        contenders = self.waiting if first else [*self.alive, *(s for s in self.waiting if len(s.candidate.kinds) > 1)]
+        costs = [s.cost(usual) for s in (self.base, *contenders)]
+        have = [s.images for s in (self.base, *contenders)]
+        share = (self.until - start) / rounds_left - (self.clock() - start)
+        reach = (share + sum(c * h for c, h in zip(costs, have, strict=True))) / max(sum(costs), 1e-9)
+        n = min(len(images), max(FIRST, 0 if first else max(have) + FIRST, int(reach) // FIRST * FIRST))
+        limit = start + FIRST_SHARE * (self.until - start) if first else self.until
         if not self._extend(self.base, images[:n], self.until):
             return False
-        for standing in alive:
+        for standing in contenders:
             if not self._extend(standing, images[:n], limit):
-                if not standing.images:
-                    standing.out = "not tried: the budget was too small"
-                elif not first:
-                    return False
+                return first
             self.watch(self, "candidate")
         return True
 
@@ -214,16 +224,18 @@ class Search:
             standing.out = f"surely no better: {standing.gain:+.1f} points{missed}, on {standing.images} images"
 
     def _halve(self) -> None:
-        tried = [s for s in self.alive if s.images]
+        tried = self.alive
         for standing in tried[max(FINALISTS, math.ceil(len(tried) / 2)) :]:
             standing.out = f"behind others: {standing.gain:+.1f} points on {standing.images} images"
 
     def _best(self) -> list[Standing]:
-        return [s for s in self.alive if s.images and s.score > 0 and not s.candidate.control]
+        """Those that gain, the surest first: some have been measured on fewer images than others when the time is up."""
+        found = [s for s in self.alive if s.score > 0 and not s.candidate.control]
+        return sorted(found, key=lambda s: s.error - s.score)
 
     def _proposed(self) -> tuple[list[Standing], str]:
         """The candidates to prove, and why there are none."""
-        controls = [s for s in self.alive if s.images and s.candidate.control]
+        controls = [s for s in self.alive if s.candidate.control]
         bar = max((s.score for s in controls), default=0.0)
         best = self._best()
         beaten = [s for s in best if s.score > bar and not s.missed]
@@ -261,7 +273,9 @@ class Search:
     def _proof(self, run: Standing, base: Standing, claims: int) -> Proof:
         level = bonferroni(claims, SIGNIFICANT)
         sums = sums_of(base.table), sums_of(run.table)
-        low, high = table_intervals({"gain": self.judge.gain}, COLUMNS, base.table, run.table, level=level)["gain"]
+        gains = {"gain": self.judge.gain}
+        wide = expanded(level, run.images)
+        low, high = table_intervals(gains, COLUMNS, base.table, run.table, self.resamples, level=wide)["gain"]
         gain = float(self.judge.gain(*sums))
         return Proof(run.candidate, run.images, gain, low, high, level, self.judge.missed(*sums), run.table, base.table)
 

@@ -24,7 +24,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import vlm_fix
-from vlm_fix import registry
+from vlm_fix import presets, registry
 from vlm_fix.calibrated import Calibration, apply, find, read_all
 from vlm_fix.decoding.kinds import Contrast
 from vlm_fix.engine import Engine
@@ -105,6 +105,8 @@ def check_stacks(settings: Settings, model: Any = None) -> None:
     for specs in settings.methods:
         name, stack = "+".join(specs), registry.parse(list(specs))
         spec = "+".join(method.spec() for method in stack)
+        if registry.file_of(name) and not registry.read_stack(registry.file_of(name)):
+            raise VlmFixError(f"{name} recommends the model as it is, which always runs: take it out.")
         if all(isinstance(method, Baseline) for method in stack):
             raise VlmFixError("--method baseline adds nothing: the unmodified model always runs; take it out.")
         if spec in seen:
@@ -112,6 +114,7 @@ def check_stacks(settings: Settings, model: Any = None) -> None:
         seen[spec] = name
         names = [method.name for method in stack]
         if model is not None:
+            presets.check(list(specs), model)
             files = [c for c in settings.calibration if read_all((c,))[0].method in names]
             methods = apply(find(files, model.name_or_path, stack), stack, families.arch_of(model))
             Engine(model, methods)
@@ -130,6 +133,8 @@ def _all(settings: Settings) -> list[Method]:
 
 def runs(settings: Settings, model: Any, tasks: Sequence[Task], calibration: Sequence[Calibration] = ()) -> list[Run]:
     """Return all runs, the baseline first. Raises VlmFixError for unknown methods or ones that do not fit the model."""
+    for specs in settings.methods:
+        presets.check(list(specs), model)
     stacks = {"+".join(specs): registry.parse(list(specs)) for specs in settings.methods}
     made = {"baseline": Run("baseline", (Baseline(),))}
     plain = (("sample", False), ("num_beams", 1))

@@ -20,6 +20,7 @@ from .config import arguments
 TRACKERS = ("trackio", "wandb")
 ABOUT = """methods: names from `vlm-fix methods`, with settings; commas separate runs, + stacks methods in one run:
   --method pai:alpha=0.2,gamma=1.1,hiprune:keep=32+vcd     two runs: pai, and hiprune together with vcd
+  --method @vlm-fix.yaml                                   what `vlm-fix recommend` found for this model
 
 data: picto | picto:test | picto:shift | picto:style (rendered on the fly), or coco:DIR with DIR/val2014/*.jpg (or
   DIR/*.jpg); questions and ground truth of COCO images are in the package, other images need

@@ -17,6 +17,7 @@ from .common import add
 
 EXAMPLES = """examples:
   vlm-fix serve picto-llava --method pai:alpha=0.3
+  vlm-fix serve llava-hf/llava-1.5-7b-hf --method @vlm-fix.yaml        what vlm-fix recommend found
   vlm-fix serve llava-hf/llava-1.5-7b-hf --method hiprune:keep=192+pai --tensor-parallel-size 1 --port 8000
 
 This is `vllm serve MODEL --additional-config '{"vlm_fix": ...}'`; whatever else is given goes to vLLM."""
@@ -28,7 +29,9 @@ def add_to(commands: Any) -> None:
     parser.add_argument(
         "model", metavar="MODEL", help="folder, Hugging Face name or picto-llava; options of vllm serve follow"
     )
-    parser.add_argument("--method", default="", metavar="A+B", help="one method or a stack; none: plain vLLM")
+    parser.add_argument(
+        "--method", default="", metavar="A+B", help="one method, a stack or @vlm-fix.yaml; none: plain vLLM"
+    )
     parser.add_argument("--calibration", action="append", metavar="FILE", help="of vlm-fix calibrate; may be repeated")
     parser.set_defaults(rest=[])
 
@@ -37,6 +40,7 @@ def run(args: argparse.Namespace) -> None:
     if importlib.util.find_spec("vllm") is None:
         raise VlmFixError("vLLM is not installed: pip install 'vlm-fix[vllm]'.")
     from vlm_fix.eval.picto import model_path
+    from vlm_fix.registry import file_of
     from vlm_fix.serving.plugin import planned
     from vlm_fix.serving.settings import Settings
 
@@ -45,7 +49,9 @@ def run(args: argparse.Namespace) -> None:
     additional = _taken(rest)
     if args.method:
         files = [str(Path(f).resolve()) for f in args.calibration or ()]
-        additional["vlm_fix"] = {"method": args.method, "calibration": files} if files else args.method
+        file = file_of(args.method)
+        method = [f"@{Path(file).expanduser().resolve()}"] if file else args.method
+        additional["vlm_fix"] = {"method": method, "calibration": files} if files else method
     elif args.calibration:
         raise VlmFixError("--calibration fills the settings of a method: give --method, too.")
     settings = Settings.read(additional)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vlm_fix import calibrated
+from vlm_fix import calibrated, presets
 from vlm_fix.attention import AttentionWing
 from vlm_fix.attention.edits import LayerInputReader, PromptStart
 from vlm_fix.decoding.contrast import ContrastWing
@@ -64,6 +64,7 @@ class ServedEngine(Engine):
     @classmethod
     def plan(cls, model: Any, settings: Settings) -> ServedEngine:
         """For a model without weights; raises VlmFixError as `wrap` would."""
+        presets.check(settings.methods, model)
         methods = settings.parsed()
         found = calibrated.choose(list(settings.calibration), model, methods)
         return cls(model, calibrated.apply(found, methods, arch_of(model)))
