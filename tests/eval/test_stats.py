@@ -1,5 +1,8 @@
 """Paired statistics: against plain loops, on data with a known answer, and by coverage."""
 
+import math
+from statistics import NormalDist
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -10,13 +13,18 @@ from vlm_fix.eval.scorers.chair import score as chair
 from vlm_fix.eval.scorers.pope import score as pope
 from vlm_fix.eval.stats import (
     Comparison,
+    bonferroni,
+    expanded,
     holm,
+    jackknife,
     mcnemar,
     outcomes,
     p_value,
     paired_bootstrap,
     ratio,
+    same_caution,
     spread,
+    table_intervals,
     transitions,
 )
 
@@ -223,3 +231,72 @@ def test_holm_keeps_the_chance_of_any_false_claim() -> None:
     draws = rng.random((4000, 15))
     plain, corrected = (np.mean([min(f(list(row))) < 0.05 for row in draws]) for f in (list, holm))
     assert plain > 0.5 and corrected == pytest.approx(0.05, abs=0.012)
+
+
+# ------------------------------------------------------------------------------------------------ for a search and its proof
+
+NAMES = ["n", "right", "wrong"]
+
+
+def tables(images: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return tuple(
+        np.stack([np.full(images, 3.0), rng.integers(0, 4, images), rng.integers(0, 2, images)], 1) for _ in range(2)
+    )
+
+
+def change(base: dict, method: dict) -> np.ndarray:
+    """A function of both sums that is not linear."""
+    return (
+        ratio(method["right"], method["n"]) - ratio(base["right"], base["n"]) - ratio(method["wrong"], method["right"])
+    )
+
+
+def test_jackknife_against_a_loop_without_each_image() -> None:
+    base, method = tables(9)
+    estimate, error = jackknife(change, NAMES, base, method)
+    each = []
+    for i in range(9):
+        sums = [dict(zip(NAMES, np.delete(table, i, 0).sum(0), strict=True)) for table in (base, method)]
+        each.append(float(change(*sums)))
+    mean = sum(each) / 9
+    assert error == pytest.approx((8 / 9 * sum((d - mean) ** 2 for d in each)) ** 0.5)
+    assert estimate == pytest.approx(float(change(*(dict(zip(NAMES, t.sum(0), strict=True)) for t in (base, method)))))
+
+
+def test_jackknife_agrees_with_the_bootstrap() -> None:
+    base, method = tables(300)
+    _, error = jackknife(change, NAMES, base, method)
+    low, high = table_intervals({"change": change}, NAMES, base, method)["change"]
+    assert (high - low) / (2 * 1.96) == pytest.approx(error, rel=0.1)
+
+
+def test_jackknife_of_one_image_knows_nothing() -> None:
+    assert jackknife(change, NAMES, np.ones((1, 3)), np.ones((1, 3)))[1] == float("inf")
+
+
+@pytest.mark.parametrize(("n", "t"), [(10, 2.262), (30, 2.045), (100, 1.984)])  # Student's tables, 97.5 %
+def test_expanded_has_the_tails_of_student(n: int, t: float) -> None:
+    z = NormalDist().inv_cdf((1 + expanded(0.95, n)) / 2)
+    assert z == pytest.approx(t * (n / (n - 1)) ** 0.5, abs=0.005)
+
+
+@pytest.mark.parametrize("yes", [0.05, 0.3, 0.5, 0.9])
+@given(hit=st.floats(0.02, 0.98), false=st.floats(0.02, 0.98))
+@settings(max_examples=30, deadline=None)
+def test_same_caution_moves_both_log_odds_by_one_constant(yes: float, hit: float, false: float) -> None:
+    def logit(p: float) -> float:
+        return math.log(p / (1 - p))
+
+    right, wrong = same_caution(hit, false, yes)
+    assert (right + wrong) / 2 == pytest.approx(yes)
+    assert logit(right) - logit(hit) == pytest.approx(logit(wrong) - logit(false), abs=1e-6)
+
+
+def test_same_caution_takes_arrays() -> None:
+    arrays = same_caution(np.array([0.9, 0.8]), np.array([0.3, 0.1]), np.array([0.5, 0.5]))
+    assert [float(a[0]) for a in arrays] == pytest.approx(list(same_caution(0.9, 0.3, 0.5)))
+
+
+def test_bonferroni_shares_the_chance_of_a_false_claim() -> None:
+    assert (bonferroni(1), bonferroni(2), bonferroni(5, 0.1)) == pytest.approx((0.95, 0.975, 0.98))
