@@ -15,7 +15,9 @@ from typing import Any
 
 import gradio as gr
 
+from vlm_fix import presets
 from vlm_fix.errors import VlmFixError
+from vlm_fix.registry import read_stack
 
 from . import benchmark, look, panes, tools
 from .models import Models, bundled
@@ -25,9 +27,12 @@ MAX_FILE = "20mb"
 KEPT_SECONDS = 3600  # an uploaded image is deleted after this, and all of them when the demo ends
 
 
-def build(models: Models, mcp: bool = False) -> gr.Blocks:
-    """The page; its first model is loaded. `mcp`: with `tools.py` as endpoints."""
+def build(models: Models, mcp: bool = False, preset: str | None = None) -> gr.Blocks:
+    """The page; its first model is loaded. `mcp`: with `tools.py` as endpoints; `preset`: a file of `vlm-fix recommend`."""
     first = models.get(models.names[0])
+    if preset:
+        presets.check(f"@{preset}", first.model)
+    stack = read_stack(preset) if preset else []
 
     def choose(name: str) -> Iterator[tuple[str, str]]:
         yield head(f"Loading {html.escape(str(name))} …"), ""
@@ -58,7 +63,7 @@ def build(models: Models, mcp: bool = False) -> gr.Blocks:
         asked = gr.State(None, time_to_live=KEPT_SECONDS)
         with gr.Tabs() as tabs:
             with gr.Tab("Compare", id="compare"):
-                cards = panes.tab(models, name, asked, page)
+                cards = panes.tab(models, name, asked, page, stack)
             with gr.Tab("Look inside", id="inside") as here:
                 look.tab(models, asked, cards, tabs, here)
             with gr.Tab("Benchmark", id="benchmark"):
@@ -75,11 +80,13 @@ def launch(
     port: int | None = None,
     share: bool = False,
     mcp: bool = False,
+    preset: str | None = None,
 ) -> None:
     """Load `model` and serve the page until interrupted. Raises VlmFixError for a model or port that cannot be used.
 
     Only on this machine's own address, and not shared, the page loads other models by name and opens folders.
-    `mcp` serves `tools.py` as an MCP server beside it, under /gradio_api/mcp/.
+    `preset` is a file of `vlm-fix recommend`, with which the first pane begins. `mcp` serves `tools.py` as an MCP server
+    beside it, under /gradio_api/mcp/.
     """
     if mcp and not importlib.util.find_spec("mcp"):
         raise VlmFixError("the MCP server needs mcp: pip install 'vlm-fix[mcp]'")
@@ -96,7 +103,7 @@ def launch(
     own = host in ("127.0.0.1", "localhost", "::1") and not share
     with tempfile.TemporaryDirectory(prefix="vlm-fix-demo-", ignore_cleanup_errors=True) as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
-        page = build(Models([model, *bundled()], any_name=own), mcp)
+        page = build(Models([model, *bundled()], any_name=own), mcp, preset)
         page.queue(max_size=32)
         try:
             page.launch(

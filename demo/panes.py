@@ -10,7 +10,7 @@ import html
 import inspect
 import itertools
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -110,9 +110,23 @@ def remember(options: dict[str, dict[str, str]], value: Any, *, method: str, fie
     return {**options, method: {**kept, **({field: text} if text else {})}}
 
 
-def tab(models: Models, name: gr.Dropdown, asked: gr.State, page: gr.Blocks) -> list[gr.HTML]:
-    """The tab's components and events; `asked` gets what was compared last. Returns the cards, whose words can be
-    clicked: the event has `word`, the number of the word."""
+def options_of(stack: Sequence[Method]) -> dict[str, dict[str, str]]:
+    """What a pane remembers of these methods: their settings that are not the default, as text."""
+    found: dict[str, dict[str, str]] = {method.name: {} for method in stack}
+    for method in stack:
+        for field in dataclasses.fields(method):
+            value = getattr(method, field.name)
+            if value != field.default:
+                found[method.name][field.name] = "|".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return found
+
+
+def tab(
+    models: Models, name: gr.Dropdown, asked: gr.State, page: gr.Blocks, preset: Sequence[Method] = ()
+) -> list[gr.HTML]:
+    """The tab's components and events; `asked` gets what was compared last. The first pane begins with `preset`, if there is
+    one. Returns the cards, whose words can be clicked: the event has `word`, the number of the word."""
+    starts = ([method.name for method in preset], *START[1:]) if preset else START
     stops: dict[str, Stop] = {}  # of each visitor's running comparison
 
     def run(
@@ -218,7 +232,7 @@ def tab(models: Models, name: gr.Dropdown, asked: gr.State, page: gr.Blocks) -> 
                 with gr.Column(min_width=190):
                     gr.Dropdown(["baseline"], value=["baseline"], multiselect=True, label="Baseline", interactive=False)
                     cards.append(gr.HTML(card(Pane(["baseline"])), js_on_load=CLICKS, elem_id="pane0"))
-                for number, start in enumerate(START, 1):
+                for number, start in enumerate(starts, 1):
                     with gr.Column(min_width=190, visible=number < 3) as column:
                         names = gr.Dropdown(
                             method_choices(),
@@ -227,7 +241,7 @@ def tab(models: Models, name: gr.Dropdown, asked: gr.State, page: gr.Blocks) -> 
                             label=f"Methods {number}",
                             elem_id=f"m{number}",
                         )
-                        options = gr.State({})
+                        options = gr.State(options_of(preset) if number == 1 else {})
                         cards.append(gr.HTML(card(Pane(start)), js_on_load=CLICKS, elem_id=f"pane{number}"))
                         _settings(page, names, options)
                         names.input(preview, [name, names], cards[-1], queue=False, **quiet)
