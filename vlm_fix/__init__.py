@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     )
     from .decoding.kinds import Contrast, LogitEdit, Procedure, Refiner, Searcher
     from .eval.api import calibrate, evaluate
-    from .eval.recommend import Recommendation, recommend
+    from .eval.recommend.api import Recommendation, recommend
     from .hidden.edit import (
         AttentionOutputEdit,
         FinalOutputEdit,
@@ -84,7 +84,7 @@ _HOMES = {  # imported on first use: scoring files and `--help` need no torch
         "calibrate",
         "evaluate",
     ),
-    "eval.recommend": (
+    "eval.recommend.api": (
         "Recommendation",
         "recommend",
     ),

@@ -213,7 +213,7 @@ def read_stack(path: str | Path) -> list[Method]:
 
 
 def parse(spec: Spec, settings: Mapping[str, Any] | None = None) -> list[Method]:
-    """A spec string, "pai+vcd" for a stack, "@vlm-fix.yaml", a Method, its class or a list of these -> methods, in the given order.
+    """A spec string, "pai+vcd" for a stack, "@vlm-fix.yaml", a Method, its class or a list of these -> methods, in that order.
 
     settings: parameters by name, if `spec` is a single method.
     """

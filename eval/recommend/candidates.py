@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,17 +100,18 @@ class Candidates:
         processor: Any,
         identity: Any,
         data: Data,
-        folder: Path,
+        folder: Path | None,
         ledger: Ledger,
         seed: int,
         until: float,
     ) -> None:
         """Calibrate the methods that need it, one after the other, while there is time."""
         questions = data.for_calibration()
+        fresh: dict[str, calibrated.Calibration] = {}
         for key in list(self.open):
-            place = folder / f"{key.partition(':')[0]}.json"
+            place = folder / f"{key.partition(':')[0]}.json" if folder else None
 
-            def work(key: str = key, place: Path = place) -> dict[str, str]:
+            def work(key: str = key, place: Path | None = place) -> dict[str, str]:
                 if questions is None or isinstance(model, ServedModel):
                     return {"failed": "it needs a calibration on yes/no questions, by Hugging Face's engine."}
                 if ledger.now > until:
@@ -122,15 +124,18 @@ class Candidates:
                 source = "picto" if data.source.startswith("picto") else "coco"
                 try:
                     with warnings.catch_warnings(action="ignore"):
-                        calibrate(
+                        fresh[key] = calibrate(
                             key,
+                            str(identity.get("name", "")),
                             limit=QUESTIONS,
                             seed=seed,
                             progress=watch,
                             data=source,
                             questions=questions,
                             loaded=(model, processor, identity),
-                        ).calibration.write(place)
+                        ).calibration
+                    if place:
+                        fresh[key].write(place)
                 except _Late:
                     return {"failed": "no time to calibrate it."}
                 except VlmFixError as reason:
@@ -141,15 +146,21 @@ class Candidates:
             if "failed" in made:
                 self.refused[key] += f" Here: {made['failed']}"
                 continue
-            self.files.append(calibrated.Calibration.read(place))
+            self.files.append(calibrated.Calibration.read(place) if place else fresh[key])
             (default,) = parse(key)
             for method in (default, *grid_of(default)):
                 self.add([method])
 
     def listed(self) -> list[Candidate]:
-        """The candidates in the order in which they are tried: defaults, then other strengths."""
+        """The candidates in the order in which they are tried: defaults of one kind after the other, then other strengths."""
         order = sorted(self.stacks, key=lambda key: ":" in key)
-        return [Candidate(key, self.kinds[key], key in self.controls) for key in order]
+        turns = Counter[tuple[bool, tuple[str, ...]]]()
+        turn = {}
+        for key in order:
+            group = (":" in key, self.kinds[key])
+            turn[key] = (group[0], turns[group])
+            turns[group] += 1
+        return [Candidate(key, self.kinds[key], key in self.controls) for key in sorted(order, key=turn.__getitem__)]
 
     def stacked(self, best: Sequence[Candidate]) -> list[Candidate]:
         """Stacks of the best candidates of different kinds."""

@@ -182,7 +182,8 @@ class Search:
         contenders = self.waiting if first else [*self.alive, *(s for s in self.waiting if len(s.candidate.kinds) > 1)]
         costs = [s.cost(usual) for s in (self.base, *contenders)]
         have = [s.images for s in (self.base, *contenders)]
-        share = (self.until - start) / rounds_left - (self.clock() - start)
+        whole = (self.until - start) * min(1 / rounds_left, FIRST_SHARE if first else 1)
+        share = whole - (self.clock() - start)
         reach = (share + sum(c * h for c, h in zip(costs, have, strict=True))) / max(sum(costs), 1e-9)
         n = min(len(images), max(FIRST, 0 if first else max(have) + FIRST, int(reach) // FIRST * FIRST))
         limit = start + FIRST_SHARE * (self.until - start) if first else self.until
@@ -295,7 +296,8 @@ def _why(proofs: Sequence[Proof]) -> str:
         )
     if first.low > 0:
         return f"{first.candidate.key} gains, but misses {', '.join(first.missed)} on images it had not seen"
+    chance = ": that may be chance" if first.gain > 0 else ""
     return (
         f"{first.candidate.key}, of the best in the search, gained {first.gain:+.1f} [{first.low:.1f}, {first.high:.1f}] points "
-        f"on {first.images} images it had not seen: that may be chance"
+        f"on {first.images} images it had not seen{chance}"
     )

@@ -65,8 +65,9 @@ def add_to(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     started = time.monotonic()
     check_place(args.out)
-    from vlm_fix.eval.recommend import Limits, recommend, seconds_of
+    from vlm_fix.eval.recommend.api import recommend, seconds_of
     from vlm_fix.eval.recommend.live import Live
+    from vlm_fix.eval.recommend.objective import Limits
     from vlm_fix.eval.run.loading import load_model, load_served
 
     for name, least in (("limit", 1), ("batch_size", 1), ("max_new_tokens", 1)):

@@ -1,0 +1,117 @@
+"""`recommend` on picto-llava, from rows of one's own to the files, and again from its steps."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import pytest
+
+import vlm_fix
+from vlm_fix import cli
+from vlm_fix.errors import VlmFixError
+from vlm_fix.eval import picto
+from vlm_fix.eval.recommend.measure import Measurer
+from vlm_fix.eval.run.loading import load_model
+from vlm_fix.methods.heads.vhr import VHR
+from vlm_fix.presets import Preset
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return load_model("picto-llava", device="cpu")
+
+
+def rows(n=8):
+    made = []
+    for scene in picto.scenes("shift", n, 0):
+        there = [name for name, _ in scene.objects]
+        absent = next(name for name in ("giraffe", "kite", "clock") if name not in there)
+        for name, label in ((there[0], "yes"), (absent, "no")):
+            made.append({"image": scene.image, "question": f"Is there a {name} in the image?", "label": label})
+        made.append({"image": scene.image, "objects": there})
+    return made
+
+
+@pytest.fixture(scope="module")
+def found(loaded, tmp_path_factory):
+    out = tmp_path_factory.mktemp("recommend") / "fix.yaml"
+    model, processor, _ = loaded
+    told: list[str] = []
+    made = vlm_fix.recommend(
+        model,
+        processor,
+        rows(),
+        budget=600,
+        only="vhr:alpha=3,vcd",
+        max_new_tokens=24,
+        out=out,
+        watch=lambda search, candidates, what: told.append(what),
+    )
+    return made, out, told
+
+
+def test_it_writes_what_it_found_and_leaves_the_model_alone(found, loaded):
+    made, out, told = found
+    assert vlm_fix.wing.installed(loaded[0]) is None
+    assert not made.better and made.verdict.startswith("nothing here beats your model")  # four images prove nothing
+    report = json.loads(out.with_suffix(".json").read_text())
+    tried = {row["candidate"]: row for row in report["candidates"]}
+    assert tried["vhr:alpha=3.0"]["images"] == 4 and tried["vcd"]["slowdown"] > 1.2
+    assert tried["random_heads"]["control"]
+    assert report["data"]["search"] == report["data"]["proof"] == 4
+    assert {"round", "candidate"} <= {*told}
+    preset = Preset.read(out)
+    assert preset.methods == () and preset.about["verdict"] == made.verdict and preset.model["depth"] == 6
+    page = out.with_suffix(".html").read_text()
+    assert "Keep" in page or "keep it as it is" in page
+    assert "<script" not in page and "http://" not in page and "https://" not in page
+
+
+def test_resuming_a_finished_search_asks_the_model_nothing(found, loaded, monkeypatch):
+    made, out, _ = found
+    monkeypatch.setattr(Measurer, "_ask", lambda *_: pytest.fail("it asked again"))
+    arguments = {"budget": 600, "only": "vhr:alpha=3,vcd", "max_new_tokens": 24, "out": out}
+    again = vlm_fix.recommend(*loaded[:2], rows(), **arguments, resume=True)
+    for name in ("verdict", "candidates", "proofs", "baseline", "seconds"):
+        assert again.report[name] == made.report[name]
+    with pytest.raises(VlmFixError, match="add --resume"):
+        vlm_fix.recommend(*loaded[:2], rows(), **arguments)
+
+
+def test_apply_wraps_with_what_was_proven(found, loaded):
+    made, _, _ = found
+    with pytest.warns(UserWarning, match="keep it as it is"):
+        made.apply()
+    assert vlm_fix.wing.installed(loaded[0]) is None
+    better = type(made)(made.model, Preset((VHR(alpha=3.0),), made.preset.model), made.report)
+    assert better.better and better.spec == "vhr:alpha=3.0"
+    try:
+        assert better.apply() is made.model
+        assert vlm_fix.wing.installed(loaded[0]).methods == [VHR(alpha=3.0)]
+        with pytest.raises(VlmFixError, match="is wrapped"):
+            vlm_fix.recommend(*loaded[:2], rows())
+    finally:
+        vlm_fix.unwrap(loaded[0])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--budget soon", "is no time"),
+        ("--max-slowdown 0.5", "1 or more"),
+        ("--data nowhere", "no file"),
+        ("--method pia", "did you mean 'pai'"),
+        ("--limit 0", "at least 1"),
+    ],
+)
+def test_the_command_says_what_is_wrong(tmp_path, capsys, words, said):
+    assert cli.main(["recommend", "--out", str(tmp_path / "fix.yaml"), *words.split()]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+
+
+def test_a_limit_can_be_switched_off():
+    args = cli._parser().parse_args(["recommend", "--max-slowdown", "none", "--min-recall", "-2.5"])
+    assert isinstance(args, argparse.Namespace)
+    assert args.max_slowdown is None and args.min_recall == -2.5
