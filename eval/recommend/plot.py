@@ -9,6 +9,7 @@ from vlm_fix.eval.report.svg import text_of, ticks
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 560, 400, 52, 20, 34, 46
 LETTER, LINE = 5.7, 13  # of a label, in pixels
+LEAST = 0.25  # an axis goes at least so far to both sides of the model itself
 ROLES = {"winner": "var(--win)", "proven": "var(--mark)", "candidate": "var(--mark)", "control": "var(--soft)"}
 
 
@@ -30,8 +31,12 @@ def scatter(
 ) -> str:
     """An SVG; `origin` is the model itself, `better` the signs of a change for the better on each axis (0: neither)."""
     named = [dot for dot in dots if dot.named]
-    xs = [value for dot in dots for value in (dot.x, *((dot.x - dot.dx, dot.x + dot.dx) if dot.named else ()))]
-    ys = [value for dot in dots for value in (dot.y, *((dot.y - dot.dy, dot.y + dot.dy) if dot.named else ()))]
+    xs = [origin[0] - LEAST, origin[0] + LEAST] + [
+        value for dot in dots for value in (dot.x, *((dot.x - dot.dx, dot.x + dot.dx) if dot.named else ()))
+    ]
+    ys = [origin[1] - LEAST, origin[1] + LEAST] + [
+        value for dot in dots for value in (dot.y, *((dot.y - dot.dy, dot.y + dot.dy) if dot.named else ()))
+    ]
     across, along = (
         ticks(min([*xs, origin[0]]), max([*xs, origin[0]])),
         ticks(min([*ys, origin[1]]), max([*ys, origin[1]])),
@@ -102,7 +107,7 @@ def _dot(dot: Dot, x: float, y: float, xs: list[float], ys: list[float], told: s
 def _label(dot: Dot, x: float, y: float, taken: list[tuple[float, float, float, float]]) -> str:
     """The name beside its dot, at the first of some places that no other label or dot covers; without one, no label."""
     wide = LETTER * len(dot.name)
-    for down in (4, -8, 16, -20, 28, -32, 40):
+    for down in (4, -8, 16, -20):
         for anchor, left in (("start", x + 8), ("end", x - 8 - wide)):
             box = (left, y + down - LINE + 3, left + wide, y + down + 3)
             inside = box[0] >= LEFT and box[2] <= WIDTH and box[1] >= TOP - 4 and box[3] <= HEIGHT - BOTTOM + 4
