@@ -15,7 +15,7 @@ from typing import Any
 from vlm_fix.errors import VlmFixError
 from vlm_fix.eval import tasks
 from vlm_fix.eval.files import write_atomic
-from vlm_fix.eval.report.page import STYLE
+from vlm_fix.eval.report.shell import STYLE
 from vlm_fix.eval.report.svg import text_of
 
 from .figures import columns
@@ -32,7 +32,8 @@ OWN = """
 .verdict.better{border-color:var(--win)}.verdict p{margin:.2rem 0}
 .verdict b{font-size:1.35em;line-height:1.3;overflow-wrap:anywhere}
 .verdict code{font-weight:inherit}svg .title{font-weight:600;font-size:13px}svg .halo{paint-order:stroke;stroke:var(--card);
-stroke-width:3px;stroke-linejoin:round}.bars svg{background:none;max-width:640px}.why.why{white-space:normal;min-width:15em;text-align:left}
+stroke-width:3px;stroke-linejoin:round}.bars svg{width:100%;height:auto;max-width:640px}
+.why.why{white-space:normal;min-width:15em;text-align:left}
 .proofs{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));gap:1.5rem}h3 code{overflow-wrap:anywhere}
 pre{background:var(--card);padding:.8rem 1rem;border-radius:8px;overflow-x:auto}tr.in td{font-weight:600}
 .figures{grid-template-columns:repeat(auto-fit,minmax(min(100%,480px),1fr))}details{margin:1rem 0}summary{cursor:pointer}
@@ -70,12 +71,13 @@ def _verdict(report: Mapping[str, Any], name: str) -> str:
     data, minutes = report["data"], report["seconds"] / 60
     said = str(report["verdict"])
     head, _, rest = said.partition(" (") if not report["better"] else (said, "", "")
+    head = f"{head}." if report["better"] else _sentence(head)
     reason = f"<p>{text_of(rest[:-1])}.</p>" if rest else ""
     use = ""
     if report["better"]:
         use = f'<pre>vlm_fix.wrap(model, "{text_of(name)}")\nvlm-fix serve MODEL --method @{text_of(name)}</pre>'
     return (
-        f'<div class="verdict{" better" if report["better"] else ""}"><p><b>{text_of(head if report["better"] else _sentence(head))}</b></p>{reason}</div>{use}'
+        f'<div class="verdict{" better" if report["better"] else ""}"><p><b>{text_of(head)}</b></p>{reason}</div>{use}'
         f'<p class="soft">{text_of(data["source"])}: {data["search"]} images to search on, {data["proof"]} to prove on; '
         f"{minutes:.0f} of {report['budget'] / 60:.0f} minutes. {text_of(_sentence(report['objective']))}</p>"
     )

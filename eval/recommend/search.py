@@ -241,7 +241,11 @@ class Search:
         best = self._best()
         beaten = [s for s in best if s.score > bar and not s.missed]
         if not best:
-            return [], "no candidate gained anything in the search"
+            tried = any(s.images for s in self.standings)
+            return (
+                [],
+                "no candidate gained anything in the search" if tried else "no candidate could be tried in this budget",
+            )
         if not beaten:
             top = best[0]
             if top.score <= bar:
