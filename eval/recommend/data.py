@@ -22,7 +22,7 @@ from PIL import Image
 from vlm_fix.errors import VlmFixError
 from vlm_fix.eval import tasks
 from vlm_fix.eval.files import read_rows
-from vlm_fix.eval.scorers.chair.words import find_objects, nltk_ready
+from vlm_fix.eval.scorers.chair.words import find_objects, nltk_ready, nodes
 from vlm_fix.eval.scorers.choices import Variant
 from vlm_fix.eval.scorers.pope.score import Question
 from vlm_fix.eval.settings import Settings
@@ -188,10 +188,11 @@ def _nodes(objects: Any, variant: Variant, where: str) -> list[str]:
     )
     found = []
     for name in filter(None, names):
-        nodes = {thing.node for thing in find_objects(name, variant)[1]}
-        if len(nodes) != 1:
+        known = nodes().get(name.lower())  # a name as it is; "bus" is no plural
+        these = {known} if known else {thing.node for thing in find_objects(name, variant)[1]}
+        if len(these) != 1:
             raise VlmFixError(
                 f"{where}: {name!r} is none of COCO's 80 objects, which is all that CHAIR reads in captions: leave it out."
             )
-        found += nodes
+        found += these
     return sorted({*found})

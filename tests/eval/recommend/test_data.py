@@ -37,6 +37,12 @@ def test_rows_are_split_by_image_and_no_image_is_in_both_halves():
     )
 
 
+def test_objects_are_cocos_by_any_of_their_names():
+    picture = Image.new("RGB", (8, 8))
+    data = load([*rows(), {"image": picture, "objects": "bus, Dining Table, puppies"}], None, 0)
+    assert data.chair.samples[-1].reference["ground_truth"] == ["bus", "dining table", "dog"]
+
+
 def test_the_split_follows_the_seed():
     split = [load(rows(), None, seed).search for seed in (0, 0, 1)]
     assert split[0] == split[1] != split[2]
