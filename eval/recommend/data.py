@@ -186,7 +186,7 @@ def _nodes(objects: Any, variant: Variant, where: str) -> list[str]:
     names = (
         [name.strip() for name in objects.split(",")] if isinstance(objects, str) else [str(name) for name in objects]
     )
-    found = []
+    found: list[str] = []
     for name in filter(None, names):
         known = nodes().get(name.lower())  # a name as it is; "bus" is no plural
         these = {known} if known else {thing.node for thing in find_objects(name, variant)[1]}

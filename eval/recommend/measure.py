@@ -12,6 +12,7 @@ from vlm_fix.eval.run.plan import Run
 from vlm_fix.eval.scorers.chair.score import at_equal_length
 from vlm_fix.eval.scorers.yesno import verdict
 from vlm_fix.eval.settings import Settings
+from vlm_fix.eval.tasks.chair import Chair
 from vlm_fix.method import Baseline, Method
 
 from .data import Data
@@ -60,8 +61,8 @@ class Measurer:
         best = outcome.winner or max(outcome.proofs, key=lambda proof: proof.gain)
         base, mine, unseen = self.said[BASELINE], self.said[best.candidate.key], {*self.data.proof}
         found: list[dict[str, Any]] = []
-        for task in (self.data.chair, self.data.pope):
-            for sample in task.samples if task else ():
+        for task in filter(None, (self.data.chair, self.data.pope)):
+            for sample in task.samples:
                 if sample.file not in unseen or sample.id not in mine:
                     continue
                 before, after = (self._wrong(task, sample, given[sample.id]) for given in (base, mine))
@@ -79,7 +80,7 @@ class Measurer:
 
     def _wrong(self, task: Any, sample: Any, answer: str | None) -> tuple[int, list[tuple[int, int, bool]]]:
         """How much is wrong in an answer, and its marked words (start, end, right)."""
-        if task is self.data.chair:
+        if isinstance(task, Chair):
             (scored,) = task.score({sample.id: answer})["captions"].captions
             marks = [(o.start, o.end, True) for o in scored.correct] + [
                 (o.start, o.end, False) for o in scored.hallucinated
@@ -135,21 +136,21 @@ class Measurer:
             for sample in task.samples if task else ():
                 if sample.id in answers and sample.file in rows:
                     rows[sample.file]["changed"] += answers[sample.id] != base[sample.id]
-        for sample in self.data.pope.samples if self.data.pope else ():
-            if sample.id in answers and sample.file in rows:
-                count(rows[sample.file], answers[sample.id], sample.reference["label"], self.data.pope.scorer)
+        if (pope := self.data.pope) is not None:
+            for sample in pope.samples:
+                if sample.id in answers and sample.file in rows:
+                    count(rows[sample.file], answers[sample.id], sample.reference["label"], pope.scorer)
         if self.data.chair:
             self._captions(rows, answers, base)
         return np.array([[rows[file][name] for name in COLUMNS] for file in images])
 
     def _captions(self, rows: dict[str, dict[str, float]], answers: Answers, base: Answers) -> None:
-        assert self.data.chair
-        samples = [sample for sample in self.data.chair.samples if sample.file in rows and sample.id in answers]
+        task = self.data.chair
+        assert task
+        samples = [sample for sample in task.samples if sample.file in rows and sample.id in answers]
         if not samples:
             return
-        mine, theirs = (
-            self.data.chair.score({s.id: given[s.id] for s in samples})["captions"] for given in (answers, base)
-        )
+        mine, theirs = (task.score({s.id: given[s.id] for s in samples})["captions"] for given in (answers, base))
         cut_theirs, cut_mine = at_equal_length(theirs, mine)
         for sample, row, cut, base_cut in zip(samples, mine.rows, cut_mine, cut_theirs, strict=True):
             into = rows[sample.file]

@@ -33,7 +33,7 @@ OWN = """
 .verdict b{font-size:1.35em;line-height:1.3;overflow-wrap:anywhere}
 .verdict code{font-weight:inherit}svg .title{font-weight:600;font-size:13px}svg .halo{paint-order:stroke;stroke:var(--card);
 stroke-width:3px;stroke-linejoin:round}.bars svg{width:100%;height:auto;max-width:640px}
-.why.why{white-space:normal;min-width:15em;text-align:left}
+.proofs td:first-child{white-space:normal;text-align:left}.why.why{white-space:normal;min-width:15em;text-align:left}
 .proofs{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));gap:1.5rem}h3 code{overflow-wrap:anywhere}
 pre{background:var(--card);padding:.8rem 1rem;border-radius:8px;overflow-x:auto}tr.in td{font-weight:600}
 .figures{grid-template-columns:repeat(auto-fit,minmax(min(100%,480px),1fr))}details{margin:1rem 0}summary{cursor:pointer}
@@ -169,9 +169,9 @@ def _figures(report: Mapping[str, Any]) -> list[str]:
         for row in rows:
             role = "control" if row["control"] else "proven" if row["candidate"] in proven else "candidate"
             role = "winner" if row["candidate"] == report["winner"] else role
-            spot = [_value(row, name) for name in (x, y)]
-            bars = [2 * row["errors"].get(name, 0.0) for name in (x, y)]
-            made.append(Dot(row["candidate"], *spot, *bars, role=role, named=row in best))
+            dx, dy = (2 * row["errors"].get(name, 0.0) for name in (x, y))
+            at = _value(row, x), _value(row, y)
+            made.append(Dot(row["candidate"], at[0], at[1], dx, dy, role, row in best))
         return made
 
     base = report["baseline"]

@@ -31,16 +31,11 @@ def scatter(
 ) -> str:
     """An SVG; `origin` is the model itself, `better` the signs of a change for the better on each axis (0: neither)."""
     named = [dot for dot in dots if dot.named]
-    xs = [origin[0] - LEAST, origin[0] + LEAST] + [
-        value for dot in dots for value in (dot.x, *((dot.x - dot.dx, dot.x + dot.dx) if dot.named else ()))
-    ]
-    ys = [origin[1] - LEAST, origin[1] + LEAST] + [
-        value for dot in dots for value in (dot.y, *((dot.y - dot.dy, dot.y + dot.dy) if dot.named else ()))
-    ]
-    across, along = (
-        ticks(min([*xs, origin[0]]), max([*xs, origin[0]])),
-        ticks(min([*ys, origin[1]]), max([*ys, origin[1]])),
-    )
+    xs = [origin[0] - LEAST, origin[0] + LEAST, *(v for dot in named for v in (dot.x - dot.dx, dot.x + dot.dx))]
+    ys = [origin[1] - LEAST, origin[1] + LEAST, *(v for dot in named for v in (dot.y - dot.dy, dot.y + dot.dy))]
+    across, along = ticks(min(xs), max(xs)), ticks(min(ys), max(ys))
+    every = len(dots)
+    dots = [dot for dot in dots if across[0] <= dot.x <= across[-1] and along[0] <= dot.y <= along[-1]]
 
     def at_x(value: float) -> float:
         return LEFT + (value - across[0]) / (across[-1] - across[0]) * (WIDTH - LEFT - RIGHT)
@@ -59,6 +54,9 @@ def scatter(
     for tick in along:
         drawn += [stroke(LEFT, at_y(tick), right, at_y(tick), 'class="grid"')]
         drawn += [f'<text class="soft" x="{LEFT - 6}" y="{at_y(tick) + 4:.1f}" text-anchor="end">{tick:g}</text>']
+    if every > len(dots):  # far away ones would squeeze what matters
+        far = f"{every - len(dots)} more outside"
+        drawn.append(f'<text class="soft" x="{right}" y="19" text-anchor="end">{far}</text>')
     middle = (TOP + bottom) / 2
     drawn.append(f'<text x="{(LEFT + right) / 2}" y="{HEIGHT - 10}" text-anchor="middle">{text_of(x)}</text>')
     turned = f'transform="rotate(-90 14 {middle})"'
@@ -107,7 +105,7 @@ def _dot(dot: Dot, x: float, y: float, xs: list[float], ys: list[float], told: s
 def _label(dot: Dot, x: float, y: float, taken: list[tuple[float, float, float, float]]) -> str:
     """The name beside its dot, at the first of some places that no other label or dot covers; without one, no label."""
     wide = LETTER * len(dot.name)
-    for down in (4, -8, 16, -20):
+    for down in (4, -8, 16):
         for anchor, left in (("start", x + 8), ("end", x - 8 - wide)):
             box = (left, y + down - LINE + 3, left + wide, y + down + 3)
             inside = box[0] >= LEFT and box[2] <= WIDTH and box[1] >= TOP - 4 and box[3] <= HEIGHT - BOTTOM + 4
