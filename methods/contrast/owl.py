@@ -102,17 +102,18 @@ class Owl(WeightReader, ScoreEdit, Contrast):
         first = rows.columns(real & (real.cumsum(dim=1) == 1))
         text = (rows.before | (rows.after & ~rows.generated)) & ~first
         sign = 1.0 if session.branch == "visual" else -1.0
-        a, b = self.strengths(rows)
+        a, b = self.strengths(rows, len(scores))
         return scores + sign * (a * rows.visual - b * text) * scores.abs()
 
-    def strengths(self, rows: Rows) -> tuple[float | torch.Tensor, float | torch.Tensor]:
-        """alpha and beta_text of the rows, [B, 1, R, 1] where they grow."""
+    def strengths(self, rows: Rows, count: int) -> tuple[float | torch.Tensor, float | torch.Tensor]:
+        """alpha and beta_text of `count` sequences' rows, [count, 1, R, 1] where they grow."""
         if self.base is None:
             return self.alpha, self.beta_text
         main = engine_of(rows.session.call.model).main
         assert isinstance(self.layers, tuple)
         known = main.memory(rows.method, OwlMemory).ratio[rows.layer]
         x = torch.stack([known[int(p) - rows.session.prompt_len] for p in rows.positions], dim=1)[:, None, :, None]
+        x = x[:: len(x) // count]  # a branch reads the prompt that several beams or samples share once
         y = self.base[self.layers.index(rows.layer)]
         more = self.boost * (y - x) / y
         a, b = (torch.where(x < y, (s + more).clamp(max=self.cap), s) for s in (self.alpha, self.beta_text))

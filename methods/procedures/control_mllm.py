@@ -107,9 +107,8 @@ class ControlMLLM(InputEdit, Contrast):
         embeds, (chosen, weights) = kwargs["inputs_embeds"], regions.pointed(self, session)
         rows = torch.zeros_like(session.types, dtype=torch.bool)
         for row, last in zip(rows, session.last_visual, strict=True):
-            row[
-                min(last + 1, session.prompt_len - 1) if self.rows == "text" and last >= 0 else session.prompt_len - 1 :
-            ] = True
+            end = session.prompt_len  # assisted decoding adds guesses behind it
+            row[min(last + 1, end - 1) if self.rows == "text" and last >= 0 else end - 1 : end] = True
         p = torch.zeros_like(embeds, dtype=torch.float32)
         before, added, m, s, energies = p, p, p, p, list[torch.Tensor]()
         assert isinstance(self.layers, tuple) and self.steps is not None and self.lr is not None

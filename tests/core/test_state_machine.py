@@ -63,6 +63,7 @@ BROKEN = [
     "gift:source_layer=9",
 ]
 FAMILIES = list(BUILD)
+OWN = {"_output_capturing_hooks_installed"}  # transformers' own mark, from the first time that outputs are asked for
 
 
 @functools.cache
@@ -147,10 +148,15 @@ def two_turns(model, family):
     return went_on(model, *conversed(model, family))
 
 
+def hooks(found):
+    """Without those by which transformers itself keeps hidden states, and which it leaves."""
+    return sum(not getattr(hook, "__module__", "").startswith("transformers.") for hook in found.values())
+
+
 def traces(model):
     """What could be left on a model: attributes and hooks of its parts, its attention, its generation config."""
     parts = [
-        (name, sorted(vars(part)), len(part._forward_hooks), len(part._forward_pre_hooks), len(part._backward_hooks))
+        (name, sorted(vars(part).keys() - OWN), *map(hooks, (part._forward_hooks, part._forward_pre_hooks)))
         for name, part in model.named_modules()
     ]
     config = model.config.get_text_config()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import vlm_fix
-from tests.support import families
+from tests.support import families, models
 from tests.support.models import make_inputs, single
 from tests.support.references.base import Reference, double, teacher_forced, visual_columns
 from vlm_fix.decoding import drafting
@@ -114,7 +114,7 @@ def test_candidates_are_those_of_the_formula(model, family, monkeypatch, options
 
 def test_samples_have_the_models_own_distribution():
     """Three tokens of two choices each, drawn 300 times with drafts that see one image column: chi-square against p."""
-    model, inputs = families.build("llava"), single("llava", [1], 0)
+    model, inputs = models.BUILD["llava"](), single("llava", [1], 0)
     start, counts = inputs["input_ids"].shape[1], dict[tuple, int]()
     how = {"max_new_tokens": 3, "do_sample": True, "top_k": 2, "temperature": 1.5}
     with vlm_fix.wrapped(model, "draft:keep=1e-9,tokens=2"):

@@ -271,8 +271,8 @@ CASES = {
             neutral=("memvr:ratio=0", "memvr:threshold=1"),
             refuses=CHUNKS,
             rows={
-                "memvr:ratio=1,threshold=0.75,layers=0-2": lambda p: hidden.MemVR(
-                    **p.at, layers=[0, 1, 2], ratio=1, **p.moved("memvr", threshold=0.75)
+                "memvr:ratio=0.9,threshold=0.75,layers=0-2": lambda p: hidden.MemVR(
+                    **p.at, layers=[0, 1, 2], ratio=0.9, **p.moved("memvr", threshold=0.75)
                 ),
                 "memvr:ratio=1,threshold=0.75,layers=1,prompt_rows=last": lambda p: hidden.MemVR(
                     **p.at, layers=[1], ratio=1, rows="last", **p.moved("memvr", threshold=0.75)
@@ -335,7 +335,7 @@ CASES = {
         ),
         loop("sgrs:layers=1-3,alpha=1", neutral=("sgrs:top_k=1",)),
         edit(
-            "control_mllm:box=0.1|0.1|0.6|0.6,lr=0.01",
+            "control_mllm:box=0.1|0.1|0.6|0.6,lr=0.003",
             "control_mllm:version=1,point=0.3|0.7,lr=0.5",
             neutral=("control_mllm:box=0|0|1|1,steps=0",),
             refuses=CHUNKS,
