@@ -93,7 +93,7 @@ class Store:
                     "another --output."
                 )
             if known.exists():
-                for key, old, new in _differences({**read_config(folder), "server": config["server"]}, config):
+                for key, old, new in _differences({**read_config(folder), "server": config.get("server")}, config):
                     raise VlmFixError(
                         f"{folder} was made with {key} = {json.dumps(old)}, not {json.dumps(new)}: resume with the "
                         "same settings or choose another --output."

@@ -120,5 +120,8 @@ def test_a_single_image_is_answered_as_ever(model, family):
 
 def test_windows_are_refused():
     model = families.build("gemma3")
-    with vlm_fix.wrapped(model, "pine"), pytest.raises(VlmFixError, match="pine:mask=false|pine needs each image as one run"):
+    with (
+        vlm_fix.wrapped(model, "pine"),
+        pytest.raises(VlmFixError, match="pine:mask=false|pine needs each image as one run"),
+    ):
         model.generate(**families.prompt("gemma3", [2]), max_new_tokens=2)

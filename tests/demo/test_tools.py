@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -71,7 +72,7 @@ def test_the_server_for_programs(catalogue):
             return offered, good, await session.call_tool("describe", {"image": "scene:99"})
 
     try:
-        offered, good, bad = asyncio.run(talk())
+        offered, good, bad = run_apart(talk())
     finally:
         page.close()
     assert [tool.name for tool in offered] == ["describe", "ask", "compare"]
@@ -85,3 +86,9 @@ def test_without_mcp_one_sentence(monkeypatch, capsys):
     monkeypatch.setattr(app.importlib.util, "find_spec", lambda name: None)
     assert cli.main(["demo", "--mcp"]) == 2
     assert "pip install 'vlm-fix[mcp]'" in capsys.readouterr().err
+
+
+def run_apart(work):
+    """In a thread: one that drives browsers has an event loop already."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, work).result()

@@ -94,6 +94,8 @@ def test_commands_that_are_not_run_are_commands(page):
     for _, language, text in blocks(page):
         for program, *words in commands(text) if language == "bash" else ():
             if program == "vlm-fix" and (words[0] in known or words[0] != "recommend"):
+                if "--help" in words:
+                    continue
                 with warnings.catch_warnings():
                     args, rest = cli._parser().parse_known_args(words)
                 assert callable(args.run) and (not rest or "rest" in args)
@@ -108,4 +110,4 @@ def test_links_lead_somewhere(page):
             assert (page.parent / path).exists(), f"{page.name}: {target}"
 
 
-LATER = ("recommend.md", "inspect.md")
+LATER = ("add-a-method.md",)  # of CONTRIBUTING.md, see docs/hooks.py

@@ -1,8 +1,7 @@
-"""docs/evaluation.md: its commands are ones that the command line takes, and its configuration is read."""
+"""docs/evaluation.md: its configuration is read, and it tells of every benchmark; its commands are in test_blocks.py."""
 
 import re
 
-import pytest
 import yaml
 
 from tests.support.paths import ROOT
@@ -13,14 +12,6 @@ from vlm_fix.eval.scorers.registry import BENCHMARKS
 TEXT = (ROOT / "docs/evaluation.md").read_text()
 BLOCKS = [line for block in re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL) for line in block.splitlines()]
 COMMANDS = [*BLOCKS, *re.findall(r"`(vlm-fix (?:eval|score) \S+ [^`]+)`", TEXT)]
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_a_command_is_one(command: str) -> None:
-    name, *words = command.split()
-    assert name == "vlm-fix"
-    args, rest = cli._parser().parse_known_args(words)
-    assert not rest and callable(args.run)
 
 
 def test_the_configuration_is_read_and_every_smaller_benchmark_is_told() -> None:

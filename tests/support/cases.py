@@ -325,7 +325,7 @@ CASES = {
         edit("yes_threshold:yes=3|69|32,no=20|52,mass=0.02,margin=0.9", neutral=("yes_threshold:margin=0",)),
         # procedures
         edit(CROP, f"{CROP},images=both", neutral=(f"{CROP},top=1.0", f"{CROP},top=1.0,images=both")),
-        edit("image_sort:toward=ends,layers=1-2", neutral=("image_sort:rounds=0",)),
+        edit("image_sort:toward=ends,per=token", neutral=("image_sort:rounds=0",)),
         edit("sparc:boxes=0.1|0.2|0.5|0.7", neutral=("sparc:regions=0",)),
         loop(
             "opera:threshold=1,warmup=2,beams=3,candidates=3",

@@ -134,7 +134,7 @@ def test_the_report_marks_the_words_of_amber_and_its_answers(world, tmp_path):
     assert len({title.split(": ")[1] for kind, title, _ in expected if kind == "bad"}) == 2
     whole = page.page([folder], 2)
     assert "&lt;i&gt;" in whole and "typical of it and not there: " in whole and whole.count("data:image/jpeg") == 4
-    assert whole.count("<svg") == 2  # cover and CHAIR, yes-ratio and accuracy
+    assert whole.count("<svg") == 4  # cover and CHAIR, yes-ratio and accuracy, each with its key
     assert "AMBER score" in whole and f"2 of {len(asked) // 2}, chosen" in whole
 
 
@@ -244,7 +244,7 @@ def test_mme_and_hallusion_run_through_the_same_runner(folders, loaded, tmp_path
         found = sorted((kind, text) for kind, _, text in marks(tmp_path / name))
         told = [("good", "✓") if row["answer"].lower() == row["label"] else ("bad", "✗") for row in asked]
         assert found == sorted((kind, f"{sign} {row['answer']}") for (kind, sign), row in zip(told, asked, strict=True))
-        assert len(found) > 2 and page.page([tmp_path / name]).count("<svg") == 1
+        assert len(found) > 2 and page.page([tmp_path / name]).count("<svg") == 2
     assert scores["overall"]["n"] == sum(scores[kind]["n"] for kind in ("VD", "VS") if kind in scores)
     assert results["scorers"]["hallusion"].startswith("vlmevalkit, groups of tianyi-lab/HallusionBench@744007c")
     (whole,) = tasks.build(Settings(benchmark="hallusion", data=f"hallusion:{folders}/hallusion"))
