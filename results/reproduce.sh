@@ -13,8 +13,9 @@ cd "$(dirname "$0")/.."
 vlm_fix=${VLM_FIX:-.venv/bin/vlm-fix}
 
 evaluate() { # FOLDER MODEL SCENES ARGUMENT...
-  local out=runs/$1${LIMIT:+-$LIMIT}
-  "$vlm_fix" eval all --model "$2" --data picto:shift --seed 0 --variant pattern --limit "${LIMIT:-$3}" --output "$out" \
+  local out=runs/$1${LIMIT:+-$LIMIT} dtype=float32
+  [ "$2" = picto-smol ] && dtype=bfloat16 # as such models are run
+  "$vlm_fix" eval all --model "$2" --dtype $dtype --data picto:shift --seed 0 --variant pattern --limit "${LIMIT:-$3}" --output "$out" \
     --resume "${@:4}"
   [ -n "${LIMIT:-}" ] && return
   mkdir -p "results/$1"
@@ -23,21 +24,34 @@ evaluate() { # FOLDER MODEL SCENES ARGUMENT...
 
 join() { local IFS=,; echo "$*"; }
 
-table() { # MODEL TABLE [FOLDER]; picto-smol, twenty times as large, gets fewer scenes and smaller batches
-  local model=$1 folder=${3:-$1-$2} scenes=150 few=40 prune=60 shift=300 batch=64
-  [ "$model" = picto-smol ] && scenes=60 few=20 prune=30 shift=100 batch=32
+compare() { # FOLDER MODEL SCENES METHODS: with searched strengths and controls
+  local methods
+  methods=$(searched "$2" "$4")
+  evaluate "$1" "$2" "$3" --batch-size "$batch" $splits --controls --method "$methods"
+}
+
+table() { # MODEL TABLE [FOLDER]; picto-smol, twenty times as large, gets fewer scenes, two of POPE's splits and smaller batches
+  local model=$1 folder=${3:-$1-$2} scenes=150 few=40 prune=60 shift=300 batch=64 splits=
+  if [ "$model" = picto-smol ]; then
+    scenes=40 few=15 prune=20 shift=100 batch=32 splits="--split random,adversarial"
+    [ "$2" = attention ] && scenes=60
+  fi
   case $2 in
-    shift) evaluate "$folder" "$model" $shift --batch-size 32 --method var,vhr,pai,vcd,hiprune ;;
+    shift)
+      local gate=; [ "$model" = picto-smol ] && gate=var:tau=15, # where VAR's gate opens, see its card
+      evaluate "$folder" "$model" $shift --batch-size 32 --method "var,${gate}vhr,pai,vcd,hiprune" ;;
     attention)
-      evaluate "$folder" "$model" $scenes --batch-size $batch --controls \
-        --method act,ad_hh,avar,cca,gift,hgai,locore,pai,paint,tame,vaf,var,zerotuning ;;
-    heads) evaluate "$folder" "$model" $scenes --batch-size $batch --controls --method spin,vhr,head_pursuit ;;
-    hidden) evaluate "$folder" "$model" $scenes --batch-size $batch --controls --method iri ;;
+      compare "$folder" "$model" $scenes act,ad_hh,avar,cca,gift,hgai,locore,pai,paint,tame,vaf,var,zerotuning ;;
+    heads) compare "$folder" "$model" $scenes spin,vhr,head_pursuit ;;
+    hidden)
+      local files=,nullu,vti # picto-llava has no calibrated files of theirs
+      [ "$model" = picto-llava ] && files=
+      compare "$folder" "$model" $scenes "iri,hulluedit,memvr,rudder,vista$files" ;;
     decoding)
-      evaluate "$folder" "$model" $scenes --batch-size $batch --controls \
-        --method vcd,icd,m3id,sid,decore,iava,causalmm,layercake,pai:gamma=1.1,dola,deco,dagcd ;;
+      compare "$folder" "$model" $scenes \
+        vcd,icd,m3id,sid,decore,iava,causalmm,layercake,pai:gamma=1.1,dola,deco,dagcd,only ;;
     sampling)
-      evaluate "$folder" "$model" $few --batch-size $batch --controls --sample --seeds 0,1,2 --method vcd,icd,m3id ;;
+      evaluate "$folder" "$model" $few --batch-size $batch $splits --controls --sample --seeds 0,1,2 --method vcd,icd,m3id ;;
     pruning)
       local methods=() budget method
       for budget in 32 16 8; do # of 64 tokens; random_tokens, uniform_grid and downsample_image are the controls
@@ -46,9 +60,87 @@ table() { # MODEL TABLE [FOLDER]; picto-smol, twenty times as large, gets fewer 
           methods+=("$method:keep=$budget")
         done
       done
-      evaluate "$folder" "$model" $prune --batch-size $batch --method "$(join "${methods[@]}")" ;;
+      evaluate "$folder" "$model" $prune --batch-size $batch $splits --method "$(join "${methods[@]}")" ;;
   esac
 }
+
+# The strengths that are tried, on scenes of other types and looks than the tables': METHOD OPTION=A|B|C, with the default among them.
+strengths() {
+  cat << 'END'
+pai alpha=0.05|0.1|0.2|0.4|0.8
+vaf enhance=1.15|1.4|1.8|2.5
+avar visual=1.15|1.4|1.8|2.5
+hgai alpha=0.1|0.25|0.5|1|2
+paint alpha=0.35|0.7|1.4
+tame gamma=0.6|0.8|1.1
+var tau=10|15|20
+zerotuning rate=0.3|0.6|1.5
+spin epsilon=0.08|0.5
+vhr alpha=1.25|1.5|2
+vista lam=0.05|0.17|0.3
+vti alpha_text=0|0.9 alpha_vision=0|0.9
+nullu rank=1|4|8
+rudder alpha=0.1|0.25|1
+memvr ratio=0.06|0.12|0.24
+hulluedit blend=0.25|0.76|1
+iri lambda_a=0.26|1|2
+head_pursuit factor=2|5
+only alpha_add=1|3
+vcd alpha=0.5|1|2
+icd alpha=0.5|1|2
+m3id decay=0.01|0.02|0.1
+sid alpha=0.5|1|2
+decore alpha=0.5|1
+iava alpha=0.5|1|2
+causalmm gamma=0.5|1|2
+layercake alpha=0.5|1|2
+dola alpha=0.5|1
+deco alpha=0.3|0.6
+dagcd alpha=2|4|8
+END
+}
+
+search() { # MODEL [METHOD...]: results/search/MODEL/METHOD.json, or METHOD.txt with the sentence why nothing was found
+  local model=$1 method values value words dtype=float32
+  [ "$model" = picto-smol ] && dtype=bfloat16
+  mkdir -p "results/search/$model"
+  strengths | while read -r method values; do
+    [[ $# -gt 1 && " ${*:2} " != *" $method "* ]] && continue
+    words=()
+    for value in $values; do words+=(--search "$value"); done
+    [[ -s results/search/$model/$method.json || -s results/search/$model/$method.txt ]] && continue # as it was interrupted
+    "$vlm_fix" calibrate "$method" --model "$model" --data picto:train --limit "${LIMIT:-80}" --seed 1 --dtype $dtype \
+      "${words[@]}" --out "results/search/$model/$method.json" 2>&1 < /dev/null | tee >(cat >&2) | tail -n 1 \
+      > "results/search/$model/$method.txt" || continue # the sentence says why
+    rm "results/search/$model/$method.txt"
+  done
+}
+
+searched() { # MODEL METHODS: the methods at their defaults and, where a search found another strength, at that one as well
+  "$(dirname "$vlm_fix")/python" - "$@" << 'END'
+import json, pathlib, shlex, sys
+from vlm_fix.registry import get_method
+
+model, methods = sys.argv[1:]
+specs = []
+for method in methods.split(","):
+    specs.append(method)
+    file = pathlib.Path("results/search", model, method + ".json")
+    if not file.exists():
+        continue
+    made = json.loads(file.read_text())
+    words = shlex.split(made["command"])
+    tried = [b.partition("=")[0] for a, b in zip(words, words[1:]) if a == "--search"]
+    default, found = get_method(method)(), {k: v for k, v in made["found"].items() if not tried or k in tried}
+    if any(v != getattr(default, k) for k, v in found.items()):
+        spell = {k: "|".join(map(str, v)) if isinstance(v, list) else v for k, v in found.items()}
+        specs.append(method + "".join(f":{k}={v}" for k, v in spell.items()))
+print(",".join(specs))
+END
+}
+
+picto-llava-search() { search picto-llava; }
+picto-smol-search() { search picto-smol; }
 
 picto-smol-calibration() { # into the checkpoint's parts: model_path puts them beside the weights
   mkdir -p eval/picto/picto-smol/calibration

@@ -61,7 +61,7 @@ def run(
                 own.setdefault(name, []).append(value)
             if tick:
                 tick(rounds * len(chosen))
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"spec": spec, **{name: statistics.median(values) for name, values in own.items()}}
         for spec, own in found.items()
     ]

@@ -43,14 +43,14 @@ def summary(
             row["slowdown"] = _r(objective.slowdown(base, mine))
             row["warnings"] = [*warned.get(standing.candidate.key, ())]
         rows.append(row)
-    base = sums_of(outcome.base.table) if outcome.base.images else None
+    plain = sums_of(outcome.base.table) if outcome.base.images else None
     return {
         "verdict": verdict(outcome),
         "better": outcome.winner is not None,
         "winner": outcome.winner.candidate.key if outcome.winner else None,
         "objective": judge.told(),
         "parts": list(judge.parts),
-        "baseline": {"images": outcome.base.images, **(_of(base, judge) if base else {})},
+        "baseline": {"images": outcome.base.images, **(_of(plain, judge) if plain else {})},
         "proofs": [proof_of(proof, judge) for proof in outcome.proofs],
         "candidates": rows,
         "refused": dict(refused),

@@ -61,7 +61,8 @@ class Measurer:
         best = outcome.winner or max(outcome.proofs, key=lambda proof: proof.gain)
         base, mine, unseen = self.said[BASELINE], self.said[best.candidate.key], {*self.data.proof}
         found: list[dict[str, Any]] = []
-        for task in filter(None, (self.data.chair, self.data.pope)):
+        asked: list[Any] = [task for task in (self.data.chair, self.data.pope) if task]
+        for task in asked:
             for sample in task.samples:
                 if sample.file not in unseen or sample.id not in mine:
                     continue

@@ -173,8 +173,8 @@ def _differences(results: Mapping[str, Any], task: str, layout: Layout) -> Itera
 
 def _bar(run: str, name: str, delta: Mapping[str, Any]) -> Bar:
     significant = delta["p_holm"] < SIGNIFICANT
-    points = (100 * delta[key] for key in ("delta", "low", "high"))
-    return Bar(run, *points, better(name, delta["delta"]) if significant else None)
+    value, low, high = (100 * delta[key] for key in ("delta", "low", "high"))
+    return Bar(run, value, low, high, better(name, delta["delta"]) if significant else None)
 
 
 def _accuracy_figure(results: Mapping[str, Any], task: str, answers: YesNo) -> str:

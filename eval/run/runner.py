@@ -292,7 +292,8 @@ def probabilities(rows: Sequence[Mapping[str, Any]], words: Mapping[str, Mapping
     """Return the tokens that are yes and no, and run -> benchmark -> split -> figures by their probabilities."""
     found: dict[str, Any] = {f"{word}_tokens": [*tokens] for word, tokens in words.items()}
     found["of"] = "first token, after methods and logits processors, before temperature and top_p"
-    found["runs"] = runs = {}
+    runs: dict[str, dict[str, dict[str, Any]]] = {}
+    found["runs"] = runs
     for (run, benchmark, split), result in pope_prob.of_samples(rows).items():
         kept = {"n": result.n} | {name: result.figures[name] for name in PROBABILITIES}
         runs.setdefault(run, {}).setdefault(benchmark, {})[split] = kept

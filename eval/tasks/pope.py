@@ -170,7 +170,7 @@ def _task(
     samples = []
     for key, q in first.items():
         number, image = images[q.image]
-        reference = {"label": q.label, "splits": splits[key]}
+        reference: dict[str, Any] = {"label": q.label, "splits": splits[key]}
         if other := {split: label for split, label in labels[key].items() if label != q.label}:
             reference["labels"] = other  # RePOPE's, where it corrects POPE's
         samples.append(Sample(key, number, q.image, image, question_prompt(settings, q.text), reference))

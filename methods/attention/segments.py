@@ -28,7 +28,8 @@ def check(session: Session, embeds: torch.Tensor, places: torch.Tensor) -> None:
     if rotary is None or len(inspect.signature(rotary.forward).parameters) != 2:
         raise VlmFixError(f"pine needs one rotary embedding for all layers, which {family.name} has not.")
     tables = tuple(t.to(embeds.dtype) for t in turns(session, places))
-    if not is_turned(Seen(attn, embeds, (tables[0], tables[1]), None, places)):
+    whole = tables[0].shape[-1] == getattr(attn, "head_dim", None)
+    if not whole or not is_turned(Seen(attn, embeds, (tables[0], tables[1]), None, places)):
         raise VlmFixError(f"pine needs a plain rotary embedding of whole heads, which {family.name} has not.")
 
 

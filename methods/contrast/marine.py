@@ -99,7 +99,7 @@ def _reader(path: str) -> Callable[[torch.Tensor], Objects]:
         key = f"{checksum(image):08x}"
         if key not in known and "*" not in known:
             raise VlmFixError(f'marine: {path} has no objects of the image {key}, and no "*" for all others.')
-        objects: Objects = known.get(key, known.get("*"))
+        objects: Objects = known[key if key in known else "*"]
         return objects
 
     return find

@@ -56,7 +56,8 @@ def images_of(call: Call, name: str) -> list[tuple[torch.Tensor, Callable[[torch
         )
     if grids is None:
         return [(x, lambda y: y[None]) for x in pixels]
-    found, patch = [], call.model.config.vision_config.patch_size
+    found: list[tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]] = []
+    patch = call.model.config.vision_config.patch_size
     ids = call.inputs["input_ids"]
     shown = torch.isin(ids, torch.tensor(image_token_ids(call.model, call.family), device=ids.device))
     cells = image_cells(call.model, call.family, {**call.inputs, "input_ids": ids[shown][None]})
@@ -136,7 +137,7 @@ def changed(call: Call, change: Callable[[torch.Tensor], torch.Tensor], name: st
     def moved(x: torch.Tensor) -> torch.Tensor:
         return change(x.detach().float().cpu().contiguous()).to(x)
 
-    if not packed:
+    if not packed or grids is None:
         new: torch.Tensor = call.with_pixels(lambda x: torch.cat([moved(i) for i in x.split(1)]))["pixel_values"]
         return new
     ids, patch, made = call.inputs["input_ids"], call.model.config.vision_config.patch_size, []

@@ -70,7 +70,8 @@ class FastVID(TokenMerger):
         likeness = cosines(z.view(image.frames, n, -1).mean(dim=1)).diagonal(1)
         ends = {image.frames - 1, *likeness.sort(stable=True).indices[: self.segments - 1].tolist()}
         ends |= set((likeness < self.tau).nonzero()[:, 0].tolist())
-        kept, features, start = [], image.features.clone(), 0
+        kept: list[torch.Tensor] = []
+        features, start = image.features.clone(), 0
         for end in sorted(ends):
             own = [t for t in range(start, end + 1) if t == end or float(likeness[t]) < self.ignore]
             salient, anchors = self.chosen(z, a, own, (end + 1 - start) * retained)

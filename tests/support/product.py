@@ -193,15 +193,18 @@ def main(asked: list[str]) -> int:
     methods, bad = [m.name for m in list_methods()], 0
     known = json.loads(RECORD.read_text()) if RECORD.exists() else {"methods": [], "families": {}}
     record, new = known["families"], asked == ["new"]
-    tried = [m for m in methods if m not in known["methods"]] if new else methods
+    tried = [m for m in methods if m not in known["methods"]]
     for family in FAMILIES if new else asked or FAMILIES:
-        cells = {method: walk(method, family) for method in tried}
+        added = new and family in record  # a new family is walked whole
+        cells = {method: walk(method, family) for method in (tried if added else methods)}
         failed = [c["why"] for c in cells.values() if c["outcome"] == FAILED]
         print(family, *sorted(Counter(c["outcome"] for c in cells.values()).items()), *failed, sep="\n  ", flush=True)
         bad += len(failed)
         if not failed:
             arch = arch_of(model_of(family))
-            cells = (record[family]["cells"] if new else {}) | {m: c for m, c in cells.items() if c["outcome"] != WORKS}
+            cells = (record[family]["cells"] if added else {}) | {
+                m: c for m, c in cells.items() if c["outcome"] != WORKS
+            }
             about = {"family": arch.family.name, "decoder": arch.text_type}
             record[family] = about | {"cells": {m: cells[m] for m in methods if m in cells}}
         if not failed and not new:

@@ -103,9 +103,9 @@ class Candidates:
         self.draft.crop(known.shape[1] - same)
         ids, scores = input_ids, list[torch.Tensor]()
         new = generated[:, same:]
-        for _ in range(length):
+        for _step in range(length):
             logits = self.draft.forward(new)
-            scores.append(self.processors(ids, logits))
+            scores.append(self.processors(ids, logits))  # type: ignore[arg-type]
             p = scores[-1]
             new = p.softmax(dim=-1).multinomial(1) if self.config.do_sample else p.argmax(dim=-1, keepdim=True)
             ids = torch.cat([ids, new], dim=1)
@@ -224,10 +224,12 @@ class DraftWing(Wing):
         assert main is not None
         session, cache = main.copied(), DynamicCache(config=host.model.config.get_text_config())
         session.branch, kept = BRANCH, main.part(Kept).by_layer
-        cache.layers = [ShortLayer.of(layer, 0) for layer in whole.layers]
+        layers = [ShortLayer.of(layer, 0) for layer in whole.layers]
+        cache.layers = [*layers]
         host.sessions[cache] = session
         width, shares = session.prompt_len, list[float]()
-        for i, layer in enumerate(cache.layers):
+        for i, layer in enumerate(layers):
+            assert layer.keys is not None and layer.values is not None
             layer.keys, layer.values = (x[:, :, :width] for x in (layer.keys, layer.values))
             if i in kept and not kept[i].all():
                 shorten(session, i, layer, kept[i])

@@ -52,6 +52,7 @@ def plot(
         place.set_title(_word(seen, row % count, tokenizer), fontsize=9)
     for place in axes:
         place.set_axis_off()
+    assert drawn is not None
     figure.colorbar(drawn, ax=list(axes), label="attention weight of an image token", shrink=0.8)
     of = [f"{what} {', '.join(map(str, which))}" for what, which in (("layers", layers), ("heads", heads)) if which]
     figure.suptitle(f"What each token looked at: mean over {' and '.join(of) or 'all layers and heads'}", fontsize=10)

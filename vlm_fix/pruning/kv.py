@@ -87,6 +87,7 @@ def prune(
 ) -> ShortLayer:
     """Layer i of the cache after the prompt, with the columns `keep` [B, Hkv or 1, n], which session.views[i] then tells."""
     short = (SplitLayer if cacher.wanders else ShortLayer).of(layer, 0)  # refuses what cannot be thinned out
+    assert short.keys is not None
     index = shorten(cached.session, i, short, keep.to(short.keys.device))
     if cacher.rewrites:
         cacher.rewrite(cached, short, scores, cached.session.part(ImageColumns).images.to(scores.device))

@@ -47,12 +47,12 @@ def load_questions(path: str | Path) -> list[Question]:
         label = str(row["label"]).strip().lower()
         if label not in ("yes", "no"):
             raise VlmFixError(f'{path}, row {number}: label {row["label"]!r} is neither "yes" nor "no".')
-        texts = [row["image"], row["text"]]
-        if not all(isinstance(text, str) for text in texts) or id_text(row["question_id"]) is None:
+        image, text = row["image"], row["text"]
+        if not isinstance(image, str) or not isinstance(text, str) or id_text(row["question_id"]) is None:
             raise VlmFixError(
                 f"{path}, row {number}: image and text must be texts, and question_id a number or a text."
             )
-        questions.append(Question(_id(row["question_id"]), *texts, label))
+        questions.append(Question(_id(row["question_id"]), image, text, label))
     return questions
 
 
