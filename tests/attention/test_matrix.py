@@ -102,7 +102,7 @@ WHOLE = (
     "cca",
     "var:detector=secondary",
     "vhr:prompt_rows=all",
-    "memvr:ratio=1,threshold=0.75,layers=0-2",
+    "memvr:ratio=0.9,threshold=0.75,layers=0-2",
 )  # they need the whole prompt in one forward
 
 

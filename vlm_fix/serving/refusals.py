@@ -25,6 +25,18 @@ KINDS: tuple[tuple[Any, str], ...] = (
     (CachePruner, "it drops keys layer by layer, and vLLM keeps one block table for all layers"),
     (ImageShrinker, "it gives the vision tower a smaller image, and vLLM's towers here take one size"),
 )
+UNTRIED = (
+    "agilepruner",
+    "cdpruner",
+    "flowcut",
+    "holov",
+    "marine",
+    "prumerge",
+    "ritual",
+    "scope",
+    "vispruner",
+    "visual_topk",
+)
 TOWERS = ("llava", "qwen2_5_vl")  # families whose vision towers methods read, and whose placeholders are counted anew
 
 
@@ -33,6 +45,8 @@ def reason(method: Method, engine: ServedEngine) -> str | None:
     for kind, why in KINDS:
         if isinstance(method, kind):
             return why
+    if method.name in UNTRIED:
+        return "it has not been held against generate inside vLLM yet"
     if isinstance(method, HiddenEdit) and type(method).on_prompt is not HiddenEdit.on_prompt:
         return "it runs the prompt in passes of its own, with which not every answer was that of generate"
     if isinstance(method, InputEdit) and method.prepares and method.previews:

@@ -340,6 +340,8 @@ def contrasted(method, step, main, others):
         entropy = -sum(float(v) * math.log(float(v)) for v in p if v > 0)
         weight = method.alpha * (entropy / math.log(len(p)) if method.normalised else entropy)
         weight = min(weight, math.inf if method.cap is None else method.cap)
+    if method.name == "marine":
+        return gated(method, main, main + method.gamma * (others[0] - main))
     if method.name == "crops":
         return crops(method, step + 1, main, others)
     z = main + sum(weight * (main - other) for other in others)
@@ -347,8 +349,6 @@ def contrasted(method, step, main, others):
         z = main + weight * others[0]
     if method.name == "owl":
         z = (1 + method.lam) * others[0] - method.lam * others[1]
-    if method.name == "marine":
-        return gated(method, main, main + method.gamma * (others[0] - main))
     z = z.masked_fill(torch.tensor([float(v) < method.beta * float(p.max()) for v in p]), -math.inf)
     return gated(method, main, z)
 
