@@ -102,6 +102,10 @@ class ControlMLLM(InputEdit, Contrast):
         if session.branch == "negative" or session.start or not bool((session.types == VISUAL).any()):
             return kwargs
         session.need_whole_prompt(self.name)
+        if session.call.model.training:
+            raise VlmFixError(
+                "control_mllm learns at test time and passes no gradients on; call model.eval() or unwrap."
+            )
         if session.kept:
             raise VlmFixError("control_mllm needs every token of the image's grid; use it without a pruning method.")
         embeds, (chosen, weights) = kwargs["inputs_embeds"], regions.pointed(self, session)

@@ -162,3 +162,13 @@ def test_what_it_cannot_do_is_one_sentence(model, family):
     ):
         with vlm_fix.wrapped(model, method), pytest.raises(VlmFixError, match=words):
             model.generate(**inputs, max_new_tokens=1)
+
+
+def test_training_is_refused(model, family):
+    model.train()
+    try:
+        spec, message = "control_mllm:box=0.1|0.1|0.6|0.6", "learns at test time"
+        with vlm_fix.wrapped(model, spec), pytest.raises(vlm_fix.VlmFixError, match=message):
+            model(**make_inputs(family, [1]))
+    finally:
+        model.eval()
