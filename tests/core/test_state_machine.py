@@ -1,7 +1,7 @@
 """Whatever is done with two models, in whatever order: a wrapped one answers as a fresh one does, and unwrapped nothing is left.
 
 Every step is followed by a look at the model without its methods, whose logits must be bit for bit those from before any
-wrap. `VLM_FIX_STEPS=20000` tries more steps than the 2,000 of a usual run, other ones each time.
+wrap. It runs when it is asked for: `VLM_FIX_STEPS=2000` tries the same steps each time, more steps are other ones each time.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tests.support.models import BUILD, make_inputs
 from vlm_fix.families.compat import CACHE, cache_of
 from vlm_fix.wing import installed
 
-STEPS = int(os.environ.get("VLM_FIX_STEPS", "2000"))
+STEPS = int(os.environ.get("VLM_FIX_STEPS", "0"))
 LENGTH = 50  # steps of one example
 SPECS = [
     "pai:alpha=0.5",
@@ -417,6 +417,7 @@ def live(family):
     return BUILD[family]()
 
 
+@pytest.mark.skipif(not STEPS, reason="takes minutes: set VLM_FIX_STEPS=2000")
 def test_any_sequence_of_steps():
     usual = STEPS <= 2000
     run_state_machine_as_test(
