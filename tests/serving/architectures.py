@@ -146,7 +146,7 @@ def qwen3_vl() -> tuple[Any, Any]:
 
 
 BUILD: dict[str, Callable[[], tuple[Any, Any]]] = {
-    f.__name__: f for f in (llava_next, qwen2_5_vl, qwen3_vl, llava_onevision, idefics3)
+    f.__name__: f for f in (llava_next, qwen2_5_vl, qwen3_vl, idefics3)
 }
 
 

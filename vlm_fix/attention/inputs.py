@@ -51,7 +51,8 @@ class AttentionInputs:
     def windowed(self) -> bool:
         """True if some columns are out of reach: a prompt in a layer with a sliding window, any row of one with chunks."""
         kinds, layer = (
-            getattr(x, name, None) for x, name in ((self.module.config, "layer_types"), (self.module, "layer_idx"))
+            getattr(x, name, None)
+            for x, name in ((getattr(self.module, "config", None), "layer_types"), (self.module, "layer_idx"))
         )
         if kinds and layer is not None and kinds[layer] == "chunked_attention":
             return True
