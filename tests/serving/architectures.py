@@ -145,9 +145,7 @@ def qwen3_vl() -> tuple[Any, Any]:
     return t.Qwen3VLForConditionalGeneration(config), processor
 
 
-BUILD: dict[str, Callable[[], tuple[Any, Any]]] = {
-    f.__name__: f for f in (llava_next, qwen2_5_vl, qwen3_vl, idefics3)
-}
+BUILD: dict[str, Callable[[], tuple[Any, Any]]] = {f.__name__: f for f in (llava_next, qwen2_5_vl, qwen3_vl, idefics3)}
 
 
 def checkpoint(name: str, folder: Path) -> str:

@@ -125,5 +125,8 @@ def is_turned(seen: Seen) -> bool:
     query, _ = queries_and_keys(attn, x, (cos, sin), None if seen.positions is None else seen.positions[..., -1:])
     if query.shape[-1] != cos.shape[-1]:
         return False
-    own, scale = half_turned(unrotated(attn, x), cos, sin), query.abs().amax()
+    plain = unrotated(attn, x)
+    if plain.shape != query.shape:  # such as a projection that holds a gate as well
+        return False
+    own, scale = half_turned(plain, cos, sin), query.abs().amax()
     return bool((own - query).abs().amax() <= 100 * torch.finfo(query.dtype).eps * scale)
