@@ -35,7 +35,7 @@ PRUNERS = (
 SPECS = [spec for specs in SERVED.values() for spec in specs]
 LITTLE = (
     "apc_only",
-    "yes_threshold",  # there may be no question today about which the model is torn
+    "yes_threshold:margin=0.9",  # there may be no question today about which the model is torn
 )  # greedy decoding leaves their tokens alone, and with sure answers their log-probabilities nearly so
 
 
