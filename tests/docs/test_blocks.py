@@ -34,8 +34,14 @@ def blocks(page):
 
 def commands(text):
     """The words of each command, without comments."""
-    lines = text.replace("\\\n", " ").splitlines()
-    return [words for line in lines if (words := shlex.split(line, comments=True))]
+    found, open_quote = list[list[str]](), ""
+    for line in text.replace("\\\n", " ").splitlines():
+        try:
+            found.append(shlex.split(open_quote + line, comments=True))
+            open_quote = ""
+        except ValueError:  # a quotation goes on in the next line
+            open_quote += line + " "
+    return [words for words in found if words]
 
 
 @pytest.fixture(scope="module")
