@@ -169,7 +169,10 @@ attention() {
   evaluate attention picto-llava 150 --batch-size 64 \
     --method act,ad_hh,avar,cca,gift,hgai,locore,pai,paint,tame,vaf,var,zerotuning,spin,vhr,iri,head_pursuit
 }
-decoding() { table picto-llava decoding decoding; }
+decoding() {
+  evaluate decoding picto-llava 150 --batch-size 64 --controls \
+    --method vcd,icd,m3id,sid,decore,iava,causalmm,layercake,pai:gamma=1.1,dola,deco,dagcd
+}
 sampling() { table picto-llava sampling sampling; }
 pruning() { table picto-llava pruning pruning; }
 

@@ -11,7 +11,7 @@ from vlm_fix.eval.scorers.registry import BENCHMARKS
 
 TEXT = (ROOT / "docs/evaluation.md").read_text()
 BLOCKS = [line for block in re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL) for line in block.splitlines()]
-COMMANDS = [*BLOCKS, *re.findall(r"`(vlm-fix (?:eval|score) \S+ [^`]+)`", TEXT)]
+COMMANDS = [*BLOCKS, *re.findall(r"`(vlm-fix (?:eval|score) [^\s`]+ [^`]+)`", TEXT)]
 
 
 def test_the_configuration_is_read_and_every_smaller_benchmark_is_told() -> None:

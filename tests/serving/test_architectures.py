@@ -14,7 +14,6 @@ SPECS = (
     "vhr",
     "random_direction:strength=0.5",
     "deco",
-    "pai:alpha=0.5+yes_bias:tokens=11|12|13",
 )
 
 
