@@ -45,6 +45,8 @@ def reason(method: Method, engine: ServedEngine) -> str | None:
     for kind, why in KINDS:
         if isinstance(method, kind):
             return why
+    if method.name == "random_tokens" and engine.family.mrope:
+        return f"its draws were seen to differ from those of generate in {engine.family.name}"
     if method.name in UNTRIED:
         return "it has not been held against generate inside vLLM yet"
     if isinstance(method, HiddenEdit) and type(method).on_prompt is not HiddenEdit.on_prompt:
