@@ -7,6 +7,7 @@ whoever compares in the meantime waits for one batch at most.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import html
 import json
 import os
@@ -26,6 +27,7 @@ from rich.console import Console
 from vlm_fix.errors import VlmFixError
 from vlm_fix.eval.files import write_atomic
 from vlm_fix.eval.report import tables as report
+from vlm_fix.eval.report.page import read
 from vlm_fix.eval.run import runner
 from vlm_fix.eval.settings import Settings
 from vlm_fix.registry import split_methods
@@ -157,12 +159,11 @@ def run(loaded: Loaded, settings: Settings, folder: Path, stop: Stop) -> Iterato
 def open_results(path: str | Path) -> dict[str, Any]:
     """results.json of a run, or of the folder that holds it; VlmFixError if it is not one."""
     file = Path(path).expanduser()
-    file = file / "results.json" if file.is_dir() else file
+    if not (file / "results.json" if file.is_dir() else file).is_file():
+        raise VlmFixError("There is no results.json: give the folder that vlm-fix eval wrote with --output.")
     try:
-        results = json.loads(file.read_text())
+        ((_, results),) = read([file])
         report.markdown(results)
-    except OSError:
-        raise VlmFixError("There is no results.json: give the folder that vlm-fix eval wrote with --output.") from None
     except Exception as error:
         raise VlmFixError(f"This is no results.json of vlm-fix eval ({sentence(error)}): choose another.") from None
     return results
@@ -214,7 +215,7 @@ def tab(models: Models, name: gr.Dropdown, page: gr.Blocks) -> None:
         try:
             settings = settings_of(model, KINDS[kind], SPLITS[split], scenes, stacks, seed)
             loaded = models.get(model)
-            folder = place(request) / f"{hash(settings):x}"
+            folder = place(request) / hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
             yield ["", state.bar("starting"), *rest, as_command(settings)]
             last = 0.0
             for state in run(loaded, settings, folder, stop):

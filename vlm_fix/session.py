@@ -65,6 +65,10 @@ class Session:
         """True before the first forward."""
         return not self.types.numel()
 
+    def predicts(self, index: int) -> bool:
+        """True if this forward holds the row that predicts generated token `index`."""
+        return max(self.start, self.prompt_len - 1) <= self.prompt_len - 1 + index < self.start + self.length
+
     def part(self, cls: type[T]) -> T:
         """A wing's own state in this session, made when first asked for."""
         if cls not in self.parts:

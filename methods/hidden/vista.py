@@ -109,6 +109,5 @@ class VISTA(MLPOutputEdit, LogitEdit):
     def edit(self, l: torch.Tensor, step: Step) -> torch.Tensor:
         late = sum(step.exit(i, norm=False).to(l.device) for i in self.exits) / len(self.exits)
         mixed = ((1 - self.alpha) * l + self.alpha * late).masked_fill(torch.isinf(l), -torch.inf)
-        assert step.session is not None
         shown = torch.tensor([i >= 0 for i in step.session.last_visual], device=l.device)
         return torch.where(shown[:, None], mixed, l)

@@ -72,13 +72,9 @@ class DAGCD(WeightReader, LogitEdit):
 
     def edit(self, l: torch.Tensor, step: Step) -> torch.Tensor:
         session = step.session
-        if session is None:
-            return l  # drafting, before the prompt was seen
         assert isinstance(self.layers, tuple)
         memory, last = session.memory(self, DAGCDMemory), session.prompt_len - 1
         row = last + step.index - max(session.start, last)
-        if row >= memory.weights[self.layers[0]].shape[2]:
-            return l  # drafting tries its proposals on made-up scores first
         ids, inside = self.context_of(session)
         ids, inside = ids.to(l.device), inside.to(l.device)
 

@@ -98,7 +98,6 @@ class ONLY(WeightReader, QueryKeyReader, LogitEdit):
         return (self.last,)  # type: ignore[return-value]
 
     def edit(self, l: torch.Tensor, step: Step) -> torch.Tensor:
-        assert step.session is not None
         output = step.session.memory(self, ONLYMemory).output.get(step.index)
         if output is None:
             return l

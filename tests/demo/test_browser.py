@@ -81,7 +81,7 @@ def test_pictures_of_the_tabs(browser, site, artifacts):
     take(page, artifacts / "demo-inside.png")
     page.get_by_role("tab", name="Benchmark").click()
     page.get_by_text("Open earlier results").click()
-    page.fill("#folder textarea, #folder input", str(ROOT / "results/picto-shift"))
+    page.fill("#folder textarea, #folder input", str(ROOT / "results/picto-smol-shift"))
     page.press("#folder textarea, #folder input", "Enter")
     page.wait_for_selector("#table table")
     take(page, artifacts / "demo-benchmark.png")
@@ -151,9 +151,9 @@ def test_a_benchmark_in_a_browser(page, artifacts, tmp_path):
         {"name": "results.json", "mimeType": "application/json", "buffer": b"{}"}
     )
     page.wait_for_selector("#bench-notice .notice >> text=This is no results.json")
-    page.fill("#folder textarea, #folder input", str(ROOT / "results/picto-shift"))
+    page.fill("#folder textarea, #folder input", str(ROOT / "results/picto-smol-shift"))
     page.press("#folder textarea, #folder input", "Enter")
-    page.wait_for_selector("#table >> text=300 scenes")
+    page.wait_for_selector("#table >> text=100 scenes")
     page.screenshot(path=artifacts / "benchmark-phone.png", full_page=True)
 
 

@@ -335,7 +335,7 @@ CASES = {
         ),
         loop("sgrs:layers=1-3,alpha=1", neutral=("sgrs:top_k=1",)),
         edit(
-            "control_mllm:box=0.1|0.1|0.6|0.6,lr=0.003",
+            "control_mllm:box=0.1|0.1|0.6|0.6,lr=0.001",
             "control_mllm:version=1,point=0.3|0.7,lr=0.5",
             neutral=("control_mllm:box=0|0|1|1,steps=0",),
             refuses=CHUNKS,

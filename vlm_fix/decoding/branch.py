@@ -56,7 +56,6 @@ class Branch:
         self.mask = negative.inputs["attention_mask"]
         self.tokens: torch.Tensor | None = None  # [B', t] generated tokens whose keys are in the cache
         self.pending: torch.Tensor | None = None  # [B', V] logits of a joined step
-        self.first: torch.Tensor  # [B', V] logits of the prompt
         self.next_position: torch.Tensor | None = None  # [B'] position id of the first generated token
 
     @property
@@ -80,10 +79,9 @@ class Branch:
                 self.mask = self.mask.repeat_interleave(times, dim=0)
                 self.next_position = self.next_position.repeat_interleave(times, dim=0)  # type: ignore[union-attr]
                 out = out.repeat_interleave(times, dim=0)
-            self.group, self.first = times, out
-            self.tokens = generated[:, :0]
-        if not generated.shape[1]:  # asked again while proposals are drafted
-            return self.first
+            self.group, self.tokens = times, generated[:, :0]
+            if not generated.shape[1]:
+                return out
         keep = self._synchronise(generated)
         new = generated[:, keep:]
         ones = torch.ones_like(generated)

@@ -50,6 +50,9 @@ class PrefixContrast(LogitsProcessor):
         self.joint: joint.Joint | None = None
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        generated = input_ids[:, self.call.inputs["input_ids"].shape[1] :]
+        if self.host.main is None or not self.host.main.predicts(generated.shape[1]):
+            return scores  # made up: drafting asks which of its proposals are forbidden
         if not self.branches:
             wanted = self.method.branches(self.call)
             if not all(
@@ -59,14 +62,12 @@ class PrefixContrast(LogitsProcessor):
                     f"{self.method.name}: negative must return model inputs with input_ids and attention_mask."
                 )
             self.branches = [Branch(self.host, self.call, name, branch, self.method) for name, branch in wanted.items()]
-        generated = input_ids[:, self.call.inputs["input_ids"].shape[1] :]
         raw = self.method.on_logits and not self.adds
         combined = main = log_probs(scores.float(), raw)
         sure = self.method.sure(main)
         if sure is None or not all(b.may_wait for b in self.branches) or not bool(sure.all()):
             negatives = [b.logits(generated).to(scores.device).float() for b in self.branches]
-            if self.host.main:
-                self.host.main.parts.pop(MainPrompt, None)  # every branch has its prompt now
+            self.host.main.parts.pop(MainPrompt, None)  # every branch has its prompt now
             combined = self.method.contrasted(generated.shape[1], main, *(log_probs(x, raw) for x in negatives))
             if not self.method.gated and sure is None:
                 self.host.effects.note(self.method, combined, main)

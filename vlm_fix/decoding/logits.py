@@ -49,9 +49,12 @@ class LogitEdits(LogitsProcessor):
     @torch.no_grad()
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         generated = input_ids[:, self.call.inputs["input_ids"].shape[1] :]
-        step = Step(self.host, lambda: self.prompts, generated, self.seen, self.head)
+        main = self.host.main
+        if main is None or not main.predicts(generated.shape[1]):
+            return scores  # made up: drafting asks which of its proposals are forbidden
+        step = Step(self.host, main, lambda: self.prompts, generated, self.seen, self.head)
         z = scores.float()
-        for edit in (e for e in self.edits if all(map(step.reached, e.exits))):
+        for edit in self.edits:
             given = log_probs(z, unless=edit.on_logits and not self.adds)
             new = shaped(edit.edit(given, step), z, edit, "edit")
             if not edit.gated:

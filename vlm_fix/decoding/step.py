@@ -21,6 +21,7 @@ class Step:
     """What a `LogitEdit` sees beside the distribution: B' rows (beams and samples lie beside their prompt)."""
 
     host: Host
+    session: Session  # the main branch's, with what an edit that is an AttentionEdit too has seen
     prompts: Callable[[], list[int]]  # a checksum of each prompt, see `fingerprints`
     generated: torch.Tensor  # [B', t]
     seen: dict[int, tuple[torch.Tensor, int]]  # layer -> rows [B', n, C], generated tokens before the first
@@ -31,22 +32,12 @@ class Step:
         """Number of generated tokens."""
         return self.generated.shape[1]
 
-    @property
-    def session(self) -> Session | None:
-        """The main branch's session, with what an edit that is an AttentionEdit too has seen; None before the prompt."""
-        return self.host.main
-
     def seeds(self, seed: int) -> list[int]:
         """One per row, from `seed`, the row's images and tokens: the same whatever else is in the batch."""
         base = self.prompts()
         times = len(self.generated) // len(base)
         rows = self.generated.cpu().numpy()
         return [zlib.crc32(f"{seed},{base[i // times]}".encode() + row.tobytes()) for i, row in enumerate(rows)]
-
-    def reached(self, layer: int) -> bool:
-        """False for a token that the model has not seen yet: drafting tries its proposals on made-up scores first."""
-        rows, first = self.seen.get(layer, (None, 0))
-        return rows is not None and self.index - first < rows.shape[1]
 
     def state(self, layer: int) -> torch.Tensor:
         """[B', C] the input of `layer` in the row that predicts."""

@@ -17,7 +17,7 @@ from vlm_fix.call import Call
 from vlm_fix.decoding.step import Step as Seen
 from vlm_fix.decoding.step import fingerprints
 from vlm_fix.families import final_norm
-from vlm_fix.session import TEXT, VISUAL, Session
+from vlm_fix.session import TEXT, VISUAL
 
 from .beside import BesideForward, Line
 from .engine import ServedEngine
@@ -37,17 +37,6 @@ class BranchLine(Line):
     ids: Sequence[int] = ()  # its prompt
     features: Any = None  # of its images
     taken: int = 0  # generated tokens that are in its cache
-
-
-@dataclass(frozen=True)
-class ServedStep(Seen):
-    """What a `LogitEdit` sees of one request's step."""
-
-    own: Session | None = None
-
-    @property
-    def session(self) -> Session | None:
-        return self.own
 
 
 class NextTokens:
@@ -75,7 +64,7 @@ class NextTokens:
                 l = combined.log_softmax(dim=-1)
             at = {i: (x[step.last[row]][None, None], generated.shape[1]) for i, x in seen.items()}
             prompts = functools.partial(self._prompts, name, one)
-            view = ServedStep(one.engine, prompts, generated, at, self.head, own=one.session)  # type: ignore[arg-type]
+            view = Seen(one.engine, one.session, prompts, generated, at, self.head)  # type: ignore[arg-type]
             with one.engine.acting(one.session):
                 for edit in one.engine.logit_edits:
                     l = edit.edit(l, view).log_softmax(dim=-1)

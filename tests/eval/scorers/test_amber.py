@@ -111,7 +111,6 @@ def test_each_rule_of_a_caption():
     assert figures("Dogs", ("dog",), ("cat",))["cover"] == 0  # as written, so capitals are no mention
     assert figures("Dogs", ("dog",), ("cat",), "ours")["cover"] == 1
     assert figures("two ships", ("ship", "ship"), ("cat",))["cover"] == 0.5  # the second ship is never reached
-    assert figures(None, ("dog",), ("cat",)) == {"chair": 0, "cover": 0, "hal": 0, "cog": 0}
 
 
 def test_mentions_stand_where_they_are_written():
