@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Makes every file of this folder again: results/reproduce.sh [FOLDER...], by default all tables of both Picto models and bench.
 #
-# A folder is MODEL-TABLE, with picto-llava or picto-smol, and shift, attention, heads, hidden, decoding, sampling or pruning.
+# A folder is MODEL-TABLE, with picto-llava or picto-smol, and shift, attention, heads, hidden, decoding, contrast, sampling or
+# pruning.
 # picto-llava's tables take about an hour and a half on two cores, picto-smol's most of a day: an interrupted table goes on when
 # it is asked for again. Give `bench` alone on an idle machine. picto-smol needs `make picto-smol`, and picto-smol-calibration
 # once before heads, attention and decoding, unless the checkpoint has its calibration/ already.
@@ -50,13 +51,16 @@ table() { # MODEL TABLE [FOLDER]; picto-smol, twenty times as large, gets fewer 
     decoding)
       compare "$folder" "$model" $scenes \
         vcd,icd,m3id,sid,decore,iava,causalmm,layercake,pai:gamma=1.1,dola,deco,dagcd,only ;;
+    contrast) # the newer ones; crops is gated, and vcd and m3id can be
+      compare "$folder" "$model" $scenes owl,avisc,ritual,crops,attention_buckets,vcd:gate=0.9,m3id:gate=0.9,visual_topk ;;
     sampling)
       evaluate "$folder" "$model" $few --batch-size $batch $splits --controls --sample --seeds 0,1,2 --method vcd,icd,m3id ;;
     pruning)
       local methods=() budget method
       for budget in 32 16 8; do # of 64 tokens; random_tokens, uniform_grid and downsample_image are the controls
         for method in random_tokens uniform_grid downsample_image divprune hiprune visionzip vscan zoo_prune fastv \
-          pyramid_drop sparsevlm ptp expected_attention knorm a_vl; do
+          pyramid_drop sparsevlm ptp expected_attention knorm a_vl cdpruner vispruner dart holov scope prumerge \
+          flowcut agilepruner kvcompose; do
           methods+=("$method:keep=$budget")
         done
       done
@@ -97,6 +101,10 @@ layercake alpha=0.5|1|2
 dola alpha=0.5|1
 deco alpha=0.3|0.6
 dagcd alpha=2|4|8
+owl lam=0.5|1|2
+avisc alpha=0.5|1|2
+ritual alpha=1|3
+crops alpha=0.5|1|2
 END
 }
 
@@ -176,7 +184,7 @@ decoding() {
 sampling() { table picto-llava sampling sampling; }
 pruning() { table picto-llava pruning pruning; }
 
-tables=(shift attention heads hidden decoding sampling pruning)
+tables=(shift attention heads hidden decoding contrast sampling pruning)
 if [ $# = 0 ]; then
   set -- "${tables[@]/#/picto-llava-}" picto-smol-calibration "${tables[@]/#/picto-smol-}" bench
 fi

@@ -33,6 +33,7 @@ class AvisC(Contrast):
     name: ClassVar[str] = "avisc"
     paper: ClassVar[str] = "https://arxiv.org/abs/2405.17820"
     on_logits: ClassVar[bool] = True
+    grid: ClassVar[dict[str, tuple[float, ...]]] = {"alpha": (0.5, 2.0)}
 
     alpha: float = param(1.0, "contrast strength", low=0)
     beta: float = param(0.1, "plausibility cut-off", low=0, high=1)

@@ -39,6 +39,7 @@ class CRoPS(SID):
     paper: ClassVar[str] = "https://arxiv.org/abs/2601.00659"
     needs_image: ClassVar[bool] = False  # the text branch shows none
     on_logits: ClassVar[bool] = False
+    grid: ClassVar[dict[str, tuple[float, ...]]] = {"alpha": (0.5, 2.0)}
 
     gate: float = param(0.95, "contrast only where the top probability is below this", above=0, high=1, by_name=True)
     alpha: float = param(1.0, "strength of the contrast with the image branch", low=0)

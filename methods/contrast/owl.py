@@ -44,6 +44,7 @@ class Owl(WeightReader, ScoreEdit, Contrast):
     name: ClassVar[str] = "owl"
     kind: ClassVar[str] = "contrast"
     paper: ClassVar[str] = "https://arxiv.org/abs/2511.09018"
+    grid: ClassVar[dict[str, tuple[float, ...]]] = {"lam": (0.5, 2.0)}
 
     branch: str = param("negative", "always its own branches", choices=("negative",))
     alpha: float = param(0.2, "share of |z| added to (visual path) or taken from (text path) image columns", low=0)

@@ -39,6 +39,7 @@ class Ritual(Contrast):
     name: ClassVar[str] = "ritual"
     paper: ClassVar[str] = "https://arxiv.org/abs/2405.17821"
     on_logits: ClassVar[bool] = True
+    grid: ClassVar[dict[str, tuple[float, ...]]] = {"alpha": (1.0, 2.0)}
 
     alpha: float = param(3.0, "weight of the transformed image's logits", low=0)
     beta: float = param(0.1, "plausibility cut-off", low=0, high=1)
