@@ -24,7 +24,7 @@ from vlm_fix.errors import VlmFixError
 from vlm_fix.eval import bench
 from vlm_fix.method import Method
 
-from . import measured, published
+from . import measured, methods_table, models_page, published
 
 TITLES = {
     "attention": "Attention",
@@ -204,6 +204,8 @@ def page(results: Path) -> str:
             for k in kinds
         )
     )
+    parts.append(methods_table.NOTE.format(families=len(models_page.record()["families"])))
+    parts.append("\n".join(methods_table.lines(methods, cost, ours)))
     for kind in kinds:
         parts.append(f"## {TITLES[kind]}")
         for method in methods:
