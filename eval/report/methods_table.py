@@ -15,8 +15,8 @@ MODELS = ("picto-llava", "picto-smol")
 SHOWN = {"adversarial": "POPE", "CHAIR_i": "CHAIR_i"}  # headings of `measured` -> words of a cell
 GIVEN = ("file", "objects", "box", "points", "head_list")  # parameters that only a user can fill
 NOTE = """One row a method: its cost in the words of the sections below; what it takes beside a model and a prompt; on how many of
-{families} tiny models of true architectures it works ([which](models.md)); what its defaults change on the two bundled models, POPE
-accuracy (adversarial) and CHAIR_i in points, bold where significant ([all figures](leaderboard.md)); and whether vLLM serves
+{families} tiny models of true architectures it works ([which](models.md)); what its defaults change on the two bundled models,
+POPE accuracy (adversarial) and CHAIR_i in points, bold where significant ([all figures](leaderboard.md)); and whether vLLM serves
 it ([why not](serving.md)). On the site a click on a heading sorts."""
 
 
