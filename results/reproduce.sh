@@ -142,7 +142,7 @@ for method in methods.split(","):
     default, found = get_method(method)(), {k: v for k, v in made["found"].items() if not tried or k in tried}
     if any(v != getattr(default, k) for k, v in found.items()):
         spell = {k: "|".join(map(str, v)) if isinstance(v, list) else v for k, v in found.items()}
-        specs.append(method + "".join(f":{k}={v}" for k, v in spell.items()))
+        specs.append(method + ":" + ",".join(f"{k}={v}" for k, v in spell.items()))
 print(",".join(specs))
 END
 }
