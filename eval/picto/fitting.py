@@ -62,7 +62,7 @@ def fit(
     parts: list[Any] = [*modules, *optimizers, *schedules]
     file, first, spent = out / f"{stage}.pt", 0, 0.0
     if file.exists():
-        first, spent, states = torch.load(file, weights_only=False)
+        first, spent, states = torch.load(file, weights_only=True)
         for part, state in zip(parts, states, strict=True):
             part.load_state_dict(state)
         print(f"{stage}: resumed at step {first}", flush=True)

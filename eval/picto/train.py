@@ -271,7 +271,7 @@ def train_llm(
 
 def done(out: Path, stage: str, steps: int) -> bool:
     """Whether a stage has been finished in this folder."""
-    return (out / f"{stage}.pt").exists() and torch.load(out / f"{stage}.pt", weights_only=False)[0] >= steps
+    return (out / f"{stage}.pt").exists() and torch.load(out / f"{stage}.pt", weights_only=True)[0] >= steps
 
 
 def export(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: Path) -> None:
