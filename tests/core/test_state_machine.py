@@ -63,7 +63,10 @@ BROKEN = [
     "gift:source_layer=9",
 ]
 FAMILIES = list(BUILD)
-OWN = {"_output_capturing_hooks_installed"}  # transformers' own mark, from the first time that outputs are asked for
+OWN = {
+    "_output_capturing_hooks_installed",
+    "_previous_max_cache_length",
+}  # transformers' own marks, from their first use
 
 
 @functools.cache
@@ -168,6 +171,12 @@ def traces(model):
     )
 
 
+def different(now, clean):
+    """The parts and names in which two `traces` differ."""
+    parts = [(a[0], {*a[1]} ^ {*b[1]}, a[2:], b[2:]) for a, b in zip(now[0], clean[0], strict=True) if a != b]
+    return parts + [pair for pair in zip(now[1:], clean[1:], strict=True) if len({*map(str, pair)}) > 1]
+
+
 @torch.no_grad()
 def plain(model, family):
     """Logits of one token more: the prompt's alone are not asked for."""
@@ -218,7 +227,7 @@ class Models(RuleBasedStateMachine):
         expected, clean = untouched(family)
         engine = installed(model)
         with engine.away() if engine else contextlib.nullcontext():
-            assert traces(model) == clean, "something is left on the model"
+            assert traces(model) == clean, f"left on the model: {different(traces(model), clean)}"
             assert torch.equal(plain(model, family), expected), "the model answers otherwise than before"
 
     def looked(function):

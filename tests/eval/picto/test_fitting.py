@@ -1,5 +1,7 @@
 """Training that is interrupted goes on where it was."""
 
+import contextlib
+
 import torch
 from torch import nn
 
@@ -17,10 +19,8 @@ def fit(out, steps, stop=None):
         x = torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
         return net(x).square().sum(), {"loss": 1.0}
 
-    try:
+    with contextlib.suppress(KeyboardInterrupt):
         fitting.fit("stage", [net], loss_of, steps, 1e-2, out, lambda: None, save_every=-1)
-    except KeyboardInterrupt:
-        pass
     return seen, [p.detach().clone() for p in net.parameters()]
 
 
