@@ -9,6 +9,8 @@
     VLMEvalKit      index, question, answer (the truth), prediction    prediction, index
     CHAIR           {"imgToEval": {id: {...}}}, {"sentences": [...]}   as in plain rows
     id to reply     {"42": "A dog."}                                   the value, the name
+    columns         {"question_id": [1, 2], "text": ["No", "Yes"]}, or  as in plain rows
+                    pandas' {"text": {"0": "No", "1": "Yes"}}
 
 A row that offers two candidates for the reply or for the id is an error, unless they say the same, as is a file whose
 replies may be elsewhere (`doubts.py`): nothing is guessed, the options --answer-key and --id-key decide. A reply of null
@@ -182,6 +184,8 @@ def plain_text(text: str) -> str:
 def _rows(rows: list[dict[str, Any]], form: str, path: Any) -> tuple[list[dict[str, Any]], str]:
     """Unpack a JSON object and name the layout of the rows."""
     whole = rows[0]
+    if form == "one JSON object" and (table := _columns(whole)):
+        return table, "plain"
     if form == "one JSON object" and not _candidates(whole, REPLIES):
         lists = [name for name in LISTS if isinstance(whole.get(name), list | dict)]
         lists = lists or [name for name, value in whole.items() if _is_list_of_rows(value)]
@@ -200,6 +204,20 @@ def _rows(rows: list[dict[str, Any]], form: str, path: Any) -> tuple[list[dict[s
     if {"doc_id", "filtered_resps"} <= keys:
         return sorted(rows, key=lambda row: _number(row.get("doc_id"))), "lmms-eval"
     return rows, "VLMEvalKit" if {"index", "prediction"} <= keys else "plain"
+
+
+def _columns(whole: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows of an object that holds a table by its columns, one of them a reply; [] if it does not."""
+    columns = {
+        name: dict(enumerate(each)) if isinstance(each, list) else each if isinstance(each, dict) else {}
+        for name, each in whole.items()
+    }
+    index = [*next(iter(columns.values()))]
+    if not index or any([*each] != index for each in columns.values()) or not {*REPLIES} & {*columns}:
+        return []
+    rows = [{name: each[place] for name, each in columns.items()} for place in index]
+    counted = [str(place) for place in index] == [str(n) for n in range(len(index))]
+    return rows if counted else [_named(place, row) for place, row in zip(index, rows, strict=True)]
 
 
 def _is_list_of_rows(value: Any) -> bool:
@@ -302,8 +320,12 @@ class _Row:
 
     def _text(self, value: Any) -> str | None:
         value = _one(value)
-        if self.numbers and isinstance(value, int | float) and value in range(10):
-            return str(int(value))
+        if (
+            self.numbers
+            and (isinstance(value, int | float) or FLOAT.fullmatch(str(value)))
+            and float(value) in range(10)
+        ):
+            return str(int(float(value)))
         if _is_nothing(value) or isinstance(value, str):
             return value if isinstance(value, str) else None
         raise VlmFixError(f'{self.place}: the reply in "{self.reply_key}" is {str(value)[:40]}, not a text.')
@@ -338,8 +360,8 @@ class _Row:
         return ""
 
     def _first(self, names: Sequence[str]) -> str:
-        key = next((n for n in names if n != self.reply_key and not _is_nothing(self.row.get(n))), "")
-        value = self.row.get(key, "")
+        values = (self.row[n] for n in names if n in self.row and n != self.reply_key and not _is_nothing(self.row[n]))
+        value = next(values, "")
         return str(value) if isinstance(value, str | int | float) else ""
 
     def _keys(self) -> str:

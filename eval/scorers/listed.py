@@ -25,7 +25,7 @@ from statistics import fmean
 from typing import Any
 
 from vlm_fix.errors import VlmFixError
-from vlm_fix.eval.files import counted, read_text
+from vlm_fix.eval.files import read_text
 from vlm_fix.eval.stats import Metric, ratio
 
 from . import yesno
@@ -68,8 +68,7 @@ def results(
     tell: Callable[[str], Any] = str,
 ) -> dict[str, dict[str, Result]]:
     """Score an answer file against a question file; with `subsets` each of them is a part."""
-    asked, given = load_questions(questions), load_answers(answers, Keys(answer_key, id_key))
-    tell(f"read {counted(len(given), 'answer')} from {answers}")
+    asked, given = load_questions(questions), load_answers(answers, Keys(answer_key, id_key), tell)
     if name == "fohe":
         asked, given = _numbered(asked, given)
     _once([str(q.question_id) for q in asked], questions)

@@ -18,7 +18,7 @@ from typing import Any, get_args
 
 from vlm_fix.errors import VlmFixError
 from vlm_fix.eval.files import DATA, read_rows
-from vlm_fix.eval.scorers.answers import USUAL, Keys, id_text, read
+from vlm_fix.eval.scorers.answers import USUAL, Keys, Tell, id_text, read
 from vlm_fix.eval.scorers.choices import one_of
 
 from .score import Answer, Kind, Question
@@ -66,10 +66,12 @@ def coco_questions(kind: Kind) -> list[Question]:
     return load_questions(DATA / "pope" / PACKAGED["coco"].format(one_of(kind, Kind, "kind")))
 
 
-def load_answers(path: str | Path, keys: Keys = USUAL) -> list[Answer]:
+def load_answers(path: str | Path, keys: Keys = USUAL, tell: Tell = str) -> list[Answer]:
     """Read the answers to one question file; rows without an id are numbered. `answers.py` says what rows may be."""
+    given = read(path, ANSWER, keys)
+    tell(given.told())
     answers = []
-    for row in read(path, ANSWER, keys).rows:
+    for row in given.rows:
         if not row.id and not row.question:
             raise VlmFixError(
                 f'{path}, row {row.number}: neither "question_id" nor "question", so it fits no question.'

@@ -212,7 +212,8 @@ def _categories(rows: Sequence[answers.Answer]) -> list[str]:
 
 
 def _key(image: str, text: str) -> tuple[str, str]:
-    return Path(image.replace("\\", "/")).stem, plain_text(text)
+    number = answers.image_number(image)
+    return Path(image.replace("\\", "/")).stem if number is None else str(number), plain_text(text)
 
 
 @cache

@@ -137,3 +137,36 @@ def test_columns_without_a_name_may_be_several(tmp_path):
     assert read(tmp_path / "a", ",,id,text\n0,0,1,Yes\n") == [("1", "Yes")]
     (tmp_path / "a").write_text(json.dumps(ROW))
     assert files.read_rows(tmp_path / "a", "file") == [ROW]
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_a_column_without_a_name_says_nothing(labelled, tmp_path):
+    """Tables of pandas begin with the number of the row, which is no question, label or image."""
+    (tmp_path / "a").write_text(",id,text" + ",label" * labelled + "\n5,1,Yes" + ",no" * labelled + "\n")
+    (row,) = answers.read(tmp_path / "a", "{...}").rows
+    assert (row.question, row.label, row.image, row.category) == ("", "no" if labelled else "", "", "")
+
+
+@pytest.mark.parametrize("ids", ["a list", "pandas", "the index", "none"])
+def test_a_table_by_its_columns(ids, tmp_path):
+    texts: list | dict = {"0": "A dog.", "1": None}
+    table = {"image_id": {"0": 42, "1": 43}, "caption": texts}
+    table = {
+        "a list": {"image_id": [42, 43], "caption": ["A dog.", None]},
+        "pandas": table,
+        "the index": {"caption": {"42": "A dog.", "43": None}},
+        "none": {"caption": texts},
+    }[ids]
+    names = ["", ""] if ids == "none" else ["42", "43"]
+    assert read(tmp_path / "a", json.dumps(table), images=ids != "none") == list(
+        zip(names, ["A dog.", None], strict=True)
+    )
+
+
+@pytest.mark.parametrize("write", [int, str, lambda image: f"{image:012}", lambda image: f"val2014/{image:012}.jpg"])
+def test_answers_by_the_number_of_the_image_and_the_question(write, tmp_path):
+    asked = pope_data.coco_questions("popular")[:600]
+    (tmp_path / "q").write_text("".join(json.dumps(vars(q)) + "\n" for q in asked))
+    rows = [{"image_id": write(int(q.image[-16:-4])), "question": q.text, "answer": q.label} for q in reversed(asked)]
+    (tmp_path / "a").write_text(json.dumps(rows))
+    assert pope.BENCHMARK.score_files(str(tmp_path / "a"), questions=str(tmp_path / "q")).accuracy == 1
