@@ -2,7 +2,7 @@
 
 Thoughts (up to </think> and the like, or before "Answer:") and markup are left out. Then the first that is there counts:
 
-    1. the first word, if it is yes or no in one of some twenty languages
+    1. the first word, if it is yes or no in one of some twenty languages, or true or false
     2. the first of the English words yes and no anywhere
     3. the first clause that begins with yes or no in one of those languages
     4. an English denial (isn't, not, none) without a word of doubt (sure, know, tell, clear, ...): no
@@ -15,17 +15,18 @@ Thoughts (up to </think> and the like, or before "Answer:") and markup are left 
 import re
 
 WORDS = {
-    "yes": "yes yeah yep sí si oui ja sim sì да tak evet có vâng نعم ya jah kyllä ano igen ναι так כן بله",
-    "no": "no nope non nein não nao нет nie hayır hayir không nee nej لا tidak ei nem όχι οχι ні לא نه",
+    "yes": "yes yeah yep sí si oui ja sim sì да tak evet có vâng نعم ya jah kyllä ano igen ναι так כן بله taip jā bəli true",
+    "no": "no nope non nein não nao нет nie hayır hayir không nee nej لا tidak ei nem όχι οχι ні לא نه ne false",
 }
 BEGINNINGS = {
     "no": re.compile(
         r"不(?!确定|確定|知道|清楚|好意思|过|過|一定|能|可|仅|僅)|没(?!问题|問題)|沒(?!問題)|否|無|无|いいえ|いえ|いない|いません|な[いし]|ありません"
         r"|아니|아뇨|없|(?:जी\s*)?नही|ना(?!म)|ไม่(?!แน่|ทราบ|รู้)"
+        r"|না(?=\W|$)|নেই|இல்லை|లేదు|ಇಲ್ಲ|ഇല്ല"
     ),
     "yes": re.compile(
         r"是(?!否|不是|不)|有(?!没有|沒有|無|无|可能|时|時|些)|对(?!不起|于|這|这)|對(?!不起|於|這)|はい|ええ|あります|います|네|예(?!를)|있"
-        r"|ह(?:ाँ|ां)|जी(?!\s*न)|ใช่|มี"
+        r"|ह(?:ाँ|ां)|जी(?!\s*न)|ใช่|มี|হ্যাঁ|জি(?=\W|$)|ஆம்|అవును|ಹೌದು|അതെ"
     ),
 }
 """Of languages that put no space between words or inflect them."""

@@ -39,6 +39,11 @@ NO = [
     "לא",
     "Tidak ada.",
     "Não, não há.",
+    "False",
+    "না, নেই",
+    "இல்லை.",
+    "లేదు",
+    "Ne, není.",
 ]
 YES = [
     "Yes, it isn't hidden.",
@@ -54,6 +59,11 @@ YES = [
     "Sí, hay uno.",
     "Bueno, sí.",
     "[THINK]no?[/THINK] Yes",
+    "True.",
+    "হ্যাঁ, আছে",
+    "ஆம்",
+    "అవును",
+    "Taip.",
 ]
 UNKNOWN = [
     "I don't know.",
@@ -66,6 +76,7 @@ UNKNOWN = [
     "有可能",
     "A dog.",
     "Hindi is spoken.",
+    "নাম কী?",
     "",
 ]
 
