@@ -536,7 +536,9 @@ def build(name: str, dtype=torch.float32, seed=0):
     for what, p in model.named_parameters():
         if "gate" in what and p.numel() == 1:  # closed at first: no image would be read
             p.data.fill_(0.5)
-        if p.dim() > 1 and not p.any():  # Gemma 3's projector starts at zero: no image would be seen
+        # zeros (Gemma 3's projector) would show no image; one value everywhere (Idefics2's queries) makes all tokens of
+        # an image equal, so that rounding would rank them
+        if p.dim() > 1 and bool((p == p.flatten()[0]).all()):
             p.data.normal_(std=0.2)
     return ready(model, dtype)
 
