@@ -42,14 +42,19 @@ _asked = threading.local()  # .module: the self-attention that is asked for its 
 
 def ask(module: Any, query: torch.Tensor, key: torch.Tensor) -> None:
     """The attention function calls this first: it ends a run that was only meant to make queries and keys."""
-    if module in HEARD:
-        HEARD[module] = query
+    if (kept := HEARD.get(module)) is not None:
+        kept[threading.get_ident()] = query
     if getattr(_asked, "module", None) is module:
         raise _Answer(query, key)
 
 
-HEARD: weakref.WeakKeyDictionary[Any, torch.Tensor | None] = weakref.WeakKeyDictionary()
-"""Self-attention modules whose last queries [B, H, q, D] are wanted, and these."""
+HEARD: weakref.WeakKeyDictionary[Any, dict[int, torch.Tensor]] = weakref.WeakKeyDictionary()
+"""Self-attention modules whose last queries [B, H, q, D] are wanted, and these, of each thread."""
+
+
+def heard(module: Any) -> torch.Tensor | None:
+    """The last queries of a module that is listened to, in this thread."""
+    return HEARD.get(module, {}).get(threading.get_ident())
 
 
 @dataclass
@@ -59,7 +64,7 @@ class Heard:
     module: Any
 
     def __post_init__(self) -> None:
-        HEARD[self.module] = None
+        HEARD[self.module] = {}
 
     def remove(self) -> None:
         HEARD.pop(self.module, None)

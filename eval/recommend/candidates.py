@@ -152,13 +152,16 @@ class Candidates:
                 self.add([method])
 
     def listed(self) -> list[Candidate]:
-        """The candidates in the order in which they are tried: defaults of one kind after the other, then other strengths."""
+        """The candidates in the order in which they are tried: defaults of one kind after the other, then other strengths.
+
+        Programs around generate come last: one of them may take minutes.
+        """
         order = sorted(self.stacks, key=lambda key: ":" in key)
-        turns = Counter[tuple[bool, tuple[str, ...]]]()
+        turns = Counter[tuple[bool, bool, tuple[str, ...]]]()
         turn = {}
         for key in order:
-            group = (":" in key, self.kinds[key])
-            turn[key] = (group[0], turns[group])
+            group = ("procedure" in self.kinds[key], ":" in key, self.kinds[key])
+            turn[key] = (*group[:2], turns[group])
             turns[group] += 1
         return [Candidate(key, self.kinds[key], key in self.controls) for key in sorted(order, key=turn.__getitem__)]
 

@@ -23,7 +23,7 @@ from vlm_fix.families.compat import cache_of, keeps_columns
 from vlm_fix.method import Method
 from vlm_fix.options import GenerateOptions
 from vlm_fix.processors import Ordered
-from vlm_fix.projections import HEARD, Heard
+from vlm_fix.projections import Heard, heard
 from vlm_fix.pruning.after import check_model
 from vlm_fix.pruning.cache import ShortLayer
 from vlm_fix.pruning.kinds import CachePruner, LayerPruner, TokenPruner
@@ -256,7 +256,7 @@ class DraftWing(Wing):
             return
         x = args[0] if args else kwargs["hidden_states"]
         keys = cache.layers[i].keys
-        seen = Seen(attn, x, kwargs["position_embeddings"], keys, kwargs.get("position_ids"), HEARD.get(attn))
+        seen = Seen(attn, x, kwargs["position_embeddings"], keys, kwargs.get("position_ids"), heard(attn))
         visual = (session.types == VISUAL).to(x.device)
         with torch.no_grad():
             session.part(Kept).by_layer[i] = self.method.keeps(seen, session, visual) | ~visual[:, None]

@@ -20,7 +20,7 @@ from vlm_fix.families.compat import cache_of, is_latent
 from vlm_fix.memory import Memory
 from vlm_fix.method import Method, shaped
 from vlm_fix.packing import left_pack
-from vlm_fix.projections import HEARD, Heard
+from vlm_fix.projections import Heard, heard
 from vlm_fix.session import PAD, VISUAL, Session, View
 from vlm_fix.wing import Host
 
@@ -131,7 +131,7 @@ def install(host: Host, dropper: LayerPruner) -> Iterator[Any]:
         keys = cache.layers[i].keys if cache is not None else None
         if i + 1 in stages:
             tables, places = kwargs["position_embeddings"], kwargs.get("position_ids")
-            session.memory(dropper, Entered).seen = Seen(attn, x, tables, keys, places, HEARD.get(attn))
+            session.memory(dropper, Entered).seen = Seen(attn, x, tables, keys, places, heard(attn))
 
     noted, deep = {s - 1 for s in stages if s} | {0}, deepstack.depths(host)
     if deep:

@@ -18,7 +18,7 @@ from vlm_fix.errors import VlmFixError
 from vlm_fix.families.compat import cache_of
 from vlm_fix.memory import Memory
 from vlm_fix.packing import left_pack
-from vlm_fix.projections import HEARD, Heard
+from vlm_fix.projections import Heard, heard
 from vlm_fix.session import PAD, VISUAL, Session, View
 from vlm_fix.wing import Host
 
@@ -59,7 +59,7 @@ def install(host: Host, cacher: CachePruner) -> Iterator[Any]:
         types = session.at(i).types if session.start else session.types
         seen = Seen(attn, x, kwargs["position_embeddings"], layer.keys, kwargs.get("position_ids"))
         valid = types.to(x.device) != PAD
-        cached = Cached(host, i, session, seen, layer.keys, layer.values, valid, HEARD.get(attn))
+        cached = Cached(host, i, session, seen, layer.keys, layer.values, valid, heard(attn))
         with torch.no_grad():
             if session.start:
                 cacher.after_step(cached, layer)
