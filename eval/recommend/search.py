@@ -241,11 +241,11 @@ class Search:
         best = self._best()
         beaten = [s for s in best if s.score > bar and not s.missed]
         if not best:
-            tried = any(s.images for s in self.standings)
-            return (
-                [],
-                "no candidate gained anything in the search" if tried else "no candidate could be tried in this budget",
-            )
+            tried, all_of = sum(s.images > 0 for s in self.standings), len(self.standings)
+            if not tried:
+                return [], "no candidate could be tried in this budget"
+            reached = "" if tried == all_of else f", which reached {tried} of {all_of} candidates"
+            return [], f"no candidate gained anything in the search{reached}"
         if not beaten:
             top = best[0]
             if top.score <= bar:
