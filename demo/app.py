@@ -19,7 +19,7 @@ from vlm_fix import presets
 from vlm_fix.errors import VlmFixError
 from vlm_fix.registry import read_stack
 
-from . import benchmark, look, panes, tools
+from . import benchmark, look, panes, recommended, tools
 from .models import Models, bundled
 from .page import notice
 
@@ -51,8 +51,9 @@ def build(models: Models, mcp: bool = False, preset: str | None = None) -> gr.Bl
             name = gr.Dropdown(
                 models.names,
                 value=first.name,
-                label="Model",
-                info="Hugging Face name or folder" if models.any_name else None,
+                label="Model: a Hugging Face name or a folder" if models.any_name else "Model",
+                show_label=False,
+                container=False,
                 allow_custom_value=models.any_name,
                 filterable=models.any_name,
                 scale=1,
@@ -63,11 +64,13 @@ def build(models: Models, mcp: bool = False, preset: str | None = None) -> gr.Bl
         asked = gr.State(None, time_to_live=KEPT_SECONDS)
         with gr.Tabs() as tabs:
             with gr.Tab("Compare", id="compare"):
-                cards = panes.tab(models, name, asked, page, stack)
+                cards = panes.tab(models, name, about, asked, page, stack)
             with gr.Tab("Look inside", id="inside") as here:
                 look.tab(models, asked, cards, tabs, here)
             with gr.Tab("Benchmark", id="benchmark"):
                 benchmark.tab(models, name, page)
+            with gr.Tab("Recommend", id="recommend"):
+                recommended.tab(models, name, page, benchmark.SPLITS)
         if mcp:
             tools.add(models)
         name.change(choose, name, [about, said], show_progress="hidden", api_visibility="private")

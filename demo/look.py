@@ -18,6 +18,7 @@ from .page import CLICKS, notice
 
 HEADS, THUMB = 12, 130  # heads in the gallery, and their pixels
 HINT = "Compare something first; then choose an answer and click one of its words."
+WAIT = "The answers are still being written. What you clicked opens when they are done."
 
 
 def picture(image: Image.Image, alt: str, quality: int = 88) -> str:
@@ -127,6 +128,7 @@ def heads(view: View, chosen: int, layer: int | None, head: int | None) -> str:
 def tab(models: Models, asked: gr.State, cards: list[gr.HTML], tabs: gr.Tabs, here: gr.Tab) -> None:
     """The tab's components and events; a click on a word of `cards` comes here."""
     view, place, word = gr.State(None, time_to_live=3600), gr.State(None), gr.State(None)
+    late = gr.State(False)  # whether something was clicked while the answers were being written
     said = gr.HTML(f'<p class="quiet">{HINT}</p>', elem_id="look-notice")
     with gr.Row():
         with gr.Column(scale=1, min_width=290):
@@ -156,6 +158,8 @@ def tab(models: Models, asked: gr.State, cards: list[gr.HTML], tabs: gr.Tabs, he
         hidden = [gr.skip(), gr.Radio(visible=False), gr.Slider(visible=False), gr.Slider(visible=False), *[""] * 3]
         if asked is None:
             return [None, None, f'<p class="quiet">{HINT}</p>', *hidden[1:]]
+        if asked.running:
+            return [None, place, f'<p class="quiet">{WAIT}</p>', *hidden[1:]]
         done = {i: pane for i, pane in asked.panes.items() if pane.state == "done"}
         place = place if place in done else max(done, default=None)
         if place is None:
@@ -175,6 +179,15 @@ def tab(models: Models, asked: gr.State, cards: list[gr.HTML], tabs: gr.Tabs, he
         sliders = [gr.Slider(maximum=n - 1, value=x, visible=True) for n, x in ((depth, layer), (count, head))]
         return [made, place, "", radio, *sliders, *draw(made, word, layer, head)]
 
+    def noted(asked: Asked | None, *rest: Any) -> list[Any]:
+        """Open now, or if the answers are still being written when they are done."""
+        return [bool(asked and asked.running), *opened(asked, *rest)]
+
+    def then(late: bool, asked: Asked | None, *rest: Any) -> list[Any]:
+        if not late or (asked and asked.running):
+            return [gr.skip()] * (len(outputs) + 1)
+        return [False, *opened(asked, *rest)]
+
     def clicked(number: int) -> Any:
         def go(event: gr.EventData) -> list[Any]:
             return [number, event.word, gr.Tabs(selected="inside")]
@@ -189,7 +202,8 @@ def tab(models: Models, asked: gr.State, cards: list[gr.HTML], tabs: gr.Tabs, he
 
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": 4}
     inputs, outputs = [asked, view, place, word, layer, head], [view, place, said, which, layer, head, *drawn]
-    here.select(opened, inputs, outputs, **quiet)
+    here.select(noted, inputs, [late, *outputs], **quiet)
+    asked.change(then, [late, *inputs], [late, *outputs], **quiet)
     which.input(lambda place: (place, None), which, [place, word], **quiet).then(opened, inputs, outputs, **quiet)
     for number, card in enumerate(cards):
         card.select(clicked(number), None, [place, word, tabs], **quiet)
