@@ -213,7 +213,7 @@ def tab(models: Models, name: gr.Dropdown, page: gr.Blocks) -> None:
         state, rest = Progress(), [gr.skip()] * 5
         try:
             settings = settings_of(model, KINDS[kind], SPLITS[split], scenes, stacks, seed)
-            loaded = models.get(model)
+            loaded = models.get(model, stop)
             folder = place(request) / hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
             yield ["", state.bar("starting"), *rest, as_command(settings)]
             last = 0.0

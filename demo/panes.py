@@ -108,9 +108,9 @@ def drawn(panes: dict[int, Pane]) -> list[str]:
 
 def tab(
     models: Models, name: gr.Dropdown, about: gr.HTML, asked: gr.State, page: gr.Blocks, preset: Sequence[Method] = ()
-) -> list[gr.HTML]:
-    """The tab's components and events; `asked` gets what is answered; `about` changes when a model is loaded. The first pane begins with `preset`, if there is
-    one. Returns the cards, whose words can be clicked: the event has `word`, the number of the word."""
+) -> tuple[list[gr.HTML], gr.Image]:
+    """The tab's components and events; `asked` gets what is answered, `about` changes when a model is loaded, the first pane
+    begins with `preset`. Returns the cards, whose words can be clicked (the event has `word`, its number), and the image."""
     starts = ([method.name for method in preset], *START[1:]) if preset else START
     known, board, listed = choices.presets(preset), Board(models), choices.listed()
     stops = board.stops
@@ -129,7 +129,9 @@ def tab(
             cards = drawn({i: Pane(stack, "waiting") for i, stack in stacks.items()})
             yield ["", *cards, *recipes, waiting, gr.Button(GOING, interactive=False), gr.Button(visible=True)]
             panes: list[Pane] = []
-            for panes in compare.compare(models.get(model), picture, prompt, used, longest, temperature, seed, stop):
+            for panes in compare.compare(
+                models.get(model, stop), picture, prompt, used, longest, temperature, seed, stop
+            ):
                 yield [shown[0], *drawn(dict(zip(stacks, panes, strict=True))), *shown[-5:]]
             made = Asked(model, picture, prompt, dict(zip(stacks, panes, strict=True)), how)
             yield [*shown[:-3], made, *shown[-2:]]
@@ -332,7 +334,7 @@ def tab(
     image.change(check, image, [said, credit, tried], **quiet)
     for gallery, group in zip(galleries, (examples.scenes(), examples.photographs()), strict=True):
         gallery.select(_picker(group), None, image, **quiet)
-    return cards
+    return cards, image
 
 
 def _ask(event: gr.EventData, path: str | None) -> str:

@@ -193,7 +193,7 @@ def tab(models: Models, name: gr.Dropdown, page: gr.Blocks, splits: dict[str, st
         hidden = [gr.Code(visible=False), *[gr.DownloadButton(visible=False)] * 2]
         wanted = Wanted(model, splits[split], int(scenes), BUDGETS[budget], objective, tuple(only))
         try:
-            loaded = models.get(model)
+            loaded = models.get(model, stop)
             folder = place(request) / f"recommend-{hashlib.sha256(repr(wanted).encode()).hexdigest()[:16]}"
             yield ["", "", bar(state, "starting"), "", *hidden, wanted.as_command()]
             last = 0.0

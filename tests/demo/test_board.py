@@ -65,7 +65,7 @@ def test_candidates_are_listed_with_bars():
 
 @pytest.mark.slow
 def test_a_search_in_the_page_is_that_of_the_command_line(loaded, tmp_path):
-    wanted = recommended.Wanted("picto-llava", scenes=20, budget="10s", only=("vhr:alpha=1.5",))
+    wanted = recommended.Wanted("picto-llava", scenes=20, budget="60s", only=("vhr:alpha=1.5",))
     stop = compare.Stop()
     stop.set()
     *_, stopped = recommended.search(loaded, wanted, tmp_path / "a", stop)
