@@ -96,17 +96,19 @@ class View:
 
     def rolled(self, word: int) -> torch.Tensor:
         """[h, w] attention rollout of a word on the image."""
-        return self._on_image(self.found.rollout, word)
+        assert self.found is not None and self.found.rollout is not None
+        return self._on_image(self.found, self.found.rollout, word)
 
     def salient(self, word: int) -> torch.Tensor:
         """[h, w] saliency of a word on the image, summed over layers."""
-        return self._on_image(self.found.saliency.sum(dim=0), word)
+        assert self.found is not None and self.found.saliency is not None
+        return self._on_image(self.found, self.found.saliency.sum(dim=0), word)
 
-    def _on_image(self, rows: torch.Tensor, word: int) -> torch.Tensor:
+    def _on_image(self, found: vlm_fix.Inspection, rows: torch.Tensor, word: int) -> torch.Tensor:
         """[h, w] of [n, columns], the mean over a word's tokens."""
         cells = self.seen.cells[self.tile]
         mine = [row for row in self.words[word].rows if row < len(rows)]
-        of_image = rows[mine].mean(dim=0)[self.found.visual]
+        of_image = rows[mine].mean(dim=0)[found.visual]
         return of_image[cells.clamp(min=0)] * (cells >= 0)
 
     def _patches(self, tokens: torch.Tensor) -> torch.Tensor:

@@ -145,7 +145,7 @@ def tab(models: Models, asked: gr.State, cards: list[gr.HTML], tabs: gr.Tabs, he
         chosen = view.first if word is None else max(0, min(int(word), len(view.words) - 1))
         i, j = (None if x < 0 else int(x) for x in (layer, head))
         if what in views.VIEWS and view.found is not None:
-            return [spoken(view, chosen), "", views.shown(view, chosen, what)]
+            return [spoken(view, chosen), views.shown(view, chosen, what), ""]
         return [spoken(view, chosen), figures(view, chosen, i, j), heads(view, chosen, i, j)]
 
     def turn(
@@ -196,10 +196,10 @@ def tab(models: Models, asked: gr.State, cards: list[gr.HTML], tabs: gr.Tabs, he
 
     def noted(asked: Asked | None, *rest: Any) -> list[Any]:
         """Open now, or if the answers are still being written when they are done."""
-        return [bool(asked and asked.running), *opened(asked, *rest)]
+        return [asked is None or asked.running, *opened(asked, *rest)]
 
     def then(late: bool, asked: Asked | None, *rest: Any) -> list[Any]:
-        if not late or (asked and asked.running):
+        if not late or asked is None or asked.running:
             return [gr.skip()] * (len(outputs) + 1)
         return [False, *opened(asked, *rest)]
 

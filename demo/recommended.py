@@ -29,6 +29,21 @@ from .models import Loaded, Models
 from .page import notice, places, stop_with
 
 BUDGETS = {"1 minute: a look": "1m", "3 minutes": "3m", "10 minutes": "10m", "30 minutes: an answer": "30m"}
+STEPS = (
+    (
+        "Search",
+        "Every method that the model takes, at several strengths, on half of the scenes; the better half goes on.",
+    ),
+    (
+        "Controls",
+        "Random heads, noise, a bias towards yes search along. What does no better than they do is not proposed.",
+    ),
+    ("Proof", "The two best once more, on scenes that no search has seen. A chance of 5 % at most for a false claim."),
+    (
+        "Answer",
+        "“better by x points”, with a preset to use, or “keep your model as it is”: in minutes, mostly the second.",
+    ),
+)
 OBJECTIVES = ("hallucination", "captions", "questions")
 TOKENS, BATCH = 64, 16
 
@@ -195,7 +210,7 @@ def tab(models: Models, name: gr.Dropdown, page: gr.Blocks, splits: dict[str, st
         try:
             loaded = models.get(model, stop)
             folder = place(request) / f"recommend-{hashlib.sha256(repr(wanted).encode()).hexdigest()[:16]}"
-            yield ["", "", bar(state, "starting"), "", *hidden, wanted.as_command()]
+            yield ["", "", bar(state, "starting"), gr.skip(), *hidden, wanted.as_command()]
             last = 0.0
             for state in search(loaded, wanted, folder, stop):
                 if state.found:
@@ -212,7 +227,7 @@ def tab(models: Models, name: gr.Dropdown, page: gr.Blocks, splits: dict[str, st
                     ]
                 elif time.monotonic() - last > 0.3:
                     last = time.monotonic()
-                    yield [gr.skip(), gr.skip(), bar(state), table(state.rows), *rest]
+                    yield [gr.skip(), gr.skip(), bar(state), table(state.rows) or gr.skip(), *rest]
             if not state.found:
                 yield [gr.skip(), gr.skip(), bar(state, "stopped; Search continues there"), gr.skip(), *rest]
         except Exception as error:  # a page shows one sentence, never a stack trace
@@ -242,7 +257,8 @@ def tab(models: Models, name: gr.Dropdown, page: gr.Blocks, splits: dict[str, st
                 ),
                 elem_id="search-bar",
             )
-            rows = gr.HTML("", elem_id="search-table")
+            steps = "".join(f"<div><b>{name}</b>{text}</div>" for name, text in STEPS)
+            rows = gr.HTML(f'<div class="steps">{steps}</div>', elem_id="search-table")
             with gr.Row():
                 save = gr.DownloadButton("Download vlm-fix.yaml", visible=False, elem_id="save-preset")
                 report = gr.DownloadButton("Download the report (HTML)", visible=False, elem_id="save-report")

@@ -22,8 +22,8 @@ def layers(view: View, chosen: int) -> str:
 
 def flows(view: View, chosen: int) -> str:
     """Rollout and saliency of a word, on the image, and what else the word hangs on."""
-    assert view.found is not None
     found, word = view.found, view.words[chosen]
+    assert found is not None and found.rollout is not None and found.saliency is not None
     made = [figure(inside.canvas(view.picture), "Image", "as the model sees it")]
     for title, heat, all_of, about in (
         (
