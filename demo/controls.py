@@ -84,7 +84,7 @@ def settings(page: gr.Blocks, names: gr.Dropdown, options: gr.State, fresh: gr.S
                         partial(remember, method=name, field=field.name),
                         [options, made],
                         options,
-                        queue=False,
+                        concurrency_limit=None,  # queued: only then does a change of the state tell the panes
                         show_progress="hidden",
                         api_visibility="private",
                     )

@@ -328,8 +328,8 @@ def tab(
         lambda n: [gr.Column(visible=i < n) for i in range(1, len(START) + 1)], count, columns, queue=False, **quiet
     )
     chosen_now = [*inputs, count, *columns, fresh]
-    ready.input(put, [ready, fresh], chosen_now, queue=False, **quiet)
-    book.select(place, [count, fresh, *inputs], chosen_now, queue=False, **quiet)
+    ready.input(put, [ready, fresh], chosen_now, concurrency_limit=None, **quiet)
+    book.select(place, [count, fresh, *inputs], chosen_now, concurrency_limit=None, **quiet)
     tried.select(_ask, image, prompt, queue=False, **quiet)
     image.change(check, image, [said, credit, tried], **quiet)
     for gallery, group in zip(galleries, (examples.scenes(), examples.photographs()), strict=True):
