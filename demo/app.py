@@ -19,9 +19,10 @@ from vlm_fix import presets
 from vlm_fix.errors import VlmFixError
 from vlm_fix.registry import read_stack
 
-from . import benchmark, look, panes, tools
+from . import benchmark, look, panes, point, recommended, tools
+from .compare import Stop
 from .models import Models, bundled
-from .page import notice
+from .page import notice, stop_with
 
 MAX_FILE = "20mb"
 KEPT_SECONDS = 3600  # an uploaded image is deleted after this, and all of them when the demo ends
@@ -34,12 +35,29 @@ def build(models: Models, mcp: bool = False, preset: str | None = None) -> gr.Bl
         presets.check(f"@{preset}", first.model)
     stack = read_stack(preset) if preset else []
 
-    def choose(name: str) -> Iterator[tuple[str, str]]:
-        yield head(f"Loading {html.escape(str(name))} …"), ""
+    loads: dict[str, Stop] = {}  # session -> what it is loading
+
+    def choose(request: gr.Request, name: str, before: str) -> Iterator[list[Any]]:
+        """Outputs: about, notice, cancel, the model's name, the name of the one before."""
+        session = request.session_hash or ""
+        if session in loads:
+            loads[session].set()
+        stop = loads[session] = Stop()
+        yield [
+            head(f'<i class="spin"></i>Loading {html.escape(str(name))} …'),
+            "",
+            gr.Button(visible=True),
+            *[gr.skip()] * 2,
+        ]
+        hidden = gr.Button(visible=False)
         try:
-            yield head(models.get(name).about()), ""
+            loaded = models.get(name, stop)
+            yield [head(loaded.about()), "", hidden, gr.skip(), loaded.name]
         except VlmFixError as error:
-            yield head("No model"), notice(str(error))
+            if loads.get(session) is not stop:  # another one was chosen meanwhile
+                return
+            back = before if stop.is_set() else gr.skip()
+            yield [head("No model"), notice(str(error)), hidden, back, gr.skip()]
 
     def head(about: str) -> str:
         return f"<h1>vlm-fix</h1><p>See a model hallucinate less. {about}</p>"
@@ -51,26 +69,42 @@ def build(models: Models, mcp: bool = False, preset: str | None = None) -> gr.Bl
             name = gr.Dropdown(
                 models.names,
                 value=first.name,
-                label="Model",
-                info="Hugging Face name or folder" if models.any_name else None,
+                label="Model: a Hugging Face name or a folder" if models.any_name else "Model",
+                show_label=False,
+                container=False,
                 allow_custom_value=models.any_name,
                 filterable=models.any_name,
                 scale=1,
                 min_width=220,
                 elem_id="model",
             )
+            cancel = gr.Button("Cancel", visible=False, size="sm", scale=0, min_width=80, elem_id="cancel")
         said = gr.HTML("", elem_id="model-notice")
+        before = gr.State(first.name)
         asked = gr.State(None, time_to_live=KEPT_SECONDS)
         with gr.Tabs() as tabs:
             with gr.Tab("Compare", id="compare"):
-                cards = panes.tab(models, name, asked, page, stack)
+                cards, image = panes.tab(models, name, about, asked, page, stack)
             with gr.Tab("Look inside", id="inside") as here:
                 look.tab(models, asked, cards, tabs, here)
+            with gr.Tab("Point", id="point") as pointing:
+                point.tab(models, name, image, page, pointing)
             with gr.Tab("Benchmark", id="benchmark"):
                 benchmark.tab(models, name, page)
+            with gr.Tab("Recommend", id="recommend"):
+                recommended.tab(models, name, page, benchmark.SPLITS)
         if mcp:
             tools.add(models)
-        name.change(choose, name, [about, said], show_progress="hidden", api_visibility="private")
+        name.change(
+            choose,
+            [name, before],
+            [about, said, cancel, name, before],
+            show_progress="hidden",
+            api_visibility="private",
+            concurrency_limit=None,
+            trigger_mode="multiple",
+        )
+        stop_with(page, cancel, loads)
     return page
 
 

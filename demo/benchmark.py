@@ -10,11 +10,9 @@ import dataclasses
 import hashlib
 import html
 import json
-import os
 import queue
 import re
 import shutil
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -32,9 +30,11 @@ from vlm_fix.eval.run import runner
 from vlm_fix.eval.settings import Settings
 from vlm_fix.registry import split_methods
 
+from . import board
+from .choices import method_choices
 from .compare import Stop, Stopped, command, sentence
 from .models import Loaded, Models
-from .page import method_choices, notice, stop_with
+from .page import notice, places, stop_with
 
 BATCH, MOST = 16, 500
 KINDS = {"POPE: yes/no questions": "pope", "CHAIR: captions": "chair", "both": "all"}
@@ -193,28 +193,27 @@ def keep(results: dict[str, Any], folder: Path) -> tuple[str, str]:
 def tab(models: Models, name: gr.Dropdown, page: gr.Blocks) -> None:
     """The tab's components and events."""
     stops: dict[str, Stop] = {}
-    places: dict[str, tempfile.TemporaryDirectory[str]] = {}
-
-    def place(request: gr.Request) -> Path:
-        """The visitor's own folder; it goes with the visitor."""
-        visitor = request.session_hash or ""
-        if visitor not in places:
-            places[visitor] = tempfile.TemporaryDirectory(dir=os.environ.get("GRADIO_TEMP_DIR"))
-        return Path(places[visitor].name)
+    place = places(page)
 
     def shown(results: dict[str, Any], folder: Path) -> list[Any]:
-        """Updates of table, figure and download."""
+        """Updates of verdict, table, all tables, figure and download."""
         picture, archive = keep(results, folder)
-        return [table(results), gr.Image(picture, visible=True), gr.DownloadButton(value=archive, visible=True)]
+        return [
+            board.verdict(results),
+            board.table(results),
+            table(results),
+            gr.Image(picture, visible=True),
+            gr.DownloadButton(value=archive, visible=True),
+        ]
 
     def start(
         request: gr.Request, model: str, kind: str, split: str, scenes: int, stacks: list[str], seed: int
     ) -> Iterator[list[Any]]:
         stop = stops[request.session_hash or ""] = Stop()
-        state, rest = Progress(), [gr.skip()] * 3
+        state, rest = Progress(), [gr.skip()] * 5
         try:
             settings = settings_of(model, KINDS[kind], SPLITS[split], scenes, stacks, seed)
-            loaded = models.get(model)
+            loaded = models.get(model, stop)
             folder = place(request) / hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
             yield ["", state.bar("starting"), *rest, as_command(settings)]
             last = 0.0
@@ -233,16 +232,12 @@ def tab(models: Models, name: gr.Dropdown, page: gr.Blocks) -> None:
         finally:
             stop.set()
 
-    def leave(request: gr.Request) -> None:
-        if request.session_hash in places:
-            places.pop(request.session_hash).cleanup()
-
     def show(request: gr.Request, path: str) -> list[Any]:
         try:
             results = open_results(path)
             return ["", "", *shown(results, place(request) / f"opened-{results['config_hash'][:16]}")]
         except Exception as error:
-            return [notice(sentence(error)), *[gr.skip()] * 4]
+            return [notice(sentence(error)), *[gr.skip()] * 6]
 
     with gr.Row():
         with gr.Column(scale=1, min_width=290):
@@ -269,6 +264,8 @@ def tab(models: Models, name: gr.Dropdown, page: gr.Blocks) -> None:
         with gr.Column(scale=3, min_width=320):
             said = gr.HTML("", elem_id="bench-notice")
             bar = gr.HTML(Progress().bar("Nothing has run yet."), elem_id="bar")
+            told = gr.HTML("", elem_id="bench-verdict")
+            short = gr.HTML("", elem_id="board")
             figure = gr.Image(
                 label="Gain over the baseline, with 95 % intervals",
                 show_label=False,
@@ -279,11 +276,12 @@ def tab(models: Models, name: gr.Dropdown, page: gr.Blocks) -> None:
                 alt_text="POPE accuracy against the baseline, and CHAIR against recall, with 95 % intervals",
                 elem_id="figure",
             )
-            results = gr.Markdown("", elem_id="table")
+            with gr.Accordion("All figures", open=False, elem_id="every"):
+                results = gr.Markdown("", elem_id="table")
             save = gr.DownloadButton("Download results (zip)", visible=False, size="sm", elem_id="save")
             with gr.Accordion("Copy what was run", open=False):
                 line = gr.Code(language="shell", label="As a command", interactive=False, elem_id="bench-command")
-    outputs = [said, bar, results, figure, save]
+    outputs = [said, bar, told, short, results, figure, save]
     private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
     go.click(
         start,
@@ -294,7 +292,6 @@ def tab(models: Models, name: gr.Dropdown, page: gr.Blocks) -> None:
         **private,
     )
     stop_with(page, end, stops)
-    page.unload(leave)
     upload.upload(show, upload, outputs, **private)
     if models.any_name:
         folder.submit(show, folder, outputs, **private)

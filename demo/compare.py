@@ -26,6 +26,7 @@ from vlm_fix.decoding import ProcedureWing
 from vlm_fix.errors import VlmFixError
 from vlm_fix.eval.run import generation, runner
 from vlm_fix.eval.scorers.chair import score as chair
+from vlm_fix.eval.scorers.yesno import verdict
 from vlm_fix.eval.settings import Settings
 from vlm_fix.eval.tasks.sample import CAPTION_PROMPT
 from vlm_fix.registry import get_method
@@ -81,6 +82,8 @@ class Pane:
 
     stack: list[str]
     state: str = "idle"  # waiting, running, done, stopped, failed
+    label: str = ""  # the true answer to a yes/no question; "": it is none, or the truth is unknown
+    prepared: bool = False  # answered before the page was opened (see `prepared`)
     text: str = ""
     notes: list[str] = dataclasses.field(default_factory=list)
     truth: frozenset[str] | None = None
@@ -100,9 +103,22 @@ class Pane:
             return None
         return chair.score([chair.Caption(0, self.text)], {0: self.truth}, "pattern")
 
+    def right(self) -> bool | None:
+        """Whether a yes/no answer is the true one; None if that is not known. Neither yes nor no is wrong."""
+        if not self.label or self.state != "done":
+            return None
+        return verdict(self.text, self.label, "ours") == self.label
+
     def words(self) -> list[tuple[str, str | None, str]]:
-        """The text in words, objects and blanks (text, "grounded" | "hallucinated" | None, object); joined: the text."""
+        """The text in words, objects and blanks (text, "grounded" | "hallucinated" | None, object); joined: the text.
+
+        Of an answer to a yes/no question the yes or no is marked, as grounded where it is right.
+        """
         score, pieces, at = self.score(), list[tuple[str, str | None, str]](), 0
+        right = self.right()
+        if right is not None and (said := re.search(r"\b(yes|no|not)\b", self.text, re.IGNORECASE)):
+            mark = ("grounded", "right") if right else ("hallucinated", f"wrong, it is {self.label}")
+            return [*_plain(self.text[: said.start()]), (said[0], *mark), *_plain(self.text[said.end() :])]
         caption = score.captions[0] if score else None
         marked = [(o, "grounded") for o in caption.correct] if caption else []
         marked += [(o, "hallucinated") for o in caption.hallucinated] if caption else []
@@ -119,12 +135,15 @@ def _plain(text: str) -> list[tuple[str, str | None, str]]:
 
 @dataclasses.dataclass
 class Asked:
-    """What was compared: `panes` by their place in the page."""
+    """What was compared: `panes` by their place in the page. `how`: the image, the prompt and all settings as a person has
+    set them, to tell answers of other ones. While it is `running`, there are no panes yet."""
 
     model: str
     image: Image.Image
     prompt: str
     panes: dict[int, Pane]
+    how: tuple[Any, ...] = ()
+    running: bool = False
 
 
 class Stopped(Exception):
@@ -132,7 +151,9 @@ class Stopped(Exception):
 
 
 class Stop(threading.Event):
-    """Ends a comparison from another thread."""
+    """Ends a comparison from another thread; `what` is being compared, in the page's terms."""
+
+    what: Any = None
 
 
 class _Live(TextIteratorStreamer):
@@ -169,8 +190,11 @@ def compare(
         raise VlmFixError(f'There is no prompt: ask something, such as "{CAPTION_PROMPT}"')
     stop = stop or Stop()
     example = examples.recognise(picture)
-    truth = example.truth if example else None
-    panes = [Pane(list(stack), truth=truth) for stack in ([runner.BASELINE] if baseline else []) + list(stacks)]
+    truth = example.truth if example and not examples.yes_no(prompt) else None
+    label = examples.label(example, prompt)
+    panes = [
+        Pane(list(stack), truth=truth, label=label) for stack in ([runner.BASELINE] if baseline else []) + list(stacks)
+    ]
     try:
         for pane in panes:
             if stop.is_set():

@@ -6,6 +6,7 @@ The answer of a pane is fed once more (teacher forcing) through the model with t
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from typing import Any
@@ -51,6 +52,8 @@ class View:
     base: Observation | None
     others: list[tuple[str, str, Image.Image]]  # further images: title, what it is, picture
     note: str = ""  # why `seen` is the model without methods, or has no `base`, if so
+    found: vlm_fix.Inspection | None = None  # once it was asked for, see `inspect`
+    names: dict[int, str] = dataclasses.field(default_factory=dict)  # the text of each token in `found`
 
     @property
     def first(self) -> int:
@@ -90,6 +93,23 @@ class View:
     def dropped(self, layer: int | None) -> torch.Tensor | None:
         """[h, w] bool: patches that a pruner dropped before a layer (None: the last one); None if there is none."""
         return None if self.seen.kept.all() else self._patches(~self.seen.kept[-1 if layer is None else layer])
+
+    def rolled(self, word: int) -> torch.Tensor:
+        """[h, w] attention rollout of a word on the image."""
+        assert self.found is not None and self.found.rollout is not None
+        return self._on_image(self.found, self.found.rollout, word)
+
+    def salient(self, word: int) -> torch.Tensor:
+        """[h, w] saliency of a word on the image, summed over layers."""
+        assert self.found is not None and self.found.saliency is not None
+        return self._on_image(self.found, self.found.saliency.sum(dim=0), word)
+
+    def _on_image(self, found: vlm_fix.Inspection, rows: torch.Tensor, word: int) -> torch.Tensor:
+        """[h, w] of [n, columns], the mean over a word's tokens."""
+        cells = self.seen.cells[self.tile]
+        mine = [row for row in self.words[word].rows if row < len(rows)]
+        of_image = rows[mine].mean(dim=0)[found.visual]
+        return of_image[cells.clamp(min=0)] * (cells >= 0)
 
     def _patches(self, tokens: torch.Tensor) -> torch.Tensor:
         cells = self.seen.cells[self.tile]
@@ -133,6 +153,25 @@ def look(loaded: Loaded, image: Image.Image, prompt: str, pane: Pane) -> View:
             note = f"{name} shows the model another image, whose patches are not those of the baseline's."
     before = None if plain or note else base
     return View(pane, words(processor.tokenizer, pane), pictures[tile], tile, seen, before, others, note)
+
+
+def inspect(loaded: Loaded, image: Image.Image, prompt: str, view: View) -> None:
+    """Fill in `found`: what `vlm-fix inspect` has of this answer, with the pane's methods on the model.
+
+    Raises VlmFixError for a stack that cannot be inspected, such as one with a pruner.
+    """
+    if view.found is not None:
+        return
+    stack, tokenizer = view.pane.stack, loaded.processor.tokenizer
+    ends = loaded.model.generation_config.eos_token_id
+    said = [token for token in view.pane.ids if token not in (ends if isinstance(ends, list) else [ends])]
+    with loaded.turn:
+        inputs = dict(generation.encode(loaded.model, loaded.processor, [image], [prompt]))
+        plain = stack == runner.BASELINE
+        with contextlib.nullcontext() if plain else vlm_fix.wrapped(loaded.model, stack):
+            found = vlm_fix.inspect(loaded.model, inputs, said)
+    view.names = {i: tokenizer.decode([i]) for i in {*found.ids.tolist(), *found.lens_tokens.flatten().tolist()}}
+    view.found = found
 
 
 def words(tokenizer: Any, pane: Pane) -> list[Word]:

@@ -2,36 +2,22 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
+from collections.abc import Iterator
 from typing import Any
 
 import gradio as gr
-from PIL import Image
 
-from . import inside
+from . import inside, views
 from .compare import Asked, sentence
+from .drawn import figure, picture
 from .inside import View
 from .models import Models
 from .page import CLICKS, notice
 
 HEADS, THUMB = 12, 130  # heads in the gallery, and their pixels
 HINT = "Compare something first; then choose an answer and click one of its words."
-
-
-def picture(image: Image.Image, alt: str, quality: int = 88) -> str:
-    """An <img> that carries its own pixels: nothing is written to disk."""
-    data = io.BytesIO()
-    image.save(data, "WEBP", quality=quality)
-    source = base64.b64encode(data.getvalue()).decode()
-    return f'<img alt="{html.escape(alt, quote=True)}" src="data:image/webp;base64,{source}">'
-
-
-def figure(image: Image.Image, title: str, note: str) -> str:
-    """A picture with its title and what can be read off it."""
-    caption = f"<b>{html.escape(title)}</b><span>{html.escape(note)}</span>"
-    return f"<figure>{picture(image, f'{title}: {note}')}<figcaption>{caption}</figcaption></figure>"
+WAIT = "The answers are still being written. What you clicked opens when they are done."
 
 
 def spoken(view: View, chosen: int) -> str:
@@ -58,11 +44,13 @@ def figures(view: View, chosen: int, layer: int | None, head: int | None) -> str
     made = [figure(inside.canvas(view.picture), "Image", f"as the model sees it, {h} × {w} patches")]
     share = float(view.mass(chosen, layer, head).mean())
     note = f"“{word.text}” puts {100 * share:.0f} % of its attention on the image; {where}"
-    made.append(figure(inside.overlay(view.picture, raw, float(raw.max()), sinks=sinks), "Attention", note))
+    drawn = inside.overlay(view.picture, raw, float(raw.max()), sinks=sinks)
+    made.append(figure(drawn, "Attention", note, _heat(float(raw.max()))))
     notes = []
     if marked:
         note = f"{marked} sink tokens (ringed) taken out; {100 * float(masked.sum()):.0f} % left"
-        made.append(figure(inside.overlay(view.picture, masked, float(masked.max())), "Without sinks", note))
+        drawn = inside.overlay(view.picture, masked, float(masked.max()))
+        made.append(figure(drawn, "Without sinks", note, _heat(float(masked.max()))))
     else:
         notes.append("No image token is an attention sink here.")
     if view.note:
@@ -77,7 +65,8 @@ def figures(view: View, chosen: int, layer: int | None, head: int | None) -> str
         else:
             note = f"red: more, blue: less attention; {round(100 * float(change.sum()), 1) + 0.0:+} points in all"
             drawn = inside.overlay(view.picture, change, peak, signed=True)
-            made.append(figure(drawn, f"{view.pane.title} minus baseline", note))
+            ends = ("change", f"−{100 * peak:.2g} %", "0", f"+{100 * peak:.2g} %")
+            made.append(figure(drawn, f"{view.pane.title} minus baseline", note, ends))
     dropped = view.dropped(layer)
     if dropped is not None:
         where = "the last layer" if layer is None else f"layer {layer}"
@@ -86,6 +75,10 @@ def figures(view: View, chosen: int, layer: int | None, head: int | None) -> str
     made += [figure(inside.canvas(image), title, note) for title, note, image in view.others]
     said = html.escape(" ".join(notes))
     return f'<div class="figures">{"".join(made)}</div><p class="quiet">{said}</p>'
+
+
+def _heat(peak: float) -> tuple[str, ...]:
+    return "heat", "0", f"{100 * peak:.2g} % in a patch"
 
 
 def heads(view: View, chosen: int, layer: int | None, head: int | None) -> str:
@@ -127,10 +120,14 @@ def heads(view: View, chosen: int, layer: int | None, head: int | None) -> str:
 def tab(models: Models, asked: gr.State, cards: list[gr.HTML], tabs: gr.Tabs, here: gr.Tab) -> None:
     """The tab's components and events; a click on a word of `cards` comes here."""
     view, place, word = gr.State(None, time_to_live=3600), gr.State(None), gr.State(None)
+    late = gr.State(False)  # whether something was clicked while the answers were being written
     said = gr.HTML(f'<p class="quiet">{HINT}</p>', elem_id="look-notice")
     with gr.Row():
         with gr.Column(scale=1, min_width=290):
             which = gr.Radio([], label="Answer of", visible=False, elem_id="which")
+            what = gr.Radio(
+                [views.ATTENTION, *views.VIEWS], value=views.ATTENTION, label="View", visible=False, elem_id="what"
+            )
             layer = gr.Slider(
                 -1, 1, -1, step=1, label="Layer", info="-1: mean over all", visible=False, elem_id="layer"
             )
@@ -141,21 +138,42 @@ def tab(models: Models, asked: gr.State, cards: list[gr.HTML], tabs: gr.Tabs, he
     gallery = gr.HTML("", js_on_load=CLICKS, elem_id="heads")
     drawn = [answer, maps, gallery]
 
-    def draw(view: View | None, word: int | None, layer: int, head: int) -> list[Any]:
+    def draw(view: View | None, word: int | None, layer: int, head: int, what: str = views.ATTENTION) -> list[Any]:
         """The three drawings."""
         if view is None or not view.words:
             return [""] * 3
         chosen = view.first if word is None else max(0, min(int(word), len(view.words) - 1))
         i, j = (None if x < 0 else int(x) for x in (layer, head))
+        if what in views.VIEWS and view.found is not None:
+            return [spoken(view, chosen), views.shown(view, chosen, what), ""]
         return [spoken(view, chosen), figures(view, chosen, i, j), heads(view, chosen, i, j)]
+
+    def turn(
+        asked: Asked | None, view: View | None, word: int | None, layer: int, head: int, what: str
+    ) -> Iterator[Any]:
+        """Another of the views. Outputs: notice, sliders, drawings."""
+        sliders = [gr.Slider(visible=what == views.ATTENTION)] * 2
+        if view is None or asked is None or what == views.ATTENTION:
+            yield ["", *sliders, *draw(view, word, layer, head)]
+            return
+        yield ['<p class="quiet"><i class="spin"></i>Looking through all layers …</p>', *sliders, gr.skip(), "", ""]
+        try:
+            inside.inspect(models.get(asked.model), asked.image, asked.prompt, view)
+        except Exception as error:  # a page shows one sentence, never a stack trace
+            yield [notice(sentence(error)), *[gr.skip()] * 5]
+            return
+        yield ["", gr.skip(), gr.skip(), *draw(view, word, layer, head, what)]
 
     def opened(
         asked: Asked | None, old: View | None, place: int | None, word: int | None, layer: int, head: int
     ) -> list[Any]:
-        """Observe the chosen answer, unless that was done. Outputs: view, place, notice, radio, sliders, drawings."""
-        hidden = [gr.skip(), gr.Radio(visible=False), gr.Slider(visible=False), gr.Slider(visible=False), *[""] * 3]
+        """Observe the chosen answer, unless that was done. Outputs: view, place, notice, radios, sliders, drawings."""
+        sliders = [gr.Slider(visible=False)] * 2
+        hidden = [gr.skip(), gr.Radio(visible=False), gr.Radio(visible=False), *sliders, *[""] * 3]
         if asked is None:
             return [None, None, f'<p class="quiet">{HINT}</p>', *hidden[1:]]
+        if asked.running:
+            return [None, place, f'<p class="quiet">{WAIT}</p>', *hidden[1:]]
         done = {i: pane for i, pane in asked.panes.items() if pane.state == "done"}
         place = place if place in done else max(done, default=None)
         if place is None:
@@ -173,7 +191,17 @@ def tab(models: Models, asked: gr.State, cards: list[gr.HTML], tabs: gr.Tabs, he
         depth, count = made.seen.visual_mass.shape[:2]
         layer, head = min(layer, depth - 1), min(head, count - 1)
         sliders = [gr.Slider(maximum=n - 1, value=x, visible=True) for n, x in ((depth, layer), (count, head))]
-        return [made, place, "", radio, *sliders, *draw(made, word, layer, head)]
+        turned = gr.Radio(value=views.ATTENTION, visible=True)
+        return [made, place, "", radio, turned, *sliders, *draw(made, word, layer, head)]
+
+    def noted(asked: Asked | None, *rest: Any) -> list[Any]:
+        """Open now, or if the answers are still being written when they are done."""
+        return [asked is None or asked.running, *opened(asked, *rest)]
+
+    def then(late: bool, asked: Asked | None, *rest: Any) -> list[Any]:
+        if not late or asked is None or asked.running:
+            return [gr.skip()] * (len(outputs) + 1)
+        return [False, *opened(asked, *rest)]
 
     def clicked(number: int) -> Any:
         def go(event: gr.EventData) -> list[Any]:
@@ -181,20 +209,25 @@ def tab(models: Models, asked: gr.State, cards: list[gr.HTML], tabs: gr.Tabs, he
 
         return go
 
-    def picked(event: gr.EventData, view: View | None, layer: int, head: int) -> list[Any]:
-        return [event.word, *draw(view, event.word, layer, head)]
+    def picked(event: gr.EventData, view: View | None, layer: int, head: int, what: str) -> list[Any]:
+        return [event.word, *draw(view, event.word, layer, head, what)]
 
     def headed(event: gr.EventData, view: View | None, word: int | None) -> list[Any]:
         return [event.layer, event.head, *draw(view, word, event.layer, event.head)]
 
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": 4}
-    inputs, outputs = [asked, view, place, word, layer, head], [view, place, said, which, layer, head, *drawn]
-    here.select(opened, inputs, outputs, **quiet)
+    inputs = [asked, view, place, word, layer, head]
+    outputs = [view, place, said, which, what, layer, head, *drawn]
+    here.select(noted, inputs, [late, *outputs], **quiet)
+    asked.change(then, [late, *inputs], [late, *outputs], **quiet)
     which.input(lambda place: (place, None), which, [place, word], **quiet).then(opened, inputs, outputs, **quiet)
+    what.input(
+        turn, [asked, view, word, layer, head, what], [said, layer, head, *drawn], trigger_mode="always_last", **quiet
+    )
     for number, card in enumerate(cards):
         card.select(clicked(number), None, [place, word, tabs], **quiet)
     quiet |= {"concurrency_limit": 1, "concurrency_id": "draw"}  # two quick clicks: the second has the last word
-    answer.select(picked, [view, layer, head], [word, *drawn], **quiet)
+    answer.select(picked, [view, layer, head, what], [word, *drawn], **quiet)
     gallery.select(headed, [view, word], [layer, head, *drawn], **quiet)
     for slider in (layer, head):
         slider.input(draw, [view, word, layer, head], drawn, trigger_mode="always_last", **quiet)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import copy
+import dataclasses
 import html
 import itertools
 import threading
@@ -79,6 +80,16 @@ class Loaded:
         )
 
 
+@dataclasses.dataclass
+class Loading:
+    """A model that is being loaded, for `waiting` people."""
+
+    done: threading.Event = dataclasses.field(default_factory=threading.Event)
+    waiting: int = 0
+    made: Loaded | None = None
+    error: Exception | None = None
+
+
 class Models:
     """Models by name. Only the listed names are loaded, unless `any_name`: a page that others reach must not let them
     fill the disk or look into folders."""
@@ -86,21 +97,57 @@ class Models:
     def __init__(self, names: Sequence[str], any_name: bool = False) -> None:
         self.names, self.any_name = list(dict.fromkeys(names)), any_name
         self.loaded: collections.OrderedDict[str, Loaded] = collections.OrderedDict()
-        self.lock = threading.Lock()
+        self.loading: dict[str, Loading] = {}
+        self.lock = threading.Lock()  # of the two above; never held for long
+        self.one = threading.Lock()  # transformers changes the default dtype while it loads: one after the other
 
-    def get(self, name: str) -> Loaded:
-        """The model, loaded if need be; VlmFixError if it cannot be had. The last two asked for stay in memory."""
+    def get(self, name: str, stop: threading.Event | None = None) -> Loaded:
+        """The model, loaded if need be; VlmFixError if it cannot be had, or once `stop` is set.
+
+        Nobody waits for a model that another has asked for. The last two asked for stay in memory; what nobody waits for any
+        more is let go when it is loaded.
+        """
         name = (name or "").strip()
         if not name or (name not in self.names and not self.any_name):
             raise VlmFixError(f"This page offers {', '.join(self.names)}: choose one of them.")
         with self.lock:
-            if name not in self.loaded:
-                made = Loaded(name)
+            if name in self.loaded:
+                self.loaded.move_to_end(name)
+                return self.loaded[name]
+            job = self.loading.get(name)
+            if job is None:
+                job = self.loading[name] = Loading()
+                threading.Thread(target=self._load, args=(name, job), daemon=True).start()
+            job.waiting += 1
+        try:
+            while not job.done.wait(0.1):
+                if stop and stop.is_set():
+                    raise VlmFixError(f"{name} was not loaded: it was cancelled. Choose it again to load it.")
+        finally:
+            with self.lock:
+                job.waiting -= 1
+        if job.error:
+            raise job.error
+        assert job.made
+        return job.made
+
+    def _load(self, name: str, job: Loading) -> None:
+        try:
+            with self.one:
+                with self.lock:
+                    if not job.waiting:
+                        del self.loading[name]
+                        return
+                job.made = Loaded(name)
+        except Exception as error:
+            job.error = error
+        with self.lock:
+            del self.loading[name]
+            if job.made and job.waiting:
                 while len(self.loaded) >= KEPT:
                     self.loaded.popitem(last=False)
-                self.loaded[name] = made
-            self.loaded.move_to_end(name)
-            return self.loaded[name]
+                self.loaded[name] = job.made
+            job.done.set()
 
 
 def bundled() -> list[str]:

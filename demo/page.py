@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import html
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
 
 import gradio as gr
 
-from vlm_fix import list_methods
-from vlm_fix.method import Baseline
-
 from .compare import Stop
 
-CLICKS = """element.addEventListener('click', event => {
-  const hit = event.target.closest('[data-word], [data-head]');
-  if (hit) trigger('select', Object.fromEntries(Object.entries(hit.dataset).map(([key, value]) => [key, +value])));
-});"""  # a click on a word or a head is an event with the numbers that its element carries
+CLICKS = """const CHOSEN = '[data-word], [data-head], [data-ask], [data-method]';
+const send = hit => trigger('select', Object.fromEntries(Object.entries(hit.dataset).map(([k, v]) => [k, +v])));
+element.addEventListener('click', event => { const hit = event.target.closest(CHOSEN); if (hit) send(hit); });
+element.addEventListener('keydown', event => {
+  const hit = event.target.closest('[data-word]');
+  if (!hit) return;
+  const all = [...element.querySelectorAll('[data-word]')], at = all.indexOf(hit);
+  const to = {ArrowRight: at + 1, ArrowLeft: at - 1, Home: 0, End: all.length - 1}[event.key];
+  if (to !== undefined && all[to]) { hit.tabIndex = -1; all[to].tabIndex = 0; all[to].focus(); event.preventDefault(); }
+  if ((event.key === 'Enter' || event.key === ' ') && hit.tagName !== 'BUTTON') { send(hit); event.preventDefault(); }
+});"""  # a click on a word, a head, a chip is an event with the numbers of its element; Tab, arrows and Enter reach them too
 
 
 def notice(sentence: str) -> str:
     """A sentence for the person, read aloud by screen readers."""
     return f'<div class="notice" role="alert">{html.escape(sentence)}</div>' if sentence else ""
-
-
-def method_choices() -> list[tuple[str, str]]:
-    """(label, name) of every method."""
-    return [(f"{c.name} ({c.kind})", c.name) for c in list_methods() if c is not Baseline]
 
 
 def stop_with(page: gr.Blocks, button: gr.Button, stops: dict[str, Stop]) -> None:
@@ -40,3 +43,21 @@ def stop_with(page: gr.Blocks, button: gr.Button, stops: dict[str, Stop]) -> Non
 
     button.click(halt, queue=False, api_visibility="private")
     page.unload(leave)
+
+
+def places(page: gr.Blocks) -> Callable[[gr.Request], Path]:
+    """A function from a request to its visitor's own folder, which goes with the visitor."""
+    kept: dict[str, tempfile.TemporaryDirectory[str]] = {}
+
+    def place(request: gr.Request) -> Path:
+        visitor = request.session_hash or ""
+        if visitor not in kept:
+            kept[visitor] = tempfile.TemporaryDirectory(dir=os.environ.get("GRADIO_TEMP_DIR"))
+        return Path(kept[visitor].name)
+
+    def leave(request: gr.Request) -> None:
+        if request.session_hash in kept:
+            kept.pop(request.session_hash).cleanup()
+
+    page.unload(leave)
+    return place

@@ -1,195 +1,201 @@
 """The Compare tab: the baseline and up to three stacks of methods side by side, live, with coloured words.
 
-Each method's controls are made from its dataclass: `help`, `low`, `high` and `choices` of its fields.
+What is shown is always the answer to the image, prompt and settings that are shown with it: `settle` looks after every
+change which answers still are, takes the others away, and puts answers that were prepared in their place.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import html
-import inspect
-import itertools
-import typing
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import lru_cache
 from typing import Any
 
 import gradio as gr
+from PIL import Image
 
 from vlm_fix import Method
 from vlm_fix.errors import VlmFixError
+from vlm_fix.eval.run import runner
 from vlm_fix.eval.tasks.sample import CAPTION_PROMPT
-from vlm_fix.registry import get_method
 
-from . import compare, examples
+from . import choices, compare, examples, prepared
+from .cards import LEGEND, card
+from .choices import START
 from .compare import Asked, Pane, Stop, read_image, stack_of
+from .controls import options_of, settings
 from .models import Models
-from .page import CLICKS, method_choices, notice, stop_with
+from .page import CLICKS, notice, stop_with
 
-PROMPTS = [CAPTION_PROMPT, "Is there a person in the image?"]
-START = (["vcd"], ["vhr"], ["hiprune"])  # what the panes begin with
-LEGEND = (
-    '<div class="legend"><mark class="grounded">grounded</mark> in the image &ensp; <mark class="hallucinated">'
-    "hallucinated</mark> not in the image &ensp; plain: names no object. Words are coloured where the truth is known: on "
-    "the example images. Click a word to look inside. Speeds are of this one answer; memory on a CPU is the whole "
-    "process.</div>"
-)
+GO, GOING = "Compare", "Comparing …"
 
 
-def card(pane: Pane | None) -> str:
-    """One pane as HTML; everything that a model or a person wrote is escaped."""
-    if pane is None:
-        return '<div class="card"><h3>no method</h3><p class="said"><small>Choose a method above.</small></p></div>'
-    said, words = "", itertools.count()
-    for text, label, node in pane.words():
-        number = next(words) if text.strip() else ""
-        mark = f'mark class="{label}" title="{html.escape(node)}: {label}"' if label else "span"
-        word = f'<{mark} data-word="{number}">{html.escape(text)}</{mark[:4]}>'
-        said += word if text.strip() else html.escape(text)
-    live = " live" if pane.state == "running" else ""
-    lines = [f"<h3>{html.escape(pane.title)}</h3>", f'<p class="said{live}" aria-live="polite">{said}</p>']
-    score = pane.score()
-    if score and score.rows[0]["mentions"]:
-        row = score.rows[0]
-        tone = "bad" if row["hallucinated"] else "good"
-        lines.append(
-            f'<div class="rate {tone}"><b>{100 * score.chair_i:.0f} %</b><small>hallucinated (C<sub>i</sub>): '
-            f"{row['hallucinated']} of {row['mentions']} objects named; "
-            f"{row['found']} of {row['truth']} in the image found</small></div>"
-        )
-    if pane.state == "done":
-        first = f" · first token after {pane.first_token:.2f} s" if pane.first_token else ""
-        speed = f"{pane.tokens / pane.seconds:.0f} tokens/s" if pane.seconds else ""
-        peak = f"{pane.peak_mb / 1e3:.1f} GB" if pane.peak_mb >= 1e4 else f"{pane.peak_mb:.0f} MB"
-        lines.append(f"<small>{pane.tokens} tokens · {speed}{first} · peak memory {peak}</small>")
-    elif pane.state in ("waiting", "running", "stopped"):
-        lines.append(f"<small>{pane.state}{' for the model' if pane.state == 'waiting' else ''} …</small>")
-    lines += [f'<div class="note">{html.escape(note)}</div>' for note in pane.notes]
-    return f'<div class="card {pane.state}">{"".join(lines)}</div>'
+@lru_cache(maxsize=8)
+def seen(path: str | None) -> tuple[Image.Image, examples.Example | None]:
+    """The image of a file of the page, and the example that it is; VlmFixError as `read_image`."""
+    image = read_image(path)
+    return image, examples.recognise(image)
 
 
-def about(cls: type[Method]) -> str:
-    """A method's docstring as HTML: its first line, its paper, and the rest to unfold."""
-    first, _, rest = inspect.cleandoc(cls.__doc__ or "").partition("\n")
-    paper = f' <a href="{html.escape(cls.paper, quote=True)}" target="_blank">Paper</a>' if cls.paper else ""
-    more = f"<details><summary>How it works</summary><pre>{html.escape(rest.strip())}</pre></details>" if rest else ""
-    return f'<div class="about">{html.escape(first)}{paper}{more}</div>'
+def chips(example: examples.Example | None) -> str:
+    """Prompts to try as buttons, in the order of `prompts`."""
+    made = (
+        f'<button type="button" data-ask="{i}">{html.escape(text)}</button>'
+        for i, text in enumerate(["Describe", *(text.replace(" in the image", "") for text in examples.asks(example))])
+    )
+    return f'<div class="chips" role="group" aria-label="Prompts to try">{"".join(made)}</div>'
 
 
-def control(cls: type[Method], field: dataclasses.Field[Any], text: str | None) -> Any:
-    """The component for one field of a method; `text` is what was set before. A slider wherever a range is known.
-
-    A float without an upper limit gets a slider up to five times its default; Python takes any legal value.
-    """
-    kind, meta = typing.get_type_hints(cls)[field.name], field.metadata
-    value: Any = field.default
-    common = {"label": field.name, "info": meta.get("help", ""), "interactive": True}
-    if meta.get("choices"):
-        empty = ["auto"] if value is None else []
-        return gr.Dropdown([*empty, *meta["choices"]], value=text or value or "auto", **common)
-    if kind is bool:
-        return gr.Checkbox(value=value if text is None else text == "True", **common)
-    if kind in (int, float):
-        low, high, now = meta.get("low"), meta.get("high"), kind(value if text is None else text)
-        if high is None and kind is float and value > 0:
-            high = 1 if meta.get("counts") else 5 * value  # a share; a count is typed on the command line
-        if low is None or high is None:
-            return gr.Number(value=now, minimum=low, maximum=high, precision=0 if kind is int else None, **common)
-        step = 1 if kind is int else (high - low) / 100
-        return gr.Slider(low + step if meta.get("open") else low, high, value=now, step=step, **common)
-    shown = "|".join(map(str, value)) if isinstance(value, tuple) else value
-    return gr.Textbox(value=text or shown or "", placeholder="auto", max_lines=1, **common)
+def prompts(example: examples.Example | None) -> list[str]:
+    return [CAPTION_PROMPT, *examples.asks(example)]
 
 
-def remember(options: dict[str, dict[str, str]], value: Any, *, method: str, field: str) -> dict[str, dict[str, str]]:
-    """The options with one more set; the default, or an emptied box, takes it out again."""
-    default = next(f.default for f in dataclasses.fields(get_method(method)) if f.name == field)
-    text = f"{value:g}" if isinstance(value, float) else "" if value is None else str(value)
-    text = "" if value == default else text
-    kept = {key: old for key, old in options.get(method, {}).items() if key != field}
-    return {**options, method: {**kept, **({field: text} if text else {})}}
+def example_of(path: str | None) -> examples.Example | None:
+    """The example in a file of the page; None for any other image, and for none."""
+    try:
+        return seen(path)[1]
+    except VlmFixError:
+        return None
 
 
-def options_of(stack: Sequence[Method]) -> dict[str, dict[str, str]]:
-    """What a pane remembers of these methods: their settings that are not the default, as text."""
-    found: dict[str, dict[str, str]] = {method.name: {} for method in stack}
-    for method in stack:
-        for field in dataclasses.fields(method):
-            value = getattr(method, field.name)
-            if value != field.default:
-                found[method.name][field.name] = "|".join(map(str, value)) if isinstance(value, tuple) else str(value)
-    return found
+class Board:
+    """What belongs into the panes. `stops`: session -> its last comparison."""
+
+    def __init__(self, models: Models) -> None:
+        self.models, self.stops = models, dict[str, Stop]()
+
+    def fresh(self, how: tuple[Any, ...], stack: Sequence[str]) -> Pane:
+        """The pane of a stack that has not been asked with these settings: prepared, idle, or why it cannot run."""
+        model, path, prompt, longest, temperature, _ = how
+        loaded = self.models.loaded.get(model)
+        if loaded:
+            weights = loaded.identity.get("weights", "")
+            known = prepared.pane(weights, example_of(path), prompt, longest, temperature, stack)
+            if known:
+                return known
+            reason = loaded.refusal([] if stack == runner.BASELINE else stack)
+            if reason:
+                return Pane(list(stack), "failed", notes=[reason])
+        return Pane(list(stack))
+
+    def settled(self, asked: Asked | None, how: tuple[Any, ...], stacks: dict[int, list[str]]) -> Asked:
+        """The answers of `asked` that are to these settings, and fresh panes for the others."""
+        held = asked.panes if asked and asked.how == how else {}
+        panes = {
+            i: held[i] if i in held and held[i].stack == stack else self.fresh(how, stack)
+            for i, stack in stacks.items()
+        }
+        try:
+            image = seen(how[1])[0]
+        except VlmFixError:
+            image = Image.new("RGB", (1, 1))
+        return Asked(how[0], image, how[2], panes, how)
+
+
+def stacks_of(count: int, chosen: Sequence[Any]) -> dict[int, list[str]]:
+    """Place -> stack of the panes that are shown and have methods; VlmFixError for a bad setting."""
+    stacks = {0: list(runner.BASELINE)}
+    for i, (names, options) in enumerate(zip(chosen[::2], chosen[1::2], strict=True), 1):
+        if names and i < count:
+            stacks[i] = stack_of(names, options)
+    return stacks
+
+
+def drawn(panes: dict[int, Pane]) -> list[str]:
+    """The cards."""
+    return [card(panes.get(i)) for i in range(len(START) + 1)]
 
 
 def tab(
-    models: Models, name: gr.Dropdown, asked: gr.State, page: gr.Blocks, preset: Sequence[Method] = ()
-) -> list[gr.HTML]:
-    """The tab's components and events; `asked` gets what was compared last. The first pane begins with `preset`, if there is
-    one. Returns the cards, whose words can be clicked: the event has `word`, the number of the word."""
+    models: Models, name: gr.Dropdown, about: gr.HTML, asked: gr.State, page: gr.Blocks, preset: Sequence[Method] = ()
+) -> tuple[list[gr.HTML], gr.Image]:
+    """The tab's components and events; `asked` gets what is answered, `about` changes when a model is loaded, the first pane
+    begins with `preset`. Returns the cards, whose words can be clicked (the event has `word`, its number), and the image."""
     starts = ([method.name for method in preset], *START[1:]) if preset else START
-    stops: dict[str, Stop] = {}  # of each visitor's running comparison
+    known, board, listed = choices.presets(preset), Board(models), choices.listed()
+    stops = board.stops
 
-    def run(
-        request: gr.Request,
-        model: str,
-        image: str | None,
-        prompt: str,
-        longest: int,
-        temperature: float,
-        seed: int,
-        count: int,
-        *chosen: Any,
-    ) -> Iterator[list[Any]]:
-        """Outputs: notice, cards, Python, command, asked."""
-        cards = len(START) + 1
-        shown = [gr.skip()] * (cards + 4)
+    def run(request: gr.Request, old: Asked | None, *given: Any) -> Iterator[list[Any]]:
+        """Outputs: notice, cards, Python, command, asked, both buttons."""
+        model, image, prompt, longest, temperature, seed, count, *chosen = given
+        how, shown = given[:6], [gr.skip()] * (len(START) + 7)
         stop = stops[request.session_hash or ""] = Stop()
         try:
-            stacks = [stack_of(names, options) for names, options in zip(chosen[::2], chosen[1::2], strict=True)]
-            used = [stack for stack in stacks[: count - 1] if stack]
-            picture = read_image(image)
-            what = (model, picture, prompt, used, compare.how(longest, temperature), seed)
-            loaded = models.get(model)
-            yield ["", *shown[1:-3], *compare.recipes(*what), None]
+            stacks = stacks_of(count, chosen)
+            stop.what = (how, stacks)
+            picture, used = read_image(image), [stack for i, stack in stacks.items() if i]
+            recipes = compare.recipes(model, picture, prompt, used, compare.how(longest, temperature), seed)
+            waiting = Asked(model, picture, prompt, {}, how, running=True)
+            cards = drawn({i: Pane(stack, "waiting") for i, stack in stacks.items()})
+            yield ["", *cards, *recipes, waiting, gr.Button(GOING, interactive=False), gr.Button(visible=True)]
             panes: list[Pane] = []
-            for panes in compare.compare(loaded, picture, prompt, used, longest, temperature, seed, stop):
-                rest = iter(panes[1:])
-                drawn = [card(next(rest)) if stack and i < count - 1 else card(None) for i, stack in enumerate(stacks)]
-                yield [shown[0], card(panes[0]), *drawn, *shown[-3:]]
-            places = [0, *(i for i, stack in enumerate(stacks[: count - 1], 1) if stack)]
-            yield [*shown[:-1], Asked(model, picture, prompt, dict(zip(places, panes, strict=True)))]
+            for panes in compare.compare(
+                models.get(model, stop), picture, prompt, used, longest, temperature, seed, stop
+            ):
+                yield [shown[0], *drawn(dict(zip(stacks, panes, strict=True))), *shown[-5:]]
+            made = Asked(model, picture, prompt, dict(zip(stacks, panes, strict=True)), how)
+            yield [*shown[:-3], made, *shown[-2:]]
         except VlmFixError as error:
-            yield [notice(str(error)), *shown[1:]]
+            now = board.settled(old, how, stop.what[1]) if stop.what else None
+            cards = drawn(now.panes) if now else shown[: len(START) + 1]
+            yield [notice(str(error)), *cards, *shown[:2], now or gr.skip(), *shown[-2:]]
         finally:
             stop.set()
 
-    def check(image: str | None) -> tuple[str, str]:
+    def settle(request: gr.Request, old: Asked | None, *given: Any) -> list[Any]:
+        """After any change. Outputs: cards, asked."""
+        skipped = [gr.skip()] * (len(START) + 2)
+        how, (count, *chosen) = given[:6], given[6:]
         try:
-            read_image(image)
-        except VlmFixError as error:
-            return notice(str(error)), ""
-        return "", ""
+            stacks = stacks_of(count, chosen)
+        except VlmFixError:  # a box is half written; Compare says what is wrong with it
+            return skipped
+        going = stops.get(request.session_hash or "")
+        if going and not going.is_set():
+            if going.what in (None, (how, stacks)):
+                return skipped
+            going.set()  # its end settles again
+        now = board.settled(old, how, stacks)
+        if old and not old.running and old.how == how and old.panes == now.panes:
+            return skipped
+        return [*drawn(now.panes), now]
 
-    def preview(model: str, names: list[str]) -> str:
-        """The card of a stack that was just chosen: empty, or why it cannot run."""
-        if not names:
-            return card(None)
+    def ended() -> list[Any]:
+        return [gr.Button(GO, interactive=True), gr.Button(visible=False)]
+
+    def check(path: str | None) -> list[str]:
+        """What is said of a new image: notice, credit, prompts to try."""
         try:
-            reason = models.get(model).refusal(names)
+            example = seen(path)[1]
         except VlmFixError as error:
-            reason = str(error)
-        return card(Pane(names, "failed", notes=[reason]) if reason else Pane(names))
+            return [notice(str(error)) if path else "", "", chips(None)]
+        return ["", f'<p class="quiet">{example.credit}</p>' if example else "", chips(example)]
+
+    def put(chosen: str, fresh: int) -> list[Any]:
+        """A preset in the panes. Outputs: names and options of each, number of panes, columns, fresh."""
+        if chosen not in known:
+            return [gr.skip()] * (3 * len(START) + 2)
+        stacks = known[chosen]
+        pairs = [x for stack in stacks for x in ([method.name for method in stack], options_of(stack))]
+        return [*pairs, len(stacks) + 1, *(gr.Column(visible=True) for _ in START), fresh + 1]
+
+    def place(event: gr.EventData, count: int, fresh: int, *chosen: Any) -> list[Any]:
+        """A method of the catalogue in a pane. Outputs: as of `put`."""
+        at, now = int(event.pane), list(chosen)
+        now[2 * at - 2 : 2 * at] = [[listed[int(event.method)]], {}]
+        count = max(count, at + 1)
+        return [*now, count, *(gr.Column(visible=i < count) for i in range(1, len(START) + 1)), fresh + 1]
 
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-    with gr.Row():
-        with gr.Column(scale=1, min_width=290):
-            first = examples.scenes()[0]
+    first = examples.scenes()[0]
+    with gr.Row(elem_id="compare"):
+        with gr.Column(scale=1, min_width=270, elem_id="left"):
             image = gr.Image(
                 first.image,
                 label="Image",
                 format="png",
                 type="filepath",
-                height=270,
+                height=250,
                 sources=["upload", "webcam", "clipboard"],
                 buttons=[],
                 alt_text="The image that is asked about",
@@ -202,7 +208,7 @@ def tab(
                 gr.Gallery(
                     [(example.image, example.about) for example in group],
                     label=label,
-                    columns=4,
+                    columns=6,
                     height="auto",
                     format="png",
                     allow_preview=False,
@@ -216,40 +222,75 @@ def tab(
                     (examples.photographs(), "COCO photographs (CC BY)", "photographs"),
                 )
             ]
-        with gr.Column(scale=3, min_width=320):
-            with gr.Row():
-                with gr.Column(scale=4, min_width=240):
-                    prompt = gr.Textbox(CAPTION_PROMPT, label="Prompt", max_lines=3, elem_id="prompt")
-                    gr.Examples(PROMPTS, prompt, label="Prompts to try", elem_id="prompts")
-                with gr.Column(scale=1, min_width=150):
-                    with gr.Row():
-                        go = gr.Button("Compare", variant="primary", elem_id="go", min_width=90)
-                        end = gr.Button("Stop", elem_id="stop", min_width=70)
-                    count = gr.Radio([2, 3, 4], value=3, label="Panes", elem_id="count")
+        with gr.Column(scale=4, min_width=320):
+            with gr.Row(elem_id="ask"):
+                prompt = gr.Textbox(
+                    CAPTION_PROMPT,
+                    label="Prompt",
+                    show_label=False,
+                    container=False,
+                    max_lines=3,
+                    scale=8,
+                    min_width=200,
+                    elem_id="prompt",
+                )
+                go = gr.Button(GO, variant="primary", elem_id="go", min_width=120, scale=1)
+                end = gr.Button("Stop", visible=False, elem_id="stop", min_width=70, scale=1)
+            tried = gr.HTML(chips(first), js_on_load=CLICKS, elem_id="asks")
             said = gr.HTML("", elem_id="notice")
+            with gr.Row(elem_id="choose"):
+                gr.HTML(LEGEND, min_width=260)
+                ready = gr.Dropdown(
+                    list(known),
+                    value=next(iter(known)),
+                    label="Preset",
+                    show_label=False,
+                    container=False,
+                    scale=2,
+                    min_width=210,
+                    elem_id="preset",
+                )
+                count = gr.Radio(
+                    [("2", 2), ("3", 3), ("4 panes", 4)],
+                    value=4,
+                    label="Panes",
+                    show_label=False,
+                    container=False,
+                    scale=2,
+                    min_width=190,
+                    elem_id="count",
+                )
             cards, inputs, columns = [], [], []
+            fresh = gr.State(0)
+            weights = models.get(models.names[0]).identity.get("weights", "")
+            at_first = [
+                prepared.pane(weights, first, CAPTION_PROMPT, prepared.LONGEST, 0, stack) or Pane(stack)
+                for stack in (list(runner.BASELINE), *([m.spec() for m in preset] or START[0], *START[1:]))
+            ]
             with gr.Row(elem_id="panes"):
                 with gr.Column(min_width=190):
-                    gr.Dropdown(["baseline"], value=["baseline"], multiselect=True, label="Baseline", interactive=False)
-                    cards.append(gr.HTML(card(Pane(["baseline"])), js_on_load=CLICKS, elem_id="pane0"))
+                    gr.HTML('<p class="plain">the model as it is</p>')
+                    cards.append(gr.HTML(card(at_first[0]), js_on_load=CLICKS, elem_id="pane0"))
                 for number, start in enumerate(starts, 1):
-                    with gr.Column(min_width=190, visible=number < 3) as column:
+                    with gr.Column(min_width=190) as column:
                         names = gr.Dropdown(
-                            method_choices(),
+                            choices.method_choices(),
                             value=start,
                             multiselect=True,
                             label=f"Methods {number}",
+                            show_label=False,
+                            container=False,
                             elem_id=f"m{number}",
                         )
                         options = gr.State(options_of(preset) if number == 1 else {})
-                        cards.append(gr.HTML(card(Pane(start)), js_on_load=CLICKS, elem_id=f"pane{number}"))
-                        _settings(page, names, options)
-                        names.input(preview, [name, names], cards[-1], queue=False, **quiet)
+                        cards.append(gr.HTML(card(at_first[number]), js_on_load=CLICKS, elem_id=f"pane{number}"))
+                        settings(page, names, options, fresh)
                         inputs += [names, options]
                         columns.append(column)
-            gr.HTML(LEGEND)
+            with gr.Accordion(f"All {len(listed)} methods, by kind", open=False, elem_id="all"):
+                book = gr.HTML(choices.catalogue(len(START)), js_on_load=CLICKS, elem_id="catalogue")
             with gr.Accordion("Generation", open=False), gr.Row():
-                longest = gr.Slider(1, 512, 64, step=1, label="Longest answer", info="in tokens")
+                longest = gr.Slider(1, 512, prepared.LONGEST, step=1, label="Longest answer", info="in tokens")
                 temperature = gr.Slider(0, 2, 0, step=0.05, label="Temperature", info="0: greedy")
                 seed = gr.Number(0, precision=0, minimum=0, maximum=2**31 - 1, label="Seed")
             with gr.Accordion("Copy what was run", open=False, elem_id="copy"):
@@ -260,49 +301,48 @@ def tab(
                     interactive=False,
                     elem_id="command",
                 )
-    gr.on(
+    given = [name, image, prompt, longest, temperature, seed, count, *inputs]
+    running = gr.on(
         [go.click, prompt.submit],
         run,
-        [name, image, prompt, longest, temperature, seed, count, *inputs],
-        [said, *cards, python, command, asked],
+        [asked, *given],
+        [said, *cards, python, command, asked, go, end],
         concurrency_limit=8,
         trigger_mode="once",
+        **quiet,
+    )
+    running.then(ended, None, [go, end], queue=False, **quiet).then(
+        settle, [asked, *given], [*cards, asked], concurrency_limit=None, **quiet
+    )
+    gr.on(
+        [page.load, about.change, *(each.change for each in given)],
+        settle,
+        [asked, *given],
+        [*cards, asked],
+        trigger_mode="always_last",
+        concurrency_limit=None,
         **quiet,
     )
     stop_with(page, end, stops)
     count.input(
         lambda n: [gr.Column(visible=i < n) for i in range(1, len(START) + 1)], count, columns, queue=False, **quiet
     )
-    image.upload(check, image, [said, credit], **quiet)
-    image.clear(lambda: "", None, credit, **quiet)
+    chosen_now = [*inputs, count, *columns, fresh]
+    ready.input(put, [ready, fresh], chosen_now, concurrency_limit=None, **quiet)
+    book.select(place, [count, fresh, *inputs], chosen_now, concurrency_limit=None, **quiet)
+    tried.select(_ask, image, prompt, queue=False, **quiet)
+    image.change(check, image, [said, credit, tried], **quiet)
     for gallery, group in zip(galleries, (examples.scenes(), examples.photographs()), strict=True):
-        gallery.select(_picker(group), None, [image, said, credit], **quiet)
-    return cards
+        gallery.select(_picker(group), None, image, **quiet)
+    return cards, image
 
 
-def _picker(group: tuple[examples.Example, ...]) -> Callable[..., Any]:
-    def pick(event: gr.SelectData) -> tuple[Any, str, str]:
-        return group[event.index].image, "", f'<p class="quiet">{group[event.index].credit}</p>'
+def _ask(event: gr.EventData, path: str | None) -> str:
+    return prompts(example_of(path))[int(event.ask)]
+
+
+def _picker(group: tuple[examples.Example, ...]) -> Callable[..., Image.Image]:
+    def pick(event: gr.SelectData) -> Image.Image:
+        return group[event.index].image
 
     return pick
-
-
-def _settings(page: gr.Blocks, names: gr.Dropdown, options: gr.State) -> None:
-    """Below a pane: the controls of the methods that are chosen in it, rebuilt whenever the choice changes."""
-
-    @gr.render([names, options], triggers=[page.load, names.change])
-    def controls(chosen: list[str], held: dict[str, dict[str, str]]) -> None:
-        for name in chosen:
-            cls = get_method(name)
-            with gr.Accordion(f"{name}: settings", open=False):
-                gr.HTML(about(cls))
-                for field in dataclasses.fields(cls):
-                    made = control(cls, field, held.get(name, {}).get(field.name))
-                    made.change(
-                        partial(remember, method=name, field=field.name),
-                        [options, made],
-                        options,
-                        queue=False,
-                        show_progress="hidden",
-                        api_visibility="private",
-                    )

@@ -108,3 +108,19 @@ def _some(found: torch.Tensor, name: str) -> torch.Tensor:
     if not found.any():
         raise VlmFixError(f"{name}: the region holds no image token's centre: use cover=touch, or a larger one.")
     return found
+
+
+def shares(at: list[float], size: tuple[int, int], how: Any) -> list[float]:
+    """Coordinates x, y, ... in pixels of a picture -> shares of what the image processor `how` shows the model of it."""
+    (width, height), left, top = size, 0.0, 0.0
+    if getattr(how, "do_center_crop", False) and "shortest_edge" in (how.size or {}):
+        scale = how.size["shortest_edge"] / min(size)
+        cut = (how.crop_size["width"] / scale, how.crop_size["height"] / scale)
+        left, top = (width - cut[0]) / 2, (height - cut[1]) / 2
+        width, height = cut  # type: ignore[assignment]
+    found = [(v - (top if i % 2 else left)) / (height if i % 2 else width) for i, v in enumerate(at)]
+    if all(not 0 <= v <= 1 for v in found[::2]) or all(not 0 <= v <= 1 for v in found[1::2]):
+        raise VlmFixError(
+            f"what is pointed at lies outside of what the model is shown of a picture of {size[0]} x {size[1]} pixels."
+        )
+    return [min(max(v, 0.0), 1.0) for v in found]

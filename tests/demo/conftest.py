@@ -129,7 +129,8 @@ def page(browser, site):
     outside = []
     made.on("request", lambda r: outside.append(r.url) if not r.url.startswith((site, "data:", "blob:")) else None)
     made.goto(site)
-    made.wait_for_selector("#pane2")
+    made.set_default_timeout(120_000)
+    made.wait_for_selector("#pane3 .card.done")
     yield made
     made.close()
     assert not outside, "the page asked another machine for something"

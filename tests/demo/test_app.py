@@ -18,7 +18,7 @@ from vlm_fix.demo.page import stop_with  # noqa: E402
 def test_the_page_is_built(catalogue):
     page = app.build(catalogue)
     labels = {getattr(block, "label", None) for block in page.blocks.values()}
-    assert {"Image", "Prompt", "Baseline", "Methods 1", "Methods 3", "As Python", "Number of scenes"} <= labels
+    assert {"Image", "Prompt", "Preset", "Panes", "Methods 1", "Methods 3", "As Python", "Number of scenes"} <= labels
     folders = [block for block in page.blocks.values() if getattr(block, "elem_id", None) == "folder"]
     assert [block.visible for block in folders] == [False]  # others may reach this page
 

@@ -15,7 +15,7 @@ import vlm_fix
 from tests.demo.shared import PROMPT, last
 from vlm_fix import VlmFixError, cli
 from vlm_fix.demo import compare, examples, models
-from vlm_fix.demo.panes import card
+from vlm_fix.demo.cards import card
 from vlm_fix.eval import picto
 from vlm_fix.eval.run import generation
 from vlm_fix.eval.scorers.chair import data as chair_data

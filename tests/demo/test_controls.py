@@ -9,7 +9,7 @@ gr = pytest.importorskip("gradio", reason="the demo needs gradio")
 
 from vlm_fix import list_methods, parse_spec  # noqa: E402
 from vlm_fix.demo import compare  # noqa: E402
-from vlm_fix.demo.panes import about, control, remember  # noqa: E402
+from vlm_fix.demo.controls import about, control, remember  # noqa: E402
 
 
 @pytest.mark.parametrize("cls", list_methods(), ids=lambda c: c.name)

@@ -193,3 +193,33 @@ def test_every_method_answers_and_can_be_looked_into(loaded, cls):
 def test_an_answer_that_was_stopped_cannot_be_looked_into(loaded, scene):
     with pytest.raises(VlmFixError, match="not finished"):
         inside.look(loaded, examples.scenes()[0].image, PROMPT, compare.Pane(["vcd"], "stopped", "a dog"))
+
+
+def test_views_of_inspect_are_its_own_figures(loaded, views):
+    from vlm_fix.demo import views as shown
+
+    image, view = examples.scenes()[0].image, views["pai"]
+    inside.inspect(loaded, image, PROMPT, view)
+    inputs = dict(generation.encode(loaded.model, loaded.processor, [image], [PROMPT]))
+    said = [i for i in view.pane.ids if i != loaded.model.generation_config.eos_token_id]
+    with vlm_fix.wrapped(loaded.model, view.pane.stack):
+        alone = vlm_fix.inspect(loaded.model, inputs, said)
+    assert torch.equal(view.found.lens_tokens, alone.lens_tokens) and len(said) == len(view.pane.ids) - 1
+    word = view.first
+    rows = list(view.words[word].rows)
+    assert torch.allclose(view.rolled(word).flatten(), alone.rollout[rows][:, alone.visual].mean(0), atol=1e-6)
+    assert torch.allclose(view.salient(word).flatten(), alone.saliency.sum(0)[rows][:, alone.visual].mean(0), atol=1e-6)
+    for which, words in zip(shown.VIEWS, ("logit lens", "Attention rollout", "Sinks"), strict=True):
+        made = shown.shown(view, word, which)
+        assert words in made and "None" not in made.replace("None: in no head", "")
+    assert shown.shown(view, word, "What each layer would say").count("<tr>") == 6 + 2  # layers, the answer, the head
+    with pytest.raises(VlmFixError, match="unwrap the pruner"):
+        inside.inspect(loaded, image, PROMPT, views["hiprune"])
+    assert not hasattr(loaded.model, "_vlm_fix_engine") and not loaded.turn.line
+
+
+def test_maps_have_a_scale(views):
+    view = views["pai"]
+    made = look.figures(view, view.first, None, None)
+    peak = 100 * float(view.heatmap(view.first, None, None).max())
+    assert f"<span>{peak:.2g} % in a patch</span>" in made and 'class="scale change"' in made

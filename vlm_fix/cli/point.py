@@ -39,6 +39,7 @@ def run(args: argparse.Namespace) -> None:
 
     import vlm_fix
     from vlm_fix.eval.run.loading import load_model
+    from vlm_fix.methods.procedures.regions import shares
 
     picture = ImageOps.exif_transpose(Image.open(args.image)).convert("RGB")
     model, processor, _ = load_model(args.model, args.dtype, args.device)
@@ -70,19 +71,3 @@ def numbers(text: str, name: str) -> list[float]:
     if not found or len(found) % 2 or (name == "box" and len(found) != 4) or (name == "point" and len(found) != 2):
         raise VlmFixError(f"--{name} {text!r} is not of the form {'10,20,60,80' if name == 'box' else '10,20'}.")
     return found
-
-
-def shares(at: list[float], size: tuple[int, int], how: Any) -> list[float]:
-    """Coordinates x, y, ... in pixels of a picture -> shares of what the image processor `how` shows the model of it."""
-    (width, height), left, top = size, 0.0, 0.0
-    if getattr(how, "do_center_crop", False) and "shortest_edge" in (how.size or {}):
-        scale = how.size["shortest_edge"] / min(size)
-        cut = (how.crop_size["width"] / scale, how.crop_size["height"] / scale)
-        left, top = (width - cut[0]) / 2, (height - cut[1]) / 2
-        width, height = cut  # type: ignore[assignment]
-    found = [(v - (top if i % 2 else left)) / (height if i % 2 else width) for i, v in enumerate(at)]
-    if all(not 0 <= v <= 1 for v in found[::2]) or all(not 0 <= v <= 1 for v in found[1::2]):
-        raise VlmFixError(
-            f"what is pointed at lies outside of what the model is shown of a picture of {size[0]} x {size[1]} pixels."
-        )
-    return [min(max(v, 0.0), 1.0) for v in found]

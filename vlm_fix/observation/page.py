@@ -15,6 +15,7 @@ from .inspection import Inspection
 STYLE = """body{font:15px/1.45 system-ui,sans-serif;margin:2rem auto;max-width:72rem;padding:0 1rem;color:#1d1f24}
 h2{margin:2.2rem 0 .3rem}p{max-width:46rem}.wide{overflow-x:auto}table{border-collapse:collapse;font-size:12px}
 td,th{padding:2px 6px;white-space:nowrap;border:1px solid #e3e5ea}th{font-weight:600;text-align:left;background:#f5f6f8}
+td[style]{background:hsl(var(--h) 80% calc(100% - 48% * var(--s)))}
 td.n{text-align:right;font-variant-numeric:tabular-nums}td.own{outline:2px solid #0a7d38;outline-offset:-2px}
 .maps{display:flex;flex-wrap:wrap;gap:12px}figure{margin:0}figcaption{font-size:12px}img{border-radius:4px;display:block}"""
 PARTS = ("attention", "MLP", "hidden state")
@@ -34,12 +35,12 @@ def page(
     parts = [
         f"<!doctype html><meta charset=utf-8><title>{shown(title)}</title><style>{STYLE}</style><h1>{shown(title)}</h1>",
         f"<p><b>Prompt</b> {shown(prompt)}<br><b>Answer</b> {shown(''.join(words[found.prompt_len :]))}</p>",
-        *_lens(found, names, answer),
+        *lens(found, names, answer),
         *_maps(found, answer, cells, pictures),
-        *_saliency(found, words, answer),
+        *saliency(found, words, answer),
         *_effects(found, words),
-        *_heads(found),
-        *_sinks(found),
+        *heads(found),
+        *sinks(found),
     ]
     return "\n".join(parts)
 
@@ -50,9 +51,9 @@ def shown(text: str) -> str:
 
 
 def tint(share: float, hue: int = 215) -> str:
-    """A cell's background, from white (0) to full colour (1)."""
+    """A cell's colour, for the page's style: from none (0) to full (1)."""
     share = min(max(share, 0.0), 1.0)
-    return f"background:hsl({hue} 80% {100 - 48 * share:.0f}%)"
+    return f"--s:{share:.2f};--h:{hue}"
 
 
 def _table(head: Sequence[str], rows: Sequence[str]) -> str:
@@ -60,7 +61,7 @@ def _table(head: Sequence[str], rows: Sequence[str]) -> str:
     return f"<div class=wide><table><tr>{cells}</tr>{''.join(rows)}</table></div>"
 
 
-def _lens(found: Inspection, vocabulary: Mapping[int, str], answer: list[str]) -> list[str]:
+def lens(found: Inspection, vocabulary: Mapping[int, str], answer: list[str]) -> list[str]:
     rows, tokens = [], found.tokens
     for i in range(len(found.lens_tokens) - 1, -1, -1):
         name = "answer" if i == len(found.lens_tokens) - 1 else f"into {i}"
@@ -122,7 +123,7 @@ def _overlay(picture: Any, heat: torch.Tensor) -> str:
     return f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"
 
 
-def _saliency(found: Inspection, words: Sequence[str], answer: list[str]) -> list[str]:
+def saliency(found: Inspection, words: Sequence[str], answer: list[str]) -> list[str]:
     if found.saliency is None:
         return []
     total = found.saliency.sum(dim=0)  # [n, K]
@@ -165,7 +166,7 @@ def _effects(found: Inspection, words: Sequence[str]) -> list[str]:
     return [about, *made]
 
 
-def _heads(found: Inspection, most: int = 12) -> list[str]:
+def heads(found: Inspection, most: int = 12) -> list[str]:
     made = []
     for name, table in (("copy the next token", found.copying), ("look at the image", found.looking)):
         heads = [divmod(k, table.shape[1]) for k in range(table.numel())]
@@ -186,7 +187,7 @@ def _heads(found: Inspection, most: int = 12) -> list[str]:
     return [about, *made]
 
 
-def _sinks(found: Inspection) -> list[str]:
+def sinks(found: Inspection) -> list[str]:
     rows = [
         f"<tr><td class=n>{i}</td><td class=n>{float(phi):.1f}</td><td class=n>{int(text)}</td><td class=n>{int(image)}</td>"
         f'<td class=n style="{tint(float(mass))}">{float(mass):.2f}</td></tr>'
