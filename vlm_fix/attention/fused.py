@@ -18,9 +18,13 @@ from .inputs import QueryRows
 _state: dict[str, bool | None] = {"on": None}
 
 
-def use(on: bool | None) -> None:
-    """True: on every device (without CUDA as one operator that computes the same), False: nowhere, None: on CUDA."""
-    _state["on"] = on
+def use(on: bool | None) -> bool | None:
+    """True: on every device (without CUDA as one operator that computes the same), False: nowhere, None: on CUDA.
+
+    Returns what was so before.
+    """
+    before, _state["on"] = _state["on"], on
+    return before
 
 
 @functools.cache
@@ -59,19 +63,38 @@ def _row(
     scaling: float,
     softcap: float | None,
 ) -> torch.Tensor:
-    batch, heads, _, dim = query.shape
-    width, groups = key.shape[2], heads // key.shape[1]
-    q = (query.float() * scaling).view(batch, -1, groups, dim)
-    z = (q @ key.float().mT).view(batch, heads, 1, width)
-    z = z if softcap is None else softcap * torch.tanh(z / softcap)
-    z = ScoreForm(*(x if x is None else x[..., :width] for x in (up, down, bias))).of(z)
-    if allowed is not None:
-        z = z.masked_fill(~allowed, -torch.inf) if allowed.dtype == torch.bool else z + allowed
-    a = z.softmax(dim=-1).nan_to_num(0.0) if allowed is not None else z.softmax(dim=-1)
-    out = a.view(batch, -1, groups, width) @ value.float()
-    return out.view(batch, 1, heads, -1).to(query.dtype, copy=True)
+    return formula(query, key, value, allowed, up, down, bias, scaling, softcap)
 
 
 @_row.register_fake
 def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: object) -> torch.Tensor:
     return query.new_empty(query.shape[0], 1, query.shape[1], value.shape[-1])
+
+
+def formula(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    allowed: torch.Tensor | None,
+    up: torch.Tensor | None,
+    down: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    scaling: float,
+    softcap: float | None,
+) -> torch.Tensor:
+    """What the kernel computes, in plain operations, in float32 or better."""
+    batch, heads, _, dim = query.shape
+    compute = torch.promote_types(query.dtype, torch.float32)
+    width, groups = key.shape[2], heads // key.shape[1]
+    q = (query.to(compute) * scaling).view(batch, -1, groups, dim)
+    z = (q @ key.to(compute).mT).view(batch, heads, 1, width)
+    z = z if softcap is None else softcap * torch.tanh(z / softcap)
+    z = ScoreForm(*(x if x is None else x[..., :width] for x in (up, down, bias))).of(z)
+    if allowed is not None:
+        z = z.masked_fill(~allowed, -torch.inf) if allowed.dtype == torch.bool else z + allowed
+    a = z.softmax(dim=-1)
+    if allowed is not None:  # a row of padding attends to nothing; other NaN are an edit's
+        seen = allowed if allowed.dtype == torch.bool else allowed != -torch.inf
+        a = a.masked_fill(~seen.any(dim=-1, keepdim=True), 0)
+    out = a.view(batch, -1, groups, width) @ value.to(compute)
+    return out.view(batch, 1, heads, -1).to(query.dtype, copy=True)
