@@ -56,6 +56,8 @@ class ForwardCache:
     once: dict[tuple[int, str, int, torch.device], tuple[torch.Tensor, Any]] = field(default_factory=dict)
     """(method, function, K, device) -> the row positions it was computed for, and the value: `Rows.once`"""
     forms: dict[Any, Any] = field(default_factory=dict)  # as `ColumnCache.forms`, where they do not hold for longer
+    renumbered: torch.Tensor | None = None  # pruning.after.renumbered
+    tables: dict[torch.device, Any] = field(default_factory=dict)  # rotary tables of these positions
     rotary: Any = None  # rotary tables and position ids (None: 3-D) of a second branch's columns
 
     def copied(self) -> ForwardCache:

@@ -47,7 +47,7 @@ MATRIX = {  # spec -> a neutral setting of it
 BENCHES = {
     "attention": ("pai", "vaf", "zerotuning", "act", "vhr", RATES, "pai @ eager"),
     "decode": ("vcd", "dola", "hf-cfg"),
-    "prune": ("hiprune:keep=64", "fastv:keep=64", "knorm:keep=64"),
+    "prune": ("hiprune:keep=0.11", "fastv:keep=0.11", "knorm:keep=0.11"),
 }
 Step = tuple[str, Callable[[], Any]]
 
@@ -160,12 +160,11 @@ def _microseconds(run: Callable[[], Any], device: torch.device, times: int = 50)
     return round(statistics.median(found[1:]), 1)
 
 
-def answer(model: Any, inputs: dict[str, Any], tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """-> tokens [1, n] and logits [1, n, V] of a greedy answer."""
-    out = model.generate(
-        **inputs, max_new_tokens=tokens, do_sample=False, return_dict_in_generate=True, output_logits=True
-    )
-    return out.sequences[:, -tokens:], torch.stack(out.logits, dim=1)
+def answer(model: Any, inputs: dict[str, Any], tokens: int) -> tuple[torch.Tensor, ...]:
+    """-> tokens [1, n], logits and scores [1, n, V] of a greedy answer."""
+    asked = {"return_dict_in_generate": True, "output_logits": True, "output_scores": True}
+    out = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, **asked)
+    return out.sequences[:, -tokens:], torch.stack(out.logits, dim=1), torch.stack(out.scores, dim=1)
 
 
 def check(model: Any, inputs: dict[str, Any], spec: str, neutral: str, tokens: int, plain: Any) -> dict[str, Any]:
@@ -179,7 +178,7 @@ def check(model: Any, inputs: dict[str, Any], spec: str, neutral: str, tokens: i
         finally:
             fused.use(before)
     made["finite"] = bool(own[1].amax(dim=-1).isfinite().all())
-    made["acts"] = bool((own[1] != plain[1]).any())
+    made["acts"] = bool((own[2] != plain[2]).any())
     same = int((own[0] == unfused[0]).long().cumprod(dim=1).sum())  # later steps had other tokens before them
     made["steps_alike"] = same
     made["fused_against_row_kernel"] = float((own[1] - unfused[1])[:, : max(1, same)].float().abs().max())
