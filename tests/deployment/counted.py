@@ -7,6 +7,7 @@ per token in decode steps; after it, specs to count, then also by line. `python 
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 import traceback
@@ -134,14 +135,10 @@ def count(family: str, specs: list[str], sites: bool = False) -> dict[str, dict]
                     expected[spec] = answer(here, inputs)
             except VlmFixError as error:  # not for this family, or for one prompt alone
                 expected[spec] = str(error)
+        twin = copy.deepcopy(here)
         fused.use(not batch)  # as on a GPU; the other families show what is without that kernel
         with pretended.on():
-            there = pretended.move(type(here)(here.config).eval())
-            there.generation_config = here.generation_config
-            for ours, theirs in zip(there.parameters(), here.parameters(), strict=True):
-                ours.held = theirs.data
-            for ours, theirs in zip(there.buffers(), here.buffers(), strict=True):
-                ours.held = theirs.data
+            there = pretended.move(twin)
             placed = {k: pretended.put(v) for k, v in inputs.items()}
             for spec in specs:
                 try:
