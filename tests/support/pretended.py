@@ -181,6 +181,9 @@ class _Functions(TorchFunctionMode):
             note("copies")
             return Pretended(held(args[0]).new_tensor(*args[1:], **kwargs), here[0].device)
         wanted = kwargs.get("device")
+        if func in (torch.tensor, torch.as_tensor) and here and isinstance(args[0], list):
+            note("syncs")  # the host reads each number before it makes a tensor of them
+            args, here = tree_map(held, args), []
         if func in FACTORIES and wanted is not None and torch.device(wanted).type == NAME and not here:
             note("copies" if func in (torch.tensor, torch.as_tensor) else "operations")
             with torch._C.DisableTorchFunction():
