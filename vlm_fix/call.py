@@ -25,12 +25,20 @@ class Call:
     views: list[Any] = field(default_factory=list)  # the same with the encoder layers that other methods ask for
     processors: list[Any] = field(default_factory=list)  # ours of the scores, before all of generate's own
     scored: bool = False  # True once generate has asked for them
-    broken: torch.Tensor | bool = False  # True once no token of a row had a finite score
+    broken: torch.Tensor | bool = False  # True, or NaN, once no token of a row had a finite score
 
     def check_scores(self, scores: torch.Tensor) -> None:
         """Note whether a row of scores [B, V] has NaN or no finite one; on an accelerator nobody waits for the answer."""
-        broken = (~scores.amax(dim=-1).isfinite()).any() | self.broken
-        self.broken = bool(broken) if scores.device.type == "cpu" else broken
+        best = scores.amax(dim=-1)
+        if scores.device.type == "cpu":
+            self.broken = self.broken or not bool(best.isfinite().all())
+        else:  # 0 x best is NaN unless best is finite, and so is what NaN is added to
+            self.broken = best * 0 if self.broken is False else torch.add(self.broken, best, alpha=0)
+
+    @property
+    def is_broken(self) -> bool:
+        """True once no token of a row had a finite score. This waits for the device."""
+        return self.broken if isinstance(self.broken, bool) else bool(self.broken.isnan().any())
 
     @property
     def batch(self) -> int:

@@ -13,7 +13,18 @@ class Effects:
 
     def __init__(self) -> None:
         self.moved: dict[Any, bool | torch.Tensor] = {}
+        self.steps = 0  # tokens of the answer so far
         self.asked = True  # False: nobody will ask, so nothing is looked at
+
+    def next_forward(self, answer: bool) -> None:
+        """A forward begins, of an answer's token if `answer`. On an accelerator methods are asked now and then, not at every
+        token: after the prompt, then after 1, 2, 4, ... tokens, until each has changed something."""
+        self.steps = self.steps + 1 if answer else 0
+        if not answer or self.steps & (self.steps - 1):
+            return
+        for method, moved in self.moved.items():
+            if isinstance(moved, torch.Tensor):
+                self.moved[method] = bool(moved)
 
     def note(self, method: Any, new: torch.Tensor, old: torch.Tensor) -> None:
         """`method` made `new` of `old`, tensors of one shape. On an accelerator nobody waits for the answer."""

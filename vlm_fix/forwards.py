@@ -39,16 +39,20 @@ class Forwards(Host):
         self._refuse_forward(module, kwargs)
         ids, cache = args[0] if args else kwargs.get("input_ids"), cache_of(kwargs)
         past = 0 if cache is None else int(cache.get_seq_length())
-        kinds = self.classify(self._prompt_ids(past, kwargs) if ids is None else ids, kwargs.get("inputs_embeds"))
         self.session = self.joint = None  # if anything below fails, the next forward must not see an old one
         session = self.sessions.get(cache) if cache is not None else None
+        text = self._answer_text(session, past, ids)
+        if text is None:
+            kinds = self.classify(self._prompt_ids(past, kwargs) if ids is None else ids, kwargs.get("inputs_embeds"))
+        else:
+            kinds = text
         if cache is None:
             self._check_cacheless(ids, kwargs)
         if session is None:
             session = self._open(self.call or self._bare_call(ids, kwargs), past, kinds)
             if cache is not None:
                 self.sessions[cache] = session
-        self._advance(session, past, kinds, kwargs.get("attention_mask"))
+        self._advance(session, past, kinds, kwargs.get("attention_mask"), text is not None)
         if self.call is None and not self.quiet:
             self._say_what_is_left_out(session, ids is None)
         changed = (wing.enter(session, args, kwargs) for wing in self.wings)
@@ -58,10 +62,18 @@ class Forwards(Host):
         """`_enter` when a compiled graph runs: `generate` has one session, and it is the main one."""
         self.session = None
         assert self.call is not None
-        session, kinds = self.main if past else None, self.classify(ids)
+        session = self.main if past else None
+        text = self._answer_text(session, past, ids)
+        kinds = self.classify(ids) if text is None else text
         if past and session is None and self.call.cache is not None:  # the next turn on a kept cache
             session = self.sessions.get(self.call.cache)
-        self._advance(session or self._open(self.call, past, kinds), past, kinds, mask)
+        self._advance(session or self._open(self.call, past, kinds), past, kinds, mask, text is not None)
+
+    def _answer_text(self, session: Session | None, past: int, ids: torch.Tensor | None) -> torch.Tensor | None:
+        """[B, q] TEXT for ids after the prompt of the call that runs, which need no look; None for others."""
+        if session is None or ids is None or session.fresh or session.call is not self.call:
+            return None
+        return torch.full_like(ids, TEXT, dtype=torch.uint8) if past >= session.prompt_len else None
 
     def _refuse_forward(self, module: Any, kwargs: dict[str, Any]) -> None:
         if kwargs.get("output_attentions") or module.config.output_attentions:
@@ -106,18 +118,20 @@ class Forwards(Host):
             raise VlmFixError("the cache was filled while the model was not wrapped; start from the whole prompt.")
         return Session(call, prompt_len=call.inputs["input_ids"].shape[1] if self.call else kinds.shape[1])
 
-    def _advance(self, session: Session, past: int, kinds: torch.Tensor, mask: Any) -> None:
-        """The session of this forward with its new columns, of `kinds` [B, q]; a new prompt begins."""
+    def _advance(self, session: Session, past: int, kinds: torch.Tensor, mask: Any, text: bool = False) -> None:
+        """The session of this forward with its new columns, of `kinds` [B, q] (text: all TEXT); a new prompt begins."""
         fresh = session.fresh
         if session.branch == "main" and self.call is not None and (fresh or session.call is not self.call):
             fresh, session.call = True, self.call  # a new prompt, or the next turn on a kept cache
             session.prompt_len = self.call.inputs["input_ids"].shape[1]
         elif session.branch == "main" and self.call is None and (fresh or kinds.shape[1] > 1):
             session.prompt_len = past + kinds.shape[1]
-        if past >= session.prompt_len:  # an image token that the model generates shows no image
+        answer = past >= session.prompt_len
+        if answer and not text:  # an image token that the model generates shows no image
             kinds = torch.full_like(kinds, TEXT)
         kinds = self._without_padding(session, past, kinds, mask)
-        session.advance(past, kinds)
+        session.advance(past, kinds, answer)
+        self.effects.next_forward(answer)
         if self.call is not None and past + kinds.shape[1] < session.prompt_len:
             self._look_ahead(session)
         if session.branch == "main" and self.call is not None:

@@ -95,7 +95,7 @@ class Generating(Forwards):
 
     def refuse_broken(self, call: Call) -> None:
         """VlmFixError if the scores of a token were no numbers; a plain model picks some token then and says nothing."""
-        if bool(call.broken):
+        if call.is_broken:
             raise VlmFixError(f"with {'+'.join(m.name for m in self.active)} {NOT_NUMBERS}")
 
     def report_unused(self) -> None:

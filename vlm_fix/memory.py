@@ -45,6 +45,8 @@ class ForwardCache:
     """(stack of edits, K, device) -> attention.plan.Plan, None where no edit acts"""
     kinds: dict[tuple[int, torch.device], dict[str, torch.Tensor]] = field(default_factory=dict)
     """(K, device) -> `Session.masks`"""
+    positions: dict[tuple[int, int, torch.device], torch.Tensor] = field(default_factory=dict)
+    """(first row, end, device) -> `Session.positions`"""
     allowed: dict[torch.device, torch.Tensor | None] = field(default_factory=dict)
     """Device -> `View.attention_mask`"""
     block_masks: dict[tuple[int, int, torch.device], tuple[torch.Tensor | None, BlockMask]] = field(
@@ -53,6 +55,9 @@ class ForwardCache:
     """(id of a mask, K, device) -> that mask, held so that its id stays its own, and flex_attention's form of it"""
     once: dict[tuple[int, str, int, torch.device], tuple[torch.Tensor, Any]] = field(default_factory=dict)
     """(method, function, K, device) -> the row positions it was computed for, and the value: `Rows.once`"""
+    forms: dict[Any, Any] = field(default_factory=dict)  # as `ColumnCache.forms`, where they do not hold for longer
+    renumbered: torch.Tensor | None = None  # pruning.after.renumbered
+    tables: dict[torch.device, Any] = field(default_factory=dict)  # rotary tables of these positions
     rotary: Any = None  # rotary tables and position ids (None: 3-D) of a second branch's columns
 
     def copied(self) -> ForwardCache:
@@ -67,7 +72,13 @@ class ColumnCache:
     kinds: dict[torch.device, dict[str, torch.Tensor]] = field(default_factory=dict)
     groups: dict[tuple[int, int, torch.device], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     """(method, layer, device) -> the mask they were made of, and the groups: `Rows.groups`"""
+    once: dict[tuple[int, str, int, torch.device], Any] = field(default_factory=dict)
+    """(method, function, layer, device) -> the value: `Rows.kept`"""
+    forms: dict[Any, Any] = field(default_factory=dict)
+    """(edits, layer, device) -> how many columns it reaches, and the attention.forms.ScoreForm; None: there is none"""
+    shown: dict[torch.device, torch.Tensor] = field(default_factory=dict)  # `Session.shown`
+    padded: bool | None = None  # `Session.padded`
 
     def copied(self) -> ColumnCache:
         """The same values in dicts of its own."""
-        return ColumnCache(dict(self.kinds), dict(self.groups))
+        return ColumnCache(dict(self.kinds), dict(self.groups), dict(self.once), dict(self.forms), {}, self.padded)

@@ -61,6 +61,13 @@ class Session:
             del self.states[key]
 
     @property
+    def padded(self) -> bool:
+        """True if some columns are padding; asked once, since generated columns are none."""
+        if self.columns.padded is None:
+            self.columns.padded = bool((self.types == PAD).any())
+        return self.columns.padded
+
+    @property
     def fresh(self) -> bool:
         """True before the first forward."""
         return not self.types.numel()
@@ -75,19 +82,22 @@ class Session:
             self.parts[cls] = cls()
         return self.parts[cls]
 
-    def advance(self, past: int, types: torch.Tensor) -> None:
-        """Note the columns of a new forward after `past` cached ones (a shorter past drops what was rolled back)."""
+    def advance(self, past: int, types: torch.Tensor, text: bool = False) -> None:
+        """Note the columns of a new forward after `past` cached ones (a shorter past drops what was rolled back).
+
+        text: the new columns are known to be TEXT, so that nobody has to wait for the device to say so.
+        """
         if not self.fresh and past:
             if self.types.shape[0] != types.shape[0]:  # a cache that was expanded for beams or several samples
                 self.repeat(types.shape[0] // self.types.shape[0])
             for view in {id(v): v for v in self.views.values()}.values():
                 view.prompt_len = self.prompt_len - view.dropped
-                view.advance(past - view.dropped, types)
+                view.advance(past - view.dropped, types, text)
             types = torch.cat([self.types[:, :past], types], dim=1)
         if not past:
             self.views.clear()
         self.types, self.start, self.length = types, past, types.shape[1] - past
-        grown = past > 0 and bool((types[:, past:] == TEXT).all())
+        grown = past > 0 and (text or bool((types[:, past:] == TEXT).all()))
         self.forward = ForwardCache()
         self.columns = self.columns if grown else ColumnCache()
         if past == 0 or not grown:
@@ -279,6 +289,20 @@ class Session:
         offset = max(0, self.types.shape[1] - width)
         return torch.arange(offset, offset + width, device=device) >= self.prompt_len
 
+    def shown(self, device: torch.device) -> torch.Tensor:
+        """[B, 1] True for samples with an image, made once while generated columns are added."""
+        made = self.columns.shown
+        if device not in made:
+            made[device] = torch.tensor([v >= 0 for v in self.last_visual], device=device)[:, None]
+        return made[device]
+
+    def positions(self, first: int, end: int, device: torch.device) -> torch.Tensor:
+        """[end - first] absolute positions of this forward's rows from `first` on, made once."""
+        place = (first, end, device)
+        if place not in self.forward.positions:
+            self.forward.positions[place] = torch.arange(self.start + first, self.start + end, device=device)
+        return self.forward.positions[place]
+
     def rows_in(self, scope: RowScope, needs_image: bool) -> RowRange:
         """The rows of this forward in `scope`; none of the samples without an image if `needs_image`."""
         last, after = self.prompt_len - 1, scope is RowScope.AFTER_IMAGE
@@ -308,9 +332,9 @@ class View(Session):
     def attention_mask(self, device: torch.device) -> torch.Tensor | None:
         """[B, 1, q, K] True where this forward's rows may look; None if that is plain causal attention."""
         if device not in self.forward.allowed:
-            valid = (self.types != PAD).to(device)
             mask = None
-            if not bool(valid.all()) or (self.start and self.length > 1):
+            if self.padded or (self.start and self.length > 1):
+                valid = (self.types != PAD).to(device)
                 columns = torch.arange(valid.shape[1], device=device)
                 rows = columns[self.start :, None]
                 # a row of padding sees itself: no kernel then meets a row without any column
@@ -330,6 +354,13 @@ class Rows:
     visual: torch.Tensor
     before: torch.Tensor
     after: torch.Tensor
+    first: int | None = None  # the first of the positions, where the host knows it
+
+    @property
+    def numbers(self) -> range:
+        """The positions as numbers of the host, which need not wait for the device where `first` is known."""
+        first = int(self.positions[0]) if self.first is None else self.first
+        return range(first, first + len(self.positions))
 
     def memory(self, kind: type[M]) -> M:
         """What the method remembers in the session, see `Session.memory`."""
@@ -358,6 +389,13 @@ class Rows:
             made = make(self)
             self.session.forward.once[place] = self.positions, made
         return made  # type: ignore[return-value]
+
+    def kept(self, make: Callable[[Rows], T]) -> T:
+        """make(self), a method of the edit, computed once in the layer and kept while generated columns are added."""
+        place, made = (id(self.method), make.__name__, self.layer, self.visual.device), self.session.columns.once
+        if place not in made:
+            made[place] = make(self)
+        return made[place]
 
     def columns(self, mask: torch.Tensor, layer: int | None = None) -> torch.Tensor:
         """[B, n] booleans over the columns seen so far -> [B, 1, 1, K]; columns that came later are False.

@@ -32,7 +32,20 @@ _SMALL = {
     "num_attention_heads": 8,
     "vocab_size": 8192,
 }
+_TINY = {**_SMALL, "hidden_size": 128, "intermediate_size": 256, "vocab_size": 512}
 SHAPES = {
+    "tiny": Shape(
+        "llava",
+        {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, **_CLIP},
+        {**_TINY, "num_key_value_heads": 8},
+        side=8,
+    ),
+    "tiny-qwen": Shape(
+        "qwen2_5_vl",
+        {"depth": 4, "hidden_size": 32, "intermediate_size": 64, "num_heads": 4, "fullatt_block_indexes": [1, 3]},
+        {**_TINY, "num_key_value_heads": 2, "rope_parameters": {**_ROPE, "mrope_section": [2, 3, 3]}},
+        side=8,
+    ),
     "small": Shape(
         "llava",
         {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4, **_CLIP},

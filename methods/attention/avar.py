@@ -24,6 +24,7 @@ class AVAR(ColumnEdit):
     """
 
     name: ClassVar[str] = "avar"
+    form_holds: ClassVar[bool] = True
     paper: ClassVar[str] = "https://arxiv.org/abs/2603.03825"
     grid: ClassVar[dict[str, tuple[float, ...]]] = {"visual": (1.05, 1.3)}
     row_scope = RowScope.AFTER_IMAGE

@@ -50,7 +50,7 @@ class CCA(InputEdit):
         types, memory = session.types, session.memory(self, CCAMemory)
         if session.kept:
             raise VlmFixError("cca needs every token of the image's grid; use it without a pruning method.")
-        if not bool((types[:, session.start :] == VISUAL).any()):
+        if session.start >= session.prompt_len or not bool((types[:, session.start :] == VISUAL).any()):
             if not self.positions or memory.shift is None:
                 return kwargs
             return {**kwargs, "position_ids": moved(session, kwargs, memory.shift)}

@@ -106,6 +106,8 @@ class GIFT(WeightEdit, PromptStart, InputEdit):
         m, question = rows.memory(GIFTMemory).saliency, rows.memory(GIFTMemory).question
         if m is None or question is None or (rows.layer == self.source_layer and not self.edit_source):
             return weights
+        if rows.numbers[0] >= rows.session.prompt_len - 1:
+            return self.enhanced(weights, m, question, rows)
         answering = rows.positions >= rows.session.prompt_len - 1
         return torch.where(answering[:, None], self.enhanced(weights, m, question, rows), weights)
 
@@ -124,7 +126,7 @@ class GIFT(WeightEdit, PromptStart, InputEdit):
             old = pad(memory.shift, (0, total - memory.shift.shape[-1]))
             shift = shift + old * (last == memory.last_image)[:, None, None]
         memory.shift, memory.previous, memory.last_image = shift, seen[:, :, -1], last
-        if int(rows.positions[-1]) >= session.prompt_len - 1:
+        if rows.numbers[-1] >= session.prompt_len - 1:
             memory.saliency = saliency_map(shift, session.types == VISUAL)
 
     def enhanced(self, a: torch.Tensor, m: torch.Tensor, question: torch.Tensor, rows: Rows) -> torch.Tensor:

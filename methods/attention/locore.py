@@ -10,6 +10,7 @@ import torch
 
 from vlm_fix import LogWeightEdit, Unchanged, param
 from vlm_fix.arch import Arch
+from vlm_fix.attention.forms import ScoreForm
 from vlm_fix.session import Rows
 
 
@@ -46,6 +47,9 @@ class LocoRE(LogWeightEdit):
 
     def log_weights(self, rows: Rows) -> torch.Tensor:
         return rows.once(self.bias)
+
+    def form(self, rows: Rows) -> ScoreForm:
+        return ScoreForm(bias=rows.once(self.bias))
 
     def bias(self, rows: Rows) -> torch.Tensor:
         """Broadcasts to [B, 1, R, K]: log(1 + beta) on each row's most recent output columns, else 0."""

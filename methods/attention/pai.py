@@ -9,6 +9,7 @@ import torch
 
 from vlm_fix import Contrast, ScoreEdit, param
 from vlm_fix.arch import Arch
+from vlm_fix.attention.forms import ScoreForm
 from vlm_fix.call import Call
 from vlm_fix.decoding.contrast import plausible
 from vlm_fix.session import Rows
@@ -31,6 +32,7 @@ class PAI(ScoreEdit, Contrast):
     name: ClassVar[str] = "pai"
     kind: ClassVar[str] = "attention"
     heads_apart: ClassVar[bool] = True
+    form_holds: ClassVar[bool] = True
     paper: ClassVar[str] = "https://arxiv.org/abs/2407.21771"
     grid: ClassVar[dict[str, tuple[float, ...]]] = {"alpha": (0.1, 0.4, 0.6)}
 
@@ -51,6 +53,10 @@ class PAI(ScoreEdit, Contrast):
 
     def edit_scores(self, scores: torch.Tensor, rows: Rows) -> torch.Tensor:
         return torch.where(rows.visual, scores + self.alpha * scores.abs(), scores) if self.alpha else scores
+
+    def form(self, rows: Rows) -> ScoreForm:
+        added = self.alpha * rows.visual
+        return ScoreForm(1 + added, 1 - added)
 
     def negative(self, call: Call) -> dict[str, torch.Tensor]:
         return call.without_images()

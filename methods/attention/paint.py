@@ -9,6 +9,7 @@ import torch
 
 from vlm_fix import Memory, ScoreEdit, VlmFixError, WeightEdit, param
 from vlm_fix.arch import Arch
+from vlm_fix.attention.forms import ScoreForm
 from vlm_fix.inputs import InputEdit
 from vlm_fix.packing import pad_to
 from vlm_fix.pruning.encoder import ImageTokens
@@ -42,6 +43,7 @@ class PAINT(ScoreEdit, WeightEdit, InputEdit):
     name: ClassVar[str] = "paint"
     paper: ClassVar[str] = "https://arxiv.org/abs/2501.12206"
     tracks_columns: ClassVar[bool] = True
+    form_holds: ClassVar[bool] = True
     grid: ClassVar[dict[str, tuple[float, ...]]] = {"alpha": (0.35,)}
 
     alpha: float = param(0.7, "share of |z| added to the scores of local tokens", low=0)
@@ -93,7 +95,7 @@ class PAINT(ScoreEdit, WeightEdit, InputEdit):
         return result.masked_fill(late > high + 1.5 * (high - low), self.beta)
 
     def prepare(self, session: Session, kwargs: dict[str, Any]) -> dict[str, Any]:
-        if bool((session.types[:, session.start :] == VISUAL).any()):
+        if session.start < session.prompt_len and bool((session.types[:, session.start :] == VISUAL).any()):
             if "pixel_values_videos" in session.call.inputs:
                 raise VlmFixError("paint scores the tokens of images, no video; pass its frames as images, or unwrap.")
             values = [self.strengths(image) for image in session.call.views]
@@ -119,10 +121,16 @@ class PAINT(ScoreEdit, WeightEdit, InputEdit):
         rows.memory(PAINTMemory).added[rows.layer] = added  # for `edit_weights`, which follows on the same rows
         return scores
 
+    def form(self, rows: Rows) -> ScoreForm | None:
+        added = rows.once(self.strength)
+        return ScoreForm(1 + added, 1 - added)
+
+    @property
+    def edits_weights(self) -> bool:
+        return self.head_scale == "sensitive"
+
     def edit_weights(self, weights: torch.Tensor, rows: Rows) -> torch.Tensor:
         a = weights
-        if self.head_scale == "all":
-            return a
         seen = (a * rows.visual).sum(dim=-1, keepdim=True)
         scale = seen / seen.amax(dim=1, keepdim=True).clamp(min=torch.finfo(a.dtype).tiny)
         return (a.log() + scale * rows.memory(PAINTMemory).added.pop(rows.layer)).softmax(dim=-1).nan_to_num(0.0)

@@ -26,6 +26,7 @@ class VAF(ColumnEdit):
     """
 
     name: ClassVar[str] = "vaf"
+    form_holds: ClassVar[bool] = True
     paper: ClassVar[str] = "https://arxiv.org/abs/2503.13107"
     grid: ClassVar[dict[str, tuple[float, ...]]] = {"enhance": (1.05, 1.3)}
     row_scope = RowScope.AFTER_IMAGE

@@ -89,12 +89,16 @@ class VisualTopK(WeightEdit):
         columns = [rows.columns(row, memory.layer)[:, :, 0] for row in memory.chunks[chunk].unbind(dim=1)]
         return torch.cat(columns, dim=1)
 
+    def counts(self, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+        """[B] each: k as a count, and whether these are all image columns."""
+        totals, device = (rows.session.types == VISUAL).sum(dim=1).tolist(), rows.visual.device
+        counts = torch.tensor([share_of(self.k, n) if n else 0 for n in totals], device=device)
+        return counts, counts >= torch.tensor(totals, device=device)
+
     def vote(self, weights: torch.Tensor, rows: Rows) -> torch.Tensor:
         """[B, R, K] True for the top k."""
         seen = weights * rows.visual
         vote = (seen / seen.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(seen.dtype).tiny)).sum(dim=1)
-        totals = (rows.session.types == VISUAL).sum(dim=1).tolist()
-        counts = torch.tensor([share_of(self.k, n) if n else 0 for n in totals], device=vote.device)
-        every = counts >= torch.tensor(totals, device=vote.device)
+        counts, every = rows.kept(self.counts)
         rank = vote.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
         return ((rank < counts[:, None, None]) & (vote > 0) | every[:, None, None]) & rows.visual[:, 0]

@@ -33,6 +33,7 @@ class ZeroTuning(ColumnEdit):
     """
 
     name: ClassVar[str] = "zerotuning"
+    form_holds: ClassVar[bool] = True
     paper: ClassVar[str] = "https://arxiv.org/abs/2505.11739"
     grid: ClassVar[dict[str, tuple[float, ...]]] = {"rate": (0.8, 1.3)}
     row_scope = RowScope.ALL

@@ -12,6 +12,7 @@ import torch
 
 from vlm_fix import Contrast, ScoreEdit, VlmFixError, param
 from vlm_fix.arch import Arch
+from vlm_fix.attention.forms import ScoreForm
 from vlm_fix.call import Call
 from vlm_fix.decoding.contrast import plausible
 from vlm_fix.decoding.kinds import entropy
@@ -35,6 +36,8 @@ class DeCoRe(ScoreEdit, Contrast):
 
     name: ClassVar[str] = "decore"
     kind: ClassVar[str] = "contrast"
+    form_holds: ClassVar[bool] = True
+    same_in_all_layers: ClassVar[bool] = False
     paper: ClassVar[str] = "https://arxiv.org/abs/2410.18860"
     needs_image: ClassVar[bool] = False
     grid: ClassVar[dict[str, tuple[float, ...]]] = {"alpha": (0.25, 0.5)}
@@ -67,9 +70,19 @@ class DeCoRe(ScoreEdit, Contrast):
         return self.alpha == 0
 
     def edit_scores(self, scores: torch.Tensor, rows: Rows) -> torch.Tensor:
+        return scores.index_fill(1, rows.kept(self.silent), 0.0)
+
+    def silent(self, rows: Rows) -> torch.Tensor:
+        """[n] the layer's heads that are listed."""
         pairs = (item.split(".") for item in self.head_list or ())
-        heads = [int(head) for layer, head in pairs if int(layer) == rows.layer]
-        return scores.index_fill(1, torch.tensor(heads, device=scores.device), 0.0)
+        return torch.tensor(
+            [int(h) for layer, h in pairs if int(layer) == rows.layer], device=rows.visual.device
+        ).long()
+
+    def form(self, rows: Rows) -> ScoreForm:
+        heads = range(rows.session.call.model.config.get_text_config().num_attention_heads)
+        kept = [float(f"{rows.layer}.{head}" not in (self.head_list or ())) for head in heads]
+        return ScoreForm(torch.tensor(kept, device=rows.visual.device).view(1, -1, 1, 1))
 
     def negative(self, call: Call) -> dict[str, torch.Tensor]:
         return call.inputs

@@ -89,7 +89,7 @@ class Owl(WeightReader, ScoreEdit, Contrast):
         seen, read = ((weights * part).sum(dim=-1) for part in (rows.visual, text))
         ratio = torch.where(read > 0, seen / read, 0.0).mean(dim=1)  # [B, R]
         known = rows.memory(OwlMemory).ratio.setdefault(rows.layer, {})
-        first = int(rows.positions[0]) - rows.session.prompt_len
+        first = rows.numbers[0] - rows.session.prompt_len
         if self.gate == 1:  # then no branch is further behind than a round of drafts
             for old in [t for t in known if t < first - 8]:
                 del known[old]
@@ -113,7 +113,7 @@ class Owl(WeightReader, ScoreEdit, Contrast):
         main = engine_of(rows.session.call.model).main
         assert isinstance(self.layers, tuple)
         known = main.memory(rows.method, OwlMemory).ratio[rows.layer]
-        x = torch.stack([known[int(p) - rows.session.prompt_len] for p in rows.positions], dim=1)[:, None, :, None]
+        x = torch.stack([known[p - rows.session.prompt_len] for p in rows.numbers], dim=1)[:, None, :, None]
         x = x[:: len(x) // count]  # a branch reads the prompt that several beams or samples share once
         y = self.base[self.layers.index(rows.layer)]
         more = self.boost * (y - x) / y

@@ -59,12 +59,12 @@ class RandomDirection(AttentionOutputEdit, MLPOutputEdit, LayerOutputEdit):
     def pushed(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
         """[B, R, C] -> the same, turned."""
         length = x.norm(dim=-1, keepdim=True)
-        y = x / length.clamp(min=1e-12) + self.strength * drawn(self.seed, rows.layer, x.shape[-1]).to(x.device)
+        y = torch.addcmul(x, length, drawn(self.seed, rows.layer, x.shape[-1], x.device), value=self.strength)
         return y * (length / y.norm(dim=-1, keepdim=True).clamp(min=1e-12))
 
 
 @functools.lru_cache(maxsize=1024)
-def drawn(seed: int, layer: int, channels: int) -> torch.Tensor:
+def drawn(seed: int, layer: int, channels: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """A unit vector [C]."""
     u = torch.randn(channels, generator=torch.Generator().manual_seed(seed * 100_003 + layer))
-    return u / u.norm()
+    return (u / u.norm()).to(device)

@@ -45,9 +45,13 @@ class RandomHeads(HeadEdit):
         return self.alpha == 1
 
     def edit_heads(self, outputs: torch.Tensor, rows: Rows) -> torch.Tensor:
-        count = outputs.shape[1]
+        return outputs * rows.kept(self.factors).to(outputs.dtype)
+
+    def factors(self, rows: Rows) -> torch.Tensor:
+        """[H, 1, 1]"""
+        count = rows.session.call.model.config.get_text_config().num_attention_heads
         factors = [self.alpha if i in chosen(self.seed, rows.layer, count) else 1.0 for i in range(count)]
-        return outputs * torch.tensor(factors, dtype=outputs.dtype, device=outputs.device)[:, None, None]
+        return torch.tensor(factors, device=rows.visual.device)[:, None, None]
 
 
 @functools.lru_cache(maxsize=1024)

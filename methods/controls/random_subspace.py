@@ -39,12 +39,12 @@ class RandomSubspace(MLPRawEdit):
         return self.rank == 0
 
     def mlp_raw(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
-        q = drawn(self.seed, rows.layer, self.rank, x.shape[-1]).to(x.device)
-        return x - (x @ q.T) @ q
+        q, flat = drawn(self.seed, rows.layer, self.rank, x.shape[-1], x.device), x.flatten(0, 1)
+        return torch.addmm(flat, flat @ q.T, q, alpha=-1).view_as(x)
 
 
 @functools.lru_cache(maxsize=1024)
-def drawn(seed: int, layer: int, rank: int, channels: int) -> torch.Tensor:
+def drawn(seed: int, layer: int, rank: int, channels: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """Orthonormal rows [rank, C], at most C of them."""
     g = torch.Generator().manual_seed(seed * 100_003 + layer)
-    return torch.linalg.qr(torch.randn(channels, min(rank, channels), generator=g))[0].T
+    return torch.linalg.qr(torch.randn(channels, min(rank, channels), generator=g))[0].T.contiguous().to(device)

@@ -74,13 +74,15 @@ class ADHH(WeightEdit):
     def neutral(self) -> bool:
         return self.threshold > 1 or not self.layers
 
+    def listed(self, rows: Rows) -> torch.Tensor:
+        """[H, 1, 1] True for the layer's heads that are listed."""
+        heads = range(rows.session.call.model.config.get_text_config().num_attention_heads)
+        listed = [f"{rows.layer}.{head}" in (self.head_list or ()) for head in heads]
+        return torch.tensor(listed, device=rows.visual.device)[:, None, None]
+
     def edit_weights(self, weights: torch.Tensor, rows: Rows) -> torch.Tensor:
         a = weights
-        listed = torch.zeros(a.shape[1], 1, 1, dtype=torch.bool, device=a.device)
-        for item in self.head_list or ():
-            layer, _, head = item.partition(".")
-            if int(layer) == rows.layer:
-                listed[int(head)] = True
+        listed = rows.kept(self.listed)
         leaning = (a * rows.after).sum(dim=-1, keepdim=True) >= self.threshold
         return a.masked_fill(listed & leaning & rows.after, 0)
 

@@ -71,12 +71,16 @@ class HeadPursuit(HeadEdit):
         return self.factor == 1 or self.head_list == () or self.layers == ()
 
     def edit_heads(self, outputs: torch.Tensor, rows: Rows) -> torch.Tensor:
-        scale = torch.ones(outputs.shape[1], 1, 1, dtype=outputs.dtype, device=outputs.device)
+        return outputs * rows.kept(self.scales)
+
+    def scales(self, rows: Rows) -> torch.Tensor:
+        """[H, 1, 1]: the factor of each head."""
+        scale = torch.ones(rows.session.call.model.config.get_text_config().num_attention_heads)
         for item in self.head_list or ():
             layer, _, head = item.partition(".")
             if int(layer) == rows.layer:
                 scale[int(head)] = self.factor
-        return outputs * scale
+        return scale.to(rows.visual.device)[:, None, None]
 
     def calibrate(
         self, model: Any, samples: Sequence[Sample], seed: int, progress: Callable[[str, float], None]

@@ -18,7 +18,7 @@ from vlm_fix.wing import engine_of
 @dataclass
 class VHRMemory(Memory):
     text_only: dict[int, torch.Tensor] = field(default_factory=dict)  # layer -> A_i(text only) [B, H, D]
-    chosen: dict[int, torch.Tensor] = field(default_factory=dict)  # layer -> H_l as booleans [B, H]
+    factors: dict[int, torch.Tensor] = field(default_factory=dict)  # layer -> alpha for H_l, else 1: [B, H, 1, 1]
 
 
 @dataclass(frozen=True)
@@ -89,5 +89,6 @@ class VHR(HeadEdit, PromptStart):
             session.need_whole_prompt(f"{self.name}:prompt_rows={self.prompt_rows}")
             last = session.prompt_len - 1 - (session.start + session.length)  # assisted decoding adds guesses behind it
             text_only = memory.text_only[rows.layer].to(outputs.device)
-            memory.chosen[rows.layer] = self.choose(outputs[:, :, last].float(), text_only)
-        return outputs * (1 + (self.alpha - 1) * memory.chosen[rows.layer].to(outputs.dtype))[:, :, None, None]
+            chosen = self.choose(outputs[:, :, last].float(), text_only)
+            memory.factors[rows.layer] = (1 + (self.alpha - 1) * chosen.to(outputs.dtype))[:, :, None, None]
+        return outputs * memory.factors[rows.layer].to(outputs.device)

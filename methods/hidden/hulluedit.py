@@ -76,7 +76,7 @@ class HulluEdit(LayerInputEdit, FinalOutputEdit):
 
     def layer_input(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
         if rows.layer == self.anchor:
-            memory, start = rows.memory(HulluEditMemory), int(rows.positions[0])
+            memory, start = rows.memory(HulluEditMemory), rows.numbers[0]
             known = memory.states[:, :start].to(x.device) if start and memory.states.numel() else x[:, :0]
             missing = x.new_zeros(
                 len(x), start - known.shape[1], x.shape[-1]
@@ -92,7 +92,7 @@ class HulluEdit(LayerInputEdit, FinalOutputEdit):
         text[:, first : first + 1] = False  # not there yet in the earlier chunks of a prompt
         new = x.clone()
         columns = torch.arange(n, device=x.device)
-        for r, position in enumerate(rows.positions.tolist()):
+        for r, position in enumerate(rows.numbers):
             for b in range(len(x)) if position >= first else ():
                 if bool(image[b].any()):
                     new[b, r] = self.edited(x[b, r], states[b, image[b]], states[b, text[b] & (columns <= position)])

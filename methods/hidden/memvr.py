@@ -93,11 +93,15 @@ class MemVR(LayerInputEdit, LayerOutputEdit, MLPInputEdit, MLPRawEdit):
         if rows.layer not in self.layers:  # type: ignore[operator]
             return x
         memory, last = rows.memory(MemVRMemory), rows.session.prompt_len - 1
+        if rows.numbers[0] >= last and self.prompt_rows != "all":
+            fire = self.entropy(x, rows) > self.threshold
+            memory.now, memory.fired = fire & ~memory.fired.to(x.device), memory.fired.to(x.device) | fire
+            return x
         deciding = rows.positions >= last
         unsure = self.entropy(x[:, deciding], rows) > self.threshold
         fire = torch.zeros_like(memory.fired, device=x.device)
         fire[:, deciding] = unsure
-        if self.prompt_rows == "all" and bool((rows.positions == last).any()):
+        if self.prompt_rows == "all" and last in rows.numbers:
             fire = torch.where(rows.positions < last, unsure[:, :1], fire)
         memory.now = fire & ~memory.fired.to(x.device)
         memory.fired = memory.fired.to(x.device) | fire

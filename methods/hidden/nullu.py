@@ -78,7 +78,8 @@ class Nullu(MLPRawEdit):
     def mlp_raw(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
         assert isinstance(self.file, Tensors)
         q = self.file.on(str(rows.layer), x.device)
-        return x - (x @ q.T) @ q
+        flat = x.flatten(0, 1)
+        return torch.addmm(flat, flat @ q.T, q, alpha=-1).view_as(x)
 
     def bake(self, model: Any) -> None:
         """Project the MLP weights of an unwrapped model in place."""

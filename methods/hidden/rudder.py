@@ -80,9 +80,9 @@ class RUDDER(AttentionOutputEdit, LayerInputEdit):
             w = (x.norm(dim=-1) if self.pool == "weighted" else torch.ones_like(x[..., 0])) * real
             memory.total[i] = memory.total.get(i, 0) + (w[..., None] * x).sum(dim=1)
             memory.weight[i] = memory.weight.get(i, 0) + w.sum(dim=1, keepdim=True)
-        edited = rows.positions >= session.prompt_len - 1
-        if not bool(edited.any()):
+        if rows.numbers[-1] < session.prompt_len - 1:
             return x
+        edited = rows.positions >= session.prompt_len - 1
         v = normalize(memory.total[i] / memory.weight[i].clamp(min=1e-12), dim=-1)[:, None]  # [B, 1, C]
         h = memory.stream[i]
         s = cosine_similarity(h if self.gate_on == "stream" else x, v, dim=-1)[..., None]

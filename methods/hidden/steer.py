@@ -93,10 +93,17 @@ class Steer(AttentionOutputEdit, MLPOutputEdit, LayerOutputEdit):
     def attention_output(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
         return self.steered(x, rows)
 
+    def push(self, rows: Rows) -> torch.Tensor:
+        """[C]: what is added, or the share of a state's own length that is."""
+        assert isinstance(self.file, Tensors)
+        v = self.file.on(str(rows.layer), rows.visual.device)
+        return self.strength * (v / v.norm()) if self.absolute is None else self.absolute * v
+
     def steered(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
         """[B, R, C] -> the same with the layer's vector."""
         assert isinstance(self.file, Tensors)
-        v, length = self.file.on(str(rows.layer), x.device), x.norm(dim=-1, keepdim=True)
-        push = self.strength * length * (v / v.norm()) if self.absolute is None else self.absolute * v
-        y = x + push
+        if self.absolute is not None and not self.keep_norm:
+            return torch.add(x, self.file.on(str(rows.layer), x.device), alpha=self.absolute)
+        length, push = x.norm(dim=-1, keepdim=True), rows.kept(self.push)
+        y = torch.addcmul(x, length, push) if self.absolute is None else x + push
         return y * (length / y.norm(dim=-1, keepdim=True).clamp(min=1e-12)) if self.keep_norm else y

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import torch
-from torch.nn.functional import normalize
 
 
 def turned(x: torch.Tensor, push: torch.Tensor) -> torch.Tensor:
     """||x|| (x / ||x|| + push) / ||x / ||x|| + push||: x [..., C] turned towards push, at the length it had."""
-    return normalize(normalize(x, dim=-1) + push, dim=-1) * x.norm(dim=-1, keepdim=True)
+    length = x.norm(dim=-1, keepdim=True)
+    y = torch.addcmul(x, length, push)
+    return y * (length / y.norm(dim=-1, keepdim=True).clamp(min=1e-12))
 
 
 def scaled(part: float, depth: int) -> int:

@@ -109,5 +109,4 @@ class VISTA(MLPOutputEdit, LogitEdit):
     def edit(self, l: torch.Tensor, step: Step) -> torch.Tensor:
         late = sum(step.exit(i, norm=False).to(l.device) for i in self.exits) / len(self.exits)
         mixed = ((1 - self.alpha) * l + self.alpha * late).masked_fill(torch.isinf(l), -torch.inf)
-        shown = torch.tensor([i >= 0 for i in step.session.last_visual], device=l.device)
-        return torch.where(shown[:, None], mixed, l)
+        return torch.where(step.session.shown(l.device), mixed, l)

@@ -76,7 +76,7 @@ class ONLY(WeightReader, QueryKeyReader, LogitEdit):
         model = session.call.model
         project = output_projection(get_part(model, session.call.family.language).layers[rows.layer].self_attn)
         written = project(out.to(project.weight.dtype))
-        for r, position in enumerate(rows.positions.tolist()):
+        for r, position in enumerate(rows.numbers):
             memory.output[position - session.prompt_len + 1] = written[:, r]
 
     def textual(self, a: torch.Tensor, text: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
@@ -108,8 +108,7 @@ class ONLY(WeightReader, QueryKeyReader, LogitEdit):
         far = (l.exp() - second.softmax(dim=-1)).abs().sum(dim=-1, keepdim=True) >= self.gamma
         z = torch.where(far, (1 + self.alpha) * l - self.alpha * second, l + self.alpha_add * second)
         z = plausible(z.masked_fill(torch.isinf(l), -torch.inf), l, self.beta)
-        shown = torch.tensor([i >= 0 for i in step.session.last_visual], device=l.device)
-        return torch.where(shown[:, None], z, l)
+        return torch.where(step.session.shown(l.device), z, l)
 
 
 def after_last_layer(layer: Any, c: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

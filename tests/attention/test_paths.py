@@ -26,6 +26,7 @@ from vlm_fix.attention.edits import ColumnFactors
 from vlm_fix.attention.inputs import AttentionInputs
 from vlm_fix.registry import get_method
 
+FUSED = [s for s in ROWS if s.startswith(("pai:", "vaf", "avar", "zerotuning", "locore", "tame", "paint:alpha=1"))]
 STATIC = [s for s in ROWS if s.startswith(("zerotuning", "vaf", "avar"))]
 
 
@@ -33,7 +34,7 @@ STATIC = [s for s in ROWS if s.startswith(("zerotuning", "vaf", "avar"))]
 def paths(monkeypatch):
     """Notes which path each layer takes; call it with "kernel" or "columns" to force one."""
     seen = []
-    for name in ("edited_rows", "column_attention", "few_columns_attention"):
+    for name in ("edited_rows", "column_attention", "few_columns_attention", "decode_row"):
         original = getattr(strategies, name)
 
         def spy(*args, name=name, original=original, **kwargs):
@@ -48,6 +49,35 @@ def paths(monkeypatch):
         return seen
 
     return force
+
+
+@pytest.mark.parametrize("spec", FUSED)
+@pytest.mark.parametrize("name", [*BUILD, "gemma3"])
+def test_decode_rows_in_one_launch_equal_reference(name, spec, paths, monkeypatch, record_property):
+    """The form of each edit, made once a call or a step, against loops over whole matrices."""
+    seen = paths("fused")
+    check(spec, ROWS[spec], name, torch.float32, monkeypatch, record_property)
+    assert ("decode_row", 1) in seen
+
+
+@pytest.mark.parametrize(
+    "stack", [["pai:alpha=0.7,layers=1-", "zerotuning:rate=0.1"], ["tame:gamma=0.4", "vhr"]], ids="+".join
+)
+def test_forms_of_a_stack_equal_the_row_kernel(models, stack, paths):
+    inputs, logits = make_inputs("llava", [1, 2]), []
+    for path in ("kernel", "fused"):
+        seen = paths(path)
+        with vlm_fix.wrapped(models["llava"], stack):
+            logits.append(greedy(models["llava"], inputs)[1])
+        assert (("decode_row", 1) in seen) == (path == "fused")
+    assert error(logits[1], logits[0].double()) < 1e-5
+
+
+def test_methods_without_a_form_keep_the_row_kernel(models, paths):
+    seen = paths("fused")
+    with vlm_fix.wrapped(models["llava"], ["pai:alpha=0.5,layers=0-", "hgai:alpha=1,layers=0-"]):
+        greedy(models["llava"], make_inputs("llava", [1]), 2)
+    assert ("edited_rows", 1) in seen and not any(path == "decode_row" for path, _ in seen)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

@@ -27,6 +27,7 @@ from vlm_fix.method import Layers, Method, param
 from vlm_fix.scope import RowScope
 from vlm_fix.session import Rows, Session
 
+from .forms import ScoreForm
 from .inputs import QueryRows
 
 
@@ -64,7 +65,8 @@ class Changes(Memory):
         known = self.in_layer.get(layer, False)
         if known is not True:
             some = moved.any() | known
-            self.in_layer[layer] = some if some.is_cuda else bool(some)  # on CUDA asking would wait for the device
+            host = some.device.type == "cpu"  # elsewhere asking would wait for the device
+            self.in_layer[layer] = bool(some) if host else some
 
     def any(self) -> bool:
         """True also if nothing was noted."""
@@ -84,6 +86,11 @@ class AttentionEdit(Method):
     """True if what it does to a head depends on that head alone, whatever its number: a device may have a part of them."""
 
     layers: Layers = param(None, "language-model layers to edit")
+    form_holds: ClassVar[bool] = False
+    """True if what `form` gives holds for the whole answer, generated columns being left as they are: it is asked for once."""
+    same_in_all_layers: ClassVar[bool] = True
+    """False if what `form` or `column_factors` gives differs from layer to layer."""
+
     branch: str = param("both", "beside a contrast: the branch it acts in", choices=("both", "main", "negative"))
 
     @property
@@ -101,6 +108,10 @@ class AttentionEdit(Method):
                 f"layers {', '.join(map(str, arch.attention))} do."
             )
         return dataclasses.replace(method, layers=layers)
+
+    def form(self, rows: Rows) -> ScoreForm | None:
+        """What it does to the scores of one decode row, for the kernel that runs such a row in one launch; None: no such form."""
+        return None
 
     def acts_in(self, branch: str) -> bool:
         """True if it acts in this branch: "main", or a name of `Contrast.branches`."""
@@ -130,8 +141,6 @@ class LogWeightEdit(AttentionEdit, ABC):
 class ColumnEdit(ScoreEdit, LogWeightEdit):
     """Changes scores by column or by row alone: where many rows are edited, they stay on SDPA."""
 
-    same_in_all_layers: ClassVar[bool] = True
-
     @abstractmethod
     def column_factors(self, rows: Rows) -> ColumnFactors:
         """The factors of one layer, of all layers if `same_in_all_layers`."""
@@ -140,6 +149,12 @@ class ColumnEdit(ScoreEdit, LogWeightEdit):
     def cached_column_factors(self, rows: Rows) -> ColumnFactors:
         """`column_factors`, computed once a forward if all layers share them."""
         return rows.once(self.column_factors) if self.same_in_all_layers else self.column_factors(rows)
+
+    def form(self, rows: Rows) -> ScoreForm | None:
+        scale, bias, heads, row_factor = self.cached_column_factors(rows)
+        slopes = [x for x in (scale, row_factor) if x is not None]
+        slope = slopes[0] if len(slopes) == 1 else slopes[0] * slopes[1] if slopes else None
+        return ScoreForm(slope, None, bias if bias is None or heads is None else bias * heads[:, None, None])
 
     @final
     def edit_scores(self, scores: torch.Tensor, rows: Rows) -> torch.Tensor:
@@ -155,6 +170,11 @@ class ColumnEdit(ScoreEdit, LogWeightEdit):
 
 class WeightEdit(AttentionEdit, ABC):
     """Changes attention weights, after the softmax."""
+
+    @property
+    def edits_weights(self) -> bool:
+        """False if these parameters leave the weights as they are, for a method that acts in another stage."""
+        return True
 
     @abstractmethod
     def edit_weights(self, weights: torch.Tensor, rows: Rows) -> torch.Tensor:

@@ -66,6 +66,8 @@ class AttentionInputs:
     def allowed(self, first: int) -> torch.Tensor | None:
         """The mask of the rows from `first` on; no mask means causal, as SDPA reads it."""
         count, width = self.query.shape[2], self.key.shape[2]
+        if self.mask is not None and not first and self.mask.shape[-1] == width:
+            return self.mask
         if self.mask is not None:
             return self.mask[:, :, first:, :width]
         if count == 1:
@@ -76,5 +78,6 @@ class AttentionInputs:
 
     def rows_from(self, first: int, end: int | None = None) -> QueryRows:
         """The rows from `first` on, up to `end`."""
-        rows = QueryRows(self.query[:, :, first:], self.key, self.value, self.allowed(first), self.scores)
+        query = self.query[:, :, first:] if first else self.query
+        rows = QueryRows(query, self.key, self.value, self.allowed(first), self.scores)
         return rows if end is None else rows.part(slice(0, end - first))

@@ -54,7 +54,7 @@ def edited_rows(
         if unedited is not None and (moved is None or (known and not bool(moved.any()))):
             mixed = unedited()[:, :, part].to(a.dtype)
         else:
-            mixed = (_grouped(a, key.shape[1]) @ value.to(a.dtype)).view(*a.shape[:3], -1)
+            mixed = torch.bmm(_grouped(a, key.shape[1]), value.to(a.dtype).flatten(0, 1)).view(*a.shape[:3], -1)
             if unedited is not None and moved is not None and not (known and bool(moved.all())):
                 mixed = torch.where(moved[:, None, :, None], mixed, unedited()[:, :, part].to(a.dtype))
         if out is None:
@@ -70,9 +70,10 @@ def edited_weights(
     """The edited weights of one chunk of rows, [B, H, R, K]; `changed` gets the rows [B, R] that each edit changed."""
     query, key, _, allowed, scores = inputs
     compute = torch.promote_types(query.dtype, torch.float32)
-    packed, keys = _grouped(query.to(compute) * scores.scaling, key.shape[1]), key.to(compute)
+    packed, keys = _grouped(query.to(compute) * scores.scaling, key.shape[1]), key.to(compute).flatten(0, 1)
     # on a CPU a product with few columns is up to three times as fast as the same one with few rows
-    z = (keys @ packed.mT).mT if packed.shape[2] <= 8 and not packed.is_cuda else packed @ keys.mT
+    few = packed.shape[1] <= 8 and packed.device.type == "cpu"
+    z = torch.bmm(keys, packed.mT).mT if few else torch.bmm(packed, keys.mT)
     z = z.reshape(*query.shape[:3], -1)
     if scores.softcap is not None:
         z = scores.softcap * torch.tanh(z / scores.softcap)
@@ -134,8 +135,8 @@ def _boolean(allowed: torch.Tensor) -> torch.Tensor:
 
 
 def _grouped(x: torch.Tensor, kv_heads: int) -> torch.Tensor:
-    """[B, H, R, n] -> [B, Hkv, H / Hkv * R, n]: the query heads that share a key head, as rows."""
-    return x.reshape(x.shape[0], kv_heads, -1, x.shape[-1])
+    """[B, H, R, n] -> [B Hkv, H / Hkv R, n]: the query heads that share a key head, as rows."""
+    return x.reshape(x.shape[0] * kv_heads, -1, x.shape[-1])
 
 
 def edited_heads(out: torch.Tensor, edits: LayerEdits) -> torch.Tensor:

@@ -11,6 +11,7 @@ from vlm_fix.effects import Effects
 from vlm_fix.session import Rows, Session
 
 from .edits import AttentionEdit, Changes, FewColumnsEdit, Unchanged
+from .fused import usable
 from .inputs import AttentionInputs
 from .stages import LayerEdits, Stages
 from .strategies import (
@@ -20,6 +21,7 @@ from .strategies import (
     capped_column_factors,
     column_factors,
     few_columns,
+    fused_row,
     head_scaling,
     row_kernel,
 )
@@ -46,7 +48,8 @@ class Plan:
 
     def for_layer(self, layer: int, session: Session) -> LayerEdits:
         """The edits with what they see in `layer`."""
-        rows = [Rows(layer, session, edit, self.positions, **self.kinds) for edit in self.edits]
+        first = session.start + self.first
+        rows = [Rows(layer, session, edit, self.positions, **self.kinds, first=first) for edit in self.edits]
         return LayerEdits(self.stages, rows, self.masks, self.effects)
 
 
@@ -86,7 +89,7 @@ def _made(handle: Any, session: Session, inputs: AttentionInputs, recorded: bool
         [masks[rows] for _, rows in acting],
         stages,
         first,
-        torch.arange(session.start + first, session.start + session.length, device=device),
+        session.positions(first, session.length, device),
         session.masks(inputs.key.shape[2], device),
         reached,
         any(edit.may_leave_unchanged in unchanged for edit in edits),
@@ -111,6 +114,8 @@ def strategy_for(
     """
     if not stages.need_weights:
         return head_scaling if stages.heads else None
+    if _is_fused(stages, inputs, same_rows and all_rows and not recorded, path):
+        return fused_row
     query, capped = inputs.query, inputs.scores.softcap is not None
     if not recorded and stages.only_columns and same_rows and (not capped or by_flex(query, path)):
         count = query.shape[2] - first
@@ -122,6 +127,18 @@ def strategy_for(
     if plain and exact and all_rows and query.shape[2] > 1 and _only_few_columns(stages):
         return few_columns
     return row_kernel
+
+
+def _is_fused(stages: Stages, inputs: AttentionInputs, plain: bool, path: AttentionPath) -> bool:
+    """True for one row, of which all edits see nothing but scores, on a device that runs it in one launch."""
+    if not plain or inputs.query.shape[2] != 1 or inputs.windowed or torch.is_grad_enabled():
+        return False
+    acting = [edit for _, edit in (*stages.scores, *stages.log_weights)]
+    if any(edit.may_leave_unchanged is Unchanged.ANY_ROW or type(edit).form is AttentionEdit.form for edit in acting):
+        return False
+    if stages.weights or stages.weight_readers or stages.maskers or not acting:
+        return False
+    return path is AttentionPath.FUSED or (path is AttentionPath.AUTO and usable(inputs.query))
 
 
 def _only_few_columns(stages: Stages) -> bool:

@@ -46,7 +46,7 @@ class Stages(NamedTuple):
             [(i, e) for i, e in stack if isinstance(e, ScoreEdit)],
             [(i, e) for i, e in stack if isinstance(e, LogWeightEdit)],
             [(i, e) for i, e in stack if isinstance(e, ColumnEdit)],
-            [(i, e) for i, e in stack if isinstance(e, WeightEdit)],
+            [(i, e) for i, e in stack if isinstance(e, WeightEdit) and e.edits_weights],
             [(i, e) for i, e in stack if isinstance(e, WeightReader)],
             [(i, e) for i, e in stack if isinstance(e, HeadEdit)],
         )
@@ -79,7 +79,10 @@ class LayerEdits:
 
     def part(self, part: slice) -> LayerEdits:
         """The same for a part of the rows."""
-        rows = [dataclasses.replace(r, positions=r.positions[part]) for r in self.rows]
+        rows = [
+            dataclasses.replace(r, positions=r.positions[part], first=None if r.first is None else r.first + part.start)
+            for r in self.rows
+        ]
         return LayerEdits(self.stages, rows, [m if m is None else m[:, part] for m in self.masks], self.effects)
 
 

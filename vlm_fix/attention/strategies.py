@@ -5,16 +5,20 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn.functional import pad
 
 from vlm_fix.memory import ForwardCache
+from vlm_fix.session import SLACK
 
 from .columns import column_attention
-from .edits import ColumnFactors, FewColumnsEdit
+from .edits import ColumnFactors, FewColumnsEdit, Unchanged
 from .few_columns import few_columns_attention
 from .flex import block_mask, flex_rows
+from .forms import ScoreForm
+from .fused import decode_row
 from .inputs import AttentionInputs
 from .kernel import edited_heads, edited_rows
 from .stages import LayerEdits
@@ -26,6 +30,7 @@ class AttentionPath(enum.Enum):
     AUTO = "auto"
     KERNEL = "kernel"  # the row kernel wherever weights are needed
     COLUMNS = "columns"  # SDPA over changed keys wherever that is exact
+    FUSED = "fused"  # decode rows in one launch wherever the edits have such a form
     FLEX = "flex"  # the same, and flex_attention for softly capped scores
 
 
@@ -50,7 +55,7 @@ class LayerWork:
 
     def unedited_rows(self) -> torch.Tensor:
         """[B, H, R, D] without edits."""
-        return self.output()[:, self.first :].transpose(1, 2)
+        return (self.output()[:, self.first :] if self.first else self.output()).transpose(1, 2)
 
     @property
     def unedited(self) -> Callable[[], torch.Tensor] | None:
@@ -116,6 +121,47 @@ def few_columns(work: LayerWork) -> torch.Tensor:
     assert isinstance(edit, FewColumnsEdit)
     rows = few_columns_attention(work.inputs, edit, work.edits.rows[place], work.unedited)
     return row_kernel(work) if rows is None else rows
+
+
+def fused_row(work: LayerWork) -> torch.Tensor:
+    """Run the one decode row in one launch, with the scores' edits as one form."""
+    form = None if work.keeps_rows else form_of(work)
+    if form is None:
+        return row_kernel(work)
+    rows = decode_row(work.inputs.rows_from(0), form).transpose(1, 2)
+    return edited_heads(rows, work.edits) if work.edits.stages.heads else rows
+
+
+def form_of(work: LayerWork) -> ScoreForm | None:
+    """What all edits do to the row's scores, made once a call if it holds so long; None if one has no such form."""
+    edits = work.edits
+    acting = {i: edit for i, edit in (*edits.stages.scores, *edits.stages.log_weights)}
+    rows = edits.rows[next(iter(acting))]
+    session, width = rows.session, work.inputs.key.shape[2]
+    layer = None if all(edit.same_in_all_layers for edit in acting.values()) else rows.layer
+    place = (
+        tuple(map(id, acting.values())),
+        layer,
+        width if width < session.types.shape[1] else 0,
+        work.inputs.query.device,
+    )
+    holds = not place[2] and all(edit.form_holds for edit in acting.values())  # a window moves on with every token
+    kept: dict[Any, Any] = session.columns.forms if holds else work.cache.forms
+    if place in kept and (kept[place] is None or kept[place][0] >= width):
+        return kept[place] and kept[place][1]
+    whole = ScoreForm()
+    for i, edit in sorted(acting.items()):
+        own = edit.form(edits.rows[i])
+        if own is None:
+            kept[place] = None
+            return None
+        if edits.effects and edit.may_leave_unchanged is Unchanged.NO_ROW:
+            for x, neutral in ((own.up, 1.0), (own.down, 1.0), (own.bias, 0.0)):
+                if x is not None:
+                    edits.effects.note(edit, x, torch.full_like(x, neutral))
+        whole = whole.then(own)
+    kept[place] = width + SLACK, whole.widened(width + SLACK) if holds else whole
+    return kept[place][1]
 
 
 def row_kernel(work: LayerWork) -> torch.Tensor:

@@ -15,7 +15,9 @@ from .common import DTYPES, add, add_json, check_place, console
 
 def add_to(commands: Any) -> None:
     parser = add(commands, "bench", "time methods against the unwrapped model, on random weights", run)
-    parser.add_argument("kind", choices=("attention", "decode", "prune", "draft", "serve"), help="which methods")
+    parser.add_argument(
+        "kind", choices=("attention", "decode", "prune", "scaling", "draft", "serve"), help="which methods"
+    )
     parser.add_argument("--shape", default="small", metavar="S", help="small, small-qwen, llava-1.5-7b, qwen2.5-vl-7b")
     parser.add_argument("--method", default="", metavar="A,B+C", help="only these (all of the kind)")
     parser.add_argument(
@@ -27,6 +29,10 @@ def add_to(commands: Any) -> None:
     parser.add_argument("--new-tokens", type=int, default=32, metavar="N", help="tokens to time (%(default)s)")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="(%(default)s)")
     parser.add_argument("--keep", metavar="N,M", help="visual tokens kept, prune only (192,64)")
+    parser.add_argument(
+        "--sizes", metavar="S", help="scaling only, such as visual=64|576,layers=1|8,batch=1|4,answer=8|128 (all four)"
+    )
+    parser.add_argument("--figure", metavar="FILE", help="scaling only: also draw it, as .svg, .png or .pdf")
     parser.add_argument("--device", default="auto", metavar="DEV", help="auto, cpu or cuda (%(default)s)")
     parser.add_argument("--dtype", choices=DTYPES, default="auto")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the weights and the prompt (%(default)s)")
@@ -46,8 +52,14 @@ def run(args: argparse.Namespace) -> None:
     from vlm_fix.eval import bench
     from vlm_fix.registry import split_methods
 
+    for option in ("sizes", "figure"):
+        if getattr(args, option) and args.kind != "scaling":
+            raise VlmFixError(f"--{option} has no effect on bench {args.kind}: it is for bench scaling; leave it out.")
     if args.kind == "serve":
         _serve(args)
+        return
+    if args.kind == "scaling":
+        _scaling(args)
         return
     if args.kind == "draft":
         _draft(args)
@@ -76,6 +88,66 @@ def run(args: argparse.Namespace) -> None:
         print(json.dumps(results, indent=2))
     else:
         console().print(bench.table(results))
+
+
+def _scaling(args: argparse.Namespace) -> None:
+    """How the cost of methods grows with the sizes of a prompt."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from vlm_fix.eval import bench
+    from vlm_fix.eval.bench import scaling
+    from vlm_fix.eval.run.loading import check_device
+    from vlm_fix.registry import parse, split_methods
+
+    specs = ["+".join(stack) for stack in split_methods(args.method or "pai,vcd,hiprune:keep=32")]
+    for spec in specs:
+        parse(spec.split("+"))
+    sizes = _sizes(args.sizes, scaling.SIZES) if args.sizes else None
+    if args.figure:
+        check_place(args.figure)
+        if Path(args.figure).suffix not in (".svg", ".png", ".pdf"):
+            raise VlmFixError(f"--figure {args.figure!r} must end in .svg, .png or .pdf.")
+    check_device(args.device)
+    import torch
+
+    cuda = args.device.startswith("cuda") or (args.device == "auto" and torch.cuda.is_available())
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("bench scaling", total=None)
+        results = scaling.run(
+            specs,
+            args.shape,
+            sizes=sizes,
+            device="cuda" if cuda and args.device == "auto" else "cpu" if args.device == "auto" else args.device,
+            dtype=("bfloat16" if cuda else "float32") if args.dtype == "auto" else args.dtype,
+            new_tokens=args.new_tokens,
+            rounds=args.rounds,
+            seed=args.seed,
+            tick=lambda total: progress.update(task, total=total, advance=1),
+        )
+    if args.output:
+        bench.write(results, Path(args.output))
+    if args.figure:
+        scaling.figure(results, Path(args.figure))
+    if args.json:
+        print(json.dumps(results, indent=2))
+    else:
+        console().print(scaling.table(results))
+
+
+def _sizes(text: str, known: Any) -> dict[str, list[int]]:
+    """visual=64|576,batch=1|4 as numbers."""
+    try:
+        made = {
+            name: [int(n) for n in values.split("|")] for name, _, values in (p.partition("=") for p in text.split(","))
+        }
+    except ValueError:
+        made = {"": [0]}
+    if not made.keys() <= {*known} or min(n for values in made.values() for n in values) < 1:
+        raise VlmFixError(
+            f"--sizes {text!r} is not a list such as visual=64|576,batch=1|4; sizes are {', '.join(known)}."
+        )
+    return made
 
 
 def _serve(args: argparse.Namespace) -> None:

@@ -56,6 +56,7 @@ class Branch:
         self.mask = negative.inputs["attention_mask"]
         self.tokens: torch.Tensor | None = None  # [B', t] generated tokens whose keys are in the cache
         self.pending: torch.Tensor | None = None  # [B', V] logits of a joined step
+        self.strayed: torch.Tensor | None = None  # see `_follows`
         self.next_position: torch.Tensor | None = None  # [B'] position id of the first generated token
 
     @property
@@ -67,7 +68,7 @@ class Branch:
     def logits(self, generated: torch.Tensor) -> torch.Tensor:
         """[B', t] generated tokens -> this branch's next-token logits [B', V]."""
         pending, self.pending = self.pending, None
-        if pending is not None and torch.equal(self.tokens, generated):  # type: ignore[arg-type]
+        if pending is not None and self._follows(generated):
             return pending
         if self.tokens is None:
             out = self.prefill()
@@ -92,6 +93,27 @@ class Branch:
         out = self._forward(inputs | carried(self.inputs, new), positions)
         self.tokens = generated
         return out
+
+    def _follows(self, generated: torch.Tensor) -> bool:
+        """True if the joined step was of these tokens [B', t], as it always is where tokens are chosen one by one.
+
+        On an accelerator nobody waits for that: `check` asks at the end.
+        """
+        if self.tokens is None or self.tokens.shape != generated.shape:
+            return False
+        if generated.device.type == "cpu":
+            return torch.equal(self.tokens, generated)
+        strayed = (self.tokens != generated).any()
+        self.strayed = strayed if self.strayed is None else self.strayed | strayed
+        return True
+
+    def check(self) -> None:
+        """VlmFixError if a joined step was of other tokens than `generate` went on with. This waits for the device."""
+        if self.strayed is not None and bool(self.strayed):
+            raise VlmFixError(
+                f"{self.name}: generate went on with other tokens than the model was given, which a second branch cannot "
+                "follow; drop what changes tokens after they are chosen."
+            )
 
     @torch.no_grad()
     def prefill(self) -> torch.Tensor:

@@ -128,6 +128,8 @@ class ContrastWing(Wing):
         outer, self.running = self.running, running  # the caller's code inside a call may call generate
         try:
             yield
+            for branch in running.branches:
+                branch.check()
         finally:
             running.close()
             self.running, self.term = outer, term

@@ -86,7 +86,8 @@ class Joint(JointForward):
         ids, step = kwargs["input_ids"], self.branches[0].tokens.shape[1]
         for branch, session in zip(self.branches, self.sessions[1:], strict=True):
             session.answer = torch.cat([branch.tokens, ids], dim=1)
-            session.advance(session.types.shape[1], torch.full_like(ids, TEXT).to(session.types))  # type: ignore[union-attr]
+            text = torch.full_like(ids, TEXT, dtype=torch.uint8)
+            session.advance(session.types.shape[1], text.to(session.types.device), text=True)
         pairs = zip(self.sessions, self.padded, strict=True)
         self.masks = [(s.types != PAD)[:, None, None] if padded else None for s, padded in pairs]
         self.ids, self.host.joint = ids, self
@@ -134,8 +135,8 @@ class Joint(JointForward):
         """Split the joint output: hand each branch its logits and return the main branch's output."""
         self.host.joint = None
         logits = output.logits.chunk(len(self.sessions))
-        for branch, own in zip(self.branches, logits[1:], strict=True):
-            branch.pending, branch.tokens = own[:, -1], torch.cat([branch.tokens, self.ids], dim=1)
+        for branch, session, own in zip(self.branches, self.sessions[1:], logits[1:], strict=True):
+            branch.pending, branch.tokens = own[:, -1], session.answer
         output.logits = logits[0]
         set_cache(output, self.caches[0])
         return output

@@ -132,8 +132,9 @@ class HiddenWing(Wing):
         """The module's output [B, q, C], or a tuple that begins with it, with the edited rows in it."""
         x = made(args, output)
         new = compiled.through(self.host, what, layer, x, x.shape[1])
-        if new is not None:
-            new = new.view_as(output[0] if isinstance(output, tuple) else output)
+        whole = output[0] if isinstance(output, tuple) else output
+        if new is not None and new.shape != whole.shape:
+            new = new.view_as(whole)
         return (new, *output[1:]) if new is not None and isinstance(output, tuple) else new
 
     def edit(self, edits: Sequence[tuple[HiddenEdit, Stage]], layer: int, x: torch.Tensor) -> torch.Tensor | None:
@@ -147,7 +148,7 @@ class HiddenWing(Wing):
                 continue
             first, mask, rows = seen
             self.host.touched.add(edit)
-            old = new[:, first:]
+            old = new[:, first:] if first else new
             given = old.float()
             part = changed(given, rows)
             part = shaped(part, old, edit, changed.__name__)
@@ -174,6 +175,7 @@ def _rows(
     first = edited.first
     if first >= edited.end:
         return None
-    positions = torch.arange(session.start + first, session.start + edited.end, device=device)
-    rows = Rows(layer, session, edit, positions, **session.masks(session.types.shape[1], device))
+    masks = session.masks(session.types.shape[1], device)
+    positions = session.positions(first, edited.end, device)
+    rows = Rows(layer, session, edit, positions, **masks, first=session.start + first)
     return first, edited.mask(first, device), rows

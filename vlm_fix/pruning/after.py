@@ -188,10 +188,17 @@ def positions(dropper: LayerPruner, view: Session, places: torch.Tensor | None) 
     if places is None or not isinstance(view, View):
         return places
     if dropper.renumbers:
-        return ((view.types != PAD).long().cumsum(dim=1) - 1).clamp(min=0)[:, view.start :].to(places)
+        return renumbered(view).to(places)
     if view.start:
         return places
     return at_columns(places, view.index)
+
+
+def renumbered(view: Session) -> torch.Tensor:
+    """[B, q] this forward's positions without gaps for what was dropped, made once for the layers of a view."""
+    if view.forward.renumbered is None:
+        view.forward.renumbered = ((view.types != PAD).long().cumsum(dim=1) - 1).clamp(min=0)[:, view.start :]
+    return view.forward.renumbered
 
 
 def rotary(
@@ -199,8 +206,10 @@ def rotary(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin [B, q, D] of this forward's rows in the columns of `view`, from those of the whole session."""
     if dropper.renumbers:
-        positions = ((view.types != PAD).long().cumsum(dim=1) - 1).clamp(min=0)[:, view.start :]
-        return host.language.rotary_emb(x, positions.to(x.device))
+        known = view.forward.tables
+        if x.device not in known:
+            known[x.device] = host.language.rotary_emb(x, renumbered(view).to(x.device))
+        return known[x.device]
     cos, sin = (t.to(x.device) for t in tables)
     if view.start or not isinstance(view, View):
         return cos, sin

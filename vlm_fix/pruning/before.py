@@ -57,7 +57,7 @@ def install(pruners: Pruners) -> Iterator[Any]:
         if session.start == 0 and max(session.last_visual) >= 0:
             match(pruners, session)
             return (args, prune(pruners, session, kwargs)) if pruner else None
-        if session.start and bool((session.types[:, session.start :] == VISUAL).any()):
+        if 0 < session.start < session.prompt_len and bool((session.types[:, session.start :] == VISUAL).any()):
             raise VlmFixError(
                 f"{pruners.all[0].name} takes the whole prompt at once; do not feed its images in pieces."
             )
@@ -108,10 +108,16 @@ def prune(pruners: Pruners, session: Session, kwargs: dict[str, Any]) -> dict[st
 def follow(session: Session, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Later steps: the mask of what was kept plus the generated columns, and positions that go on from the prompt."""
     kept, step = session.kept, session.start - session.kept.mask.shape[1]
+    positions = kept.last_position + 1 + step
+    if session.length > 1:
+        positions = positions + torch.arange(session.length, device=kept.mask.device)
+    if (
+        not session.padded and session.start >= session.prompt_len
+    ):  # every column is seen: nobody has to look for padding
+        return {**kwargs, "attention_mask": None, "position_ids": positions}
     mask = kwargs.get("attention_mask")
     new = step + session.length
     later = torch.ones_like(kept.mask[:, :1]).expand(-1, new) if mask is None else mask[:, kept.full_length :]
-    positions = kept.last_position + 1 + step + torch.arange(session.length, device=kept.mask.device)
     return {**kwargs, "attention_mask": torch.cat([kept.mask, later.to(kept.mask)], dim=1), "position_ids": positions}
 
 

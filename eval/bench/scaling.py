@@ -1,0 +1,221 @@
+"""How the cost of a method grows: `vlm-fix bench scaling` times it against the unwrapped model as one size after another grows.
+
+Sizes: visual tokens of the prompt, edited layers, prompts in a batch, and tokens of the answer. Each point is the median over
+rounds in which the unwrapped model runs right before the method. `slopes` compares how steeply the two grow: milliseconds a
+token, seconds to the first one and MB of peak memory per unit of the size, by least squares. `memory_bend` is the peak memory
+per visual token at the largest size over that at half of it: about 1 where memory grows in proportion, 2 where with the square.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import statistics
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import vlm_fix
+from vlm_fix.errors import VlmFixError
+
+from .clock import peak_mb, timed
+from .models import IMAGE, SHAPES, Shape, build
+from .specs import spec_of
+
+SIZES = {
+    "visual": (64, 256, 576, 1024, 4096, 16384),
+    "layers": (1, 2, 4, 8),
+    "batch": (1, 2, 4),
+    "answer": (8, 32, 128),
+}
+NAMES = {
+    "visual": "visual tokens",
+    "layers": "edited layers",
+    "batch": "prompts in a batch",
+    "answer": "tokens of the answer",
+}
+
+
+def run(
+    specs: Sequence[str],
+    shape: str = "small",
+    *,
+    sizes: dict[str, Sequence[int]] | None = None,
+    device: str = "cpu",
+    dtype: str = "float32",
+    new_tokens: int = 16,
+    rounds: int = 3,
+    seed: int = 0,
+    tick: Callable[[int], Any] | None = None,
+) -> dict[str, Any]:
+    """Measure `specs` on a shape along each of `sizes` and return settings, points and slopes."""
+    if shape not in SHAPES:
+        raise VlmFixError(f"--shape {shape!r} is not one of {', '.join(SHAPES)}.")
+    if new_tokens < 2 or rounds < 1:
+        raise VlmFixError("--new-tokens must be at least 2 and --rounds at least 1.")
+    chosen = {name: tuple(SIZES[name] if sizes is None else sizes.get(name, ())) for name in SIZES}
+    for side in chosen["visual"]:
+        if round(side**0.5) ** 2 != side:
+            raise VlmFixError(f"--visual {side}: images are square here; give square numbers such as 64, 576 or 4096.")
+    where, weights, points = torch.device(device), getattr(torch, dtype), list[dict[str, Any]]()
+    total = len(specs) * sum(map(len, chosen.values()))
+    for what, values in chosen.items():
+        for value in values:
+            own = SHAPES[shape]
+            if what == "visual":
+                own = dataclasses.replace(own, side=round(value**0.5))
+            net, inputs = build(_long(own), where, weights, seed)
+            depth = net.config.get_text_config().num_hidden_layers
+            if what == "layers" and value > depth:
+                continue
+            if what == "batch":
+                inputs = {k: torch.cat([v] * value) for k, v in inputs.items()}
+            tokens = value if what == "answer" else new_tokens
+            for spec in specs:
+                full = spec_of(spec, depth)
+                full = _with_layers(full, value) if what == "layers" else full
+                points.append({"size": what, "value": value, "spec": spec, **_point(net, inputs, full, tokens, rounds)})
+                if tick:
+                    tick(total)
+    return {
+        "bench": "scaling",
+        "shape": shape,
+        "dtype": dtype,
+        "new_tokens": new_tokens,
+        "rounds": rounds,
+        "seed": seed,
+        "hardware": torch.cuda.get_device_name(where) if where.type == "cuda" else "CPU",
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "vlm-fix": vlm_fix.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "points": points,
+        "slopes": slopes(points),
+    }
+
+
+def _long(shape: Shape) -> Shape:
+    """The same with positions for its whole prompt and answer."""
+    return dataclasses.replace(shape, text={**shape.text, "max_position_embeddings": 32768})
+
+
+def _with_layers(spec: str, count: int) -> str:
+    return f"{spec}{',' if ':' in spec else ':'}layers=0-{count - 1}"
+
+
+@contextlib.contextmanager
+def _quietly(model: Any, spec: str) -> Iterator[None]:
+    with warnings.catch_warnings(), vlm_fix.wrapped(model, spec.split("+")):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _point(model: Any, inputs: dict[str, Any], spec: str, tokens: int, rounds: int) -> dict[str, Any]:
+    """One spec at one size: seconds to the first token, milliseconds a token and MB, of the model and of the method."""
+    device, pairs = inputs["input_ids"].device, []
+
+    def short() -> None:
+        model.generate(**inputs, max_new_tokens=2, do_sample=False)
+
+    short()
+    memory = [peak_mb(short, device)]
+    with _quietly(model, spec):
+        short()
+        memory.append(peak_mb(short, device))
+    for _ in range(rounds):
+        plain = timed(model, inputs, tokens)
+        with _quietly(model, spec):
+            pairs.append((plain, timed(model, inputs, tokens)))
+    first, each = ([[pair[i][j] for pair in pairs] for i in (0, 1)] for j in (0, 1))
+    return {
+        "visual_tokens": int((inputs["input_ids"][0] == IMAGE).sum()),
+        "first_token": [statistics.median(x) for x in first],
+        "ms_per_token": [1000 / statistics.median(x) for x in each],
+        "peak_mb": memory,
+        "first_token_ratio": statistics.median(b / a for a, b in zip(*first, strict=True)),
+        "speed_ratio": statistics.median(b / a for a, b in zip(*each, strict=True)),
+    }
+
+
+def slopes(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Per size and spec: the slopes [model, method] of milliseconds a token, first token and memory, and the memory's bend."""
+    made = []
+    for what, spec in dict.fromkeys((p["size"], p["spec"]) for p in points):
+        own = sorted((p for p in points if (p["size"], p["spec"]) == (what, spec)), key=lambda p: p["value"])
+        if len(own) < 2:
+            continue
+        x = [p["value"] for p in own]
+        row: dict[str, Any] = {"size": what, "spec": spec}
+        for name in ("ms_per_token", "first_token", "peak_mb"):
+            row[name] = [_slope(x, [p[name][i] for p in own]) for i in (0, 1)]
+        if what == "visual":
+            last, half = own[-1], min(own[:-1], key=lambda p: abs(p["value"] - own[-1]["value"] / 2))
+            row["memory_bend"] = [
+                last["peak_mb"][i] / last["value"] / (half["peak_mb"][i] / half["value"]) for i in (0, 1)
+            ]
+        made.append(row)
+    return made
+
+
+def _slope(x: Sequence[float], y: Sequence[float]) -> float:
+    """Of the line of least squares."""
+    mx, my = statistics.fmean(x), statistics.fmean(y)
+    return sum((a - mx) * (b - my) for a, b in zip(x, y, strict=True)) / sum((a - mx) ** 2 for a in x)
+
+
+def figure(results: dict[str, Any], path: Path) -> None:
+    """Draw first token, milliseconds a token and memory against each size: the model dashed, methods solid."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    points = results["points"]
+    sizes, specs = (list(dict.fromkeys(p[key] for p in points)) for key in ("size", "spec"))
+    what = {"first_token": "first token, s", "ms_per_token": "ms a token", "peak_mb": "peak memory, MB"}
+    drawn, axes = plt.subplots(len(what), len(sizes), figsize=(3.2 * len(sizes), 2.4 * len(what)), squeeze=False)
+    for column, size in enumerate(sizes):
+        for row, (name, label) in enumerate(what.items()):
+            ax = axes[row][column]
+            for i, spec in enumerate(specs):
+                own = sorted((p for p in points if (p["size"], p["spec"]) == (size, spec)), key=lambda p: p["value"])
+                x = [p["value"] for p in own]
+                if i == 0:
+                    ax.plot(x, [p[name][0] for p in own], "k--", lw=1, label="model alone")
+                ax.plot(
+                    x, [p[name][1] for p in own], marker="o", ms=3, lw=1, color=f"C{i}", label=spec.partition(":")[0]
+                )
+            ax.set_ylim(bottom=0)
+            ax.set_xscale("log", base=2)
+            ax.set_ylabel(label if column == 0 else "")
+            ax.set_xlabel(NAMES[size] if row == len(what) - 1 else "")
+    axes[0][0].legend(frameon=False, fontsize="small")
+    drawn.tight_layout()
+    drawn.savefig(path)
+    plt.close(drawn)
+
+
+def table(results: dict[str, Any]) -> Any:
+    """Format the points as a table for the terminal."""
+    from rich import box
+    from rich.table import Table
+
+    out = Table(
+        "size", "", "method", "first token", "tokens/s", "peak memory", box=box.SIMPLE_HEAD, title_justify="left"
+    )
+    out.title = f"{results['shape']}, {results['dtype']}, {results['rounds']} rounds, {results['hardware']}"
+    for column in (out.columns[1], *out.columns[3:]):
+        column.justify, column.no_wrap = "right", True
+    for p in results["points"]:
+        memory = p["peak_mb"][1] / p["peak_mb"][0]
+        ratios = (f"{x:.2f}" for x in (p["first_token_ratio"], p["speed_ratio"], memory))
+        out.add_row(NAMES[p["size"]], str(p["value"]), p["spec"], *ratios)
+    return out
