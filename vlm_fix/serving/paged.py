@@ -84,4 +84,5 @@ def layout_of(layer: Any) -> Any:
 
 def _unknown(layer: Any) -> str:
     name = layer.attn_backend.get_name()
-    return f"no method can read the key cache of the attention backend {name} with {layer.kv_cache.dtype} here"
+    cpu = "" if layer.kv_cache.is_cuda or layer.kv_cache.dtype == torch.float32 else "; give --dtype float32"
+    return f"no method can read the key cache of the attention backend {name} with {layer.kv_cache.dtype} here{cpu}"
