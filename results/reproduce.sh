@@ -169,6 +169,8 @@ bench() { # ratios in one run, on one thread
   "$vlm_fix" bench attention --new-tokens 32 --rounds 3 --output results/bench/attention-small-cpu.json
   "$vlm_fix" bench decode --new-tokens 16 --rounds 3 --output results/bench/decode-small-cpu.json
   "$vlm_fix" bench prune --new-tokens 16 --rounds 3 --output results/bench/prune-small-cpu.json
+  "$vlm_fix" bench serve --model picto-smol --method pai,vhr,rudder,hiprune:keep=0.25 --concurrent 32 --new-tokens 16 \
+    --rounds 1 --output results/bench/serve.json # needs vLLM: docs/serving.md
 }
 
 # The tables of picto-llava from before there was picto-smol; picto-llava-TABLE takes the place of each.

@@ -1,9 +1,11 @@
 """Benchmark methods inside vLLM: plain vLLM, vLLM with each method, and Hugging Face's generate, in one run.
 
 `vlm-fix bench serve` keeps 1, 8 and 32 requests in flight, each an image and a question with a fixed number of new tokens, and
-counts requests/s, tokens/s and seconds to the first token (median). Runs are interleaved: each method runs right before or
-after plain vLLM, and the ratio is between these two; the table shows the median of the rounds, the lowest and the highest. Every
-engine lives in this process, with as many threads as `generate`. Neither prompts nor images are kept from run to run.
+counts requests/s, tokens/s, seconds to the first token (median) and the processor seconds of a request, which other programs on
+the machine hardly change: on a busy CPU they tell what a method costs, and the others do not. Runs are interleaved: each method
+runs right before or after plain vLLM, and the ratio is between these two; the table shows the median of the rounds, the lowest
+and the highest. Every engine lives in this process, with as many threads as `generate`. Neither prompts nor images are kept from
+run to run.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -33,7 +35,7 @@ ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_LOGGING_LEVEL": "ERROR",
 }
-FIGURES = ("requests_per_second", "tokens_per_second", "first_token")
+FIGURES = ("requests_per_second", "tokens_per_second", "first_token", "processor_seconds")
 
 
 def engine(path: str, spec: str | None, concurrent: int, engines: int) -> Any:
@@ -64,7 +66,7 @@ def round_of(llm: Any, prompts: Sequence[Any], concurrent: int, new_tokens: int)
     asked: dict[str, float] = {}
     first: dict[str, float] = {}
     waiting, done = list(enumerate(prompts)), 0
-    begin = time.perf_counter()
+    begin, used = time.perf_counter(), time.process_time()
     while done < len(prompts):
         while waiting and len(asked) - done < concurrent:
             i, prompt = waiting.pop(0)
@@ -73,22 +75,23 @@ def round_of(llm: Any, prompts: Sequence[Any], concurrent: int, new_tokens: int)
         for output in core.step():
             first.setdefault(output.request_id, time.perf_counter() - asked[output.request_id])
             done += output.finished
-    seconds = time.perf_counter() - begin
-    each = [len(prompts) / seconds, len(prompts) * new_tokens / seconds, statistics.median(first.values())]
-    return dict(zip(FIGURES, each, strict=True))
+    return _figures(len(prompts), new_tokens, time.perf_counter() - begin, first.values(), time.process_time() - used)
 
 
 def beside(model: Any, processor: Any, pairs: Sequence[Any], concurrent: int, new_tokens: int) -> dict[str, float]:
     """Answer them by generate, in batches of `concurrent`."""
-    begin, waits = time.perf_counter(), []
+    begin, used, waits = time.perf_counter(), time.process_time(), []
     for i in range(0, len(pairs), concurrent):
         images, texts = zip(*pairs[i : i + concurrent], strict=True)
         inputs = processor(images=[[x] for x in images], text=list(texts), padding=True, return_tensors="pt").to(
             model.device
         )
         waits.append(timed(model, inputs, new_tokens, min_new_tokens=new_tokens)[0])
-    seconds = time.perf_counter() - begin
-    each = [len(pairs) / seconds, len(pairs) * new_tokens / seconds, statistics.median(waits)]
+    return _figures(len(pairs), new_tokens, time.perf_counter() - begin, waits, time.process_time() - used)
+
+
+def _figures(count: int, new_tokens: int, seconds: float, waits: Iterable[float], used: float) -> dict[str, float]:
+    each = [count / seconds, count * new_tokens / seconds, statistics.median(waits), used / count]
     return dict(zip(FIGURES, each, strict=True))
 
 
@@ -171,12 +174,13 @@ def table(results: dict[str, Any]) -> Any:
     from rich import box
     from rich.table import Table
 
-    out = Table("in flight", "method", "requests/s", "tokens/s", "first token", box=box.SIMPLE_HEAD)
+    out = Table("in flight", "method", "requests/s", "tokens/s", "first token", "processor", box=box.SIMPLE_HEAD)
     how = f"{results['new_tokens']} new tokens, {results['rounds']} rounds"
     out.title = f"{results['model']['name']}, {how}, {results['hardware']}"
     out.caption = "ratios to plain vLLM in the same round: median (lowest, highest)"
     for row in results["rows"]:
         ratios = [f"{m:.2f} ({low:.2f}, {high:.2f})" for m, low, high in row["ratios"].values()]
-        plain = [f"{row['requests_per_second']:.2f}", f"{row['tokens_per_second']:.0f}", f"{row['first_token']:.3f} s"]
+        plain = [f"{row['requests_per_second']:.2f}", f"{row['tokens_per_second']:.0f}"]
+        plain += [f"{row[name]:.3f} s" for name in FIGURES[2:]]
         out.add_row(str(row["concurrent"]), row["spec"], *(ratios or plain))
     return out

@@ -1,6 +1,6 @@
 """One spec that acts for every method that is served; the table of docs/serving.md is made from these lists.
 
-DIRECTIONS, SUBSPACE and VTI stand for safetensors files, see `filled`.
+DIRECTIONS, SUBSPACE and VTI stand for safetensors files and OBJECTS for objects.json, see `filled`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ SERVED = {
     "attention": (
         "pai:alpha=1", "vaf:enhance=1.5", "avar:system=0.4", "hgai", "spin:keep=0.5", "locore:beta=1", "gift", "paint",
         "paint:head_scale=sensitive", "zerotuning", "zerotuning:rate=0.2,head_indices=1|3",
-        "var:sink_dims=0|1|2,tau=1.5,rho=0,min_visual_mass=0",
+        "var:sink_dims=0|1|2,tau=1.5,rho=0,min_visual_mass=0", "visual_topk:k=5", "visual_topk:k=0.1,choosers=0|2",
     ),
     "heads": ("vhr", "vhr:prompt_rows=all", "ad_hh:threshold=0.05", "head_pursuit", "random_heads"),
     "hidden states": (
@@ -24,13 +24,14 @@ SERVED = {
         "random_direction:strength=0.5", "random_subspace:rank=32",
     ),
     "next token": ("apc_only", "gaussian_logits", "yes_threshold:margin=0.9", "deco", "dola"),
-    "second branch": ("vcd", "icd", "m3id", "yes_bias", "pai:gamma=1.5"),
+    "second branch": ("vcd", "icd", "m3id", "marine:objects=OBJECTS", "ritual", "yes_bias", "pai:gamma=1.5"),
     "stacks": ("pai:alpha=0.5+vcd", "vhr+pai", "iri+m3id", "vaf+apc_only:beta=0.3", "locore:beta=1+pai",
                "hulluedit+deco", "memvr:threshold=0.05+pai"),
 }  # fmt: skip
 PRUNERS = (
     "hiprune:keep=16", "visionzip:keep=16", "divprune:keep=16", "random_tokens:keep=16", "uniform_grid:keep=16",
-    "zoo_prune:keep=16", "hiprune:keep=16+pai:alpha=0.5",
+    "zoo_prune:keep=16", "agilepruner:keep=16", "cdpruner:keep=16,theta=0", "flowcut:keep=16", "holov:keep=16",
+    "prumerge:keep=16,layer=5", "scope:keep=16", "vispruner:keep=16", "hiprune:keep=16+pai:alpha=0.5",
 )  # fmt: skip
 SPECS = [spec for specs in SERVED.values() for spec in specs]
 LITTLE = (
@@ -71,4 +72,4 @@ def filled(spec: str) -> str:
         save_file(made[found[0]], folder / f"{found[0]}.safetensors")
         return str(folder / f"{found[0]}.safetensors")
 
-    return re.sub("|".join(made), file, spec)
+    return re.sub("|".join(made), file, spec.replace("OBJECTS", str(Path(__file__).parent / "objects.json")))

@@ -26,7 +26,7 @@ def specs_of() -> dict[str, str]:
 
 
 def refused() -> dict[str, str]:
-    """Method -> why a server with it does not start, for picto-llava."""
+    """Method -> why a server with it, as it comes, does not start, for picto-llava."""
     found = {}
     for method in list_methods():
         try:
@@ -45,7 +45,8 @@ def table() -> str:
     for method in list_methods():
         if method.name in spec_of:
             spec = spec_of[method.name].replace("|", r"\|")
-            rows.append(f"| {method.name} | {method.kind} | yes | `{spec}` |")
+            but = f"; with its own settings not: {why[method.name]}" if method.name in why else ""
+            rows.append(f"| {method.name} | {method.kind} | yes | `{spec}`{but} |")
         elif method.name in why:
             rows.append(f"| {method.name} | {method.kind} | no | {why[method.name]} |")
     return "\n".join(rows) + "\n"

@@ -109,7 +109,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
-        print(f"error: {error.name} is not installed: pip install 'vlm-fix[eval]'", file=sys.stderr)
+        if error.name is None:  # transformers hides why a module of its own cannot be imported
+            print(f"error: {error} ({error.__cause__})", file=sys.stderr)
+        else:
+            print(f"error: {error.name} is not installed: pip install 'vlm-fix[eval]'", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         where = getattr(args, "output", None)

@@ -9,7 +9,9 @@ def cosines(features: torch.Tensor) -> torch.Tensor:
     """[N, ...] -> [N, N] cosines of all pairs, float32."""
     x = torch.nn.functional.normalize(features.float().flatten(1), dim=-1)
     found = x @ x.T
-    return torch.maximum(found, found.T)  # a pair's two entries may differ in the last bit: keep ties exact
+    found = torch.maximum(found, found.T)  # a pair's two entries may differ in the last bit: keep ties exact
+    found.diagonal().round_()  # a token's own as well: nothing may be chosen by the last bit of 1
+    return found
 
 
 def spread(features: torch.Tensor, count: int, weight: torch.Tensor | None = None) -> torch.Tensor:

@@ -9,22 +9,42 @@ import torch
 from vlm_fix.errors import VlmFixError
 
 
-def packed_for_cpu(cache: torch.Tensor, blocks: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+class Room:
+    """Memory that is used again: on a CPU the pages of a fresh tensor cost more than what is copied into it."""
+
+    def __init__(self) -> None:
+        self.held: dict[tuple[Any, ...], torch.Tensor] = {}
+
+    def take(self, cache: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+        """cache[blocks], which lasts until the next one is taken."""
+        if cache.is_cuda:
+            return cache[blocks]
+        count, key = blocks.numel() * cache[0].numel(), (cache.dtype, cache.device)
+        if key not in self.held or len(self.held[key]) < count:
+            self.held[key] = cache.new_empty(count)
+        out = self.held[key][:count].view(-1, *cache.shape[1:])
+        torch.index_select(cache, 0, blocks.flatten(), out=out)
+        return out.view(*blocks.shape, *cache.shape[1:])
+
+
+def packed_for_cpu(
+    cache: torch.Tensor, blocks: torch.Tensor, size: int, room: Room
+) -> tuple[torch.Tensor, torch.Tensor]:
     """vLLM's CPU kernels with isa "vec": the key half of a block is stored transposed, [D, block].
 
     cache [blocks, Hkv, block, 2 D], blocks [B, n] -> keys and values [B, Hkv, n block, D].
     """
     count, heads, width, _ = cache.shape
-    halves = cache.view(count, heads, 2, -1)[blocks]  # [B, n, Hkv, 2, block D]
-    shape = (*blocks.shape, heads)
-    keys = halves[:, :, :, 0].view(*shape, size, width).permute(0, 2, 1, 4, 3)
-    values = halves[:, :, :, 1].view(*shape, width, size).permute(0, 2, 1, 3, 4)
-    return tuple(x.reshape(len(blocks), heads, -1, size) for x in (keys, values))  # type: ignore[return-value]
+    halves = room.take(cache.view(count, heads, 2, -1), blocks)  # [B, n, Hkv, 2, block D]
+    shape, batch = (*blocks.shape, heads), len(blocks)
+    keys = halves[:, :, :, 0].view(*shape, size, width).permute(0, 2, 3, 1, 4).reshape(batch, heads, size, -1).mT
+    values = halves[:, :, :, 1].view(*shape, width, size).permute(0, 2, 1, 3, 4).reshape(batch, heads, -1, size)
+    return keys, values
 
 
-def plain(cache: torch.Tensor, blocks: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def plain(cache: torch.Tensor, blocks: torch.Tensor, size: int, room: Room) -> tuple[torch.Tensor, torch.Tensor]:
     """Flash and Triton kernels: keys beside values in each column; shapes as in `packed_for_cpu`."""
-    columns = cache[blocks].permute(0, 2, 1, 3, 4).flatten(2, 3)  # [B, Hkv, n block, 2 D]
+    columns = room.take(cache, blocks).permute(0, 2, 1, 3, 4).flatten(2, 3)  # [B, Hkv, n block, 2 D]
     return columns[..., :size], columns[..., size : 2 * size]
 
 
@@ -52,7 +72,7 @@ def layout_of(layer: Any) -> Any:
     blocks = torch.tensor([[1, 2]], device=cache.device)
     found = None
     for read in LAYOUTS:
-        seen = (x[0, :, : len(slots)].transpose(0, 1) for x in read(cache, blocks, size))
+        seen = (x[0, :, : len(slots)].transpose(0, 1) for x in read(cache, blocks, size, Room()))
         if all(torch.equal(a, b) for a, b in zip(seen, (keys, values), strict=True)):
             found = read
             break
@@ -64,4 +84,5 @@ def layout_of(layer: Any) -> Any:
 
 def _unknown(layer: Any) -> str:
     name = layer.attn_backend.get_name()
-    return f"no method can read the key cache of the attention backend {name} with {layer.kv_cache.dtype} here"
+    cpu = "" if layer.kv_cache.is_cuda or layer.kv_cache.dtype == torch.float32 else "; give --dtype float32"
+    return f"no method can read the key cache of the attention backend {name} with {layer.kv_cache.dtype} here{cpu}"

@@ -25,18 +25,6 @@ KINDS: tuple[tuple[Any, str], ...] = (
     (CachePruner, "it drops keys layer by layer, and vLLM keeps one block table for all layers"),
     (ImageShrinker, "it gives the vision tower a smaller image, and vLLM's towers here take one size"),
 )
-UNTRIED = (
-    "agilepruner",
-    "cdpruner",
-    "flowcut",
-    "holov",
-    "marine",
-    "prumerge",
-    "ritual",
-    "scope",
-    "vispruner",
-    "visual_topk",
-)
 TOWERS = ("llava", "qwen2_5_vl")  # families whose vision towers methods read, and whose placeholders are counted anew
 
 
@@ -47,8 +35,9 @@ def reason(method: Method, engine: ServedEngine) -> str | None:
             return why
     if method.name == "random_tokens" and engine.family.mrope:
         return f"its draws were seen to differ from those of generate in {engine.family.name}"
-    if method.name in UNTRIED:
-        return "it has not been held against generate inside vLLM yet"
+    read, tower = _tower_layers(method, engine), engine.arch.vision_last + 1
+    if read and max(read) >= tower:
+        return f"it reads layer {max(read) + 1} of the vision tower, of which vLLM has the first {tower}: choose an earlier one"
     if isinstance(method, HiddenEdit) and type(method).on_prompt is not HiddenEdit.on_prompt:
         return "it runs the prompt in passes of its own, with which not every answer was that of generate"
     if isinstance(method, InputEdit) and method.prepares and method.previews:
@@ -72,6 +61,11 @@ def reason(method: Method, engine: ServedEngine) -> str | None:
     return None
 
 
+def _tower_layers(method: Method, engine: ServedEngine) -> tuple[int, ...]:
+    """The vision layers that it reads, of a kind that looks into the tower here."""
+    return (method.encoder_layers(engine.arch) or ()) if isinstance(method, InputEdit | TokenPruner) else ()
+
+
 def _plain_branch(method: Contrast) -> bool:
     """True if its one second branch is another prompt or image."""
     return type(method).branches is Contrast.branches and type(method).stays is Contrast.stays
@@ -83,9 +77,7 @@ def check_engine(engine: ServedEngine) -> None:
         why = reason(method, engine)
         if why:
             raise VlmFixError(f"{method.name} cannot be served by vLLM: {why}. It runs with vlm_fix.wrap and generate.")
-    encoder = [
-        m.name for m in engine.active if isinstance(m, InputEdit | TokenPruner) and m.encoder_layers(engine.arch)
-    ]
+    encoder = [m.name for m in engine.active if _tower_layers(m, engine)]
     encoder += [m.name for m in engine.vision]
     if encoder and engine.family.name not in TOWERS:
         raise VlmFixError(

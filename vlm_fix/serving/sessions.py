@@ -98,6 +98,16 @@ class BatchSession(Session):
         lengths, _ = self._on(device)
         return (torch.arange(width, device=device) < lengths[:, None])[:, None, None]
 
+    def clear(self, *stores: torch.Tensor) -> None:
+        """Zeros in stores [B, H, K, D] behind each request's end: there lies what is another's, or nothing yet."""
+        for x in stores:
+            seen = self.seen(x.shape[2], x.device)
+            if seen is not None and x.is_cuda:
+                x.masked_fill_(~seen.transpose(2, 3), 0)
+            elif seen is not None:
+                for row, length in zip(x, self.lengths.tolist(), strict=True):
+                    row[:, length:] = 0
+
 
 def joined(values: Sequence[Any]) -> Any:
     """What single requests remember, [1, ...] each, as what a batch of them remembers, [B, ...].

@@ -21,7 +21,7 @@ from .beside import Beside
 from .engine import ServedEngine
 from .groups import Group
 from .logits import NextTokens
-from .paged import layout_of
+from .paged import Room, layout_of
 from .sessions import BatchSession, RequestSession, session_of
 from .settings import Settings
 from .tower import Images
@@ -57,6 +57,7 @@ class Served:
         self.running, self.groups, self.current = False, [], None
         self.numbers: dict[str, int] = {}
         self.layouts: dict[str, Any] = {}
+        self.room = Room()
         self.said: set[str] = set()
         self.handles: list[Any] = []  # of hooks on layers
         self.beside, self.next_tokens, self.images = Beside(self), NextTokens(self), Images(self)
@@ -288,11 +289,10 @@ class Step:
             blocks = -(-group.columns // cache.shape[2])
             rows = torch.tensor(group.requests, device=table.device)
             chosen = table[rows, :blocks].long()
-            keys, values = served.layouts[layer.layer_name](cache, chosen, impl.head_size)
+            keys, values = served.layouts[layer.layer_name](cache, chosen, impl.head_size, served.room)
             keys, values = keys[:, :, : group.columns], values[:, :, : group.columns]
-            seen = group.mask(keys.device) if isinstance(group.session, BatchSession) else None
-            if seen is not None:  # what lies behind a shorter request is another's, or nothing yet
-                keys, values = (x.masked_fill(~seen.transpose(2, 3), 0) for x in (keys, values))
+            if isinstance(group.session, BatchSession):
+                group.session.clear(keys, values)
             return keys, values
 
         for group in self.groups:
