@@ -56,11 +56,10 @@ table() { # MODEL TABLE [FOLDER]; picto-smol, twenty times as large, gets fewer 
     sampling)
       evaluate "$folder" "$model" $few --batch-size $batch $splits --controls --sample --seeds 0,1,2 --method vcd,icd,m3id ;;
     pruning)
-      local methods=() budget method
+      local methods=() budget method newer=${NEWER-cdpruner vispruner dart holov scope prumerge flowcut agilepruner kvcompose}
       for budget in 32 16 8; do # of 64 tokens; random_tokens, uniform_grid and downsample_image are the controls
         for method in random_tokens uniform_grid downsample_image divprune hiprune visionzip vscan zoo_prune fastv \
-          pyramid_drop sparsevlm ptp expected_attention knorm a_vl cdpruner vispruner dart holov scope prumerge \
-          flowcut agilepruner kvcompose; do
+          pyramid_drop sparsevlm ptp expected_attention knorm a_vl $newer; do
           methods+=("$method:keep=$budget")
         done
       done
@@ -184,7 +183,7 @@ decoding() {
     --method vcd,icd,m3id,sid,decore,iava,causalmm,layercake,pai:gamma=1.1,dola,deco,dagcd
 }
 sampling() { table picto-llava sampling sampling; }
-pruning() { table picto-llava pruning pruning; }
+pruning() { NEWER='' table picto-llava pruning pruning; }
 
 tables=(shift attention heads hidden decoding contrast sampling pruning)
 if [ $# = 0 ]; then

@@ -55,6 +55,8 @@ def paths(monkeypatch):
 @pytest.mark.parametrize("name", [*BUILD, "gemma3"])
 def test_decode_rows_in_one_launch_equal_reference(name, spec, paths, monkeypatch, record_property):
     """The form of each edit, made once a call or a step, against loops over whole matrices."""
+    if name == "gemma3" and spec.startswith("paint"):
+        pytest.skip("paint does not read gemma3's tower")
     seen = paths("fused")
     check(spec, ROWS[spec], name, torch.float32, monkeypatch, record_property)
     assert ("decode_row", 1) in seen

@@ -146,7 +146,7 @@ def test_a_stack_is_refused_before_it_runs(loaded):
 
 
 def test_cards_escape():
-    pane = compare.Pane(["<b>"], "failed", "<script>", ["<img src=x>"])
+    pane = compare.Pane(["<b>"], "failed", text="<script>", notes=["<img src=x>"])
     assert not any(tag in card(pane) for tag in ("<b>", "<script>", "<img"))
     assert "&lt;script&gt;" in card(pane)
 
