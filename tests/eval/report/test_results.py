@@ -31,6 +31,7 @@ def arguments(folder, tmp_path):
     python.chmod(0o755)
     work = tmp_path / "clone" / "results"
     work.mkdir(parents=True)
+    (work / "search").symlink_to(ROOT / "results" / "search")
     script = (ROOT / "results" / "reproduce.sh").read_text()
     (work / "reproduce.sh").write_text(script.replace("\n  cp ", "\n  : "))
     subprocess.run(
@@ -57,7 +58,7 @@ def test_results_are_of_the_command_that_is_given(folder, tmp_path):
 
 @pytest.mark.parametrize("model", ["picto-llava", "picto-smol"])
 def test_every_table_of_both_models_can_be_asked_for(model, tmp_path):
-    for table in ("shift", "attention", "heads", "hidden", "decoding", "sampling", "pruning"):
+    for table in ("shift", "attention", "heads", "hidden", "decoding", "contrast", "sampling", "pruning"):
         here = tmp_path / table
         here.mkdir()
         [command] = arguments(f"{model}-{table}", here)
