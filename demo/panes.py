@@ -301,7 +301,7 @@ def tab(
                     interactive=False,
                     elem_id="command",
                 )
-    given = [name, image, prompt, longest, temperature, seed, count, *inputs]
+    given: list[Any] = [name, image, prompt, longest, temperature, seed, count, *inputs]
     running = gr.on(
         [go.click, prompt.submit],
         run,

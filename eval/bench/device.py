@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import statistics
 import time
@@ -118,10 +119,10 @@ def kernel(device: torch.device, dtype: torch.dtype, widths: tuple[int, ...]) ->
             before = fused.use(True)
             try:
                 out = fused.decode_row(inputs, form)
-                own = _microseconds(lambda inputs=inputs, form=form: fused.decode_row(inputs, form), device)
+                own = _microseconds(functools.partial(fused.decode_row, inputs, form), device)
             finally:
                 fused.use(before)
-            exact = fused.formula(*(x.double() for x in (query, key, value)), None, *form, *inputs.scores)
+            exact = fused.formula(query.double(), key.double(), value.double(), None, *form, *inputs.scores)
             many = {"enable_gqa": heads != kv_heads}
             rows.append(
                 {
@@ -131,12 +132,10 @@ def kernel(device: torch.device, dtype: torch.dtype, widths: tuple[int, ...]) ->
                     "error": float((out.double() - exact).abs().max()),
                     "fused_us": own,
                     "sdpa_us": _microseconds(
-                        lambda q=query, k=key, v=value, many=many: torch.nn.functional.scaled_dot_product_attention(
-                            q, k, v, **many
-                        ),
+                        functools.partial(torch.nn.functional.scaled_dot_product_attention, query, key, value, **many),
                         device,
                     ),
-                    "row_kernel_us": _microseconds(lambda inputs=inputs: edited_rows(inputs), device),
+                    "row_kernel_us": _microseconds(functools.partial(edited_rows, inputs), device),
                 }
             )
     return rows
@@ -212,10 +211,10 @@ def steps_of(shape: str, device: torch.device, dtype: torch.dtype, tokens: int, 
 
     yield f"{shape} build", built
     for spec, neutral in MATRIX.items():
-        yield f"{shape} matrix {spec}", lambda spec=spec, neutral=neutral: matrix(spec, neutral)
+        yield f"{shape} matrix {spec}", functools.partial(matrix, spec, neutral)
     for kind, specs in BENCHES.items():
         for spec in specs:
-            yield f"{shape} bench {kind} {spec}", lambda spec=spec: timed(spec)
+            yield f"{shape} bench {kind} {spec}", functools.partial(timed, spec)
 
 
 def main() -> None:

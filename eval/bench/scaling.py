@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import statistics
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ def run(
     specs: Sequence[str],
     shape: str = "small",
     *,
-    sizes: dict[str, Sequence[int]] | None = None,
+    sizes: Mapping[str, Sequence[int]] | None = None,
     device: str = "cpu",
     dtype: str = "float32",
     new_tokens: int = 16,

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 
 from vlm_fix.cli import main
-from vlm_fix.methods.procedures.regions import shares
 from vlm_fix.errors import VlmFixError
 from vlm_fix.eval.picto import scene
+from vlm_fix.methods.procedures.regions import shares
 
 
 @pytest.fixture(scope="module")

@@ -34,7 +34,10 @@ class PlainWeights(Recorder):
     def weights(self, layer: int, session: Session, first: int, weights: torch.Tensor, i: int) -> None:
         device = weights.device
         positions = torch.arange(weights.shape[2], device=device) + session.start + first + i
-        self.read(weights, Rows(layer, session, self.method, positions, **session.masks(weights.shape[-1], device)))
+        masks = session.masks(weights.shape[-1], device)
+        self.read(
+            weights, Rows(layer, session, self.method, positions, *(masks[k] for k in ("visual", "before", "after")))
+        )
 
 
 @torch.no_grad()
