@@ -123,7 +123,7 @@ def kernel(device: torch.device, dtype: torch.dtype, widths: tuple[int, ...]) ->
             finally:
                 fused.use(before)
             exact = fused.formula(query.double(), key.double(), value.double(), None, *form, *inputs.scores)
-            many = {"enable_gqa": heads != kv_heads}
+            many: dict[str, Any] = {"enable_gqa": heads != kv_heads}
             rows.append(
                 {
                     "heads": heads,
