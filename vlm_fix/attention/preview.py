@@ -35,9 +35,8 @@ class PlainWeights(Recorder):
         device = weights.device
         positions = torch.arange(weights.shape[2], device=device) + session.start + first + i
         masks = session.masks(weights.shape[-1], device)
-        self.read(
-            weights, Rows(layer, session, self.method, positions, *(masks[k] for k in ("visual", "before", "after")))
-        )
+        visual, before, after = (masks[name] for name in ("visual", "before", "after"))
+        self.read(weights, Rows(layer, session, self.method, positions, visual, before, after))
 
 
 @torch.no_grad()
