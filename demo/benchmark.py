@@ -6,16 +6,14 @@ whoever compares in the meantime waits for one batch at most.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
-import html
 import json
-import queue
 import re
 import shutil
-import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +32,7 @@ from . import board
 from .choices import method_choices
 from .compare import Stop, Stopped, command, sentence
 from .models import Loaded, Models
-from .page import notice, places, stop_with
+from .page import bar, notice, places, stop_with, watched
 
 BATCH, MOST = 16, 500
 KINDS = {"POPE: yes/no questions": "pope", "CHAIR: captions": "chair", "both": "all"}
@@ -58,11 +56,7 @@ class Progress:
         share = self.done / self.total
         left = "" if self.left is None else f", about {self.left:.0f} s left"
         said = now or f"{self.run}: {self.done} of {self.total} answers{left}"
-        return (
-            f'<div class="progress" role="progressbar" aria-valuemin="0" aria-valuemax="100" aria-label="Benchmark" '
-            f'aria-valuenow="{100 * share:.0f}"><i style="width:{100 * share:.1f}%"></i></div>'
-            f'<p class="quiet">{html.escape(said)}</p>'
-        )
+        return bar("Benchmark", share, said)
 
 
 def settings_of(model: str, kind: str, split: str, scenes: int, stacks: Sequence[str], seed: int) -> Settings:
@@ -101,59 +95,40 @@ def run(loaded: Loaded, settings: Settings, folder: Path, stop: Stop) -> Iterato
 
     Raises what the runner raises. Closing the iterator stops the run after its batch.
     """
-    heard: queue.Queue[tuple[str, int, int] | None] = queue.Queue()
-    outcome: dict[str, Any] = {}
-    runs = 1 + len(settings.methods)
+    runs, made = 1 + len(settings.methods), list[dict[str, Any]]()
 
-    def watch(name: str, done: int, samples: int) -> None:
-        heard.put((name, done, samples))
-        if stop.is_set():
-            raise Stopped
-        loaded.turn.pass_on()
+    def work(tell: Callable[[tuple[str, int, int]], None]) -> None:
+        def watch(name: str, done: int, samples: int) -> None:
+            tell((name, done, samples))
+            if stop.is_set():
+                raise Stopped
+            loaded.turn.pass_on()
 
-    def work() -> None:
-        try:
-            with loaded.turn:
-                twin = loaded.twin()
-                results = runner.evaluate(
-                    settings,
-                    folder,
-                    resume=True,
-                    console=Console(quiet=True),
-                    loaded=(twin, loaded.processor, loaded.identity),
-                    watch=watch,
-                )
-                report.write(results, folder)
-                outcome["results"] = results
-        except Stopped:
-            pass
-        except Exception as error:
-            outcome["error"] = error
-        finally:
-            heard.put(None)
+        with loaded.turn:
+            results = runner.evaluate(
+                settings,
+                folder,
+                resume=True,
+                console=Console(quiet=True),
+                loaded=(loaded.twin(), loaded.processor, loaded.identity),
+                watch=watch,
+            )
+            report.write(results, folder)
+            made.append(results)
 
-    state, finished, start, before = Progress("waiting for the model"), {}, time.monotonic(), None
+    state, finished, start, before = Progress("waiting for the model"), dict[str, int](), time.monotonic(), None
     yield state
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    try:
-        while (news := heard.get()) is not None:
-            name, done, samples = news
+    with contextlib.closing(watched(work, stop)) as news:
+        for name, done, samples in news:
             finished[name] = done
             asked = sum(finished.values())
             before = asked if before is None else before  # what an earlier, stopped run had answered
             spent, total = time.monotonic() - start, runs * samples
             left = spent * (total - asked) / (asked - before) if asked > before else None
             state = Progress(name, asked, total, spent, left)
-            if heard.empty():
-                yield state
-    finally:
-        stop.set()
-    thread.join()
-    if "error" in outcome:
-        raise outcome["error"]
-    if "results" in outcome:
-        yield dataclasses.replace(state, done=state.total, results=outcome["results"])
+            yield state
+    if made:
+        yield dataclasses.replace(state, done=state.total, results=made[0])
 
 
 def open_results(path: str | Path) -> dict[str, Any]:
@@ -263,7 +238,7 @@ def tab(models: Models, name: gr.Dropdown, page: gr.Blocks) -> None:
                 folder = gr.Textbox(label="or a folder on this machine", visible=models.any_name, elem_id="folder")
         with gr.Column(scale=3, min_width=320):
             said = gr.HTML("", elem_id="bench-notice")
-            bar = gr.HTML(Progress().bar("Nothing has run yet."), elem_id="bar")
+            so_far = gr.HTML(Progress().bar("Nothing has run yet."), elem_id="bar")
             told = gr.HTML("", elem_id="bench-verdict")
             short = gr.HTML("", elem_id="board")
             figure = gr.Image(
@@ -281,7 +256,7 @@ def tab(models: Models, name: gr.Dropdown, page: gr.Blocks) -> None:
             save = gr.DownloadButton("Download results (zip)", visible=False, size="sm", elem_id="save")
             with gr.Accordion("Copy what was run", open=False):
                 line = gr.Code(language="shell", label="As a command", interactive=False, elem_id="bench-command")
-    outputs = [said, bar, told, short, results, figure, save]
+    outputs = [said, so_far, told, short, results, figure, save]
     private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
     go.click(
         start,

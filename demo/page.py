@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import html
 import os
+import queue
 import tempfile
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import gradio as gr
 
-from .compare import Stop
+from .compare import Stop, Stopped
+
+T = TypeVar("T")
 
 CLICKS = """const CHOSEN = '[data-word], [data-head], [data-ask], [data-method]';
 const send = hit => trigger('select', Object.fromEntries(Object.entries(hit.dataset).map(([k, v]) => [k, +v])));
@@ -28,6 +33,45 @@ element.addEventListener('keydown', event => {
 def notice(sentence: str) -> str:
     """A sentence for the person, read aloud by screen readers."""
     return f'<div class="notice" role="alert">{html.escape(sentence)}</div>' if sentence else ""
+
+
+def bar(label: str, share: float, said: str) -> str:
+    """How far work is, for eyes and screen readers, and what is being done."""
+    return (
+        f'<div class="progress" role="progressbar" aria-valuemin="0" aria-valuemax="100" aria-label="{label}" '
+        f'aria-valuenow="{100 * share:.0f}"><i style="width:{100 * share:.1f}%"></i></div>'
+        f'<p class="quiet">{html.escape(said)}</p>'
+    )
+
+
+def watched(work: Callable[[Callable[[T], None]], None], stop: Stop) -> Iterator[T]:
+    """Run `work(tell)` in a thread and yield what it tells. Raises what it raises, but for Stopped.
+
+    Closing the iterator sets `stop`, at which `work` has to raise Stopped.
+    """
+    told: queue.Queue[tuple[T] | None] = queue.Queue()
+    errors: list[Exception] = []
+
+    def run() -> None:
+        try:
+            work(lambda news: told.put((news,)))
+        except Stopped:
+            pass
+        except Exception as error:
+            errors.append(error)
+        finally:
+            told.put(None)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        while (news := told.get()) is not None:
+            yield news[0]
+    finally:
+        stop.set()
+    thread.join()
+    if errors:
+        raise errors[0]
 
 
 def stop_with(page: gr.Blocks, button: gr.Button, stops: dict[str, Stop]) -> None:

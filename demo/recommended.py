@@ -5,11 +5,10 @@ It works on a twin of the model and lets go of it after every candidate, as a be
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import html
-import queue
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -26,7 +25,8 @@ from vlm_fix.eval.recommend.search import Search
 from . import choices
 from .compare import Stop, Stopped, command, sentence
 from .models import Loaded, Models
-from .page import notice, places, stop_with
+from .page import bar as page_bar
+from .page import notice, places, stop_with, watched
 
 BUDGETS = {"1 minute: a look": "1m", "3 minutes": "3m", "10 minutes": "10m", "30 minutes: an answer": "30m"}
 STEPS = (
@@ -94,72 +94,52 @@ def search(loaded: Loaded, wanted: Wanted, folder: Path, stop: Stop) -> Iterator
 
     Raises what `recommend` raises. Closing the iterator stops the search after its candidate.
     """
-    heard: queue.Queue[Progress | None] = queue.Queue()
-    outcome: dict[str, Any] = {}
+    made = list[Recommendation]()
     total = seconds_of(wanted.budget)
     live = Live(total, Console(quiet=True))
 
-    def watch(now: Search, candidates: Candidates, what: str) -> None:
-        rows = [
-            Row(s.candidate.key, s.images, s.gain, s.error, tuple(s.missed), s.candidate.control)
-            for s in now.alive[:SHOWN]
-        ]
-        heard.put(Progress(live.line(now, what), min(1.0, now.clock() / total), rows))
-        if stop.is_set():
-            raise Stopped
-        loaded.turn.pass_on()
+    def work(tell: Callable[[Progress], None]) -> None:
+        def watch(now: Search, candidates: Candidates, what: str) -> None:
+            rows = [
+                Row(s.candidate.key, s.images, s.gain, s.error, tuple(s.missed), s.candidate.control)
+                for s in now.alive[:SHOWN]
+            ]
+            tell(Progress(live.line(now, what), min(1.0, now.clock() / total), rows))
+            if stop.is_set():
+                raise Stopped
+            loaded.turn.pass_on()
 
-    def work() -> None:
-        try:
-            with loaded.turn:
-                outcome["found"] = recommend(
-                    loaded.twin(),
-                    loaded.processor,
-                    f"picto:{wanted.split}",
-                    wanted.budget,
-                    wanted.objective,
-                    only=",".join(wanted.only),
-                    limit=wanted.scenes,
-                    batch_size=BATCH,
-                    max_new_tokens=TOKENS,
-                    out=folder / "vlm-fix.yaml",
-                    resume=True,
-                    identity=loaded.identity,
-                    command=wanted.as_command().replace("\\\n  ", "").strip(),
-                    watch=watch,
-                )
-        except Stopped:
-            pass
-        except Exception as error:
-            outcome["error"] = error
-        finally:
-            heard.put(None)
+        with loaded.turn:
+            found = recommend(
+                loaded.twin(),
+                loaded.processor,
+                f"picto:{wanted.split}",
+                wanted.budget,
+                wanted.objective,
+                only=",".join(wanted.only),
+                limit=wanted.scenes,
+                batch_size=BATCH,
+                max_new_tokens=TOKENS,
+                out=folder / "vlm-fix.yaml",
+                resume=True,
+                identity=loaded.identity,
+                command=wanted.as_command().replace("\\\n  ", "").strip(),
+                watch=watch,
+            )
+            made.append(found)
 
     state = Progress("waiting for the model")
     yield state
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    try:
-        while (news := heard.get()) is not None:
-            state = news
-            if heard.empty():
-                yield state
-    finally:
-        stop.set()
-    thread.join()
-    if "error" in outcome:
-        raise outcome["error"]
-    if "found" in outcome:
-        yield dataclasses.replace(state, share=1.0, found=outcome["found"])
+    with contextlib.closing(watched(work, stop)) as news:
+        for state in news:
+            yield state
+    if made:
+        yield dataclasses.replace(state, share=1.0, found=made[0])
 
 
 def bar(progress: Progress, said: str = "") -> str:
     """How much of the budget is spent, and what is being done."""
-    return (
-        f'<div class="progress" role="progressbar" aria-valuemin="0" aria-valuemax="100" aria-label="Search" '
-        f'aria-valuenow="{100 * progress.share:.0f}"><i style="width:{100 * progress.share:.1f}%"></i></div>'
-        f'<p class="quiet">{html.escape(said or progress.said)}</p>'
-    )
+    return page_bar("Search", progress.share, said or progress.said)
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -74,15 +74,13 @@ class DeCoRe(ScoreEdit, Contrast):
 
     def silent(self, rows: Rows) -> torch.Tensor:
         """[n] the layer's heads that are listed."""
-        pairs = (item.split(".") for item in self.head_list or ())
-        return torch.tensor(
-            [int(h) for layer, h in pairs if int(layer) == rows.layer], device=rows.visual.device
-        ).long()
+        heads = [int(h) for layer, h in (item.split(".") for item in self.head_list or ()) if int(layer) == rows.layer]
+        return torch.tensor(heads, device=rows.visual.device, dtype=torch.long)
 
     def form(self, rows: Rows) -> ScoreForm:
-        heads = range(rows.session.call.model.config.get_text_config().num_attention_heads)
-        kept = [float(f"{rows.layer}.{head}" not in (self.head_list or ())) for head in heads]
-        return ScoreForm(torch.tensor(kept, device=rows.visual.device).view(1, -1, 1, 1))
+        heads = rows.session.call.model.config.get_text_config().num_attention_heads
+        kept = torch.ones(heads, device=rows.visual.device).index_fill(0, rows.kept(self.silent), 0.0)
+        return ScoreForm(kept.view(1, -1, 1, 1))
 
     def negative(self, call: Call) -> dict[str, torch.Tensor]:
         return call.inputs

@@ -18,7 +18,7 @@ from tests.demo.shared import PROMPT, last
 from vlm_fix import VlmFixError, list_methods
 from vlm_fix.call import Call
 from vlm_fix.decoding import ProcedureWing
-from vlm_fix.demo import compare, examples, inside, look
+from vlm_fix.demo import app, compare, examples, inside, look
 from vlm_fix.eval.run import generation
 from vlm_fix.wing import engine_of
 
@@ -223,3 +223,23 @@ def test_maps_have_a_scale(views):
     made = look.figures(view, view.first, None, None)
     peak = 100 * float(view.heatmap(view.first, None, None).max())
     assert f"<span>{peak:.2g} % in a patch</span>" in made and 'class="scale change"' in made
+
+
+def test_a_click_while_answers_are_written_opens_when_they_are_done(catalogue, loaded):
+    """The events of the page itself; the browser's test may come too late to see the wait."""
+    events = {event.name: event.fn for event in app.build(catalogue).fns.values()}
+    image = examples.scenes()[0].image
+    asked = compare.Asked(loaded.name, image, PROMPT, {}, running=True)
+    late, _, _, said, *_ = events["noted"](asked, None, 0, 2, -1, -1)
+    assert late and look.WAIT in said
+    assert all("__type__" in skipped for skipped in events["then"](True, asked, None, 0, 2, -1, -1)), (
+        "nothing opens yet"
+    )
+    pane = last(compare.compare(loaded, image, PROMPT, [], 16))[0]
+    done = dataclasses.replace(asked, panes={0: pane}, running=False)
+    assert all("__type__" in skipped for skipped in events["then"](False, done, None, 0, 2, -1, -1)), (
+        "nothing was clicked"
+    )
+    late, view, place, said, *_, answer, _, _ = events["then"](True, done, None, 0, 2, -1, -1)
+    assert not late and view.pane is pane and place == 0 and not said
+    assert 'data-word="2" class="word ' in answer and answer.count('aria-pressed="true"') == 1
