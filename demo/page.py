@@ -7,7 +7,7 @@ import os
 import queue
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import TypeVar
 
@@ -44,7 +44,7 @@ def bar(label: str, share: float, said: str) -> str:
     )
 
 
-def watched(work: Callable[[Callable[[T], None]], None], stop: Stop) -> Iterator[T]:
+def watched(work: Callable[[Callable[[T], None]], None], stop: Stop) -> Generator[T, None, None]:
     """Run `work(tell)` in a thread and yield what it tells. Raises what it raises, but for Stopped.
 
     Closing the iterator sets `stop`, at which `work` has to raise Stopped.
