@@ -5,12 +5,13 @@ LIMIT ?= 60
 # one worker a core with one thread each: several times faster than one process with a thread a core
 JOBS ?= $(shell python3 -c 'import os; print(max(1, min(8, os.cpu_count() or 1)))' 2>/dev/null || echo 2)
 PYTEST := -m pytest -n $(JOBS) --dist worksteal --disable-warnings $(ARGS)
+TIMM := tests/families/test_product.py tests/families/test_families.py tests/families/test_kinds.py -k "timm or fast_vlm or perception_lm or gemma3n"
 VERSIONS := tests/families/test_versions.py tests/cli/test_doctor.py  # what every supported transformers has to pass
 PIP := pip install -qq
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
 
-.PHONY: run site picto-smol test test-lmms test-vllm test-oldest test-newest test-quantised lint imports types docs record leaderboard reproduce-picto reproduce-picto-smol clean
+.PHONY: run site picto-smol test test-lmms test-vllm test-oldest test-newest test-quantised test-timm lint imports types docs record leaderboard reproduce-picto reproduce-picto-smol clean
 
 run: .venv/run  ## baseline and five methods on the bundled model: POPE x 3 and CHAIR, table and figure; LIMIT=300: as in results/
 	@echo "Baseline and five methods on $(LIMIT) scenes:"
@@ -21,9 +22,9 @@ run: .venv/run  ## baseline and five methods on the bundled model: POPE x 3 and 
 picto-smol: .venv/smol  ## picto-smol's checkpoint in the cache folder; then --model picto-smol works everywhere
 	$(BIN)/python -c 'from vlm_fix.eval import picto; print(picto.model_path("picto-smol"))'
 
-test test-lmms test-vllm test-oldest test-newest test-quantised: export OMP_NUM_THREADS := 1
-test test-lmms test-vllm test-oldest test-newest test-quantised: export HF_HUB_OFFLINE := 1
-test test-lmms test-vllm test-oldest test-newest test-quantised: export HF_HUB_DISABLE_TELEMETRY := 1
+test test-lmms test-vllm test-oldest test-newest test-quantised test-timm: export OMP_NUM_THREADS := 1
+test test-lmms test-vllm test-oldest test-newest test-quantised test-timm: export HF_HUB_OFFLINE := 1
+test test-lmms test-vllm test-oldest test-newest test-quantised test-timm: export HF_HUB_DISABLE_TELEMETRY := 1
 
 test: .venv/dev  ## JOBS=N workers (one a core), ARGS="--durations=20" for pytest
 	@$(BIN)/python $(PYTEST)
@@ -40,6 +41,9 @@ test-newest: .venv/dev  ## the same on the newest that the package index has, if
 
 test-quantised: .venv-quantised/ready  ## models quantised by torchao, optimum-quanto and bitsandbytes
 	.venv-quantised/bin/python $(PYTEST) tests/deployment/test_quantised.py
+
+test-timm: .venv-timm/ready  ## families whose towers are timm's (FastVLM, Perception LM, Gemma 3n): needs 6 GB
+	.venv-timm/bin/python $(PYTEST) $(TIMM)
 
 test-lmms: .venv-lmms/ready  ## lmms-eval itself, on the bundled model
 	.venv-lmms/bin/python $(PYTEST) tests/eval/harness/test_lmms.py
@@ -141,10 +145,18 @@ endef
 	.venv-quantised/bin/$(PIP) --no-deps -r tests/deployment/quantised.txt
 	@touch $@
 
+# timm needs torchvision, and that a torch of its own
+.venv-timm/ready: tests/families/timm.txt
+	rm -rf .venv-timm
+	$(PYTHON) -m venv .venv-timm
+	.venv-timm/bin/$(PIP) -r tests/families/timm.txt
+	.venv-timm/bin/$(PIP) -e '.[dev]'
+	@touch $@
+
 .venv-newest/%: .venv/dev
 	$(call beside,.venv-newest)
 	.venv-newest/bin/$(PIP) transformers==$*
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-lmms .venv-vllm .venv-oldest .venv-newest .venv-quantised build runs *.egg-info
+	rm -rf .venv .venv-lmms .venv-vllm .venv-oldest .venv-newest .venv-quantised .venv-timm build runs *.egg-info

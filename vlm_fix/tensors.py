@@ -63,3 +63,13 @@ def read_tensors(source: str | Tensors, name: str) -> Mapping[str, torch.Tensor]
 @functools.lru_cache(maxsize=32)
 def _read(path: str, version: tuple[int, int]) -> Mapping[str, torch.Tensor]:
     return load_file(path)
+
+
+def one_stream(x: torch.Tensor, name: str) -> torch.Tensor:
+    """`x`, hidden states [B, q, C] that the method `name` reads between layers; VlmFixError where there are several streams."""
+    if x.dim() == 3:
+        return x
+    raise VlmFixError(
+        f"{name} reads hidden states between layers, and the layers of this model carry {len(x)} streams of them (AltUp), for "
+        "which it is not defined."
+    )

@@ -15,6 +15,7 @@ from vlm_fix.hooks import hooked
 from vlm_fix.pruning import PruningWing
 from vlm_fix.sample import Sample
 from vlm_fix.session import PAD, Session
+from vlm_fix.tensors import one_stream
 from vlm_fix.wing import Host, engine_of
 
 COSINE = 0.9  # a column is a sink where the cosine of its hidden state and BOS's is larger, whatever its sign
@@ -92,7 +93,8 @@ def secondary_sinks(
     lives = Lives((session.types != PAD) & (columns < session.prompt_len))
     hooks = [
         layer.register_forward_pre_hook(
-            lambda module, args, kwargs: lives.add(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+            lambda module, args, kwargs: lives.add(one_stream(args[0] if args else kwargs["hidden_states"], name)),
+            with_kwargs=True,
         )
         for layer in engine.language.layers
     ]
@@ -111,7 +113,7 @@ def massive_ratios(
     modules, total = get_part(model, arch.family.language).layers, torch.zeros(len(layers), arch.hidden)
 
     def look(row: int, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        x = (args[0] if args else kwargs["hidden_states"])[0, 0].float().cpu()
+        x = one_stream(args[0] if args else kwargs["hidden_states"], "var")[0, 0].float().cpu()
         total[row] += x.abs() / (x.square().mean() + 1e-6).sqrt() / len(samples)
 
     looks = [(modules[i], functools.partial(look, row)) for row, i in enumerate(layers)]

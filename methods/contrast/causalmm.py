@@ -16,7 +16,7 @@ from vlm_fix.call import Call
 from vlm_fix.decoding.contrast import plausible
 from vlm_fix.decoding.draw import hashed
 from vlm_fix.decoding.kinds import Negative
-from vlm_fix.pruning.encoder import ImageTokens, shown_tokens, views
+from vlm_fix.pruning.encoder import ImageTokens, shown_tokens, unreadable, views
 from vlm_fix.session import PAD, Rows
 
 VISION = ("shuffle", "random", "uniform", "reversed", "none")
@@ -61,6 +61,8 @@ class CausalMM(WeightEdit, Contrast):
         return {"vision_layer": max((i for i in arch.vision_full if i <= arch.vision_depth - 2), default=0)}
 
     def resolve(self, arch: Arch) -> Method:
+        if arch.family.encoder is None and self.vision != "none" and not self.neutral:
+            raise VlmFixError(unreadable(arch.family, self.name))
         method: Any = super().resolve(arch)
         return dataclasses.replace(method, layers=()) if self.language == "none" else method
 

@@ -96,7 +96,7 @@ def test_heads_that_cannot_be_followed_are_refused(spec, why):
         model.generate(**single("llava", [1, 2], 1), max_new_tokens=2, suppress_tokens=[IMAGE])
 
 
-@pytest.mark.parametrize("name", families.TINY)
+@pytest.mark.parametrize("name", [n for n in families.TINY if n != "gemma3n"])  # no exits: test_kinds.py
 def test_every_family_is_followed(name):
     """The head of each family gives the model's own logits from the last layer's normalised output."""
     model, seen = families.build(name), []

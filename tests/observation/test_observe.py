@@ -246,6 +246,10 @@ def test_outputs_are_what_layers_add(name):
     if name == "gemma4":
         pytest.skip("Gemma 4's layers also add per-layer embeddings and scale what they pass on")
     model, inputs = build(name), prompt(name, [1])
+    if name == "gemma3n":
+        with pytest.raises(vlm_fix.VlmFixError, match="observe reads hidden states .* 4 streams"):
+            vlm_fix.observe(model, inputs, ANSWER)
+        return
     last, stream, hooks = inputs["input_ids"].shape[1] - 1, [], []
     seen = vlm_fix.observe(model, inputs, ANSWER, outputs=True)
     twin = ref.float64(model)

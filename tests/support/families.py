@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -45,10 +46,21 @@ class Tiny:
     text_config: dict[str, Any]
     kind: str = "tile"  # tile, tiles, anyres, sizes, packed
     tokens: int = 36  # per tile
+    side: int = SIDE
+    needs_timm: bool = False
 
 
 def _tiny(cls, text, vision, tokens=36, kind="tile", tower=None, text_config=None, **config):
     return Tiny(cls, text, vision, config, {**TOWER, **(tower or {})}, {**TEXT, **(text_config or {})}, kind, tokens)
+
+
+def _timm(
+    cls, text, architecture, model_args, side, vision="timm_wrapper", tokens=9, text_config=None, tower=None, **config
+):
+    tower = dict(architecture=architecture, model_args=model_args, do_pooling=False, **(tower or {}))
+    return Tiny(
+        cls, text, vision, config, tower, {**TEXT, **(text_config or {})}, "tile", tokens, side, needs_timm=True
+    )
 
 
 EXPERTS = dict(
@@ -82,7 +94,7 @@ YARN = {
 }
 CLIP = dict(vision_feature_layer=-2, vision_feature_select_strategy="default")
 SIGLIP = dict(tower={"vision_use_head": False})
-TINY = {
+EVERY = {
     "vipllava": _tiny(
         "VipLlava", "llama", "clip_vision_model", vision_feature_layers=[-2, -3], image_token_index=IMAGE
     ),
@@ -511,7 +523,68 @@ TINY = {
             cross_attention_layers=[1, 3], rope_parameters={"rope_type": "default", "rope_theta": 10000.0}
         ),
     ),
+    "fast_vlm": _timm(
+        "FastVlm",
+        "qwen2",
+        "fastvit_t8",
+        dict(layers=(1, 1, 1, 1), embed_dims=(16, 16, 32, 32), inference_mode=True),
+        side=192,
+        tokens=36,
+        tower=dict(hidden_size=64, global_pool=""),
+        image_token_index=IMAGE,
+    ),
+    "perception_lm": _timm(
+        "PerceptionLM",
+        "llama",
+        "vit_pe_core_tiny_patch16_384",
+        dict(
+            embed_dim=32,
+            depth=2,
+            num_heads=4,
+            img_size=(24, 24),
+            patch_size=4,
+            global_pool="",
+            use_post_transformer_norm=False,
+            ref_feat_shape=(6, 6),
+            init_values=0.1,
+        ),
+        side=SIDE,
+        image_token_id=IMAGE,
+        video_token_id=92,
+        projector_pooling_ratio=2,
+    ),
+    "gemma3n": _timm(  # four streams of hidden states, the last two layers without keys of their own
+        "Gemma3n",
+        "gemma3n_text",
+        "mobilenetv5_300m_enc",
+        dict(channel_multiplier=0.125, msfa_output_resolution=3),
+        side=96,
+        vision="gemma3n_vision",
+        tower=dict(hidden_size=2048, vocab_offset=VOCAB, vocab_size=8),
+        text_config=dict(
+            **SLIDING,
+            num_kv_shared_layers=2,
+            laurel_rank=8,
+            hidden_size_per_layer_input=8,
+            vocab_size_per_layer_input=VOCAB,
+        ),
+        audio_config=dict(
+            hidden_size=32,
+            conf_num_hidden_layers=1,
+            conf_num_attention_heads=4,
+            vocab_offset=VOCAB + 8,
+            vocab_size=8,
+        ),
+        image_token_id=IMAGE,
+        audio_token_id=95,
+        boi_token_id=93,
+        eoi_token_id=94,
+        vision_soft_tokens_per_image=9,
+    ),
 }
+# timm needs a torchvision that goes with the torch at hand: `make test-timm` has one
+TIMM = all(importlib.util.find_spec(name) for name in ("timm", "torchvision"))
+TINY = {name: tiny for name, tiny in EVERY.items() if TIMM or not tiny.needs_timm}
 
 
 def build(name: str, dtype=torch.float32, seed=0):
@@ -678,7 +751,7 @@ def prompt(name: str, images: list[int], seed: int = 0, rows: list[int] | None =
                 pixels.append(torch.randn(tiles, 3, SIDE, SIDE, generator=g))
                 ids += [93] + [IMAGE] * (tiny.tokens * tiles) + [94]
             else:
-                pixels.append(torch.randn(1, 3, SIDE, SIDE, generator=g))
+                pixels.append(torch.randn(1, 3, tiny.side, tiny.side, generator=g))
                 ids += [93] + [IMAGE] * tiny.tokens + [94]
             number += 1
             ids += words(2)
@@ -707,6 +780,8 @@ def prompt(name: str, images: list[int], seed: int = 0, rows: list[int] | None =
         inputs["pixel_values"] = torch.stack([torch.cat(ps + [blank] * (most - len(ps))) for _, ps, _ in chosen])
     else:
         inputs["pixel_values"] = torch.cat(pixels, dim=3 if tiny.kind == "navit" else 0)
+    if name == "perception_lm":  # one tile an image
+        inputs["pixel_values"] = inputs["pixel_values"][:, None]
     if extra:
         inputs[EXTRA.get(tiny.kind, "image_sizes")] = torch.tensor(extra)
     if tiny.kind == "naflex":

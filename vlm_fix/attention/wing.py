@@ -17,6 +17,7 @@ from vlm_fix.families.compat import all_rows
 from vlm_fix.method import Method
 from vlm_fix.scope import check_scopes
 from vlm_fix.session import Session
+from vlm_fix.tensors import one_stream
 from vlm_fix.wing import Host, Wing, idle_reason
 
 from .edits import (
@@ -115,7 +116,7 @@ class AttentionWing(Wing):
         sessions = self.host.joint.sessions if self.host.joint else [self.host.editing]
         for session, rows in zip(sessions, x.chunk(len(sessions)), strict=True):
             for edit in (e for e in self.readers[layer] if e.acts_in(session.branch)):
-                edit.read_layer_input(rows, layer, session.at(layer))
+                edit.read_layer_input(one_stream(rows, edit.name), layer, session.at(layer))
 
     def unused(self, session: Session) -> Iterator[tuple[Method, str]]:
         for edit in dict.fromkeys(edit for stack in self.stacks for edit in stack):

@@ -24,6 +24,7 @@ from vlm_fix.options import GenerateOptions
 from vlm_fix.packing import left_pack
 from vlm_fix.pruning import PruningWing
 from vlm_fix.session import PAD, VISUAL, Session, View
+from vlm_fix.tensors import one_stream
 from vlm_fix.wing import Host, Wing
 
 from . import joint
@@ -169,7 +170,7 @@ class ContrastWing(Wing):
         session, first, depth = self.host.editing, self.contrast.fork, self.host.arch.depth
         if session is None or self.host.joint or first is None:
             return None
-        x = args[0] if args else kwargs["hidden_states"]
+        x = one_stream(args[0] if args else kwargs["hidden_states"], self.contrast.name)
         if i == first and session.branch == "main" and session.part(MainPrompt).embeds:
             known = session.part(MainPrompt)
             known.hidden = [*(known.hidden if session.start else []), x.detach()]

@@ -17,6 +17,7 @@ from transformers import LogitsProcessor
 from vlm_fix.call import Call
 from vlm_fix.method import Method, shaped
 from vlm_fix.options import GenerateOptions
+from vlm_fix.tensors import one_stream
 from vlm_fix.wing import Host, Wing
 
 from .head import Head
@@ -67,7 +68,8 @@ class LogitEdits(LogitsProcessor):
         session = self.host.editing
         if session is None or session.call is not self.call:  # of a second branch, or of another thread
             return
-        x = (args[0] if args else kwargs["hidden_states"])[: session.types.shape[0]]  # without joined branches
+        x = one_stream(args[0] if args else kwargs["hidden_states"], " + ".join(e.name for e in self.edits if e.exits))
+        x = x[: session.types.shape[0]]  # without joined branches
         first = session.start - (session.prompt_len - 1)
         count = session.length + min(first, 0)  # from the end: dropped tokens came before
         self.seen[layer] = x[:, x.shape[1] - count :].detach().clone(), max(first, 0)

@@ -52,13 +52,13 @@ def image_cells(model: Any, family: Family, inputs: dict[str, Any]) -> list[torc
     elif family.cells == "anyres" and inputs.get("image_sizes") is not None:
         cells = _anyres(get_part(model, family.base), inputs)
     elif pixels is not None and family.cells in ("pixels", "tiles"):
-        size = config.vision_config.patch_size
-        patch = size if isinstance(size, int) else size[0]
         images = pixels.flatten(0, -4)
         if pixels.dim() == 5:
             images = images[(images != 0).flatten(1).any(dim=1)]  # Idefics pads with blank images
         each = count // max(len(images), 1)
         if family.cells == "pixels":
+            size = config.vision_config.patch_size
+            patch = size if isinstance(size, int) else size[0]
             h, w = pixels.shape[-2] // patch, pixels.shape[-1] // patch
         else:
             h = w = math.isqrt(each)

@@ -22,8 +22,8 @@ def language_head(model: Any, family: Family) -> Any:
     return get_part(model, family.head)
 
 
-def vision_blocks(model: Any, family: Family) -> list[Any]:
-    """The transformer blocks of the vision tower, in order."""
+def find_vision_blocks(model: Any, family: Family) -> list[Any]:
+    """The transformer blocks of the vision tower, in order; none in a convolutional one."""
     tower = get_part(model, family.vision)
     for module in tower.modules():
         if (
@@ -32,7 +32,14 @@ def vision_blocks(model: Any, family: Family) -> list[Any]:
             and any(hasattr(module[0], name) for name in ("self_attn", "attn", "attention"))
         ):
             return list(module)
-    raise VlmFixError(f"no transformer blocks were found in the vision tower of {type(model).__name__}.")
+    return []
+
+
+def vision_blocks(model: Any, family: Family) -> list[Any]:
+    """The same for those who cannot do without: VlmFixError where there are none."""
+    if blocks := find_vision_blocks(model, family):
+        return blocks
+    raise VlmFixError(f"the vision tower of {type(model).__name__} has no transformer blocks (it is convolutional).")
 
 
 def attention_modules(language: Any) -> dict[int, Any]:

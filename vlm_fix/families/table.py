@@ -11,7 +11,7 @@ from vlm_fix.errors import VlmFixError
 
 from .compat import cannot_run
 from .conventions import by_convention, missing
-from .parts import attention_modules, get_part, vision_blocks
+from .parts import attention_modules, find_vision_blocks, get_part
 
 VIDEO = ("image_token_id", "video_token_id")
 QWEN: dict[str, Any] = {"vision": "model.visual", "image_tokens": VIDEO, "mrope": True, "cells": "grid_thw"}
@@ -74,6 +74,9 @@ FAMILIES = (
         head="language_model.lm_head",
         vision="vision_model",
     ),
+    Family("fast_vlm", ("fast_vlm",)),
+    Family("perception_lm", ("perception_lm",), image_tokens=VIDEO, cells="none"),
+    Family("gemma3n", ("gemma3n",), cells="none"),
     Family("mllama", ("mllama",), vision="model.vision_model", cells="none", crosses=True),
 )
 REFUSED = {
@@ -115,7 +118,7 @@ def family_of(model: nn.Module) -> Family:
 def arch_of(model: Any) -> Arch:
     """Sizes of `model`; raises VlmFixError for an unsupported family."""
     family, config = family_of(model), model.config
-    text, depth = config.get_text_config(), len(vision_blocks(model, family))
+    text, depth = config.get_text_config(), len(find_vision_blocks(model, family))
     attention = tuple(attention_modules(get_part(model, family.language)))
     if not attention:
         raise VlmFixError(

@@ -11,6 +11,7 @@ from vlm_fix.call import Call
 from vlm_fix.errors import VlmFixError
 from vlm_fix.hooks import hooked
 from vlm_fix.recorder import Recorder
+from vlm_fix.tensors import one_stream
 
 from .wing import places
 
@@ -22,7 +23,8 @@ def last_rows(engine: Any, inputs: dict[str, torch.Tensor], place: str = "layer_
     kept: dict[int, torch.Tensor] = {}
 
     def keep(i: int, module: Any, args: Any, output: Any) -> None:
-        kept[i] = (output[0] if isinstance(output, tuple) else output)[:, -1].float()
+        x = output[0] if isinstance(output, tuple) else output
+        kept[i] = one_stream(x, "a method that compares passes")[:, -1].float()
 
     layers = range(len(engine.language.layers))
     with hooked([places(engine.language, i)[place].register_forward_hook(functools.partial(keep, i)) for i in layers]):

@@ -16,6 +16,7 @@ from vlm_fix.method import Method, shaped
 from vlm_fix.options import GenerateOptions
 from vlm_fix.scope import check_scopes
 from vlm_fix.session import Rows, Session
+from vlm_fix.tensors import one_stream
 from vlm_fix.wing import Host, Wing, idle_reason
 
 from .edit import (
@@ -143,6 +144,7 @@ class HiddenWing(Wing):
             return None
         session, new = self.host.editing.at(layer), x
         for edit, changed in edits:
+            one_stream(x, edit.name)
             seen = _rows(edit, session, layer, x)
             if seen is None:
                 continue

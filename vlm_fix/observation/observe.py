@@ -24,6 +24,7 @@ from vlm_fix.pruning.kinds import ImageShrinker
 from vlm_fix.pruning.pruners import Pruners
 from vlm_fix.recorder import LastHeads, Recorder
 from vlm_fix.session import PAD, VISUAL, Session, View
+from vlm_fix.tensors import one_stream
 from vlm_fix.wing import bare, installed
 
 from . import show
@@ -199,7 +200,7 @@ class Probe(Recorder):
         """Hook before a layer."""
         if engine.editing is None:
             return
-        x = (args[0] if args else kwargs["hidden_states"])[0].float()
+        x = one_stream(args[0] if args else kwargs["hidden_states"], "observe")[0].float()
         ratio = x.abs() / (x.square().mean(dim=-1, keepdim=True) + 1e-6).sqrt()
         phi = (ratio if self.dims is None else ratio[:, list(self.dims)]).amax(dim=-1)
         session = engine.editing.at(layer)

@@ -33,7 +33,7 @@ def check(pruners: Pruners) -> None:
             f"{pruner.name}: positions=compact has no meaning for M-RoPE's 3-D positions; use positions=original."
         )
     if host.family.encoder is None and (pruner or pruners.encoder_layers):
-        raise VlmFixError(unreadable(host, pruners.all[0].name))
+        raise VlmFixError(unreadable(host.family, pruners.all[0].name))
     counts = isinstance(pruner, ImageShrinker) and pruner.keep is not None and pruner.keep > 1
     if pruner and counts and host.family.cells == "anyres":
         raise VlmFixError(

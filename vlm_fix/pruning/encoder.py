@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers.vision_utils import get_vision_window_index
 
+from vlm_fix.arch import Family
 from vlm_fix.errors import VlmFixError
 from vlm_fix.families import FAMILIES, anyres_index, anyres_side, video_token_id, vision_blocks
 from vlm_fix.wing import Host, engine_of
@@ -230,10 +231,10 @@ class QwenVL:
             start += n
 
 
-def unreadable(host: Host, name: str) -> str:
+def unreadable(family: Family, name: str) -> str:
     """Why the method `name`, which looks into the vision tower, is refused."""
     known = ", ".join(f.name for f in FAMILIES if f.encoder)
-    return f"{name} cannot read the vision tower of {host.family.name} models; it works with {known}."
+    return f"{name} cannot read the vision tower of {family.name} models; it works with {known}."
 
 
 def capture(
@@ -245,7 +246,7 @@ def capture(
     """
     if engine.family.encoder is None:
         looking = [m.name for m in engine.active if m.encoder_layers(engine.arch) is not None]
-        raise VlmFixError(unreadable(engine, looking[0]))
+        raise VlmFixError(unreadable(engine.family, looking[0]))
     encoder: Any = {"clip": Clip, "qwen": QwenVL}[engine.family.encoder](engine.model, flows)
     blocks, seen = vision_blocks(engine.model, engine.family), {}
 

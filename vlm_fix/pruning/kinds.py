@@ -20,7 +20,7 @@ from vlm_fix.wing import Host
 
 from .cache import ShortLayer, SplitLayer
 from .columns import ImageColumns
-from .encoder import ImageTokens
+from .encoder import ImageTokens, unreadable
 from .rows import Seen, attention_chunks, keys_of, rows_attention
 
 
@@ -37,6 +37,11 @@ class TokenPruner(Method, ABC):
     positions: str | None = param(
         None, "position ids of what is kept: re-numbered or as before (family default)", choices=("compact", "original")
     )
+
+    def resolve(self, arch: Arch) -> Method:
+        if arch.family.encoder is None:  # its layers would be asked for defaults
+            raise VlmFixError(unreadable(arch.family, self.name))
+        return super().resolve(arch)
 
     def encoder_layers(self, arch: Arch) -> tuple[int, ...]:
         """Vision layers whose attention column scores `select` needs."""
