@@ -68,6 +68,10 @@ class VTI(MLPOutputEdit, VisionMLPEdit):
             )
         if method.neutral:
             return method
+        if self.alpha_vision and not arch.vision_depth:
+            raise VlmFixError(
+                "vti: the vision tower has no transformer blocks to steer; set alpha_vision=0 to go without."
+            )
         named = read_tensors(method.file, self.name)  # type: ignore[arg-type]
         for part, wanted, depth in (
             ("text", self.alpha_text, arch.depth),

@@ -539,7 +539,7 @@ EVERY = {
         "vit_pe_core_tiny_patch16_384",
         dict(
             embed_dim=32,
-            depth=2,
+            depth=4,
             num_heads=4,
             img_size=(24, 24),
             patch_size=4,
