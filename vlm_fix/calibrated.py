@@ -69,6 +69,8 @@ class Calibration:
             raise VlmFixError(f"{path} is not a calibration file (it needs method, found and model); {remedy}")
         for name, value in content["found"].items():
             if isinstance(value, dict) and TENSORS in value:
+                if Path(value[TENSORS]).name != value[TENSORS]:
+                    raise VlmFixError(f"{path} names {value[TENSORS]!r}, which is not a file beside it; {remedy}")
                 content["found"][name] = str(Path(path).parent / value[TENSORS])
         return cls(**content)
 

@@ -202,6 +202,10 @@ def read_stack(path: str | Path) -> list[Method]:
     """The methods of such a file; none where the model itself was best."""
     found = []
     for row in read_file(path)["stack"]:
+        if FILE.fullmatch(row["method"]):  # a file of settings must not start programs
+            raise VlmFixError(
+                f"{path} names a program, {row['method']}: read it, then give it yourself, as in --method {row['method']}."
+            )
         cls, given = get_method(row["method"]), dict(row.get("parameters") or {})
         unknown = [name for name in given if name not in {f.name for f in dataclasses.fields(cls)}]
         if unknown:

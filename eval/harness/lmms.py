@@ -24,6 +24,7 @@ from vlm_fix.eval.scorers.pope import score as pope
 from vlm_fix.eval.settings import Settings
 from vlm_fix.eval.tasks import build
 from vlm_fix.eval.tasks.pope import Pope
+from vlm_fix.images import read_image
 
 TASKS = DATA / "lmms"
 METRICS = {
@@ -50,7 +51,7 @@ def models() -> list[Any]:
 def pope_visual(doc: Mapping[str, Any]) -> list[Image.Image]:
     """Return the question's image; local tasks have its path."""
     image = doc["image"]
-    return [(Image.open(image) if isinstance(image, str) else image).convert("RGB")]
+    return [read_image(image, upright=False) if isinstance(image, str) else image.convert("RGB")]
 
 
 def pope_text(doc: Mapping[str, Any], lmms_eval_specific_kwargs: Mapping[str, str] | None = None) -> str:

@@ -8,6 +8,7 @@ import platform
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -70,14 +71,20 @@ def load_model(
             **theirs,
             **(model_args or {}),
         ).eval()
-    except (OSError, ValueError, ImportError, TypeError) as error:
-        if isinstance(error, TypeError) and not model_args:
-            raise
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a broken file of a checkpoint raises nearly anything
         cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if not isinstance(error, OSError | ValueError | ImportError):
+            cause = f"{type(error).__name__}: {cause}"
         if "trust_remote_code" in str(error) and not trust_remote_code:
             cause, remedy = "it comes with code of its own", "read that code, then add --trust-remote-code to run it."
         elif model_args:
             remedy = f"check --model-args {', '.join(model_args)}, or {remedy}"
+        elif isinstance(error, UnpicklingError):
+            cause = "its .bin file is broken, or holds more than tensors, which could run code when it is read"
+        elif Path(path).is_dir():
+            remedy = "a file in that folder is broken or missing; copy or download it again."
         raise VlmFixError(f"model {name!r} could not be loaded ({cause.rstrip('.')}): {remedy}") from error
     prepare(processor, name)
     return model, processor, identify(model, name) | ({"revision": revision} if revision else {})

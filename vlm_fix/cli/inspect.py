@@ -39,17 +39,17 @@ def run(args: argparse.Namespace) -> None:
     check_place(args.out)
     if not Path(args.image).is_file():
         raise VlmFixError(f"there is no picture {args.image!r}: give an image file.")
-    from PIL import Image, ImageOps
     from rich.console import Console
     from rich.progress import Progress
 
     import vlm_fix
     from vlm_fix.eval.run.loading import load_model
     from vlm_fix.families import arch_of, visual_cells
+    from vlm_fix.images import read_image
     from vlm_fix.observation.page import page
 
     model, processor, _ = load_model(args.model, args.dtype, args.device)
-    picture = ImageOps.exif_transpose(Image.open(args.image)).convert("RGB")
+    picture = read_image(args.image)
     words = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": args.prompt}]}]
     text = processor.apply_chat_template(words, add_generation_prompt=True)
     inputs = dict(processor(images=picture, text=text, return_tensors="pt").to(model.device, model.dtype))
