@@ -10,7 +10,6 @@ from tests.support.pictures import png_header
 from vlm_fix import VlmFixError
 from vlm_fix.demo import compare
 
-
 BAD = {
     "text": (b"not an image", "not a readable image"),
     "empty": (b"", "not a readable image"),

@@ -84,7 +84,7 @@ def test_postscript_starts_no_program(good, ghostscript, tmp_path):
     with pytest.raises(VlmFixError, match="cannot be read as an image"):
         read_image(file)
     assert not ghostscript.exists()
-    with pytest.raises(Exception, match=".*"), Image.open(file) as image:  # noqa: B017
+    with pytest.raises(Exception, match=".*"), Image.open(file) as image:
         image.load()
     assert ghostscript.exists(), "the trap does not work: Pillow itself starts Ghostscript"
 
