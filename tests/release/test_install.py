@@ -93,12 +93,23 @@ class Environment:
         self.python = folder / "bin" / "python"
         (packages,) = folder.glob("lib/python*/site-packages")
         seen = [entry for entry in sys.path if entry.endswith("site-packages")]
-        (packages / "shared.pth").write_text("\n".join(seen))  # their own .pth files, the checkout's among them, are not read
+        (packages / "shared.pth").write_text(
+            "\n".join(seen)
+        )  # their own .pth files, the checkout's among them, are not read
         self.packages = packages
 
     def install(self, what: str) -> None:
         """Nothing is downloaded: what is missing here is an error."""
-        command = [sys.executable, "-m", "pip", "--python", str(self.python), "install", "--no-index", "--no-build-isolation"]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "--python",
+            str(self.python),
+            "install",
+            "--no-index",
+            "--no-build-isolation",
+        ]
         done = subprocess.run([*command, what], text=True, capture_output=True, timeout=600)
         assert done.returncode == 0, done.stdout + done.stderr
 

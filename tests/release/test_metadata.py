@@ -28,7 +28,9 @@ def floors(requirements: list[str]) -> dict[str, str]:
     found = {}
     for requirement in map(Requirement, requirements):
         if requirement.name != "vlm-fix":
-            (found[requirement.name.replace("-", "_")],) = [s.version for s in requirement.specifier if s.operator == ">="]
+            (found[requirement.name.replace("-", "_")],) = [
+                s.version for s in requirement.specifier if s.operator == ">="
+            ]
     return found
 
 
