@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_fix.errors import VlmFixError
+from vlm_fix.whole import whole_file
 
 from .common import add, add_model, add_weights, check_place
 
@@ -77,9 +78,9 @@ def run(args: argparse.Namespace) -> None:
     shown = [names[i] for i in found.ids.tolist()]
     title = f"{args.model}: {Path(args.image).name}" + (f", {spec}" if args.method else "")
     cells = visual_cells(model, arch_of(model).family, inputs)
-    Path(args.out).write_text(
-        page(found, shown, names, cells, [picture] * len(cells), title, args.prompt), encoding="utf-8"
-    )
+    text = page(found, shown, names, cells, [picture] * len(cells), title, args.prompt)
+    with whole_file(args.out) as part:
+        part.write_text(text, encoding="utf-8")
     print(f"{args.out}: {tokenizer.decode(said).strip()}")
 
 
