@@ -6,7 +6,7 @@ FROM vllm/vllm-openai:v0.32.0
 COPY . /opt/vlm-fix
 # --no-deps: torch, transformers and pillow are those that vLLM was built for
 RUN python3 -m pip install --no-cache-dir --no-deps "/opt/vlm-fix" \
- && python3 -m pip install --no-cache-dir "rich>=13" "accelerate>=1.10"
+ && python3 -m pip install --no-cache-dir "rich>=13.8" "accelerate>=1.10"
 EXPOSE 8000
 HEALTHCHECK --start-period=10m CMD ["python3", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/health')"]
 ENTRYPOINT ["vlm-fix", "serve"]

@@ -1,5 +1,5 @@
-# `make run` and `make test` need nothing but Python 3.11 or 3.12; they create .venv themselves.
-PYTHON ?= $(shell for p in python3.12 python3.11 python3; do $$p -c 'import sys; sys.exit(sys.version_info[:2] not in [(3,11),(3,12)])' 2>/dev/null && echo $$p && break; done)
+# `make run` and `make test` need nothing but Python 3.11, 3.12 or 3.13; they create .venv themselves.
+PYTHON ?= $(shell for p in python3.12 python3.11 python3.13 python3; do $$p -c 'import sys; sys.exit(sys.version_info[:2] not in [(3,11),(3,12),(3,13)])' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 LIMIT ?= 60
 # one worker a core with one thread each: several times faster than one process with a thread a core
@@ -11,7 +11,7 @@ PIP := pip install -qq
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
 
-.PHONY: run site picto-smol test test-lmms test-vllm test-oldest test-newest test-quantised test-timm lint imports types docs record leaderboard reproduce-picto reproduce-picto-smol clean
+.PHONY: run site picto-smol test test-lmms test-vllm test-oldest test-newest test-quantised test-timm test-release lint imports types docs record leaderboard reproduce-picto reproduce-picto-smol clean
 
 run: .venv/run  ## baseline and five methods on the bundled model: POPE x 3 and CHAIR, table and figure; LIMIT=300: as in results/
 	@echo "Baseline and five methods on $(LIMIT) scenes:"
@@ -22,9 +22,9 @@ run: .venv/run  ## baseline and five methods on the bundled model: POPE x 3 and 
 picto-smol: .venv/smol  ## picto-smol's checkpoint in the cache folder; then --model picto-smol works everywhere
 	$(BIN)/python -c 'from vlm_fix.eval import picto; print(picto.model_path("picto-smol"))'
 
-test test-lmms test-vllm test-oldest test-newest test-quantised test-timm: export OMP_NUM_THREADS := 1
-test test-lmms test-vllm test-oldest test-newest test-quantised test-timm: export HF_HUB_OFFLINE := 1
-test test-lmms test-vllm test-oldest test-newest test-quantised test-timm: export HF_HUB_DISABLE_TELEMETRY := 1
+test test-lmms test-vllm test-oldest test-newest test-quantised test-timm test-release: export OMP_NUM_THREADS := 1
+test test-lmms test-vllm test-oldest test-newest test-quantised test-timm test-release: export HF_HUB_OFFLINE := 1
+test test-lmms test-vllm test-oldest test-newest test-quantised test-timm test-release: export HF_HUB_DISABLE_TELEMETRY := 1
 
 test: .venv/dev  ## JOBS=N workers (one a core), ARGS="--durations=20" for pytest
 	@$(BIN)/python $(PYTEST)
@@ -44,6 +44,9 @@ test-quantised: .venv-quantised/ready  ## models quantised by torchao, optimum-q
 
 test-timm: .venv-timm/ready  ## families whose towers are timm's (FastVLM, Perception LM, Gemma 3n): needs 6 GB
 	.venv-timm/bin/python $(PYTEST) $(TIMM)
+
+test-release: .venv-release/ready  ## sdist and wheel outside of a checkout, the Dockerfile, the workflows
+	.venv-release/bin/python $(PYTEST) tests/release
 
 test-lmms: .venv-lmms/ready  ## lmms-eval itself, on the bundled model
 	.venv-lmms/bin/python $(PYTEST) tests/eval/harness/test_lmms.py
@@ -91,7 +94,7 @@ reproduce-picto-smol: .venv/smol  ## train picto-smol again (about an hour on on
 	  $(BIN)/vlm-fix picto train --language smol --seed 0 --out runs/picto-smol
 
 .venv/bin/python:
-	@test -n "$(PYTHON)" || { echo "vlm-fix needs Python 3.11 or 3.12; set PYTHON=/path/to/python3.12"; exit 1; }
+	@test -n "$(PYTHON)" || { echo "vlm-fix needs Python 3.11, 3.12 or 3.13; set PYTHON=/path/to/python3.12"; exit 1; }
 	@echo "Making .venv, once: torch and transformers take a minute or two."
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/$(PIP) --upgrade pip
@@ -153,10 +156,15 @@ endef
 	.venv-timm/bin/$(PIP) -e '.[dev]'
 	@touch $@
 
+.venv-release/ready: .venv/dev tests/release/tools.txt
+	$(call beside,.venv-release)
+	.venv-release/bin/$(PIP) -r tests/release/tools.txt
+	@touch $@
+
 .venv-newest/%: .venv/dev
 	$(call beside,.venv-newest)
 	.venv-newest/bin/$(PIP) transformers==$*
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-lmms .venv-vllm .venv-oldest .venv-newest .venv-quantised .venv-timm build runs *.egg-info
+	rm -rf .venv .venv-lmms .venv-vllm .venv-oldest .venv-newest .venv-quantised .venv-timm .venv-release build runs *.egg-info

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from starlette.middleware import Middleware
 
 from vlm_fix import presets
 from vlm_fix.errors import VlmFixError
@@ -21,6 +22,7 @@ from vlm_fix.registry import read_stack
 
 from . import benchmark, look, panes, point, recommended, tools
 from .compare import Stop
+from .here import HERE, OnlyHere
 from .models import Models, bundled
 from .page import notice, stop_with
 
@@ -134,7 +136,7 @@ def launch(
     except (OSError, OverflowError):
         raise refused from None
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the images go then, too
-    own = host in ("127.0.0.1", "localhost", "::1") and not share
+    own = host in HERE and not share
     with tempfile.TemporaryDirectory(prefix="vlm-fix-demo-", ignore_cleanup_errors=True) as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
         page = build(Models([model, *bundled()], any_name=own), mcp, preset)
@@ -149,6 +151,7 @@ def launch(
                 ssr_mode=False,
                 footer_links=[],
                 mcp_server=mcp,
+                app_kwargs={"middleware": [Middleware(OnlyHere)]} if own else {},
                 **style(),
             )
         except OSError:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,9 +37,13 @@ def export(
     if method.resolve(arch_of(net)).neutral:
         raise VlmFixError(f"{method.name} changes nothing with these settings; raise its strength.")
     method.bake(net)
-    folder.mkdir(parents=True, exist_ok=True)
-    net.save_pretrained(folder)
-    processor.save_pretrained(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    where = {"prefix": f".{folder.name}.", "dir": folder.parent}
+    with tempfile.TemporaryDirectory(**where, ignore_cleanup_errors=True) as draft:  # nobody reads half a checkpoint
+        net.save_pretrained(draft)
+        processor.save_pretrained(draft)
+        os.chmod(draft, 0o755)
+        os.replace(draft, folder)
     return {"method": method.name, "model": model, "out": str(folder), "dtype": str(net.dtype).removeprefix("torch.")}
 
 

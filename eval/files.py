@@ -5,12 +5,10 @@ CSV, TSV, parquet (with pyarrow) and the first sheet of xlsx, each gzipped or no
 alone: U+2028 or a form feed inside a line is part of an answer.
 """
 
-import contextlib
 import csv
 import gzip
 import io
 import json
-import os
 import re
 import zipfile
 import zlib
@@ -21,6 +19,7 @@ from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 from vlm_fix.errors import VlmFixError
+from vlm_fix.whole import whole_file
 
 DATA = Path(__file__).parent / "data"
 SHEET = "{http://schemas.openxmlformats.org/spreadsheetml/2006/main}"
@@ -75,26 +74,8 @@ def write_atomic(path: Path, text: str) -> None:
 
     Its folder is made where it is missing.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
-    try:
-        with temporary.open(
-            "w", encoding="utf-8", errors="backslashreplace"
-        ) as handle:  # half an emoji, as JSON has it
-            handle.write(text)
-            handle.flush()
-            os.fsync(handle.fileno())
-        temporary.replace(path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
-    with contextlib.suppress(OSError):  # some file systems cannot sync a folder
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    with whole_file(path) as part, part.open("w", encoding="utf-8", errors="backslashreplace") as handle:
+        handle.write(text)  # half an emoji, as JSON has it, is written as its code
 
 
 def _bytes(path: str | Path, what: str) -> bytes:

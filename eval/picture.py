@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 import vlm_fix
 from vlm_fix.calibrated import read_all
@@ -19,6 +19,7 @@ from vlm_fix.eval.run import generation, loading
 from vlm_fix.eval.scorers.chair import data, score, words
 from vlm_fix.eval.settings import Settings
 from vlm_fix.eval.tasks.sample import CAPTION_PROMPT
+from vlm_fix.images import read_image
 from vlm_fix.registry import parse
 
 Mark = tuple[int, int, str, bool | None]  # start and end in the text, the object, whether it is in the image
@@ -63,13 +64,7 @@ def find(name: str, objects: str | None = None, split: str = "test") -> Shown:
         drawn = picto.scene(split, 0, int(number))
         truth = data.build_ground_truth(*picto.coco_annotations([drawn]), "pattern")[drawn.image_id]
         return Shown(drawn.image, told or frozenset(truth))
-    try:
-        with Image.open(name) as opened:
-            image = ImageOps.exif_transpose(opened).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise VlmFixError(
-            f"{name} cannot be read as an image ({type(error).__name__}): give a PNG or JPEG file."
-        ) from error
+    image = read_image(name)
     known = re.fullmatch(r"COCO_(?:val|train)\d{4}_(\d{12})", Path(name).stem)
     if told is None and known:
         told = data.ground_truth("coco", "pattern").get(int(known[1]))

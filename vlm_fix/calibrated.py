@@ -16,6 +16,7 @@ from vlm_fix.arch import Arch
 from vlm_fix.errors import VlmFixError
 from vlm_fix.method import Method
 from vlm_fix.tensors import Tensors
+from vlm_fix.whole import whole_file
 
 TENSORS = "tensors"  # in a file, marks a value that is a safetensors file beside it
 
@@ -37,23 +38,21 @@ class Calibration:
     def write(self, path: str | Path) -> None:
         """As JSON, tensors in safetensors files beside it; a reader never sees half a file."""
         path = Path(path)
-        part = path.with_name(path.name + ".part")
-        part.parent.mkdir(parents=True, exist_ok=True)
         content = dataclasses.asdict(self)
         for name, value in self.found.items():
             if isinstance(value, Tensors):
                 beside = path.with_name(f"{path.stem}.{name}.safetensors")
                 value.write(beside)
                 content["found"][name] = {TENSORS: beside.name}
-        part.write_text(json.dumps(content, indent=2) + "\n")
-        part.replace(path)
+        with whole_file(path) as part:
+            part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def read(cls, path: str | Path) -> Calibration:
         """Raises VlmFixError for a file that is missing or was not written by `vlm-fix calibrate`."""
         remedy = "make it with `vlm-fix calibrate METHOD --out FILE`."
         try:
-            content = json.loads(Path(path).read_text())
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
         except OSError:
             raise VlmFixError(f"calibration file {path} cannot be read; {remedy}") from None
         except (ValueError, RecursionError):
@@ -69,6 +68,8 @@ class Calibration:
             raise VlmFixError(f"{path} is not a calibration file (it needs method, found and model); {remedy}")
         for name, value in content["found"].items():
             if isinstance(value, dict) and TENSORS in value:
+                if Path(value[TENSORS]).name != value[TENSORS]:
+                    raise VlmFixError(f"{path} names {value[TENSORS]!r}, which is not a file beside it; {remedy}")
                 content["found"][name] = str(Path(path).parent / value[TENSORS])
         return cls(**content)
 

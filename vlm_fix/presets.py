@@ -27,6 +27,7 @@ from vlm_fix.families import arch_of
 from vlm_fix.method import Method
 from vlm_fix.registry import Spec, file_of, read_file, read_stack
 from vlm_fix.tensors import Tensors
+from vlm_fix.whole import whole_file
 
 UNKNOWN = "revision:unknown"
 
@@ -54,16 +55,15 @@ class Preset:
         import yaml
 
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         stack = [{"method": m.name, "parameters": _parameters(m, path)} for m in self.methods]
         content = {
             "method": "+".join(m.spec() for m in self.methods) or "baseline",
             "stack": stack,
             "model": self.model,
         }
-        part = path.with_name(path.name + ".part")
-        part.write_text(yaml.safe_dump({**content, **self.about}, sort_keys=False, allow_unicode=True, width=120))
-        part.replace(path)
+        text = yaml.safe_dump({**content, **self.about}, sort_keys=False, allow_unicode=True, width=120)
+        with whole_file(path) as part:
+            part.write_text(text, encoding="utf-8")
 
     def check(self, model: Any, path: str | Path) -> None:
         """VlmFixError, with the reason, if this was found on another model than this one; a warning where that cannot be told."""

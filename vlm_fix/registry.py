@@ -188,7 +188,7 @@ def read_file(path: str | Path) -> dict[str, Any]:
         content = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
     except OSError:
         raise VlmFixError(f"the file {path} cannot be read; {remedy}") from None
-    except (yaml.YAMLError, UnicodeDecodeError):
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError):  # of bytes, numbers and dates, and depth
         raise VlmFixError(f"{path} is not YAML; {remedy}") from None
     stack = content.get("stack") if isinstance(content, dict) else None
     if not isinstance(stack, list) or not all(
@@ -202,7 +202,16 @@ def read_stack(path: str | Path) -> list[Method]:
     """The methods of such a file; none where the model itself was best."""
     found = []
     for row in read_file(path)["stack"]:
-        cls, given = get_method(row["method"]), dict(row.get("parameters") or {})
+        if FILE.fullmatch(row["method"]):  # a file of settings must not start programs
+            raise VlmFixError(
+                f"{path} names a program, {row['method']}: read it, then give it yourself, as in --method {row['method']}."
+            )
+        cls, given = get_method(row["method"]), row.get("parameters") or {}
+        if not isinstance(given, dict):
+            raise VlmFixError(
+                f"{path}: the parameters of {cls.name} are {given!r}, where names with their values belong."
+            )
+        given = dict(given)
         unknown = [name for name in given if name not in {f.name for f in dataclasses.fields(cls)}]
         if unknown:
             raise VlmFixError(f"{path}: {cls.name} has no parameter {unknown[0]!r}; was it written by another vlm-fix?")

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from vlm_fix.errors import VlmFixError
+from vlm_fix.whole import whole_file
 
 
 class Tensors:
@@ -38,9 +39,8 @@ class Tensors:
 
     def write(self, path: Path) -> None:
         """As safetensors; a reader never sees half a file."""
-        part = path.with_name(path.name + ".part")
-        save_file(self.named, part)
-        part.replace(path)
+        with whole_file(path) as part:
+            save_file(self.named, part)
 
 
 def read_tensors(source: str | Tensors, name: str) -> Mapping[str, torch.Tensor]:

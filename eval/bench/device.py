@@ -27,6 +27,7 @@ from vlm_fix.attention import fused
 from vlm_fix.attention.forms import ScoreForm
 from vlm_fix.attention.inputs import QueryRows
 from vlm_fix.attention.scores import Scores
+from vlm_fix.eval.files import write_atomic
 
 from .measuring import measure
 from .models import SHAPES, build
@@ -97,8 +98,7 @@ class Report:
         self.write()
 
     def write(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps(self.found, indent=1) + "\n")
+        write_atomic(self.path, json.dumps(self.found, indent=1) + "\n")
 
 
 def kernel(device: torch.device, dtype: torch.dtype, widths: tuple[int, ...]) -> list[dict[str, Any]]:

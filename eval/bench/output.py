@@ -10,11 +10,12 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from vlm_fix.eval.files import write_atomic
+
 
 def write(results: dict[str, Any], path: Path) -> None:
     """Write the results as JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=1) + "\n")
+    write_atomic(path, json.dumps(results, indent=1) + "\n")
 
 
 def table(results: dict[str, Any]) -> Table:

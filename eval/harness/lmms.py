@@ -18,12 +18,13 @@ from typing import Any
 
 from PIL import Image
 
-from vlm_fix.eval.files import DATA
+from vlm_fix.eval.files import DATA, write_atomic
 from vlm_fix.eval.scorers import yesno
 from vlm_fix.eval.scorers.pope import score as pope
 from vlm_fix.eval.settings import Settings
 from vlm_fix.eval.tasks import build
 from vlm_fix.eval.tasks.pope import Pope
+from vlm_fix.images import read_image
 
 TASKS = DATA / "lmms"
 METRICS = {
@@ -50,7 +51,7 @@ def models() -> list[Any]:
 def pope_visual(doc: Mapping[str, Any]) -> list[Image.Image]:
     """Return the question's image; local tasks have its path."""
     image = doc["image"]
-    return [(Image.open(image) if isinstance(image, str) else image).convert("RGB")]
+    return [read_image(image, upright=False) if isinstance(image, str) else image.convert("RGB")]
 
 
 def pope_text(doc: Mapping[str, Any], lmms_eval_specific_kwargs: Mapping[str, str] | None = None) -> str:
@@ -124,11 +125,12 @@ def write_tasks(folder: str | Path, settings: Settings) -> Path:
             {"question_id": str(q.question_id), "image": images[q.image], "question": q.text, "answer": q.label}
             for q in questions
         ]
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        (folder / f"{group}_{split}.yaml").write_text(
+        write_atomic(folder / f"{split}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        write_atomic(
+            folder / f"{group}_{split}.yaml",
             f"include: {json.dumps(str(TASKS / 'pope_template'))}\ntask: {group}_{split}\ndataset_path: json\n"
-            f"dataset_kwargs:\n  data_files:\n    test: {split}.jsonl\ntest_split: test\n"
+            f"dataset_kwargs:\n  data_files:\n    test: {split}.jsonl\ntest_split: test\n",
         )
     members = "".join(f"  - {group}_{split}\n" for split in task.questions)
-    (folder / f"{group}.yaml").write_text(f"group: {group}\ntask:\n{members}")
+    write_atomic(folder / f"{group}.yaml", f"group: {group}\ntask:\n{members}")
     return folder

@@ -28,6 +28,7 @@ import numpy as np
 from PIL import Image
 
 from vlm_fix.errors import VlmFixError
+from vlm_fix.eval.files import write_atomic
 
 from . import looks, sprites
 from .looks import Look
@@ -351,5 +352,5 @@ def render(out: str | Path, scenes: int = 500, split: str = "test", seed: int = 
     info = {"description": f"Picto {split}", "split": split, "seed": seed, "scenes": scenes}
     info["sha256"] = digest.hexdigest()
     for name, part in zip(("instances", "captions"), parts, strict=True):
-        (out / f"{name}_{split}.json").write_text(json.dumps({"info": info, **part}))
+        write_atomic(out / f"{name}_{split}.json", json.dumps({"info": info, **part}))
     return out

@@ -90,8 +90,8 @@ def _read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     for line in path.read_text(errors="replace").split("\n"):
         try:
             found.append(json.loads(line))
-        except ValueError:
+        except (ValueError, RecursionError):
             break
-    if not found:
+    if not found or not isinstance(found[0], dict):
         raise VlmFixError(f"{path} has no settings in its first line: remove it to start again.")
-    return found[0], [step for step in found[1:] if {"key", "seconds", "value"} <= step.keys()]
+    return found[0], [s for s in found[1:] if isinstance(s, dict) and {"key", "seconds", "value"} <= s.keys()]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_fix.errors import VlmFixError
+from vlm_fix.eval.files import write_atomic
 
 CONTROLS = ("random_tokens", "uniform_grid", "downsample_image")
 PANELS = {
@@ -110,7 +111,7 @@ def write(folder: Path, page: Path) -> None:
         raise VlmFixError(f"{page} needs the lines {MARKS[0]} and {MARKS[1]} once each.")
     figure(results, page.parent / "images" / "pruning.png")
     before, after = text.split(MARKS[0])[0], text.split(MARKS[1])[1]
-    page.write_text(f"{before}{MARKS[0]}\n{table(results)}\n{MARKS[1]}{after}")
+    write_atomic(page, f"{before}{MARKS[0]}\n{table(results)}\n{MARKS[1]}{after}")
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ from vlm_fix.eval.run.summary import by_split
 from vlm_fix.eval.scorers.benchmark import Captions
 from vlm_fix.eval.scorers.registry import LAYOUTS
 from vlm_fix.eval.stats import SIGNIFICANT
+from vlm_fix.whole import whole_file
 
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6BB1")  # Okabe and Ito
 MARKERS = ("D", "o", "s", "^", "v", "P", "X", "<")
@@ -49,9 +50,8 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
         drawn.suptitle(
             f"{name} on {source}; bars: 95 % interval of the difference, open marks: not significant (Holm)", size=9
         )
-        part = Path(path).with_suffix(".part.png")  # a page never shows half a picture
-        drawn.savefig(part, dpi=160, metadata={"Software": None})
-        part.replace(path)
+        with whole_file(path) as part:  # a page never shows half a picture
+            drawn.savefig(part, dpi=160, format="png", metadata={"Software": None})
         plt.close(drawn)
 
 

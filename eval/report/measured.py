@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from vlm_fix.eval.files import DATA
+from vlm_fix.eval.files import DATA, write_atomic
 from vlm_fix.eval.run.summary import correct
 from vlm_fix.eval.stats import SIGNIFICANT
 
@@ -80,7 +80,7 @@ def write(folder: Path, path: Path = KEPT) -> None:
     rows = [
         json.dumps({"method": name} | dataclasses.asdict(row)) for name, each in read(folder).items() for row in each
     ]
-    path.write_text("[\n" + ",\n".join(rows) + "\n]\n", encoding="utf-8")
+    write_atomic(path, "[\n" + ",\n".join(rows) + "\n]\n")
 
 
 @functools.cache

@@ -40,7 +40,7 @@ def read(folders: Sequence[str | Path]) -> list[tuple[Path, dict[str, Any]]]:
             results = json.loads(path.read_text(encoding="utf-8"))
             correct(results["runs"])
             found.append((path.parent, {**results, "runs": dict(results["runs"])}))
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             raise VlmFixError(
                 f"{path} is not the result of a finished evaluation: give folders that `vlm-fix eval --output` made, or "
                 "finish the run there with --resume."
@@ -55,7 +55,7 @@ def shown(folder: Path) -> Iterator[None]:
         yield
     except VlmFixError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, StopIteration) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, StopIteration, RecursionError) as error:
         raise VlmFixError(
             f"The results.json of {folder} is not as `vlm-fix eval` of this version writes it ({type(error).__name__}: {error}): "
             "run it again."

@@ -64,7 +64,7 @@ def read_pairs(folder: Path) -> dict[str, Any]:
         names = [pair["name"] for pair in listed["pairs"]]
         unknown = {p[side]["repository"] for p in listed["pairs"] for side in SIDES} - set(listed["repositories"])
         odd = {pair["benchmark"] for pair in listed["pairs"]} - set(COLUMNS)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise VlmFixError(f"{path} is not a list of pairs ({error!r}); results/README.md says what it holds.") from None
     if wrong := sorted(unknown) + sorted(odd) + sorted({name for name in names if names.count(name) > 1}):
         raise VlmFixError(

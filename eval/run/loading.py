@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import platform
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from vlm_fix.calibrated import weights_id
@@ -63,24 +66,50 @@ def load_model(
     theirs |= {"trust_remote_code": True} if trust_remote_code else {}
     try:
         processor = AutoProcessor.from_pretrained(path, **theirs)
-        model = AutoModelForImageTextToText.from_pretrained(
+        _readable(Path(path))
+        model, info = AutoModelForImageTextToText.from_pretrained(
             path,
+            output_loading_info=True,
             dtype=("auto" if cuda else torch.float32) if dtype == "auto" else getattr(torch, dtype),
             device_map=device_map or (device if cuda else None),
             **theirs,
             **(model_args or {}),
-        ).eval()
-    except (OSError, ValueError, ImportError, TypeError) as error:
-        if isinstance(error, TypeError) and not model_args:
-            raise
+        )
+    except (VlmFixError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a broken file of a checkpoint raises nearly anything
         cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if "trust_remote_code" in str(error) and not trust_remote_code:
             cause, remedy = "it comes with code of its own", "read that code, then add --trust-remote-code to run it."
-        elif model_args:
+        elif isinstance(error, SafetensorError):
+            remedy = "its weights are cut off, fetch them again."
+        elif isinstance(error, UnpicklingError):
+            cause = "its .bin file is broken, or holds more than tensors, which could run code when it is read"
+        elif "ignore_mismatched_sizes" in str(error):
+            cause = "weights of other sizes than its config.json says"
+        elif not isinstance(error, OSError | ValueError | ImportError):
+            cause = f"{type(error).__name__}: {cause}"
+        if model_args:
             remedy = f"check --model-args {', '.join(model_args)}, or {remedy}"
+        elif Path(path).is_dir() and remedy.startswith("give a directory"):
+            remedy = "a file in that folder is broken or missing; fetch the checkpoint again."
         raise VlmFixError(f"model {name!r} could not be loaded ({cause.rstrip('.')}): {remedy}") from error
+    if lost := sorted(info["missing_keys"]):
+        raise VlmFixError(
+            f"model {name!r} lacks weights that would be random ({len(lost)}, such as {lost[0]}): fetch the checkpoint again."
+        )
     prepare(processor, name)
-    return model, processor, identify(model, name) | ({"revision": revision} if revision else {})
+    return model.eval(), processor, identify(model, name) | ({"revision": revision} if revision else {})
+
+
+def _readable(folder: Path) -> None:
+    """VlmFixError for a generation_config.json that is no JSON, for which transformers takes its own defaults without a word."""
+    path = folder / "generation_config.json"
+    try:
+        if path.is_file():
+            json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise VlmFixError(f"{path} cannot be read ({error}): fetch the checkpoint again.") from None
 
 
 def prepare(processor: Any, name: str) -> None:

@@ -117,10 +117,10 @@ class Store:
                 try:
                     row = json.loads(line)
                     found.setdefault((row["run"], row["seed"], row["benchmark"], row["batch"]), []).append(row)
-                except (json.JSONDecodeError, KeyError, TypeError):
+                except (ValueError, KeyError, TypeError, RecursionError):
                     continue
             for key, rows in found.items():
-                if len(rows) == rows[0]["batch_size"]:
+                if len(rows) == rows[0].get("batch_size"):
                     self.rows.setdefault(key, rows)  # an interrupted `merge` leaves a batch in two files
 
     def merge(self, order: Sequence[Key] | None = None) -> None:
@@ -176,7 +176,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise VlmFixError(f"{path} cannot be read ({error}): mend it, or choose another --output.") from None
     if not isinstance(found, dict):
         raise VlmFixError(f"{path} holds no settings: mend it, or choose another --output.")

@@ -212,7 +212,7 @@ def _columns(whole: Mapping[str, Any]) -> list[dict[str, Any]]:
         name: dict(enumerate(each)) if isinstance(each, list) else each if isinstance(each, dict) else {}
         for name, each in whole.items()
     }
-    index = [*next(iter(columns.values()))]
+    index = [*next(iter(columns.values()), ())]
     if not index or any([*each] != index for each in columns.values()) or not {*REPLIES} & {*columns}:
         return []
     rows = [{name: each[place] for name, each in columns.items()} for place in index]

@@ -69,7 +69,9 @@ def questions(folder: str | Path) -> list[Question]:
                 for name, files in objects.items():
                     places = [f"{kind}/{source}/{name}/{file}" for file in files]
                     found += [Question(place, place, PROMPT.format(name), name, label) for place in places]
-        except (json.JSONDecodeError, AttributeError, TypeError):
+        except VlmFixError:
+            raise
+        except (ValueError, AttributeError, TypeError, RecursionError):
             raise VlmFixError(f"{path} is not a list of DASH-B's images: give the one of {SOURCE}.") from None
     return found
 

@@ -136,7 +136,9 @@ def _subsets(files: str) -> dict[str, list[str]]:
     for path in (part.strip() for part in files.split(",")):
         try:
             found[path] = [str(key) for key in json.loads(read_text(path, "list of question ids"))]
-        except (json.JSONDecodeError, TypeError):
+        except VlmFixError:
+            raise
+        except (ValueError, TypeError, RecursionError):
             raise VlmFixError(f"{path} is not a JSON array of question ids.") from None
     return found
 

@@ -76,7 +76,7 @@ def _tokens(value: Any) -> list[str]:
     """A list of tokens, also as a text of CSV: a JSON array, or words with spaces between them."""
     try:
         found = json.loads(value) if isinstance(value, str) else value
-    except ValueError:
+    except (ValueError, RecursionError):
         found = value.split()
     return [*map(str, found if isinstance(found, list | tuple) else [value])]
 
@@ -179,11 +179,19 @@ def _of_eval(
     tell(f"read {len(rows) - lost} rows of p_yes and p_no from {path}" + (f"; {lost} rows have none" if lost else ""))
     several = len({benchmark for _, benchmark, _ in found}) > 1
     made = path.with_name("results.json")
-    tokens = json.loads(read_text(made, "results")).get("probabilities", {}) if made.is_file() else {}
+    try:
+        tokens = json.loads(read_text(made, "results")).get("probabilities", {}) if made.is_file() else {}
+        tokens = {name: tokens[name] for name in TOKENS if name in tokens}
+    except VlmFixError:
+        raise
+    except (ValueError, AttributeError, TypeError, RecursionError):
+        raise VlmFixError(
+            f"{made} does not say which tokens are yes and no: finish the run there with --resume, or move the answers away."
+        ) from None
     return {
         (f"{name}: " if not method else "") + (f"{benchmark} {split}" if several else split): result
         for (name, benchmark, split), result in found.items()
-    }, {name: tokens[name] for name in TOKENS if name in tokens}
+    }, tokens
 
 
 def _of_file(

@@ -55,7 +55,7 @@ def of_file(file: str, images: Path, limit: int, without: set[str], seed: int) -
     try:
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
         rows = [(str(d["image"]), d["value"], d["h_value"], d.get("question", CAPTION_PROMPT)) for d in lines]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise VlmFixError(
             f"--pairs {file} cannot be read ({type(error).__name__}): give a JSONL file with image, value and h_value."
         ) from None

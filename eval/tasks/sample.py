@@ -21,6 +21,7 @@ from PIL import Image
 from vlm_fix.errors import VlmFixError
 from vlm_fix.eval.scorers.result import Result
 from vlm_fix.eval.settings import Settings
+from vlm_fix.images import read_image
 
 CAPTION_PROMPT = "Please describe this image in detail."
 IMAGES = 500  # the size of POPE and CHAIR as published
@@ -75,14 +76,7 @@ def load_image(sample: Sample) -> Image.Image:
     """Return the sample's image in RGB. Raises VlmFixError naming a file that cannot be read."""
     if isinstance(sample.image, Image.Image):
         return sample.image
-    try:
-        with Image.open(sample.image) as image:
-            return image.convert("RGB")
-    except Exception as error:  # decoders raise what they like, and one broken image must not end a run
-        raise VlmFixError(
-            f"{sample.image} cannot be read as an image ({type(error).__name__}): replace the file or leave its id out "
-            "with --ids."
-        ) from error
+    return read_image(sample.image, "replace the file or leave its id out with --ids.", upright=False)
 
 
 def question_prompt(settings: Settings, text: str) -> str:
@@ -109,7 +103,12 @@ def data_of(source: str, items: Sequence[Any], scorer: str, commit: str = "") ->
 
 
 def place(folder: Path, name: str, inside: Sequence[str]) -> Path:
-    """Find a file in the folder or in one of its subfolders `inside`; the path in the folder if it is in none."""
+    """Find a file in the folder or in one of its subfolders `inside`; the path in the folder if it is in none.
+
+    Raises VlmFixError for a name that leads out of the folder: names come from files of questions, which others wrote.
+    """
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise VlmFixError(f"the questions in {folder} name an image outside of it, {name!r}: mend or remove that line.")
     places = [folder / name, *(folder / each / name for each in inside)]
     return next((path for path in places if path.is_file()), places[0])
 

@@ -89,10 +89,11 @@ def image_keys(call: Call) -> list[list[str]]:
 
 def _reader(path: str) -> Callable[[torch.Tensor], Objects]:
     try:
-        known = json.loads(Path(path).expanduser().read_text())
-    except (OSError, ValueError) as problem:
+        known = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as problem:
         raise VlmFixError(f"marine: {path} cannot be read as JSON ({problem}).") from problem
-    if not isinstance(known, dict) or not all(isinstance(v, list) for v in known.values()):
+    lists = known.values() if isinstance(known, dict) else [None]
+    if not all(isinstance(v, list) and all(isinstance(name, str | int) for name in v) for v in lists):
         raise VlmFixError(f"marine: {path} must hold one object {{key: [name, ...]}}.")
 
     def find(image: torch.Tensor) -> Objects:

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -61,22 +62,28 @@ def _numbered(tensors: Mapping[str, torch.Tensor], depth: int, name: str, source
 
 
 def _repsteer(folder: Path, name: str) -> dict[int, torch.Tensor]:
-    manifest, tensors = (folder / part for part in REPSTEER)
-    try:
-        about = json.loads(manifest.read_text(encoding="utf-8"))
-        site = about.get("site") or {}
-        key = {"direction": "direction", "subspace": "basis"}[about["artifact_type"]]
-    except (OSError, ValueError, KeyError, AttributeError):
-        raise VlmFixError(
-            f"{name}: {folder} is not a repsteer artifact of a direction or a subspace; give its folder or a safetensors file."
-        ) from None
+    tensors, (key, site) = folder / REPSTEER[1], _manifest(folder)
     layer = site.get("layer")
-    if site.get("stream", "language") != "language" or not isinstance(layer, int):
+    if site.get("stream", "language") != "language" or not isinstance(layer, int) or layer < 0:
         raise VlmFixError(f"{name}: the artifact in {folder} is not of one layer of the language model.")
     found = read_tensors(str(tensors), name)
     if key not in found:
         raise VlmFixError(f"{name}: {tensors} has no tensor {key!r}, which its manifest promises.")
     return {layer: found[key]}
+
+
+def _manifest(folder: Path) -> tuple[str, dict[str, Any]]:
+    """The name of an artifact's tensor, and where the artifact belongs."""
+    try:
+        about = json.loads((folder / REPSTEER[0]).read_text(encoding="utf-8"))
+        site = about.get("site") or {}
+        key = {"direction": "direction", "subspace": "basis"}[about["artifact_type"]]
+        site.get("layer")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise VlmFixError(
+            f"{folder} is not a repsteer artifact of a direction or a subspace; give its folder or a safetensors file."
+        ) from None
+    return key, site
 
 
 def place_of(source: Source) -> str | None:
@@ -86,7 +93,7 @@ def place_of(source: Source) -> str | None:
     """
     if not isinstance(source, str) or not Path(source).expanduser().is_dir():
         return None
-    site = json.loads((Path(source).expanduser() / REPSTEER[0]).read_text(encoding="utf-8")).get("site") or {}
+    _, site = _manifest(Path(source).expanduser())
     component, io = str(site.get("component", "")), site.get("io", "output")
     place = next((place for words, place in COMPONENTS if any(word in component for word in words)), None)
     if place is None or io != "output":

@@ -11,6 +11,7 @@ from torch.nn.functional import adaptive_max_pool2d
 
 from vlm_fix import VlmFixError
 from vlm_fix.families import image_cells, image_token_ids
+from vlm_fix.images import read_image
 from vlm_fix.session import Session
 from vlm_fix.wing import engine_of
 
@@ -80,11 +81,9 @@ def of_box(box: tuple[float, ...], size: tuple[int, int], cover: str, name: str)
 
 def of_mask(path: str, size: tuple[int, int], cover: str, name: str) -> torch.Tensor:
     """The same for an image file whose bright pixels are the region."""
-    from PIL import Image
-
     if not Path(path).is_file():
         raise VlmFixError(f"{name}: there is no mask {path!r}; give an image file whose bright pixels are the region.")
-    image = Image.open(path).convert("L")
+    image = read_image(path, upright=False, mode="L")
     bright = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width) > 127
     if cover == "touch":
         return _some(adaptive_max_pool2d(bright.float()[None], size)[0], name)

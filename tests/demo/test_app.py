@@ -1,10 +1,13 @@
 """The page and its server."""
 
 import contextlib
+import json
 import socket
 import sys
 import types
+import urllib.error
 import urllib.request
+from pathlib import Path
 
 import pytest
 
@@ -48,6 +51,47 @@ def test_an_address_that_cannot_be_served(where, capsys):
     assert cli.main(["demo", *where]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: The page cannot be served on") and error.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_files_stay_where_they_are(site):
+    """Nothing outside of the page's own folder can be read, and an upload's name leads nowhere."""
+    secret = Path(__file__).resolve()
+    for place in (
+        f"gradio_api/file={secret}",
+        f"gradio_api/file=../../../../..{secret}",
+        f"static/../../../..{secret}",
+    ):
+        with pytest.raises(urllib.error.HTTPError) as error:
+            urllib.request.urlopen(f"{site}/{place}")
+        assert error.value.code in (403, 404)
+    name = "../../../../../../../../tmp/vlm-fix-left.png"
+    body = f'--x\r\nContent-Disposition: form-data; name="files"; filename="{name}"\r\n\r\nhere\r\n--x--\r\n'
+    kind = {"Content-Type": "multipart/form-data; boundary=x"}
+    request = urllib.request.Request(f"{site}/gradio_api/upload", body.encode(), kind)
+    (stored,) = json.load(urllib.request.urlopen(request))
+    assert "/vlm-fix-demo-" in stored and ".." not in stored and Path(stored).read_text() == "here"
+    assert not Path("/tmp/vlm-fix-left.png").exists()
+
+
+@pytest.mark.slow
+def test_a_name_that_leads_here_is_no_way_in(site):
+    """As a hostile web page has it, whose name was made to mean 127.0.0.1 after it was loaded."""
+    port = site.rsplit(":", 1)[1]
+    for host, code in (
+        (f"evil.example:{port}", 403),
+        (f"localhost:{port}", 200),
+        ("[::1]:1", 200),
+        ("[", 403),
+        ("", 403),
+    ):
+        for place in ("/", "/config", "/gradio_api/info"):
+            try:
+                got = urllib.request.urlopen(urllib.request.Request(site + place, headers={"Host": host})).status
+            except urllib.error.HTTPError as error:
+                got = error.code
+                assert b"localhost alone" in error.read()
+            assert got == code, (host, place)
 
 
 @pytest.mark.slow

@@ -1,27 +1,14 @@
 """Images and prompts of a visitor: every bad one is a sentence."""
 
-import struct
-import zlib
-
 import pytest
 from PIL import Image
 
 pytest.importorskip("gradio", reason="the demo needs gradio")
 
 from tests.demo.shared import PROMPT
+from tests.support.pictures import png_header
 from vlm_fix import VlmFixError
 from vlm_fix.demo import compare
-
-
-def png_header(width, height):
-    """A PNG that claims a size and holds next to nothing."""
-
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
-
 
 BAD = {
     "text": (b"not an image", "not a readable image"),

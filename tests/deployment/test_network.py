@@ -1,21 +1,32 @@
 """Nothing is sent: with sockets closed the main jobs run, and a model that is not on the machine is one sentence."""
 
 import os
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
 
 import pytest
 
 CLOSED = """
 import socket, sys
-def refuse(self, address, *args):
+HERE = (None, "", "localhost", "127.0.0.1", "::1")
+def refuse(address):
     sys.stderr.write(f"tried to reach {address}\\n")
     raise OSError(101, "Network is unreachable")
+def only_here(real):
+    def connect(self, address):
+        if not isinstance(address, tuple) or address[0] not in HERE:
+            refuse(address)
+        return real(self, address)
+    return connect
+socket.socket.connect = only_here(socket.socket.connect)
+socket.socket.connect_ex = only_here(socket.socket.connect_ex)
 real = socket.getaddrinfo
-socket.socket.connect = socket.socket.connect_ex = refuse
 def lookup(host, *args, **kwargs):
-    if host not in (None, "", "localhost", "127.0.0.1", "::1"):
-        refuse(None, host)
+    if host not in HERE:
+        refuse(host)
     return real(host, *args, **kwargs)
 socket.getaddrinfo = lookup
 from vlm_fix.cli import main
@@ -45,6 +56,31 @@ def test_the_main_jobs_need_no_network(job, tmp_path):
     (tmp_path / "truth.json").write_text('{"1": ["dog"]}')
     done = run(JOBS[job].replace("{}", str(tmp_path)))
     assert done.returncode == 0 and "tried to reach" not in done.stderr, done.stderr
+
+
+def test_the_demo_serves_its_page_without_network(tmp_path):
+    pytest.importorskip("gradio", reason="the demo needs gradio")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = tmp_path / "log"
+    with log.open("w") as said, subprocess.Popen(**command(f"demo --port {port}"), stdout=said, stderr=said) as demo:
+        try:
+            page = _page(f"http://127.0.0.1:{port}/", demo)
+        finally:
+            demo.terminate()
+    assert "vlm-fix" in page and "tried to reach" not in log.read_text(), log.read_text()
+
+
+def _page(url, process, seconds=120):
+    """The page as soon as it is served."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and process.poll() is None:
+        try:
+            return urllib.request.urlopen(url, timeout=5).read().decode()
+        except OSError:
+            time.sleep(0.5)
+    return ""
 
 
 def test_a_model_of_the_hub_is_asked_for_only_where_that_is_not_forbidden(tmp_path):

@@ -4,25 +4,34 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from hypothesis import strategies as st
+from safetensors.torch import save
 
 from vlm_fix import registry
+from vlm_fix.arch import Arch
 from vlm_fix.calibrated import read_all
 from vlm_fix.errors import VlmFixError
 from vlm_fix.eval import options
 from vlm_fix.eval.files import read_rows
+from vlm_fix.eval.recommend.ledger import Ledger
 from vlm_fix.eval.report import export, page
+from vlm_fix.eval.run.store import Store
 from vlm_fix.eval.scorers import answers
 from vlm_fix.eval.scorers.chair import data as chair_data
 from vlm_fix.eval.scorers.pope import data as pope_data
 from vlm_fix.eval.scorers.registry import BENCHMARKS
-from vlm_fix.eval.tasks import coco
+from vlm_fix.eval.tasks import coco, pairs
 from vlm_fix.eval.tasks.sample import Sample, load_image
+from vlm_fix.families import FAMILIES
+from vlm_fix.methods.contrast import marine
+from vlm_fix.methods.hidden.files import by_layer, place_of
+from vlm_fix.presets import Preset
 
 from .content import ANY_JSON, broken, picture, tables
 
@@ -63,10 +72,33 @@ GOOD = [
         "p_no": 0.05,
     },
 ]
+KEPT = [
+    {"run": "a", "seed": 0, "benchmark": "pope", "batch": 0, "batch_size": 1, "id": str(i), "answer": "yes"}
+    for i in (0, 1)
+]
+STEPS = [{"a": 1}, {"key": ["pai"], "seconds": 1.5, "value": 3}]
+PAIRS = [{"image": "1.jpg", "value": "A dog.", "h_value": "A dog and a cat."}]
 INSTANCES = {
     "images": [{"id": i, "file_name": f"{i}.jpg"} for i in (1, 2)],
     "categories": [{"id": 1, "name": "dog"}, {"id": 2, "name": "cat"}],
     "annotations": [{"image_id": i, "category_id": c} for i in (1, 2) for c in (1, 2)],
+}
+PRESET = b"""\
+method: "pai:alpha=0.5+vcd"
+stack:
+- method: pai
+  parameters: {alpha: 0.5, layers: [0, 1]}
+- method: vti
+  parameters: {file: vlm-fix.vti.file.safetensors}
+model: {name: m, type: llava, depth: 4, hidden: 64, heads: 4, weights: "sha256:00"}
+verdict: better
+"""
+SMALL = Arch(FAMILIES[0], 2, 8, 2, 16, "llama", 2, 0, (0, 1), (0, 1))
+VECTORS = save({f"direction.{i}": torch.ones(8) for i in range(2)})
+MATRIX = save({"all": torch.ones(2, 8)})
+MANIFEST = {
+    "artifact_type": "direction",
+    "site": {"stream": "language", "layer": 1, "component": "mlp", "io": "output"},
 }
 CALIBRATION = {"method": "pai", "found": {"alpha": 0.5}, "model": {"name": "m", "depth": 2}}
 RESULTS = {
@@ -125,6 +157,15 @@ def _coco(path: Path) -> Any:
     )
 
 
+def _lines(rows: Sequence[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def _pairs(path: Path) -> Any:
+    (path.parent / "1.jpg").write_bytes(picture("JPEG"))
+    return pairs.of_file(str(path), path.parent, 1, set(), 0)
+
+
 def _text(path: Path) -> str:
     return path.read_bytes().decode("utf-8", "replace")
 
@@ -135,6 +176,21 @@ def _specs(path: Path) -> Any:
 
 def _image(path: Path) -> Any:
     return load_image(Sample("a", 1, path.name, path, "?", {}))
+
+
+def _artifact(path: Path) -> Any:
+    (path.parent / "tensors.safetensors").write_bytes(save({"direction": torch.ones(8)}))
+    return by_layer(str(path.parent), SMALL, "steer"), place_of(str(path.parent))
+
+
+def _run(path: Path) -> Any:
+    (path.parent / "config.json").write_text("{}")
+    return Store(path.parent, {}, resume=True).of("a", "pope")
+
+
+def _preset(path: Path) -> Any:
+    found = Preset.read(path)
+    return found.spec, Preset.read(path).about
 
 
 def _report(path: Path) -> Any:
@@ -169,6 +225,17 @@ TARGETS = {
     "ground truth": Target(lambda path: chair_data.ground_truth(path, "pattern"), JSON | broken([b'{"42": ["dog"]}'])),
     "coco": Target(_coco, broken([json.dumps(INSTANCES).encode()]) | JSON, "instances_val2014.json"),
     "calibration": Target(lambda path: read_all((path,)), broken([json.dumps(CALIBRATION).encode()]) | JSON),
+    "recommendation": Target(_preset, broken([PRESET]) | JSON, "vlm-fix.yaml"),
+    "vectors": Target(
+        lambda path: by_layer(str(path), SMALL, "steer"), broken([VECTORS, MATRIX]), "vectors.safetensors"
+    ),
+    "artifact": Target(_artifact, broken([json.dumps(MANIFEST).encode()]) | JSON, "manifest.json"),
+    "run": Target(_run, broken([_lines(KEPT)]) | tables(KEPT), "samples.jsonl"),
+    "search": Target(
+        lambda path: Ledger(path, {"a": 1}, resume=True), broken([_lines(STEPS)]) | tables(STEPS), "a.steps.jsonl"
+    ),
+    "objects": Target(lambda path: marine._reader(str(path)), broken([b'{"*": ["dog"]}']) | JSON),
+    "pairs": Target(_pairs, broken([_lines(PAIRS)]) | tables(PAIRS)),
     "config": Target(options.read_file, broken([YAML]) | JSON),
     "results": Target(_report, broken([json.dumps(RESULTS).encode()]) | JSON, "results.json"),
     "spec": Target(

@@ -19,6 +19,7 @@ import urllib.request
 import pytest
 
 from tests.serving.support import CAPTION, PATH, Case, HuggingFace
+from tests.support.pictures import png_header
 from vlm_fix.eval.run.runner import evaluate
 from vlm_fix.eval.settings import Settings
 
@@ -166,6 +167,19 @@ def test_anything_else_is_a_400_with_a_sentence(server, asked, words):
         server.ask(body(Case((0,), CAPTION), vlm_fix=asked))
     assert caught.value.code == 400
     assert words in json.load(caught.value)["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "url", [f"file://{__file__}", "data:image/png;base64," + base64.b64encode(png_header(60000, 60000)).decode()]
+)
+def test_files_of_the_machine_and_bombs_are_a_400(server, hf: HuggingFace, url):
+    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": CAPTION}]
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        server.ask({"model": "picto-llava", "messages": [{"role": "user", "content": content}], "max_tokens": 4})
+    assert caught.value.code == 400
+    case = Case((0,), CAPTION)
+    want = hf.processor.decode(hf.answers(["pai:alpha=1"], [case])[0].tokens, skip_special_tokens=True)
+    assert server.ask(body(case))["choices"][0]["message"]["content"].strip() == want.strip(), "it serves on"
 
 
 def test_a_client_that_is_killed_takes_nothing_with_it(server, hf: HuggingFace):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_fix.errors import VlmFixError
+from vlm_fix.whole import whole_file
 
 from .common import add, add_model, add_weights, check_place
 
@@ -39,17 +40,17 @@ def run(args: argparse.Namespace) -> None:
     check_place(args.out)
     if not Path(args.image).is_file():
         raise VlmFixError(f"there is no picture {args.image!r}: give an image file.")
-    from PIL import Image, ImageOps
     from rich.console import Console
     from rich.progress import Progress
 
     import vlm_fix
     from vlm_fix.eval.run.loading import load_model
     from vlm_fix.families import arch_of, visual_cells
+    from vlm_fix.images import read_image
     from vlm_fix.observation.page import page
 
     model, processor, _ = load_model(args.model, args.dtype, args.device)
-    picture = ImageOps.exif_transpose(Image.open(args.image)).convert("RGB")
+    picture = read_image(args.image)
     words = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": args.prompt}]}]
     text = processor.apply_chat_template(words, add_generation_prompt=True)
     inputs = dict(processor(images=picture, text=text, return_tensors="pt").to(model.device, model.dtype))
@@ -77,9 +78,9 @@ def run(args: argparse.Namespace) -> None:
     shown = [names[i] for i in found.ids.tolist()]
     title = f"{args.model}: {Path(args.image).name}" + (f", {spec}" if args.method else "")
     cells = visual_cells(model, arch_of(model).family, inputs)
-    Path(args.out).write_text(
-        page(found, shown, names, cells, [picture] * len(cells), title, args.prompt), encoding="utf-8"
-    )
+    text = page(found, shown, names, cells, [picture] * len(cells), title, args.prompt)
+    with whole_file(args.out) as part:
+        part.write_text(text, encoding="utf-8")
     print(f"{args.out}: {tokenizer.decode(said).strip()}")
 
 

@@ -35,13 +35,12 @@ def run(args: argparse.Namespace) -> None:
     for file in filter(None, (args.image, args.mask)):
         if not Path(file).is_file():
             raise VlmFixError(f"there is no picture {file!r}: give an image file.")
-    from PIL import Image, ImageOps
-
     import vlm_fix
     from vlm_fix.eval.run.loading import load_model
+    from vlm_fix.images import read_image
     from vlm_fix.methods.procedures.regions import shares
 
-    picture = ImageOps.exif_transpose(Image.open(args.image)).convert("RGB")
+    picture = read_image(args.image)
     model, processor, _ = load_model(args.model, args.dtype, args.device)
     if args.mask:
         region = f"mask={args.mask}"
