@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import importlib.util
+import io
 import os
 import signal
 import socket
@@ -133,6 +134,8 @@ def launch(
             probe.bind((host, port or 0))
     except (OSError, OverflowError):
         raise refused from None
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # the address is read in a log, too, as soon as it is there
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the images go then, too
     own = host in ("127.0.0.1", "localhost", "::1") and not share
     with tempfile.TemporaryDirectory(prefix="vlm-fix-demo-", ignore_cleanup_errors=True) as folder:
