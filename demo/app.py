@@ -61,7 +61,7 @@ def build(models: Models, mcp: bool = False, preset: str | None = None) -> gr.Bl
             yield [head("No model"), notice(str(error)), hidden, back, gr.skip()]
 
     def head(about: str) -> str:
-        return f"<h1>vlm-fix</h1><p>See a model hallucinate less. {about}</p>"
+        return f'<h1>vlm-fix</h1><p><span class="tag">See a model hallucinate less. </span>{about}</p>'
 
     with gr.Blocks(title="vlm-fix demo", analytics_enabled=False, delete_cache=(600, KEPT_SECONDS)) as page:
         with gr.Row(elem_id="head", equal_height=True):

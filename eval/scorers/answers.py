@@ -186,7 +186,7 @@ def _rows(rows: list[dict[str, Any]], form: str, path: Any) -> tuple[list[dict[s
         return table, "plain"
     if form == "one JSON object" and not _candidates(whole, REPLIES):
         lists = [name for name in LISTS if isinstance(whole.get(name), list | dict)]
-        lists = lists or [name for name, value in whole.items() if _is_list_of_rows(value)]
+        lists = lists or [name for name, value in whole.items() if _is_list_of_rows(value) and name not in chats.HELD]
         if len(lists) > 1:
             raise VlmFixError(f"{path} holds the lists {' and '.join(lists)}: keep the one with the answers.")
         if lists:

@@ -17,6 +17,8 @@ from collections.abc import Mapping
 from typing import Any
 
 TURNS = ("messages", "conversations", "conversation")
+HELD = (*TURNS, "choices")
+"""Lists that are part of a row."""
 USERS, ASSISTANTS = ("user", "human"), ("assistant", "gpt", "model")
 
 
