@@ -85,6 +85,7 @@ leaderboard: .venv/run  ## the tables of README and docs/leaderboard.md, and bui
 	$(BIN)/vlm-fix report $(sort $(dir $(wildcard results/*/results.json))) --markdown docs/leaderboard.md \
 	  --board build/leaderboard.html
 	$(BIN)/vlm-fix report results/picto-smol-shift --markdown README.md
+	$(BIN)/python -m vlm_fix.eval.report.figure results/picto-smol-shift docs/images/picto-smol-shift.png
 
 reproduce-picto: .venv/run  ## train picto-llava again (about 45 minutes on two cores)
 	$(BIN)/vlm-fix picto train --seed 0 --out runs/picto-llava

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import importlib.util
+import io
 import os
 import signal
 import socket
@@ -62,7 +63,7 @@ def build(models: Models, mcp: bool = False, preset: str | None = None) -> gr.Bl
             yield [head("No model"), notice(str(error)), hidden, back, gr.skip()]
 
     def head(about: str) -> str:
-        return f"<h1>vlm-fix</h1><p>See a model hallucinate less. {about}</p>"
+        return f'<h1>vlm-fix</h1><p><span class="tag">See a model hallucinate less. </span>{about}</p>'
 
     with gr.Blocks(title="vlm-fix demo", analytics_enabled=False, delete_cache=(600, KEPT_SECONDS)) as page:
         with gr.Row(elem_id="head", equal_height=True):
@@ -135,6 +136,8 @@ def launch(
             probe.bind((host, port or 0))
     except (OSError, OverflowError):
         raise refused from None
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # the address is read in a log, too, as soon as it is there
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the images go then, too
     own = host in HERE and not share
     with tempfile.TemporaryDirectory(prefix="vlm-fix-demo-", ignore_cleanup_errors=True) as folder:

@@ -32,12 +32,26 @@ from . import board
 from .choices import method_choices
 from .compare import Stop, Stopped, command, sentence
 from .models import Loaded, Models
-from .page import bar, notice, places, stop_with, watched
+from .page import bar, notice, places, steps, stop_with, watched
 
 BATCH, MOST = 16, 500
 KINDS = {"POPE: yes/no questions": "pope", "CHAIR: captions": "chair", "both": "all"}
 SPLITS = {"shift: the prior is broken": "shift", "test: the prior holds": "test", "style: unseen pictographs": "style"}
 SECONDS = 0.3  # between two pictures of the bar
+
+STEPS = [
+    (
+        "Questions",
+        "POPE: is there a …? Half of the objects are not in the scene; popular and adversarial ones are likely there.",
+    ),
+    (
+        "Captions",
+        "CHAIR: the share of the objects named that is not in the scene; recall, the share of those there that is named.",
+    ),
+    ("Intervals", "Every run answers about the same scenes, so each difference is paired, with its 95 % interval."),
+    ("Verdict", "Better, worse, no difference seen, or better only by saying less or by saying no."),
+]
+"""What the tab will do."""
 
 
 @dataclasses.dataclass
@@ -231,7 +245,7 @@ def tab(models: Models, name: gr.Dropdown, page: gr.Blocks) -> None:
             seed = gr.Number(0, precision=0, minimum=0, maximum=2**31 - 1, label="Seed")
             with gr.Row():
                 go = gr.Button("Run", variant="primary", elem_id="run", min_width=90)
-                end = gr.Button("Stop", elem_id="halt", min_width=90)
+                end = gr.Button("Stop", elem_id="halt", min_width=90, visible=False)
             with gr.Accordion("Open earlier results", open=False, elem_id="open"):
                 upload = gr.UploadButton("Choose results.json", file_types=[".json"], size="sm", elem_id="upload")
                 # a page that others reach must not read folders for them
@@ -240,7 +254,7 @@ def tab(models: Models, name: gr.Dropdown, page: gr.Blocks) -> None:
             said = gr.HTML("", elem_id="bench-notice")
             so_far = gr.HTML(Progress().bar("Nothing has run yet."), elem_id="bar")
             told = gr.HTML("", elem_id="bench-verdict")
-            short = gr.HTML("", elem_id="board")
+            short = gr.HTML(steps(STEPS), elem_id="board")
             figure = gr.Image(
                 label="Gain over the baseline, with 95 % intervals",
                 show_label=False,
@@ -258,7 +272,7 @@ def tab(models: Models, name: gr.Dropdown, page: gr.Blocks) -> None:
                 line = gr.Code(language="shell", label="As a command", interactive=False, elem_id="bench-command")
     outputs = [said, so_far, told, short, results, figure, save]
     private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-    go.click(
+    ran = go.click(
         start,
         [name, kind, split, scenes, stacks, seed],
         [*outputs, line],
@@ -266,7 +280,7 @@ def tab(models: Models, name: gr.Dropdown, page: gr.Blocks) -> None:
         trigger_mode="once",
         **private,
     )
-    stop_with(page, end, stops)
+    stop_with(page, end, stops, [go.click], ran)
     upload.upload(show, upload, outputs, **private)
     if models.any_name:
         folder.submit(show, folder, outputs, **private)

@@ -9,7 +9,7 @@ from .compare import Pane
 
 LEGEND = (
     '<p class="legend"><mark class="grounded">in the image</mark> <mark class="hallucinated">invented</mark> '
-    "<span>Click a red word to see where the model looked.</span></p>"
+    "<span>Click a word below to see where the model looked.</span></p>"
 )
 IDLE, EMPTY = "not asked yet", "Choose a method above."
 

@@ -123,7 +123,7 @@ def tab(models: Models, asked: gr.State, cards: list[gr.HTML], tabs: gr.Tabs, he
     late = gr.State(False)  # whether something was clicked while the answers were being written
     said = gr.HTML(f'<p class="quiet">{HINT}</p>', elem_id="look-notice")
     with gr.Row():
-        with gr.Column(scale=1, min_width=290):
+        with gr.Column(scale=1, min_width=290, elem_id="look-how"):
             which = gr.Radio([], label="Answer of", visible=False, elem_id="which")
             what = gr.Radio(
                 [views.ATTENTION, *views.VIEWS], value=views.ATTENTION, label="View", visible=False, elem_id="what"

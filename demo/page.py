@@ -7,9 +7,9 @@ import os
 import queue
 import tempfile
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import gradio as gr
 
@@ -74,8 +74,20 @@ def watched(work: Callable[[Callable[[T], None]], None], stop: Stop) -> Generato
         raise errors[0]
 
 
-def stop_with(page: gr.Blocks, button: gr.Button, stops: dict[str, Stop]) -> None:
-    """The button, and leaving the page, stop what the visitor runs; stops: session -> what is running."""
+def steps(told: Sequence[tuple[str, str]]) -> str:
+    """What a tab will do, as cards, where there is nothing to show yet."""
+    return f'<div class="steps">{"".join(f"<div><b>{name}</b>{text}</div>" for name, text in told)}</div>'
+
+
+def stop_with(page: gr.Blocks, button: gr.Button, stops: dict[str, Stop], start: Any = None, ran: Any = None) -> None:
+    """The button, and leaving the page, stop what the visitor runs; stops: session -> what is running.
+
+    With `start`, the events that begin it, and `ran`, what they call, the button is there only while it runs.
+    """
+    if start:
+        quiet: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+        gr.on(start, lambda: gr.Button(visible=True), None, button, **quiet)
+        ran.then(lambda: gr.Button(visible=False), None, button, **quiet)
 
     def halt(request: gr.Request) -> None:
         if request.session_hash in stops:

@@ -26,7 +26,7 @@ from . import choices
 from .compare import Stop, Stopped, command, sentence
 from .models import Loaded, Models
 from .page import bar as page_bar
-from .page import notice, places, stop_with, watched
+from .page import notice, places, steps, stop_with, watched
 
 BUDGETS = {"1 minute: a look": "1m", "3 minutes": "3m", "10 minutes": "10m", "30 minutes: an answer": "30m"}
 STEPS = (
@@ -226,7 +226,7 @@ def tab(models: Models, name: gr.Dropdown, page: gr.Blocks, splits: dict[str, st
             )
             with gr.Row():
                 go = gr.Button("Search", variant="primary", elem_id="search", min_width=90)
-                end = gr.Button("Stop", elem_id="search-stop", min_width=90)
+                end = gr.Button("Stop", elem_id="search-stop", min_width=90, visible=False)
         with gr.Column(scale=3, min_width=320):
             said = gr.HTML("", elem_id="search-notice")
             told = gr.HTML("", elem_id="search-verdict")
@@ -237,15 +237,14 @@ def tab(models: Models, name: gr.Dropdown, page: gr.Blocks, splits: dict[str, st
                 ),
                 elem_id="search-bar",
             )
-            steps = "".join(f"<div><b>{name}</b>{text}</div>" for name, text in STEPS)
-            rows = gr.HTML(f'<div class="steps">{steps}</div>', elem_id="search-table")
+            rows = gr.HTML(steps(STEPS), elem_id="search-table")
             with gr.Row():
                 save = gr.DownloadButton("Download vlm-fix.yaml", visible=False, elem_id="save-preset")
                 report = gr.DownloadButton("Download the report (HTML)", visible=False, elem_id="save-report")
             preset = gr.Code(language="yaml", label="vlm-fix.yaml", visible=False, interactive=False, elem_id="yaml")
             with gr.Accordion("Copy what was run", open=False):
                 line = gr.Code(language="shell", label="As a command", interactive=False, elem_id="search-command")
-    go.click(
+    ran = go.click(
         start,
         [name, split, scenes, budget, objective, only],
         [said, told, progress, rows, preset, save, report, line],
@@ -254,4 +253,4 @@ def tab(models: Models, name: gr.Dropdown, page: gr.Blocks, splits: dict[str, st
         api_visibility="private",
         show_progress="hidden",
     )
-    stop_with(page, end, stops)
+    stop_with(page, end, stops, [go.click], ran)

@@ -212,6 +212,10 @@ def read_stack(path: str | Path) -> list[Method]:
                 f"{path}: the parameters of {cls.name} are {given!r}, where names with their values belong."
             )
         given = dict(given)
+        if strange := [name for name in row if name not in ("method", "parameters")]:
+            raise VlmFixError(
+                f"{path}: {strange[0]} of {cls.name} has no meaning there: write parameters: {{{strange[0]}: ...}}."
+            )
         unknown = [name for name in given if name not in {f.name for f in dataclasses.fields(cls)}]
         if unknown:
             raise VlmFixError(f"{path}: {cls.name} has no parameter {unknown[0]!r}; was it written by another vlm-fix?")

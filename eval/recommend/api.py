@@ -153,13 +153,13 @@ def recommend(
         "batch_size": batch_size,
         "max_new_tokens": max_new_tokens,
     }
+    candidates = Candidates.of(model, only, calibration)  # a bad one is told before anything is written
     ledger = Ledger(place.with_suffix(".steps.jsonl") if place else None, settings, resume)
     ledger.since(started)
-    candidates = Candidates.of(model, only, calibration)
     folder = place.with_suffix(".calibration") if place else None
     candidates.calibrate(model, processor, about, found, folder, ledger, seed, CALIBRATED * total)
     how = Settings(batch_size=batch_size, seed=seed, max_new_tokens=max_new_tokens)
-    measurer = Measurer(model, processor, found, candidates.stacks, ledger, how)
+    measurer = Measurer(model, processor, found, candidates.stacks, ledger, how, judge.limits.max_slowdown)
     search = Search(
         judge,
         measurer,

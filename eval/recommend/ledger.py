@@ -30,7 +30,7 @@ class Ledger:
         settings = json.loads(json.dumps(settings))
         if path is None:
             return
-        if not path.exists():
+        if not path.exists() or not (resume or _read(path)[1]):  # a search that was stopped before its first step
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(path, json.dumps(settings) + "\n")
             return

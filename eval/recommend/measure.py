@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,6 +22,8 @@ from .objective import COLUMNS
 from .search import BASELINE, Candidate, Dropped, Outcome
 
 Answers = dict[str, str | None]
+FAR = 2.0
+"""Times --max-slowdown that a measurement may take before it is stopped."""
 
 
 class Measurer:
@@ -34,12 +37,15 @@ class Measurer:
         stacks: Mapping[str, Sequence[Method]],
         ledger: Ledger,
         settings: Settings,
+        slowdown: float | None = None,
     ) -> None:
+        """`slowdown` is the limit; what is FAR beyond it is stopped within its measurement."""
         self.model, self.processor, self.data, self.stacks = model, processor, data, stacks
         self.ledger, self.settings = ledger, settings
         self.said: dict[str, Answers] = {BASELINE: {}}
         self.warned: dict[str, dict[str, None]] = {}
         self.warm = False
+        self.slowdown, self.pace = slowdown, dict[str, tuple[float, int]]()  # seconds and answers of the model itself
 
     def __call__(self, candidate: Candidate, images: Sequence[Any]) -> tuple[Any, float]:
         """Return a table [images, COLUMNS] and the seconds it took. Raises Dropped if there is no answer at all."""
@@ -47,6 +53,10 @@ class Measurer:
         made = self.ledger.step(["measure", key, images[0], len(images)], lambda: self._ask(key, images))
         if "dropped" in made:
             raise Dropped(made["dropped"])
+        if key == BASELINE:
+            for task, (seconds, answers) in made["pace"].items():
+                spent, said = self.pace.get(task, (0.0, 0))
+                self.pace[task] = spent + seconds, said + answers
         self.said.setdefault(key, {}).update(made["answers"])
         self.warned.setdefault(key, {}).update(dict.fromkeys(made["warnings"]))
         return self._table(key, images, made), made["wall"]
@@ -94,33 +104,60 @@ class Measurer:
 
     def _ask(self, key: str, images: Sequence[str]) -> dict[str, Any]:
         here, start = {*images}, time.monotonic()
-        found: dict[str, Any] = {"answers": {}, "tokens": 0, "seconds": 0.0, "warnings": []}
+        found: dict[str, Any] = {"answers": {}, "tokens": 0, "seconds": 0.0, "warnings": [], "pace": {}}
+        tasks: list[Any] = [task for task in (self.data.chair, self.data.pope) if task]
+        asked = {task.benchmark: [sample for sample in task.samples if sample.file in here] for task in tasks}
+        most = math.inf if key == BASELINE else self._most(asked)
         run = Run(key, tuple(self.stacks.get(key, (Baseline(),))))
         errors = []
         try:
             with run.applied(self.model):
-                for task in (self.data.chair, self.data.pope):
-                    samples = [sample for sample in task.samples if sample.file in here] if task else []
-                    how = self.settings.generate_kwargs(task.max_new_tokens) if task else {}
+                for task in tasks:
+                    how = self.settings.generate_kwargs(task.max_new_tokens)
                     if task is self.data.pope:
-                        how |= {"max_new_tokens": task.max_new_tokens if task else 0}
-                    for batch in generation.batches(samples, int(self.settings.batch_size)):
+                        how |= {"max_new_tokens": task.max_new_tokens}
+                    spent = 0.0
+                    for batch in generation.batches(asked[task.benchmark], int(self.settings.batch_size)):
                         if not self.warm:  # a process's first call is slow, and no candidate's fault
                             generation.answer(self.model, self.processor, batch[:1], 0, **how)
                             self.warm = True
                         begun = self._clock()
                         rows = generation.answer(self.model, self.processor, batch, self.settings.seed, **how)
-                        found["seconds"] += self._clock() - begun
+                        took = self._clock() - begun
+                        spent, found["seconds"] = spent + took, found["seconds"] + took
                         for sample, row in zip(batch, rows, strict=True):
                             found["answers"][sample.id] = row["answer"]
                             found["tokens"] += row["tokens"]
                             errors += [row["error"]] if row["error"] else []
                         found["warnings"] += [w for w in rows[0]["batch_warnings"] if w not in found["warnings"]]
+                        done, of = len(found["answers"]), sum(map(len, asked.values()))
+                        if found["seconds"] > most and done < of:
+                            times = FAR * float(self.slowdown or 0)
+                            return {
+                                "dropped": f"too slow: {done} of {of} answers took {times:g} times as long as all of the model's "
+                                "own, and it was stopped there"
+                            }
+                    found["pace"][task.benchmark] = spent, len(asked[task.benchmark])
         except VlmFixError as error:
             return {"dropped": str(error)}
         if errors and len(errors) == len(found["answers"]):
             return {"dropped": errors[0]}
         return {**found, "wall": time.monotonic() - start}
+
+    def _most(self, asked: Mapping[str, Sequence[Any]]) -> float:
+        """Seconds after which a candidate of the search is stopped: it is far beyond the limit, whatever the rest would take.
+
+        In the proof nothing is stopped, as its end may depend on the time alone.
+        """
+        searched = {*self.data.search}
+        if not self.slowdown or any(sample.file not in searched for samples in asked.values() for sample in samples):
+            return math.inf
+        if any(not self.pace.get(task, (0, 0))[1] for task, samples in asked.items() if samples):
+            return math.inf
+        usual = sum(
+            len(samples) * self.pace[task][0] / self.pace[task][1] for task, samples in asked.items() if samples
+        )
+        return FAR * self.slowdown * usual
 
     def _clock(self) -> float:
         """The processor's own time on a CPU, which other work on the machine does not lengthen."""

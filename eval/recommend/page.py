@@ -15,7 +15,7 @@ from typing import Any
 from vlm_fix.errors import VlmFixError
 from vlm_fix.eval import tasks
 from vlm_fix.eval.files import write_atomic
-from vlm_fix.eval.report.shell import STYLE
+from vlm_fix.eval.report.shell import head
 from vlm_fix.eval.report.svg import text_of
 
 from .figures import columns
@@ -31,12 +31,12 @@ OWN = """
 .verdict{border-left:6px solid var(--soft);background:var(--card);border-radius:0 8px 8px 0;padding:1rem 1.25rem;margin:1.5rem 0}
 .verdict.better{border-color:var(--win)}.verdict p{margin:.2rem 0}
 .verdict b{font-size:1.35em;line-height:1.3;overflow-wrap:anywhere}
-.verdict code{font-weight:inherit}svg .title{font-weight:600;font-size:13px}svg .halo{paint-order:stroke;stroke:var(--card);
-stroke-width:3px;stroke-linejoin:round}.bars svg{width:100%;height:auto;max-width:640px}
+.verdict code{font-weight:inherit}svg .title{font-weight:600;font-size:13px}
+.bars svg{width:100%;height:auto;max-width:640px}
 .proofs td:first-child{white-space:normal;text-align:left}.why.why{white-space:normal;min-width:15em;text-align:left}
 .proofs{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));gap:1.5rem}h3 code{overflow-wrap:anywhere}
 pre{background:var(--card);padding:.8rem 1rem;border-radius:8px;overflow-x:auto}tr.in td{font-weight:600}
-.figures{grid-template-columns:repeat(auto-fit,minmax(min(100%,480px),1fr))}details{margin:1rem 0}summary{cursor:pointer}
+details{margin:1rem 0}summary{cursor:pointer}
 """
 
 
@@ -60,11 +60,7 @@ def html(report: Mapping[str, Any], examples: Sequence[Mapping[str, Any]], name:
         _table(report),
         _how(report),
     ]
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
-        f'content="width=device-width,initial-scale=1"><title>vlm-fix recommend: {text_of(model)}</title>'
-        f"<style>{STYLE}{OWN}</style></head><body>{''.join(parts)}</body></html>\n"
-    )
+    return f"{head(f'vlm-fix recommend: {text_of(model)}', OWN)}<body>{''.join(parts)}</body></html>\n"
 
 
 def _verdict(report: Mapping[str, Any], name: str) -> str:
@@ -142,7 +138,7 @@ def _bar(proof: Mapping[str, Any], report: Mapping[str, Any]) -> str:
         f'x2="{at(0):.1f}" y2="46" stroke="var(--soft)" stroke-dasharray="3 3"/><line x1="{at(proof["low"]):.1f}" y1="32" '
         f'x2="{at(proof["high"]):.1f}" y2="32" stroke="{colour}" stroke-width="3"/><circle cx="{at(proof["gain"]):.1f}" cy="32" '
         f'r="6" fill="{colour}"/><text x="{at(0):.1f}" y="10" class="soft" text-anchor="middle">no gain</text>'
-        f'<text x="{min(max(at(proof["gain"]), 75), 325):.1f}" y="22" text-anchor="middle" class="halo">{said}</text></svg></div>'
+        f'<text x="{min(max(at(proof["gain"]), 75), 325):.1f}" y="22" text-anchor="middle">{said}</text></svg></div>'
     )
 
 

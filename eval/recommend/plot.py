@@ -113,7 +113,7 @@ def _label(dot: Dot, x: float, y: float, taken: list[tuple[float, float, float, 
                 taken.append(box)
                 bold = ' style="font-weight:600"' if dot.role == "winner" or dot.name == "your model" else ""
                 at = f'x="{x + 8 if anchor == "start" else x - 8:.1f}" y="{y + down:.1f}" text-anchor="{anchor}"'
-                return f'<text class="halo" {at}{bold}>{text_of(dot.name)}</text>'
+                return f'<text class="label" {at}{bold}>{text_of(dot.name)}</text>'
     return ""
 
 

@@ -1,11 +1,18 @@
-"""Draw figure.png: what changed against the baseline, ready for a paper."""
+"""Draw figure.png: what changed against the baseline, ready for a paper.
+
+    python -m vlm_fix.eval.report.figure results/picto-smol-shift docs/images/picto-smol-shift.png
+
+also draws docs/images/picto-smol-shift-dark.png, for dark pages.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vlm_fix.eval.run.store import load_results
 from vlm_fix.eval.run.summary import by_split
 from vlm_fix.eval.scorers.benchmark import Captions
 from vlm_fix.eval.scorers.registry import LAYOUTS
@@ -16,19 +23,25 @@ COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#5
 MARKERS = ("D", "o", "s", "^", "v", "P", "X", "<")
 
 
-def draw(results: Mapping[str, Any], path: Path) -> None:
+LIGHT, DARK = ("white", "black"), ("#0d1117", "#e6edf3")  # ground and ink
+
+
+def draw(results: Mapping[str, Any], path: Path, dark: bool = False) -> None:
     """Draw differences per split with 95 % intervals and McNemar's p, and for CHAIR C_I over recall."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    runs = list(results["runs"])
+    runs, (ground, ink) = list(results["runs"]), DARK if dark else LIGHT
+    colours = (ink, *COLOURS[1:])
     looks = {
-        run: (COLOURS[i % len(COLOURS)], MARKERS[(i + i // len(COLOURS)) % len(MARKERS)]) for i, run in enumerate(runs)
+        run: (colours[i % len(colours)], MARKERS[(i + i // len(COLOURS)) % len(MARKERS)]) for i, run in enumerate(runs)
     }
     panels = list(results["settings"]["data"])
     style: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
+    style |= dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), ground)
+    style |= dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), ink)
     with plt.rc_context(style):
         drawn, axes = plt.subplots(
             1, len(panels), figsize=(5.2 * len(panels), 3.9), layout="constrained", squeeze=False
@@ -68,7 +81,7 @@ def _delta_panel(ax: Any, results: Mapping[str, Any], looks: Mapping[str, tuple[
         change, low, high = (100 * scores["delta"][name][key] for key in ("delta", "low", "high"))
         y = splits.index(split) + (methods.index(run) - (len(methods) - 1) / 2) * step
         colour, marker = looks[run]
-        face = colour if scores["delta"][name]["p_holm"] < SIGNIFICANT else "white"
+        face = colour if scores["delta"][name]["p_holm"] < SIGNIFICANT else ax.get_facecolor()
         bars = [[change - low], [high - change]]
         ax.errorbar(change, y, xerr=bars, fmt=marker, color=colour, mfc=face, ms=5, lw=1.3, capsize=2)
         if "outcomes" in scores:
@@ -79,7 +92,7 @@ def _delta_panel(ax: Any, results: Mapping[str, Any], looks: Mapping[str, tuple[
     ax.set_yticks(range(len(splits)), [f"{s}\n(baseline {100 * base[s]:.1f})" if s in base else s for s in splits])
     ax.set_ylim(len(splits) - 0.5, -0.5)
     for edge in range(1, len(splits)):
-        ax.axhline(edge - 0.5, color="#dddddd", lw=0.8, zorder=0)
+        ax.axhline(edge - 0.5, color="#88888855", lw=0.8, zorder=0)
     ax.axvline(0, color="#777777", lw=1, zorder=0)
     ax.set_xlabel(f"{benchmark.upper()} {layout.columns.get(name, name)}, points above the baseline; p: McNemar")
 
@@ -100,7 +113,17 @@ def _caption_panel(
             ax.axvline(x, color="#bbbbbb", lw=0.9, ls="--", zorder=0)
             ax.axhline(y, color="#bbbbbb", lw=0.9, ls="--", zorder=0)
         full = not bars or scores["delta"][captions.invented]["p_holm"] < SIGNIFICANT
-        face = colour if full else "white"
+        face = colour if full else ax.get_facecolor()
         ax.errorbar(x, y, fmt=marker, color=colour, mfc=face, ms=6, lw=1.1, capsize=2, **bars)
     ax.set_xlabel(f"{task.upper()} {captions.found}, % of the objects (right is better)")
     ax.set_ylabel(f"{captions.heading}, % of the mentions (lower is better)")
+
+
+def main() -> None:
+    results, place = load_results(Path(sys.argv[1])), Path(sys.argv[2])
+    draw(results, place)
+    draw(results, place.with_stem(f"{place.stem}-dark"), dark=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -85,10 +85,17 @@ def bar(selects: str = "") -> str:
     )
 
 
+def head(title: str, style: str = "") -> str:
+    """The head of a self-contained page; `style` is what it has beside the common one."""
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
+        f'content="width=device-width,initial-scale=1"><title>{title}</title><style>{STYLE}{style}</style></head>'
+    )
+
+
 def whole(title: str, body: str, selects: str = "", kind: str = "") -> str:
     """A self-contained page. Without JavaScript it shows everything, in its first order."""
     return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
-        f'content="width=device-width,initial-scale=1"><title>{title}</title><style>{STYLE}</style></head><body class="{kind}">'
+        f'{head(title)}<body class="{kind}">'
         f"<h1>{title}</h1>{bar(selects)}{body}<script>{SCRIPT}</script></body></html>\n"
     )

@@ -53,6 +53,7 @@ def load_model(
     needs, or the process's own GPU under a launcher, else the CPU.
     """
     check_device(device)
+    check_revision(name, revision)
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
     path = _path(name)
@@ -151,6 +152,15 @@ def _with_processor(model: Elsewhere, name: str) -> tuple[Any, Any, dict[str, An
     processor = AutoProcessor.from_pretrained(model.path)
     _check(processor, name)
     return model, processor, model.identity(name)
+
+
+def check_revision(name: str, revision: str | None) -> None:
+    """Raise VlmFixError for a revision of a folder or of a bundled model, which have none: it would have no effect."""
+    if revision and (Path(_path(name)).exists() or name.startswith("picto-")):
+        what = "is bundled" if name.startswith("picto-") and not Path(name).exists() else "is a folder"
+        raise VlmFixError(
+            f"--revision {revision} has no effect on {name}, which {what}: leave it out, or give a Hugging Face name."
+        )
 
 
 def _path(name: str) -> str:

@@ -49,7 +49,7 @@ from . import size, summary
 from .elsewhere import Elsewhere
 from .first import tokens_of
 from .generation import answer, batches, peak_mb, reset_peak, warm_up
-from .loading import hardware, load_model, load_remote, load_served, outline
+from .loading import check_revision, hardware, load_model, load_remote, load_served, outline
 from .plan import Run, check_stacks, runs
 from .store import Store, Team, held, load_results, read_config
 
@@ -116,6 +116,7 @@ def evaluate(
     folder = Path(output)
     methods = [method for stack in settings.methods for method in registry.parse(list(stack))]
     read_all(settings.calibration)
+    check_revision(settings.model, settings.revision)
     if folder.exists() and not folder.is_dir():
         raise VlmFixError(f"--output {folder} is a file: give a folder.")
     if team.share((folder / "config.json").exists()) and not resume:

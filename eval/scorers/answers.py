@@ -9,6 +9,7 @@
     VLMEvalKit      index, question, answer (the truth), prediction    prediction, index
     CHAIR           {"imgToEval": {id: {...}}}, {"sentences": [...]}   as in plain rows
     id to reply     {"42": "A dog."}                                   the value, the name
+    batch, chat     rows of OpenAI's batches and conversations         see `chats.py`
     columns         {"question_id": [1, 2], "text": ["No", "Yes"]}, or  as in plain rows
                     pandas' {"text": {"0": "No", "1": "Yes"}}
 
@@ -29,31 +30,20 @@ from typing import Any, NamedTuple, TypeAlias
 from vlm_fix.errors import VlmFixError
 from vlm_fix.eval.files import counted, read_table
 
-from . import doubts
+from . import chats, doubts
 
 REPLIES = (
     *("caption", "text", "answer", "response", "prediction", "output", "pred", "completion", "generated_text"),
     *("generated_caption", "model_answer", "model_response", "model_output", "model_prediction", "predicted_answer"),
-    *(
-        "reply",
-        "generated",
-        "generation",
-        "model_reply",
-        "ans",
-        "outputs",
-        "result",
-        "pred_answer",
-        "llm_answer",
-        "gen",
-        "out",
-    ),
+    *("reply", "generated", "generation", "model_reply", "ans", "outputs", "result", "pred_answer", "llm_answer"),
+    *("gen", "out"),
 )
 MANY = ("response_", "answer_", "output_", "prediction_")
 """A key that begins so is a reply of the model that the rest names, but for those like NO_REPLY."""
 NO_REPLY = re.compile(
     r".*_(?:id|idx|index|key|type|time|path|file|dir|url|date|length|len|tokens|model|name|lang|format|prob|score|s|ms|seconds)"
 )
-IDS = ("question_id", "id", "qid", "index", "sample_id")
+IDS = ("question_id", "id", "qid", "index", "sample_id", "custom_id")
 IMAGE_IDS = ("image_id", "image", "image_name", "image_path", "file_name", "filename", *IDS)
 QUESTIONS = ("prompt", "question", "query", "instruction")
 LABELS = ("label", "gt_answer", "ground_truth", "gt", "truth", "target")
@@ -133,6 +123,8 @@ def read(
     """
     table = read_table(path, what, example)
     rows, layout = _rows(table.rows, table.form, path)
+    if layout == "plain" and not keys.answer and (flat := [chats.flat(row) for row in rows]) and flat[0][1]:
+        rows, layout = [row for row, _ in flat], flat[0][1]
     found: list[Answer] = []
     used: tuple[dict[str, None], dict[str, None]] = ({}, {})
     for number, row in enumerate(rows, 1):
@@ -150,7 +142,13 @@ def read(
         layout = "LLaVA"
     if layout == "plain" and not any(used[1]) and "question" in rows[0]:
         layout = "POPE's README"
-    named = {"plain": "plain rows", "LLaVA": "LLaVA's rows"}.get(layout, f"rows of {layout}")
+    named = {
+        "plain": "plain rows",
+        "LLaVA": "LLaVA's rows",
+        "batch": "rows of OpenAI's batches",
+        "chat": "conversations",
+        "list": "rows in a list",
+    }.get(layout, f"rows of {layout}")
     first, second = (" or ".join(filter(None, names)) for names in used)
     return Answers(str(path), table.form, named, (first, second), found)
 
@@ -188,13 +186,15 @@ def _rows(rows: list[dict[str, Any]], form: str, path: Any) -> tuple[list[dict[s
         return table, "plain"
     if form == "one JSON object" and not _candidates(whole, REPLIES):
         lists = [name for name in LISTS if isinstance(whole.get(name), list | dict)]
-        lists = lists or [name for name, value in whole.items() if _is_list_of_rows(value)]
+        lists = lists or [name for name, value in whole.items() if _is_list_of_rows(value) and name not in chats.HELD]
         if len(lists) > 1:
             raise VlmFixError(f"{path} holds the lists {' and '.join(lists)}: keep the one with the answers.")
         if lists:
             held = whole[lists[0]]
             named = isinstance(held, dict)
-            return ([_named(*each) for each in held.items()] if named else list(held)), f'CHAIR, "{lists[0]}"'
+            return ([_named(*each) for each in held.items()] if named else list(held)), f'CHAIR, "{lists[0]}"' if lists[
+                0
+            ] in LISTS else "list"
         if all(isinstance(value, dict) for value in whole.values()):
             return [_named(*each) for each in whole.items()], "id to row"
         row = whole.keys() & {*IMAGE_IDS, *QUESTIONS, *CATEGORIES, *LABELS}
@@ -328,7 +328,10 @@ class _Row:
             return str(int(float(value)))
         if _is_nothing(value) or isinstance(value, str):
             return value if isinstance(value, str) else None
-        raise VlmFixError(f'{self.place}: the reply in "{self.reply_key}" is {str(value)[:40]}, not a text.')
+        raise VlmFixError(
+            f'{self.place}: the reply in "{self.reply_key}" is {str(value)[:40]}, not a text: write it as one, or name '
+            "another key with --answer-key."
+        )
 
     def _id(self, row: Mapping[str, Any], key: str | None) -> str:
         """The id as text; "" if the row has none and needs none."""

@@ -11,7 +11,7 @@
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from .plain import plain
+from .plain import THOUGHT, plain
 
 ASIDE = ("gt_", "reference", "explanation", "rationale", "reason", "thought", "metadata", "system", "error")
 """A key that begins so, or ends in one of ENDS, stands beside the reply."""
@@ -57,7 +57,8 @@ def _speaks(text: str) -> bool:
 def no_reply(replies: Sequence[str | None], images: bool) -> str:
     """Say why texts are not what a model said; "" if they may be."""
     texts = [text for text in replies if text]
-    if len(texts) > 1 and all("?" in text or "？" in text for text in texts):
+    said = [THOUGHT.sub("", text) for text in texts]
+    if len(texts) > 1 and all("?" in text or "？" in text for text in said):
         return f"every reply is a question, such as {texts[0][:60]!r}"
     if images and len(texts) >= SAME_IMAGES and len({*texts}) == 1 and len(texts[0].split()) >= WORDS:
         return f"all {len(texts)} captions are {texts[0][:60]!r}"

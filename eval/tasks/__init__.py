@@ -47,6 +47,9 @@ def build(settings: Settings) -> list[Task]:
     name, (kind, _, where) = settings.benchmark, settings.data.partition(":")
     folder = Path(where).expanduser()
     made = BENCHMARKS.get(name)
+    if name != "all" and not (made and made.asked):
+        known = ", ".join(["all", *(each.name for each in BENCHMARKS.values() if each.asked)])
+        raise VlmFixError(f"there is no benchmark {name!r} to ask a model: choose from {known}.")
     questions_only = made and all(not isinstance(layout.answers, Captions) for layout in made.layouts.values())
     if made and questions_only and settings.prompt and "{question}" not in settings.prompt:
         raise VlmFixError(

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from vlm_fix import cli, list_methods
+from vlm_fix.cli import bench
 from vlm_fix.cli.common import SCORERS
 from vlm_fix.eval.scorers import yesno
 
@@ -199,6 +200,13 @@ def test_bench_prints_what_its_brackets_are():
         console.quiet = False
         console.print(bench.table({"bench": "decode", **what, "rows": [row]}))
     assert "median [lowest, highest]" in caught.get() and "not timed" in caught.get()
+
+
+def test_bench_tells_how_far_it_is_where_there_is_no_terminal(capsys):
+    with bench.ticking("bench attention", every=0) as tick:
+        tick(2)
+        tick(2)
+    assert capsys.readouterr().err == "bench attention: 1 of 2\nbench attention: 2 of 2\n"
 
 
 def test_interrupt_says_how_to_go_on(tmp_path, capsys, monkeypatch):

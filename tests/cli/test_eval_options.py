@@ -128,12 +128,34 @@ def test_faults_of_a_file_are_one_sentence(text: str, message: str, tmp_path: Pa
 
 def test_a_value_that_the_parser_refuses_is_an_error(tmp_path: Path, asked: list, capsys: Any) -> None:
     for text, message in (
-        ("benchmark: pope\nlimit: many\n", "--limit"),
+        ("benchmark: pope\nlimit: many\n", "run.yaml: --limit is 'many': give a whole number"),
+        ("benchmark: pope\ntemperature: hot\n", "run.yaml: --temperature is 'hot': give a number"),
+        ("benchmark: pope\nbatch-size: big\n", "'big' is no size: give a whole number, or auto"),
         ("benchmark: popo\n", "there is no 'popo'"),
     ):
         with pytest.raises(SystemExit):
             cli.main(["eval", "--config", _file(tmp_path, text)])
-        assert message in capsys.readouterr().err and not asked
+        error = capsys.readouterr().err
+        assert message in error and "run.yaml" in error and not asked
+
+
+def test_a_revision_of_a_folder_or_a_bundled_model_is_refused(tmp_path: Path, capsys: Any) -> None:
+    for model, what in (("picto-llava", "is bundled"), (str(tmp_path), "is a folder")):
+        words = [
+            "eval",
+            "pope",
+            "--limit",
+            "1",
+            "--model",
+            model,
+            "--revision",
+            "main",
+            "--output",
+            str(tmp_path / "out"),
+        ]
+        assert cli.main(words) == 2
+        assert f"--revision main has no effect on {model}, which {what}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_arguments_of_generate_and_of_loading(monkeypatch: Any) -> None:

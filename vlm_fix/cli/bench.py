@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +50,6 @@ def run(args: argparse.Namespace) -> None:
     if args.keep and args.kind != "prune":
         raise VlmFixError(f"--keep has no effect on bench {args.kind}: it is for bench prune; leave it out.")
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # silence the banner of torch's profiler
-    from rich.console import Console
-    from rich.progress import Progress
-
     from vlm_fix.eval import bench
     from vlm_fix.registry import split_methods
 
@@ -68,8 +69,7 @@ def run(args: argparse.Namespace) -> None:
         keep = tuple(float(part) for part in (args.keep or "192,64").split(","))
     except ValueError:
         raise VlmFixError(f"--keep {args.keep!r} is not a list of counts or shares such as 192,64.") from None
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(f"bench {args.kind}", total=None)
+    with ticking(f"bench {args.kind}") as tick:
         results = bench.run(
             args.kind,
             args.shape,
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> None:
             rounds=args.rounds,
             keep=keep,
             seed=args.seed,
-            tick=lambda total: progress.update(task, total=total, advance=1),
+            tick=tick,
         )
     if args.output:
         bench.write(results, Path(args.output))
@@ -90,11 +90,32 @@ def run(args: argparse.Namespace) -> None:
         console().print(bench.table(results))
 
 
-def _scaling(args: argparse.Namespace) -> None:
-    """How the cost of methods grows with the sizes of a prompt."""
+@contextlib.contextmanager
+def ticking(what: str, every: float = 10) -> Iterator[Callable[[int], None]]:
+    """What to call with the number of steps when one is done: a bar in a terminal, elsewhere a line every few seconds."""
     from rich.console import Console
     from rich.progress import Progress
 
+    console = Console(stderr=True)
+    if console.is_terminal:
+        with Progress(console=console, transient=True) as progress:
+            task = progress.add_task(what, total=None)
+            yield lambda total: progress.update(task, total=total, advance=1)
+        return
+    done, told = 0, time.monotonic()
+
+    def tick(total: int) -> None:
+        nonlocal done, told
+        done += 1
+        if time.monotonic() - told >= every:
+            told = time.monotonic()
+            print(f"{what}: {done} of {total}", file=sys.stderr, flush=True)
+
+    yield tick
+
+
+def _scaling(args: argparse.Namespace) -> None:
+    """How the cost of methods grows with the sizes of a prompt."""
     from vlm_fix.eval import bench
     from vlm_fix.eval.bench import scaling
     from vlm_fix.eval.run.loading import check_device
@@ -112,8 +133,7 @@ def _scaling(args: argparse.Namespace) -> None:
     import torch
 
     cuda = args.device.startswith("cuda") or (args.device == "auto" and torch.cuda.is_available())
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("bench scaling", total=None)
+    with ticking("bench scaling") as tick:
         results = scaling.run(
             specs,
             args.shape,
@@ -123,7 +143,7 @@ def _scaling(args: argparse.Namespace) -> None:
             new_tokens=args.new_tokens,
             rounds=args.rounds,
             seed=args.seed,
-            tick=lambda total: progress.update(task, total=total, advance=1),
+            tick=tick,
         )
     if args.output:
         bench.write(results, Path(args.output))
@@ -156,9 +176,6 @@ def _serve(args: argparse.Namespace) -> None:
 
     if importlib.util.find_spec("vllm") is None:
         raise VlmFixError("vLLM is not installed: pip install 'vlm-fix[vllm]'.")
-    from rich.console import Console
-    from rich.progress import Progress
-
     from vlm_fix.eval import bench
     from vlm_fix.eval.bench import serving
     from vlm_fix.registry import split_methods
@@ -170,14 +187,13 @@ def _serve(args: argparse.Namespace) -> None:
         concurrent = [0]
     if min(concurrent) < 1:
         raise VlmFixError(f"--concurrent {args.concurrent!r} is not a list of numbers of requests such as 1,8,32.")
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("bench serve", total=None)
+    with ticking("bench serve") as tick:
         results = serving.run(
             specs,
             args.model,
             args.new_tokens,
             args.rounds,
-            lambda total: progress.update(task, total=total, advance=1),
+            tick,
             concurrent,
         )
     if args.output:
@@ -190,17 +206,12 @@ def _serve(args: argparse.Namespace) -> None:
 
 def _draft(args: argparse.Namespace) -> None:
     """A model that drafts for itself."""
-    from rich.console import Console
-    from rich.progress import Progress
-
     from vlm_fix.eval import bench
     from vlm_fix.eval.bench import drafting
     from vlm_fix.registry import split_methods
 
     specs = ["+".join(stack) for stack in split_methods(args.method)]
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("bench draft", total=None)
-        tick = lambda total: progress.update(task, total=total, advance=1)  # noqa: E731
+    with ticking("bench draft") as tick:
         results = drafting.run(specs, args.model, args.new_tokens, args.rounds, args.device, args.dtype, tick)
     if args.output:
         bench.write(results, Path(args.output))

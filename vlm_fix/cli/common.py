@@ -24,18 +24,23 @@ class Parser(argparse.ArgumentParser):
     """Reports errors in one line, without the usage, and names what was probably meant."""
 
     typed: Sequence[str] = ()
+    source = ""  # the file that the options come from
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # argparse calls it for commands, too
         self.typed = [*args] if args is not None else []
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
+        message = f"{self.source}: {message}" if self.source else message
         if found := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message):
             words = re.findall(r"[^\s',]+", found[2])
             near = difflib.get_close_matches(found[1], words, n=1)
             what = "there is no command" if "COMMAND" in message else f"{message.partition(':')[0]}: there is no"
             known = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(words)}."
             self.exit(2, f"error: {what} {found[1]!r}; {known}\n")
+        if found := re.search(r"argument (\S+): invalid (int|float) value: ('.*')", message):
+            kind = "a whole number" if found[2] == "int" else "a number"
+            message = f"{message[: found.start()]}{found[1]} is {found[3]}: give {kind}"
         own = (
             self.typed
             if self._subparsers is None

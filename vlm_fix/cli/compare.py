@@ -15,6 +15,7 @@ from vlm_fix.eval.files import counted
 from vlm_fix.eval.scorers.benchmark import Argument, Benchmark
 from vlm_fix.eval.scorers.registry import BENCHMARKS, PLAIN
 
+from . import doubts
 from .common import add, add_json, check_place, console, table
 
 ABOUT = """The files are those of `vlm-fix score BENCHMARK`, made by any code; its other options are given here too:
@@ -85,6 +86,8 @@ def show(benchmark: Benchmark, base: str, new: list[str], given: Mapping[str, An
     results = {
         path: benchmark.results(**given, **{benchmark.answers: path}, tell=tell) for path in dict.fromkeys([base, *new])
     }
+    for path, scored in results.items():
+        doubts.tell(benchmark.shown(scored), benchmark, path)
     told: list[dict[str, Any]] = []
     for path in new:
         parts = [
@@ -99,7 +102,9 @@ def show(benchmark: Benchmark, base: str, new: list[str], given: Mapping[str, An
             )
         for task, part, one, other in parts:
             found = compare(benchmark.layouts[task], [(one, other)], every=True)
-            told.append({"base": base, "new": path, "task": task, "part": part, "n": len(one.rows), **found})
+            unparsed = [getattr(side, "unparsed", 0) for side in (one, other)]
+            about = {"base": base, "new": path, "task": task, "part": part, "n": len(one.rows), "unparsed": unparsed}
+            told.append({**about, **found})
     if args.frontier:
         _draw(benchmark, curved[0], results, args.frontier)
     if args.json:
@@ -138,6 +143,8 @@ def _print(benchmark: Benchmark, found: Mapping[str, Any]) -> None:
     for key, label in (("said_yes", "answers of yes"), ("d_prime", "d'"), ("equal_recall", "at equal recall")):
         if key in found:
             grid.add_row(label, *_cells(found[key], 1 if key == "d_prime" else 100, 2 if key == "d_prime" else 1))
+    if any(found["unparsed"]):
+        grid.add_row("neither yes nor no", *map(str, found["unparsed"]), "")
     equal = found.get("equal_length", {})
     for name, one in equal.items():
         grid.add_row(f"{columns.get(name, name)} at equal length", *_cells(one, 100))

@@ -162,6 +162,7 @@ def _with_file(args: argparse.Namespace) -> argparse.Namespace:
         if args.benchmark:
             options.pop("benchmark", None)
         typed = args.argv[args.argv.index("eval") + 1 :]
+        args.parser.source = args.config  # what was typed has been parsed before, so an error is the file's
         parsed = args.parser.parse_args([*arguments(args.parser, options, args.config), *typed])
         args.__dict__.update(parsed.__dict__)
     if not args.benchmark:
@@ -170,6 +171,8 @@ def _with_file(args: argparse.Namespace) -> argparse.Namespace:
 
 
 def _size(text: str) -> int | str:
+    if text != "auto" and not text.removeprefix("-").isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no size: give a whole number, or auto")
     return text if text == "auto" else int(text)
 
 

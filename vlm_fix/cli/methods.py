@@ -102,11 +102,14 @@ def _figures(rows: Sequence[measured.Row]) -> None:
         for row in rows:
             if row.model == model:
                 cells = (measured.points(row.figures.get(name), after="*") for name in measured.COLUMNS)
-                shown.add_row(
-                    escape(row.spec.replace(":", "\n:", 1)), *(escape(cell.replace(" [", "\n[")) for cell in cells)
+                run = (
+                    escape(row.spec.replace(":", "\n:", 1))
+                    + f"\n[dim]{escape(row.folder.removeprefix(f'{model}-'))}[/dim]"
                 )
+                shown.add_row(run, *(escape(cell.replace(" [", "\n[")) for cell in cells))
         console().print(
-            f"{model}, points above the baseline with their 95 % interval; * significant after Holm's correction"
+            f"{model}, points above the baseline with their 95 % interval, by folder of results/; less CHAIR_i is better; "
+            "* significant after Holm's correction"
         )
         console().print(shown)
 

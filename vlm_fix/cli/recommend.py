@@ -69,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
     from vlm_fix.eval.recommend.live import Live
     from vlm_fix.eval.recommend.objective import Limits
     from vlm_fix.eval.run.loading import load_model, load_served
+    from vlm_fix.registry import parse, split_methods
 
     for name, least in (("limit", 1), ("batch_size", 1), ("max_new_tokens", 1)):
         value = getattr(args, name)
@@ -77,6 +78,8 @@ def run(args: argparse.Namespace) -> int:
     names = [field.name for field in dataclasses.fields(Limits)]
     limits = Limits(**{name: getattr(args, name) for name in names})
     total = seconds_of(args.budget)
+    for stack in split_methods(args.method):  # before minutes of loading
+        parse(list(stack))
     load: Any = load_served if args.engine == "vllm" else load_model
     model, processor, identity = load(args.model, args.dtype, args.device, args.device_map)
     try:
@@ -116,4 +119,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _limit(text: str) -> float | None:
-    return None if text.lower() == "none" else float(text)
+    try:
+        return None if text.lower() == "none" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number: give one, or none to switch the limit off") from None

@@ -9,10 +9,10 @@ import sys
 from typing import Any
 
 from vlm_fix.errors import VlmFixError
-from vlm_fix.eval.files import counted
 from vlm_fix.eval.scorers.benchmark import Benchmark
 from vlm_fix.eval.scorers.registry import BENCHMARKS
 
+from . import doubts
 from .common import add, add_json
 from .compare import add_common, show
 
@@ -20,9 +20,6 @@ EXAMPLES = """examples:
   vlm-fix score pope answers.jsonl                         POPE's own questions about COCO, one split or all three
   vlm-fix score pope coco_pope_random.json answers.jsonl --scorer vcd
   vlm-fix score chair captions.jsonl --variant nltk --json"""
-
-MANY = 20
-"""So many answers, and none of them wrong, are doubted."""
 
 
 def add_to(commands: Any) -> None:
@@ -48,49 +45,13 @@ def _score(benchmark: Benchmark, args: argparse.Namespace) -> None:
         name = "--common" if args.common else "--frontier"
         raise VlmFixError(f"{name} has no effect without --against BASE: leave it out.")
     found = benchmark.score_files(**given, tell=told)
-    _tell(found, benchmark)
+    doubts.tell(found, benchmark)
     if not isinstance(found, dict):
         _print(args, benchmark.title, found)
     elif args.json:
         print(json.dumps(found, indent=2))
     else:
         _print_parts(benchmark.title, found)
-
-
-def _tell(found: Any, benchmark: Benchmark) -> None:
-    """Say what is to doubt of an answer file: misread answers, none with yes or no, and none that is wrong.
-
-    Of misread answers with an example, and the option that reads them. Where one of the parts has all answers, as the
-    layouts name it, it alone is told of.
-    """
-    layouts = [layout.answers for layout in benchmark.layouts.values()]
-    totals = [getattr(answers, "total", "") for answers in layouts]
-    right = {accuracy for answers in layouts if (accuracy := getattr(answers, "accuracy", ""))}
-    parts = found if isinstance(found, dict) else {"": found.to_dict()}
-    parts = {part: figures for part, figures in parts.items() if isinstance(figures, dict)}
-    whole = {part: parts[part] for part in totals if part and part in parts}
-    for part, figures in (whole or parts).items():
-        where = f"{part}: " if part and not whole else ""
-        n, misread = figures.get("n", 0), figures.get("misread", 0)
-        if misread:
-            which = f"{counted(misread, 'answer')} against {'its' if misread == 1 else 'their'} plain word"
-            _note(
-                f"{where}the scorer {figures['scorer']} takes {which}: {figures['misread_example']}; --scorer ours reads "
-                f"{'it' if misread == 1 else 'them'}"
-            )
-        if n and figures.get("unparsed") == n:
-            _note(
-                f"{where}none of the {n} replies holds yes or no; if they are in another key, name it with --answer-key"
-            )
-        if n >= MANY and any(figures.get(name) == 1 for name in right):
-            _note(
-                f"{where}each of the {n} answers is right: if these are the labels and not the replies, name the key of the "
-                "replies with --answer-key"
-            )
-
-
-def _note(text: str) -> None:
-    print(f"note: {text}", file=sys.stderr)
 
 
 def _print(args: argparse.Namespace, title: str, result: Any) -> None:

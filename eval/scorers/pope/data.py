@@ -74,7 +74,7 @@ def load_answers(path: str | Path, keys: Keys = USUAL, tell: Tell = str) -> list
     for row in given.rows:
         if not row.id and not row.question:
             raise VlmFixError(
-                f'{path}, row {row.number}: neither "question_id" nor "question", so it fits no question.'
+                f'{path}, row {row.number}: neither "question_id" nor "question", so it fits no question: give it the id.'
             )
         answers.append(Answer(row.id or row.number, row.reply, row.question))
     return answers

@@ -117,7 +117,9 @@ def _one(questions: Sequence[Question], rows: Sequence[answers.Answer], path: st
     """The answers to the questions of one split, or all answers if they do not line up: `score` says so."""
     bare = next((row for row in rows if not row.id and not row.question), None)
     if bare:
-        raise VlmFixError(f'{path}, row {bare.number}: neither "question_id" nor "question", so it fits no question.')
+        raise VlmFixError(
+            f'{path}, row {bare.number}: neither "question_id" nor "question", so it fits no question: give it the id.'
+        )
     return _aligned(questions, rows) or [Answer(row.id or row.number, row.reply, row.question) for row in rows]
 
 

@@ -25,6 +25,7 @@ from typing import Any, Literal
 from vlm_fix.errors import VlmFixError
 from vlm_fix.eval.scorers.answers import same_question
 from vlm_fix.eval.scorers.choices import Scorer, one_of
+from vlm_fix.eval.scorers.plain import plain
 from vlm_fix.eval.scorers.result import told
 from vlm_fix.eval.scorers.yesno import Misread, misread, verdict
 from vlm_fix.eval.stats import Metric, column_sums, harmonic, ratio
@@ -124,13 +125,18 @@ def score(questions: Sequence[Question], answers: Sequence[Answer], scorer: Scor
     return PopeResult(
         scorer=scorer,
         **figures,
-        unparsed=sum(not re.search(r"\b(yes|no|not)\b|n['’]t\b", (reply or "").lower()) for reply in replies),
+        unparsed=sum(reply is None or not _speaks(reply) for reply in replies),
         questions_sha256=questions_sha256(questions),
         correct=[bool(row["tp"] or row["tn"]) for row in rows],
         rows=rows,
         misread=misread(replies, verdicts),
         asked=[question.text for question in questions],
     )
+
+
+def _speaks(reply: str) -> bool:
+    """Whether there is a word for yes or no, in any of the languages that `plain` knows."""
+    return bool(re.search(r"\b(yes|no|not)\b|n['’]t\b", reply.lower())) or plain(reply) != "unknown"
 
 
 def questions_sha256(questions: Iterable[Question]) -> str:

@@ -34,7 +34,8 @@ def test_a_resumed_search_repeats_no_step_and_keeps_its_time(tmp_path):
 
 def test_an_earlier_search_is_not_written_over(tmp_path):
     path = tmp_path / "steps.jsonl"
-    Ledger(path, {"seed": 0})
+    Ledger(path, {"seed": 3})
+    Ledger(path, {"seed": 0}).step(["a"], lambda: 1)  # one that was stopped before its first step is no search
     with pytest.raises(VlmFixError, match="--resume"):
         Ledger(path, {"seed": 0})
     with pytest.raises(VlmFixError, match="seed = 0, not 1"):

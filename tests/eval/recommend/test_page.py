@@ -65,7 +65,7 @@ def test_the_summary_holds_its_own_figures(report):
 def test_labels_cover_no_dot_and_no_other_label():
     dots = [Dot(f"method number {i}", 0.1 * i, 0.05 * i, 0.3, 0.2) for i in range(9)]
     svg = scatter(dots, "x", "y", "title", (0, 0), (1, 1))
-    found = re.findall(r'<text class="halo" x="([\d.]+)" y="([\d.]+)" text-anchor="(\w+)"[^>]*>([^<]+)', svg)
+    found = re.findall(r'<text class="label" x="([\d.]+)" y="([\d.]+)" text-anchor="(\w+)"[^>]*>([^<]+)', svg)
     boxes = []
     for x, y, anchor, text in found:
         wide, left = 5.7 * len(text), float(x)

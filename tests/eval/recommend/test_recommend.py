@@ -11,10 +11,15 @@ import vlm_fix
 from vlm_fix import cli
 from vlm_fix.errors import VlmFixError
 from vlm_fix.eval import picto
+from vlm_fix.eval.recommend import data as asked
+from vlm_fix.eval.recommend.ledger import Ledger
 from vlm_fix.eval.recommend.measure import Measurer
+from vlm_fix.eval.recommend.search import BASELINE, Candidate, Dropped
 from vlm_fix.eval.run.loading import load_model
+from vlm_fix.eval.settings import Settings
 from vlm_fix.methods.heads.vhr import VHR
 from vlm_fix.presets import Preset
+from vlm_fix.registry import parse
 
 
 @pytest.fixture(scope="module")
@@ -103,12 +108,39 @@ def test_apply_wraps_with_what_was_proven(found, loaded):
         ("--data nowhere", "no file"),
         ("--method pia", "did you mean 'pai'"),
         ("--limit 0", "at least 1"),
+        ("--method pai:alpha=much", "alpha='much'"),
     ],
 )
 def test_the_command_says_what_is_wrong(tmp_path, capsys, words, said):
     assert cli.main(["recommend", "--out", str(tmp_path / "fix.yaml"), *words.split()]) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
+    assert not [*tmp_path.iterdir()], "a search that was refused leaves nothing that --resume would have to continue"
+
+
+def test_a_limit_that_is_no_number_is_a_sentence(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["recommend", "--max-yes", "few"])
+    assert "'few' is no number: give one, or none to switch the limit off" in capsys.readouterr().err
+
+
+def test_what_is_far_too_slow_is_stopped_within_its_measurement(loaded, monkeypatch):
+    model, processor, _ = loaded
+    data = asked.load(rows(), None, 0, 4)
+    stacks = {"vcd": parse("vcd")}
+    measurer = Measurer(model, processor, data, stacks, Ledger(None, {}), Settings(batch_size=4, max_new_tokens=4), 2.0)
+    monkeypatch.setattr(measurer, "_clock", iter(1.0 * n for n in range(10**6)).__next__)
+    measurer(Candidate(BASELINE), data.search)  # 4 captions and 8 questions: three batches of a second
+    assert measurer.pace == {"chair": (1.0, 4), "pope": (2.0, 8)}
+    answers = len(measurer(Candidate("vcd"), data.search)[0])
+    assert answers == 4
+    monkeypatch.setattr(measurer, "_clock", iter(13.0 * n for n in range(10**6)).__next__)
+    with pytest.raises(Dropped, match="too slow: 4 of 12 answers took 4 times as long as all of the model's own"):
+        measurer(Candidate("vcd"), data.search)
+    measurer(Candidate(BASELINE), data.proof)
+    assert len(measurer(Candidate("vcd"), data.proof)[0]) == 4, "the proof ends by the time alone"
+    measurer.slowdown = None
+    assert len(measurer(Candidate("vcd"), data.search)[0]) == 4
 
 
 def test_a_limit_can_be_switched_off():

@@ -8,7 +8,7 @@ import pytest
 from tests.support.answer_files import lines, read
 from vlm_fix import cli
 from vlm_fix.errors import VlmFixError
-from vlm_fix.eval.scorers import answers, chair
+from vlm_fix.eval.scorers import answers, chair, chats
 
 
 @pytest.mark.parametrize(
@@ -82,4 +82,4 @@ def test_an_image_is_named_by_its_12_digits_or_refused(name, number, tmp_path):
 
 
 def test_worked_example():
-    assert doctest.testmod(answers) == (0, 1)
+    assert doctest.testmod(answers) == (0, 1) and doctest.testmod(chats) == (0, 3)

@@ -74,3 +74,32 @@ def test_a_number_has_its_noun():
 def test_files_are_written_into_folders_that_are_missing(tmp_path):
     files.write_atomic(tmp_path / "a/b/c.csv", "caf\u00e9\n")
     assert (tmp_path / "a/b/c.csv").read_bytes() == "caf\u00e9\n".encode() and len([*(tmp_path / "a/b").iterdir()]) == 1
+
+
+def test_a_comparison_says_what_is_misread_and_what_failed(tmp_path, capsys):
+    asked = [
+        {"question_id": i, "image": f"{i}.jpg", "text": "Is there a dog?", "label": "yes" if i % 2 else "no"}
+        for i in range(24)
+    ]
+    questions = write(tmp_path / "q", asked)
+    said = [{"question_id": q["question_id"], "text": f"{q['label'].capitalize()}, so it is."} for q in asked]
+    base = write(tmp_path / "base", said)
+    bold = write(tmp_path / "bold", [{**row, "text": f"**{row['text'].partition(',')[0]}**"} for row in said])
+    lost = write(tmp_path / "lost", [{**row, "text": None if i < 3 else row["text"]} for i, row in enumerate(said)])
+    told = f'note: {bold}: the scorer official takes 12 answers against their plain word: "**No**", which says no'
+    assert cli.main(["compare", base, bold, lost, "--benchmark", "pope", "--questions", questions]) == 0
+    out, err = capsys.readouterr()
+    assert told in err and out.count("neither yes nor no") == 1
+    assert out.partition("neither yes nor no")[2].split()[:2] == ["0", "3"]
+    assert cli.main(["score", "pope", questions, bold, "--against", base]) == 0
+    assert told in capsys.readouterr().err
+
+
+def test_words_for_yes_and_no_in_other_languages_are_words(tmp_path, capsys):
+    rows = [
+        {"question_id": i, "image": "a.jpg", "text": "Is there a dog?", "label": "yes" if i else "no"} for i in range(2)
+    ]
+    given = write(tmp_path / "a", [{"question_id": i, "text": ("Non", "Oui")[i]} for i in range(2)])
+    assert cli.main(["score", "pope", write(tmp_path / "q", rows), given, "--scorer", "ours", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["unparsed"] == 0 and json.loads(out)["accuracy"] == 1 and "holds yes or no" not in err

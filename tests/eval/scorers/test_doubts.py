@@ -87,3 +87,8 @@ def test_one_prompt_is_no_caption_of_ten_images(tmp_path):
         answers.read(rows(PROMPT, 10), "{}", images=True)
     assert len(answers.read(rows(PROMPT, 9), "{}", images=True).rows) == 9
     assert len(answers.read(rows("", 10), "{}", images=True).rows) == 10
+
+
+def test_a_question_in_a_thought_is_none_of_the_reply():
+    texts = ["<think>Is there a dog?</think>Yes", "<think>Is there a cat?</think>No"]
+    assert not doubts.no_reply(texts, False) and "every reply is a question" in doubts.no_reply(["A?", "B?"], False)

@@ -8,7 +8,7 @@ import pytest
 from tests.support.answer_files import lines, read, sheet
 from vlm_fix.errors import VlmFixError
 from vlm_fix.eval import files
-from vlm_fix.eval.scorers import mme
+from vlm_fix.eval.scorers import answers, mme
 
 ROWS = [{"question_id": "1", "answer": 'Yes, "two" dogs\u2028or\x0cthree'}, {"question_id": "2", "answer": "No"}]
 EXPECTED = [(row["question_id"], row["answer"]) for row in ROWS]
@@ -78,3 +78,38 @@ def test_rows_end_at_newlines_alone_everywhere(tmp_path):
     (tmp_path / "count.txt").write_text(f"a.jpg\tTwo?\tYes\t{reply}\na.jpg\tThree?\tNo\tNo\r\n", newline="\n")
     assert mme.load_results(tmp_path)[1] == [reply, "No"]
     assert files.read_rows(lines(tmp_path / "rows", [{"a": reply}]), "file") == [{"a": reply}]
+
+
+def test_batches_and_conversations(tmp_path):
+    def batch(id, content, **more):
+        return {
+            "id": f"batch_{id}",
+            "custom_id": id,
+            "response": {"body": {"choices": [{"message": {"content": content}}]}},
+        } | more
+
+    given = lines(tmp_path / "b.jsonl", [batch("7", "No."), batch("8", [{"type": "text", "text": "Yes."}])])
+    found = answers.read(given, "{...}")
+    assert [(row.id, row.reply) for row in found.rows] == [("7", "No."), ("8", "Yes.")]
+    assert "rows of OpenAI's batches (reply in response, id in custom_id)" in found.told()
+    failed = {"custom_id": "9", "response": None, "error": {"message": "too long"}}
+    assert read(lines(tmp_path / "f", [batch("7", "No."), failed])) == [("7", "No."), ("9", None)]
+    two = {
+        "custom_id": "7",
+        "response": {"body": {"choices": [{"message": {"content": "A"}}, {"message": {"content": "B"}}]}},
+    }
+    with pytest.raises(VlmFixError, match="not a text: write it as one"):
+        read(lines(tmp_path / "t", [two]))
+    turns = [{"from": "human", "value": "Is there a dog?"}, {"from": "gpt", "value": "Yes"}]
+    (row,) = answers.read(lines(tmp_path / "c", [{"id": 3, "conversations": turns}]), "{...}").rows
+    assert (row.id, row.question, row.reply) == ("3", "Is there a dog?", "Yes")
+    with pytest.raises(VlmFixError, match="its keys are id, conversations"):  # nobody has answered yet
+        read(lines(tmp_path / "d", [{"id": 3, "conversations": turns[:1]}]))
+
+
+def test_a_list_under_a_name_of_its_own_is_not_called_chairs(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(
+        json.dumps({"model": "m", "results": [{"question_id": 1, "text": "No"}, {"question_id": 2, "text": "Yes"}]})
+    )
+    assert "one JSON object, rows in a list (reply in text" in answers.read(path, "{...}").told()

@@ -1,0 +1,50 @@
+"""What is to doubt of answers that were scored, said beside the figures."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from vlm_fix.eval.files import counted
+from vlm_fix.eval.scorers.benchmark import Benchmark
+
+MANY = 20
+"""So many answers, and none of them wrong, are doubted."""
+
+
+def tell(found: Any, benchmark: Benchmark, path: str = "") -> None:
+    """Say on stderr what is to doubt of an answer file: misread answers, none with yes or no, and none that is wrong.
+
+    `found` is what `Benchmark.shown` returns; `path` is named where there are several files.
+
+    Of misread answers with an example, and the option that reads them. Where one of the parts has all answers, as the
+    layouts name it, it alone is told of.
+    """
+    layouts = [layout.answers for layout in benchmark.layouts.values()]
+    totals = [getattr(answers, "total", "") for answers in layouts]
+    right = {accuracy for answers in layouts if (accuracy := getattr(answers, "accuracy", ""))}
+    parts = found if isinstance(found, dict) else {"": found.to_dict()}
+    parts = {part: figures for part, figures in parts.items() if isinstance(figures, dict)}
+    whole = {part: parts[part] for part in totals if part and part in parts}
+    for part, figures in (whole or parts).items():
+        where = (f"{path}: " if path else "") + (f"{part}: " if part and not whole else "")
+        n, misread = figures.get("n", 0), figures.get("misread", 0)
+        if misread:
+            which = f"{counted(misread, 'answer')} against {'its' if misread == 1 else 'their'} plain word"
+            _note(
+                f"{where}the scorer {figures['scorer']} takes {which}: {figures['misread_example']}; --scorer ours reads "
+                f"{'it' if misread == 1 else 'them'}"
+            )
+        if n and figures.get("unparsed") == n:
+            _note(
+                f"{where}none of the {n} replies holds yes or no; if they are in another key, name it with --answer-key"
+            )
+        if n >= MANY and any(figures.get(name) == 1 for name in right):
+            _note(
+                f"{where}each of the {n} answers is right: if these are the labels and not the replies, name the key of the "
+                "replies with --answer-key"
+            )
+
+
+def _note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr)
