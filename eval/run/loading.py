@@ -57,7 +57,9 @@ def load_model(
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
     path = _path(name)
-    remedy = "give a directory with a checkpoint, a Hugging Face name that this machine can download, or picto-llava."
+    remedy = usual = (
+        "give a directory with a checkpoint, a Hugging Face name that this machine can download, or picto-llava."
+    )
     if name.startswith(("/", ".", "~")) and not Path(path).exists():
         raise VlmFixError(f"model {name!r} could not be loaded (there is no such folder): {remedy}")
     cuda = device != "cpu" and torch.cuda.is_available()
@@ -90,9 +92,9 @@ def load_model(
             cause = "weights of other sizes than its config.json says"
         elif not isinstance(error, OSError | ValueError | ImportError):
             cause = f"{type(error).__name__}: {cause}"
-        if model_args:
+        if model_args and remedy == usual:
             remedy = f"check --model-args {', '.join(model_args)}, or {remedy}"
-        elif Path(path).is_dir() and remedy.startswith("give a directory"):
+        elif Path(path).is_dir() and remedy == usual:
             remedy = "a file in that folder is broken or missing; fetch the checkpoint again."
         raise VlmFixError(f"model {name!r} could not be loaded ({cause.rstrip('.')}): {remedy}") from error
     if lost := sorted(info["missing_keys"]):
