@@ -71,7 +71,7 @@ build/typed: .venv/dev  ## the package as installed: the folders of the reposito
 docs: .venv/run  ## docs/methods.md and docs/models.md from the classes, results/ and the tests' record, and the pruning curves
 	$(BIN)/python -m vlm_fix.eval.methods_page docs/methods.md
 	$(BIN)/python -m vlm_fix.eval.report.models_page docs/models.md
-	$(BIN)/python -m vlm_fix.eval.curves results/pruning docs/pruning.md
+	$(BIN)/python -m vlm_fix.eval.curves results/picto-llava-pruning docs/pruning.md
 	$(BIN)/python -m vlm_fix.eval.report.published_outputs results/published-outputs --page docs/published-outputs.md
 
 site: .venv/docs  ## the documentation as a site in build/site; broken links and missing pages are errors

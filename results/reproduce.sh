@@ -3,7 +3,7 @@
 #
 # A folder is MODEL-TABLE, with picto-llava or picto-smol, and shift, attention, heads, hidden, decoding, contrast, sampling or
 # pruning.
-# picto-llava's tables take about an hour and a half on two cores, picto-smol's most of a day: an interrupted table goes on when
+# picto-llava's tables take about an hour and a half on one core, picto-smol's three hours: an interrupted table goes on when
 # it is asked for again. Give `bench` alone on an idle machine. picto-smol needs `make picto-smol`, and picto-smol-calibration
 # once before heads, attention and decoding, unless the checkpoint has its calibration/ already.
 #
@@ -31,8 +31,8 @@ compare() { # FOLDER MODEL SCENES METHODS: with searched strengths and controls
   evaluate "$1" "$2" "$3" --batch-size "$batch" $splits --controls --method "$methods"
 }
 
-table() { # MODEL TABLE [FOLDER]; picto-smol, twenty times as large, gets fewer scenes, two of POPE's splits and smaller batches
-  local model=$1 folder=${3:-$1-$2} scenes=150 few=40 prune=60 shift=300 batch=64 splits=
+table() { # MODEL TABLE; picto-smol, twenty times as large, gets fewer scenes, two of POPE's splits and smaller batches
+  local model=$1 folder=$1-$2 scenes=60 few=30 prune=30 shift=300 batch=64 splits=
   if [ "$model" = picto-smol ]; then
     scenes=40 few=15 prune=20 shift=100 batch=32 splits="--split random,adversarial"
     [ "$2" = attention ] && scenes=60
@@ -56,10 +56,12 @@ table() { # MODEL TABLE [FOLDER]; picto-smol, twenty times as large, gets fewer 
     sampling)
       evaluate "$folder" "$model" $few --batch-size $batch $splits --controls --sample --seeds 0,1,2 --method vcd,icd,m3id ;;
     pruning)
-      local methods=() budget method newer=${NEWER-cdpruner vispruner dart holov scope prumerge flowcut agilepruner kvcompose}
-      for budget in 32 16 8; do # of 64 tokens; random_tokens, uniform_grid and downsample_image are the controls
+      local methods=() budget method budgets="32 16 8"
+      [ "$model" = picto-smol ] && budgets="32 8"
+      for budget in $budgets; do # of 64 tokens; random_tokens, uniform_grid and downsample_image are the controls
         for method in random_tokens uniform_grid downsample_image divprune hiprune visionzip vscan zoo_prune fastv \
-          pyramid_drop sparsevlm ptp expected_attention knorm a_vl $newer; do
+          pyramid_drop sparsevlm ptp expected_attention knorm a_vl cdpruner vispruner dart holov scope prumerge flowcut \
+          agilepruner kvcompose; do
           methods+=("$method:keep=$budget")
         done
       done
@@ -171,19 +173,6 @@ bench() { # ratios in one run, on one thread
   "$vlm_fix" bench serve --model picto-smol --method pai,vhr,rudder,hiprune:keep=0.25 --concurrent 32 --new-tokens 16 \
     --rounds 1 --output results/bench/serve.json # needs vLLM: docs/serving.md
 }
-
-# The tables of picto-llava from before there was picto-smol; picto-llava-TABLE takes the place of each.
-picto-shift() { table picto-llava shift picto-shift; }
-attention() {
-  evaluate attention picto-llava 150 --batch-size 64 \
-    --method act,ad_hh,avar,cca,gift,hgai,locore,pai,paint,tame,vaf,var,zerotuning,spin,vhr,iri,head_pursuit
-}
-decoding() {
-  evaluate decoding picto-llava 150 --batch-size 64 --controls \
-    --method vcd,icd,m3id,sid,decore,iava,causalmm,layercake,pai:gamma=1.1,dola,deco,dagcd
-}
-sampling() { table picto-llava sampling sampling; }
-pruning() { NEWER='' table picto-llava pruning pruning; }
 
 tables=(shift attention heads hidden decoding contrast sampling pruning)
 if [ $# = 0 ]; then
