@@ -26,11 +26,15 @@ class Effects:
             if isinstance(moved, torch.Tensor):
                 self.moved[method] = bool(moved)
 
+    def asks(self, method: Any) -> bool:
+        """False once the method is known to change something, or if nobody wants to know."""
+        return self.asked and self.moved.get(method, False) is not True
+
     def note(self, method: Any, new: torch.Tensor, old: torch.Tensor) -> None:
         """`method` made `new` of `old`, tensors of one shape. On an accelerator nobody waits for the answer."""
-        known = self.moved.get(method, False)
-        if known is True or not self.asked:
+        if not self.asks(method):
             return
+        known = self.moved.get(method, False)
         if new is old:
             self.moved.setdefault(method, False)
             return

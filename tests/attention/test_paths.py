@@ -26,7 +26,19 @@ from vlm_fix.attention.edits import ColumnFactors
 from vlm_fix.attention.inputs import AttentionInputs
 from vlm_fix.registry import get_method
 
-FUSED = [s for s in ROWS if s.startswith(("pai:", "vaf", "avar", "zerotuning", "locore", "tame", "paint:alpha=1"))]
+FORMS = (
+    "pai:",
+    "vaf",
+    "avar",
+    "zerotuning",
+    "locore",
+    "tame",
+    "paint:alpha=1",
+    "act:threshold=0.06",
+    "var:tau",
+    "ad_hh",
+)
+FUSED = [s for s in ROWS if s.startswith((*FORMS, "hgai", "spin"))]
 STATIC = [s for s in ROWS if s.startswith(("zerotuning", "vaf", "avar"))]
 
 
@@ -73,6 +85,20 @@ def test_forms_of_a_stack_equal_the_row_kernel(models, stack, paths):
             logits.append(greedy(models["llava"], inputs)[1])
         assert (("decode_row", 1) in seen) == (path == "fused")
     assert error(logits[1], logits[0].double()) < 1e-5
+
+
+@pytest.mark.parametrize("spec", ["visual_topk:k=5", "visual_topk:k=0.3,layers=1-", "visual_topk:k=1000,layers=1-"])
+def test_columns_hidden_as_scores_equal_the_row_kernel(models, spec, paths):
+    """Where all samples hide as many: one prompt, and a batch of prompts without padding."""
+    same = {k: torch.cat([v, v]) for k, v in make_inputs("llava", [1]).items()}
+    for inputs in (make_inputs("llava", [2]), same):
+        logits = []
+        for path in ("kernel", "fused"):
+            seen = paths(path)
+            with vlm_fix.wrapped(models["llava"], spec):
+                logits.append(greedy(models["llava"], inputs)[1])
+            assert (("decode_row", 1) in seen) == (path == "fused")
+        assert error(logits[1], logits[0].double()) < 1e-5
 
 
 def test_methods_without_a_form_keep_the_row_kernel(models, paths):
