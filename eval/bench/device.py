@@ -40,6 +40,7 @@ MATRIX = {  # spec -> a neutral setting of it
     "zerotuning:rate=0.1": "zerotuning:rate=1",
     "act": "",
     "var:detector=secondary": "var:p=0",
+    "gift": "gift:alpha=0",
     "hgai": "hgai:alpha=0",
     "spin:keep=0.7": "spin:keep=1",
     "tame": "tame:gamma=0",

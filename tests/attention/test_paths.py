@@ -20,6 +20,7 @@ from tests.support.models import BUILD, make_inputs, single
 from tests.support.references import attention as edits
 from tests.support.references import base as ref
 from tests.support.run import error, greedy
+from vlm_fix import launches
 from vlm_fix.attention import AttentionPath, AttentionWing, few_columns, strategies
 from vlm_fix.attention.columns import column_attention
 from vlm_fix.attention.edits import ColumnFactors
@@ -99,6 +100,21 @@ def test_columns_hidden_as_scores_equal_the_row_kernel(models, spec, paths):
                 logits.append(greedy(models["llava"], inputs)[1])
             assert (("decode_row", 1) in seen) == (path == "fused")
         assert error(logits[1], logits[0].double()) < 1e-5
+
+
+@pytest.mark.parametrize("spec", ["gift:alpha=3,source_layer=1,layers=2-3", "gift:alpha=2,source_layer=3,layers=0-"])
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_gift_in_three_launches_equals_the_row_kernel(models, name, spec, paths):
+    logits = []
+    for path in ("kernel", "fused"):
+        seen, before = paths(path), launches.use(path == "fused")
+        try:
+            with vlm_fix.wrapped(models[name], spec):
+                logits.append(greedy(models[name], single(name, [1, 2], 1), 5)[1])
+        finally:
+            launches.use(before)
+        assert (("decode_row", 1) in seen) == (path == "fused")
+    assert error(logits[1], logits[0].double()) < 1e-5
 
 
 def test_methods_without_a_form_keep_the_row_kernel(models, paths):

@@ -43,7 +43,6 @@ OVER = {  # methods that cost more, or wait, in decode steps, and why
     "decore": "an edited branch, and the preparation of its forward in the same layer",
     "draft": "several rows at once, in a loop",
     "gaussian_logits": "its noise is drawn on the host",
-    "gift": "heads are chosen by their weights",
     "hulluedit": "a decomposition of each step's states",
     "layercake": "a branch that hides columns by a mask of its own",
     "memvr": "a language head in each layer",
