@@ -32,9 +32,9 @@ class Effects:
 
     def note(self, method: Any, new: torch.Tensor, old: torch.Tensor) -> None:
         """`method` made `new` of `old`, tensors of one shape. On an accelerator nobody waits for the answer."""
-        if not self.asks(method):
-            return
         known = self.moved.get(method, False)
+        if known is True or not self.asked:
+            return
         if new is old:
             self.moved.setdefault(method, False)
             return

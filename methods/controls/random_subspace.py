@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from vlm_fix import Arch, MLPRawEdit, RowScope, param
-from vlm_fix.hidden.push import span, without_span
+from vlm_fix.hidden.push import without_span
 from vlm_fix.session import Rows
 
 
@@ -40,8 +40,7 @@ class RandomSubspace(MLPRawEdit):
         return self.rank == 0
 
     def mlp_raw(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
-        q = drawn(self.seed, rows.layer, self.rank, x.shape[-1], x.device)
-        return without_span(x, *rows.kept(lambda rows: span(q, len(x))))
+        return without_span(x, drawn(self.seed, rows.layer, self.rank, x.shape[-1], x.device))
 
 
 @functools.lru_cache(maxsize=1024)
