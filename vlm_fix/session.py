@@ -397,6 +397,22 @@ class Rows:
             made[place] = make(self)
         return made[place]
 
+    def ahead(self, make: Callable[[Rows], T], of: Any = None) -> T:
+        """make(rows) over these columns and those of the next steps: it may be wider than K.
+
+        It is computed once in the layer for `of` (that very object) and kept while generated columns are added.
+        """
+        session, width, device = self.session, self.visual.shape[-1], self.visual.device
+        if width != session.types.shape[1] or device not in session.columns.kinds:  # a static cache or a window
+            return make(self)
+        place = (id(self.method), make.__name__, self.layer, device)
+        reach, known, made = session.columns.wide.get(place, (0, of, None))
+        if reach < width or known is not of:
+            kinds = session.columns.kinds[device]
+            made = make(dataclasses.replace(self, **kinds))
+            session.columns.wide[place] = kinds["visual"].shape[-1], of, made
+        return made  # type: ignore[return-value]
+
     def columns(self, mask: torch.Tensor, layer: int | None = None) -> torch.Tensor:
         """[B, n] booleans over the columns seen so far -> [B, 1, 1, K]; columns that came later are False.
 

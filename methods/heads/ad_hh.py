@@ -11,6 +11,7 @@ import torch
 
 from vlm_fix import Unchanged, VlmFixError, WeightEdit, param
 from vlm_fix.arch import Arch
+from vlm_fix.attention.forms import Condition, TransferForm
 from vlm_fix.calibration.search import LastRow, batches
 from vlm_fix.families import family_of, get_part, output_projection
 from vlm_fix.hooks import hooked
@@ -85,6 +86,14 @@ class ADHH(WeightEdit):
         listed = rows.kept(self.listed)
         leaning = (a * rows.after).sum(dim=-1, keepdim=True) >= self.threshold
         return a.masked_fill(listed & leaning & rows.after, 0)
+
+    def transfer(self, rows: Rows) -> TransferForm:
+        return rows.ahead(self.cuts)
+
+    def cuts(self, rows: Rows) -> TransferForm:
+        """The text after the image, in listed heads."""
+        text = 2 * (rows.kept(self.listed) & rows.after).to(torch.uint8)
+        return TransferForm(text, 0.0, 0.0, (Condition(0, 1, 0, self.threshold),))
 
     def calibrate(
         self, model: Any, samples: Sequence[Sample], seed: int, progress: Callable[[str, float], None]
