@@ -19,8 +19,8 @@ import urllib.request
 import pytest
 
 from tests.serving.support import CAPTION, PATH, Case, HuggingFace
-from tests.support.pictures import png_header
 from tests.serving.wrong import SAID, WRONG
+from tests.support.pictures import png_header
 from vlm_fix.eval.run.runner import evaluate
 from vlm_fix.eval.settings import Settings
 
