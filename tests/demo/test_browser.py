@@ -178,7 +178,7 @@ def test_a_benchmark_in_a_browser(page, artifacts, tmp_path):
     tab(page, "Benchmark")
     page.get_by_label("number input for Number of scenes").fill("200")
     page.get_by_label("number input for Number of scenes").press("Tab")
-    assert not page.locator("#halt").is_visible() and page.locator("#board .steps b").count() == 4
+    assert page.locator("#board .steps b").count() == 4
     page.click("#run")
     page.wait_for_selector("#bar >> text=/baseline: [1-9]/", timeout=WAIT)
     page.click("#halt")
@@ -187,7 +187,6 @@ def test_a_benchmark_in_a_browser(page, artifacts, tmp_path):
     page.get_by_label("number input for Number of scenes").press("Tab")
     page.click("#run")
     page.wait_for_selector("#bar >> text=/answers in/", timeout=WAIT)
-    page.wait_for_selector("#halt", state="hidden")
     page.locator("#figure").scroll_into_view_if_needed()  # it is loaded when it is reached
     page.wait_for_selector("#figure img", timeout=WAIT)
     assert page.locator("#board tr").count() == 5 and page.locator("#bench-verdict .verdict p").inner_text()
