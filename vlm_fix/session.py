@@ -409,7 +409,8 @@ class Rows:
         reach, known, made = session.columns.wide.get(place, (0, of, None))
         if reach < width or known is not of:
             kinds = session.columns.kinds[device]
-            made = make(dataclasses.replace(self, **kinds))
+            wide: Any = kinds
+            made = make(dataclasses.replace(self, **wide))
             session.columns.wide[place] = kinds["visual"].shape[-1], of, made
         return made  # type: ignore[return-value]
 

@@ -136,7 +136,7 @@ def kernel(device: torch.device, dtype: torch.dtype, widths: tuple[int, ...]) ->
                 ("known_scores", (form, None, None, z), (None, [], None, z.double())),
             ):
                 run = functools.partial(fused.decode_row, inputs, *given)
-                exact = fused.formula(*wide, None, *form, *how, *inputs.scores)
+                exact = fused.formula(*wide, None, *form, *how, *inputs.scores)  # type: ignore[arg-type, call-arg]
                 errors[name], times[name] = float((run().double() - exact).abs().max()), _microseconds(run, device)
             many: dict[str, Any] = {"enable_gqa": heads != kv_heads}
             rows.append(
