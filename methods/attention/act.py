@@ -18,8 +18,9 @@ from vlm_fix.attention.kernel import column_means
 from vlm_fix.calibration.search import answer_scores
 from vlm_fix.inputs import InputEdit
 from vlm_fix.method import parse_heads
+from vlm_fix.rows import Rows
 from vlm_fix.sample import Sample
-from vlm_fix.session import PAD, Rows, Session
+from vlm_fix.session import PAD, Session
 from vlm_fix.wing import engine_of
 
 from .sinks import secondary_sinks

@@ -15,7 +15,8 @@ from vlm_fix.attention.halves import raised
 from vlm_fix.attention.preview import PlainWeights, preview
 from vlm_fix.calibration.search import best_value
 from vlm_fix.call import Call
-from vlm_fix.session import VISUAL, Rows, Session
+from vlm_fix.rows import Rows
+from vlm_fix.session import VISUAL, Session
 from vlm_fix.words import TEMPLATE, check_template, template_columns
 
 from .saliency import GIFTMemory, counted, saliency_map, top_half

@@ -10,7 +10,8 @@ import torch
 from vlm_fix import ColumnEdit, ColumnFactors, Memory, QueryKeyReader, RowScope, param
 from vlm_fix.attention.inputs import QueryRows
 from vlm_fix.attention.traces import row_factor, sharpening, sizes
-from vlm_fix.session import PAD, Rows
+from vlm_fix.rows import Rows
+from vlm_fix.session import PAD
 from vlm_fix.wing import engine_of
 
 

@@ -14,7 +14,8 @@ from vlm_fix.attention.forms import Condition, TransferForm
 from vlm_fix.families import arch_of
 from vlm_fix.method import parse_layers
 from vlm_fix.packing import pad_to
-from vlm_fix.session import PAD, Rows, Session
+from vlm_fix.rows import Rows
+from vlm_fix.session import PAD, Session
 
 from .sinks import massive_ratios, secondary_sinks
 

@@ -14,7 +14,8 @@ from vlm_fix.attention.edits import Changes
 from vlm_fix.attention.forms import ScoreForm
 from vlm_fix.method import parse_layers
 from vlm_fix.pruning.kinds import share_of
-from vlm_fix.session import VISUAL, Rows
+from vlm_fix.rows import Rows
+from vlm_fix.session import VISUAL
 
 
 @dataclass

@@ -10,7 +10,7 @@ import torch
 
 from vlm_fix import AttentionOutputEdit, LayerOutputEdit, MLPOutputEdit, RowScope, param
 from vlm_fix.hidden.push import pushed
-from vlm_fix.session import Rows
+from vlm_fix.rows import Rows
 
 PLACES = ("mlp_output", "attention_output", "layer_output")
 

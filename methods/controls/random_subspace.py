@@ -10,7 +10,7 @@ import torch
 
 from vlm_fix import Arch, MLPRawEdit, RowScope, param
 from vlm_fix.hidden.push import without_span
-from vlm_fix.session import Rows
+from vlm_fix.rows import Rows
 
 
 @dataclass(frozen=True)

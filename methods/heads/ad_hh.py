@@ -16,8 +16,8 @@ from vlm_fix.calibration.search import LastRow, batches
 from vlm_fix.families import family_of, get_part, output_projection
 from vlm_fix.hooks import hooked
 from vlm_fix.method import parse_heads
+from vlm_fix.rows import Rows
 from vlm_fix.sample import Sample
-from vlm_fix.session import Rows
 
 # (layers, heads) of the language model -> "layer.head" of LLaVA-1.5 7B and 13B
 KNOWN = {

@@ -15,7 +15,8 @@ from vlm_fix.families import family_of, get_part
 from vlm_fix.hidden.push import pushed
 from vlm_fix.hidden.wing import writers
 from vlm_fix.hooks import hooked, overwrite
-from vlm_fix.session import Rows, Session
+from vlm_fix.rows import Rows
+from vlm_fix.session import Session
 
 PARTS = {"rr_attention": "attention_output", "rr_mlp": "mlp_output"}
 LAMBDAS = {"llava": (0.26, 0.16), "llava_next": (0.15, 0.08)}

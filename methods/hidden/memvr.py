@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 import torch
 
 from vlm_fix import Arch, LayerInputEdit, LayerOutputEdit, Memory, MLPInputEdit, MLPRawEdit, RowScope, param
-from vlm_fix.session import PAD, VISUAL, Rows, Session
+from vlm_fix.rows import Rows
+from vlm_fix.session import PAD, VISUAL, Session
 from vlm_fix.wing import engine_of
 
 from .steering import scaled

@@ -12,7 +12,7 @@ import torch
 from vlm_fix import Arch, MLPRawEdit, RowScope, Sample, VlmFixError, param
 from vlm_fix.families import arch_of, family_of, get_part
 from vlm_fix.hidden.push import without_span
-from vlm_fix.session import Rows
+from vlm_fix.rows import Rows
 from vlm_fix.tensors import Tensors
 
 from .baking import project_mlp

@@ -10,7 +10,8 @@ from torch.nn.functional import normalize
 
 from vlm_fix import Arch, AttentionOutputEdit, LayerInputEdit, Memory, RowScope, param
 from vlm_fix.hidden.push import NONE, Gate, pushed
-from vlm_fix.session import PAD, Rows
+from vlm_fix.rows import Rows
+from vlm_fix.session import PAD
 
 from .steering import scaled
 

@@ -16,7 +16,8 @@ from vlm_fix.decoding.step import Step
 from vlm_fix.hidden.push import Gate, pushed
 from vlm_fix.hidden.states import last_rows, whole_prompt
 from vlm_fix.method import parse_layers
-from vlm_fix.session import Rows, Session
+from vlm_fix.rows import Rows
+from vlm_fix.session import Session
 from vlm_fix.wing import engine_of
 
 from .steering import scaled

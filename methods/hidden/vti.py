@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 
 from vlm_fix import Arch, MLPOutputEdit, RowScope, Sample, VisionMLPEdit, VlmFixError, param
 from vlm_fix.hidden.push import pushed
-from vlm_fix.session import Rows
+from vlm_fix.rows import Rows
 from vlm_fix.tensors import Tensors, read_tensors
 
 from .files import Source

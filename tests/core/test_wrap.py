@@ -21,7 +21,8 @@ from vlm_fix.families.compat import CACHE, cache_of
 from vlm_fix.method import parse_layers
 from vlm_fix.packing import left_pack
 from vlm_fix.registry import get_method, parse, split_methods
-from vlm_fix.session import Rows, Session
+from vlm_fix.rows import Rows
+from vlm_fix.session import Session
 from vlm_fix.wing import installed
 
 

@@ -24,8 +24,9 @@ from vlm_fix.call import Call
 from vlm_fix.errors import VlmFixError
 from vlm_fix.memory import Memory
 from vlm_fix.method import Layers, Method, param
+from vlm_fix.rows import Rows
 from vlm_fix.scope import RowScope
-from vlm_fix.session import Rows, Session
+from vlm_fix.session import Session
 
 from .forms import ScoreForm, TransferForm
 from .inputs import QueryRows

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from vlm_fix.effects import Effects
-from vlm_fix.session import Rows, Session
+from vlm_fix.rows import Rows
+from vlm_fix.session import Session
 
 from .edits import AttentionEdit, Changes, FewColumnsEdit, Unchanged
 from .fused import usable
