@@ -25,7 +25,7 @@ from vlm_fix.session import PAD, SLACK, VISUAL, Session, View
 from vlm_fix.wing import Host
 
 from . import deepstack
-from .cache import ShortLayer
+from .cache import Owner, ShortLayer
 from .columns import ImageColumns
 from .kinds import LayerPruner, Tokens
 from .rows import Seen, at_columns
@@ -94,7 +94,8 @@ class Entered(Memory):
 
 def install(host: Host, dropper: LayerPruner) -> Iterator[Any]:
     """The hooks of a LayerPruner."""
-    layers, stages = host.language.layers, dropper.stages
+    layers, stages, owner = host.language.layers, dropper.stages, Owner()
+    yield owner
 
     def enter(i: int, module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         session = host.editing
@@ -126,8 +127,8 @@ def install(host: Host, dropper: LayerPruner) -> Iterator[Any]:
         if session is None or session.start or max(session.last_visual) < 0:
             return
         view = session.at(i)
-        if i == 0 and isinstance(view, View) and cache is not None:
-            cache.layers[0] = ShortLayer.of(cache.layers[0], view.dropped)
+        if i == 0 and cache is not None:
+            cache.layers[0] = ShortLayer.of(cache.layers[0], view.dropped if isinstance(view, View) else 0, owner)
         x = args[0] if args else kwargs["hidden_states"]
         keys = cache.layers[i].keys if cache is not None else None
         if i + 1 in stages:
