@@ -9,7 +9,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import gradio as gr
 
@@ -79,15 +79,8 @@ def steps(told: Sequence[tuple[str, str]]) -> str:
     return f'<div class="steps">{"".join(f"<div><b>{name}</b>{text}</div>" for name, text in told)}</div>'
 
 
-def stop_with(page: gr.Blocks, button: gr.Button, stops: dict[str, Stop], start: Any = None, ran: Any = None) -> None:
-    """The button, and leaving the page, stop what the visitor runs; stops: session -> what is running.
-
-    With `start`, the events that begin it, and `ran`, what they call, the button is there only while it runs.
-    """
-    if start:
-        quiet: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-        gr.on(start, lambda: gr.Button(visible=True), None, button, **quiet)
-        ran.then(lambda: gr.Button(visible=False), None, button, **quiet)
+def stop_with(page: gr.Blocks, button: gr.Button, stops: dict[str, Stop]) -> None:
+    """The button, and leaving the page, stop what the visitor runs; stops: session -> what is running."""
 
     def halt(request: gr.Request) -> None:
         if request.session_hash in stops:

@@ -119,16 +119,15 @@ def tab(models: Models, name: gr.Dropdown, image: gr.Image, page: gr.Blocks, her
                     scale=6,
                 )
                 go = gr.Button("Ask", variant="primary", elem_id="point", min_width=90, scale=1)
-                end = gr.Button("Stop", elem_id="point-stop", min_width=70, scale=1, visible=False)
+                end = gr.Button("Stop", elem_id="point-stop", min_width=70, scale=1)
             said = gr.HTML("", elem_id="point-notice")
             with gr.Row():
                 cards = [gr.HTML(text, elem_id=f"pointed{i}") for i, text in enumerate(_empty())]
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-    begin = [go.click, prompt.submit]
-    ran = gr.on(begin, run, [name, image, prompt, *sides], [said, *cards], concurrency_limit=8, **quiet)
+    gr.on([go.click, prompt.submit], run, [name, image, prompt, *sides], [said, *cards], concurrency_limit=8, **quiet)
     canvas_of.select(drawn, image, [*sides, canvas_of, *cards], **quiet)
     gr.on([here.select, *(side.input for side in sides)], show, [image, *sides], [canvas_of, *cards], **quiet)
-    stop_with(page, end, stops, begin, ran)
+    stop_with(page, end, stops)
 
 
 def _empty() -> list[str]:

@@ -226,7 +226,7 @@ def tab(models: Models, name: gr.Dropdown, page: gr.Blocks, splits: dict[str, st
             )
             with gr.Row():
                 go = gr.Button("Search", variant="primary", elem_id="search", min_width=90)
-                end = gr.Button("Stop", elem_id="search-stop", min_width=90, visible=False)
+                end = gr.Button("Stop", elem_id="search-stop", min_width=90)
         with gr.Column(scale=3, min_width=320):
             said = gr.HTML("", elem_id="search-notice")
             told = gr.HTML("", elem_id="search-verdict")
@@ -244,7 +244,7 @@ def tab(models: Models, name: gr.Dropdown, page: gr.Blocks, splits: dict[str, st
             preset = gr.Code(language="yaml", label="vlm-fix.yaml", visible=False, interactive=False, elem_id="yaml")
             with gr.Accordion("Copy what was run", open=False):
                 line = gr.Code(language="shell", label="As a command", interactive=False, elem_id="search-command")
-    ran = go.click(
+    go.click(
         start,
         [name, split, scenes, budget, objective, only],
         [said, told, progress, rows, preset, save, report, line],
@@ -253,4 +253,4 @@ def tab(models: Models, name: gr.Dropdown, page: gr.Blocks, splits: dict[str, st
         api_visibility="private",
         show_progress="hidden",
     )
-    stop_with(page, end, stops, [go.click], ran)
+    stop_with(page, end, stops)

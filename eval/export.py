@@ -38,8 +38,8 @@ def export(
         raise VlmFixError(f"{method.name} changes nothing with these settings; raise its strength.")
     method.bake(net)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    where = {"prefix": f".{folder.name}.", "dir": folder.parent}
-    with tempfile.TemporaryDirectory(**where, ignore_cleanup_errors=True) as draft:  # nobody reads half a checkpoint
+    # nobody reads half a checkpoint
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent, ignore_cleanup_errors=True) as draft:
         net.save_pretrained(draft)
         processor.save_pretrained(draft)
         os.chmod(draft, 0o755)

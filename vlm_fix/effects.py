@@ -26,6 +26,10 @@ class Effects:
             if isinstance(moved, torch.Tensor):
                 self.moved[method] = bool(moved)
 
+    def asks(self, method: Any) -> bool:
+        """False once the method is known to change something, or if nobody wants to know."""
+        return self.asked and self.moved.get(method, False) is not True
+
     def note(self, method: Any, new: torch.Tensor, old: torch.Tensor) -> None:
         """`method` made `new` of `old`, tensors of one shape. On an accelerator nobody waits for the answer."""
         known = self.moved.get(method, False)

@@ -74,11 +74,16 @@ class ColumnCache:
     """(method, layer, device) -> the mask they were made of, and the groups: `Rows.groups`"""
     once: dict[tuple[int, str, int, torch.device], Any] = field(default_factory=dict)
     """(method, function, layer, device) -> the value: `Rows.kept`"""
+    wide: dict[tuple[int, str, int, torch.device], tuple[int, Any, Any]] = field(default_factory=dict)
+    """The same -> how many columns it reaches, what it was made of, and the value: `Rows.ahead`"""
     forms: dict[Any, Any] = field(default_factory=dict)
     """(edits, layer, device) -> how many columns it reaches, and the attention.forms.ScoreForm; None: there is none"""
     shown: dict[torch.device, torch.Tensor] = field(default_factory=dict)  # `Session.shown`
     padded: bool | None = None  # `Session.padded`
+    ahead: dict[torch.device, tuple[int, list[Any]]] = field(default_factory=dict)
+    """Device -> a row's position, and from there on numbers and rotary tables row by row: pruning.after.tables_ahead"""
 
     def copied(self) -> ColumnCache:
         """The same values in dicts of its own."""
-        return ColumnCache(dict(self.kinds), dict(self.groups), dict(self.once), dict(self.forms), {}, self.padded)
+        known = dict(self.kinds), dict(self.groups), dict(self.once), dict(self.wide), dict(self.forms)
+        return ColumnCache(*known, padded=self.padded)

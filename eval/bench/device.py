@@ -23,11 +23,13 @@ import torch
 import transformers
 
 import vlm_fix
+from vlm_fix import launches
 from vlm_fix.attention import fused
-from vlm_fix.attention.forms import ScoreForm
+from vlm_fix.attention.forms import Condition, ScoreForm, TransferForm
 from vlm_fix.attention.inputs import QueryRows
 from vlm_fix.attention.scores import Scores
 from vlm_fix.eval.files import write_atomic
+from vlm_fix.hidden.push import Gate, formula, pushed
 
 from .measuring import measure
 from .models import SHAPES, build
@@ -38,6 +40,13 @@ MATRIX = {  # spec -> a neutral setting of it
     "pai:alpha=0.5": "pai:alpha=0",
     "zerotuning:rate=0.1": "zerotuning:rate=1",
     "act": "",
+    "var:detector=secondary": "var:p=0",
+    "gift": "gift:alpha=0",
+    "hgai": "hgai:alpha=0",
+    "spin:keep=0.7": "spin:keep=1",
+    "tame": "tame:gamma=0",
+    "visual_topk": "visual_topk:k=1.0",
+    "random_direction": "random_direction:strength=0",
     "vhr": "vhr:alpha=1",
     RATES: "",
     "vcd:alpha=1": "vcd:alpha=0",
@@ -116,21 +125,31 @@ def kernel(device: torch.device, dtype: torch.dtype, widths: tuple[int, ...]) ->
             slope = (1 + torch.rand(1, 1, 1, width, generator=g)).to(device)
             form = ScoreForm(slope, 2 - slope, slope.log())
             inputs = QueryRows(query, key, value, None, Scores(dim**-0.5))
-            before = fused.use(True)
-            try:
-                out = fused.decode_row(inputs, form)
-                own = _microseconds(functools.partial(fused.decode_row, inputs, form), device)
-            finally:
-                fused.use(before)
-            exact = fused.formula(query.double(), key.double(), value.double(), None, *form, *inputs.scores)
+            groups = torch.randint(4, (1, 1, 1, width), generator=g).to(device, torch.uint8)
+            transfer = TransferForm(groups, 0.2, 0.8, (Condition(1, 0, 0, 1e-38), Condition(0, 1, 1, 0.1)))
+            z, moved = fused.raw_scores(inputs), torch.zeros((), dtype=torch.bool, device=device)
+            wide = [x.double() for x in (query, key, value)]
+            moves, errors, times = (groups, transfer.numbers), {}, {}
+            for name, given, how in (
+                ("slopes", (form,), (None, [], None, None)),
+                ("transfer", (form, transfer, moved), (*moves, None, None)),
+                ("known_scores", (form, None, None, z), (None, [], None, z.double())),
+            ):
+                run = functools.partial(fused.decode_row, inputs, *given)
+                exact = fused.formula(*wide, None, *form, *how, *inputs.scores)  # type: ignore[arg-type, call-arg]
+                errors[name], times[name] = float((run().double() - exact).abs().max()), _microseconds(run, device)
             many: dict[str, Any] = {"enable_gqa": heads != kv_heads}
             rows.append(
                 {
                     "heads": heads,
                     "kv_heads": kv_heads,
                     "width": width,
-                    "error": float((out.double() - exact).abs().max()),
-                    "fused_us": own,
+                    "error": max(errors.values()),
+                    "errors": errors,
+                    "transfer_was_told": bool(moved),
+                    "fused_us": times["slopes"],
+                    "fused_each_us": times
+                    | {"scores": _microseconds(functools.partial(fused.raw_scores, inputs), device)},
                     "sdpa_us": _microseconds(
                         functools.partial(torch.nn.functional.scaled_dot_product_attention, query, key, value, **many),
                         device,
@@ -139,6 +158,21 @@ def kernel(device: torch.device, dtype: torch.dtype, widths: tuple[int, ...]) ->
                 }
             )
     return rows
+
+
+def pushes(device: torch.device) -> list[dict[str, Any]]:
+    """The same of hidden states pushed along a direction, by width."""
+    found = []
+    for channels in (3584, 4096):
+        g = torch.Generator().manual_seed(channels)
+        x, d = (torch.randn(1, 1, channels, generator=g).to(device) for _ in range(2))
+        for gate in (Gate(), Gate("away"), Gate("beta", 5.0, 1.0, 0.05)):
+            run = functools.partial(pushed, x, d, 0.3, gate=gate)
+            exact = formula(x.double(), d.double(), x.double(), x.double(), 0.3, True, True, *gate)
+            with torch.no_grad():
+                error, time_of = float((run().double() - exact).abs().max()), _microseconds(run, device)
+            found.append({"channels": channels, "gate": gate.kind, "error": error, "us": time_of})
+    return found
 
 
 def _microseconds(run: Callable[[], Any], device: torch.device, times: int = 50) -> float:
@@ -171,11 +205,11 @@ def check(model: Any, inputs: dict[str, Any], spec: str, neutral: str, tokens: i
     made: dict[str, Any] = {"spec": spec}
     with vlm_fix.wrapped(model, spec):
         own = answer(model, inputs, tokens)
-        before = fused.use(False)
+        before = launches.use(False)
         try:
             unfused = answer(model, inputs, tokens)
         finally:
-            fused.use(before)
+            launches.use(before)
     made["finite"] = bool(own[1].amax(dim=-1).isfinite().all())
     made["acts"] = bool((own[2] != plain[2]).any())
     same = int((own[0] == unfused[0]).long().cumprod(dim=1).sum())  # later steps had other tokens before them
@@ -233,7 +267,7 @@ def main() -> None:
     report = Report(args.output, device, dtype, args.seconds)
     widths = tuple(int(width) for width in args.widths.split(","))
     shapes = args.shapes.split(",")
-    first: list[Step] = [("kernel", lambda: kernel(device, dtype, widths))]
+    first: list[Step] = [("kernel", lambda: kernel(device, dtype, widths)), ("pushes", lambda: pushes(device))]
     parts = [first, *(list(steps_of(shape, device, dtype, args.new_tokens, args.rounds)) for shape in shapes)]
     for steps in parts:
         report.plan(steps)

@@ -29,7 +29,8 @@ def eager() -> Iterator[None]:
     """Make wrapped models compute every layer's attention with Hugging Face's eager code, which forms all weights."""
     from transformers.models.llama.modeling_llama import eager_attention_forward
 
-    from vlm_fix.attention import function, fused, inputs
+    from vlm_fix import launches
+    from vlm_fix.attention import function, inputs
 
     def attention(module: Any, query: Any, key: Any, value: Any, mask: Any, *args: Any, **kwargs: Any) -> Any:
         count, width = query.shape[2], key.shape[2]
@@ -41,7 +42,7 @@ def eager() -> Iterator[None]:
         return eager_attention_forward(module, query, key, value, mask, scaling=scaling)
 
     with contextlib.ExitStack() as patches:
-        patches.callback(fused.use, fused.use(False))
+        patches.callback(launches.use, launches.use(False))
         for module in (function, inputs):
             patches.enter_context(unittest.mock.patch.object(module, "sdpa_attention_forward", attention))
         yield

@@ -114,7 +114,7 @@ class Measurer:
             with run.applied(self.model):
                 for task in tasks:
                     how = self.settings.generate_kwargs(task.max_new_tokens)
-                    if task is self.data.pope:
+                    if task is self.data.pope and task is not None:
                         how |= {"max_new_tokens": task.max_new_tokens}
                     spent = 0.0
                     for batch in generation.batches(asked[task.benchmark], int(self.settings.batch_size)):

@@ -1,7 +1,7 @@
 """Show the effect of pruning at each budget: figure and table of a results folder whose runs say keep=N.
 
-`python -m vlm_fix.eval.curves results/picto-llava-pruning docs/pruning.md` draws docs/images/pruning.png and writes the table between
-the page's markers `<!-- curves -->` and `<!-- /curves -->`.
+`python -m vlm_fix.eval.curves results/picto-llava-pruning docs/pruning.md` draws docs/images/pruning.png and writes the table
+between the page's markers `<!-- curves -->` and `<!-- /curves -->`.
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ def load_model(
     try:
         processor = AutoProcessor.from_pretrained(path, **theirs)
         _readable(Path(path))
-        model, info = AutoModelForImageTextToText.from_pretrained(
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
             path,
             output_loading_info=True,
             dtype=("auto" if cuda else torch.float32) if dtype == "auto" else getattr(torch, dtype),
@@ -78,6 +78,7 @@ def load_model(
             **theirs,
             **(model_args or {}),
         )
+        model, info = loaded
     except (VlmFixError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a broken file of a checkpoint raises nearly anything

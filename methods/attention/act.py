@@ -12,16 +12,20 @@ import torch
 import vlm_fix
 from vlm_fix import FewColumnsEdit, Memory, QueryKeyReader, RowScope, Unchanged, VlmFixError, param
 from vlm_fix.arch import Arch
+from vlm_fix.attention.forms import Condition, TransferForm
 from vlm_fix.attention.inputs import QueryRows
 from vlm_fix.attention.kernel import column_means
 from vlm_fix.calibration.search import answer_scores
 from vlm_fix.inputs import InputEdit
 from vlm_fix.method import parse_heads
+from vlm_fix.rows import Rows
 from vlm_fix.sample import Sample
-from vlm_fix.session import PAD, Rows, Session
+from vlm_fix.session import PAD, Session
 from vlm_fix.wing import engine_of
 
 from .sinks import secondary_sinks
+
+TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass
@@ -109,6 +113,14 @@ class ACT(FewColumnsEdit, QueryKeyReader, InputEdit):
         sinks = rows.memory(ACTMemory).sinks[rows.layer]
         sink = rows.groups(sinks, lambda sink, visual: sink.to(weights.dtype))
         return self.reweight(weights, sink[:, :, None], rows)
+
+    def transfer(self, rows: Rows) -> TransferForm:
+        return rows.ahead(self.moves, of=rows.memory(ACTMemory).sinks[rows.layer])
+
+    def moves(self, rows: Rows) -> TransferForm:
+        """From the sinks to all other columns."""
+        groups = 1 + self.separate_columns(rows).to(torch.uint8)
+        return TransferForm(groups, self.beta, 1 - self.beta, (Condition(1, 0, 0, TINY),))
 
     def separate_columns(self, rows: Rows) -> torch.Tensor:
         sinks = rows.memory(ACTMemory).sinks[rows.layer]

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from vlm_fix import ColumnEdit, ColumnFactors, RowScope, param
-from vlm_fix.session import Rows
+from vlm_fix.rows import Rows
 
 
 @dataclass(frozen=True)

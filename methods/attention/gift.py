@@ -10,10 +10,13 @@ import torch
 from torch.nn.functional import pad
 
 from vlm_fix import Arch, InputEdit, PromptStart, RowScope, Sample, Unchanged, VlmFixError, WeightEdit, param
+from vlm_fix.attention.forms import ScoreForm
+from vlm_fix.attention.halves import raised
 from vlm_fix.attention.preview import PlainWeights, preview
 from vlm_fix.calibration.search import best_value
 from vlm_fix.call import Call
-from vlm_fix.session import VISUAL, Rows, Session
+from vlm_fix.rows import Rows
+from vlm_fix.session import VISUAL, Session
 from vlm_fix.words import TEMPLATE, check_template, template_columns
 
 from .saliency import GIFTMemory, counted, saliency_map, top_half
@@ -110,6 +113,25 @@ class GIFT(WeightEdit, PromptStart, InputEdit):
             return self.enhanced(weights, m, question, rows)
         answering = rows.positions >= rows.session.prompt_len - 1
         return torch.where(answering[:, None], self.enhanced(weights, m, question, rows), weights)
+
+    def form_of_scores(self, scores: Callable[[], torch.Tensor], rows: Rows) -> ScoreForm | None:
+        """Factors of weights that are renormalised are logarithms added to scores."""
+        memory = rows.memory(GIFTMemory)
+        if rows.prefill or memory.saliency is None or memory.question is None or rows.session.padded:
+            return None
+        if rows.layer == self.source_layer and not self.edit_source:
+            return ScoreForm()
+        groups, pair = rows.ahead(self.columns, of=memory.saliency)
+        return ScoreForm(bias=torch.bmm(raised(scores(), groups), pair)[:, :, None])
+
+    def columns(self, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+        """The image, the question and alpha m, [B, 3, K]; the last and the second of them, [B, 2, K]."""
+        memory = rows.memory(GIFTMemory)
+        assert memory.saliency is not None and memory.question is not None
+        query = rows.after & ~rows.generated & rows.columns(memory.question, -1)
+        m = (self.alpha or 0.0) * rows.columns(memory.saliency, -1 if self.prepares else self.source_layer)
+        parts = [x[:, 0, 0].float() for x in (rows.visual, query, m * rows.visual)]
+        return torch.stack(parts, dim=1), torch.stack([parts[2], parts[1]], dim=1)
 
     def read(self, a: torch.Tensor, rows: Rows) -> None:
         """Add the shifts of these rows [B, H, R, K]; after the prompt's last one, make the saliency map."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -9,7 +10,8 @@ import torch
 
 from vlm_fix import ScoreEdit, param
 from vlm_fix.arch import Arch
-from vlm_fix.session import Rows
+from vlm_fix.attention.forms import ScoreForm
+from vlm_fix.rows import Rows
 
 
 @dataclass(frozen=True)
@@ -38,3 +40,6 @@ class HGAI(ScoreEdit):
     def edit_scores(self, scores: torch.Tensor, rows: Rows) -> torch.Tensor:
         raised = scores + self.alpha * scores.abs().mean(dim=1, keepdim=True)
         return torch.where(rows.visual, raised, scores)
+
+    def form_of_scores(self, scores: Callable[[], torch.Tensor], rows: Rows) -> ScoreForm:
+        return ScoreForm(bias=self.alpha * (scores().abs().mean(dim=1, keepdim=True) * rows.visual))

@@ -11,7 +11,7 @@ import torch
 from vlm_fix import LogWeightEdit, Unchanged, param
 from vlm_fix.arch import Arch
 from vlm_fix.attention.forms import ScoreForm
-from vlm_fix.session import Rows
+from vlm_fix.rows import Rows
 
 
 @dataclass(frozen=True)

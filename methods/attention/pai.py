@@ -12,7 +12,7 @@ from vlm_fix.arch import Arch
 from vlm_fix.attention.forms import ScoreForm
 from vlm_fix.call import Call
 from vlm_fix.decoding.contrast import plausible
-from vlm_fix.session import Rows
+from vlm_fix.rows import Rows
 
 
 @dataclass(frozen=True)

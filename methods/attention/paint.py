@@ -13,7 +13,8 @@ from vlm_fix.attention.forms import ScoreForm
 from vlm_fix.inputs import InputEdit
 from vlm_fix.packing import pad_to
 from vlm_fix.pruning.encoder import ImageTokens
-from vlm_fix.session import VISUAL, Rows, Session
+from vlm_fix.rows import Rows
+from vlm_fix.session import VISUAL, Session
 from vlm_fix.wing import engine_of
 
 

@@ -11,7 +11,8 @@ from vlm_fix import Memory, QueryKeyReader, RowScope, ScoreEdit, VlmFixError, pa
 from vlm_fix.attention.inputs import QueryRows
 from vlm_fix.inputs import InputEdit
 from vlm_fix.pruning.rows import half_turned
-from vlm_fix.session import VISUAL, Rows, Session
+from vlm_fix.rows import Rows
+from vlm_fix.session import VISUAL, Session
 
 from .segments import allowed, check, image_weights, segments_of, stood_back, turned, turns
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -9,12 +10,13 @@ import torch
 
 from vlm_fix import HeadEdit, Memory, ScoreEdit, param
 from vlm_fix.arch import Arch
-from vlm_fix.session import Rows
+from vlm_fix.attention.forms import ScoreForm
+from vlm_fix.rows import Rows
 
 
 @dataclass
 class SPINMemory(Memory):
-    """factors: layer -> the factors [B, H, R] of its heads, in chunks of rows; between its two stages only."""
+    """factors: layer -> the factors [B, H, R, 1] of its heads, in chunks of rows; between its two stages only."""
 
     factors: dict[int, list[torch.Tensor]] = field(default_factory=dict)
 
@@ -52,12 +54,21 @@ class SPIN(ScoreEdit, HeadEdit):
         """Choose the heads; the scores stay as they are."""
         assert self.keep is not None
         z = scores
-        kept = (z * rows.visual).sum(dim=-1).topk(max(1, int(self.keep * z.shape[1])), dim=1).indices
-        factor = torch.full(z.shape[:3], self.epsilon, dtype=z.dtype, device=z.device)
+        kept = (z * rows.visual).sum(dim=-1, keepdim=True).topk(max(1, int(self.keep * z.shape[1])), dim=1).indices
+        factor = rows.kept(self.turned_down) if z.shape[2] == 1 else self.turned_down(rows)
         chunks = rows.memory(SPINMemory).factors.setdefault(rows.layer, [])
-        chunks.append(factor.scatter(1, kept, 1.0))
+        chunks.append(factor.expand(*z.shape[:3], 1).scatter(1, kept, 1.0))
         return scores
+
+    def turned_down(self, rows: Rows) -> torch.Tensor:
+        """[1, 1, 1, 1] the factor of a head that is not kept."""
+        return torch.full((1, 1, 1, 1), self.epsilon, device=rows.visual.device)
+
+    def form_of_scores(self, scores: Callable[[], torch.Tensor], rows: Rows) -> ScoreForm:
+        self.edit_scores(scores(), rows)
+        return ScoreForm()
 
     def edit_heads(self, outputs: torch.Tensor, rows: Rows) -> torch.Tensor:
         chunks = rows.memory(SPINMemory).factors.pop(rows.layer)
-        return outputs * torch.cat(chunks, dim=2)[..., None].to(outputs.dtype)
+        factors = chunks[0] if len(chunks) == 1 else torch.cat(chunks, dim=2)
+        return outputs * factors.to(outputs.dtype)

@@ -9,14 +9,19 @@ import torch
 
 from vlm_fix import ColumnEdit, ColumnFactors, Memory, QueryKeyReader, RowScope, param
 from vlm_fix.attention.inputs import QueryRows
-from vlm_fix.session import PAD, Rows
+from vlm_fix.attention.traces import row_factor, sharpening, sizes
+from vlm_fix.rows import Rows
+from vlm_fix.session import PAD
+from vlm_fix.wing import engine_of
 
 
 @dataclass
 class TAMEMemory(Memory):
-    """factors: layer -> the factor [B, q] of each row of the running forward."""
+    """Of the running forward, by layer: the factor [B, 1, q, 1] of each row; the keys' trace [B], and of how many columns."""
 
     factors: dict[int, torch.Tensor] = field(default_factory=dict)
+    keys: dict[int, torch.Tensor] = field(default_factory=dict)
+    counted: dict[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -52,25 +57,29 @@ class TAME(ColumnEdit, QueryKeyReader):
     def read_queries_and_keys(self, inputs: QueryRows, rows: Rows) -> None:
         """Compute the factors of this forward's rows."""
         session, q, k = rows.session, inputs.query, inputs.key
+        memory, layer, end = rows.memory(TAMEMemory), rows.layer, session.types.shape[1]
         if rows.prefill:
             session.need_whole_prompt(self.name)
+        # nobody moves the rows of a cache about where generate has one row for each prompt
+        steady = engine_of(session.call.model).call is session.call and len(q) == session.call.batch
+        known = memory.keys.get(layer) if memory.counted.get(layer) == session.start and steady else None
+        if known is not None and q.shape[2] == 1 and k.shape[2] >= end:
+            factor, memory.keys[layer] = row_factor(q, k, session.start, known, self.gamma)
+            memory.factors[layer], memory.counted[layer] = factor, end
+            return
         real = session.types != PAD
-        queries = size(q) * real[:, session.start :].to(q.device)  # [B, q]
-        keys = size(k) * rows.columns(real)[:, 0, 0]  # [B, K]
+        queries = sizes(q) * real[:, session.start :].to(q.device)  # [B, q]
+        keys = sizes(k) * rows.columns(real)[:, 0, 0]  # [B, K]
         prompt = rows.positions < session.prompt_len  # these rows share their traces
         queries = torch.where(prompt, (queries * prompt).sum(dim=1, keepdim=True), queries)
-        hidden = max(0, session.types.shape[1] - k.shape[2])  # columns that a sliding window has left behind
+        hidden = max(0, end - k.shape[2])  # columns that a sliding window has left behind
         last = rows.positions.clamp(min=session.prompt_len - 1) - hidden
         traces = queries, keys.cumsum(dim=1)[:, last.clamp(max=k.shape[2] - 1)]
-        factors = [1 + self.gamma / trace.log().clamp(min=1) for trace in traces]
-        rows.memory(TAMEMemory).factors[rows.layer] = factors[0] * factors[1]
+        factors = [sharpening(trace, self.gamma) for trace in traces]
+        memory.factors[layer] = (factors[0] * factors[1])[:, None, :, None]
+        memory.keys[layer], memory.counted[layer] = traces[1][:, -1], end
 
     def column_factors(self, rows: Rows) -> ColumnFactors:
         factors = rows.memory(TAMEMemory).factors[rows.layer]
-        return ColumnFactors(row_factor=factors[:, None, rows.positions - rows.session.start, None])
-
-
-def size(x: torch.Tensor) -> torch.Tensor:
-    """[B, H, n, D] -> [B, n]: squared norms, mean over the heads, in float32 or better without such a copy of all keys."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    return torch.linalg.vector_norm(x, dim=-1, dtype=dtype).square().mean(dim=1)
+        first, count = rows.numbers[0] - rows.session.start, len(rows.positions)
+        return ColumnFactors(row_factor=factors if count == factors.shape[2] else factors[:, :, first : first + count])

@@ -9,7 +9,7 @@ import torch
 
 from vlm_fix import ColumnEdit, ColumnFactors, RowScope, param
 from vlm_fix.arch import Arch
-from vlm_fix.session import Rows
+from vlm_fix.rows import Rows
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,12 @@ import torch
 
 from vlm_fix import Arch, InputEdit, Memory, Method, RowScope, Sample, VlmFixError, param
 from vlm_fix.attention.edits import LayerInputReader, Unchanged, WeightEdit
+from vlm_fix.attention.forms import Condition, TransferForm
 from vlm_fix.families import arch_of
 from vlm_fix.method import parse_layers
 from vlm_fix.packing import pad_to
-from vlm_fix.session import PAD, Rows, Session
+from vlm_fix.rows import Rows
+from vlm_fix.session import PAD, Session
 
 from .sinks import massive_ratios, secondary_sinks
 
@@ -128,6 +130,19 @@ class VAR(WeightEdit, LayerInputReader, InputEdit):
         _, plain, image, gate = mass.split(1, dim=-1)
         chosen = (plain >= tiny) & (image >= self.min_visual_mass) & (gate >= (self.rho - 1) * 1e-6)
         return a.addcmul(a, torch.bmm(chosen * (mass[..., :2] / plain.clamp(min=tiny)), groups[:, 4:]).view_as(a))
+
+    def transfer(self, rows: Rows) -> TransferForm:
+        return rows.ahead(self.moves, of=rows.memory(VARMemory).sinks[rows.layer])
+
+    def moves(self, rows: Rows) -> TransferForm:
+        """From the sinks to the image's other columns."""
+        sink = rows.columns(rows.memory(VARMemory).sinks[rows.layer])
+        seen = sink & rows.visual
+        visual = rows.visual & seen.any(dim=-1, keepdim=True)
+        groups = (visual & ~sink) + 2 * seen.to(torch.uint8) + 3 * (sink & ~rows.visual).to(torch.uint8)
+        share = 1 - self.rho
+        some, looks = Condition(1, 0, 0, torch.finfo(torch.float32).tiny), Condition(1, 1, 0, self.min_visual_mass)
+        return TransferForm(groups, 1 - self.p, self.p, (some, looks, Condition(share, share - 1, 0, -share * 1e-6)))
 
     def groups(self, sink: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
         """[B, n] booleans -> [B, 6, n]: what is summed over columns, and what is added to them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -9,9 +10,12 @@ import torch
 
 from vlm_fix import Layers, Memory, Unchanged, VlmFixError, WeightEdit, param
 from vlm_fix.arch import Arch
+from vlm_fix.attention.edits import Changes
+from vlm_fix.attention.forms import ScoreForm
 from vlm_fix.method import parse_layers
 from vlm_fix.pruning.kinds import share_of
-from vlm_fix.session import VISUAL, Rows
+from vlm_fix.rows import Rows
+from vlm_fix.session import VISUAL
 
 
 @dataclass
@@ -71,6 +75,22 @@ class VisualTopK(WeightEdit):
         left = left / left.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(left.dtype).tiny)
         return torch.where(hidden.any(dim=-1, keepdim=True), left, weights)
 
+    def form_of_scores(self, scores: Callable[[], torch.Tensor], rows: Rows) -> ScoreForm | None:
+        """Hidden columns as scores of -inf, which is the same."""
+        counts = rows.kept(self.totals)
+        if isinstance(self.choosers, tuple) or rows.session.padded or len(set(counts)) > 1:
+            return None
+        k, total = counts[0]
+        if k >= total:
+            return ScoreForm()
+        seen = torch.where(rows.visual, scores(), -torch.inf).softmax(dim=-1).sum(dim=1, keepdim=True)
+        rows.memory(Changes).in_layer[rows.layer] = True
+        return ScoreForm(bias=rows.ahead(self.hidden).scatter(-1, seen.topk(k, dim=-1).indices, 0.0))
+
+    def hidden(self, rows: Rows) -> torch.Tensor:
+        """[B, 1, 1, K] -inf on image columns, 0 on others."""
+        return torch.zeros(rows.visual.shape, device=rows.visual.device).masked_fill(rows.visual, -torch.inf)
+
     def chosen(self, weights: torch.Tensor, rows: Rows) -> torch.Tensor | None:
         """[B, R, K] True for the image columns that these rows see; None: all."""
         if not isinstance(self.choosers, tuple):
@@ -89,11 +109,17 @@ class VisualTopK(WeightEdit):
         columns = [rows.columns(row, memory.layer)[:, :, 0] for row in memory.chunks[chunk].unbind(dim=1)]
         return torch.cat(columns, dim=1)
 
+    def totals(self, rows: Rows) -> list[tuple[int, int]]:
+        """Of each sample: k as a count, and its image columns."""
+        totals = (rows.session.types == VISUAL).sum(dim=1).tolist()
+        return [(share_of(self.k, n) if n else 0, n) for n in totals]
+
     def counts(self, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
         """[B] each: k as a count, and whether these are all image columns."""
-        totals, device = (rows.session.types == VISUAL).sum(dim=1).tolist(), rows.visual.device
-        counts = torch.tensor([share_of(self.k, n) if n else 0 for n in totals], device=device)
-        return counts, counts >= torch.tensor(totals, device=device)
+        found, device = rows.kept(self.totals), rows.visual.device
+        return torch.tensor([k for k, _ in found], device=device), torch.tensor(
+            [k >= n for k, n in found], device=device
+        )
 
     def vote(self, weights: torch.Tensor, rows: Rows) -> torch.Tensor:
         """[B, R, K] True for the top k."""

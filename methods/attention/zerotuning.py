@@ -13,8 +13,9 @@ import torch
 from vlm_fix import ColumnEdit, ColumnFactors, RowScope, VlmFixError, param, wrapped
 from vlm_fix.arch import Arch
 from vlm_fix.calibration.search import answer_scores, sureness
+from vlm_fix.rows import Rows
 from vlm_fix.sample import Sample
-from vlm_fix.session import PAD, Rows
+from vlm_fix.session import PAD
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from vlm_fix.decoding.contrast import plausible
 from vlm_fix.decoding.draw import hashed
 from vlm_fix.decoding.kinds import Negative
 from vlm_fix.pruning.encoder import ImageTokens, shown_tokens, unreadable, views
-from vlm_fix.session import PAD, Rows
+from vlm_fix.rows import Rows
+from vlm_fix.session import PAD
 
 VISION = ("shuffle", "random", "uniform", "reversed", "none")
 LANGUAGE = ("reverse_and_normalize", "reverse", "uniform", "random", "none")

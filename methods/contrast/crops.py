@@ -13,7 +13,8 @@ from vlm_fix import param
 from vlm_fix.call import Call
 from vlm_fix.decoding.contrast import plausible
 from vlm_fix.decoding.kinds import Negative
-from vlm_fix.session import PAD, Rows, Session
+from vlm_fix.rows import Rows
+from vlm_fix.session import PAD, Session
 
 from .sid import SID, beyond
 

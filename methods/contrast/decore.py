@@ -19,8 +19,9 @@ from vlm_fix.decoding.kinds import entropy
 from vlm_fix.engine import Engine
 from vlm_fix.method import parse_heads
 from vlm_fix.recorder import Recorder
+from vlm_fix.rows import Rows
 from vlm_fix.sample import Sample
-from vlm_fix.session import Rows, Session
+from vlm_fix.session import Session
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from vlm_fix.arch import Arch
 from vlm_fix.call import Call
 from vlm_fix.decoding.contrast import plausible
 from vlm_fix.method import parse_layers
-from vlm_fix.session import TEXT, Rows
+from vlm_fix.rows import Rows
+from vlm_fix.session import TEXT
 
 FUNCTION_WORDS = """about above after again all also and any are because been before being below between both but can cannot could
 did does doing down during each few for from further had has have having her here hers herself him himself his how into its

@@ -15,7 +15,8 @@ from vlm_fix.arch import Arch
 from vlm_fix.call import Call
 from vlm_fix.decoding.contrast import plausible
 from vlm_fix.method import Layers
-from vlm_fix.session import Rows, Session
+from vlm_fix.rows import Rows
+from vlm_fix.session import Session
 
 
 @dataclass

@@ -9,7 +9,8 @@ from typing import ClassVar
 import torch
 
 from vlm_fix import AttentionOutputEdit, LayerOutputEdit, MLPOutputEdit, RowScope, param
-from vlm_fix.session import Rows
+from vlm_fix.hidden.push import pushed
+from vlm_fix.rows import Rows
 
 PLACES = ("mlp_output", "attention_output", "layer_output")
 
@@ -58,9 +59,7 @@ class RandomDirection(AttentionOutputEdit, MLPOutputEdit, LayerOutputEdit):
 
     def pushed(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
         """[B, R, C] -> the same, turned."""
-        length = x.norm(dim=-1, keepdim=True)
-        y = torch.addcmul(x, length, drawn(self.seed, rows.layer, x.shape[-1], x.device), value=self.strength)
-        return y * (length / y.norm(dim=-1, keepdim=True).clamp(min=1e-12))
+        return pushed(x, drawn(self.seed, rows.layer, x.shape[-1], x.device), self.strength)
 
 
 @functools.lru_cache(maxsize=1024)

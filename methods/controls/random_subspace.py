@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 import torch
 
 from vlm_fix import Arch, MLPRawEdit, RowScope, param
-from vlm_fix.session import Rows
+from vlm_fix.hidden.push import without_span
+from vlm_fix.rows import Rows
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,7 @@ class RandomSubspace(MLPRawEdit):
         return self.rank == 0
 
     def mlp_raw(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
-        q, flat = drawn(self.seed, rows.layer, self.rank, x.shape[-1], x.device), x.flatten(0, 1)
-        return torch.addmm(flat, flat @ q.T, q, alpha=-1).view_as(x)
+        return without_span(x, drawn(self.seed, rows.layer, self.rank, x.shape[-1], x.device))
 
 
 @functools.lru_cache(maxsize=1024)

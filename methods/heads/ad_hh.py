@@ -11,12 +11,13 @@ import torch
 
 from vlm_fix import Unchanged, VlmFixError, WeightEdit, param
 from vlm_fix.arch import Arch
+from vlm_fix.attention.forms import Condition, TransferForm
 from vlm_fix.calibration.search import LastRow, batches
 from vlm_fix.families import family_of, get_part, output_projection
 from vlm_fix.hooks import hooked
 from vlm_fix.method import parse_heads
+from vlm_fix.rows import Rows
 from vlm_fix.sample import Sample
-from vlm_fix.session import Rows
 
 # (layers, heads) of the language model -> "layer.head" of LLaVA-1.5 7B and 13B
 KNOWN = {
@@ -85,6 +86,14 @@ class ADHH(WeightEdit):
         listed = rows.kept(self.listed)
         leaning = (a * rows.after).sum(dim=-1, keepdim=True) >= self.threshold
         return a.masked_fill(listed & leaning & rows.after, 0)
+
+    def transfer(self, rows: Rows) -> TransferForm:
+        return rows.ahead(self.cuts)
+
+    def cuts(self, rows: Rows) -> TransferForm:
+        """The text after the image, in listed heads."""
+        text = 2 * (rows.kept(self.listed) & rows.after).to(torch.uint8)
+        return TransferForm(text, 0.0, 0.0, (Condition(0, 1, 0, self.threshold),))
 
     def calibrate(
         self, model: Any, samples: Sequence[Sample], seed: int, progress: Callable[[str, float], None]

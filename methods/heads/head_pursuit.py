@@ -16,8 +16,8 @@ from vlm_fix.calibration.search import batches
 from vlm_fix.families import family_of, get_part, language_head, output_projection
 from vlm_fix.hooks import hooked
 from vlm_fix.method import parse_heads
+from vlm_fix.rows import Rows
 from vlm_fix.sample import Sample
-from vlm_fix.session import Rows
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from vlm_fix import HeadEdit, Memory, PromptStart, RowScope, param
 from vlm_fix.arch import Arch
 from vlm_fix.call import Call
 from vlm_fix.recorder import LastHeads
-from vlm_fix.session import Rows, Session
+from vlm_fix.rows import Rows
+from vlm_fix.session import Session
 from vlm_fix.wing import engine_of
 
 

@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 import torch
 
 from vlm_fix import Arch, FinalOutputEdit, LayerInputEdit, Memory, RowScope, param
-from vlm_fix.session import VISUAL, Rows
+from vlm_fix.rows import Rows
+from vlm_fix.session import VISUAL
 
 from .steering import scaled
 

@@ -12,9 +12,11 @@ from vlm_fix import Arch, AttentionOutputEdit, Memory, MLPOutputEdit, Sample, Vl
 from vlm_fix.calibration.search import LastRow, batches
 from vlm_fix.call import Call
 from vlm_fix.families import family_of, get_part
+from vlm_fix.hidden.push import pushed
 from vlm_fix.hidden.wing import writers
 from vlm_fix.hooks import hooked, overwrite
-from vlm_fix.session import Rows, Session
+from vlm_fix.rows import Rows
+from vlm_fix.session import Session
 
 PARTS = {"rr_attention": "attention_output", "rr_mlp": "mlp_output"}
 LAMBDAS = {"llava": (0.26, 0.16), "llava_next": (0.15, 0.08)}
@@ -22,7 +24,9 @@ LAMBDAS = {"llava": (0.26, 0.16), "llava_next": (0.15, 0.08)}
 
 @dataclass
 class IRIMemory(Memory):
-    outputs: dict[tuple[str, int], torch.Tensor] = field(default_factory=dict)  # (rates, layer) -> a source's [B, R, C]
+    sums: dict[str, torch.Tensor] = field(
+        default_factory=dict
+    )  # rates -> sum of RR_k a_k over its sources so far [B, R, C]
     injected: bool = False
 
 
@@ -101,14 +105,13 @@ class IRI(AttentionOutputEdit, MLPOutputEdit):
         """[B, R, C] -> [B, R, C]; remembers the sources' outputs of this forward."""
         rate, memory, layer, order = getattr(self, rates), rows.memory(IRIMemory), rows.layer, self.ranked(rates)
         sources, targets = order[: self.sources], {*order[: self.targets]} & {*self.layers}  # type: ignore[misc]
-        earlier = [k for k in sources if k < layer and (rates, k) in memory.outputs]
+        earlier = memory.sums[rates].to(x.device) if layer > min(sources) else None
         if layer in sources:
-            memory.outputs[rates, layer] = x
-        if layer not in targets or not earlier or not strength:
+            memory.sums[rates] = rate[layer] * x if earlier is None else torch.add(earlier, x, alpha=rate[layer])
+        if layer not in targets or earlier is None or not strength:
             return x
         memory.injected = True
-        y = x + strength * sum(rate[k] * memory.outputs[rates, k].to(x.device) for k in earlier)
-        return y * (x.norm(dim=-1, keepdim=True) / y.norm(dim=-1, keepdim=True).clamp(min=1e-12))
+        return pushed(x, earlier, strength, relative=False)
 
     def calibrate(
         self, model: Any, samples: Sequence[Sample], seed: int, progress: Callable[[str, float], None]

@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 import torch
 
 from vlm_fix import Arch, LayerInputEdit, LayerOutputEdit, Memory, MLPInputEdit, MLPRawEdit, RowScope, param
-from vlm_fix.session import PAD, VISUAL, Rows, Session
+from vlm_fix.rows import Rows
+from vlm_fix.session import PAD, VISUAL, Session
 from vlm_fix.wing import engine_of
 
 from .steering import scaled
@@ -25,7 +26,7 @@ class MemVRMemory(Memory):
     )  # rows [B, R] that have looked again in this forward
     now: torch.Tensor = field(default_factory=lambda: torch.zeros(0))  # rows that do so in the next layer
     x: torch.Tensor = field(default_factory=lambda: torch.zeros(0))  # what its MLP reads [B, R, C]
-    any: bool = False
+    any: bool | torch.Tensor = False
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class MemVR(LayerInputEdit, LayerOutputEdit, MLPInputEdit, MLPRawEdit):
         return self.prompt_rows == "all"
 
     def changed_something(self, session: Session) -> bool:
-        return session.memory(self, MemVRMemory).any
+        return bool(session.memory(self, MemVRMemory).any)
 
     def layer_input(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
         if rows.layer != 0:
@@ -93,7 +94,7 @@ class MemVR(LayerInputEdit, LayerOutputEdit, MLPInputEdit, MLPRawEdit):
         if rows.layer not in self.layers:  # type: ignore[operator]
             return x
         memory, last = rows.memory(MemVRMemory), rows.session.prompt_len - 1
-        if rows.numbers[0] >= last and self.prompt_rows != "all":
+        if rows.numbers[0] >= last:
             fire = self.entropy(x, rows) > self.threshold
             memory.now, memory.fired = fire & ~memory.fired.to(x.device), memory.fired.to(x.device) | fire
             return x
@@ -114,9 +115,10 @@ class MemVR(LayerInputEdit, LayerOutputEdit, MLPInputEdit, MLPRawEdit):
         return torch.special.entr(p).sum(dim=-1) / math.log(TOP)
 
     def looks_again(self, rows: Rows) -> bool:
-        """True in a layer after one of `layers` in which a row was unsure."""
+        """True in a layer after one of `layers` in which a row was unsure, or may have been: a device is not waited for."""
         now = rows.memory(MemVRMemory).now
-        return rows.layer - 1 in self.layers and bool(now.any())  # type: ignore[operator]
+        after: bool = rows.layer - 1 in self.layers  # type: ignore[operator]
+        return after and ((now.device.type != "cpu" and not rows.prefill) or bool(now.any()))
 
     def mlp_input(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
         if self.looks_again(rows):
@@ -127,13 +129,15 @@ class MemVR(LayerInputEdit, LayerOutputEdit, MLPInputEdit, MLPRawEdit):
         if not self.looks_again(rows):
             return x
         memory = rows.memory(MemVRMemory)
-        z, memory.any = memory.images.to(x.device), True
+        z, now = memory.images.to(x.device), memory.now.to(x.device)
+        if memory.any is not True:
+            memory.any = True if now.device.type == "cpu" or rows.prefill else now.any() | memory.any
         a = memory.x @ z.transpose(1, 2) @ z  # [B, R, C]; columns without an image are 0
         sizes = [y.abs().mean(dim=-1) for y in (x, a)]  # [B, R]
-        if self.prompt_rows == "all":
+        if self.prompt_rows == "all" and rows.prefill:
             prompt = rows.positions < rows.session.prompt_len
             real = ((rows.session.types != PAD).to(x.device)[:, rows.positions] & prompt).to(x.dtype)
             count = real.sum(dim=1, keepdim=True).clamp(min=1)
             sizes = [torch.where(prompt, (size * real).sum(dim=1, keepdim=True) / count, size) for size in sizes]
         a = a * (sizes[0] / sizes[1].clamp(min=1e-30))[..., None]
-        return torch.where(memory.now.to(x.device)[..., None], (1 - self.ratio) * x + self.ratio * a, x)
+        return torch.where(now[..., None], torch.lerp(x, a, self.ratio), x)

@@ -11,7 +11,8 @@ import torch
 
 from vlm_fix import Arch, MLPRawEdit, RowScope, Sample, VlmFixError, param
 from vlm_fix.families import arch_of, family_of, get_part
-from vlm_fix.session import Rows
+from vlm_fix.hidden.push import without_span
+from vlm_fix.rows import Rows
 from vlm_fix.tensors import Tensors
 
 from .baking import project_mlp
@@ -77,9 +78,7 @@ class Nullu(MLPRawEdit):
 
     def mlp_raw(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
         assert isinstance(self.file, Tensors)
-        q = self.file.on(str(rows.layer), x.device)
-        flat = x.flatten(0, 1)
-        return torch.addmm(flat, flat @ q.T, q, alpha=-1).view_as(x)
+        return without_span(x, self.file.on(str(rows.layer), x.device))
 
     def bake(self, model: Any) -> None:
         """Project the MLP weights of an unwrapped model in place."""

@@ -6,10 +6,12 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from torch.nn.functional import cosine_similarity, normalize, softplus
+from torch.nn.functional import normalize
 
 from vlm_fix import Arch, AttentionOutputEdit, LayerInputEdit, Memory, RowScope, param
-from vlm_fix.session import PAD, Rows
+from vlm_fix.hidden.push import NONE, Gate, pushed
+from vlm_fix.rows import Rows
+from vlm_fix.session import PAD
 
 from .steering import scaled
 
@@ -19,6 +21,7 @@ class RUDDERMemory(Memory):
     stream: dict[int, torch.Tensor] = field(default_factory=dict)  # layer -> its input of this forward's rows [B, R, C]
     total: dict[int, torch.Tensor] = field(default_factory=dict)  # layer -> sum over prompt rows [B, C]
     weight: dict[int, torch.Tensor] = field(default_factory=dict)  # layer -> sum of the rows' weights [B, 1]
+    direction: dict[int, torch.Tensor] = field(default_factory=dict)  # layer -> v [B, 1, C], once the prompt was read
 
 
 @dataclass(frozen=True)
@@ -74,19 +77,26 @@ class RUDDER(AttentionOutputEdit, LayerInputEdit):
 
     def attention_output(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
         memory, session, i = rows.memory(RUDDERMemory), rows.session, rows.layer
-        prompt = rows.positions < session.prompt_len
         if rows.prefill:
+            prompt = rows.positions < session.prompt_len
             real = (session.types != PAD).to(x.device)[:, rows.positions] & prompt  # [B, R]
             w = (x.norm(dim=-1) if self.pool == "weighted" else torch.ones_like(x[..., 0])) * real
             memory.total[i] = memory.total.get(i, 0) + (w[..., None] * x).sum(dim=1)
             memory.weight[i] = memory.weight.get(i, 0) + w.sum(dim=1, keepdim=True)
+            memory.direction[i] = normalize(memory.total[i] / memory.weight[i].clamp(min=1e-12), dim=-1)[:, None]
         if rows.numbers[-1] < session.prompt_len - 1:
             return x
-        edited = rows.positions >= session.prompt_len - 1
-        v = normalize(memory.total[i] / memory.weight[i].clamp(min=1e-12), dim=-1)[:, None]  # [B, 1, C]
         h = memory.stream[i]
-        s = cosine_similarity(h if self.gate_on == "stream" else x, v, dim=-1)[..., None]
-        a, b = softplus(self.k * s + self.c), softplus(-self.k * s + self.c)
-        g = (a / (a + b)).clamp(min=self.gate_low) if self.gated else torch.ones_like(s)
-        most = self.alpha * h.norm(dim=-1, keepdim=True) if self.absolute is None else self.absolute
-        return x + edited[:, None] * most * g * v
+        y = pushed(
+            x,
+            memory.direction[i],
+            self.alpha if self.absolute is None else self.absolute,
+            relative=self.absolute is None,
+            keep_norm=False,
+            gate=Gate("beta", self.k, self.c, self.gate_low) if self.gated else NONE,
+            length_of=h,
+            cosine_of=h if self.gate_on == "stream" else x,
+        )
+        if rows.numbers[0] >= session.prompt_len - 1:
+            return y
+        return torch.where((rows.positions >= session.prompt_len - 1)[:, None], y, x)

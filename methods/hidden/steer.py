@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 
 from vlm_fix import Arch, AttentionOutputEdit, LayerOutputEdit, MLPOutputEdit, RowScope, VlmFixError, param
-from vlm_fix.session import Rows
+from vlm_fix.rows import Rows
 from vlm_fix.tensors import Tensors
 
 from .files import Source, by_layer, place_of

@@ -7,23 +7,25 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
-from torch.nn.functional import cosine_similarity, normalize
+from torch.nn.functional import normalize
 
 from vlm_fix import Arch, Layers, Memory, MLPOutputEdit, RowScope, VlmFixError, param
 from vlm_fix.call import Call
 from vlm_fix.decoding.kinds import LogitEdit
 from vlm_fix.decoding.step import Step
+from vlm_fix.hidden.push import Gate, pushed
 from vlm_fix.hidden.states import last_rows, whole_prompt
 from vlm_fix.method import parse_layers
-from vlm_fix.session import Rows, Session
+from vlm_fix.rows import Rows
+from vlm_fix.session import Session
 from vlm_fix.wing import engine_of
 
-from .steering import scaled, turned
+from .steering import scaled
 
 
 @dataclass
 class VISTAMemory(Memory):
-    directions: dict[int, torch.Tensor] = field(default_factory=dict)  # layer -> unit vectors [B, C]
+    directions: dict[int, torch.Tensor] = field(default_factory=dict)  # layer -> unit vectors [B, 1, C]
 
 
 @dataclass(frozen=True)
@@ -91,12 +93,12 @@ class VISTA(MLPOutputEdit, LogitEdit):
         image, text = (last_rows(engine, x) for x in (whole_prompt(call, self.name), call.without_images()))
         directions = session.memory(self, VISTAMemory).directions
         for layer in self.sees:
-            directions[layer] = normalize(image[layer] - text[layer], dim=-1).repeat_interleave(times, dim=0)
+            unit = normalize(image[layer] - text[layer], dim=-1)
+            directions[layer] = unit.repeat_interleave(times, dim=0)[:, None]
 
     def mlp_output(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
-        v = rows.memory(VISTAMemory).directions[rows.layer].to(x.device)[:, None]
-        away = cosine_similarity(x, -v, dim=-1).clamp(min=0)[..., None]
-        return turned(x, self.lam * (1 + away) * v)
+        v = rows.memory(VISTAMemory).directions[rows.layer].to(x.device)
+        return pushed(x, v, self.lam, gate=Gate("away"))
 
     @property
     def exits(self) -> tuple[int, ...]:

@@ -11,13 +11,13 @@ import torch
 from torch.nn.functional import normalize
 
 from vlm_fix import Arch, MLPOutputEdit, RowScope, Sample, VisionMLPEdit, VlmFixError, param
-from vlm_fix.session import Rows
+from vlm_fix.hidden.push import pushed
+from vlm_fix.rows import Rows
 from vlm_fix.tensors import Tensors, read_tensors
 
 from .files import Source
 from .masked_images import masked_differences
 from .pairs import answer_states
-from .steering import turned
 
 SHARE = 0.1  # the official code's factor on both strengths
 
@@ -112,7 +112,7 @@ class VTI(MLPOutputEdit, VisionMLPEdit):
 
     def mlp_output(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
         assert isinstance(self.file, Tensors)
-        return turned(x, SHARE * self.alpha_text * self.file.on(f"text.{rows.layer}", x.device))
+        return pushed(x, self.file.on(f"text.{rows.layer}", x.device), SHARE * self.alpha_text)
 
     def vision_mlp(self, x: torch.Tensor, layer: int) -> torch.Tensor:
         assert isinstance(self.file, Tensors)
@@ -122,7 +122,7 @@ class VTI(MLPOutputEdit, VisionMLPEdit):
                 f"vti: vision.{layer} is {list(d.shape)}, but the tower's layer has {list(x.shape[-2:])}: calibrate again on "
                 "this model, with images of this size."
             )
-        return turned(x, SHARE * self.alpha_vision * d)
+        return pushed(x, d, SHARE * self.alpha_vision)
 
     def calibrate(
         self, model: Any, samples: Sequence[Sample], seed: int, progress: Callable[[str, float], None]

@@ -12,7 +12,8 @@ from torch.nn.functional import pad
 from vlm_fix import Arch, Memory, Method, WeightReader, param
 from vlm_fix.decoding.kinds import LogitEdit
 from vlm_fix.decoding.step import Step
-from vlm_fix.session import TEXT, Rows, Session
+from vlm_fix.rows import Rows
+from vlm_fix.session import TEXT, Session
 from vlm_fix.words import TEMPLATE, check_template, template_columns
 
 

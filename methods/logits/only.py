@@ -14,7 +14,8 @@ from vlm_fix.decoding.kinds import LogitEdit
 from vlm_fix.decoding.step import Step
 from vlm_fix.families import get_part, output_projection
 from vlm_fix.hidden.wing import mlp_of
-from vlm_fix.session import PAD, Rows
+from vlm_fix.rows import Rows
+from vlm_fix.session import PAD
 
 
 @dataclass

@@ -14,7 +14,7 @@ from torch.nn.functional import normalize, pad
 from vlm_fix import Layers, Memory, Searcher, WeightReader, param
 from vlm_fix.arch import Arch
 from vlm_fix.decoding.search import Search, Sequences
-from vlm_fix.session import Rows
+from vlm_fix.rows import Rows
 
 
 @dataclass

@@ -13,7 +13,7 @@ from vlm_fix.arch import Arch
 from vlm_fix.decoding.kinds import Searcher
 from vlm_fix.decoding.logits import fingerprints
 from vlm_fix.decoding.search import Search, Sequences
-from vlm_fix.session import Rows
+from vlm_fix.rows import Rows
 
 
 @dataclass

@@ -20,13 +20,26 @@ from tests.support.models import BUILD, make_inputs, single
 from tests.support.references import attention as edits
 from tests.support.references import base as ref
 from tests.support.run import error, greedy
+from vlm_fix import launches
 from vlm_fix.attention import AttentionPath, AttentionWing, few_columns, strategies
 from vlm_fix.attention.columns import column_attention
 from vlm_fix.attention.edits import ColumnFactors
 from vlm_fix.attention.inputs import AttentionInputs
 from vlm_fix.registry import get_method
 
-FUSED = [s for s in ROWS if s.startswith(("pai:", "vaf", "avar", "zerotuning", "locore", "tame", "paint:alpha=1"))]
+FORMS = (
+    "pai:",
+    "vaf",
+    "avar",
+    "zerotuning",
+    "locore",
+    "tame",
+    "paint:alpha=1",
+    "act:threshold=0.06",
+    "var:tau",
+    "ad_hh",
+)
+FUSED = [s for s in ROWS if s.startswith((*FORMS, "hgai", "spin"))]
 STATIC = [s for s in ROWS if s.startswith(("zerotuning", "vaf", "avar"))]
 
 
@@ -71,6 +84,35 @@ def test_forms_of_a_stack_equal_the_row_kernel(models, stack, paths):
         seen = paths(path)
         with vlm_fix.wrapped(models["llava"], stack):
             logits.append(greedy(models["llava"], inputs)[1])
+        assert (("decode_row", 1) in seen) == (path == "fused")
+    assert error(logits[1], logits[0].double()) < 1e-5
+
+
+@pytest.mark.parametrize("spec", ["visual_topk:k=5", "visual_topk:k=0.3,layers=1-", "visual_topk:k=1000,layers=1-"])
+def test_columns_hidden_as_scores_equal_the_row_kernel(models, spec, paths):
+    """Where all samples hide as many: one prompt, and a batch of prompts without padding."""
+    same = {k: torch.cat([v, v]) for k, v in make_inputs("llava", [1]).items()}
+    for inputs in (make_inputs("llava", [2]), same):
+        logits = []
+        for path in ("kernel", "fused"):
+            seen = paths(path)
+            with vlm_fix.wrapped(models["llava"], spec):
+                logits.append(greedy(models["llava"], inputs)[1])
+            assert (("decode_row", 1) in seen) == (path == "fused")
+        assert error(logits[1], logits[0].double()) < 1e-5
+
+
+@pytest.mark.parametrize("spec", ["gift:alpha=3,source_layer=1,layers=2-3", "gift:alpha=2,source_layer=3,layers=0-"])
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_gift_in_three_launches_equals_the_row_kernel(models, name, spec, paths):
+    logits = []
+    for path in ("kernel", "fused"):
+        seen, before = paths(path), launches.use(path == "fused")
+        try:
+            with vlm_fix.wrapped(models[name], spec):
+                logits.append(greedy(models[name], single(name, [1, 2], 1), 5)[1])
+        finally:
+            launches.use(before)
         assert (("decode_row", 1) in seen) == (path == "fused")
     assert error(logits[1], logits[0].double()) < 1e-5
 

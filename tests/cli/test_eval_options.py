@@ -128,15 +128,15 @@ def test_faults_of_a_file_are_one_sentence(text: str, message: str, tmp_path: Pa
 
 def test_a_value_that_the_parser_refuses_is_an_error(tmp_path: Path, asked: list, capsys: Any) -> None:
     for text, message in (
-        ("benchmark: pope\nlimit: many\n", "run.yaml: --limit is 'many': give a whole number"),
-        ("benchmark: pope\ntemperature: hot\n", "run.yaml: --temperature is 'hot': give a number"),
+        ("benchmark: pope\nlimit: many\n", "given.yaml: --limit is 'many': give a whole number"),
+        ("benchmark: pope\ntemperature: hot\n", "given.yaml: --temperature is 'hot': give a number"),
         ("benchmark: pope\nbatch-size: big\n", "'big' is no size: give a whole number, or auto"),
         ("benchmark: popo\n", "there is no 'popo'"),
     ):
         with pytest.raises(SystemExit):
             cli.main(["eval", "--config", _file(tmp_path, text)])
         error = capsys.readouterr().err
-        assert message in error and "run.yaml" in error and not asked
+        assert message in error and "given.yaml" in error and not asked
 
 
 def test_a_revision_of_a_folder_or_a_bundled_model_is_refused(tmp_path: Path, capsys: Any) -> None:

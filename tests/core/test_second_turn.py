@@ -15,6 +15,7 @@ import vlm_fix
 from tests.support.models import IMAGE, single
 from tests.support.references import base as ref
 from tests.support.run import error, greedy
+from vlm_fix import launches
 from vlm_fix.families.compat import CACHE, cache_of
 
 EQUAL = [
@@ -68,6 +69,27 @@ def test_second_turn_equals_whole_conversation(family, model, spec, second_image
     plain = greedy(model, inputs, 5, suppress_tokens=[IMAGE])[1]
     assert not torch.allclose(plain, whole[1], atol=1e-3), "the edit must matter for this test to mean anything"
     assert torch.equal(whole[0], turn[0]) and torch.allclose(whole[1], turn[1], atol=2e-4)
+
+
+LAUNCHED = (
+    "act:threshold=0.06,beta=0.1,layers=3",
+    "var:tau=2,min_visual_mass=0.1,rho=0.2,p=0.9,layers=3",
+    "tame:layers=3",
+)
+
+
+@pytest.mark.parametrize("spec", (*LAUNCHED, "ad_hh:threshold=0.15,head_list=3.0|3.1|3.2", "visual_topk:k=5,layers=3"))
+def test_a_second_turn_in_one_launch_equals_the_row_kernel(models, spec):
+    """What was made ahead for the answer's rows is made anew for those of the next turn."""
+    found = []
+    for launched in (False, True):
+        before = launches.use(launched)
+        try:
+            with vlm_fix.wrapped(models["llava"], spec):
+                found.append(greedy(models["llava"], conversation("llava", models["llava"], False)[2], 4)[1])
+        finally:
+            launches.use(before)
+    assert error(found[1], found[0].double()) < 1e-5
 
 
 def test_cca_refuses_a_new_image_on_a_kept_cache(models):

@@ -21,7 +21,8 @@ from vlm_fix.families.compat import CACHE, cache_of
 from vlm_fix.method import parse_layers
 from vlm_fix.packing import left_pack
 from vlm_fix.registry import get_method, parse, split_methods
-from vlm_fix.session import Rows, Session
+from vlm_fix.rows import Rows
+from vlm_fix.session import Session
 from vlm_fix.wing import installed
 
 
@@ -143,8 +144,8 @@ def test_models_and_calls_that_do_not_fit_are_refused(models):
             model(**one, output_attentions=True)
         with pytest.raises(vlm_fix.VlmFixError, match="pass the prompt as input_ids"):
             model.generate(inputs_embeds=torch.zeros(1, 3, 64), max_new_tokens=2)
-        with pytest.raises(vlm_fix.VlmFixError, match="hiprune does not work with a static cache; drop that option"):
-            model.generate(**one, max_new_tokens=2, cache_implementation="static")
+        with pytest.raises(vlm_fix.VlmFixError, match="hiprune does not work with chunked prefill; drop that option"):
+            model.generate(**one, max_new_tokens=2, prefill_chunk_size=11)
     with vlm_fix.wrapped(model, "pai"):
         with (
             torch.no_grad(),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import math
 from dataclasses import dataclass
 from typing import ClassVar
@@ -17,7 +19,7 @@ from tests.support.references.pruning_after import STEPS, Slow, quota
 from tests.support.references.pruning_before import ranked
 from tests.support.run import VAR_TINY, error, greedy
 from vlm_fix import AttentionOutputEdit, MLPOutputEdit
-from vlm_fix.attention import inputs as attention_inputs
+from vlm_fix.attention.inputs import AttentionInputs
 from vlm_fix.families.compat import CACHE, cache_of
 from vlm_fix.pruning import PruningWing
 from vlm_fix.pruning.cache import ShortLayer
@@ -301,13 +303,13 @@ def widths(model, inputs, steps, layer=1):
     seen = []
     module = model.model.language_model.layers[layer].self_attn
 
-    def spy(*args, **kwargs):
-        seen.append(args[2].shape[2]) if args[0] is module else None
-        return sdpa(*args, **kwargs)
+    def spy(self):
+        seen.append(self.key.shape[2]) if self.module is module else None
+        return sdpa(self)
 
     with pytest.MonkeyPatch.context() as patch:
-        sdpa = attention_inputs.sdpa_attention_forward
-        patch.setattr(attention_inputs, "sdpa_attention_forward", spy)
+        sdpa = AttentionInputs.sdpa
+        patch.setattr(AttentionInputs, "sdpa", spy)
         out = model.generate(**inputs, max_new_tokens=steps, do_sample=False, return_dict_in_generate=True)
     return seen[1:], out
 
@@ -467,3 +469,21 @@ def test_images_whose_rows_end_in_a_token():
     length = inputs["input_ids"].shape[1]
     size = int((inputs["input_ids"] == model.config.image_token_id).sum())
     assert cache_of(out).layers[0].keys.shape[2] == length - size + 3
+
+
+@pytest.mark.parametrize("spec", ["knorm:keep=0.5", "fastv:keep=0.5", "a_vl:keep=0.5"])
+@pytest.mark.parametrize("next_method", [None, "pai:alpha=0.5"])
+def test_a_cache_outlives_its_pruner_as_an_error(spec, next_method):
+    """Masks and positions of a plain model do not fit to what a pruner left: neither do those of the next method."""
+    model, inputs = BUILD["llava"](), single("llava", [1, 2], 0)
+    with vlm_fix.wrapped(model, spec):
+        out = model.generate(**inputs, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
+    ids, cache = out.sequences, cache_of(out)
+    more = {"input_ids": torch.cat([ids, ids[:, :4]], dim=1), "max_new_tokens": 2}
+    for kept in (copy.deepcopy(cache), cache):
+        with contextlib.ExitStack() as stack:
+            if next_method:
+                stack.enter_context(vlm_fix.wrapped(model, next_method))
+            told = "the cache was filled while" if next_method else "no longer on the model dropped tokens"
+            stack.enter_context(pytest.raises(vlm_fix.VlmFixError, match=told))
+            model.generate(**more, **{CACHE: kept})

@@ -19,6 +19,7 @@ import urllib.request
 import pytest
 
 from tests.serving.support import CAPTION, PATH, Case, HuggingFace
+from tests.serving.wrong import SAID, WRONG
 from tests.support.pictures import png_header
 from vlm_fix.eval.run.runner import evaluate
 from vlm_fix.eval.settings import Settings
@@ -159,14 +160,13 @@ def test_an_evaluation_through_the_server_has_the_answers_of_generate(server, tm
     assert results["runs"] == json.loads((tmp_path / "server" / "results.json").read_text())["runs"]
 
 
-@pytest.mark.parametrize(
-    "asked, words", [({"alhpa": 1}, "cannot change"), ({"vcd": {"alpha": 1}}, "this server runs pai"), (3, "give")]
-)
-def test_anything_else_is_a_400_with_a_sentence(server, asked, words):
+@pytest.mark.parametrize("what", WRONG)
+def test_anything_else_is_a_400_with_a_sentence(server, what):
     with pytest.raises(urllib.error.HTTPError) as caught:
-        server.ask(body(Case((0,), CAPTION), vlm_fix=asked))
-    assert caught.value.code == 400
-    assert words in json.load(caught.value)["error"]["message"]
+        server.ask(body(Case((), CAPTION), vlm_fix=WRONG[what]))
+    said = json.load(caught.value)["error"]["message"]
+    assert caught.value.code == 400 and "\n" not in said
+    assert said.startswith(("vlm_fix", "pai: ")) and SAID.get(what, "") in said
 
 
 @pytest.mark.parametrize(

@@ -132,7 +132,7 @@ def run(func, args, kwargs):
         target = torch.device(NAME, wanted.index or 0) if wanted.type == NAME else None
         kwargs = {**kwargs, "device": "cpu"}
     out = func(*tree_map(held, args), **tree_map(held, kwargs))
-    if func._schema.is_mutable and args and isinstance(args[0], torch.Tensor):
+    if func._schema.is_mutable and func.namespace == "aten" and args and isinstance(args[0], torch.Tensor):
         return args[0]
     if target is None:
         return out

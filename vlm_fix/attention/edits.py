@@ -24,10 +24,11 @@ from vlm_fix.call import Call
 from vlm_fix.errors import VlmFixError
 from vlm_fix.memory import Memory
 from vlm_fix.method import Layers, Method, param
+from vlm_fix.rows import Rows
 from vlm_fix.scope import RowScope
-from vlm_fix.session import Rows, Session
+from vlm_fix.session import Session
 
-from .forms import ScoreForm
+from .forms import ScoreForm, TransferForm
 from .inputs import QueryRows
 
 
@@ -67,6 +68,15 @@ class Changes(Memory):
             some = moved.any() | known
             host = some.device.type == "cpu"  # elsewhere asking would wait for the device
             self.in_layer[layer] = bool(some) if host else some
+
+    def flag(self, layer: int, device: torch.device) -> torch.Tensor | None:
+        """A boolean to be raised if a row of this layer was changed; None if one is known to have been."""
+        known = self.in_layer.get(layer, False)
+        if not isinstance(known, torch.Tensor):
+            if known:
+                return None
+            known = self.in_layer[layer] = torch.zeros((), dtype=torch.bool, device=device)
+        return known
 
     def any(self) -> bool:
         """True also if nothing was noted."""
@@ -112,6 +122,22 @@ class AttentionEdit(Method):
     def form(self, rows: Rows) -> ScoreForm | None:
         """What it does to the scores of one decode row, for the kernel that runs such a row in one launch; None: no such form."""
         return None
+
+    def form_of_scores(self, scores: Callable[[], torch.Tensor], rows: Rows) -> ScoreForm | None:
+        """The same, for a method that has to see the scores of all heads first: scores() [B, H, 1, K], before the mask.
+
+        It is asked only where no other edit changes scores or weights, and notes in `Changes` itself what it leaves unchanged.
+        """
+        return None
+
+    def transfer(self, rows: Rows) -> TransferForm | None:
+        """What it does to the weights of one decode row, for that kernel, made by `rows.ahead`; None: no such form."""
+        return None
+
+    @classmethod
+    def has(cls, form: str) -> bool:
+        """True if the class gives "form", "form_of_scores" or "transfer"."""
+        return getattr(cls, form) is not getattr(AttentionEdit, form)
 
     def acts_in(self, branch: str) -> bool:
         """True if it acts in this branch: "main", or a name of `Contrast.branches`."""

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch.nn.functional import pad
 
-from vlm_fix.session import Rows
+from vlm_fix.rows import Rows
 
 from .edits import FewColumnsEdit
 from .inputs import AttentionInputs

@@ -1,8 +1,7 @@
-"""Edits of one decode row in a form that one launch can run: slopes and biases by column, and gains of groups of columns."""
+"""Edits of one decode row in a form that one launch can run: slopes and biases by column, weights that move between columns."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -54,11 +53,44 @@ class ScoreForm(NamedTuple):
         return ScoreForm(wide(self.up, 1.0), wide(self.down, 1.0), wide(self.bias, 0.0))
 
 
-class MassForm(NamedTuple):
-    """A change of weights by the mass of groups of columns: a_j <- gain_g a_j for the columns j of group g.
+class Condition(NamedTuple):
+    """first m_1 + second m_2 + third m_3 >= least, of the weight m_g that a row gives to each group of columns."""
 
-    groups [B, 1 or H, G, K] 0 or 1, no column in two of them; gains(masses [B, H, G]) -> [B, H, G].
+    first: float
+    second: float
+    third: float
+    least: float
+
+
+ALWAYS = Condition(0.0, 0.0, 0.0, -1.0)
+
+
+class TransferForm(NamedTuple):
+    """A change of weights that moves them from some columns to others, where the row meets all conditions.
+
+    a_j <- a_j (1 + move (m_2 + m_3) / m_1) for the columns j of group 1;  a_j <- keep a_j for those of groups 2 and 3.
     """
 
-    groups: torch.Tensor
-    gains: Callable[[torch.Tensor], torch.Tensor]
+    groups: torch.Tensor  # [B, 1 or H, 1, K] uint8: 0 (left alone) to 3
+    keep: float
+    move: float
+    conditions: tuple[Condition, ...]  # three at most
+
+    @property
+    def numbers(self) -> list[float]:
+        """keep, move and three conditions."""
+        given = (*self.conditions, ALWAYS, ALWAYS, ALWAYS)[:3]
+        return [self.keep, self.move, *(x for condition in given for x in condition)]
+
+
+def transferred(a: torch.Tensor, groups: torch.Tensor, numbers: list[float]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights [B, H, 1, K] by `TransferForm.numbers` -> edited ones, and whether any row met the conditions and changed."""
+    keep, move, *rest = numbers
+    m = [(a * (groups == g)).sum(dim=-1, keepdim=True) for g in (1, 2, 3)]
+    hold = torch.ones_like(m[0], dtype=torch.bool)
+    for i in range(0, len(rest), 4):
+        hold = hold & (rest[i] * m[0] + rest[i + 1] * m[1] + rest[i + 2] * m[2] >= rest[i + 3])
+    moved = m[1] + m[2]
+    gain = 1 + move * moved / m[0].clamp(min=torch.finfo(a.dtype).tiny)
+    gains = torch.where(groups == 1, gain, torch.where(groups >= 2, keep, 1.0))
+    return torch.where(hold, a * gains, a), (hold & (moved > 0)).any()

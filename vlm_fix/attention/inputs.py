@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward, use_gqa_in_sdpa
 
 from .scores import Scores
 
@@ -60,6 +60,14 @@ class AttentionInputs:
 
     def sdpa(self) -> torch.Tensor:
         """All rows by SDPA, without edits: [B, q, H, D]."""
+        query, key = self.query, self.key
+        if query.shape[2] == 1 and self.kwargs.get("position_bias") is None:  # the same call, with one view less
+            grouped = getattr(self.module, "num_key_value_groups", 1) > 1
+            if not grouped or use_gqa_in_sdpa(self.mask, key, self.value):
+                out = torch.nn.functional.scaled_dot_product_attention(
+                    query, key, self.value, self.mask, self.dropout, scale=self.scaling, enable_gqa=grouped
+                )
+                return out.view(len(out), 1, query.shape[1], -1)
         how = {"dropout": self.dropout, "scaling": self.scaling, **self.kwargs}
         return sdpa_attention_forward(self.module, self.query, self.key, self.value, self.mask, **how)[0]
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from vlm_fix.method import shaped
-from vlm_fix.session import Rows
+from vlm_fix.rows import Rows
 
 from .edits import AttentionEdit, Changes, Unchanged
 from .inputs import QueryRows

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from vlm_fix.effects import Effects
-from vlm_fix.session import Rows, Session
+from vlm_fix.rows import Rows
+from vlm_fix.session import Session
 
 from .edits import AttentionEdit, Changes, FewColumnsEdit, Unchanged
 from .fused import usable
@@ -133,12 +135,25 @@ def _is_fused(stages: Stages, inputs: AttentionInputs, plain: bool, path: Attent
     """True for one row, of which all edits see nothing but scores, on a device that runs it in one launch."""
     if not plain or inputs.query.shape[2] != 1 or inputs.windowed or torch.is_grad_enabled():
         return False
-    acting = [edit for _, edit in (*stages.scores, *stages.log_weights)]
-    if any(edit.may_leave_unchanged is Unchanged.ANY_ROW or type(edit).form is AttentionEdit.form for edit in acting):
-        return False
-    if stages.weights or stages.weight_readers or stages.maskers or not acting:
+    acting = dict.fromkeys(edit for _, edit in (*stages.scores, *stages.log_weights, *stages.weights))
+    if (
+        stages.weight_readers
+        or stages.maskers
+        or not acting
+        or not all(map(functools.partial(_has_form, stages), acting))
+    ):
         return False
     return path is AttentionPath.FUSED or (path is AttentionPath.AUTO and usable(inputs.query))
+
+
+def _has_form(stages: Stages, edit: AttentionEdit) -> bool:
+    """True if one launch, or two, can run the edit of one row together with the others."""
+    raw = {other for _, other in (*stages.scores, *stages.log_weights)}
+    if edit.has("form_of_scores"):
+        return len(raw | {other for _, other in stages.weights}) == 1
+    if edit.has("transfer"):
+        return len(stages.weights) == 1 and edit not in raw
+    return edit.has("form") and edit.may_leave_unchanged is not Unchanged.ANY_ROW
 
 
 def _only_few_columns(stages: Stages) -> bool:

@@ -12,8 +12,9 @@ import torch
 from vlm_fix.families.compat import cache_of, with_cache
 from vlm_fix.method import Method
 from vlm_fix.recorder import Recorder
+from vlm_fix.rows import Rows
 from vlm_fix.scope import RowScope
-from vlm_fix.session import Rows, Session
+from vlm_fix.session import Session
 from vlm_fix.wing import engine_of
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from vlm_fix.effects import Effects
-from vlm_fix.session import Rows
+from vlm_fix.rows import Rows
 
 from .edits import (
     AttentionEdit,

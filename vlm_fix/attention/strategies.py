@@ -10,15 +10,16 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 
+from vlm_fix.effects import Effects
 from vlm_fix.memory import ForwardCache
 from vlm_fix.session import SLACK
 
 from .columns import column_attention
-from .edits import ColumnFactors, FewColumnsEdit, Unchanged
+from .edits import AttentionEdit, Changes, ColumnFactors, FewColumnsEdit, Unchanged
 from .few_columns import few_columns_attention
 from .flex import block_mask, flex_rows
 from .forms import ScoreForm
-from .fused import decode_row
+from .fused import decode_row, raw_scores
 from .inputs import AttentionInputs
 from .kernel import edited_heads, edited_rows
 from .stages import LayerEdits
@@ -124,18 +125,51 @@ def few_columns(work: LayerWork) -> torch.Tensor:
 
 
 def fused_row(work: LayerWork) -> torch.Tensor:
-    """Run the one decode row in one launch, with the scores' edits as one form."""
-    form = None if work.keeps_rows else form_of(work)
-    if form is None:
-        return row_kernel(work)
-    rows = decode_row(work.inputs.rows_from(0), form).transpose(1, 2)
-    return edited_heads(rows, work.edits) if work.edits.stages.heads else rows
+    """Run the one decode row in one launch, or in two where an edit has to see all heads' scores first."""
+    edits, inputs = work.edits, work.inputs.rows_from(0)
+    stages = edits.stages
+    alone = next(((i, e) for i, e in (*stages.scores, *stages.weights) if e.has("form_of_scores")), None)
+    form: ScoreForm | None
+    if alone:
+        known: list[torch.Tensor] = []
+
+        def scores() -> torch.Tensor:
+            known.append(raw_scores(inputs))
+            return known[0]
+
+        form = alone[1].form_of_scores(scores, edits.rows[alone[0]])
+        if form is None:
+            return row_kernel(work)
+        if edits.effects and alone[1].may_leave_unchanged is Unchanged.NO_ROW:
+            note_form(edits.effects, alone[1], form)
+        rows = decode_row(inputs, form, z=known[0] if known else None)
+    else:
+        form, transfer, moved = form_of(work), None, None
+        for i, edit in stages.weights:
+            transfer = edit.transfer(edits.rows[i])
+            if transfer is not None and edit.may_leave_unchanged is Unchanged.ANY_ROW:
+                moved = edits.rows[i].memory(Changes).flag(edits.rows[i].layer, inputs.query.device)
+        if form is None or (stages.weights and transfer is None):
+            return row_kernel(work)
+        rows = decode_row(inputs, form, transfer, moved)
+    rows = rows.transpose(1, 2)
+    return edited_heads(rows, edits) if stages.heads else rows
+
+
+def note_form(effects: Effects, edit: AttentionEdit, form: ScoreForm) -> None:
+    """Tell whether the form changes anything."""
+    if effects.asks(edit):
+        for x, neutral in ((form.up, 1.0), (form.down, 1.0), (form.bias, 0.0)):
+            if x is not None:
+                effects.note(edit, x, torch.full_like(x, neutral))
 
 
 def form_of(work: LayerWork) -> ScoreForm | None:
     """What all edits do to the row's scores, made once a call if it holds so long; None if one has no such form."""
     edits = work.edits
     acting = {i: edit for i, edit in (*edits.stages.scores, *edits.stages.log_weights)}
+    if not acting:
+        return ScoreForm()
     rows = edits.rows[next(iter(acting))]
     session, width = rows.session, work.inputs.key.shape[2]
     layer = None if all(edit.same_in_all_layers for edit in acting.values()) else rows.layer
@@ -156,9 +190,7 @@ def form_of(work: LayerWork) -> ScoreForm | None:
             kept[place] = None
             return None
         if edits.effects and edit.may_leave_unchanged is Unchanged.NO_ROW:
-            for x, neutral in ((own.up, 1.0), (own.down, 1.0), (own.bias, 0.0)):
-                if x is not None:
-                    edits.effects.note(edit, x, torch.full_like(x, neutral))
+            note_form(edits.effects, edit, own)
         whole = whole.then(own)
     kept[place] = width + SLACK, whole.widened(width + SLACK) if holds else whole
     return kept[place][1]

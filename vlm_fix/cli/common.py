@@ -35,7 +35,11 @@ class Parser(argparse.ArgumentParser):
         if found := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message):
             words = re.findall(r"[^\s',]+", found[2])
             near = difflib.get_close_matches(found[1], words, n=1)
-            what = "there is no command" if "COMMAND" in message else f"{message.partition(':')[0]}: there is no"
+            what = (
+                "there is no command"
+                if "COMMAND" in message
+                else f"{message.rpartition(': invalid choice')[0]}: there is no"
+            )
             known = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(words)}."
             self.exit(2, f"error: {what} {found[1]!r}; {known}\n")
         if found := re.search(r"argument (\S+): invalid (int|float) value: ('.*')", message):

@@ -63,16 +63,19 @@ class LogitEdits(LogitsProcessor):
             z = log_probs(new, unless=not self.adds)
         return z.to(scores.dtype)  # type: ignore[return-value]
 
+    @torch.no_grad()
     def _see(self, layer: int, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         """Keep the rows that predict new tokens: one, or several while drafted tokens are checked."""
         session = self.host.editing
         if session is None or session.call is not self.call:  # of a second branch, or of another thread
             return
         x = one_stream(args[0] if args else kwargs["hidden_states"], " + ".join(e.name for e in self.edits if e.exits))
-        x = x[: session.types.shape[0]]  # without joined branches
+        samples = session.types.shape[0]
+        x = x if len(x) == samples else x[:samples]  # without joined branches
         first = session.start - (session.prompt_len - 1)
         count = session.length + min(first, 0)  # from the end: dropped tokens came before
-        self.seen[layer] = x[:, x.shape[1] - count :].detach().clone(), max(first, 0)
+        rows = x if x.shape[1] == count else x[:, x.shape[1] - count :]
+        self.seen[layer] = rows.clone(), max(first, 0)
 
     def _made(self, layer: int, before: Any, args: Any, output: Any) -> None:
         self._see(layer, before, (output[0] if isinstance(output, tuple) else output,), {})

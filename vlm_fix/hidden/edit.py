@@ -16,8 +16,9 @@ import torch
 
 from vlm_fix.call import Call
 from vlm_fix.method import Layers, Method, param
+from vlm_fix.rows import Rows
 from vlm_fix.scope import RowScope
-from vlm_fix.session import Rows, Session
+from vlm_fix.session import Session
 
 
 @dataclass(frozen=True)

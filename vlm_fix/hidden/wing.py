@@ -14,8 +14,9 @@ from vlm_fix.families import final_norm
 from vlm_fix.hooks import made
 from vlm_fix.method import Method, shaped
 from vlm_fix.options import GenerateOptions
+from vlm_fix.rows import Rows
 from vlm_fix.scope import check_scopes
-from vlm_fix.session import Rows, Session
+from vlm_fix.session import Session
 from vlm_fix.tensors import one_stream
 from vlm_fix.wing import Host, Wing, idle_reason
 

@@ -25,7 +25,8 @@ from vlm_fix.hooks import hooked
 from vlm_fix.packing import by_token
 from vlm_fix.pruning import PruningWing
 from vlm_fix.recorder import Recorder
-from vlm_fix.session import Rows, Session
+from vlm_fix.rows import Rows
+from vlm_fix.session import Session
 from vlm_fix.wing import ATTRIBUTE, installed
 
 from .causal import Effects, causal_effects

@@ -21,16 +21,17 @@ from vlm_fix.memory import Memory
 from vlm_fix.method import Method, shaped
 from vlm_fix.packing import left_pack
 from vlm_fix.projections import Heard, heard
-from vlm_fix.session import PAD, VISUAL, Session, View
+from vlm_fix.session import PAD, SLACK, VISUAL, Session, View
 from vlm_fix.wing import Host
 
 from . import deepstack
-from .cache import ShortLayer
+from .cache import Owner, ShortLayer
 from .columns import ImageColumns
 from .kinds import LayerPruner, Tokens
 from .rows import Seen, at_columns
 
 AHEAD = "bidirectional image attention"
+FIXED = ("default", "linear", "llama3", "yarn")  # rotary embeddings that do not look at the longest position
 
 
 def check_model(host: Host, method: Method, prompt: bool = True) -> None:
@@ -93,7 +94,8 @@ class Entered(Memory):
 
 def install(host: Host, dropper: LayerPruner) -> Iterator[Any]:
     """The hooks of a LayerPruner."""
-    layers, stages = host.language.layers, dropper.stages
+    layers, stages, owner = host.language.layers, dropper.stages, Owner()
+    yield owner
 
     def enter(i: int, module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         session = host.editing
@@ -125,8 +127,8 @@ def install(host: Host, dropper: LayerPruner) -> Iterator[Any]:
         if session is None or session.start or max(session.last_visual) < 0:
             return
         view = session.at(i)
-        if i == 0 and isinstance(view, View) and cache is not None:
-            cache.layers[0] = ShortLayer.of(cache.layers[0], view.dropped)
+        if i == 0 and cache is not None:
+            cache.layers[0] = ShortLayer.of(cache.layers[0], view.dropped if isinstance(view, View) else 0, owner)
         x = args[0] if args else kwargs["hidden_states"]
         keys = cache.layers[i].keys if cache is not None else None
         if i + 1 in stages:
@@ -201,6 +203,25 @@ def renumbered(view: Session) -> torch.Tensor:
     return view.forward.renumbered
 
 
+def tables_of(host: Host, view: Session, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rotary tables of `renumbered`."""
+    return host.language.rotary_emb(x, renumbered(view).to(x.device))
+
+
+def tables_ahead(host: Host, view: Session, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same for an answer's row, whose number grows by one each step: made for many steps at once, where they do not
+    depend on the longest position so far."""
+    steps = SLACK if getattr(host.language.rotary_emb, "rope_type", None) in FIXED else 1
+    start, rows = view.columns.ahead.get(x.device, (0, []))
+    if not 0 <= view.start - start < len(rows):
+        numbers = (renumbered(view) + torch.arange(steps, device=view.types.device)).to(x.device)
+        parts = (numbers, *host.language.rotary_emb(x, numbers))
+        start, rows = view.start, list(zip(*(part.split(1, dim=1) for part in parts), strict=True))
+        view.columns.ahead[x.device] = start, rows
+    view.forward.renumbered, cos, sin = rows[view.start - start]
+    return cos, sin
+
+
 def rotary(
     host: Host, dropper: LayerPruner, view: Session, x: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -208,7 +229,9 @@ def rotary(
     if dropper.renumbers:
         known = view.forward.tables
         if x.device not in known:
-            known[x.device] = host.language.rotary_emb(x, renumbered(view).to(x.device))
+            answer = view.length == 1 and view.start >= view.prompt_len
+            make = tables_ahead if answer else tables_of
+            known[x.device] = make(host, view, x)
         return known[x.device]
     cos, sin = (t.to(x.device) for t in tables)
     if view.start or not isinstance(view, View):

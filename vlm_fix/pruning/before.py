@@ -115,8 +115,9 @@ def follow(session: Session, kwargs: dict[str, Any]) -> dict[str, Any]:
         not session.padded and session.start >= session.prompt_len
     ):  # every column is seen: nobody has to look for padding
         return {**kwargs, "attention_mask": None, "position_ids": positions}
-    mask = kwargs.get("attention_mask")
-    new = step + session.length
+    mask, new = kwargs.get("attention_mask"), step + session.length
+    if not isinstance(mask, torch.Tensor) or mask.dim() != 2:  # a static cache's come ready-made, for the whole prompt
+        mask = None
     later = torch.ones_like(kept.mask[:, :1]).expand(-1, new) if mask is None else mask[:, kept.full_length :]
     return {**kwargs, "attention_mask": torch.cat([kept.mask, later.to(kept.mask)], dim=1), "position_ids": positions}
 

@@ -10,13 +10,27 @@ from transformers.cache_utils import DynamicLayer
 from vlm_fix.errors import VlmFixError
 
 
+class Owner:
+    """Whether the pruner that shortened a cache is still on its model: one for all copies of the cache."""
+
+    on = True
+
+    def remove(self) -> None:
+        """The pruner goes, as a hook does."""
+        self.on = False
+
+    def __deepcopy__(self, memo: Any) -> Owner:
+        return self
+
+
 class ShortLayer(DynamicLayer):
     """A cache layer that holds `dropped` columns fewer than the sequence has; it reports the sequence's length."""
 
     dropped = 0
+    owner: Owner | None = None
 
     @classmethod
-    def of(cls, layer: Any, dropped: int) -> ShortLayer:
+    def of(cls, layer: Any, dropped: int, owner: Owner | None = None) -> ShortLayer:
         """A DynamicLayer as a ShortLayer."""
         if type(layer) is not DynamicLayer:
             raise VlmFixError(
@@ -25,7 +39,15 @@ class ShortLayer(DynamicLayer):
         short = cls()
         short.__dict__.update(layer.__dict__)
         short.dropped = dropped
+        short.owner = owner or short.owner
         return short
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.owner is not None and not self.owner.on:  # nobody fits masks and positions to what is left
+            raise VlmFixError(
+                "a pruner that is no longer on the model dropped tokens of this cache: start without the cache."
+            )
+        return super().update(*args, **kwargs)
 
     def get_seq_length(self) -> int:
         length = super().get_seq_length()

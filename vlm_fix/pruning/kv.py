@@ -23,7 +23,7 @@ from vlm_fix.session import PAD, VISUAL, Session, View
 from vlm_fix.wing import Host
 
 from .after import check_model
-from .cache import ShortLayer, SplitLayer, take
+from .cache import Owner, ShortLayer, SplitLayer, take
 from .columns import ImageColumns
 from .kinds import Cached, CachePruner
 from .rows import Seen
@@ -36,6 +36,8 @@ def check(host: Host, cacher: CachePruner) -> None:
 
 def install(host: Host, cacher: CachePruner) -> Iterator[Any]:
     """The hooks of a CachePruner."""
+    owner = Owner()
+    yield owner
 
     def enter(i: int, module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         session, cache = host.editing, cache_of(kwargs)
@@ -72,6 +74,7 @@ def install(host: Host, cacher: CachePruner) -> Iterator[Any]:
                 for j, keep in cacher.choose({k: v.to(images.device) for k, v in scores.items()}, images).items():
                     keep = keep | ((images == 0) & cached.valid)[:, None]
                     cache.layers[j] = prune(cacher, cached, j, cache.layers[j], keep, scores[j])
+                    cache.layers[j].owner = owner
 
     assert isinstance(cacher.layers, tuple)
     for i in cacher.layers:

@@ -73,7 +73,7 @@ class PruningWing(Wing):
         wanders = self.pruners.cacher is not None and self.pruners.cacher.wanders
         kind = options.cache_kind
         inside = self.pruners.dropper or self.pruners.cacher  # these look into the cache
-        taken = ("dynamic",) if inside else ("dynamic", "offloaded", "quantized")
+        taken = ("dynamic",) if inside else ("dynamic", "offloaded", "quantized", "static")
         for name, used in {
             "assisted decoding": options.assisted,
             CACHES.get(kind, f"a cache of kind {kind}"): kind not in taken,

@@ -9,7 +9,7 @@ import torch
 
 from vlm_fix import cli
 from vlm_fix.eval.bench import scaling
-from vlm_fix.eval.bench.device import MATRIX, Report, kernel
+from vlm_fix.eval.bench.device import MATRIX, Report, kernel, pushes
 from vlm_fix.method import Method
 from vlm_fix.registry import parse
 
@@ -83,7 +83,10 @@ def test_steps_end_in_time_and_what_is_left_is_named(tmp_path, capsys):
 
 def test_the_kernels_step_measures_and_the_matrix_names_methods_that_are():
     rows = kernel(torch.device("cpu"), torch.float32, (5,))
-    assert len(rows) == 2 and all(row["error"] < 1e-5 and row["fused_us"] > 0 for row in rows)
+    assert len(rows) == 2 and all(
+        row["error"] < 1e-5 and row["fused_us"] > 0 and row["transfer_was_told"] for row in rows
+    )
+    assert all(row["error"] < 1e-4 and row["us"] > 0 for row in pushes(torch.device("cpu")))
     for spec, neutral in MATRIX.items():
         assert all(isinstance(m, Method) for m in parse([spec.replace("RATES", "0.5|0.5")]))
         assert not neutral or all(m.name == spec.partition(":")[0] for m in parse([neutral]))
