@@ -170,6 +170,10 @@ bench() { # ratios in one run, on one thread
   "$vlm_fix" bench attention --new-tokens 32 --rounds 3 --output results/bench/attention-small-cpu.json
   "$vlm_fix" bench decode --new-tokens 16 --rounds 3 --output results/bench/decode-small-cpu.json
   "$vlm_fix" bench prune --new-tokens 16 --rounds 3 --output results/bench/prune-small-cpu.json
+  "$vlm_fix" bench scaling --shape thin --sizes "visual=1024|4096|8100|16384" --new-tokens 2 --rounds 0 --device cpu \
+    --method "pai,act:threshold=0.01,vhr,iri:rr_attention=1|0.75|0.5|0.25,rr_mlp=1|0.75|0.5|0.25,vcd,deco,hiprune:keep=0.25,fastv:keep=0.25,knorm:keep=0.25" \
+    --figure docs/images/scaling-memory.svg --output results/bench/scaling-memory-cpu.json
+  "$vlm_fix" bench peers --shape tiny --new-tokens 16 --rounds 3 --output results/bench/peers.json # with mitigv and kvpress: docs/performance.md
   "$vlm_fix" bench serve --model picto-smol --method pai,vhr,rudder,hiprune:keep=0.25 --concurrent 32 --new-tokens 16 \
     --rounds 1 --output results/bench/serve.json # needs vLLM: docs/serving.md
 }

@@ -46,6 +46,12 @@ SHAPES = {
         {**_TINY, "num_key_value_heads": 2, "rope_parameters": {**_ROPE, "mrope_section": [2, 3, 3]}},
         side=8,
     ),
+    "thin": Shape(  # for lengths: almost nothing but attention
+        "llava",
+        {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, **_CLIP},
+        {**_TINY, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 2},
+        side=8,
+    ),
     "small": Shape(
         "llava",
         {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4, **_CLIP},

@@ -4,6 +4,7 @@ Sizes: visual tokens of the prompt, edited layers, prompts in a batch, and token
 rounds in which the unwrapped model runs right before the method. `slopes` compares how steeply the two grow: milliseconds a
 token, seconds to the first one and MB of peak memory per unit of the size, by least squares. `memory_bend` is the peak memory
 per visual token at the largest size over that at half of it: about 1 where memory grows in proportion, 2 where with the square.
+`--rounds 0` measures memory alone, which no other program on the machine changes.
 """
 
 from __future__ import annotations
@@ -56,8 +57,8 @@ def run(
     """Measure `specs` on a shape along each of `sizes` and return settings, points and slopes."""
     if shape not in SHAPES:
         raise VlmFixError(f"--shape {shape!r} is not one of {', '.join(SHAPES)}.")
-    if new_tokens < 2 or rounds < 1:
-        raise VlmFixError("--new-tokens must be at least 2 and --rounds at least 1.")
+    if new_tokens < 2 or rounds < 0:
+        raise VlmFixError("--new-tokens must be at least 2 and --rounds at least 0 (0: memory alone).")
     chosen = {name: tuple(SIZES[name] if sizes is None else sizes.get(name, ())) for name in SIZES}
     for side in chosen["visual"]:
         if round(side**0.5) ** 2 != side:
@@ -76,10 +77,13 @@ def run(
             if what == "batch":
                 inputs = {k: torch.cat([v] * value) for k, v in inputs.items()}
             tokens = value if what == "answer" else new_tokens
+            plain = _memory(net, inputs, warm=rounds > 0)
             for spec in specs:
                 full = spec_of(spec, depth)
                 full = _with_layers(full, value) if what == "layers" else full
-                points.append({"size": what, "value": value, "spec": spec, **_point(net, inputs, full, tokens, rounds)})
+                points.append(
+                    {"size": what, "value": value, "spec": spec, **_point(net, inputs, full, plain, tokens, rounds)}
+                )
                 if tick:
                     tick(total)
     return {
@@ -118,28 +122,35 @@ def _quietly(model: Any, spec: str) -> Iterator[None]:
         yield
 
 
-def _point(model: Any, inputs: dict[str, Any], spec: str, tokens: int, rounds: int) -> dict[str, Any]:
-    """One spec at one size: seconds to the first token, milliseconds a token and MB, of the model and of the method."""
-    device, pairs = inputs["input_ids"].device, []
+def _memory(model: Any, inputs: dict[str, Any], warm: bool = True) -> float:
+    """Peak MB of an answer of two tokens; `warm`: after one that is not measured."""
 
     def short() -> None:
         model.generate(**inputs, max_new_tokens=2, do_sample=False)
 
-    short()
-    memory = [peak_mb(short, device)]
-    with _quietly(model, spec):
+    if warm:
         short()
-        memory.append(peak_mb(short, device))
+    return peak_mb(short, inputs["input_ids"].device)
+
+
+def _point(model: Any, inputs: dict[str, Any], spec: str, plain_mb: float, tokens: int, rounds: int) -> dict[str, Any]:
+    """One spec at one size: seconds to the first token, milliseconds a token and MB, of the model and of the method."""
+    with _quietly(model, spec):
+        made = {
+            "visual_tokens": int((inputs["input_ids"][0] == IMAGE).sum()),
+            "peak_mb": [plain_mb, _memory(model, inputs, warm=rounds > 0)],
+        }
+    if not rounds:
+        return made
+    pairs = []
     for _ in range(rounds):
         plain = timed(model, inputs, tokens)
         with _quietly(model, spec):
             pairs.append((plain, timed(model, inputs, tokens)))
     first, each = ([[pair[i][j] for pair in pairs] for i in (0, 1)] for j in (0, 1))
-    return {
-        "visual_tokens": int((inputs["input_ids"][0] == IMAGE).sum()),
+    return made | {
         "first_token": [statistics.median(x) for x in first],
         "ms_per_token": [1000 / statistics.median(x) for x in each],
-        "peak_mb": memory,
         "first_token_ratio": statistics.median(b / a for a, b in zip(*first, strict=True)),
         "speed_ratio": statistics.median(b / a for a, b in zip(*each, strict=True)),
     }
@@ -154,7 +165,7 @@ def slopes(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
             continue
         x = [p["value"] for p in own]
         row: dict[str, Any] = {"size": what, "spec": spec}
-        for name in ("ms_per_token", "first_token", "peak_mb"):
+        for name in (n for n in ("ms_per_token", "first_token", "peak_mb") if n in own[0]):
             row[name] = [_slope(x, [p[name][i] for p in own]) for i in (0, 1)]
         if what == "visual":
             last, half = own[-1], min(own[:-1], key=lambda p: abs(p["value"] - own[-1]["value"] / 2))
@@ -181,6 +192,7 @@ def figure(results: dict[str, Any], path: Path) -> None:
     points = results["points"]
     sizes, specs = (list(dict.fromkeys(p[key] for p in points)) for key in ("size", "spec"))
     what = {"first_token": "first token, s", "ms_per_token": "ms a token", "peak_mb": "peak memory, MB"}
+    what = {name: label for name, label in what.items() if name in points[0]}
     drawn, axes = plt.subplots(len(what), len(sizes), figsize=(3.2 * len(sizes), 2.4 * len(what)), squeeze=False)
     for column, size in enumerate(sizes):
         for row, (name, label) in enumerate(what.items()):
@@ -216,6 +228,6 @@ def table(results: dict[str, Any]) -> Any:
         column.justify, column.no_wrap = "right", True
     for p in results["points"]:
         memory = p["peak_mb"][1] / p["peak_mb"][0]
-        ratios = (f"{x:.2f}" for x in (p["first_token_ratio"], p["speed_ratio"], memory))
-        out.add_row(NAMES[p["size"]], str(p["value"]), p["spec"], *ratios)
+        times = (f"{p[name]:.2f}" if name in p else "not timed" for name in ("first_token_ratio", "speed_ratio"))
+        out.add_row(NAMES[p["size"]], str(p["value"]), p["spec"], *times, f"{memory:.2f}")
     return out

@@ -20,7 +20,9 @@ from .common import DTYPES, add, add_json, check_place, console
 def add_to(commands: Any) -> None:
     parser = add(commands, "bench", "time methods against the unwrapped model, on random weights", run)
     parser.add_argument(
-        "kind", choices=("attention", "decode", "prune", "scaling", "draft", "serve"), help="which methods"
+        "kind",
+        choices=("attention", "decode", "prune", "scaling", "peers", "draft", "serve"),
+        help="which methods; peers: beside other people's code",
     )
     parser.add_argument("--shape", default="small", metavar="S", help="small, small-qwen, llava-1.5-7b, qwen2.5-vl-7b")
     parser.add_argument("--method", default="", metavar="A,B+C", help="only these (all of the kind)")
@@ -31,7 +33,7 @@ def add_to(commands: Any) -> None:
         "--concurrent", default="1,8,32", metavar="N,M", help="serve only: requests in flight (%(default)s)"
     )
     parser.add_argument("--new-tokens", type=int, default=32, metavar="N", help="tokens to time (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="(%(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="scaling: 0 for memory alone (%(default)s)")
     parser.add_argument("--keep", metavar="N,M", help="visual tokens kept, prune only (192,64)")
     parser.add_argument(
         "--sizes", metavar="S", help="scaling only, such as visual=64|576,layers=1|8,batch=1|4,answer=8|128 (all four)"
@@ -64,6 +66,9 @@ def run(args: argparse.Namespace) -> None:
         return
     if args.kind == "draft":
         _draft(args)
+        return
+    if args.kind == "peers":
+        _peers(args)
         return
     try:
         keep = tuple(float(part) for part in (args.keep or "192,64").split(","))
@@ -130,16 +135,14 @@ def _scaling(args: argparse.Namespace) -> None:
         if Path(args.figure).suffix not in (".svg", ".png", ".pdf"):
             raise VlmFixError(f"--figure {args.figure!r} must end in .svg, .png or .pdf.")
     check_device(args.device)
-    import torch
-
-    cuda = args.device.startswith("cuda") or (args.device == "auto" and torch.cuda.is_available())
+    device, dtype = _where(args)
     with ticking("bench scaling") as tick:
         results = scaling.run(
             specs,
             args.shape,
             sizes=sizes,
-            device="cuda" if cuda and args.device == "auto" else "cpu" if args.device == "auto" else args.device,
-            dtype=("bfloat16" if cuda else "float32") if args.dtype == "auto" else args.dtype,
+            device=device,
+            dtype=dtype,
             new_tokens=args.new_tokens,
             rounds=args.rounds,
             seed=args.seed,
@@ -153,6 +156,43 @@ def _scaling(args: argparse.Namespace) -> None:
         print(json.dumps(results, indent=2))
     else:
         console().print(scaling.table(results))
+
+
+def _peers(args: argparse.Namespace) -> None:
+    """Methods beside other people's code."""
+    from vlm_fix.eval import bench
+    from vlm_fix.eval.bench import peers
+    from vlm_fix.eval.run.loading import check_device
+
+    check_device(args.device)
+    device, dtype = _where(args)
+    with ticking("bench peers") as tick:
+        results = peers.run(
+            [name for name in args.method.split(",") if name],
+            args.shape,
+            device=device,
+            dtype=dtype,
+            new_tokens=args.new_tokens,
+            rounds=args.rounds,
+            seed=args.seed,
+            tick=tick,
+        )
+    if args.output:
+        bench.write(results, Path(args.output))
+    if args.json:
+        print(json.dumps(results, indent=2))
+    else:
+        console().print(peers.table(results))
+
+
+def _where(args: argparse.Namespace) -> tuple[str, str]:
+    """The device and the data type that --device and --dtype ask for."""
+    import torch
+
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    device = auto if args.device == "auto" else args.device
+    dtype = "bfloat16" if device.startswith("cuda") else "float32"
+    return device, dtype if args.dtype == "auto" else args.dtype
 
 
 def _sizes(text: str, known: Any) -> dict[str, list[int]]:

@@ -43,6 +43,12 @@ def test_scaling_writes_points_and_a_figure(tmp_path, capsys):
     assert "edited layers" in capsys.readouterr().out
 
 
+def test_memory_alone_is_measured_without_rounds(capsys):
+    got = scaling.run(["pai"], "tiny", sizes={"visual": (16, 64)}, rounds=0)
+    assert all(p["peak_mb"][1] > 0 and "first_token" not in p for p in got["points"])
+    assert {*got["slopes"][0]} == {"size", "spec", "peak_mb", "memory_bend"}
+
+
 @pytest.mark.parametrize(
     "options, words",
     [
