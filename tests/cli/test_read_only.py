@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
+import tempfile
 import traceback
+from pathlib import Path
 
 import pytest
 
@@ -53,16 +56,16 @@ def unprivileged(work) -> int:
 
 
 @pytest.fixture
-def place(tmp_path_factory):
-    """A folder that may be read but not written to, whoever asks; so may what leads to it be gone through."""
-    top = tmp_path_factory.mktemp("shared")
-    for parent in (top, *top.parents[:2]):
-        parent.chmod(parent.stat().st_mode | 0o055)
+def place():
+    """A folder that may be read but not written to, whoever asks; pytest's own may be entered by nobody else."""
+    top = Path(tempfile.mkdtemp())
+    top.chmod(0o755)
     (top / "results").mkdir()
     (top / "locked").mkdir()
     (top / "locked").chmod(0o555)
     yield top / "locked"
     (top / "locked").chmod(0o755)
+    shutil.rmtree(top)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
