@@ -39,7 +39,7 @@ class TokenPruner(Method, ABC):
     )
 
     def resolve(self, arch: Arch) -> Method:
-        if arch.family.encoder is None:  # its layers would be asked for defaults
+        if arch.family.encoder is None and not arch.family.crosses:  # its layers would be asked for defaults
             raise VlmFixError(unreadable(arch.family, self.name))
         return super().resolve(arch)
 

@@ -18,7 +18,7 @@ from vlm_fix.eval.run.runner import Settings, evaluate
 from vlm_fix.eval.scorers.chair import score as chair
 
 MODEL = os.environ.get("VLM_FIX_TEST_MODEL", "picto-llava")
-RESULTS = paths.RESULTS / "picto-shift"
+RESULTS = paths.RESULTS / "picto-llava-shift"
 VOID = {"meta", "br", "img", "line", "circle", "input"}
 
 
