@@ -62,7 +62,7 @@ class CausalMM(WeightEdit, Contrast):
         return {"vision_layer": max((i for i in arch.vision_full if i <= arch.vision_depth - 2), default=0)}
 
     def resolve(self, arch: Arch) -> Method:
-        if arch.family.encoder is None and self.vision != "none" and not self.neutral:
+        if arch.family.encoder is None and not arch.family.crosses and self.vision != "none" and not self.neutral:
             raise VlmFixError(unreadable(arch.family, self.name))
         method: Any = super().resolve(arch)
         return dataclasses.replace(method, layers=()) if self.language == "none" else method

@@ -54,6 +54,9 @@ LESS = {"llava_onevision": 1}  # images of the longer prompt: the next one would
 EAGER = {
     "yes_threshold": "yes_threshold:yes=3|69|32,no=20|52,mass=0.001,margin=0.9"
 }  # acts wherever either word has a chance
+CLEAR = {
+    ("var", "gemma4"): "var:tau=1.6,min_visual_mass=0.02,rho=0.05,layers=0-3"
+}  # at the usual gates it depends on the processor
 GOOD = WORKS, IDLE, ALONE, REFUSED = "works", "found nothing to change", "works with one prompt at a time", "refused"
 FAILED = "failed"
 
@@ -72,7 +75,7 @@ def inputs_of(family: str, batch: bool):
 
 def spec_of(method: str, family: str) -> str:
     """A spec of the method that acts on tiny models, for layers that this one has."""
-    case = EAGER.get(method, CASES[method].specs[0])
+    case = CLEAR.get((method, family)) or EAGER.get(method, CASES[method].specs[0])
     arch = arch_of(model_of(family))
     if arch.family.cells == "anyres":
         case = CROPS.get(method, case)
