@@ -59,7 +59,7 @@ def figure(results: dict[str, Any], path: Path) -> None:
         ax.axhline(base[metric], color="black", linewidth=1, label="all tokens")
         for i, name in enumerate(names):
             xs = [k for k in budgets if k in found[name]]
-            look: dict[str, Any] = {"color": colours[i % 20], "marker": "o"}
+            look: dict[str, Any] = {"color": colours[i % 20], "marker": "osv^DP"[i % 6]}
             if name in CONTROLS:
                 look = {"color": "0.55", "linestyle": "--", "marker": "^sD"[CONTROLS.index(name)]}
             ys = [found[name][k][metric] for k in xs]
