@@ -36,7 +36,7 @@ from transformers.models.llama.modeling_llama import repeat_kv
 
 import vlm_fix
 from vlm_fix.errors import VlmFixError
-from vlm_fix.families.compat import cache_of
+from vlm_fix.families.compat import CACHE_NAMES, cache_of
 
 from .models import IMAGE, PAD, SHAPES, build
 from .specs import spec_of
@@ -179,7 +179,7 @@ def kvpress(model: Any, inputs: dict[str, Any], what: str) -> Iterator[Run]:
         cache, count = cache_of(kwargs), kwargs["hidden_states"].shape[1]
         seen = cache.layers[module.layer_idx].keys.shape[2]
         place = torch.arange(seen - count, seen) if count > 1 else torch.tensor([width])
-        return hook(module, args, {**kwargs, "past_key_values": cache, "cache_position": place}, output)
+        return hook(module, args, kwargs | dict.fromkeys(CACHE_NAMES, cache) | {"cache_position": place}, output)
 
     press.forward_hook = renamed
     logging.getLogger("kvpress").setLevel(logging.ERROR)  # it does not know LLaVA's class, only its layers
