@@ -300,7 +300,7 @@ def _board(folder: Path, results: Mapping[str, Any]) -> str:
     judges = "; ".join(f"{b.upper()} scorer {scorer_and_commit(settings, b)}" for b in settings["data"])
     return "\n".join(
         [
-            f"### {Path(model['name']).name} on {sources}",
+            f"### {folder.name}: {Path(model['name']).name} on {sources}",
             "",
             *lines,
             "",

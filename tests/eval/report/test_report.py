@@ -137,7 +137,7 @@ def test_the_leaderboard_is_the_readme_table_and_keeps_the_rest_of_a_file(tmp_pa
     assert cli.main(["report", str(RESULTS), "--markdown", str(file)]) == 0
     assert file.read_text() == first
     assert cli.main(["report", str(RESULTS), "--markdown", str(tmp_path / "new.md")]) == 0
-    assert (tmp_path / "new.md").read_text().startswith("### picto-llava on picto:shift")
+    assert (tmp_path / "new.md").read_text().startswith("### picto-llava-shift: picto-llava on picto:shift")
     file.write_text(page.MARKS[0])
     assert cli.main(["report", str(RESULTS), "--markdown", str(file)]) == 2
     assert "add it where the table ends" in capsys.readouterr().err
