@@ -423,7 +423,7 @@ def test_options_of_generate_and_forwards_that_do_not_fit_are_refused(model, fam
         ):
             with pytest.raises(vlm_fix.VlmFixError, match="fastv does not work with"):
                 model.generate(**inputs, max_new_tokens=3, do_sample=False, **option)
-        with pytest.raises(vlm_fix.VlmFixError, match="StaticCache"):
+        with pytest.raises(vlm_fix.VlmFixError, match="a StaticLayer of the cache"):
             model(**inputs, **{CACHE: StaticCache(model.config.get_text_config(), max_cache_len=99)})
         with pytest.raises(vlm_fix.VlmFixError, match="labels"):
             model(**inputs, labels=inputs["input_ids"])
