@@ -144,7 +144,7 @@ def evaluate(
                 "model": identity,
                 "source": settings.data,
                 "data": {task.benchmark: task.data for task in tasks},
-                "calibration": {c.method: c.found for c in calibration},
+                "calibration": {c.method: _told(c.found) for c in calibration},
                 "runs": {
                     run.name: {"decoding": dict(run.decoding), "seeds": run.seeds}
                     | ({"imitates": run.imitates} if run.imitates else {})
@@ -190,6 +190,13 @@ def evaluate(
             _write(config, plan, specs, tasks, store, model, words)
         team.wait()
     return load_results(folder)
+
+
+def _told(found: Mapping[str, Any]) -> dict[str, Any]:
+    """What a calibration found, with a file as its name and hash: the same in every folder."""
+    if not isinstance(file := found.get("file"), str):
+        return dict(found)
+    return {**found, "file": f"{Path(file).name} sha256:{hashlib.sha256(Path(file).read_bytes()).hexdigest()}"}
 
 
 def _loaded(settings: Settings) -> tuple[Any, Any, dict[str, Any]]:

@@ -382,3 +382,14 @@ def test_a_device_map_gives_the_same_answers(loaded, tmp_path):
     plain, spread = run(tmp_path / "a", **how), run(tmp_path / "b", device_map="auto", **how)
     assert [r["answer"] for r in rows(tmp_path / "a")] == [r["answer"] for r in rows(tmp_path / "b")]
     assert plain["runs"] == spread["runs"]
+
+
+def test_a_calibrations_file_is_told_by_name_and_hash(tmp_path):
+    """Results of two machines say the same of the same file, and a run goes on beside another copy of it."""
+    told = []
+    for folder, content in (("one", b"a"), ("two", b"a"), ("three", b"b")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "vti.safetensors").write_bytes(content)
+        told.append(runner._told({"rank": 4, "file": str(tmp_path / folder / "vti.safetensors")}))
+    assert told[0] == told[1] != told[2] and str(tmp_path) not in str(told)
+    assert told[0]["rank"] == 4 and told[0]["file"].startswith("vti.safetensors sha256:ca978112ca1bbdca")
