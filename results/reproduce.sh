@@ -45,9 +45,7 @@ table() { # MODEL TABLE; picto-smol, twenty times as large, gets fewer scenes, t
       compare "$folder" "$model" $scenes act,ad_hh,avar,cca,gift,hgai,locore,pai,paint,tame,vaf,var,zerotuning ;;
     heads) compare "$folder" "$model" $scenes spin,vhr,head_pursuit ;;
     hidden)
-      local files=,nullu,vti # picto-llava has no calibrated files of theirs
-      [ "$model" = picto-llava ] && files=
-      compare "$folder" "$model" $scenes "iri,hulluedit,memvr,rudder,vista$files" ;;
+      compare "$folder" "$model" $scenes iri,hulluedit,memvr,rudder,vista,nullu,vti ;;
     decoding)
       compare "$folder" "$model" $scenes \
         vcd,icd,m3id,sid,decore,iava,causalmm,layercake,pai:gamma=1.1,dola,deco,dagcd,only ;;
@@ -153,8 +151,8 @@ picto-smol-search() { search picto-smol; }
 
 picto-smol-calibration() { # into the checkpoint's parts: model_path puts them beside the weights
   mkdir -p eval/picto/picto-smol/calibration
-  for method in ad_hh decore head_pursuit iri; do
-    "$vlm_fix" calibrate "$method" --model picto-smol --data picto:train --limit "${LIMIT:-100}" --seed 0 \
+  for method in ad_hh decore head_pursuit iri nullu vti; do
+    "$vlm_fix" calibrate "$method" --model picto-smol --data picto:train --limit "${LIMIT:-100}" --seed 0 --dtype bfloat16 \
       --out "eval/picto/picto-smol/calibration/$method.json"
   done
 }

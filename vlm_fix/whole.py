@@ -19,7 +19,10 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_native_id()}.part")
     try:
+        part.touch()
+        mode = part.stat().st_mode  # an ordinary file's: some writers (safetensors) make it the owner's alone
         yield part
+        part.chmod(mode)
         with part.open("rb+") as handle:
             os.fsync(handle.fileno())
         part.replace(path)

@@ -137,6 +137,16 @@ def test_a_writer_that_fails_leaves_what_was_there(tmp_path):
     assert path.read_text() == "whole" and [p.name for p in path.parent.iterdir()] == ["kept"]
 
 
+@pytest.mark.parametrize("kind", WRITERS)
+def test_who_may_read_it_is_as_for_any_new_file(kind, tmp_path):
+    """safetensors makes its files the owner's alone, whatever the umask."""
+    usual = tmp_path / "usual"
+    usual.touch()
+    folder = tmp_path / "folder"
+    WRITERS[kind](folder / "kept", 0.5)
+    assert {p.stat().st_mode for p in folder.iterdir()} == {usual.stat().st_mode}, "the tensors beside it among them"
+
+
 def test_a_preset_is_read_in_any_locale(tmp_path, monkeypatch):
     preset(tmp_path / "kept", 0.5)
     assert yaml.safe_load((tmp_path / "kept").read_text(encoding="utf-8"))["text"] == "é" * 3000
