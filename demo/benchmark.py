@@ -32,7 +32,7 @@ from . import board
 from .choices import method_choices
 from .compare import Stop, Stopped, command, sentence
 from .models import Loaded, Models
-from .page import bar, notice, places, steps, stop_with, watched
+from .page import bar, notice, places, steps, stoppable, watched
 
 BATCH, MOST = 16, 500
 KINDS = {"POPE: yes/no questions": "pope", "CHAIR: captions": "chair", "both": "all"}
@@ -245,7 +245,7 @@ def tab(models: Models, name: gr.Dropdown, page: gr.Blocks) -> None:
             seed = gr.Number(0, precision=0, minimum=0, maximum=2**31 - 1, label="Seed")
             with gr.Row():
                 go = gr.Button("Run", variant="primary", elem_id="run", min_width=90)
-                end = gr.Button("Stop", elem_id="halt", min_width=90)
+                end = gr.Button("Stop", visible=False, elem_id="halt", min_width=90)
             with gr.Accordion("Open earlier results", open=False, elem_id="open"):
                 upload = gr.UploadButton("Choose results.json", file_types=[".json"], size="sm", elem_id="upload")
                 # a page that others reach must not read folders for them
@@ -272,15 +272,8 @@ def tab(models: Models, name: gr.Dropdown, page: gr.Blocks) -> None:
                 line = gr.Code(language="shell", label="As a command", interactive=False, elem_id="bench-command")
     outputs = [said, so_far, told, short, results, figure, save]
     private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-    go.click(
-        start,
-        [name, kind, split, scenes, stacks, seed],
-        [*outputs, line],
-        concurrency_limit=4,
-        trigger_mode="once",
-        **private,
-    )
-    stop_with(page, end, stops)
+    asked = [name, kind, split, scenes, stacks, seed]
+    stoppable(page, [go.click], start, asked, [*outputs, line], end, stops, concurrency_limit=4)
     upload.upload(show, upload, outputs, **private)
     if models.any_name:
         folder.submit(show, folder, outputs, **private)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import html
 import os
 import queue
 import tempfile
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import gradio as gr
 
@@ -92,6 +93,29 @@ def stop_with(page: gr.Blocks, button: gr.Button, stops: dict[str, Stop]) -> Non
 
     button.click(halt, queue=False, api_visibility="private")
     page.unload(leave)
+
+
+def stoppable(
+    page: gr.Blocks,
+    events: Sequence[Any],
+    work: Callable[..., Iterator[list[Any]]],
+    inputs: Sequence[Any],
+    outputs: Sequence[Any],
+    button: gr.Button,
+    stops: dict[str, Stop],
+    **options: Any,
+) -> None:
+    """Let the events start `work`, of which a visitor runs one at a time; its Stop is there while it goes on."""
+
+    @functools.wraps(work)
+    def run(*given: Any) -> Iterator[list[Any]]:
+        for i, made in enumerate(work(*given)):
+            yield [*made, gr.skip() if i else gr.Button(visible=True)]
+
+    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+    ends = gr.on(events, run, inputs, [*outputs, button], trigger_mode="once", **options, **quiet)
+    ends.then(lambda: gr.Button(visible=False), None, button, queue=False, **quiet)
+    stop_with(page, button, stops)
 
 
 def places(page: gr.Blocks) -> Callable[[gr.Request], Path]:

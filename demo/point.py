@@ -18,10 +18,10 @@ from .compare import Pane, Stop, sentence
 from .drawn import picture
 from .inside import canvas
 from .models import Loaded, Models
-from .page import notice, stop_with
+from .page import notice, stoppable
 
 METHOD, TOKENS = "control_mllm", 64
-START = (30, 25, 60, 60)  # left, top, right, bottom, in percent
+START = (56, 69, 88, 99)  # the first example's umbrella: left, top, right, bottom, in percent
 SIDES = ("Left", "Top", "Right", "Bottom")
 LEAST = 2  # percent: a click without a drag is no box
 DRAG = """let from = null;
@@ -60,7 +60,7 @@ def spec(loaded: Loaded, image: Image.Image, box: Sequence[float]) -> str:
         raise VlmFixError("That is no box: draw from one corner to the other, or set its sides in numbers.")
     pixels = [value / 100 * image.size[i % 2] for i, value in enumerate(box)]
     given = shares(pixels, image.size, loaded.processor.image_processor)
-    return f"{METHOD}:box={'|'.join(f'{share:.4f}' for share in given)}"
+    return f"{METHOD}:box={'|'.join(f'{share:.4g}' for share in given)}"
 
 
 def ask(loaded: Loaded, image: Image.Image, prompt: str, box: Sequence[float], stop: Stop) -> Iterator[list[Pane]]:
@@ -119,15 +119,15 @@ def tab(models: Models, name: gr.Dropdown, image: gr.Image, page: gr.Blocks, her
                     scale=6,
                 )
                 go = gr.Button("Ask", variant="primary", elem_id="point", min_width=90, scale=1)
-                end = gr.Button("Stop", elem_id="point-stop", min_width=70, scale=1)
+                end = gr.Button("Stop", visible=False, elem_id="point-stop", min_width=70, scale=1)
             said = gr.HTML("", elem_id="point-notice")
             with gr.Row():
                 cards = [gr.HTML(text, elem_id=f"pointed{i}") for i, text in enumerate(_empty())]
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-    gr.on([go.click, prompt.submit], run, [name, image, prompt, *sides], [said, *cards], concurrency_limit=8, **quiet)
+    events, asked = [go.click, prompt.submit], [name, image, prompt, *sides]
+    stoppable(page, events, run, asked, [said, *cards], end, stops, concurrency_limit=8)
     canvas_of.select(drawn, image, [*sides, canvas_of, *cards], **quiet)
     gr.on([here.select, *(side.input for side in sides)], show, [image, *sides], [canvas_of, *cards], **quiet)
-    stop_with(page, end, stops)
 
 
 def _empty() -> list[str]:

@@ -26,7 +26,7 @@ from . import choices
 from .compare import Stop, Stopped, command, sentence
 from .models import Loaded, Models
 from .page import bar as page_bar
-from .page import notice, places, steps, stop_with, watched
+from .page import notice, places, steps, stoppable, watched
 
 BUDGETS = {"1 minute: a look": "1m", "3 minutes": "3m", "10 minutes": "10m", "30 minutes: an answer": "30m"}
 STEPS = (
@@ -50,7 +50,7 @@ TOKENS, BATCH = 64, 16
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A candidate that is still in."""
+    """A candidate that has been measured; `out` says why the search dropped it ("": it is in)."""
 
     name: str
     images: int
@@ -58,6 +58,7 @@ class Row:
     error: float
     missed: tuple[str, ...]
     control: bool
+    out: str = ""
 
 
 @dataclasses.dataclass
@@ -100,9 +101,10 @@ def search(loaded: Loaded, wanted: Wanted, folder: Path, stop: Stop) -> Iterator
 
     def work(tell: Callable[[Progress], None]) -> None:
         def watch(now: Search, candidates: Candidates, what: str) -> None:
+            dropped = sorted((s for s in now.standings if s.images and s.out), key=lambda s: -s.score)
             rows = [
-                Row(s.candidate.key, s.images, s.gain, s.error, tuple(s.missed), s.candidate.control)
-                for s in now.alive[:SHOWN]
+                Row(s.candidate.key, s.images, s.gain, s.error, tuple(s.missed), s.candidate.control, s.out)
+                for s in [*now.alive, *dropped][:SHOWN]
             ]
             tell(Progress(live.line(now, what), min(1.0, now.clock() / total), rows))
             if stop.is_set():
@@ -143,7 +145,7 @@ def bar(progress: Progress, said: str = "") -> str:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The candidates, the best first: gain with one standard error, as a number and as a bar from the model itself."""
+    """The candidates, the best first, then those dropped: gain with one standard error, also as a bar from the model itself."""
     if not rows:
         return ""
     reach = max(1.0, *(abs(row.gain) + row.error for row in rows if row.error < float("inf")))
@@ -152,11 +154,13 @@ def table(rows: Sequence[Row]) -> str:
         sure = row.error < float("inf")
         a, b = sorted((50.0, 50 + 50 * max(-1.0, min(1.0, row.gain / reach))))
         tone = "better" if row.gain > row.error else "worse" if row.gain < -row.error else ""
+        out = ' class="out"' if row.out else ""
         role = " <i>control</i>" if row.control else ""
-        missed = f"<small>misses {html.escape(', '.join(row.missed))}</small>" if row.missed else ""
+        why = row.out or (f"misses {', '.join(row.missed)}" if row.missed else "")
+        missed = f"<small>{html.escape(why)}</small>" if why else ""
         told = f"{row.gain:+.1f} ± {row.error:.1f}" if sure else f"{row.gain:+.1f}"
         made.append(
-            f'<tr><th scope="row">{html.escape(row.name)}{role}{missed}</th><td class="{tone}"><b>{told}</b></td>'
+            f'<tr{out}><th scope="row">{html.escape(row.name)}{role}{missed}</th><td class="{tone}"><b>{told}</b></td>'
             f'<td class="gain" aria-hidden="true"><i class="{tone}" style="left:{a:.1f}%;width:{b - a:.1f}%"></i></td>'
             f"<td>{row.images}</td></tr>"
         )
@@ -226,7 +230,7 @@ def tab(models: Models, name: gr.Dropdown, page: gr.Blocks, splits: dict[str, st
             )
             with gr.Row():
                 go = gr.Button("Search", variant="primary", elem_id="search", min_width=90)
-                end = gr.Button("Stop", elem_id="search-stop", min_width=90)
+                end = gr.Button("Stop", visible=False, elem_id="search-stop", min_width=90)
         with gr.Column(scale=3, min_width=320):
             said = gr.HTML("", elem_id="search-notice")
             told = gr.HTML("", elem_id="search-verdict")
@@ -244,13 +248,8 @@ def tab(models: Models, name: gr.Dropdown, page: gr.Blocks, splits: dict[str, st
             preset = gr.Code(language="yaml", label="vlm-fix.yaml", visible=False, interactive=False, elem_id="yaml")
             with gr.Accordion("Copy what was run", open=False):
                 line = gr.Code(language="shell", label="As a command", interactive=False, elem_id="search-command")
-    go.click(
-        start,
+    asked, outputs = (
         [name, split, scenes, budget, objective, only],
         [said, told, progress, rows, preset, save, report, line],
-        concurrency_limit=4,
-        trigger_mode="once",
-        api_visibility="private",
-        show_progress="hidden",
     )
-    stop_with(page, end, stops)
+    stoppable(page, [go.click], start, asked, outputs, end, stops, concurrency_limit=4)

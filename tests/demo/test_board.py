@@ -55,9 +55,16 @@ def test_candidates_are_listed_with_bars():
         recommended.Row("<b>", 16, 2.0, 1.0, ("recall",), False),
         recommended.Row("yes_bias", 8, -3.0, 1.0, (), True),
         recommended.Row("new", 1, 0.5, float("inf"), (), False),
+        recommended.Row(
+            "pai", 8, -1.0, 0.5, ("recall",), False, "surely no better: -1.0 points, misses recall, on 8 images"
+        ),
     ]
     shown = recommended.table(rows)
     assert "<b>&lt;" not in shown and "&lt;b&gt;" in shown and "misses recall" in shown and "<i>control</i>" in shown
+    assert (
+        '<tr class="out"><th scope="row">pai<small>surely no better: -1.0 points, misses recall' in shown
+        and shown.count('"out"') == 1
+    )
     assert "+2.0 ± 1.0" in shown and "inf" not in shown and recommended.table([]) == ""
     ends = [tuple(map(float, at)) for at in re.findall(r"left:([\d.]+)%;width:([\d.]+)%", shown)]
     assert ends[0] == (50.0, 25.0) and ends[1] == (12.5, 37.5)

@@ -130,11 +130,40 @@ def test_pictures_of_the_tabs(browser, site, artifacts):
     take(page, artifacts / "demo-layers.png")
     tab(page, "Benchmark")
     page.get_by_text("Open earlier results").click()
-    page.fill("#folder textarea, #folder input", str(ROOT / "results/picto-smol-shift"))
+    page.fill(
+        "#folder textarea, #folder input", "results/picto-smol-shift"
+    )  # the picture names no folder of this machine
     page.press("#folder textarea, #folder input", "Enter")
     page.wait_for_selector("#board table", timeout=WAIT)
     assert page.evaluate("document.querySelector('#board').scrollWidth <= document.querySelector('#board').clientWidth")
     take(page, artifacts / "demo-benchmark.png")
+    page.close()
+
+
+@pytest.mark.slow
+def test_pictures_of_what_runs_with_a_stop(browser, site, artifacts):
+    """Point, and Recommend at the end of a search among few."""
+    page = browser.new_page(viewport={"width": 1400, "height": 900})
+    page.goto(site)
+    page.wait_for_selector("#pane3 .card.done", timeout=WAIT)
+    tab(page, "Point")
+    page.wait_for_selector("#point", timeout=WAIT)
+    assert not page.locator("#point-stop").is_visible()
+    page.click("#point")
+    page.wait_for_selector("#pointed1 .card.done", timeout=WAIT)
+    page.wait_for_selector("#point-stop", state="hidden", timeout=WAIT)
+    take(page, artifacts / "demo-point.png")
+    tab(page, "Recommend")
+    page.wait_for_selector("#search", timeout=WAIT)
+    page.locator("#only input").fill("vhr")
+    page.locator("#only input").press("Enter")
+    page.get_by_label("number input for Number of scenes").last.fill("20")
+    page.get_by_label("number input for Number of scenes").last.press("Tab")
+    page.get_by_label("1 minute: a look").check()
+    page.click("#search")
+    page.wait_for_selector("#search-verdict .verdict", timeout=2 * WAIT)
+    page.wait_for_selector("#search-stop", state="hidden", timeout=WAIT)
+    take(page, artifacts / "demo-recommend.png")
     page.close()
 
 
@@ -188,6 +217,7 @@ def test_a_benchmark_in_a_browser(page, artifacts, tmp_path):
     page.get_by_label("number input for Number of scenes").fill("200")
     page.get_by_label("number input for Number of scenes").press("Tab")
     assert page.locator("#board .steps b").count() == 4
+    assert not page.locator("#halt").is_visible()
     page.click("#run")
     page.wait_for_selector("#bar >> text=/baseline: [1-9]/", timeout=WAIT)
     page.click("#halt")
@@ -196,6 +226,7 @@ def test_a_benchmark_in_a_browser(page, artifacts, tmp_path):
     page.get_by_label("number input for Number of scenes").press("Tab")
     page.click("#run")
     page.wait_for_selector("#bar >> text=/answers in/", timeout=WAIT)
+    page.wait_for_selector("#halt", state="hidden", timeout=WAIT)
     page.locator("#figure").scroll_into_view_if_needed()  # it is loaded when it is reached
     page.wait_for_selector("#figure img", timeout=WAIT)
     assert page.locator("#board tr").count() == 5 and page.locator("#bench-verdict .verdict p").inner_text()
