@@ -17,6 +17,7 @@ from vlm_fix.eval.tasks.chair import Chair
 from vlm_fix.method import Baseline, Method
 
 from .data import Data
+from .features import SharedFeatures
 from .ledger import Ledger
 from .objective import COLUMNS
 from .search import BASELINE, Candidate, Dropped, Outcome
@@ -45,6 +46,7 @@ class Measurer:
         self.said: dict[str, Answers] = {BASELINE: {}}
         self.warned: dict[str, dict[str, None]] = {}
         self.warm = False
+        self.features = SharedFeatures(model, self._clock)
         self.slowdown, self.pace = slowdown, dict[str, tuple[float, int]]()  # seconds and answers of the model itself
 
     def __call__(self, candidate: Candidate, images: Sequence[Any]) -> tuple[Any, float]:
@@ -121,9 +123,10 @@ class Measurer:
                         if not self.warm:  # a process's first call is slow, and no candidate's fault
                             generation.answer(self.model, self.processor, batch[:1], 0, **how)
                             self.warm = True
-                        begun = self._clock()
-                        rows = generation.answer(self.model, self.processor, batch, self.settings.seed, **how)
-                        took = self._clock() - begun
+                        begun, saved = self._clock(), self.features.saved
+                        with self.features.of(tuple(sample.id for sample in batch)):
+                            rows = generation.answer(self.model, self.processor, batch, self.settings.seed, **how)
+                        took = self._clock() - begun + self.features.saved - saved  # as if it had shared nothing
                         spent, found["seconds"] = spent + took, found["seconds"] + took
                         for sample, row in zip(batch, rows, strict=True):
                             found["answers"][sample.id] = row["answer"]
