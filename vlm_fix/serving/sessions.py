@@ -109,6 +109,56 @@ class BatchSession(Session):
                     row[:, length:] = 0
 
 
+class LastRows(BatchSession):
+    """The last rows of several prompts, each the row that predicts its first token. `part` gives the requests their own."""
+
+    def __init__(self, sessions: Sequence[RequestSession]):
+        super().__init__(sessions)
+        lengths = [s.prompt_len for s in sessions]
+        self.go_to(lengths)
+        self.prompt_len = max(lengths)
+
+    def part(self) -> None:
+        """Let each request remember what methods noted here."""
+        _part(self.states, self.sessions)
+
+
+class WholePrompts(Session):
+    """Several prompts of the same length with all their rows, as a batch without padding has them."""
+
+    def __init__(self, sessions: Sequence[RequestSession]):
+        first = sessions[0]
+        super().__init__(first.call, prompt_len=first.prompt_len, branch=first.branch)
+        self.sessions = list(sessions)
+        self.last_visual = [s.last_visual[0] for s in sessions]
+        self.types = torch.cat([s.prompt for s in sessions])
+        self.start, self.length = 0, first.prompt_len
+        self.states = joined([s.states for s in sessions])
+
+    def part(self) -> None:
+        """As that of `LastRows`."""
+        _part(self.states, self.sessions)
+
+
+def _part(states: dict[Any, Any], sessions: Sequence[RequestSession]) -> None:
+    for i, session in enumerate(sessions):
+        session.states.update(row_of(states, i))
+
+
+def row_of(value: Any, i: int) -> Any:
+    """Of what a batch remembers, [B, ...], the part of request i, [1, ...]: what `joined` puts together."""
+    if isinstance(value, torch.Tensor) and value.dim():
+        return value[i : i + 1]
+    if isinstance(value, dict):
+        return {k: row_of(v, i) for k, v in value.items()}
+    if isinstance(value, Changes):  # of the batch as a whole
+        return Changes(dict(value.in_layer), value.in_decode_rows)
+    if isinstance(value, Memory):
+        names = [f.name for f in dataclasses.fields(value)]
+        return type(value)(**{n: row_of(getattr(value, n), i) for n in names})
+    return value
+
+
 def joined(values: Sequence[Any]) -> Any:
     """What single requests remember, [1, ...] each, as what a batch of them remembers, [B, ...].
 
