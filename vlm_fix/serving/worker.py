@@ -294,7 +294,9 @@ class Step:
             rows, sessions = [row for row, _ in members], [session for _, session in members]
             joint = LastRows(sessions) if last else WholePrompts(sessions)
             self.joint.append(joint)
-            places = [place for row in rows for place in range(bounds[row + 1] - 1 if last else bounds[row], bounds[row + 1])]
+            places = [
+                place for row in rows for place in range(bounds[row + 1] - 1 if last else bounds[row], bounds[row + 1])
+            ]
             spans = [(bounds[row], session.prompt_len) for row, session in members] if whole else None
             self.groups.append(Group(engine, joint, places, rows, joint.start + joint.length, spans))
 
