@@ -36,6 +36,8 @@ class Group:
     """By request, the first of its columns among the step's tokens and how many there are; None: some lie in pages alone"""
     blocks: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)  # see `pages`
     masks: dict[torch.device, torch.Tensor | None] = field(default_factory=dict)  # see `mask`
+    replaced: dict[int, bool] = field(default_factory=dict)  # see `replaces`
+    blank: torch.Tensor | None = None  # in place of keys, while only their number is asked for
 
     @functools.cached_property
     def index(self) -> slice | torch.Tensor:
@@ -91,14 +93,17 @@ class Group:
     def plan(
         self, layer: int, query: torch.Tensor, scaling: float, softcap: float | None
     ) -> tuple[Plan | None, AttentionInputs]:
-        """What is to be done in a layer, and its inputs, of which the keys are still to be found; query [tokens, H, D]."""
+        """What is to be done in a layer, and its inputs, of which the keys are still to be found; query [tokens, H, D].
+
+        The engine must be acting.
+        """
         handle = LayerHandle(self.engine, layer, self.engine.attention.stacks[layer], AttentionPath.AUTO)
         q = self.pick(query).transpose(1, 2)
-        blank = q.new_empty(1).expand(1, 1, self.columns, 1)
+        if self.blank is None:
+            self.blank = q.new_empty(1).expand(1, 1, self.columns, 1)
         kwargs = {"softcap": softcap} if softcap else {}
-        inputs = AttentionInputs(None, q, blank, blank, None, scaling, 0.0, kwargs)  # type: ignore[arg-type]
-        with self.engine.acting(self.session):
-            return plan_of(handle, self.session, inputs, recorded=False), inputs
+        inputs = AttentionInputs(None, q, self.blank, self.blank, None, scaling, 0.0, kwargs)  # type: ignore[arg-type]
+        return plan_of(handle, self.session, inputs, recorded=False), inputs
 
     def edit(
         self,
@@ -113,10 +118,10 @@ class Group:
 
         gather: keys and values [B, Hkv, K, D] of a group, asked for where scores are needed.
         """
-        plan, inputs = self.plan(layer, query, scaling, softcap)
-        if plan is None:
-            return
         with self.engine.acting(self.session):
+            plan, inputs = self.plan(layer, query, scaling, softcap)
+            if plan is None:
+                return
             if plan.stages.need_weights:
                 inputs.key, inputs.value = gather(self)
                 inputs.mask = self.mask(query.device)
@@ -124,13 +129,17 @@ class Group:
             self._write(plan, layer, inputs, output)
 
     def replaces(self, layer: int, query: torch.Tensor, scaling: float, softcap: float | None) -> bool:
-        """True if `edit` writes all of its rows in a layer without asking what they were."""
-        if not self.engine.attention.stacks[layer]:
-            return False
-        plan, _ = self.plan(layer, query, scaling, softcap)
-        if plan is None or plan.keeps_rows or not plan.edits_all_rows:
-            return False
-        return plan.stages.need_weights and plan.stages.change_output
+        """True if `edit` writes all of its rows in a layer without asking what they were. Found once a step for a stack."""
+        stack = self.engine.attention.stacks[layer]
+        if id(stack) not in self.replaced:
+            found = False
+            if stack:
+                with self.engine.acting(self.session):
+                    plan, _ = self.plan(layer, query, scaling, softcap)
+                if plan is not None and plan.edits_all_rows and not plan.keeps_rows:
+                    found = plan.stages.need_weights and plan.stages.change_output
+            self.replaced[id(stack)] = found
+        return self.replaced[id(stack)]
 
     def _write(self, plan: Plan, layer: int, inputs: AttentionInputs, output: torch.Tensor) -> None:
         known = self.pick(output)

@@ -55,7 +55,7 @@ class BatchSession(Session):
         self.sessions = list(sessions)
         self.last_visual = [s.last_visual[0] for s in sessions]
         self.prompts = torch.tensor([s.prompt_len for s in sessions])
-        self.lengths = self.prompts
+        self.lengths, self.shortest = self.prompts, 0
         self.states = joined([s.states for s in sessions])
         self.all_types = torch.zeros(len(sessions), 0, dtype=torch.uint8)
         self.spare: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -68,6 +68,7 @@ class BatchSession(Session):
             self.all_types = torch.cat([s.wide(width)[:, :width] for s in self.sessions])
             self.columns = ColumnCache()
         self.start, self.length, self.types = total - 1, 1, self.all_types[:, :total]
+        self.shortest = min(lengths)
         self.forward, self.lengths, self.spare = ForwardCache(), torch.tensor(lengths), {}
 
     def settle(self, edits: Sequence[Any]) -> None:
@@ -93,7 +94,7 @@ class BatchSession(Session):
 
     def seen(self, width: int, device: torch.device) -> torch.Tensor | None:
         """[B, 1, 1, K] True where a row may look; None if all see all."""
-        if bool((self.lengths == width).all()):
+        if self.shortest >= width:
             return None
         lengths, _ = self._on(device)
         return (torch.arange(width, device=device) < lengths[:, None])[:, None, None]
@@ -101,10 +102,13 @@ class BatchSession(Session):
     def clear(self, *stores: torch.Tensor) -> None:
         """Zeros in stores [B, H, K, D] behind each request's end: there lies what is another's, or nothing yet."""
         for x in stores:
-            seen = self.seen(x.shape[2], x.device)
-            if seen is not None and x.is_cuda:
+            if self.shortest >= x.shape[2]:
+                continue
+            if x.is_cuda:
+                seen = self.seen(x.shape[2], x.device)
+                assert seen is not None
                 x.masked_fill_(~seen.transpose(2, 3), 0)
-            elif seen is not None:
+            else:
                 for row, length in zip(x, self.lengths.tolist(), strict=True):
                     row[:, length:] = 0
 

@@ -270,6 +270,7 @@ class Step:
             joint.go_to([end for *_, end in rows])
             places = [bounds[row] for row, *_ in rows]
             self.groups.append(Group(engine, joint, places, [row for row, *_ in rows], joint.start + 1))
+        self.covered = sum(len(group.tokens) for group in self.groups)
 
     def _group(self, chunks: Sequence[tuple[int, str, Request, int, int]], bounds: list[int]) -> None:
         """The groups of prompts' chunks. Where methods act in last rows alone, those of many prompts are one batch, and so
@@ -329,7 +330,7 @@ class Step:
 
     def replaces(self, layer: Any, impl: Any, query: torch.Tensor) -> bool:
         """True if `edit` will write every row of a layer, so that nothing else has to compute them."""
-        if sum(len(group.tokens) for group in self.groups) < self.tokens:
+        if self.covered < self.tokens:
             return False
         self._prepare()
         served, number = self.served, self.served.number(layer)
