@@ -77,6 +77,16 @@ def test_last_rows_of_prompts_of_all_lengths_are_one_batch_on_the_keys_of_their_
     assert all(isinstance(g.session, BatchSession) for g in groups), "no prompt is by itself"
 
 
+def test_prompts_with_and_without_images_are_one_batch_where_a_method_needs_none(engine, hf):
+    """vhr leaves text alone, locore does not."""
+    spec, asked = "vhr+locore:beta=1", [Case((), CAPTION), *ASKED[:3], Case((), QUESTION.format("dog"))]
+    engine.use(spec)
+    with edited_groups() as groups:
+        mine = engine.answers(asked, 8)
+    assert not differences(asked, mine, hf.answers(spec.split("+"), asked, 8))
+    assert max(len(g.requests) for g in groups if isinstance(g.session, LastRows)) == len(asked)
+
+
 @pytest.mark.parametrize("spec", ["gift", "var:sink_dims=0|1|2,tau=1.5,rho=0,min_visual_mass=0"])
 def test_what_is_remembered_by_column_is_remembered_of_prompts_of_one_length(engine, hf, spec):
     engine.use(spec)
