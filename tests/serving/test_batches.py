@@ -83,7 +83,8 @@ def test_prompts_with_and_without_images_are_one_batch_where_a_method_needs_none
     engine.use(spec)
     with edited_groups() as groups:
         mine = engine.answers(asked, 8)
-    assert not differences(asked, mine, hf.answers(spec.split("+"), asked, 8))
+    theirs = [hf.answers(spec.split("+") if c.scenes else ["locore:beta=1"], [c], 8)[0] for c in asked]
+    assert not differences(asked, mine, theirs)
     assert max(len(g.requests) for g in groups if isinstance(g.session, LastRows)) == len(asked)
 
 
