@@ -114,7 +114,7 @@ class BatchSession(Session):
 
 
 class LastRows(BatchSession):
-    """The last rows of several prompts, each the row that predicts its first token. `part` gives the requests their own."""
+    """The last rows of several prompts, each the row that predicts its first token. `share` gives the requests their own."""
 
     def __init__(self, sessions: Sequence[RequestSession]):
         super().__init__(sessions)
@@ -122,9 +122,9 @@ class LastRows(BatchSession):
         self.go_to(lengths)
         self.prompt_len = max(lengths)
 
-    def part(self) -> None:
+    def share(self) -> None:
         """Let each request remember what methods noted here."""
-        _part(self.states, self.sessions)
+        _share(self.states, self.sessions)
 
 
 class WholePrompts(Session):
@@ -139,12 +139,12 @@ class WholePrompts(Session):
         self.start, self.length = 0, first.prompt_len
         self.states = joined([s.states for s in sessions])
 
-    def part(self) -> None:
+    def share(self) -> None:
         """As that of `LastRows`."""
-        _part(self.states, self.sessions)
+        _share(self.states, self.sessions)
 
 
-def _part(states: dict[Any, Any], sessions: Sequence[RequestSession]) -> None:
+def _share(states: dict[Any, Any], sessions: Sequence[RequestSession]) -> None:
     for i, session in enumerate(sessions):
         session.states.update(row_of(states, i))
 

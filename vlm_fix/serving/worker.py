@@ -283,11 +283,11 @@ class Step:
             late = one.unprepared and end >= session.prompt_len
             if late:
                 self.late.append((name, one))
-            elif engine.last_rows and end < session.prompt_len:
+            elif engine.only_last_rows and end < session.prompt_len:
                 continue  # nothing is edited
-            elif end == session.prompt_len and not engine.one_by_one and (engine.last_rows or span):
+            elif end == session.prompt_len and not engine.one_by_one and (engine.only_last_rows or span):
                 length = session.prompt_len if engine.of_one_length else 0
-                many.setdefault((engine, engine.last_rows, span is not None, length), []).append((row, session))
+                many.setdefault((engine, engine.only_last_rows, span is not None, length), []).append((row, session))
                 continue
             places = list(range(bounds[row], bounds[row + 1]))
             self.groups.append(Group(engine, session, places, [row], end, [span] if span else None))
@@ -304,7 +304,7 @@ class Step:
     def settle(self) -> None:
         """After the last layer: what methods remember of prompts that were one batch goes to each of them."""
         for joint in self.joint:
-            joint.part()
+            joint.share()
         self.joint = []
 
     def _begin(self, one: Request) -> None:
