@@ -58,8 +58,10 @@ def run(args: argparse.Namespace) -> None:
     from vlm_fix.eval import bench
     from vlm_fix.registry import split_methods
 
-    if args.questions is not None and (args.kind != "serve" or args.questions < 1):
-        raise VlmFixError("--questions is for bench serve, and at least 1: leave it out.")
+    if args.questions is not None and args.kind != "serve":
+        raise VlmFixError(f"--questions has no effect on bench {args.kind}: it is for bench serve; leave it out.")
+    if args.questions is not None and args.questions < 1:
+        raise VlmFixError(f"--questions {args.questions}: at least one is asked.")
     for option in ("sizes", "figure"):
         if getattr(args, option) and args.kind != "scaling":
             raise VlmFixError(f"--{option} has no effect on bench {args.kind}: it is for bench scaling; leave it out.")
