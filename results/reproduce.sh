@@ -172,8 +172,10 @@ bench() { # ratios in one run, on one thread
     --method "pai,act:threshold=0.01,vhr,iri:rr_attention=1|0.75|0.5|0.25,rr_mlp=1|0.75|0.5|0.25,vcd,deco,hiprune:keep=0.25,fastv:keep=0.25,knorm:keep=0.25" \
     --figure docs/images/scaling-memory.svg --output results/bench/scaling-memory-cpu.json
   "$vlm_fix" bench peers --shape tiny --new-tokens 16 --rounds 3 --output results/bench/peers.json # with mitigv and kvpress: docs/performance.md
-  "$vlm_fix" bench serve --model picto-smol --method pai,vhr,rudder,hiprune:keep=0.25 --concurrent 32 --new-tokens 16 \
-    --rounds 1 --output results/bench/serve.json # needs vLLM: docs/serving.md
+  "$vlm_fix" bench serve --model picto-smol --method pai,vaf,vhr,rudder,deco,vcd,hiprune:keep=0.25 --new-tokens 16 --rounds 3 \
+    --output results/bench/serve.json # needs vLLM and 20 GB: docs/serving.md
+  "$vlm_fix" bench serve --model picto-smol --method pai,vhr --concurrent 32 --questions 32 --new-tokens 16 --rounds 3 \
+    --output results/bench/serve-questions.json # as above
 }
 
 tables=(shift attention heads hidden decoding contrast sampling pruning)

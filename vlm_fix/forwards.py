@@ -216,8 +216,12 @@ class Forwards(Host):
             raise VlmFixError(f"with {'+'.join(m.name for m in self.active)} {NOT_NUMBERS}")
 
     @torch.no_grad()
-    def run_prompt(self, inputs: dict[str, torch.Tensor], recorder: Recorder) -> None:
-        """One forward of a prompt without edits and without a cache, for methods that must know something in advance."""
+    def run_prompt(self, inputs: dict[str, torch.Tensor], recorder: Recorder, later: bool = False) -> None:
+        """One forward of a prompt without edits and without a cache, for methods that must know something in advance.
+
+        later: the recorder may be called after this returns, before the first layer of the prompt itself runs. A server
+        then reads the prompts of many requests at once.
+        """
         positions, _ = prompt_positions(self.model, self.family, inputs)
         call = Call(self.model, self.family, inputs)
         session = Session(call, prompt_len=inputs["input_ids"].shape[1], branch="observe", plain=True)

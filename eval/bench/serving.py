@@ -90,6 +90,21 @@ def beside(model: Any, processor: Any, pairs: Sequence[Any], concurrent: int, ne
     return _figures(len(pairs), new_tokens, time.perf_counter() - begin, waits, time.process_time() - used)
 
 
+def question(i: int) -> str:
+    """The i-th question: a description, and from then on a number of words for it, so that no two are alike."""
+    return (
+        "Describe the image."
+        if i == 0
+        else " ".join(["Describe the image in", *["about"] * (i % 4), f"{i + 9} words."])
+    )
+
+
+def prompt(processor: Any, asked: str) -> str:
+    """A question about an image, in the model's own form."""
+    words = [{"type": "image"}, {"type": "text", "text": asked}]
+    return processor.apply_chat_template([{"role": "user", "content": words}], add_generation_prompt=True)
+
+
 def _figures(count: int, new_tokens: int, seconds: float, waits: Iterable[float], used: float) -> dict[str, float]:
     each = [count / seconds, count * new_tokens / seconds, statistics.median(waits), used / count]
     return dict(zip(FIGURES, each, strict=True))
@@ -97,18 +112,21 @@ def _figures(count: int, new_tokens: int, seconds: float, waits: Iterable[float]
 
 def run(
     methods: Sequence[str], model: str, new_tokens: int, rounds: int, tick: Callable[[int], Any] | None = None,
-    concurrent: Sequence[int] = CONCURRENT,
+    concurrent: Sequence[int] = CONCURRENT, questions: int = 1,
 ) -> dict[str, Any]:  # fmt: skip
-    """Measure and return settings, hardware and rows. `tick(total)` is called after each measurement."""
+    """Measure and return settings, hardware and rows. `tick(total)` is called after each measurement.
+
+    questions: how many different ones are asked in turn, of different lengths; what a method makes of a question alone is
+    made once for each.
+    """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     net, processor, identity = load_model(model)
     specs = list(methods) or list(METHODS)
     own = [*specs, BESIDE]
-    words = [{"type": "image"}, {"type": "text", "text": "Describe the image."}]
-    text = processor.apply_chat_template([{"role": "user", "content": words}], add_generation_prompt=True)
+    texts = [prompt(processor, question(i)) for i in range(questions)]
     count_of = {count: max(count, min(2 * count, MOST)) for count in concurrent}
-    pairs = [(scene("test", 0, i).image, text) for i in range(max(count_of.values()))]
+    pairs = [(scene("test", 0, i).image, texts[i % questions]) for i in range(max(count_of.values()))]
     prompts = [{"prompt": t, "multi_modal_data": {"image": i}} for i, t in pairs]
     rows, total = [], len(specs) + 1 + len(concurrent) * rounds * (len(own) + (len(own) + 1) // 2)
     engines = {}
@@ -150,6 +168,7 @@ def run(
         "bench": "serve",
         "model": identity,
         "new_tokens": new_tokens,
+        "questions": questions,
         "rounds": rounds,
         "hardware": hardware(net.device),
         "load": os.getloadavg()[0],
@@ -175,7 +194,7 @@ def table(results: dict[str, Any]) -> Any:
     from rich.table import Table
 
     out = Table("in flight", "method", "requests/s", "tokens/s", "first token", "processor", box=box.SIMPLE_HEAD)
-    how = f"{results['new_tokens']} new tokens, {results['rounds']} rounds"
+    how = f"{results['new_tokens']} new tokens, {results['questions']} questions, {results['rounds']} rounds"
     out.title = f"{results['model']['name']}, {how}, {results['hardware']}"
     out.caption = "ratios to plain vLLM in the same round: median (lowest, highest)"
     for row in results["rows"]:

@@ -15,7 +15,9 @@ def test_vhr_runs_one_text_only_pass_a_call(family, model, monkeypatch):
 
     seen, observe = [], Engine.run_prompt
     monkeypatch.setattr(
-        Engine, "run_prompt", lambda self, inputs, *rest: (seen.append(inputs), observe(self, inputs, *rest))
+        Engine,
+        "run_prompt",
+        lambda self, inputs, *rest, **more: (seen.append(inputs), observe(self, inputs, *rest, **more)),
     )
     with vlm_fix.wrapped(model, "vhr"):
         for options in ({}, {"num_beams": 3}):

@@ -40,6 +40,8 @@ BAD = {
     "samples of a table": ("report {dir} --markdown {dir}/x.md --samples 3", "--samples 3: it is for the page"),
     "a run twice": ("report {dir} {dir}", "is given twice"),
     "keep": ("bench attention --keep 64", "--keep has no effect on bench attention"),
+    "questions": ("bench attention --questions 2", "--questions has no effect on bench attention"),
+    "no question": ("bench serve --questions 0", "--questions 0: at least one is asked"),
     "bench without methods": ("bench attention --method ,", "names no method"),
     "tasks that are not written": ("lmms-tasks --limit 3", "--limit has no effect: it is for the tasks that --out"),
     "ids of picto's tasks": ("lmms-tasks --out {dir}/t --ids {dir}/ids", "--ids has no effect"),

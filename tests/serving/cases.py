@@ -26,7 +26,7 @@ SERVED = {
     "next token": ("apc_only", "gaussian_logits", "yes_threshold:margin=0.9", "deco", "dola"),
     "second branch": ("vcd", "icd", "m3id", "marine:objects=OBJECTS", "ritual", "yes_bias", "pai:gamma=1.5"),
     "stacks": ("pai:alpha=0.5+vcd", "vhr+pai", "iri+m3id", "vaf+apc_only:beta=0.3", "locore:beta=1+pai",
-               "hulluedit+deco", "memvr:threshold=0.05+pai"),
+               "hulluedit+deco", "memvr:threshold=0.05+pai", "vhr+vcd", "gift+deco"),
 }  # fmt: skip
 PRUNERS = (
     "hiprune:keep=16", "visionzip:keep=16", "divprune:keep=16", "random_tokens:keep=16", "uniform_grid:keep=16",

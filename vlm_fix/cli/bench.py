@@ -32,6 +32,9 @@ def add_to(commands: Any) -> None:
     parser.add_argument(
         "--concurrent", default="1,8,32", metavar="N,M", help="serve only: requests in flight (%(default)s)"
     )
+    parser.add_argument(
+        "--questions", type=int, metavar="N", help="serve only: different questions that are asked in turn (1)"
+    )
     parser.add_argument("--new-tokens", type=int, default=32, metavar="N", help="tokens to time (%(default)s)")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="scaling: 0 for memory alone (%(default)s)")
     parser.add_argument("--keep", metavar="N,M", help="visual tokens kept, prune only (192,64)")
@@ -55,6 +58,10 @@ def run(args: argparse.Namespace) -> None:
     from vlm_fix.eval import bench
     from vlm_fix.registry import split_methods
 
+    if args.questions is not None and args.kind != "serve":
+        raise VlmFixError(f"--questions has no effect on bench {args.kind}: it is for bench serve; leave it out.")
+    if args.questions is not None and args.questions < 1:
+        raise VlmFixError(f"--questions {args.questions}: at least one is asked.")
     for option in ("sizes", "figure"):
         if getattr(args, option) and args.kind != "scaling":
             raise VlmFixError(f"--{option} has no effect on bench {args.kind}: it is for bench scaling; leave it out.")
@@ -235,6 +242,7 @@ def _serve(args: argparse.Namespace) -> None:
             args.rounds,
             tick,
             concurrent,
+            args.questions or 1,
         )
     if args.output:
         bench.write(results, Path(args.output))

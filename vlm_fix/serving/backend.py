@@ -38,13 +38,15 @@ class EditingImpl:
         if isinstance(attn_metadata, BesideForward):
             attn_metadata.attend(layer, self, query, key, value, output)
             return output
-        result = super().forward(  # type: ignore[misc]
-            layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs
-        )
         step = getattr(attn_metadata, "vlm_fix_step", None)
+        made = output
+        if step is None or not step.replaces(layer, self, query):
+            made = super().forward(  # type: ignore[misc]
+                layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs
+            )
         if step is not None:
-            step.edit(layer, self, query, kv_cache, attn_metadata.block_table, output)
-        return result
+            step.edit(layer, self, query, key, value, kv_cache, attn_metadata.block_table, output)
+        return made
 
 
 class NotingBuilder:

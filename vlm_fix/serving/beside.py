@@ -6,6 +6,7 @@ They use no block of the paged cache: the attention layers are told so by metada
 from __future__ import annotations
 
 import functools
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from vlm_fix.hooks import hooked
-from vlm_fix.recorder import Recorder
+from vlm_fix.recorder import LastHeads, Recorder
 from vlm_fix.session import Session
 
 from . import layers
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from .worker import Served
 
 
+READ = 64  # prompts of text whose last rows are kept; in a model of 7 billion parameters one takes half a megabyte
 GROWTH = 1.25  # how much wider a line's cache becomes when it is full
 
 
@@ -56,8 +58,8 @@ class BesideForward:
     served: Served
     lines: list[tuple[Line, int]]
     groups: list[Group | None] = field(default_factory=list)  # of each line, where edits may act in it
-    recorder: Recorder | None = None
-    session: Session | None = None  # what the recorder is shown
+    recorders: list[list[Recorder]] = field(default_factory=list)  # of each line
+    session: Session | None = None  # what the recorders are shown
 
     def attend(self, layer: Any, impl: Any, query: Any, key: Any, value: Any, output: Any) -> None:
         """Causal attention of each line over its own cache; query and output [tokens, H, D], or flat."""
@@ -87,8 +89,12 @@ class BesideForward:
         for group, own in zip(self.groups, held, strict=False):
             if group is not None and group.engine.attention.stacks[number]:
                 group.edit(number, q, out, functools.partial(_given, own), impl.scale, self.served.softcap(impl))
-        if self.recorder is not None and self.session is not None:
-            self.recorder.heads(number, self.session, out[None])
+        start = 0
+        for (_, count), recorders in zip(self.lines, self.recorders, strict=False):
+            assert self.session is not None
+            for recorder in recorders:
+                recorder.heads(number, self.session, out[None, start : start + count])
+            start += count
 
 
 def _given(own: KeysValues, group: Group) -> KeysValues:
@@ -100,13 +106,46 @@ class Beside:
 
     def __init__(self, served: Served):
         self.served = served
+        self.asked: dict[tuple[int, ...], list[Recorder]] = {}  # prompts that are to be read before the next layer
+        self.read: OrderedDict[tuple[int, ...], dict[int, torch.Tensor]] = OrderedDict()
+        """Prompts that were read of late -> layer -> head outputs of the last row [1, H, D]"""
+
+    def read_prompt(self, ids: Sequence[int], recorder: Recorder, later: bool) -> None:
+        """One forward over a prompt of text, without edits and without a cache; `later`: when `read_asked` is called.
+
+        Of a prompt that was read before and of which only the last row is asked for, that row is known.
+        """
+        place = tuple(ids)
+        known = self.read.get(place) if isinstance(recorder, LastHeads) else None
+        if known is not None:
+            self.read.move_to_end(place)
+            for layer, row in known.items():
+                recorder.heads(layer, self.served.plain, row[None])
+            return
+        self.asked.setdefault(place, []).append(recorder)
+        if not later:
+            self.read_asked()
+
+    def forget(self) -> None:
+        """Read prompts again from now on, as after new weights."""
+        self.read.clear()
 
     @torch.inference_mode()
-    def read_prompt(self, ids: Sequence[int], recorder: Recorder) -> None:
-        """One forward over a prompt of text, without edits and without a cache."""
-        self.run(
-            BesideForward(self.served, [(Line(), len(ids))], recorder=recorder, session=self.served.plain), ids, None
-        )
+    def read_asked(self) -> None:
+        """Read the prompts that were asked for, each once, in one forward."""
+        asked, self.asked = self.asked, {}
+        if not asked:
+            return
+        kept: list[dict[int, torch.Tensor]] = [{} for _ in asked]
+        keepers = [LastHeads(each.__setitem__) for each in kept]
+        lines = [(Line(), len(ids)) for ids in asked]
+        recorders = [[*own, keeper] for own, keeper in zip(asked.values(), keepers, strict=True)]
+        forward = BesideForward(self.served, lines, recorders=recorders, session=self.served.plain)
+        self.run(forward, [token for ids in asked for token in ids], None)
+        for ids, rows in zip(asked, kept, strict=True):
+            self.read[ids] = {layer: row.clone() for layer, row in rows.items()}
+            if len(self.read) > READ:
+                self.read.popitem(last=False)
 
     @torch.inference_mode()
     def last_rows(self, ids: Sequence[int], place: str, session: Session) -> dict[int, torch.Tensor]:

@@ -47,6 +47,13 @@ class ServedEngine(Engine):
         self.pruner = next((m for m in self.active if isinstance(m, TokenPruner)), None)
         self.vision = [m for m in self.active if isinstance(m, VisionMLPEdit) and m.vision_layers]
         self.one_by_one = any(isinstance(m, HiddenEdit) and m.keeps_history for m in self.active)
+        self.only_last_rows = not (
+            self.changes_prompt or self.one_by_one
+        )  # nothing of a prompt but its last row is looked at
+        tracking = any(getattr(m, "tracks_columns", False) for m in self.active)
+        self.of_one_length = (
+            tracking or not self.only_last_rows
+        )  # prompts are a batch only where their columns are the same
         self.needs_whole = any(m.whole_prompt for m in self.active)
         self.needs_image = bool(self.active) and all(m.needs_image for m in self.active)
 
@@ -110,9 +117,10 @@ class ServedEngine(Engine):
         return self.served.beside.last_rows(inputs["input_ids"][0].tolist(), place, self.session)
 
     @torch.no_grad()
-    def run_prompt(self, inputs: dict[str, torch.Tensor], recorder: Recorder) -> None:
+    def run_prompt(self, inputs: dict[str, torch.Tensor], recorder: Recorder, later: bool = False) -> None:
+        """As `forwards.Forwards.run_prompt`; `later`: in one forward with those of other requests of this step."""
         assert self.served is not None
-        self.served.beside.read_prompt(inputs["input_ids"][0].tolist(), recorder)
+        self.served.beside.read_prompt(inputs["input_ids"][0].tolist(), recorder, later)
 
 
 def _reads_prompt(method: Method) -> bool:

@@ -7,7 +7,7 @@ log-probabilities that a client asks for are those the method left.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +39,40 @@ class BranchLine(Line):
     taken: int = 0  # generated tokens that are in its cache
 
 
+EXITS = 16  # rows whose logits of earlier layers are made at once; each takes a float for each layer and word
+
+
+class Exits:
+    """The logits of earlier layers in the rows `places` of a step's tokens; the head is read once for some of them."""
+
+    def __init__(
+        self, head: Callable[[torch.Tensor, bool], torch.Tensor], inputs: dict[int, torch.Tensor], places: list[int]
+    ):
+        self.head, self.inputs, self.places = head, inputs, places
+        self.first, self.made = 0, dict[tuple[int, bool], torch.Tensor]()
+
+    def of(self, i: int, layer: int, norm: bool) -> torch.Tensor:
+        """[1, V] of row places[i], float32."""
+        first = i - i % EXITS
+        if first != self.first:
+            self.first, self.made = first, {}
+        if (layer, norm) not in self.made:
+            rows = self.inputs[layer][self.places[first : first + EXITS]]
+            self.made[layer, norm] = self.head(rows, norm).float()
+        return self.made[layer, norm][i - first][None]
+
+
+@dataclass(frozen=True)
+class ServedSeen(Seen):
+    """What an edit sees of row `row` of those whose exits are made together."""
+
+    exits: Exits
+    row: int
+
+    def exit(self, layer: int, norm: bool) -> torch.Tensor:
+        return self.exits.of(self.row, layer, norm)
+
+
 class NextTokens:
     """Applied to the logits of each step on one worker."""
 
@@ -55,16 +89,18 @@ class NextTokens:
             return logits
         out, negatives = logits.float(), self._negatives([s for s in rows if _contrasts(s[2])])
         out = out.clone() if out is logits else out
-        for row, name, one in rows:
+        exits = Exits(self.head, seen, [step.last[row] for row, *_ in rows])
+        for i, (row, name, one) in enumerate(rows):
             generated = torch.tensor([self.served.runner.requests[name].output_token_ids], device=out.device).long()
             l = out[row : row + 1].log_softmax(dim=-1)
             if name in negatives:
                 assert one.engine.contrast is not None
                 combined = one.engine.contrast.contrasted(generated.shape[1], l, *negatives[name])
                 l = combined.log_softmax(dim=-1)
-            at = {i: (x[step.last[row]][None, None], generated.shape[1]) for i, x in seen.items()}
+            at = {layer: (x[step.last[row]][None, None], generated.shape[1]) for layer, x in seen.items()}
             prompts = functools.partial(self._prompts, name, one)
-            view = Seen(one.engine, one.session, prompts, generated, at, self.head)  # type: ignore[arg-type]
+            host: Any = one.engine
+            view = ServedSeen(host, one.session, prompts, generated, at, self.head, exits, i)  # type: ignore[arg-type]
             with one.engine.acting(one.session):
                 for edit in one.engine.logit_edits:
                     l = edit.edit(l, view).log_softmax(dim=-1)
@@ -124,6 +160,7 @@ class NextTokens:
             forward.lines.append((line, len(new)))
             embeds.append(self._embeds(line, new))
             ids += new
+        self.served.beside.read_asked()
         hidden = self.served.beside.run(forward, ids, torch.cat(embeds))
         ends = torch.tensor([count for _, count in forward.lines]).cumsum(0) - 1
         logs = self.served.plain_logits(hidden[ends.to(hidden.device)]).float().log_softmax(dim=-1)

@@ -55,7 +55,7 @@ class BatchSession(Session):
         self.sessions = list(sessions)
         self.last_visual = [s.last_visual[0] for s in sessions]
         self.prompts = torch.tensor([s.prompt_len for s in sessions])
-        self.lengths = self.prompts
+        self.lengths, self.shortest = self.prompts, 0
         self.states = joined([s.states for s in sessions])
         self.all_types = torch.zeros(len(sessions), 0, dtype=torch.uint8)
         self.spare: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -68,6 +68,7 @@ class BatchSession(Session):
             self.all_types = torch.cat([s.wide(width)[:, :width] for s in self.sessions])
             self.columns = ColumnCache()
         self.start, self.length, self.types = total - 1, 1, self.all_types[:, :total]
+        self.shortest = min(lengths)
         self.forward, self.lengths, self.spare = ForwardCache(), torch.tensor(lengths), {}
 
     def settle(self, edits: Sequence[Any]) -> None:
@@ -93,7 +94,7 @@ class BatchSession(Session):
 
     def seen(self, width: int, device: torch.device) -> torch.Tensor | None:
         """[B, 1, 1, K] True where a row may look; None if all see all."""
-        if bool((self.lengths == width).all()):
+        if self.shortest >= width:
             return None
         lengths, _ = self._on(device)
         return (torch.arange(width, device=device) < lengths[:, None])[:, None, None]
@@ -101,12 +102,65 @@ class BatchSession(Session):
     def clear(self, *stores: torch.Tensor) -> None:
         """Zeros in stores [B, H, K, D] behind each request's end: there lies what is another's, or nothing yet."""
         for x in stores:
-            seen = self.seen(x.shape[2], x.device)
-            if seen is not None and x.is_cuda:
+            if self.shortest >= x.shape[2]:
+                continue
+            if x.is_cuda:
+                seen = self.seen(x.shape[2], x.device)
+                assert seen is not None
                 x.masked_fill_(~seen.transpose(2, 3), 0)
-            elif seen is not None:
+            else:
                 for row, length in zip(x, self.lengths.tolist(), strict=True):
                     row[:, length:] = 0
+
+
+class LastRows(BatchSession):
+    """The last rows of several prompts, each the row that predicts its first token. `share` gives the requests their own."""
+
+    def __init__(self, sessions: Sequence[RequestSession]):
+        super().__init__(sessions)
+        lengths = [s.prompt_len for s in sessions]
+        self.go_to(lengths)
+        self.prompt_len = max(lengths)
+
+    def share(self) -> None:
+        """Let each request remember what methods noted here."""
+        _share(self.states, self.sessions)
+
+
+class WholePrompts(Session):
+    """Several prompts of the same length with all their rows, as a batch without padding has them."""
+
+    def __init__(self, sessions: Sequence[RequestSession]):
+        first = sessions[0]
+        super().__init__(first.call, prompt_len=first.prompt_len, branch=first.branch)
+        self.sessions = list(sessions)
+        self.last_visual = [s.last_visual[0] for s in sessions]
+        self.types = torch.cat([s.prompt for s in sessions])
+        self.start, self.length = 0, first.prompt_len
+        self.states = joined([s.states for s in sessions])
+
+    def share(self) -> None:
+        """As that of `LastRows`."""
+        _share(self.states, self.sessions)
+
+
+def _share(states: dict[Any, Any], sessions: Sequence[RequestSession]) -> None:
+    for i, session in enumerate(sessions):
+        session.states.update(row_of(states, i))
+
+
+def row_of(value: Any, i: int) -> Any:
+    """Of what a batch remembers, [B, ...], the part of request i, [1, ...]: what `joined` puts together."""
+    if isinstance(value, torch.Tensor) and value.dim():
+        return value[i : i + 1]
+    if isinstance(value, dict):
+        return {k: row_of(v, i) for k, v in value.items()}
+    if isinstance(value, Changes):  # of the batch as a whole
+        return Changes(dict(value.in_layer), value.in_decode_rows)
+    if isinstance(value, Memory):
+        names = [f.name for f in dataclasses.fields(value)]
+        return type(value)(**{n: row_of(getattr(value, n), i) for n in names})
+    return value
 
 
 def joined(values: Sequence[Any]) -> Any:

@@ -22,7 +22,7 @@ from .engine import ServedEngine
 from .groups import Group
 from .logits import NextTokens
 from .paged import Room, layout_of
-from .sessions import BatchSession, RequestSession, session_of
+from .sessions import BatchSession, LastRows, RequestSession, WholePrompts, session_of
 from .settings import Settings
 from .tower import Images
 
@@ -84,9 +84,19 @@ class Served:
         def compute_logits(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             made = logits(hidden_states, *args, **kwargs)
             step, self.current = self.current, None  # prompt log-probabilities are asked for later in the step
+            if step is not None:
+                step.settle()
             return made if step is None or made is None else self.next_tokens.edited(step, made)
 
+        reset = runner.reset_encoder_cache
+
+        @functools.wraps(reset)
+        def reset_encoder_cache() -> Any:
+            self.beside.forget()
+            return reset()
+
         self.plain_logits = logits
+        runner.reset_encoder_cache = reset_encoder_cache
         runner.execute_model, runner.model.compute_logits = execute_model, compute_logits
         layers.install(self)
         self.images.install()
@@ -132,6 +142,8 @@ class Served:
         self.running, self.groups, self.current = True, [], None
         try:
             yield
+            if self.current is not None:
+                self.current.settle()
         finally:
             self.running, self.groups, self.current = False, [], None
 
@@ -220,9 +232,12 @@ class Step:
         self.served, self.groups = served, []
         self.samples: list[tuple[int, str, Request]] = []  # rows that predict a new token
         self.late: list[tuple[str, Request]] = []  # see `_prepare`
+        self.joint: list[LastRows | WholePrompts] = []  # prompts that are one batch in this step
         self.last = [end - 1 for end in bounds[1:]]  # by row, the place of its last token
         batch, done = served.runner.input_batch, served.runner.input_batch.num_computed_tokens_cpu
         together: dict[ServedEngine, list[tuple[int, str, int]]] = {}
+        chunks: list[tuple[int, str, Request, int, int]] = []
+        self.tokens = bounds[-1]
         for row, name in enumerate(batch.req_ids):
             start, length = int(done[row]), bounds[row + 1] - bounds[row]
             one = served.request(name, start)
@@ -242,19 +257,55 @@ class Step:
                 self.samples.append((row, name, one))
             if length == 1 and start >= session.prompt_len and not engine.one_by_one:
                 together.setdefault(engine, []).append((row, name, end))
-                continue
-            if session.fresh:
+            else:
+                chunks.append((row, name, one, start, end))
+        for _, _, one, _, _ in chunks:
+            if one.session.fresh:
                 self._begin(one)
-            session.go_to(start, length)
-            if one.unprepared and end >= session.prompt_len:
-                self.late.append((name, one))
-            self.groups.append(Group(engine, session, list(range(bounds[row], bounds[row + 1])), [row], end))
+        served.beside.read_asked()
+        self._group(chunks, bounds)
         served.batches = {k: v for k, v in served.batches.items() if k in together}
         for engine, rows in together.items():
             joint = served.batch(engine, [name for _, name, _ in rows])
             joint.go_to([end for *_, end in rows])
             places = [bounds[row] for row, *_ in rows]
             self.groups.append(Group(engine, joint, places, [row for row, *_ in rows], joint.start + 1))
+        self.covered = sum(len(group.tokens) for group in self.groups)
+
+    def _group(self, chunks: Sequence[tuple[int, str, Request, int, int]], bounds: list[int]) -> None:
+        """The groups of prompts' chunks. Where methods act in last rows alone, those of many prompts are one batch, and so
+        are whole prompts of the same length; any other chunk is by itself."""
+        many: dict[tuple[ServedEngine, bool, bool, int], list[tuple[int, RequestSession]]] = {}
+        for row, name, one, start, end in chunks:
+            engine, session = one.engine, one.session
+            session.go_to(start, end - start)
+            span = (bounds[row], end - start) if start == 0 else None
+            late = one.unprepared and end >= session.prompt_len
+            if late:
+                self.late.append((name, one))
+            elif engine.only_last_rows and end < session.prompt_len:
+                continue  # nothing is edited
+            elif end == session.prompt_len and not engine.one_by_one and (engine.only_last_rows or span):
+                length = session.prompt_len if engine.of_one_length else 0
+                many.setdefault((engine, engine.only_last_rows, span is not None, length), []).append((row, session))
+                continue
+            places = list(range(bounds[row], bounds[row + 1]))
+            self.groups.append(Group(engine, session, places, [row], end, [span] if span else None))
+        for (engine, last, whole, _), members in many.items():
+            rows, sessions = [row for row, _ in members], [session for _, session in members]
+            joint = LastRows(sessions) if last else WholePrompts(sessions)
+            self.joint.append(joint)
+            places = [
+                place for row in rows for place in range(bounds[row + 1] - 1 if last else bounds[row], bounds[row + 1])
+            ]
+            spans = [(bounds[row], session.prompt_len) for row, session in members] if whole else None
+            self.groups.append(Group(engine, joint, places, rows, joint.start + joint.length, spans))
+
+    def settle(self) -> None:
+        """After the last layer: what methods remember of prompts that were one batch goes to each of them."""
+        for joint in self.joint:
+            joint.share()
+        self.joint = []
 
     def _begin(self, one: Request) -> None:
         """Before the first chunk of a prompt: what methods prepare."""
@@ -277,20 +328,38 @@ class Step:
             one.unprepared = False
         self.late = []
 
+    def replaces(self, layer: Any, impl: Any, query: torch.Tensor) -> bool:
+        """True if `edit` will write every row of a layer, so that nothing else has to compute them."""
+        if self.covered < self.tokens:
+            return False
+        self._prepare()
+        served, number = self.served, self.served.number(layer)
+        how = query.view(len(query), -1, impl.head_size), impl.scale, served.softcap(impl)
+        return all(group.replaces(number, *how) for group in self.groups)
+
     def edit(
-        self, layer: Any, impl: Any, query: torch.Tensor, cache: torch.Tensor, table: torch.Tensor, output: torch.Tensor
+        self,
+        layer: Any,
+        impl: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cache: torch.Tensor,
+        table: torch.Tensor,
+        output: torch.Tensor,
     ) -> None:
-        """Write the edited rows over what a layer's attention made."""
+        """Write the edited rows over what a layer's attention made. query, key, value, output: those of the step's tokens."""
         self._prepare()
         served, number = self.served, self.served.number(layer)
         out = output.view(len(output), -1, impl.head_size)
 
         def gather(group: Group) -> tuple[torch.Tensor, torch.Tensor]:
-            blocks = -(-group.columns // cache.shape[2])
-            rows = torch.tensor(group.requests, device=table.device)
-            chosen = table[rows, :blocks].long()
-            keys, values = served.layouts[layer.layer_name](cache, chosen, impl.head_size, served.room)
-            keys, values = keys[:, :, : group.columns], values[:, :, : group.columns]
+            if group.spans is not None:
+                keys, values = (group.given(x.view(len(x), -1, impl.head_size)) for x in (key, value))
+            else:
+                chosen = group.pages(table, cache.shape[2])
+                keys, values = served.layouts[layer.layer_name](cache, chosen, impl.head_size, served.room)
+                keys, values = keys[:, :, : group.columns], values[:, :, : group.columns]
             if isinstance(group.session, BatchSession):
                 group.session.clear(keys, values)
             return keys, values
