@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
 import sys
@@ -16,90 +17,98 @@ from vlm_fix.errors import VlmFixError
 
 from .common import DTYPES, add, add_json, check_place, console
 
+Timed = tuple[dict[str, Any], Callable[[dict[str, Any]], Any]]
+"""Results, and what makes their table."""
+
+
+SHAPED = ("attention", "decode", "prune", "scaling", "peers")  # on random weights of a shape
+LOADED = ("draft", "serve")  # on a model by name
+OPTIONS: dict[str, tuple[tuple[str, ...], Any]] = {  # what they are for, and their defaults
+    "shape": (SHAPED, "small"),
+    "model": (LOADED, "picto-llava"),
+    "device": ((*SHAPED, "draft"), "auto"),
+    "dtype": ((*SHAPED, "draft"), "auto"),
+    "seed": (SHAPED, 0),
+    "keep": (("prune",), "192,64"),
+    "sizes": (("scaling",), None),
+    "figure": (("scaling",), None),
+    "concurrent": (("serve",), "1,8,32"),
+    "questions": (("serve",), 1),
+}
+
 
 def add_to(commands: Any) -> None:
     parser = add(commands, "bench", "time methods against the unwrapped model, on random weights", run)
     parser.add_argument(
         "kind",
-        choices=("attention", "decode", "prune", "scaling", "peers", "draft", "serve"),
+        choices=(*SHAPED, *LOADED),
         help="which methods; peers: beside other people's code",
     )
-    parser.add_argument("--shape", default="small", metavar="S", help="small, small-qwen, llava-1.5-7b, qwen2.5-vl-7b")
+
+    def option(name: str, text: str, **how: Any) -> None:
+        kinds, default = OPTIONS[name]
+        only = {SHAPED: "random weights: ", (*SHAPED, "draft"): ""}.get(kinds, f"{' and '.join(kinds)} only: ")
+        parser.add_argument(f"--{name}", help=only + text + (f" ({default})" if default is not None else ""), **how)
+
+    option("shape", "small, small-qwen, llava-1.5-7b or qwen2.5-vl-7b", metavar="S")
+    option("model", "folder or name", metavar="NAME")
     parser.add_argument("--method", default="", metavar="A,B+C", help="only these (all of the kind)")
-    parser.add_argument(
-        "--model", default="picto-llava", metavar="NAME", help="draft and serve only: folder or name (%(default)s)"
-    )
-    parser.add_argument(
-        "--concurrent", default="1,8,32", metavar="N,M", help="serve only: requests in flight (%(default)s)"
-    )
-    parser.add_argument(
-        "--questions", type=int, metavar="N", help="serve only: different questions that are asked in turn (1)"
-    )
     parser.add_argument("--new-tokens", type=int, default=32, metavar="N", help="tokens to time (%(default)s)")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="scaling: 0 for memory alone (%(default)s)")
-    parser.add_argument("--keep", metavar="N,M", help="visual tokens kept, prune only (192,64)")
-    parser.add_argument(
-        "--sizes", metavar="S", help="scaling only, such as visual=64|576,layers=1|8,batch=1|4,answer=8|128 (all four)"
-    )
-    parser.add_argument("--figure", metavar="FILE", help="scaling only: also draw it, as .svg, .png or .pdf")
-    parser.add_argument("--device", default="auto", metavar="DEV", help="auto, cpu or cuda (%(default)s)")
-    parser.add_argument("--dtype", choices=DTYPES, default="auto")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the weights and the prompt (%(default)s)")
+    option("keep", "visual tokens kept", metavar="N,M")
+    option("sizes", "such as visual=64|576,layers=1|8,batch=1|4,answer=8|128 (all four)", metavar="S")
+    option("figure", "also draw it, as .svg, .png or .pdf", metavar="FILE")
+    option("concurrent", "requests in flight", metavar="N,M")
+    option("questions", "different questions that are asked in turn", type=int, metavar="N")
+    option("device", "auto, cpu or cuda", metavar="DEV")
+    option("dtype", "of the weights", choices=DTYPES)
+    option("seed", "of the weights and the prompt", type=int, metavar="S")
     parser.add_argument("--output", metavar="FILE", help="also write the figures as JSON")
     add_json(parser, "print the JSON instead of the table")
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.output:
-        check_place(args.output)
-    if args.keep and args.kind != "prune":
-        raise VlmFixError(f"--keep has no effect on bench {args.kind}: it is for bench prune; leave it out.")
+    for name, (kinds, default) in OPTIONS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+        elif args.kind not in kinds:
+            used = " or ".join(f"bench {kind}" for kind in kinds)
+            raise VlmFixError(f"--{name} has no effect on bench {args.kind}: it is for {used}; leave it out.")
+    for file in (args.output, args.figure):
+        if file:
+            check_place(file)
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # silence the banner of torch's profiler
     from vlm_fix.eval import bench
-    from vlm_fix.registry import split_methods
 
-    if args.questions is not None and args.kind != "serve":
-        raise VlmFixError(f"--questions has no effect on bench {args.kind}: it is for bench serve; leave it out.")
-    if args.questions is not None and args.questions < 1:
-        raise VlmFixError(f"--questions {args.questions}: at least one is asked.")
-    for option in ("sizes", "figure"):
-        if getattr(args, option) and args.kind != "scaling":
-            raise VlmFixError(f"--{option} has no effect on bench {args.kind}: it is for bench scaling; leave it out.")
-    if args.kind == "serve":
-        _serve(args)
-        return
-    if args.kind == "scaling":
-        _scaling(args)
-        return
-    if args.kind == "draft":
-        _draft(args)
-        return
-    if args.kind == "peers":
-        _peers(args)
-        return
-    try:
-        keep = tuple(float(part) for part in (args.keep or "192,64").split(","))
-    except ValueError:
-        raise VlmFixError(f"--keep {args.keep!r} is not a list of counts or shares such as 192,64.") from None
-    with ticking(f"bench {args.kind}") as tick:
-        results = bench.run(
-            args.kind,
-            args.shape,
-            ["+".join(stack) for stack in split_methods(args.method)],
-            device=args.device,
-            dtype=args.dtype,
-            new_tokens=args.new_tokens,
-            rounds=args.rounds,
-            keep=keep,
-            seed=args.seed,
-            tick=tick,
-        )
+    kinds = {"serve": _serve, "scaling": _scaling, "draft": _draft, "peers": _peers}
+    results, table = kinds.get(args.kind, _methods)(args)
     if args.output:
         bench.write(results, Path(args.output))
     if args.json:
         print(json.dumps(results, indent=2))
     else:
-        console().print(bench.table(results))
+        console().print(table(results))
+
+
+def _stacks(args: argparse.Namespace, default: str = "") -> list[str]:
+    """--method, a stack each."""
+    from vlm_fix.registry import split_methods
+
+    return ["+".join(stack) for stack in split_methods(args.method or default)]
+
+
+def _methods(args: argparse.Namespace) -> Timed:
+    """The methods of a kind beside the unwrapped model."""
+    from vlm_fix.eval import bench
+
+    try:
+        keep = tuple(float(part) for part in args.keep.split(","))
+    except ValueError:
+        raise VlmFixError(f"--keep {args.keep!r} is not a list of counts or shares such as 192,64.") from None
+    how = {"device": args.device, "dtype": args.dtype, "new_tokens": args.new_tokens, "rounds": args.rounds}
+    with ticking(f"bench {args.kind}") as tick:
+        results = bench.run(args.kind, args.shape, _stacks(args), keep=keep, seed=args.seed, tick=tick, **how)
+    return results, bench.table
 
 
 @contextlib.contextmanager
@@ -126,80 +135,46 @@ def ticking(what: str, every: float = 10) -> Iterator[Callable[[int], None]]:
     yield tick
 
 
-def _scaling(args: argparse.Namespace) -> None:
+def _scaling(args: argparse.Namespace) -> Timed:
     """How the cost of methods grows with the sizes of a prompt."""
-    from vlm_fix.eval import bench
     from vlm_fix.eval.bench import scaling
-    from vlm_fix.eval.run.loading import check_device
-    from vlm_fix.registry import parse, split_methods
+    from vlm_fix.registry import parse
 
-    specs = ["+".join(stack) for stack in split_methods(args.method or "pai,vcd,hiprune:keep=32")]
+    specs = _stacks(args, "pai,vcd,hiprune:keep=32")
     for spec in specs:
         parse(spec.split("+"))
     sizes = _sizes(args.sizes, scaling.SIZES) if args.sizes else None
-    if args.figure:
-        check_place(args.figure)
-        if Path(args.figure).suffix not in (".svg", ".png", ".pdf"):
-            raise VlmFixError(f"--figure {args.figure!r} must end in .svg, .png or .pdf.")
-    check_device(args.device)
-    device, dtype = _where(args)
+    if args.figure and Path(args.figure).suffix not in (".svg", ".png", ".pdf"):
+        raise VlmFixError(f"--figure {args.figure!r} must end in .svg, .png or .pdf.")
     with ticking("bench scaling") as tick:
-        results = scaling.run(
-            specs,
-            args.shape,
-            sizes=sizes,
-            device=device,
-            dtype=dtype,
-            new_tokens=args.new_tokens,
-            rounds=args.rounds,
-            seed=args.seed,
-            tick=tick,
-        )
-    if args.output:
-        bench.write(results, Path(args.output))
+        results = scaling.run(specs, args.shape, sizes=sizes, tick=tick, **_timed(args))
     if args.figure:
         scaling.figure(results, Path(args.figure))
-    if args.json:
-        print(json.dumps(results, indent=2))
-    else:
-        console().print(scaling.table(results))
+    return results, scaling.table
 
 
-def _peers(args: argparse.Namespace) -> None:
+def _peers(args: argparse.Namespace) -> Timed:
     """Methods beside other people's code."""
-    from vlm_fix.eval import bench
     from vlm_fix.eval.bench import peers
+
+    names = [name for name in args.method.split(",") if name]
+    with ticking("bench peers") as tick:
+        results = peers.run(names, args.shape, tick=tick, **_timed(args))
+    return results, peers.table
+
+
+def _timed(args: argparse.Namespace) -> dict[str, Any]:
+    """Device and data type that --device and --dtype ask for, and what else all kinds on random weights take."""
+    import torch
+
     from vlm_fix.eval.run.loading import check_device
 
     check_device(args.device)
-    device, dtype = _where(args)
-    with ticking("bench peers") as tick:
-        results = peers.run(
-            [name for name in args.method.split(",") if name],
-            args.shape,
-            device=device,
-            dtype=dtype,
-            new_tokens=args.new_tokens,
-            rounds=args.rounds,
-            seed=args.seed,
-            tick=tick,
-        )
-    if args.output:
-        bench.write(results, Path(args.output))
-    if args.json:
-        print(json.dumps(results, indent=2))
-    else:
-        console().print(peers.table(results))
-
-
-def _where(args: argparse.Namespace) -> tuple[str, str]:
-    """The device and the data type that --device and --dtype ask for."""
-    import torch
-
     auto = "cuda" if torch.cuda.is_available() else "cpu"
     device = auto if args.device == "auto" else args.device
     dtype = "bfloat16" if device.startswith("cuda") else "float32"
-    return device, dtype if args.dtype == "auto" else args.dtype
+    dtype = dtype if args.dtype == "auto" else args.dtype
+    return {"device": device, "dtype": dtype, "new_tokens": args.new_tokens, "rounds": args.rounds, "seed": args.seed}
 
 
 def _sizes(text: str, known: Any) -> dict[str, list[int]]:
@@ -217,53 +192,29 @@ def _sizes(text: str, known: Any) -> dict[str, list[int]]:
     return made
 
 
-def _serve(args: argparse.Namespace) -> None:
+def _serve(args: argparse.Namespace) -> Timed:
     """Methods inside vLLM."""
-    import importlib.util
-
-    if importlib.util.find_spec("vllm") is None:
-        raise VlmFixError("vLLM is not installed: pip install 'vlm-fix[vllm]'.")
-    from vlm_fix.eval import bench
-    from vlm_fix.eval.bench import serving
-    from vlm_fix.registry import split_methods
-
-    specs = ["+".join(stack) for stack in split_methods(args.method)]
+    if args.questions < 1:
+        raise VlmFixError(f"--questions {args.questions}: at least one is asked.")
     try:
         concurrent = [int(part) for part in args.concurrent.split(",")]
     except ValueError:
         concurrent = [0]
     if min(concurrent) < 1:
         raise VlmFixError(f"--concurrent {args.concurrent!r} is not a list of numbers of requests such as 1,8,32.")
+    if importlib.util.find_spec("vllm") is None:
+        raise VlmFixError("vLLM is not installed: pip install 'vlm-fix[vllm]'.")
+    from vlm_fix.eval.bench import serving
+
     with ticking("bench serve") as tick:
-        results = serving.run(
-            specs,
-            args.model,
-            args.new_tokens,
-            args.rounds,
-            tick,
-            concurrent,
-            args.questions or 1,
-        )
-    if args.output:
-        bench.write(results, Path(args.output))
-    if args.json:
-        print(json.dumps(results, indent=2))
-    else:
-        console().print(serving.table(results))
+        results = serving.run(_stacks(args), args.model, args.new_tokens, args.rounds, tick, concurrent, args.questions)
+    return results, serving.table
 
 
-def _draft(args: argparse.Namespace) -> None:
+def _draft(args: argparse.Namespace) -> Timed:
     """A model that drafts for itself."""
-    from vlm_fix.eval import bench
     from vlm_fix.eval.bench import drafting
-    from vlm_fix.registry import split_methods
 
-    specs = ["+".join(stack) for stack in split_methods(args.method)]
     with ticking("bench draft") as tick:
-        results = drafting.run(specs, args.model, args.new_tokens, args.rounds, args.device, args.dtype, tick)
-    if args.output:
-        bench.write(results, Path(args.output))
-    if args.json:
-        print(json.dumps(results, indent=2))
-    else:
-        console().print(drafting.table(results))
+        results = drafting.run(_stacks(args), args.model, args.new_tokens, args.rounds, args.device, args.dtype, tick)
+    return results, drafting.table
