@@ -6,6 +6,7 @@ LIMIT ?= 60
 JOBS ?= $(shell python3 -c 'import os; print(max(1, min(8, os.cpu_count() or 1)))' 2>/dev/null || echo 2)
 PYTEST := -m pytest -n $(JOBS) --dist worksteal --disable-warnings $(ARGS)
 TIMM := tests/families/test_product.py tests/families/test_families.py tests/families/test_kinds.py -k "timm or fast_vlm or perception_lm or gemma3n"
+KERNELS := $(addprefix tests/,attention/test_halves.py attention/test_traces.py attention/test_fused.py hidden/test_push.py)  # with vLLM's triton
 VERSIONS := tests/families/test_versions.py tests/cli/test_doctor.py  # what every supported transformers has to pass
 PIP := pip install -qq
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -51,8 +52,8 @@ test-release: .venv-release/ready  ## sdist and wheel outside of a checkout, the
 test-lmms: .venv-lmms/ready  ## lmms-eval itself, on the bundled model
 	.venv-lmms/bin/python $(PYTEST) tests/eval/harness/test_lmms.py
 
-test-vllm: .venv-vllm/ready  ## the methods inside vLLM, on the bundled model: one process, its engines are not small
-	.venv-vllm/bin/python -m pytest $(ARGS) tests/serving
+test-vllm: .venv-vllm/ready  ## the methods inside vLLM, on the bundled model: one process, its engines are not small; and our kernels
+	.venv-vllm/bin/python -m pytest $(ARGS) tests/serving $(KERNELS)
 
 lint: .venv/dev imports
 	$(BIN)/ruff check .

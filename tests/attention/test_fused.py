@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
-from tests.support.paths import ROOT
+from tests.support.interpreted import errors_of
 from vlm_fix.attention.forms import Condition, ScoreForm, TransferForm
 from vlm_fix.attention.fused import _row, _scores
 from vlm_fix.attention.inputs import QueryRows
@@ -135,18 +131,7 @@ def test_operator_equals_the_formula(name):
 
 
 def test_kernel_equals_the_formula():
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("triton is not installed")
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.attention.test_fused"],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=300,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = errors_of(__spec__.name)
     assert len(found) == 2 * len(CASES)
     for case, error in found.items():
         assert 0 <= error < (2e-6 if "float32" in case else 0.02), (case, error)

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
-from tests.support.paths import ROOT
+from tests.support.interpreted import errors_of
 from vlm_fix.attention.traces import _row_factor, formula
 
 CASES = {"grouped": (2, 6, 2, 70, 24), "one column": (1, 4, 4, 1, 16), "small": (2, 3, 1, 9, 5)}
@@ -60,18 +56,7 @@ def test_traces_equal_the_formula(run):
 
 
 def test_kernel_equals_the_formula():
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("triton is not installed")
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.attention.test_traces"],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=300,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = errors_of(__spec__.name)
     assert len(found) == 2 * len(CASES) and max(found.values()) < 1e-5, found
 
 

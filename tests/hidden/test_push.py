@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
-from tests.support.paths import ROOT
+from tests.support.interpreted import errors_of
 from vlm_fix import launches
 from vlm_fix.hidden.push import NONE, Gate, pushed
 
@@ -97,18 +93,7 @@ def test_a_push_equals_the_formula(name, one_launch):
 
 
 def test_kernel_equals_the_formula():
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("triton is not installed")
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.hidden.test_push"],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=300,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = errors_of(__spec__.name)
     assert found.keys() == CASES.keys() and max(found.values()) < 1e-5, found
 
 
