@@ -153,7 +153,7 @@ picto-smol-search() { search picto-smol; }
 
 picto-smol-calibration() { # into the checkpoint's parts: model_path puts them beside the weights
   mkdir -p eval/picto/picto-smol/calibration
-  for method in ad_hh decore head_pursuit iri; do
+  for method in ad_hh ascd decore head_pursuit iri; do
     "$vlm_fix" calibrate "$method" --model picto-smol --data picto:train --limit "${LIMIT:-100}" --seed 0 \
       --out "eval/picto/picto-smol/calibration/$method.json"
   done

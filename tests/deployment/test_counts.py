@@ -36,6 +36,7 @@ BOUNDS = {  # of the budget's "layer"
 }
 OVER = {  # methods that cost more, or wait, in decode steps, and why
     "a_vl": "it moves columns between two stores",
+    "ascd": "a branch that ranks the image columns of each head",
     "attention_buckets": "three branches instead of two",
     "causalmm": "its second branch's layers have weights of their own",
     "crops": "a branch for each crop",

@@ -304,6 +304,11 @@ CASES = {
         ),
         edit("random_subspace:rank=20,layers=0-", neutral=("random_subspace:rank=0",)),
         # contrasts
+        edit(
+            "ascd:head_list=1.0|1.3|2.2|3.1,beta=0.01",
+            "ascd:head_list=1.0|1.3|2.2|3.1,alpha=0",
+            neutral=("ascd:alpha=0,boost=0", "ascd:damp=0,boost=0"),
+        ),
         edit("attention_buckets:bases=0.02|30", neutral=("attention_buckets:bases=1|1",)),
         edit("avisc:beta=0.01", neutral=("avisc:alpha=0",)),
         edit("causalmm:beta=0.01", neutral=("causalmm:gamma=0", "causalmm:vision=none,language=none")),

@@ -98,6 +98,26 @@ class OwlReference(ref.Reference):
 
 
 @dataclass
+class AscdReference(ref.Reference):
+    """The main branch (`heads` given) or the other one."""
+
+    method: object = None
+    heads: tuple | None = None
+
+    def score(self, z, layer, head, row):
+        m, new = self.method, z.clone()
+        if self.heads is not None:
+            for j in self.visual if (layer, head) in self.heads else ():
+                new[j] = z[j] + m.boost * abs(z[j])
+            return new
+        n = len(self.visual)
+        count = max(1, math.floor(m.critical * n)) if m.critical <= 1 else int(m.critical)
+        for j in sorted(self.visual, key=lambda j: (-float(z[j]), j))[:count]:
+            new[j] = z[j] - m.damp * abs(z[j])
+        return new
+
+
+@dataclass
 class DecoreReference(ref.Reference):
     heads: tuple = ()
 
@@ -269,6 +289,10 @@ def branches(model, twin, spec, inputs, answer):
     method, ids = vlm_fix.parse_spec(spec), inputs["input_ids"]
     n, visual = ids.shape[1], ref.visual_columns(ids)
     run = ref.PaiReference(visual, n, [2, 3], alpha=method.alpha) if method.name == "pai" else None
+    if method.name == "ascd":
+        method = method.resolve(vlm_fix.families.arch_of(model))
+        heads = tuple(tuple(map(int, item.split("."))) for item in method.head_list or ())
+        run = AscdReference(visual, n, list(method.layers), method=method, heads=heads)
     main, others = ref.teacher_forced(twin, run, inputs, answer)[-1], []
     if method.name == "vcd":
         call = vlm_fix.session.Call(model, vlm_fix.families.family_of(model), inputs)
@@ -302,6 +326,9 @@ def branches(model, twin, spec, inputs, answer):
         for sign in (1, -1):
             run = OwlReference(visual, n, layers, method=method, sign=sign, ratio=plain.ratio)
             others.append(ref.teacher_forced(twin, run, inputs, answer))
+    elif method.name == "ascd":
+        run = AscdReference(visual, n, list(method.layers), method=method)
+        others.append(ref.teacher_forced(twin, run, inputs, answer))
     elif method.name == "decore":
         heads = tuple(tuple(map(int, item.split("."))) for item in method.head_list)
         others.append(ref.teacher_forced(twin, DecoreReference(visual, n, [0, 1, 2, 3], heads=heads), inputs, answer))
