@@ -442,7 +442,8 @@ def test_ascd_calibration_votes_like_loops(family, model):
             ref.teacher_forced(twin, run, s.inputs, ids[0, :0])
             first = max(visual) if text == "after" else -1
             ratio = {
-                at: sum(float(a[j]) for j in range(len(a)) if j > first and j not in visual) / sum(map(float, a[visual]))
+                at: sum(float(a[j]) for j in range(len(a)) if j > first and j not in visual)
+                / sum(map(float, a[visual]))
                 for at, a in run.seen.items()
             }
             order = sorted(ratio, key=lambda at: -ratio[at])
