@@ -367,6 +367,7 @@ CASES = {
         pruner("random_tokens"),
         pruner("scope"),
         pruner("uniform_grid"),
+        pruner("visiontrim:complement=0.4", "visiontrim:rating=received,reach=2"),
         pruner("visionzip:contextual=0.4"),
         pruner("vispruner:step=3"),
         pruner(
