@@ -89,7 +89,7 @@ class VisionTrim(TokenMerger):
             mean, size = means(raw[rest], (asked @ seen.T).argmax(dim=-1), count)
             y, hit = y + mean, hit | (size > 0)
         features = features.clone()  # a target that nothing came to stays as it is, bit for bit
-        features[target[hit].to(features.device)] = image.project(y[hit]).to(features)
+        features[target[hit].to(features.device)] = image.project(y)[hit.to(y.device)].to(features)
         kept = torch.cat([dominant, target]).sort().values
         return kept, features[kept.to(features.device)]
 
