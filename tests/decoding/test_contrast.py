@@ -27,6 +27,7 @@ MARINE = f"marine:objects={OBJECTS}"
 CROPS = "crops:decay=0.1,beta=0.01,gate=1"
 RITUAL = "ritual:mean=0.5|0.4|0.6,std=0.3|0.3|0.2,beta=0.01"
 ASCD = "ascd:head_list=1.0|1.3|2.2|3.1,beta=0.01"
+SHIELD = "shield:beta=0.01,bias=0.4,steps=3,samples=3"
 SPECS = [
     "vcd:beta=0.01",
     "pai:alpha=0.5,gamma=1.3",
@@ -41,6 +42,7 @@ SPECS = [
     MARINE,
     "owl:beta=0.01",
     ASCD,
+    SHIELD,
     "causalmm:beta=0.01",
     CAKE,
 ]
@@ -48,6 +50,7 @@ MORE = ["owl:base=0.9|2.5|1.4|1.4,layers=0-,beta_text=0.4,beta=0.1", "owl:base=9
         "crops:alpha=0,decay=0.5,text_low=3,text_more=4,text_rate=0.3,beta=0,gate=1", "crops:decay=0,keep=5,gate=0.99",
         "crops:text_low=40,decay=0.2,gate=1","sid:keep=5,layers=3,refresh=false,alpha=2", "sid:keep=5,refresh=false",
         "ascd:boost=0,critical=7,damp=0.4,alpha=2,beta=0", "ascd:head_list=0.0|3.3,boost=2,layers=0|2-3,critical=0.35,beta=0.1",
+        "shield:alpha=0.5,bias=0,steps=4,lr=0.02,scale=3,beta=0.1,seed=5", "shield:bias=1,samples=1,steps=1,beta=0",
         "decore:head_list=0.1|3.1,normalised=true,cap=0.5,beta=0.1",
         "avisc:coverage=1,lam=-0.3,alpha=2.5,beta=0",
         "iava:tokens=21|22,coverage=1,high=0.2,drop=-5,beta=0", "causalmm:vision=reversed,language=none",
@@ -293,6 +296,7 @@ def test_combine_equals_three_tokens_by_hand():
         "iava:alpha=1,beta=0.4",
         "avisc:alpha=1,beta=0.4",
         "ascd:alpha=1,beta=0.4",
+        "shield:alpha=1,beta=0.4",
     ):
         z = scores(name)
         assert z[:2].tolist() == pytest.approx([math.log(0.72), math.log(0.9)]) and z[2] == -math.inf  # .36/.5, .09/.1

@@ -321,6 +321,12 @@ CASES = {
         edit("owl:beta=0.01,base=0.9|2.5|1.4|1.4,layers=0-", neutral=("owl:alpha=0,beta_text=0",)),
         edit("ritual:mean=0.5|0.4|0.6,std=0.3|0.3|0.2,beta=0.01", neutral=("ritual:alpha=0",)),
         edit(f"marine:objects={OBJECTS}", neutral=("marine:gamma=0",)),
+        edit(
+            "shield:beta=0.01,steps=3,samples=3",
+            "shield:alpha=0,bias=0.5,samples=2",
+            neutral=("shield:alpha=0,bias=0",),
+            refuses=CHUNKS,
+        ),
         edit("sid:beta=0.01", neutral=("sid:alpha=0",)),
         edit("vcd:beta=0.01", neutral=("vcd:alpha=0",)),
         edit("yes_bias:tokens=11|12|13", neutral=("yes_bias:alpha=0",)),
