@@ -146,6 +146,24 @@ CASES = {
                 ),
             },
         ),
+        edit(
+            neutral=("pade:lam=0",),
+            rows={
+                "pade:lam=6": row(edits.PADE, ALL, lam=6),
+                "pade:lam=250,scaled=false,layers=0|2-3": row(edits.PADE, (0, 2, 3), lam=250, scaled=False),
+            },
+        ),
+        edit(
+            neutral=("farsight:registers=0",),
+            rows={
+                "farsight:sigma=0.01,slopes=one": lambda p: edits.FarSight(
+                    **p.at, layers=[*ALL], **p.moved("farsight", sigma=0.01, slopes="one")
+                ),
+                "farsight:sigma=0.3,registers=20,slopes=alibi,layers=1-2": row(
+                    edits.FarSight, (1, 2), sigma=0.3, registers=20, slopes="alibi"
+                ),
+            },
+        ),
         edit("pine", neutral=("pine:order=given,mask=false",), refuses=CHUNKS),
         edit(
             neutral=("tame:gamma=0",),
