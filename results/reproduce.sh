@@ -42,7 +42,7 @@ table() { # MODEL TABLE; picto-smol, twenty times as large, gets fewer scenes, t
       local gate=; [ "$model" = picto-smol ] && gate=var:tau=15, # where VAR's gate opens, see its card
       evaluate "$folder" "$model" $shift --batch-size 32 --method "var,${gate}vhr,pai,vcd,hiprune" ;;
     attention)
-      compare "$folder" "$model" $scenes act,ad_hh,avar,cca,gift,hgai,locore,pai,paint,tame,vaf,var,zerotuning ;;
+      compare "$folder" "$model" $scenes act,ad_hh,avar,cca,farsight,gift,hgai,locore,pade,pai,paint,tame,vaf,var,zerotuning ;;
     heads) compare "$folder" "$model" $scenes spin,vhr,head_pursuit ;;
     hidden)
       local files=,nullu,vti # picto-llava has no calibrated files of theirs
@@ -52,7 +52,7 @@ table() { # MODEL TABLE; picto-smol, twenty times as large, gets fewer scenes, t
       compare "$folder" "$model" $scenes \
         vcd,icd,m3id,sid,decore,iava,causalmm,layercake,pai:gamma=1.1,dola,deco,dagcd,only ;;
     contrast) # the newer ones; crops is gated, and vcd and m3id can be
-      compare "$folder" "$model" $scenes owl,avisc,ritual,crops,attention_buckets,vcd:gate=0.9,m3id:gate=0.9,visual_topk ;;
+      compare "$folder" "$model" $scenes owl,ascd,shield,avisc,ritual,crops,attention_buckets,vcd:gate=0.9,m3id:gate=0.9,visual_topk ;;
     sampling)
       evaluate "$folder" "$model" $few --batch-size $batch $splits --controls --sample --seeds 0,1,2 --method vcd,icd,m3id ;;
     pruning)
@@ -61,7 +61,7 @@ table() { # MODEL TABLE; picto-smol, twenty times as large, gets fewer scenes, t
       for budget in $budgets; do # of 64 tokens; random_tokens, uniform_grid and downsample_image are the controls
         for method in random_tokens uniform_grid downsample_image divprune hiprune visionzip vscan zoo_prune fastv \
           pyramid_drop sparsevlm ptp expected_attention knorm a_vl cdpruner vispruner dart holov scope prumerge flowcut \
-          agilepruner kvcompose; do
+          agilepruner visiontrim kvcompose; do
           methods+=("$method:keep=$budget")
         done
       done
@@ -77,6 +77,8 @@ vaf enhance=1.15|1.4|1.8|2.5
 avar visual=1.15|1.4|1.8|2.5
 hgai alpha=0.1|0.25|0.5|1|2
 paint alpha=0.35|0.7|1.4
+pade lam=0.1|0.3|1
+farsight sigma=0.03|0.1|0.3
 tame gamma=0.6|0.8|1.1
 var tau=10|15|20
 zerotuning rate=0.3|0.6|1.5
@@ -103,6 +105,8 @@ dola alpha=0.5|1
 deco alpha=0.3|0.6
 dagcd alpha=2|4|8
 owl lam=0.5|1|2
+ascd alpha=0.5|1|2
+shield alpha=0.5|1|2
 avisc alpha=0.5|1|2
 ritual alpha=1|3
 crops alpha=0.5|1|2
