@@ -31,7 +31,8 @@ class VisionTrim(TokenMerger):
 
     Source: arXiv 2601.22674 (abstract); official code hanxunyu/VisionTrim, whose 5590673 holds no code any more: its own
     360ce81 (48 + 16 of 576 tokens, 3 rounds, 3 x 3 places). That code computes s and then overwrites it with
-    .5 g / |g| + .5 r / |r|, r the attention received: rating="received". Deviations: CLIP's text tower and visual projection,
+    .5 g / |g| + .5 r / |r|, r the attention received: rating="received". On random features its functions give s within 2e-9
+    of ours, the same tokens, and merged features within 1e-7. Deviations: CLIP's text tower and visual projection,
     which a LLaVA checkpoint does not hold, give way to the language model's embeddings of the text after the last image and
     its own projector; without such text all T tokens are dominant. r counts the class token's and a token's own row, which
     the code leaves out. Complement tokens stay at their target's place, not behind the others. The stage inside the language

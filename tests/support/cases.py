@@ -159,8 +159,8 @@ CASES = {
                 "farsight:sigma=0.01,slopes=one": lambda p: edits.FarSight(
                     **p.at, layers=[*ALL], **p.moved("farsight", sigma=0.01, slopes="one")
                 ),
-                "farsight:sigma=0.3,registers=20,slopes=alibi,layers=1-2": row(
-                    edits.FarSight, (1, 2), sigma=0.3, registers=20, slopes="alibi"
+                "farsight:sigma=0.3,registers=20,slopes=alibi,layers=1-2": lambda p: edits.FarSight(
+                    **p.at, layers=[1, 2], registers=20, **p.moved("farsight", sigma=0.3, slopes="alibi")
                 ),
             },
         ),
