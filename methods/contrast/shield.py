@@ -31,14 +31,15 @@ class SHIELD(InputEdit, Contrast):
 
     Source: arXiv 2510.16596; official code hukcc/SHIELD@0a60786 (bias .1 on POPE, .01 on CHAIR and MME; 32 samples; alpha 2,
     on MME .5; beta .35, on MME .5; epsilon .14, 30 steps, scale 12, lr .14 on POPE, else .02: here POPE's).
-    Left out, as they need CLIP's text tower and a caption of the image that the model wrote before: the re-weighting of tokens
-    by their likeness to the caption, and the caption's words behind the image. The official attack lowers CLIP's likeness of
-    image and caption; here it lowers the tower's own likeness to what it saw, beginning from d ~ U(-lr, lr), since at d = 0
-    nothing would move; from the same beginning and with this likeness both end within 5e-7 of the image's range. Deviations: v' is clipped to the least and largest value of the image itself, not to the
-    processor's black and white. Noise belongs to the size (the official one is drawn once and kept), the beginning of an
-    attack to the image, both to `seed`, and each image is attacked alone, so that batching changes nothing. Qwen-VL: both
-    temporal copies of a patch get the same; the features of several depths that Qwen3-VL adds later keep their bias. Images
-    only: a prompt with a video is refused.
+    Left out, as they need CLIP's text tower and a caption of the image that the model wrote before: the re-weighting of
+    tokens by their likeness to the caption, and the caption's words behind the image. The official attack lowers CLIP's
+    likeness of image and caption; here it lowers the tower's own likeness to what it saw, beginning from d ~ U(-lr, lr),
+    since at d = 0 nothing would move; from the same beginning and with this likeness both end within 5e-7 of the image's
+    range. Deviations: v' is clipped to the least and largest value of the image itself, not to the processor's black and
+    white. Noise belongs to the size (the official one is drawn once and kept), the beginning of an attack to the image, both
+    to `seed`, and each image is attacked alone, so that batching changes nothing. Qwen-VL: both temporal copies of a patch
+    get the same; the features of several depths that Qwen3-VL adds later keep their bias. Images only: a prompt with a video
+    is refused.
     """
 
     name: ClassVar[str] = "shield"
