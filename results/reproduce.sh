@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Makes every file of this folder again: results/reproduce.sh [FOLDER...], by default all tables of both Picto models and bench.
 #
-# A folder is MODEL-TABLE, with picto-llava or picto-smol, and shift, attention, heads, hidden, decoding, contrast, sampling or
-# pruning.
+# A folder is MODEL-TABLE, with picto-llava or picto-smol, and shift, attention, heads, hidden, decoding, contrast, recent,
+# sampling or pruning.
 # picto-llava's tables take about an hour and a half on one core, picto-smol's three hours: an interrupted table goes on when
 # it is asked for again. Give `bench` alone on an idle machine. picto-smol needs `make picto-smol`, and picto-smol-calibration
 # once before heads, attention and decoding, unless the checkpoint has its calibration/ already.
@@ -51,6 +51,8 @@ table() { # MODEL TABLE; picto-smol, twenty times as large, gets fewer scenes, t
         vcd,icd,m3id,sid,decore,iava,causalmm,layercake,pai:gamma=1.1,dola,deco,dagcd,only ;;
     contrast) # the newer ones; crops is gated, and vcd and m3id can be
       compare "$folder" "$model" $scenes owl,avisc,ritual,crops,attention_buckets,vcd:gate=0.9,m3id:gate=0.9,visual_topk ;;
+    recent) # of several kinds; contrast, attention and pruning were measured before they were there
+      compare "$folder" "$model" $scenes ascd,shield,pade,farsight,visiontrim:keep=32,visiontrim:keep=8 ;;
     sampling)
       evaluate "$folder" "$model" $few --batch-size $batch $splits --controls --sample --seeds 0,1,2 --method vcd,icd,m3id ;;
     pruning)
@@ -104,6 +106,10 @@ owl lam=0.5|1|2
 avisc alpha=0.5|1|2
 ritual alpha=1|3
 crops alpha=0.5|1|2
+ascd alpha=0.5|1|2
+shield alpha=0.5|1|2
+pade lam=0.05|0.1|0.3
+farsight sigma=0.05|0.1|0.3
 END
 }
 
@@ -151,7 +157,7 @@ picto-smol-search() { search picto-smol; }
 
 picto-smol-calibration() { # into the checkpoint's parts: model_path puts them beside the weights
   mkdir -p eval/picto/picto-smol/calibration
-  for method in ad_hh decore head_pursuit iri nullu vti; do
+  for method in ad_hh ascd decore head_pursuit iri nullu vti; do
     "$vlm_fix" calibrate "$method" --model picto-smol --data picto:train --limit "${LIMIT:-100}" --seed 0 --dtype bfloat16 \
       --out "eval/picto/picto-smol/calibration/$method.json"
   done
@@ -178,7 +184,7 @@ bench() { # ratios in one run, on one thread
     --output results/bench/serve-questions.json # as above
 }
 
-tables=(shift attention heads hidden decoding contrast sampling pruning)
+tables=(shift attention heads hidden decoding contrast recent sampling pruning)
 if [ $# = 0 ]; then
   set -- "${tables[@]/#/picto-llava-}" picto-smol-calibration "${tables[@]/#/picto-smol-}" bench
 fi

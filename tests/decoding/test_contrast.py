@@ -26,6 +26,8 @@ CAKE = (
 MARINE = f"marine:objects={OBJECTS}"
 CROPS = "crops:decay=0.1,beta=0.01,gate=1"
 RITUAL = "ritual:mean=0.5|0.4|0.6,std=0.3|0.3|0.2,beta=0.01"
+ASCD = "ascd:head_list=1.0|1.3|2.2|3.1,beta=0.01"
+SHIELD = "shield:beta=0.01,bias=0.4,steps=3,samples=3"
 SPECS = [
     "vcd:beta=0.01",
     "pai:alpha=0.5,gamma=1.3",
@@ -39,12 +41,16 @@ SPECS = [
     CROPS,
     MARINE,
     "owl:beta=0.01",
+    ASCD,
+    SHIELD,
     "causalmm:beta=0.01",
     CAKE,
 ]
 MORE = ["owl:base=0.9|2.5|1.4|1.4,layers=0-,beta_text=0.4,beta=0.1", "owl:base=99,layers=2,boost=0.3,lam=2",
         "crops:alpha=0,decay=0.5,text_low=3,text_more=4,text_rate=0.3,beta=0,gate=1", "crops:decay=0,keep=5,gate=0.99",
         "crops:text_low=40,decay=0.2,gate=1","sid:keep=5,layers=3,refresh=false,alpha=2", "sid:keep=5,refresh=false",
+        "ascd:boost=0,critical=7,damp=0.4,alpha=2,beta=0", "ascd:head_list=0.0|3.3,boost=2,layers=0|2-3,critical=0.35,beta=0.1",
+        "shield:alpha=0.5,bias=0,steps=4,lr=0.02,scale=3,beta=0.1,seed=5", "shield:bias=1,samples=1,steps=1,beta=0",
         "decore:head_list=0.1|3.1,normalised=true,cap=0.5,beta=0.1",
         "avisc:coverage=1,lam=-0.3,alpha=2.5,beta=0",
         "iava:tokens=21|22,coverage=1,high=0.2,drop=-5,beta=0", "causalmm:vision=reversed,language=none",
@@ -154,7 +160,7 @@ def test_joined_steps_equal_separate_ones(family, model, spec, monkeypatch):
     ("spec", "passes", "rows"),
     [("icd:tokens=11|12|13", 1, "tail"), ("decore:head_list=1.0|3.1", 1, "last"), ("sid", 1, "last"),
      ("iava:tokens=21|22", 1, "all"), ("avisc", 1, "all"), ("causalmm", 1, "all"), ("m3id", 1, "tail"), ("vcd", 2, "all"),
-     (RITUAL, 2, "all"), (MARINE, 1, "tail"), ("owl", 1, "last")],
+     (RITUAL, 2, "all"), (MARINE, 1, "tail"), ("owl", 1, "last"), (ASCD, 1, "last")],
 )  # fmt: skip
 def test_branches_share_layers_and_columns_up_to_their_change(family, model, spec, passes, rows):
     """The vision tower runs once per distinct image; columns before the prompts part are not computed again."""
@@ -178,6 +184,7 @@ def test_branches_share_layers_and_columns_up_to_their_change(family, model, spe
         "icd": after - (family != "llava") + 3,
         "decore": 1,
         "owl": 1,
+        "ascd": 1,
         "sid": 1,
         "m3id": whole - before - ids.count(IMAGE),
     }
@@ -288,6 +295,8 @@ def test_combine_equals_three_tokens_by_hand():
         "sid:alpha=1,beta=0.4",
         "iava:alpha=1,beta=0.4",
         "avisc:alpha=1,beta=0.4",
+        "ascd:alpha=1,beta=0.4",
+        "shield:alpha=1,beta=0.4",
     ):
         z = scores(name)
         assert z[:2].tolist() == pytest.approx([math.log(0.72), math.log(0.9)]) and z[2] == -math.inf  # .36/.5, .09/.1
@@ -420,3 +429,47 @@ def test_contrast_equals_cache_free_reference(family, model, spec):
         assert torch.equal(torch.isinf(scores[0, t]), cut)
         assert int(tokens[0, t]) == int(expected.argmax())
         assert error(scores[0, t].log_softmax(-1)[~cut], expected[~cut]) < 1e-5
+
+
+def test_ascd_calibration_votes_like_loops(family, model):
+    """The heads with the most votes by text over image, from weights that loops materialise; the model as it was."""
+    from vlm_fix.sample import Sample
+
+    samples = [Sample(single(family, [1 + s % 2], 0, seed=s), 5, 6) for s in range(5)]
+    before, twin = {k: v.clone() for k, v in model.state_dict().items()}, ref.double(model)
+    for text in ("all", "after"):
+        votes, ranks = {}, {}
+        for s in samples:
+            ids = s.inputs["input_ids"]
+            visual = ref.visual_columns(ids)
+            run = Weights(visual, ids.shape[1], [0, 1, 2, 3])
+            ref.teacher_forced(twin, run, s.inputs, ids[0, :0])
+            first = max(visual) if text == "after" else -1
+            ratio = {
+                at: sum(float(a[j]) for j in range(len(a)) if j > first and j not in visual)
+                / sum(map(float, a[visual]))
+                for at, a in run.seen.items()
+            }
+            order = sorted(ratio, key=lambda at: -ratio[at])
+            for rank, at in enumerate(order):
+                votes[at] = votes.get(at, 0) + (rank < 3)
+                ranks[at] = ranks.get(at, 0) + rank
+        best = sorted(sorted(votes, key=lambda at: (-votes[at], ranks[at], at))[:3])
+        method = vlm_fix.parse_spec(f"ascd:share=0.2,text={text}")
+        shares = []
+        found = method.calibrate(model, samples, 0, lambda what, share, shares=shares: shares.append(share))
+        assert found == {"head_list": tuple(f"{layer}.{head}" for layer, head in best)} and shares[-1] == 1
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    with pytest.raises(vlm_fix.VlmFixError, match="vlm-fix calibrate ascd"):
+        vlm_fix.wrap(model, "ascd")
+
+
+@dataclass
+class Weights(ref.Reference):
+    """The weights of the prompt's last row."""
+
+    seen: dict = field(default_factory=dict)
+
+    def weight(self, a, layer, head, row):
+        self.seen[layer, head] = a.clone()
+        return a

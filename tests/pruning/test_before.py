@@ -36,6 +36,8 @@ MERGES = {
     "visionzip:contextual=0.4": (visionzip, 5),
     "prumerge:neighbours=3,spatial=0.5": (more.prumerge, 6),
     "fastvid:context=0.6": (more.fastvid, 5),
+    "visiontrim:complement=0.5": (more.visiontrim, 6),
+    "visiontrim:complement=0.4,rating=received,rounds=1": (more.visiontrim, 5),
 }
 CHOICES = {
     "divprune": divprune,
@@ -167,7 +169,7 @@ def test_merging_on_random_features(seed):
             "project": lambda x: (x @ matrix.double()).tanh(),
         }
         for spec, (reduce, _) in MERGES.items():
-            if spec.startswith(("prumerge", "fastvid")):
+            if spec.startswith(("prumerge", "fastvid", "visiontrim")):
                 continue
             first = scores if "vscan" in spec else {3: scores[3]}
             image = ImageTokens(
@@ -209,6 +211,30 @@ def test_prumerge_on_random_features(spec, seed):
         expected = more.prumerge(slow, budget, method)
         assert kept.tolist() == list(expected) and (method.adaptive or len(kept) == budget)
         assert float((features - torch.stack([*expected.values()])).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("frames", [1, 2])
+def test_visiontrim_on_random_features(seed, frames):
+    """Images and videos of one row, of one column and wider; with a question and without; as many tokens as there are."""
+    g, (height, width) = torch.Generator().manual_seed(seed), [(1, 7), (5, 1), (3, 4), (4, 5)][seed]
+    n = frames * height * width
+    matrix, raw, question = (torch.randn(*s, generator=g) for s in ((6, 5), (n, 6), (3, 5)))
+    first, received = torch.rand(2, n, generator=g)
+    project = lambda x: (x @ matrix.to(x.dtype)).tanh()  # noqa: E731
+    image = ImageTokens((frames * height, width), {3: received}, {3: first}, features=project(raw), frames=frames)
+    image.raw, image.project = lambda: raw, project
+    slow = {"grid": image.grid, "frames": frames, "first": {3: first.double()}, "received": received.double()}
+    slow |= {"raw": raw.double(), "z": project(raw.double()), "project": project}
+    for words in (question, question[:0], None):
+        image.question, slow["question"] = words, None if words is None else words.double()
+        for spec in ("", "reach=2,rounds=1", "rating=received,complement=1", "reach=0,complement=0.6", "complement=0"):
+            for budget in (2, n // 2, n - 1, n):
+                method = vlm_fix.parse_spec(f"visiontrim:keep={budget},{spec}".rstrip(","))
+                (kept, features), expected = method.reduce(image), more.visiontrim(slow, budget, method)
+                assert kept.tolist() == list(expected) and len(kept) == budget, (spec, budget)
+                assert float((features - torch.stack([*expected.values()])).abs().max()) < 1e-5
+                assert budget < n or torch.equal(features, image.features)
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -37,6 +37,7 @@ CHOICES = {
     "agilepruner:slope=0.1,keep=5": more.agilepruner,
     "prumerge:neighbours=3,keep=5": more.prumerge,
     "fastvid:keep=5": more.fastvid,
+    "visiontrim:complement=0.4,keep=5": more.visiontrim,
 }
 
 

@@ -18,9 +18,10 @@ SHAPES = {"i": (IMAGE, 1, 6, 6), "j": (IMAGE, 1, 4, 8), "v": (VIDEO, 2, 4, 6), "
 ORDERS = [["vi"], ["ivj"], ["vw"], ["jvi", "wv"], ["vi", "i", "wj"], ["iv"]]
 PRUNERS = ["hiprune:keep=4", "divprune:keep=4", "visionzip:keep=5,contextual=0.4", "vscan:windows=2,keep=8",
            "zoo_prune:keep=4,directions=3", "uniform_grid:keep=4", "random_tokens:keep=4", "cdpruner:keep=4",
-           "vispruner:keep=4", "holov:keep=5,crops=3", "scope:keep=4", "prumerge:keep=5", "flowcut:keep=4", "agilepruner:keep=4",
-           "fastvid:keep=0.5", "fastv:keep=9", "dart:keep=8", "pyramid_drop", "sparsevlm", "a_vl:core=0.2", "ptp:keep=8",
-           "knorm:keep=9", "kvcompose:keep=9", "expected_attention:keep=9"]  # fmt: skip
+           "vispruner:keep=4", "holov:keep=5,crops=3", "scope:keep=4", "prumerge:keep=5", "flowcut:keep=4",
+           "agilepruner:keep=4", "visiontrim:keep=5", "fastvid:keep=0.5", "fastv:keep=9", "dart:keep=8", "pyramid_drop",
+           "sparsevlm", "a_vl:core=0.2", "ptp:keep=8", "knorm:keep=9", "kvcompose:keep=9",
+           "expected_attention:keep=9"]  # fmt: skip
 
 
 def pixels_of(name):

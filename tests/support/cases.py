@@ -146,6 +146,24 @@ CASES = {
                 ),
             },
         ),
+        edit(
+            neutral=("pade:lam=0",),
+            rows={
+                "pade:lam=6": row(edits.PADE, ALL, lam=6),
+                "pade:lam=250,scaled=false,layers=0|2-3": row(edits.PADE, (0, 2, 3), lam=250, scaled=False),
+            },
+        ),
+        edit(
+            neutral=("farsight:registers=0",),
+            rows={
+                "farsight:sigma=0.01,slopes=one": lambda p: edits.FarSight(
+                    **p.at, layers=[*ALL], **p.moved("farsight", sigma=0.01, slopes="one")
+                ),
+                "farsight:sigma=0.3,registers=20,slopes=alibi,layers=1-2": lambda p: edits.FarSight(
+                    **p.at, layers=[1, 2], registers=20, **p.moved("farsight", sigma=0.3, slopes="alibi")
+                ),
+            },
+        ),
         edit("pine", neutral=("pine:order=given,mask=false",), refuses=CHUNKS),
         edit(
             neutral=("tame:gamma=0",),
@@ -304,6 +322,11 @@ CASES = {
         ),
         edit("random_subspace:rank=20,layers=0-", neutral=("random_subspace:rank=0",)),
         # contrasts
+        edit(
+            "ascd:head_list=1.0|1.3|2.2|3.1,beta=0.01",
+            "ascd:head_list=1.0|1.3|2.2|3.1,alpha=0",
+            neutral=("ascd:alpha=0,boost=0", "ascd:damp=0,boost=0"),
+        ),
         edit("attention_buckets:bases=0.02|30", neutral=("attention_buckets:bases=1|1",)),
         edit("avisc:beta=0.01", neutral=("avisc:alpha=0",)),
         edit("causalmm:beta=0.01", neutral=("causalmm:gamma=0", "causalmm:vision=none,language=none")),
@@ -316,6 +339,12 @@ CASES = {
         edit("owl:beta=0.01,base=0.9|2.5|1.4|1.4,layers=0-", neutral=("owl:alpha=0,beta_text=0",)),
         edit("ritual:mean=0.5|0.4|0.6,std=0.3|0.3|0.2,beta=0.01", neutral=("ritual:alpha=0",)),
         edit(f"marine:objects={OBJECTS}", neutral=("marine:gamma=0",)),
+        edit(
+            "shield:beta=0.01,steps=3,samples=3",
+            "shield:alpha=0,bias=0.5,samples=2",
+            neutral=("shield:alpha=0,bias=0",),
+            refuses=CHUNKS,
+        ),
         edit("sid:beta=0.01", neutral=("sid:alpha=0",)),
         edit("vcd:beta=0.01", neutral=("vcd:alpha=0",)),
         edit("yes_bias:tokens=11|12|13", neutral=("yes_bias:alpha=0",)),
@@ -362,6 +391,7 @@ CASES = {
         pruner("random_tokens"),
         pruner("scope"),
         pruner("uniform_grid"),
+        pruner("visiontrim:complement=0.4", "visiontrim:rating=received,reach=2"),
         pruner("visionzip:contextual=0.4"),
         pruner("vispruner:step=3"),
         pruner(

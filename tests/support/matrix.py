@@ -43,6 +43,10 @@ MOVED = {  # what stands in a method's specs in one family: random weights diffe
     ("mistral", "memvr"): {"threshold": 0.88},
     ("llava", "hulluedit"): {"prior_rank": 4},  # singular values that bf16's rounding does not mix with the next
     ("qwen2_5_vl", "hulluedit"): {"rank": 3, "prior_rank": 2},  # its image tokens differ little
+    ("gemma3", "farsight"): {
+        "slopes": "alibi",
+        "sigma": 0.6,
+    },  # a norm behind attention undoes what all heads lose alike
     ("gemma3", "hulluedit"): {"pcr_threshold": 0.16},  # between the shares that there are
 }
 

@@ -37,12 +37,14 @@ STEPS = 3
 HYBRID = {  # for decoders of which only layers 1 and 3 have attention weights
     "act": "act:threshold=0.06,beta=0.1,layers=1|3",
     "ad_hh": "ad_hh:threshold=0.15,head_list=1.0|1.3|3.1|3.2",
+    "ascd": "ascd:head_list=1.0|1.3|3.1,beta=0.01",
     "decore": "decore:head_list=1.0|1.3|3.1",
     "gift": "gift:alpha=3,source_layer=1,layers=3",
     "owl": "owl:beta=0.01,base=0.9|2.5,layers=1|3",
 }
 CROSSED = {  # Mllama's other layers read the image and have no attention to text
     "act": "act:threshold=0.06,beta=0.1,layers=0|2",
+    "ascd": "ascd:head_list=0.0|0.3|2.1,beta=0.01",
     "decore": "decore:head_list=0.0|0.3|2.1",
     "head_pursuit": "head_pursuit:head_list=0.0|2.2|2.3,factor=-1",
 }

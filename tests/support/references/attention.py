@@ -63,6 +63,69 @@ class VisualTopK(Reference):
 
 
 @dataclass
+class PADE(Reference):
+    lam: float = 0.0
+    scaled: bool = True
+    seen: dict = field(default_factory=dict)  # row -> its image weights, layer by layer
+
+    def scores(self, z, layer):
+        self.raw = z.clone()
+
+    def mixed(self, a, layer):
+        for r in filter(self.edited, range(a.shape[1])):
+            now = [sum(a[:, r, j].tolist()) / len(a) for j in self.visual]
+            self.seen[r] = [now] if layer == self.layers[0] else [*self.seen[r], now]
+            if layer != self.layers[-1]:
+                continue
+            pairs = list(zip(self.seen[r], self.seen[r][1:], strict=False))
+            p = [sum(max(0.0, new[i] - old[i]) for old, new in pairs) / len(pairs) for i in range(len(now))]
+            open_ = [max(a[:, r, j].tolist()) > 0 for j in self.visual]
+            p = [v if seen else 0.0 for v, seen in zip(p, open_, strict=True)]
+            p = [v / max(p) for v in p] if self.scaled else p
+            for h in range(len(a)):
+                shown = [j for j in range(r + 1) if a[h, r, j] > 0]
+                z = {j: float(self.raw[h, r, j]) for j in shown}
+                image = [z[j] for j in self.visual if j in z]
+                mad = middle([abs(v - middle(image)) for v in image])
+                added = [self.lam * mad * v for v in p]
+                for j, d in zip(self.visual, added, strict=True):
+                    if j in z:
+                        z[j] += d
+                for j in shown:
+                    if j < min(self.visual):
+                        z[j] -= sum(added) / sum(open_)
+                total = sum(math.exp(v) for v in z.values())
+                for j in shown:
+                    a[h, r, j] = math.exp(z[j]) / total
+
+
+def middle(values):
+    """The lower median."""
+    return sorted(values)[(len(values) - 1) // 2]
+
+
+@dataclass
+class FarSight(Reference):
+    rows: str = "all"
+    sigma: float = 0.0
+    registers: int | None = None
+    slopes: str = "one"
+
+    def scores(self, z, layer):
+        self.raw = z.clone()
+
+    def mixed(self, a, layer):
+        for h, r in self.cells(a):
+            decay = self.sigma * (2 ** (-8 * (h + 1) / len(a)) if self.slopes == "alibi" else 1)
+            count = max(0, self.prompt_len - 1 - r) if self.registers is None else self.registers
+            taken = sum(math.exp(-decay * d) for d in range(1, count + 1))
+            shown = [j for j in range(a.shape[2]) if a[h, r, j] > 0]
+            total = sum(math.exp(float(self.raw[h, r, j])) for j in shown) + taken
+            for j in shown:
+                a[h, r, j] = math.exp(float(self.raw[h, r, j])) / total
+
+
+@dataclass
 class LocoRE(Reference):
     beta: float = 0.0
     window: int = 0

@@ -11,6 +11,7 @@ import torch
 import vlm_fix
 from tests.support.models import IMAGE
 from tests.support.references import base as ref
+from tests.support.references.attention import window_order
 from tests.support.references.decoding import Cake, second_prompt
 
 
@@ -95,6 +96,26 @@ class OwlReference(ref.Reference):
             if j > 0:
                 z[j] = z[j] - self.sign * b * abs(z[j])
         return z
+
+
+@dataclass
+class AscdReference(ref.Reference):
+    """The main branch (`heads` given) or the other one."""
+
+    method: object = None
+    heads: tuple | None = None
+
+    def score(self, z, layer, head, row):
+        m, new = self.method, z.clone()
+        if self.heads is not None:
+            for j in self.visual if (layer, head) in self.heads else ():
+                new[j] = z[j] + m.boost * abs(z[j])
+            return new
+        n = len(self.visual)
+        count = max(1, math.floor(m.critical * n)) if m.critical <= 1 else int(m.critical)
+        for j in sorted(self.visual, key=lambda j: (-float(z[j]), j))[:count]:
+            new[j] = z[j] - m.damp * abs(z[j])
+        return new
 
 
 @dataclass
@@ -221,6 +242,86 @@ def with_embeddings(twin, change, *args):
         handle.remove()
 
 
+@torch.no_grad()
+def shield_images(twin, method, inputs):
+    """[N, C] image embeddings without the tower's mean answer to noise, image by image."""
+    pixels, grids, parts, start = inputs["pixel_values"].double(), inputs.get("image_grid_thw"), [], 0
+    projector = twin.model.visual.merger if grids is not None else twin.model.multi_modal_projector
+    before = []
+    hook = projector.register_forward_pre_hook(lambda m, args: before.append(args[0].clone()))
+    orders = [] if grids is None else [torch.tensor(order) for order in window_order(grids)]
+    for n in range(len(pixels) if grids is None else len(grids)):
+        size = 1 if grids is None else int(grids[n].prod())
+        own = pixels[start : start + size]
+        draw = torch.Generator().manual_seed(method.seed)
+        noise = torch.rand(method.samples, *(own.shape if size > 1 else own.shape[1:]), generator=draw)
+        if grids is not None:  # both frames of a patch are the same picture
+            for c in range(3):
+                first = noise[..., 32 * c : 32 * c + 16].clone()
+                noise[..., 32 * c + 16 : 32 * c + 32] = first
+        total = 0
+        for image in [own, *noise.double()]:
+            extra = {} if grids is None else {"image_grid_thw": grids[n : n + 1]}
+            twin.model.get_image_features(image if size > 1 else image.view(1, *own.shape[1:]), **extra)
+            total = total + (before[-1] if len(before) == 1 else -method.bias * before[-1] / method.samples)
+        before.clear()
+        z = projector(total)
+        if grids is not None:
+            place = torch.empty_like(orders[n])
+            place[orders[n]] = torch.arange(len(place))
+            z = z.view(len(place), -1)[place]
+        parts.append(z.view(-1, z.shape[-1]))
+        before.clear()
+        start += size
+    hook.remove()
+    return torch.cat(parts)
+
+
+ATTACKED = {}  # pixels do not depend on the answer
+
+
+def shield_pixels(model, method, inputs):
+    """pixel_values after the attack, image by image: torch's Adam on gradients through the model's own tower."""
+    pixels, grids, parts, start = inputs["pixel_values"], inputs.get("image_grid_thw"), [], 0
+    key = (id(model), method, pixels.detach().float().numpy().tobytes())
+    if key in ATTACKED:
+        return ATTACKED[key]
+    projector, seen = model.model.visual.merger if grids is not None else model.model.multi_modal_projector, []
+    hook = projector.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    for n in range(len(pixels) if grids is None else len(grids)):
+        size = 1 if grids is None else int(grids[n].prod())
+        v = pixels[start : start + size]
+        extra = {} if grids is None else {"image_grid_thw": grids[n : n + 1]}
+
+        def states(x, extra=extra):
+            model.model.get_image_features(x, **extra)
+            tokens = seen.pop()
+            return tokens[0] if grids is None else tokens.reshape(-1, 4 * tokens.shape[-1])
+
+        crc = zlib.crc32(v.float().contiguous().numpy().tobytes(), method.seed)
+        shape = v.shape if grids is None else (len(v), 3, 1, 16)
+        frames = (lambda d: d) if grids is None else lambda d: d.expand(-1, -1, 2, -1).reshape(len(d), -1)
+        d = torch.rand(shape, generator=torch.Generator().manual_seed(crc)).to(v)
+        d = (method.lr * (2 * d - 1)).clamp(-method.epsilon, method.epsilon).requires_grad_()
+        adam, low, high = torch.optim.Adam([d], lr=method.lr), float(v.min()), float(v.max())
+        with torch.enable_grad():
+            clean = states(v).detach()
+            for _ in range(method.steps):
+                x = states((v + method.scale * frames(d)).clamp(low, high))
+                near = [(a @ b) / a.norm() / b.norm() for a, b in zip(x, clean, strict=True)]
+                loss = sum(near) / len(near)
+                if loss < 0:
+                    break
+                (d.grad,) = torch.autograd.grad(loss, d)
+                adam.step()
+                d.data.clamp_(-method.epsilon, method.epsilon)
+        parts.append((v + method.scale * frames(d.detach())).clamp(low, high))
+        start += size
+    hook.remove()
+    ATTACKED[key] = torch.cat(parts)
+    return ATTACKED[key]
+
+
 def iava_kept(twin, method, inputs):
     """[N] 1 for irrelevant image tokens, by the formula."""
     ids, sums = inputs["input_ids"][0].tolist(), []
@@ -269,11 +370,22 @@ def branches(model, twin, spec, inputs, answer):
     method, ids = vlm_fix.parse_spec(spec), inputs["input_ids"]
     n, visual = ids.shape[1], ref.visual_columns(ids)
     run = ref.PaiReference(visual, n, [2, 3], alpha=method.alpha) if method.name == "pai" else None
-    main, others = ref.teacher_forced(twin, run, inputs, answer)[-1], []
+    if method.name == "ascd":
+        method = method.resolve(vlm_fix.families.arch_of(model))
+        heads = tuple(tuple(map(int, item.split("."))) for item in method.head_list or ())
+        run = AscdReference(visual, n, list(method.layers), method=method, heads=heads)
+    if method.name == "shield" and method.bias:
+        new = shield_images(twin, method, inputs)
+        main, others = with_embeddings(twin, lambda x: new, None, inputs, answer)[-1], []
+    else:
+        main, others = ref.teacher_forced(twin, run, inputs, answer)[-1], []
     if method.name == "vcd":
         call = vlm_fix.session.Call(model, vlm_fix.families.family_of(model), inputs)
         noised = {**inputs, "pixel_values": method.noised(inputs["pixel_values"], call)}
         others.append(ref.teacher_forced(twin, None, noised, answer))
+    elif method.name == "shield":
+        attacked = {**inputs, "pixel_values": shield_pixels(model, method, inputs)}
+        others.append(ref.teacher_forced(twin, None, attacked, answer))
     elif method.name == "ritual":  # its transforms have loops of their own, in test_ritual.py
         call = vlm_fix.session.Call(model, vlm_fix.families.family_of(model), inputs)
         others.append(ref.teacher_forced(twin, None, method.negative(call), answer))
@@ -302,6 +414,9 @@ def branches(model, twin, spec, inputs, answer):
         for sign in (1, -1):
             run = OwlReference(visual, n, layers, method=method, sign=sign, ratio=plain.ratio)
             others.append(ref.teacher_forced(twin, run, inputs, answer))
+    elif method.name == "ascd":
+        run = AscdReference(visual, n, list(method.layers), method=method)
+        others.append(ref.teacher_forced(twin, run, inputs, answer))
     elif method.name == "decore":
         heads = tuple(tuple(map(int, item.split("."))) for item in method.head_list)
         others.append(ref.teacher_forced(twin, DecoreReference(visual, n, [0, 1, 2, 3], heads=heads), inputs, answer))

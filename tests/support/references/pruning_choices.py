@@ -161,6 +161,64 @@ def prumerge(image, budget, method):
     return {i: image["project"](result[i]).flatten() for i in sorted(result)}
 
 
+@torch.no_grad()
+def visiontrim(image, budget, method):
+    """-> {kept index: feature}."""
+    x, z, words, n = image["raw"], image["z"], image["question"], len(image["raw"])
+    g, flat = [float(v) for v in image["first"][max(image["first"])]], [p.flatten().tolist() for p in image["raw"]]
+    if method.rating == "received":
+        r = [float(v) for v in image["received"]]
+        s = [
+            a / math.sqrt(sum(v * v for v in g)) + b / math.sqrt(sum(v * v for v in r))
+            for a, b in zip(g, r, strict=True)
+        ]
+    else:
+        (h, w), places = image["grid"], []
+        h //= image.get("frames", 1)
+        spread, apart = variance([v for p in flat for v in p]), variance([*range(h)] * w + [*range(w)] * h)
+        for i in range(n):
+            t, (row, column), total = i // (h * w), divmod(i % (h * w), w), 0.0
+            for v in range(row - method.reach, row + method.reach + 1):
+                for u in range(column - method.reach, column + method.reach + 1):
+                    if 0 <= v < h and 0 <= u < w:
+                        other = flat[t * h * w + v * w + u]
+                        far = sum((a - b) ** 2 for a, b in zip(flat[i], other, strict=True))
+                        total -= far / spread if spread else 0.0
+                        total -= ((v - row) ** 2 + (u - column) ** 2) / apart / 2 if apart else 0.0
+            places.append(total / (2 * method.reach + 1) ** 2)
+        looked, local = softmax(g), softmax(softmax(places))
+        a, b = variance(looked), variance(local)
+        s = [(b * p + a * q) / (a + b) if a + b else 0.0 for p, q in zip(looked, local, strict=True)]
+    count = round(budget * method.complement) if words is not None and len(words) else 0
+    dominant = ranked(s, range(n))[: budget - count]
+    result = {i: z[i] for i in dominant}
+    if not count:
+        return dict(sorted(result.items()))
+    like = [sum(cosine(p, e) for e in words) for p in z]
+    targets = sorted(ranked(like, [i for i in range(n) if i not in dominant])[:count])
+    grown = {t: x[t] for t in targets}
+    for _ in range(method.rounds):
+        seen, came = {t: image["project"](y).flatten() for t, y in grown.items()}, {t: [] for t in targets}
+        for i in range(n):
+            if i not in dominant and i not in targets:
+                match = {t: sum(cosine(z[i], e) * cosine(e, y) for e in words) for t, y in seen.items()}
+                came[best(match, targets)].append(x[i])
+        grown = {t: y + sum(came[t]) / len(came[t]) if came[t] else y for t, y in grown.items()}
+    result |= {t: image["project"](y).flatten() for t, y in grown.items()}
+    return dict(sorted(result.items()))
+
+
+def softmax(values):
+    top = max(values)
+    e = [math.exp(v - top) for v in values]
+    return [v / sum(e) for v in e]
+
+
+def variance(values):
+    mean = sum(values) / len(values)
+    return sum((v - mean) ** 2 for v in values) / max(1, len(values) - 1)
+
+
 def fastvid(image, budget, method):
     z, frames = image["z"], image["frames"]
     n = len(z) // frames
@@ -255,12 +313,16 @@ def described(family, twin, inputs):
             image["flow"][layer] = flow(q, k, v, family == "llava", order)
         last = max(full)
         if family == "llava":
-            q, k = q.flatten(1), k.flatten(1)
+            deep = modules[max(image["first"])]
+            q, k = (f(seen[max(image["first"])][0][number]).view(37, 4, 8) for f in (deep.q_proj, deep.k_proj))
+            image["received"] = ref.received(q.transpose(0, 1), k.transpose(0, 1), 8**-0.5)[1:]
+            q, k = (f(seen[last][0][number]) for f in (modules[last].q_proj, modules[last].k_proj))
             z = torch.tensor([float(q[0] @ row) / math.sqrt(len(row)) for row in k], dtype=torch.float64)
             image["joint"] = z.softmax(0)[1:], k[1:]
             image["flow"] = {i: rows for i, rows in image["flow"].items() if i < last}
         else:
             image["joint"] = image["first"][last], image["keys"][last]
+            image["received"] = image["first"][max(image["first"])]
             start += 4 * len(image["z"])
     return images
 
