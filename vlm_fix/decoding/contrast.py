@@ -86,6 +86,8 @@ class PrefixContrast(LogitsProcessor):
 
     def close(self) -> None:
         """Let go of the branches and their caches."""
+        if self.joint:
+            self.joint.leave()
         self.branches, self.joint = [], None
 
 
