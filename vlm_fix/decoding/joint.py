@@ -27,8 +27,13 @@ UNUSED = {"attention_mask", "mm_token_type_ids", "image_grid_thw", "video_grid_t
 KNOWN = {"input_ids", "position_ids", *CACHE_NAMES, "use_cache", "return_dict"} | UNUSED
 
 
-def joinable(host: Host, session: Session, branches: list[Any], args: Any, kwargs: dict[str, Any]) -> bool:
-    """True for a plain decode step of one token per row, with every branch right behind it."""
+def joinable(
+    host: Host, session: Session, branches: list[Any], args: Any, kwargs: dict[str, Any], gated: bool = False
+) -> bool:
+    """True for a plain decode step of one token per row, with every branch right behind it.
+
+    gated: some steps may do without the branches, which is less work yet where rows one after the other are as fast.
+    """
     cache, ids = cache_of(kwargs), kwargs.get("input_ids")
     return (
         not args
@@ -43,7 +48,7 @@ def joinable(host: Host, session: Session, branches: list[Any], args: Any, kwarg
         # one row after the other is faster than few at once where a float32 vector product has its own kernel
         and (
             not (len(ids) == 1 and ids.device.type == "cpu" and host.model.dtype == torch.float32)
-            or few_rows.applies(1 + len(branches), ids.device, host.model.dtype)
+            or (few_rows.applies(1 + len(branches), ids.device, host.model.dtype) and not gated)
         )
         and all(isinstance(m, AttentionEdit | Contrast | LogitEdit) for m in host.active)
         and not any(isinstance(m, HiddenEdit) for m in host.active)
