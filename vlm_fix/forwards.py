@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from vlm_fix.call import Call
 from vlm_fix.errors import VlmFixError
 from vlm_fix.families import prompt_positions
 from vlm_fix.families.compat import CACHE, cache_of, versions
-from vlm_fix.recorder import Recorder
+from vlm_fix.recorder import Done, Recorder
 from vlm_fix.session import PAD, TEXT, VISUAL, Session
 from vlm_fix.wing import NO_IDS, NO_IMAGE, NOT_NUMBERS, OUTSIDE, Host
 
@@ -228,7 +229,7 @@ class Forwards(Host):
         session.advance(0, self.classify(inputs["input_ids"]))
         outer, self.session = self.session, session
         try:
-            with self.recording(recorder):
+            with self.recording(recorder), contextlib.suppress(Done):
                 self.base(**inputs, position_ids=positions, use_cache=False)
         finally:
             self.session = outer

@@ -125,7 +125,7 @@ def generate(engine: Generating, model: Any, *args: Any, **kwargs: Any) -> Any:
         stack.enter_context(engine.during(call))
         for wing in engine.wings:
             stack.enter_context(wing.around_generate(call, options))
-        output = engine.plain_generate(call.inputs["input_ids"], **options.final_kwargs())
+        output = engine.plain_generate(call.inputs["input_ids"], **options.final_kwargs(engine.one_graph(1)))
         engine.refuse_broken(call)
         if call.processors and not call.scored:
             raise VlmFixError(

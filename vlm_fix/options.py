@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import GenerationMixin, LogitsProcessorList, StoppingCriteriaList
+from transformers import CompileConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
 
 from vlm_fix.errors import VlmFixError
 from vlm_fix.families.compat import cache_of, kind_of
@@ -111,17 +111,28 @@ class GenerateOptions:
         if (streamer := kwargs.get("streamer")) is not None and not _transformers_own(streamer):
             kwargs["streamer"] = StreamerApart(streamer, outside)
 
-    def final_kwargs(self) -> dict[str, Any]:
-        """The keyword arguments for the model's own `generate`."""
+    def final_kwargs(self, one_graph: bool = False) -> dict[str, Any]:
+        """The keyword arguments for the model's own `generate`; one_graph: its decode steps can be one compiled graph.
+
+        A static cache compiles by itself on an accelerator, into CUDA graphs, which replay no Python. What is one graph is
+        compiled without them, the rest not at all.
+        """
         kwargs = dict(self.kwargs)
-        if self.setting("compile_config") is None:
-            # CUDA graphs, which a static cache starts by itself, replay no Python
-            if (config := kwargs.get("generation_config")) is None:
-                kwargs.setdefault("disable_compile", True)
-            else:
-                kwargs["generation_config"] = config = copy.deepcopy(config)
-                config.disable_compile = True
+        if self.setting("compile_config") is not None:
+            return kwargs
+        compiles = one_graph and self.cache_kind == "static" and compiles_by_itself(self.model)
+        name, value = ("compile_config", CompileConfig(mode="default")) if compiles else ("disable_compile", True)
+        if (config := kwargs.get("generation_config")) is None:
+            kwargs.setdefault(name, value)
+        else:
+            kwargs["generation_config"] = config = copy.deepcopy(config)
+            setattr(config, name, value)
         return kwargs
+
+
+def compiles_by_itself(model: Any) -> bool:
+    """True where transformers compiles the decode steps of a static cache unasked."""
+    return model.device.type in ("cuda", "xpu", "neuron", "tpu")
 
 
 def _transformers_own(function: Any) -> bool:

@@ -9,10 +9,17 @@ import torch
 from vlm_fix.session import Session
 
 
+class Done(Exception):
+    """A pass has shown all that is wanted of it: what runs it suppresses this."""
+
+
 class Recorder:
     """Override what is wanted; rows and layers that nobody asks for cost nothing."""
 
     layers: Collection[int] | None = None  # the layers that are recorded, None: all
+    last: int | None = (
+        None  # where a pass of `run_prompt` or `preview` ends: after this layer's attention; None: at its end
+    )
 
     def first_row(self, session: Session) -> int:
         """Return the first query row of this forward whose weights are wanted; by default none is."""
@@ -26,10 +33,10 @@ class Recorder:
 
 
 class LastHeads(Recorder):
-    """Calls `keep(layer, outputs [B, H, D])` with the head outputs of the last row."""
+    """Calls `keep(layer, outputs [B, H, D])` with the head outputs of the last row, up to layer `last` (None: of all layers)."""
 
-    def __init__(self, keep: Callable[[int, torch.Tensor], None]):
-        self.keep = keep
+    def __init__(self, keep: Callable[[int, torch.Tensor], None], last: int | None = None):
+        self.keep, self.last = keep, last
 
     def heads(self, layer: int, session: Session, outputs: torch.Tensor) -> None:
         self.keep(layer, outputs[:, -1].float())

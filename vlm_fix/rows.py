@@ -30,12 +30,17 @@ class Rows:
     before: torch.Tensor
     after: torch.Tensor
     first: int | None = None  # the first of the positions, where the host knows it
+    heads: tuple[int, ...] | None = None  # the query heads that the edit is asked about; None: all
 
     @property
     def numbers(self) -> range:
         """The positions as numbers of the host, which need not wait for the device where `first` is known."""
         first = int(self.positions[0]) if self.first is None else self.first
         return range(first, first + len(self.positions))
+
+    def of_heads(self, x: torch.Tensor) -> torch.Tensor:
+        """Those of x [B, H, ...] that the edit is asked about."""
+        return x if self.heads is None else x[:, list(self.heads)]
 
     def memory(self, kind: type[M]) -> M:
         """What the method remembers in the session, see `Session.memory`."""

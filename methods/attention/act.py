@@ -88,10 +88,11 @@ class ACT(FewColumnsEdit, QueryKeyReader, InputEdit):
     def prepare(self, session: Session, kwargs: dict[str, Any]) -> dict[str, Any]:
         if session.start == 0:
             found = secondary_sinks(session, kwargs, self.life, self.name)[:, :, None]
-            heads = engine_of(session.call.model).arch.heads
-            sinks = session.memory(self, ACTMemory).sinks
+            every, sinks = range(engine_of(session.call.model).arch.heads), session.memory(self, ACTMemory).sinks
             for i in (i for i in range(len(found)) if i in (self.layers or ())):
-                sinks[i] = found[i] & self.heads_of(i, heads, found.device)
+                heads = self.heads_in(i)
+                listed = torch.tensor([heads is None or h in heads for h in every], device=found.device)
+                sinks[i] = found[i] & listed[:, None]
         return kwargs
 
     def read_queries_and_keys(self, inputs: QueryRows, rows: Rows) -> None:
@@ -102,15 +103,20 @@ class ACT(FewColumnsEdit, QueryKeyReader, InputEdit):
         session.need_whole_prompt(self.name)
         real = (session.types != PAD).to(device)
         prompt = real[:, session.start :] & (rows.positions < session.prompt_len)
-        found = column_means(inputs, prompt) > self.threshold
-        found = found & rows.columns(real)[:, :, 0]
-        found = found & (found.cumsum(dim=-1) > 1) & self.heads_of(rows.layer, found.shape[1], device)
+        heads = self.heads_in(rows.layer)
+        means = column_means(inputs if heads is None else inputs.of_heads(heads), prompt)
+        found = (means > self.threshold) & rows.columns(real)[:, :, 0]
+        found = found & (found.cumsum(dim=-1) > 1)
+        if heads is not None:
+            found = found.new_zeros(len(found), inputs.query.shape[1], found.shape[-1]).index_copy(
+                1, torch.tensor(heads, device=device), found
+            )
         hidden = session.types.shape[1] - found.shape[-1]  # columns that a sliding window has left behind
         seen = torch.nn.functional.pad(found, (max(0, hidden), 0))[..., : session.types.shape[1]]
         rows.memory(ACTMemory).sinks[rows.layer] = seen
 
     def edit_weights(self, weights: torch.Tensor, rows: Rows) -> torch.Tensor:
-        sinks = rows.memory(ACTMemory).sinks[rows.layer]
+        sinks = rows.of_heads(rows.memory(ACTMemory).sinks[rows.layer])
         sink = rows.groups(sinks, lambda sink, visual: sink.to(weights.dtype))
         return self.reweight(weights, sink[:, :, None], rows)
 
@@ -123,7 +129,7 @@ class ACT(FewColumnsEdit, QueryKeyReader, InputEdit):
         return TransferForm(groups, self.beta, 1 - self.beta, (Condition(1, 0, 0, TINY),))
 
     def separate_columns(self, rows: Rows) -> torch.Tensor:
-        sinks = rows.memory(ACTMemory).sinks[rows.layer]
+        sinks = rows.of_heads(rows.memory(ACTMemory).sinks[rows.layer])
         return rows.columns(sinks.flatten(0, 1)).view(*sinks.shape[:2], 1, -1)
 
     def reweight(self, weights: torch.Tensor, separate: torch.Tensor, rows: Rows) -> torch.Tensor:
@@ -133,10 +139,10 @@ class ACT(FewColumnsEdit, QueryKeyReader, InputEdit):
         gain = 1 + (1 - self.beta) * inside / outside.clamp(min=torch.finfo(weights.dtype).tiny)
         return torch.addcmul(sinks * torch.where(outside > 0, self.beta, 1.0), rest, gain)
 
-    def heads_of(self, layer: int, heads: int, device: torch.device) -> torch.Tensor:
-        """[H, 1] booleans."""
-        listed = [self.head_list is None or f"{layer}.{h}" in self.head_list for h in range(heads)]
-        return torch.tensor(listed, device=device)[:, None]
+    def heads_in(self, layer: int) -> tuple[int, ...] | None:
+        listed = [name.split(".") for name in self.head_list or ()]
+        heads = tuple(sorted({int(head) for of, head in listed if int(of) == layer}))
+        return None if self.head_list is None else heads
 
     def calibrate(
         self, model: Any, samples: Sequence[Sample], seed: int, progress: Callable[[str, float], None]

@@ -99,7 +99,9 @@ def secondary_sinks(
         for layer in engine.language.layers
     ]
     with hooked(hooks):
-        lives.add(preview(session, kwargs))
+        last = preview(session, kwargs)
+        assert last is not None
+        lives.add(last)
     limits = lifetime_limits(engine.arch.depth) if limits is None else limits
     return secondary(lives.alive(), limits)[:-1]
 

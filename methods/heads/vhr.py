@@ -71,7 +71,8 @@ class VHR(HeadEdit, PromptStart):
         def keep(layer: int, outputs: torch.Tensor) -> None:
             text_only[layer] = outputs.repeat_interleave(times, dim=0)
 
-        engine.run_prompt(call.without_images(), LastHeads(keep), later=True)
+        assert isinstance(self.layers, tuple)
+        engine.run_prompt(call.without_images(), LastHeads(keep, last=max(self.layers)), later=True)
 
     def choose(self, with_image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         """Head outputs [B, H, D] with the image and without -> chosen heads [B, H]."""

@@ -93,9 +93,10 @@ class ImageSort(Refiner):
 
     def scores(self, call: Call, blocks: Any, orders: list[tuple[int, ...]]) -> list[list[float]]:
         """Per row, s of its images in these orders, place by place."""
-        engine, looking, inputs = engine_of(call.model), Looking(), in_order(call, blocks, orders)
-        engine.run_prompt(inputs, looking)
         assert isinstance(self.layers, tuple)
+        engine, looking, inputs = engine_of(call.model), Looking(), in_order(call, blocks, orders)
+        looking.last = max(self.layers)
+        engine.run_prompt(inputs, looking)
         a = torch.stack([looking.seen[i] for i in self.layers]).double().mean(dim=0)
         found = []
         for i, row in enumerate(image_blocks(Call(call.model, call.family, inputs))):

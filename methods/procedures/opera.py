@@ -4,35 +4,19 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from statistics import mode
 from typing import Any, ClassVar
 
 import torch
 from torch.nn.functional import normalize, pad
 
-from vlm_fix import Layers, Memory, Searcher, WeightReader, param
+from vlm_fix import Layers, Searcher, WeightReader, param
 from vlm_fix.arch import Arch
 from vlm_fix.decoding.search import Search, Sequences
 from vlm_fix.rows import Rows
 
-
-@dataclass
-class Beams:
-    """The search before the choice of token t: n beams, their over-trust sums [n, t], and finished answers."""
-
-    tokens: torch.Tensor  # [n, t]
-    scores: torch.Tensor  # [n]
-    parents: torch.Tensor  # [n] beams of the state before
-    done: list[tuple[float, torch.Tensor]]  # (score / length ** length_penalty, tokens), best first
-    sums: torch.Tensor  # [n, t] log prod_{i >= j} (scale A[i, j]) of response columns j
-    place: list[int] = field(default_factory=list)  # per beam, the column that its candidates trust most
-
-
-@dataclass
-class OPERAMemory(Memory):
-    row: torch.Tensor = field(default_factory=lambda: torch.zeros(0))  # [B, K] A of the last row
-    image: torch.Tensor = field(default_factory=lambda: torch.zeros(0))  # [B] its sum over the image columns
+from .over_trust import Beams, OPERAMemory, Tried, seen
 
 
 @dataclass(frozen=True)
@@ -82,9 +66,7 @@ class OPERA(WeightReader, Searcher):
         return self.weight == 0
 
     def read_weights(self, weights: torch.Tensor, rows: Rows) -> None:
-        peak = normalize(weights[:, :, -1].amax(dim=1), p=1, dim=-1)
-        memory = rows.memory(OPERAMemory)
-        memory.row, memory.image = peak, (peak * rows.visual[:, 0, 0]).sum(dim=-1)  # on the layer's device
+        rows.memory(OPERAMemory).add(normalize(weights.amax(dim=1), p=1, dim=-1), rows)
 
     def search(self, run: Search) -> Any:
         sequences, logits = run.prefill()
@@ -103,7 +85,7 @@ class OPERA(WeightReader, Searcher):
         history, returns, rejected = list[Beams](), Counter[int](), dict[int, list[torch.Tensor]]()
         while True:
             history.append(beams)
-            z, beams.place = self.penalised(logits, seqs, beams)
+            z, tried = self.penalised(logits, seqs, beams)
             position = self.rollback([b.place for b in history], returns)
             if position is not None:
                 last, beams = history[position + 1], history[position]
@@ -111,32 +93,36 @@ class OPERA(WeightReader, Searcher):
                 rejected = {k: v for k, v in rejected.items() if k <= position}
                 rejected.setdefault(position, []).append(last.parents * logits.shape[1] + last.tokens[:, -1])
                 seqs.crop(seqs.length)
-                z = seqs.forward(beams.tokens).clone()
+                z, tried = seqs.forward(beams.tokens).clone(), None
                 refused = torch.cat(rejected[position])
                 z.view(-1)[refused] = z.amin(dim=-1)[refused // z.shape[1]]
-            beams = Beams(*run.beam_step(prompt, beams.tokens, beams.scores, z, beams.done), beams.sums)
+            sums = beams.sums
+            beams = Beams(*run.beam_step(prompt, beams.tokens, beams.scores, z, beams.done), sums)
             if not len(beams.tokens):
                 return beams.done[0]
-            beams.sums = beams.sums[beams.parents]
-            seqs.reorder(beams.parents)
-            logits = seqs.forward(beams.tokens[:, -1:])
-            row = seqs.memory(self, OPERAMemory).row[:, -beams.tokens.shape[1] :].to(logits.device)
-            beams.sums = pad(beams.sums, (0, 1)) + (self.scale * row).log()
+            parents, chosen = beams.parents, beams.tokens[:, -1:]
+            found = tried.tokens[parents] == chosen if tried else None
+            if tried and tried.logits is not None and found is not None and bool(found.any(dim=1).all()):
+                ranks = found.int().argmax(dim=1)
+                seqs.keep(parents, ranks, self.candidates)
+                logits, beams.sums = tried.logits[parents, ranks], tried.sums[parents, ranks]
+                continue
+            seqs.crop(self.candidates if tried and tried.logits is not None else 0)
+            seqs.reorder(parents)
+            logits = seqs.forward(chosen)
+            row = seqs.memory(self, OPERAMemory).row[:, -1, -beams.tokens.shape[1] :].to(logits.device)
+            beams.sums = pad(sums[parents], (0, 1)) + (self.scale * row).log()
 
-    def penalised(self, logits: torch.Tensor, seqs: Sequences, beams: Beams) -> tuple[torch.Tensor, list[int]]:
-        """Logits [n, V] with the penalty, -999 but for the candidates, and each beam's most trusted column."""
+    def penalised(self, logits: torch.Tensor, seqs: Sequences, beams: Beams) -> tuple[torch.Tensor, Tried]:
+        """Logits [n, V] with the penalty, -999 but for the candidates; `beams.place` becomes what each trusts most."""
         values, tokens = logits.topk(self.candidates, dim=-1)
-        z, places, size = torch.full_like(logits, -999.0), [], beams.tokens.shape[1] + 1
-        for value, token in zip(values.T, tokens.T, strict=True):
-            seqs.forward(token[:, None])
-            seqs.crop(1)
-            seen = seqs.memory(self, OPERAMemory)
-            log_s = pad(beams.sums, (0, 1)) + (self.scale * seen.row[:, -size:].to(z.device)).log()
-            phi, place = (log_s + math.log(1e-7)).exp().clamp(max=65504).max(dim=-1)
-            phi = -seen.image.to(z.device) if size <= self.warmup else phi
-            z.scatter_(1, token[:, None], (value - self.weight * phi)[:, None].to(z))
-            places.append(place)
-        return z, [mode(sorted(p)) for p in torch.stack(places, dim=1).tolist()]
+        rows, image, after = seen(seqs, tokens, self)
+        sums = pad(beams.sums, (0, 1))[:, None] + (self.scale * rows.to(logits.device)).log()
+        phi, places = (sums + math.log(1e-7)).exp().clamp(max=65504).max(dim=-1)
+        phi = -image.to(logits.device) if sums.shape[-1] <= self.warmup else phi
+        z = torch.full_like(logits, -999.0).scatter_(1, tokens, (values - self.weight * phi).to(logits))
+        beams.place = [mode(sorted(p)) for p in places.tolist()]
+        return z, Tried(tokens, sums, after)
 
     def rollback(self, places: list[list[int]], returns: Counter[int]) -> int | None:
         """The position to choose again; counted in `returns`."""

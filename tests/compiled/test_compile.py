@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from torch._dynamo.utils import counters
-from transformers import CompileConfig
+from transformers import CompileConfig, GenerationConfig
 
 import vlm_fix
 from tests.support import families
@@ -138,3 +138,35 @@ def test_other_kinds_are_refused_as_one_graph_and_run_in_several(spec):
         torch.compiler.reset()
         model.__dict__.pop("_compiled_call", None)
         assert torch.equal(generate(model, inputs, **static(fullgraph=False)).sequences, expected)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_static_cache_compiles_by_itself_where_transformers_does(backend, monkeypatch):
+    """Unasked, as on an accelerator: one graph without CUDA graphs; other methods, and none, in turns on the same model."""
+    from vlm_fix import options
+
+    made = static()["compile_config"]
+    made.backend, made.mode = backend, None
+    asked = []
+    monkeypatch.setattr(options, "compiles_by_itself", lambda model: True)
+    monkeypatch.setattr(options, "CompileConfig", lambda mode: asked.append(mode) or made)
+    model, inputs = BUILD["llava"](depth=2), make_inputs("llava", [1, 2])
+    kept = GenerationConfig(cache_implementation="static", max_new_tokens=6, do_sample=False)
+    plain = generate(model, inputs)
+    for spec in ("pai:layers=0-", spec_of("iri"), ["vhr:layers=0-", spec_of("var")]):
+        with vlm_fix.wrapped(model, spec):
+            expected = generate(model, inputs)
+            assert not asked and not counters["stats"]["unique_graphs"], "a growing cache is not compiled"
+            got = generate(model, inputs, cache_implementation="static")
+            again = model.generate(**inputs, generation_config=kept)
+        assert asked == ["default"] * 2 and counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+        assert max(error(a, b) for a, b in zip(plain.logits, expected.logits, strict=True)) > 1e-4
+        assert max(error(a, b) for a, b in zip(got.logits, expected.logits, strict=True)) < 1e-5
+        assert torch.equal(got.sequences, expected.sequences) and torch.equal(again, expected.sequences)
+        asked.clear()
+        counters.clear()
+    assert kept.compile_config is None and not kept.disable_compile
+    with vlm_fix.wrapped(model, "vcd"):
+        generate(model, inputs, cache_implementation="static")
+    assert not asked and not counters["stats"]["unique_graphs"], "a contrast is not one graph"
+    assert torch.equal(generate(model, inputs, cache_implementation="static").sequences, plain.sequences)

@@ -473,3 +473,59 @@ class Weights(ref.Reference):
     def weight(self, a, layer, head, row):
         self.seen[layer, head] = a.clone()
         return a
+
+
+@pytest.mark.parametrize("spec", ["icd:tokens=11|12|13", "vcd:noise_step=500,beta=0.01"])
+def test_few_float32_rows_join_on_a_cpu(family, model, spec, monkeypatch):
+    """One prompt's branches share a step, with products the other way round, unless that is switched off or gated."""
+    from vlm_fix.decoding import few_rows, joint
+
+    inputs, steps, widen = single(family, [1, 2], 0), [], joint.Joint.widen
+    monkeypatch.setattr(joint.Joint, "widen", lambda self, *a: steps.append(1) or widen(self, *a))
+    options = {"max_new_tokens": 5, "do_sample": False, "return_dict_in_generate": True, "output_scores": True}
+
+    def run(spec):
+        steps.clear()
+        with vlm_fix.wrapped(model, spec):
+            return model.generate(**inputs, **options), len(steps)
+
+    fast, joined = run(spec)
+    assert joined == 4 and not run(f"{spec},gate=0.999")[1]
+    monkeypatch.setenv("VLM_FIX_JOINED", "0")
+    slow, apart = run(spec)
+    assert apart == 0 and torch.equal(fast.sequences, slow.sequences)
+    x, y = torch.stack(fast.scores), torch.stack(slow.scores)
+    assert torch.equal(torch.isinf(x), torch.isinf(y)) and torch.allclose(x, y, atol=1e-4)
+    assert few_rows.applies(2, torch.device("cpu"), torch.float32) is False
+
+
+def test_a_step_of_few_rows_that_fails_leaves_nothing_behind(models, monkeypatch):
+    """The products are the usual ones again after an error inside a joined forward."""
+    from torch.overrides import _get_current_function_mode_stack
+
+    model, inputs = models["llava"], single("llava", [1], 0)
+    layer = model.model.language_model.layers[2]
+
+    def fail(module, args, output):
+        assert not _get_current_function_mode_stack(), "stopped inside the joined step"
+
+    with vlm_fix.wrapped(model, "icd:tokens=11|12|13"):
+        hook = layer.register_forward_hook(fail)
+        with pytest.raises(AssertionError, match="stopped inside"):
+            model.generate(**inputs, max_new_tokens=4, do_sample=False)
+        hook.remove()
+        assert not _get_current_function_mode_stack()
+        model.generate(**inputs, max_new_tokens=4, do_sample=False)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4])
+def test_products_of_few_rows_are_linear(rows):
+    from vlm_fix.decoding.few_rows import FewRows
+
+    layer, x = torch.nn.Linear(48, 80), torch.randn(rows, 1, 48)
+    with torch.no_grad():
+        plain = layer(x)
+        with FewRows():
+            few, half = layer(x), layer.bfloat16()(x.bfloat16())
+        assert few.shape == plain.shape and few.is_contiguous() and torch.allclose(few, plain, atol=1e-6)
+        assert torch.equal(half, layer(x.bfloat16())) and (rows in (2, 3) or torch.equal(few, plain))

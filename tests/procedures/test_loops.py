@@ -139,6 +139,31 @@ def test_opera_equals_reference(family, model, number):
     assert bool(search.returned) == (number < 3)
 
 
+@pytest.mark.parametrize("number", range(len(OPERAS)))
+def test_opera_beside_another_method_tries_its_candidates_one_by_one(family, model, number, monkeypatch):
+    """Side by side or one after the other, the answers and scores are the same; small chunks of rows change nothing."""
+    from vlm_fix.attention import kernel
+    from vlm_fix.decoding.search import Sequences
+
+    steps, side_by_side = [], Sequences.side_by_side
+    monkeypatch.setattr(Sequences, "side_by_side", lambda self, t: steps.append(1) or side_by_side(self, t))
+    inputs = single(family, [1, 2], 0, seed=SEEDS[family][number])
+    how = {"max_new_tokens": 8, "do_sample": False, "return_dict_in_generate": True}
+
+    def run(*more):
+        steps.clear()
+        with vlm_fix.wrapped(model, [OPERAS[number], *more]):
+            return model.generate(**inputs, **how), len(steps)
+
+    (once, together), (each, apart) = run(), run("pai:alpha=1e-9,gamma=1,layers=0")
+    monkeypatch.setattr(kernel, "CHUNK_BYTES", 4)
+    chunked, _ = run()
+    assert together and not apart
+    for other in (each, chunked):
+        assert torch.equal(once.sequences, other.sequences)
+        assert torch.allclose(once.sequences_scores, other.sequences_scores, atol=1e-4)
+
+
 def test_opera_is_beam_search_without_penalty_and_returns(family, model):
     """With every token a candidate and no weight to speak of, it is what generate's own beam search finds."""
     inputs = single(family, [1, 2], 0)

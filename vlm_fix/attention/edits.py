@@ -213,6 +213,10 @@ class FewColumnsEdit(WeightEdit):
     `edit_weights(a, rows)` must equal `reweight(a, separate_columns(rows), rows)`.
     """
 
+    def heads_in(self, layer: int) -> tuple[int, ...] | None:
+        """The query heads it changes in `layer`, for one that in a prompt may be asked about these alone (`Rows.heads`)."""
+        return None
+
     @abstractmethod
     def separate_columns(self, rows: Rows) -> torch.Tensor:
         """[B, H, 1, K] booleans: the columns that are changed one by one."""

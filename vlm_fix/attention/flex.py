@@ -35,7 +35,7 @@ def flex_rows(inputs: QueryRows, visible: BlockMask, factors: list[ColumnFactors
 
     Nothing of size q x K is formed on CUDA, where the pass is compiled; elsewhere flex_attention runs uncompiled, and does.
     """
-    query, key, value, _, scores = inputs
+    query, key, value, _, scores, _ = inputs
     shape = (query.shape[0], 1, query.shape[2], key.shape[2])
     scales = [x.expand(shape) for own in factors for x in (own.scale, own.row_factor) if x is not None]
     every = torch.ones(query.shape[1], device=query.device)

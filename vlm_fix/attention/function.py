@@ -16,7 +16,7 @@ from vlm_fix.checkpointing import refuse_unknown
 from vlm_fix.memory import ForwardCache
 from vlm_fix.method import shaped
 from vlm_fix.projections import ask
-from vlm_fix.recorder import Recorder
+from vlm_fix.recorder import Done, Recorder
 from vlm_fix.session import Session
 
 from .inputs import AttentionInputs
@@ -97,6 +97,8 @@ def edited_attention(
     output = with_edited_rows(plan, work) if plan else work.output()
     if recorder:
         recorder.heads(layer, session, output)
+        if layer == recorder.last and session.plain:
+            raise Done
     return output, None
 
 

@@ -20,7 +20,7 @@ def usable(query: torch.Tensor) -> bool:
 
 def raw_scores(inputs: QueryRows) -> torch.Tensor:
     """[B, H, 1, K] float32: the scores of the one row there is, before the mask, in one launch."""
-    query, key, _, _, (scaling, softcap) = inputs
+    query, key, _, _, (scaling, softcap), _ = inputs
     if query.is_cuda:
         from .triton_row import launch_scores
 
@@ -41,7 +41,7 @@ def decode_row(
     The tensors of both may be wider than K. moved: a boolean that becomes True if the transfer changed the row of any head;
     z: `raw_scores`, if they are known.
     """
-    query, key, value, allowed, (scaling, softcap) = inputs
+    query, key, value, allowed, (scaling, softcap), _ = inputs
     groups, numbers = (None, []) if transfer is None else (transfer.groups, transfer.numbers)
     how = (allowed, *form, groups, numbers, moved, z, scaling, softcap)
     if query.is_cuda:

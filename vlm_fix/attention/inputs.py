@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +17,7 @@ class QueryRows(NamedTuple):
     """Some query rows of a layer with all keys and values; grouped-query heads are not repeated.
 
     allowed: [B or 1, 1 or H, R, K], booleans or an additive float mask; None: every column.
+    first: row i sees the columns up to first + i, and `allowed` is made for a `part` of the rows alone: no L x L matrix.
     """
 
     query: torch.Tensor  # [B, H, R, D]
@@ -22,11 +25,32 @@ class QueryRows(NamedTuple):
     value: torch.Tensor  # [B, Hkv, K, D]
     allowed: torch.Tensor | None
     scores: Scores
+    first: int | None = None
 
-    def part(self, part: slice) -> QueryRows:
-        """A part of the rows."""
-        allowed = self.allowed if self.allowed is None else self.allowed[:, :, part]
-        return self._replace(query=self.query[:, :, part], allowed=allowed)
+    def part(self, part: slice, width: int | None = None) -> QueryRows:
+        """A part of the rows, with their mask; width: with so many of the columns, the first ones."""
+        rows = self._replace(query=self.query[:, :, part], first=None)
+        if self.first is not None:
+            columns = torch.arange(self.key.shape[2], device=self.key.device)
+            places = torch.arange(self.first, self.first + self.query.shape[2], device=self.key.device)[part]
+            rows = rows._replace(allowed=(columns <= places[:, None])[None, None])
+        elif self.allowed is not None:
+            rows = rows._replace(allowed=self.allowed[:, :, part])
+        if width is None or width >= self.key.shape[2]:
+            return rows
+        allowed = rows.allowed if rows.allowed is None else rows.allowed[..., :width]
+        return rows._replace(key=rows.key[:, :, :width], value=rows.value[:, :, :width], allowed=allowed)
+
+    def of_heads(self, heads: Sequence[int]) -> QueryRows:
+        """Some of the query heads, each with a key head of its own."""
+        chosen = list(heads)
+        own = [h * self.key.shape[1] // self.query.shape[1] for h in chosen]
+        allowed = self.allowed
+        if allowed is not None and allowed.shape[1] > 1:
+            allowed = allowed[:, chosen]
+        return self._replace(
+            query=self.query[:, chosen], key=self.key[:, own], value=self.value[:, own], allowed=allowed
+        )
 
 
 @dataclass(slots=True)
@@ -84,8 +108,22 @@ class AttentionInputs:
         rows = torch.arange(first, count, device=self.key.device)
         return (columns[None] <= rows[:, None])[None, None]
 
+    def of_heads(self, heads: Sequence[int]) -> AttentionInputs:
+        """The same of some query heads, each with a key head of its own."""
+        rows = self.rows_from(0).of_heads(heads)
+        module: Any = SimpleNamespace(
+            config=getattr(self.module, "config", None),
+            layer_idx=getattr(self.module, "layer_idx", None),
+            num_key_value_groups=1,
+            is_causal=getattr(self.module, "is_causal", True),
+            training=self.module.training,
+        )
+        return replace(self, module=module, query=rows.query, key=rows.key, value=rows.value, mask=rows.allowed)
+
     def rows_from(self, first: int, end: int | None = None) -> QueryRows:
         """The rows from `first` on, up to `end`."""
         query = self.query[:, :, first:] if first else self.query
-        rows = QueryRows(query, self.key, self.value, self.allowed(first), self.scores)
+        causal = self.mask is None and self.query.shape[2] > 1
+        allowed = None if causal else self.allowed(first)
+        rows = QueryRows(query, self.key, self.value, allowed, self.scores, first if causal else None)
         return rows if end is None else rows.part(slice(0, end - first))

@@ -17,6 +17,7 @@ from .stages import NO_EDITS, LayerEdits
 
 __all__ = ["Scores", "column_means", "edited_heads", "edited_rows", "edited_weights", "note_changes"]
 
+MIN_ROWS = 64  # of a chunk that leaves out columns
 CHUNK_BYTES = 4 * 2**20  # float32 score memory per chunk of rows, twice that on CUDA; an edit may hold a few times that
 
 
@@ -68,7 +69,7 @@ def edited_weights(
     inputs: QueryRows, edits: LayerEdits = NO_EDITS, windowed: bool = False, changed: list[torch.Tensor] | None = None
 ) -> torch.Tensor:
     """The edited weights of one chunk of rows, [B, H, R, K]; `changed` gets the rows [B, R] that each edit changed."""
-    query, key, _, allowed, scores = inputs
+    query, key, _, allowed, scores, _ = inputs if inputs.first is None else inputs.part(slice(None))
     compute = torch.promote_types(query.dtype, torch.float32)
     packed, keys = _grouped(query.to(compute) * scores.scaling, key.shape[1]), key.to(compute).flatten(0, 1)
     # on a CPU a product with few columns is up to three times as fast as the same one with few rows, if keys are rows
@@ -93,14 +94,17 @@ def edited_weights(
         if bias is not None:
             new = z + shaped(bias, z, log_edit, "log_weights", broadcast=True)
             z = _edited(edits, i, log_edit, new, z, changed)
-    if allowed is not None:
-        z = z.masked_fill(~allowed, -torch.inf) if allowed.dtype == torch.bool else z + allowed
+    if allowed is not None and allowed.dtype == torch.bool:
+        own = not (edits.stages.scores or edits.stages.log_weights)  # no edit may hold these scores
+        z = z.masked_fill_(~allowed, -torch.inf) if own else z.masked_fill(~allowed, -torch.inf)
+    elif allowed is not None:
+        z = z + allowed
     a = z.softmax(dim=-1)
-    if allowed is not None:
+    if allowed is not None:  # rows of padding attend to nothing; other NaN are an edit's
         seen = allowed if allowed.dtype == torch.bool else allowed != -torch.inf
-        a = a.masked_fill(
-            ~seen.any(dim=-1, keepdim=True), 0
-        )  # rows of padding attend to nothing; other NaN are an edit's
+        blind = ~seen.any(dim=-1, keepdim=True)
+        if blind.device.type != "cpu" or bool(blind.any()):  # elsewhere asking would wait for the device
+            a = a.masked_fill(blind, 0)
     for i, weight_edit in edits.stages.weights:
         new = shaped(weight_edit.edit_weights(a, edits.rows[i]), a, weight_edit, "edit_weights")
         a = _edited(edits, i, weight_edit, new, a, changed)
@@ -112,16 +116,19 @@ def column_means(inputs: QueryRows, real: torch.Tensor) -> torch.Tensor:
 
     Computed in chunks of rows, so that no R x K matrix is formed.
     """
-    query, key, _, allowed, _ = inputs
+    query, key, first = inputs.query, inputs.key, inputs.first
     step = _step(query, key)
+    if first is not None:  # columns to the right of all rows of a chunk are left out: more chunks are less work
+        step = min(step, max(MIN_ROWS, -(-query.shape[2] // 8)))
     total = torch.zeros(*query.shape[:2], key.shape[2], device=query.device)
-    count = torch.zeros_like(total[:, :1])
+    count = torch.zeros_like(total)
     for i in range(0, query.shape[2], step):
         part = slice(i, i + step)
-        rows = real[:, None, part, None]
-        seen = rows if allowed is None else rows & _boolean(allowed[:, :, part])
-        total += (edited_weights(inputs.part(part)) * rows).sum(dim=2)
-        count = count + seen.sum(dim=2)
+        chunk = inputs.part(part, None if first is None else first + i + step)
+        a, rows, seen = edited_weights(chunk), real[:, None, None, part], chunk.allowed
+        total[..., : a.shape[-1]] += (rows.to(a.dtype) @ a)[:, :, 0]
+        counted = rows.sum(dim=-1) if seen is None else (rows.to(total.dtype) @ _boolean(seen).to(total.dtype))[:, :, 0]
+        count[..., : a.shape[-1]] += counted
     return total / count.clamp(min=1)
 
 

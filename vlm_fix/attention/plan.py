@@ -26,6 +26,7 @@ from .strategies import (
     fused_row,
     head_scaling,
     row_kernel,
+    some_heads,
 )
 
 
@@ -126,8 +127,9 @@ def strategy_for(
             return capped_column_factors if capped else column_factors
     plain = not recorded and not capped and path is not AttentionPath.KERNEL
     exact = torch.finfo(query.dtype).bits >= 32  # below float32 its sums would be rounded
-    if plain and exact and all_rows and query.shape[2] > 1 and _only_few_columns(stages):
-        return few_columns
+    if all_rows and query.shape[2] > 1 and _only_few_columns(stages):
+        way = few_columns if plain and exact else row_kernel
+        return way if recorded or capped else functools.partial(some_heads, way)
     return row_kernel
 
 

@@ -11,7 +11,7 @@ import torch
 
 from vlm_fix.families.compat import cache_of, with_cache
 from vlm_fix.method import Method
-from vlm_fix.recorder import Recorder
+from vlm_fix.recorder import Done, Recorder
 from vlm_fix.rows import Rows
 from vlm_fix.scope import RowScope
 from vlm_fix.session import Session
@@ -27,7 +27,7 @@ class PlainWeights(Recorder):
     read: Callable[[torch.Tensor, Rows], None]
 
     def __post_init__(self) -> None:
-        self.layers = (self.layer,)
+        self.layers, self.last = (self.layer,), self.layer
 
     def first_row(self, session: Session) -> int:
         return session.rows_in(RowScope.AFTER_IMAGE, needs_image=True).first
@@ -41,10 +41,11 @@ class PlainWeights(Recorder):
 
 
 @torch.no_grad()
-def preview(session: Session, kwargs: dict[str, Any], recorder: Recorder | None = None) -> torch.Tensor:
-    """Hidden states [B, q, C] after the final norm; kwargs are the language model's (`InputEdit.prepare`).
+def preview(session: Session, kwargs: dict[str, Any], recorder: Recorder | None = None) -> torch.Tensor | None:
+    """Hidden states [B, q, C] after the final norm, None where `recorder.last` ends the pass before.
 
-    Memories are the session's own. A cache with earlier columns is copied for the pass.
+    kwargs are the language model's (`InputEdit.prepare`). Memories are the session's own. A cache with earlier columns is
+    copied for the pass.
     """
     engine, cache = engine_of(session.call.model), cache_of(kwargs)
     plain = Session(
@@ -62,5 +63,7 @@ def preview(session: Session, kwargs: dict[str, Any], recorder: Recorder | None 
     try:
         with engine.recording(recorder or Recorder()):
             return engine.language(**own).last_hidden_state
+    except Done:
+        return None
     finally:
         engine.session = session

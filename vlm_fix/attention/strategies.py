@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -90,7 +90,7 @@ def capped_rows(inputs: AttentionInputs, cache: ForwardCache, factors: list[Colu
     """All rows [B, H, q, D] of softly capped scores, by flex_attention."""
     rows, place = inputs.rows_from(0), (id(inputs.mask), inputs.key.shape[2], inputs.query.device)
     if place not in cache.block_masks:  # layers with and without a window take turns
-        cache.block_masks[place] = inputs.mask, block_mask(rows.query, rows.key, rows.allowed)
+        cache.block_masks[place] = inputs.mask, block_mask(rows.query, rows.key, rows.part(slice(None)).allowed)
     return flex_rows(rows, cache.block_masks[place][1], factors)
 
 
@@ -114,6 +114,22 @@ def capped_column_factors(work: LayerWork) -> torch.Tensor:
     """`column_factors` of softly capped scores, by flex_attention."""
     rows = capped_rows(work.inputs, work.cache, work.factors())
     return edited_heads(rows[:, :, work.first :], work.edits)
+
+
+def some_heads(strategy: Strategy, work: LayerWork) -> torch.Tensor:
+    """By `strategy`, but only those heads that the one edit there is changes: the others stay SDPA's."""
+    ((place, edit),) = work.edits.stages.weights
+    assert isinstance(edit, FewColumnsEdit)
+    inputs, rows = work.inputs, work.edits.rows[place]
+    heads = edit.heads_in(rows.layer)
+    if heads is None or len(heads) == inputs.query.shape[1] or torch.is_grad_enabled():
+        return strategy(work)
+    chosen, output = list(heads), work.unedited_rows()
+    edits = replace(work.edits, rows=[replace(rows, heads=heads)])
+    kept = output[:, chosen].transpose(1, 2)
+    part = replace(work, inputs=inputs.of_heads(heads), edits=edits, known_output=kept)
+    output[:, chosen] = strategy(part).to(output.dtype)
+    return output
 
 
 def few_columns(work: LayerWork) -> torch.Tensor:

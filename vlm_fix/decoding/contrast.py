@@ -49,6 +49,7 @@ class PrefixContrast(LogitsProcessor):
         self.adds, self.term = adds, term
         self.branches: list[Branch] = []
         self.joint: joint.Joint | None = None
+        self.gated = False  # steps at which the model is sure may do without the branches
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         generated = input_ids[:, self.call.inputs["input_ids"].shape[1] :]
@@ -66,6 +67,7 @@ class PrefixContrast(LogitsProcessor):
         raw = self.method.on_logits and not self.adds
         combined = main = log_probs(scores.float(), raw)
         sure = self.method.sure(main)
+        self.gated = sure is not None
         if sure is None or not all(b.may_wait for b in self.branches) or not bool(sure.all()):
             negatives = [b.logits(generated).to(scores.device).float() for b in self.branches]
             self.host.main.parts.pop(MainPrompt, None)  # every branch has its prompt now
@@ -78,7 +80,8 @@ class PrefixContrast(LogitsProcessor):
 
     def join(self, session: Session, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         """A decode step of the main branch, widened to all branches; None where it has to run alone."""
-        if not (self.joins and self.branches and joint.joinable(self.host, session, self.branches, args, kwargs)):
+        known = self.host, session, self.branches, args, kwargs, self.gated
+        if not (self.joins and self.branches and joint.joinable(*known)):
             return None
         if self.joint is None or self.joint.caches[0] is not cache_of(kwargs):
             self.joint = joint.Joint(self.host, session, self.branches, cache_of(kwargs))
@@ -86,6 +89,8 @@ class PrefixContrast(LogitsProcessor):
 
     def close(self) -> None:
         """Let go of the branches and their caches."""
+        if self.joint:
+            self.joint.leave()
         self.branches, self.joint = [], None
 
 

@@ -20,14 +20,20 @@ from vlm_fix.hidden.edit import HiddenEdit
 from vlm_fix.session import PAD, TEXT, Session, View
 from vlm_fix.wing import Host, JointForward
 
+from . import few_rows
 from .kinds import Contrast, LogitEdit
 
 UNUSED = {"attention_mask", "mm_token_type_ids", "image_grid_thw", "video_grid_thw"}  # once positions are given
 KNOWN = {"input_ids", "position_ids", *CACHE_NAMES, "use_cache", "return_dict"} | UNUSED
 
 
-def joinable(host: Host, session: Session, branches: list[Any], args: Any, kwargs: dict[str, Any]) -> bool:
-    """True for a plain decode step of one token per row, with every branch right behind it."""
+def joinable(
+    host: Host, session: Session, branches: list[Any], args: Any, kwargs: dict[str, Any], gated: bool = False
+) -> bool:
+    """True for a plain decode step of one token per row, with every branch right behind it.
+
+    gated: some steps may do without the branches, which is less work yet where rows one after the other are as fast.
+    """
     cache, ids = cache_of(kwargs), kwargs.get("input_ids")
     return (
         not args
@@ -39,8 +45,11 @@ def joinable(host: Host, session: Session, branches: list[Any], args: Any, kwarg
         and not is_latent(host.model)
         and not any(v is not None and v is not False for k, v in kwargs.items() if k not in KNOWN)
         and "position_ids" not in session.call.inputs
-        # one row twice is faster than two rows at once where a float32 vector product has its own kernel
-        and not (len(ids) == 1 and ids.device.type == "cpu" and host.model.dtype == torch.float32)
+        # one row after the other is faster than few at once where a float32 vector product has its own kernel
+        and (
+            not (len(ids) == 1 and ids.device.type == "cpu" and host.model.dtype == torch.float32)
+            or (few_rows.applies(1 + len(branches), ids.device, host.model.dtype) and not gated)
+        )
         and all(isinstance(m, AttentionEdit | Contrast | LogitEdit) for m in host.active)
         and not any(isinstance(m, HiddenEdit) for m in host.active)
         and all(
@@ -77,6 +86,7 @@ class Joint(JointForward):
         self.sessions = [main, *(host.sessions[b.cache] for b in branches)]
         self.padded = [bool((s.types == PAD).any()) for s in self.sessions]
         self.masks: list[torch.Tensor | None] = []
+        self.few: few_rows.FewRows | None = None  # while a step of few rows runs
         _, first = prompt_positions(host.model, host.family, main.call.inputs)
         first = first.repeat_interleave(len(branches[0].tokens) // len(first))
         self.first = torch.cat([first, *(b.next_position.to(first.device) for b in branches)])[:, None]
@@ -91,6 +101,9 @@ class Joint(JointForward):
         pairs = zip(self.sessions, self.padded, strict=True)
         self.masks = [(s.types != PAD)[:, None, None] if padded else None for s, padded in pairs]
         self.ids, self.host.joint = ids, self
+        if few_rows.applies(len(ids) * len(self.sessions), ids.device, self.host.model.dtype):
+            self.few = few_rows.FewRows()
+            self.few.__enter__()
         positions = self.first + step
         inputs = {
             **{k: v for k, v in kwargs.items() if k not in UNUSED},
@@ -131,9 +144,16 @@ class Joint(JointForward):
             host.session, host.joint = self.sessions[0], self
         return torch.cat(outputs)
 
+    def leave(self) -> None:
+        """The step is over, whether it came to its end or not."""
+        self.host.joint = None
+        if self.few is not None:
+            self.few.__exit__(None, None, None)
+            self.few = None
+
     def split(self, output: Any) -> Any:
         """Split the joint output: hand each branch its logits and return the main branch's output."""
-        self.host.joint = None
+        self.leave()
         logits = output.logits.chunk(len(self.sessions))
         for branch, session, own in zip(self.branches, self.sessions[1:], logits[1:], strict=True):
             branch.pending, branch.tokens = own[:, -1], session.answer

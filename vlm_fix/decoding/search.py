@@ -102,20 +102,42 @@ class Sequences:
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Append tokens [n, k]; the logits [n, V] after the last one."""
+        new = torch.ones(len(tokens), self.length + tokens.shape[1], dtype=self.mask.dtype, device=tokens.device)
+        places = torch.arange(self.length, self.length + tokens.shape[1], device=tokens.device)
+        return self._step(tokens, torch.cat([self.mask, new], dim=1), places, 1)[:, -1]
+
+    def side_by_side(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Append k tokens [n, k] that stand in one place and do not see each other; the logits [n, k, V] after each.
+
+        `keep` or `crop` must follow. Only where no other method is active: it would take them for k places.
+        """
         count, device = tokens.shape[1], tokens.device
-        new = torch.ones(len(tokens), self.length + count, dtype=self.mask.dtype, device=device)
-        positions = self.position.to(device)[:, None] + torch.arange(self.length, self.length + count, device=device)
+        past = torch.cat([self.mask.bool(), self.mask.new_ones(len(tokens), self.length).bool()], dim=1)
+        seen = past[:, None].expand(-1, count, -1)
+        own = torch.eye(count, dtype=torch.bool, device=device).expand(len(tokens), -1, -1)
+        places = torch.full((count,), self.length, device=device)
+        return self._step(tokens, torch.cat([seen, own], dim=2)[:, None], places, count)
+
+    def keep(self, rows: torch.Tensor, ranks: torch.Tensor, count: int) -> None:
+        """After `side_by_side` of `count` tokens, row i becomes what row rows[i] was with its token ranks[i]."""
+        for layer in self.cache.layers:
+            layer.keys, layer.values = (_kept(x, rows, ranks, count) for x in (layer.keys, layer.values))
+        self.length -= count - 1
+
+    def _step(self, tokens: torch.Tensor, mask: torch.Tensor, places: torch.Tensor, logits: int) -> torch.Tensor:
+        """The last `logits` rows of logits [n, k, V] of tokens [n, k] at `places` [k] of the answer."""
+        positions = self.position.to(tokens.device)[:, None] + places
         inputs = {
             "input_ids": tokens,
-            "attention_mask": torch.cat([self.mask, new], dim=1),
+            "attention_mask": mask,
             "position_ids": positions.expand(3, -1, -1) if self.host.family.mrope else positions,
             "use_cache": True,
-            "logits_to_keep": 1,
+            "logits_to_keep": logits,
         }
         out = self.host.model(**with_cache(inputs, self.cache))
-        self.length += count
+        self.length += tokens.shape[1]
         detach(self.cache)  # a differentiated step must not reach into the next one
-        return out.logits[:, -1].float()
+        return out.logits[:, -logits:].float()
 
     def crop(self, count: int) -> None:
         """Take the last `count` tokens off again."""
@@ -155,3 +177,10 @@ class Sequences:
             raise VlmFixError(
                 f"{name} rolls its cache back, which sliding-window, linear attention and cross-attention layers cannot do."
             )
+
+
+def _kept(x: torch.Tensor, rows: torch.Tensor, ranks: torch.Tensor, count: int) -> torch.Tensor:
+    """Keys or values [n, H, K, D] whose last `count` columns stand side by side -> [m, H, K - count + 1, D]."""
+    rows, ranks, past = rows.to(x.device), ranks.to(x.device), x.shape[2] - count
+    own = x[rows, :, past + ranks]
+    return torch.cat([x[:, :, :past].index_select(0, rows), own[:, :, None]], dim=2)
