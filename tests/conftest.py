@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import os
 
+import hypothesis
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: tests load nothing from a hub
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 from tests.support.models import BUILD
+
+# a busy machine is no fault: the clock fails no example
+hypothesis.settings.register_profile("tests", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("tests")
 
 
 @pytest.fixture(scope="session")

@@ -131,7 +131,7 @@ def test_a_value_that_the_parser_refuses_is_an_error(tmp_path: Path, asked: list
         ("benchmark: pope\nlimit: many\n", "given.yaml: --limit is 'many': give a whole number"),
         ("benchmark: pope\ntemperature: hot\n", "given.yaml: --temperature is 'hot': give a number"),
         ("benchmark: pope\nbatch-size: big\n", "'big' is no size: give a whole number, or auto"),
-        ("benchmark: popo\n", "there is no 'popo'"),
+        ("benchmark: popo\n", "given.yaml: argument benchmark: there is no 'popo'"),
     ):
         with pytest.raises(SystemExit):
             cli.main(["eval", "--config", _file(tmp_path, text)])
@@ -177,6 +177,10 @@ def test_arguments_of_generate_and_of_loading(monkeypatch: Any) -> None:
         loading.load_model("some/model", device="cpu")
     assert "trust_remote_code" not in seen["model"] and "revision" not in seen["model"]
     arguments = {"attn_implementation": "sdpa"}
+    with pytest.raises(
+        VlmFixError, match="own.*: read that code, then add --trust-remote-code"
+    ):  # whatever is given beside
+        loading.load_model("some/model", device="cpu", model_args=arguments)
     with pytest.raises(VlmFixError, match="check --model-args attn_implementation"):
         loading.load_model("some/model", device="cpu", revision="v1", trust_remote_code=True, model_args=arguments)
     assert seen["processor"] == {"revision": "v1", "trust_remote_code": True}

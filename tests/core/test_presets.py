@@ -121,6 +121,7 @@ def test_tensors_lie_beside_the_file_and_move_with_it(known, tmp_path):
         ("stack: [{parameters: {}}]", "no stack"),
         ("stack: [{method: piai}]\nmodel: {}", "did you mean 'pai'"),
         ("stack: [{method: pai, parameters: {alfa: 1}}]\nmodel: {}", "no parameter 'alfa'"),
+        ("stack: [{method: pai, parameters: [1]}]\nmodel: {}", "where names with their values belong"),
         ("stack: [{method: pai, alpha: 1}]\nmodel: {}", "write parameters: {alpha: ...}"),
         ("stack: [{method: pai}]", "which model"),
     ],

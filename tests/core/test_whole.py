@@ -137,6 +137,20 @@ def test_a_writer_that_fails_leaves_what_was_there(tmp_path):
     assert path.read_text() == "whole" and [p.name for p in path.parent.iterdir()] == ["kept"]
 
 
+def test_it_is_on_the_disk_before_it_has_the_name(tmp_path, monkeypatch):
+    """Else a machine that loses its power could keep the name without the content."""
+    seen, fsync = [], os.fsync
+
+    def spy(handle):
+        fsync(handle)
+        seen.append((os.path.basename(os.readlink(f"/proc/self/fd/{handle}")), (tmp_path / "kept").exists()))
+
+    monkeypatch.setattr(os, "fsync", spy)
+    with whole_file(tmp_path / "kept") as part:
+        part.write_text("whole")
+    assert seen == [(part.name, False), (tmp_path.name, True)]
+
+
 @pytest.mark.parametrize("kind", WRITERS)
 def test_who_may_read_it_is_as_for_any_new_file(kind, tmp_path):
     """safetensors makes its files the owner's alone, whatever the umask."""

@@ -165,6 +165,14 @@ def test_transitions_and_outcomes_against_plain_loops() -> None:
     assert found["p"] == mcnemar([k in ("tp", "tn") for k in base], [k in ("tp", "tn") for k in method])
 
 
+def test_rows_of_runs_of_other_lengths_are_no_pairs() -> None:
+    rows = [{"image": i, "n": 1, "tp": 1, "fp": 0, "tn": 0, "fn": 0} for i in range(3)]
+    for function in (transitions, lambda *both: outcomes(*both, lambda row: row["tp"])):
+        function(rows, rows)
+        with pytest.raises((ValueError, VlmFixError)):
+            function(rows, rows[:2])
+
+
 def test_spread_is_the_sample_deviation() -> None:
     assert spread([1.0, 2.0, 6.0]) == {"mean": 3.0, "sd": pytest.approx(7**0.5), "values": [1.0, 2.0, 6.0]}
 
@@ -279,6 +287,34 @@ def test_jackknife_of_one_image_knows_nothing() -> None:
 def test_expanded_has_the_tails_of_student(n: int, t: float) -> None:
     z = NormalDist().inv_cdf((1 + expanded(0.95, n)) / 2)
     assert z == pytest.approx(t * (n / (n - 1)) ** 0.5, abs=0.005)
+
+
+@given(st.integers(2, 400), st.sampled_from([0.8, 0.9, 0.95, 0.975]))
+@settings(max_examples=60, deadline=None)
+def test_expanded_is_the_expansion_of_students_quantile(n: int, level: float) -> None:
+    """Abramowitz and Stegun 26.7.5, its terms by their coefficients."""
+    z, v = NormalDist().inv_cdf((1 + level) / 2), n - 1
+    terms = [[0, 1], [0, 1 / 4, 0, 1 / 4], [0, 3 / 96, 0, 16 / 96, 0, 5 / 96]]
+    t = sum(c * z**power / v**order for order, term in enumerate(terms) for power, c in enumerate(term))
+    assert expanded(level, n) == pytest.approx(math.erf(t * (n / v) ** 0.5 / 2**0.5), abs=1e-12)
+    assert level < expanded(level, n) <= 1 and expanded(level, n + 1) <= expanded(level, n)
+
+
+@pytest.mark.parametrize("n", [1, 249, 250, 251, 600])
+def test_as_many_resamples_as_were_asked_for(n: int) -> None:
+    """They are drawn in chunks, of which the last may be a short one: the draws are those of one piece."""
+    base, method = tables(5)
+    drawn: list[np.ndarray] = []
+
+    def watched(a: dict, b: dict) -> np.ndarray:
+        drawn.append(b["right"] - a["right"])
+        return drawn[-1]
+
+    low, high = table_intervals({"change": watched}, NAMES, base, method, n=n, seed=4, level=0.9)["change"]
+    weights = np.random.default_rng(4).multinomial(5, np.full(5, 1 / 5), n)
+    expected = weights @ (method - base)[:, 1]
+    assert np.array_equal(np.concatenate(drawn), expected) and max(map(len, drawn)) <= 250
+    assert [low, high] == pytest.approx(np.quantile(expected, [0.05, 0.95]))
 
 
 @pytest.mark.parametrize("yes", [0.05, 0.3, 0.5, 0.9])

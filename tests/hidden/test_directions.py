@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -15,6 +16,7 @@ from tests.support import tensors
 from tests.support.models import make_inputs, single
 from tests.support.references import base as ref
 from tests.support.run import greedy
+from vlm_fix.families import arch_of
 from vlm_fix.methods.hidden.masked_images import mask_patches
 from vlm_fix.methods.hidden.vti import direction
 
@@ -89,6 +91,9 @@ def test_vti_files_of_other_models_are_refused(models, tmp_path):
     ):
         with pytest.raises(vlm_fix.VlmFixError, match=sentence):
             vlm_fix.wrap(model, spec)
+    without = dataclasses.replace(arch_of(model), vision_depth=0)
+    with pytest.raises(vlm_fix.VlmFixError, match="no transformer blocks to steer; set alpha_vision=0"):
+        vlm_fix.parse_spec(f"vti:file={tmp_path}/tokens.safetensors").resolve(without)
     with (
         vlm_fix.wrapped(model, f"vti:file={tmp_path}/tokens.safetensors,alpha_text=0"),
         pytest.raises(vlm_fix.VlmFixError, match=r"vision.0 is \[9, 32\], but the tower's layer has \[37, 32\]"),

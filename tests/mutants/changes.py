@@ -95,14 +95,19 @@ def _variants(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
         yield "goes on", ast.Pass()
 
 
+def _for_types(node: ast.AST) -> bool:
+    """True for `if TYPE_CHECKING:`, which holds imports alone."""
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
 class _Walk(ast.NodeTransformer):
-    """Visits every place; at the chosen one it puts the change. Annotations and sentences of errors are no places."""
+    """Visits every place; at the chosen one it puts the change. Annotations, imports and sentences of errors are no places."""
 
     def __init__(self, chosen: int = -1) -> None:
         self.chosen, self.found = chosen, list[tuple[int, str]]()
 
     def visit(self, node: ast.AST) -> ast.AST:
-        if isinstance(node, ast.Raise | ast.JoinedStr | ast.Assert | ast.Import | ast.ImportFrom):
+        if isinstance(node, ast.Raise | ast.JoinedStr | ast.Assert | ast.Import | ast.ImportFrom) or _for_types(node):
             return node
         for told, other in _variants(node):
             self.found.append((node.lineno, f"{told}: {ast.unparse(node).splitlines()[0][:70]}"))  # type: ignore[attr-defined]

@@ -478,9 +478,10 @@ def test_a_cache_outlives_its_pruner_as_an_error(spec, next_method):
     model, inputs = BUILD["llava"](), single("llava", [1, 2], 0)
     with vlm_fix.wrapped(model, spec):
         out = model.generate(**inputs, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
+        early = copy.deepcopy(cache_of(out))
     ids, cache = out.sequences, cache_of(out)
     more = {"input_ids": torch.cat([ids, ids[:, :4]], dim=1), "max_new_tokens": 2}
-    for kept in (copy.deepcopy(cache), cache):
+    for kept in (early, copy.deepcopy(cache), cache):
         with contextlib.ExitStack() as stack:
             if next_method:
                 stack.enter_context(vlm_fix.wrapped(model, next_method))

@@ -55,6 +55,21 @@ def test_table_marks_the_best_of_each_column(tmp_path):
         curves.write(tmp_path, page)
 
 
+def test_no_two_curves_look_the_same(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    looks, plot = [], Axes.plot
+    monkeypatch.setattr(
+        Axes, "plot", lambda *a, **k: (looks.append((k["color"], k["marker"], k["label"])), plot(*a, **k))[1]
+    )
+    names = [f"method{i:02d}" for i in range(45)]
+    curves.figure(
+        {"runs": RESULTS["runs"] | {f"{n}:keep={k}": scores(0.8, 0.1, 0.7) for n in names for k in (8, 32)}},
+        tmp_path / "drawn.png",
+    )
+    assert len(looks) == 3 * (45 + 2) and len({look[:2] for look in looks}) == len({look[2] for look in looks}) == 47
+
+
 def test_the_page_of_methods_says_what_the_classes_say():
     page = (ROOT / "docs" / "methods.md").read_text()
     for method in vlm_fix.list_methods():

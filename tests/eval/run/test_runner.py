@@ -393,3 +393,9 @@ def test_a_calibrations_file_is_told_by_name_and_hash(tmp_path):
         told.append(runner._told({"rank": 4, "file": str(tmp_path / folder / "vti.safetensors")}))
     assert told[0] == told[1] != told[2] and str(tmp_path) not in str(told)
     assert told[0]["rank"] == 4 and told[0]["file"].startswith("vti.safetensors sha256:ca978112ca1bbdca")
+
+
+def test_a_run_with_a_calibrated_file_says_it_so(tmp_path):
+    how = {"benchmark": "pope", "limit": 1, "max_new_tokens": 2, "model": "picto-llava"}
+    told = run(tmp_path / "run", methods=(("vti",),), **how)["settings"]["calibration"]["vti"]
+    assert told["file"].startswith("vti.file.safetensors sha256:") and "/" not in told["file"]
