@@ -60,7 +60,7 @@ class PADE(WeightEdit):
         a, memory = weights, rows.memory(PADEMemory)
         assert isinstance(self.layers, tuple)
         at, session, width = self.layers.index(rows.layer), rows.session, rows.session.types.shape[1]
-        seen = (a * rows.visual).mean(dim=1)  # [B, R, K]; columns that a sliding window has left behind have no weight
+        seen = (a.detach() * rows.visual).mean(dim=1)  # [B, R, K]; columns that a window has left behind have no weight
         seen = pad_to(pad(seen, (max(0, width - a.shape[-1]), 0)), width)
         for now, place in zip(seen.unbind(dim=1), rows.numbers, strict=True):
             if at:  # tokens may be dropped in between
@@ -80,11 +80,12 @@ class PADE(WeightEdit):
         p = risen / at * shown
         if self.scaled:
             p = p / p.amax(dim=-1, keepdim=True).clamp(min=torch.finfo(a.dtype).tiny)
-        z = a.log()  # the scores up to a constant, which MAD does not see
-        image = torch.where(shown & (a > 0), z, torch.nan)
+        z = a.clamp(min=torch.finfo(a.dtype).tiny).log()  # the scores up to a constant, which MAD does not see
+        image = torch.where(shown & (a > 0), z.detach(), torch.nan)
         middle = image.nanmedian(dim=-1, keepdim=True).values
         mad = (image - middle).abs().nanmedian(dim=-1, keepdim=True).values.nan_to_num()
-        d = self.lam * mad * p
+        d = self.lam * mad * p  # a constant to gradients, as the rises are
         mean = d.sum(dim=-1, keepdim=True) / shown.sum(dim=-1, keepdim=True).clamp(min=1)
-        new = (z + d - mean * rows.before).softmax(dim=-1).nan_to_num()
-        return torch.where((d > 0).any(dim=-1, keepdim=True), new, a)
+        moves = (d > 0).any(dim=-1, keepdim=True)
+        new = (z + d - mean * rows.before).masked_fill((a == 0) & moves, -torch.inf).softmax(dim=-1)
+        return torch.where(moves, new, a)

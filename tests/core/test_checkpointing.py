@@ -21,6 +21,7 @@ HANDS_ON = (
     "gift",
     "iri",
     "memvr",
+    "pade",
     "rudder",
 )  # what they read before a layer or in one is used inside others, with its gradient
 FUNCTION = "_gradient_checkpointing_func"
