@@ -9,13 +9,12 @@ from typing import Any, ClassVar
 
 import torch
 
-import vlm_fix
-from vlm_fix import FewColumnsEdit, Memory, QueryKeyReader, RowScope, Unchanged, VlmFixError, param
+from vlm_fix import FewColumnsEdit, Memory, QueryKeyReader, RowScope, Unchanged, param
 from vlm_fix.arch import Arch
 from vlm_fix.attention.forms import Condition, TransferForm
 from vlm_fix.attention.inputs import QueryRows
 from vlm_fix.attention.kernel import column_means
-from vlm_fix.calibration.search import answer_scores
+from vlm_fix.families import arch_of
 from vlm_fix.inputs import InputEdit
 from vlm_fix.method import parse_heads
 from vlm_fix.rows import Rows
@@ -23,7 +22,8 @@ from vlm_fix.sample import Sample
 from vlm_fix.session import PAD, Session
 from vlm_fix.wing import engine_of
 
-from .sinks import secondary_sinks
+from .sinks import in_heads, secondary_sinks
+from .sweep import better_heads
 
 TINY = torch.finfo(torch.float32).tiny
 
@@ -88,11 +88,9 @@ class ACT(FewColumnsEdit, QueryKeyReader, InputEdit):
     def prepare(self, session: Session, kwargs: dict[str, Any]) -> dict[str, Any]:
         if session.start == 0:
             found = secondary_sinks(session, kwargs, self.life, self.name)[:, :, None]
-            every, sinks = range(engine_of(session.call.model).arch.heads), session.memory(self, ACTMemory).sinks
+            heads, sinks = engine_of(session.call.model).arch.heads, session.memory(self, ACTMemory).sinks
             for i in (i for i in range(len(found)) if i in (self.layers or ())):
-                heads = self.heads_in(i)
-                listed = torch.tensor([heads is None or h in heads for h in every], device=found.device)
-                sinks[i] = found[i] & listed[:, None]
+                sinks[i] = in_heads(found[i], self.heads_in(i), heads)
         return kwargs
 
     def read_queries_and_keys(self, inputs: QueryRows, rows: Rows) -> None:
@@ -106,11 +104,7 @@ class ACT(FewColumnsEdit, QueryKeyReader, InputEdit):
         heads = self.heads_in(rows.layer)
         means = column_means(inputs if heads is None else inputs.of_heads(heads), prompt)
         found = (means > self.threshold) & rows.columns(real)[:, :, 0]
-        found = found & (found.cumsum(dim=-1) > 1)
-        if heads is not None:
-            found = found.new_zeros(len(found), inputs.query.shape[1], found.shape[-1]).index_copy(
-                1, torch.tensor(heads, device=device), found
-            )
+        found = in_heads(found & (found.cumsum(dim=-1) > 1), heads, inputs.query.shape[1])
         hidden = session.types.shape[1] - found.shape[-1]  # columns that a sliding window has left behind
         seen = torch.nn.functional.pad(found, (max(0, hidden), 0))[..., : session.types.shape[1]]
         rows.memory(ACTMemory).sinks[rows.layer] = seen
@@ -148,22 +142,6 @@ class ACT(FewColumnsEdit, QueryKeyReader, InputEdit):
         self, model: Any, samples: Sequence[Sample], seed: int, progress: Callable[[str, float], None]
     ) -> dict[str, Any]:
         """head_list: the heads that, calibrated alone, answer more of the samples right (the paper's sweep)."""
-
-        def accuracy(method: ACT | None) -> float:
-            with vlm_fix.wrapped(model, method if method else "baseline"):
-                target, other = answer_scores(model, samples).unbind(dim=1)
-            return float((target > other).double().mean())
-
-        engine = vlm_fix.engine.Engine(model, [self])
-        edited, before = self.resolve(engine.arch).layers or (), accuracy(None)
-        names = [f"{layer}.{h}" for layer in edited for h in range(engine.arch.heads)]
-        gains = {}
-        for i, name in enumerate(names):
-            progress(name, i / len(names))
-            gains[name] = accuracy(dataclasses.replace(self, head_list=(name,), layers=None)) - before
-        better = tuple(name for name, gain in gains.items() if gain > 0)
-        if not better:
-            raise VlmFixError(
-                "act: calibrating no head alone answered more samples right; try another threshold, or more samples."
-            )
-        return {"head_list": better}
+        edited = self.resolve(arch_of(model)).layers
+        assert isinstance(edited, tuple)
+        return {"head_list": better_heads(model, self, edited, samples, progress)}

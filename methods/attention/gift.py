@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch.nn.functional import pad
 
 from vlm_fix import Arch, InputEdit, PromptStart, RowScope, Sample, Unchanged, VlmFixError, WeightEdit, param
 from vlm_fix.attention.forms import ScoreForm
@@ -16,10 +15,10 @@ from vlm_fix.attention.preview import PlainWeights, preview
 from vlm_fix.calibration.search import best_value
 from vlm_fix.call import Call
 from vlm_fix.rows import Rows
-from vlm_fix.session import VISUAL, Session
+from vlm_fix.session import Session
 from vlm_fix.words import TEMPLATE, check_template, template_columns
 
-from .saliency import GIFTMemory, counted, saliency_map, top_half
+from .saliency import GIFTMemory, add_shifts, counted, enhanced
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,9 +97,8 @@ class GIFT(WeightEdit, PromptStart, InputEdit):
         session.forget(self)
 
     def prepare(self, session: Session, kwargs: dict[str, Any]) -> dict[str, Any]:
-        assert self.source_layer is not None
         if session.start < session.prompt_len and max(session.last_visual) >= 0:
-            preview(session, kwargs, PlainWeights(self, self.source_layer, self.read))
+            preview(session, kwargs, PlainWeights(self, self.source_layer or 0, self.read))
         return kwargs
 
     def edit_weights(self, weights: torch.Tensor, rows: Rows) -> torch.Tensor:
@@ -109,10 +107,8 @@ class GIFT(WeightEdit, PromptStart, InputEdit):
         m, question = rows.memory(GIFTMemory).saliency, rows.memory(GIFTMemory).question
         if m is None or question is None or (rows.layer == self.source_layer and not self.edit_source):
             return weights
-        if rows.numbers[0] >= rows.session.prompt_len - 1:
-            return self.enhanced(weights, m, question, rows)
-        answering = rows.positions >= rows.session.prompt_len - 1
-        return torch.where(answering[:, None], self.enhanced(weights, m, question, rows), weights)
+        new, last = enhanced(weights, *self.factors(m, question, rows), rows), rows.session.prompt_len - 1
+        return new if rows.numbers[0] >= last else torch.where((rows.positions >= last)[:, None], new, weights)
 
     def form_of_scores(self, scores: Callable[[], torch.Tensor], rows: Rows) -> ScoreForm | None:
         """Factors of weights that are renormalised are logarithms added to scores."""
@@ -128,40 +124,20 @@ class GIFT(WeightEdit, PromptStart, InputEdit):
         """The image, the question and alpha m, [B, 3, K]; the last and the second of them, [B, 2, K]."""
         memory = rows.memory(GIFTMemory)
         assert memory.saliency is not None and memory.question is not None
-        query = rows.after & ~rows.generated & rows.columns(memory.question, -1)
-        m = (self.alpha or 0.0) * rows.columns(memory.saliency, -1 if self.prepares else self.source_layer)
+        m, query = self.factors(memory.saliency, memory.question, rows)
         parts = [x[:, 0, 0].float() for x in (rows.visual, query, m * rows.visual)]
         return torch.stack(parts, dim=1), torch.stack([parts[2], parts[1]], dim=1)
 
     def read(self, a: torch.Tensor, rows: Rows) -> None:
         """Add the shifts of these rows [B, H, R, K]; after the prompt's last one, make the saliency map."""
-        session, memory, total = rows.session, rows.memory(GIFTMemory), rows.session.types.shape[1]
-        seen = pad(a * rows.visual, (max(0, total - a.shape[-1]), 0))[..., :total]
-        previous = seen[:, :, 0] if memory.previous is None else memory.previous
-        previous = torch.cat([pad(previous, (0, total - previous.shape[-1]))[:, :, None], seen[:, :, :-1]], dim=2)
-        last = torch.tensor(session.last_visual, device=a.device)
-        query = (rows.positions >= last[:, None] + 2) & (rows.positions < session.prompt_len)
-        memory.question = ~template_columns(session.whole, self.template).to(a.device)
-        query = query & counted(session, memory.question, self.pos)[:, rows.positions]
-        shift = ((seen - previous).clamp(min=0) * query[:, None, :, None]).sum(dim=2)
-        if memory.shift is not None and memory.last_image is not None:  # no chunk from before another image counts
-            old = pad(memory.shift, (0, total - memory.shift.shape[-1]))
-            shift = shift + old * (last == memory.last_image)[:, None, None]
-        memory.shift, memory.previous, memory.last_image = shift, seen[:, :, -1], last
-        if rows.numbers[-1] >= session.prompt_len - 1:
-            memory.saliency = saliency_map(shift, session.types == VISUAL)
+        memory = rows.memory(GIFTMemory)
+        memory.question = ~template_columns(rows.session.whole, self.template).to(a.device)
+        add_shifts(memory, a, rows, counted(rows.session, memory.question, self.pos))
 
-    def enhanced(self, a: torch.Tensor, m: torch.Tensor, question: torch.Tensor, rows: Rows) -> torch.Tensor:
-        """The edit of weights [B, H, R, K] by the saliency map m and the question's columns [B, n]."""
-        query = rows.after & ~rows.generated & rows.columns(question, -1)
-        seeing = top_half((a * rows.visual).sum(dim=-1))[..., None] & rows.visual
-        reading = top_half((a * query).sum(dim=-1))[..., None] & query
+    def factors(self, m: torch.Tensor, question: torch.Tensor, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+        """alpha m and the question's columns, [B, 1, 1, K] both."""
         m = (self.alpha or 0.0) * rows.columns(m, -1 if self.prepares else self.source_layer)
-        new = torch.where(seeing, a * m.exp(), a)
-        tiny = torch.finfo(a.dtype).tiny
-        before, after = ((x * seeing).sum(dim=(1, 3), keepdim=True) for x in (a, new))
-        new = torch.where(reading, new * after / before.clamp(min=tiny), new)
-        return new / new.sum(dim=-1, keepdim=True).clamp(min=tiny)
+        return m, rows.after & ~rows.generated & rows.columns(question, -1)
 
     def calibrate(
         self, model: Any, samples: Sequence[Sample], seed: int, progress: Callable[[str, float], None]

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch.nn.functional import pad
 
 from vlm_fix import Memory
-from vlm_fix.session import Session
+from vlm_fix.rows import Rows
+from vlm_fix.session import VISUAL, Session
 from vlm_fix.words import content_columns
 
 
@@ -44,3 +46,35 @@ def saliency_map(shift: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
 def top_half(x: torch.Tensor) -> torch.Tensor:
     """x [B, H, ...] -> booleans that mark the largest H/2 heads."""
     return torch.zeros_like(x, dtype=torch.bool).scatter(1, x.topk(max(1, x.shape[1] // 2), dim=1).indices, True)
+
+
+def add_shifts(memory: GIFTMemory, a: torch.Tensor, rows: Rows, counts: torch.Tensor) -> None:
+    """Add what the image columns of the next rows a [B, H, R, K] grew by, over the question's tokens that count [B, n].
+
+    After the prompt's last row they make the map.
+    """
+    session, total = rows.session, rows.session.types.shape[1]
+    seen = pad(a * rows.visual, (max(0, total - a.shape[-1]), 0))[..., :total]
+    previous = seen[:, :, 0] if memory.previous is None else memory.previous
+    previous = torch.cat([pad(previous, (0, total - previous.shape[-1]))[:, :, None], seen[:, :, :-1]], dim=2)
+    last = torch.tensor(session.last_visual, device=a.device)
+    query = (rows.positions >= last[:, None] + 2) & (rows.positions < session.prompt_len)
+    query = query & counts[:, rows.positions]
+    shift = ((seen - previous).clamp(min=0) * query[:, None, :, None]).sum(dim=2)
+    if memory.shift is not None and memory.last_image is not None:  # no chunk from before another image counts
+        old = pad(memory.shift, (0, total - memory.shift.shape[-1]))
+        shift = shift + old * (last == memory.last_image)[:, None, None]
+    memory.shift, memory.previous, memory.last_image = shift, seen[:, :, -1], last
+    if rows.numbers[-1] >= session.prompt_len - 1:
+        memory.saliency = saliency_map(shift, session.types == VISUAL)
+
+
+def enhanced(a: torch.Tensor, m: torch.Tensor, query: torch.Tensor, rows: Rows) -> torch.Tensor:
+    """The edit of weights a [B, H, R, K] by alpha times the saliency map and the question's columns, [B, 1, 1, K] both."""
+    seeing = top_half((a * rows.visual).sum(dim=-1))[..., None] & rows.visual
+    reading = top_half((a * query).sum(dim=-1))[..., None] & query
+    new = torch.where(seeing, a * m.exp(), a)
+    tiny = torch.finfo(a.dtype).tiny
+    before, after = ((x * seeing).sum(dim=(1, 3), keepdim=True) for x in (a, new))
+    new = torch.where(reading, new * after / before.clamp(min=tiny), new)
+    return new / new.sum(dim=-1, keepdim=True).clamp(min=tiny)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from vlm_fix.attention.preview import preview
 from vlm_fix.errors import VlmFixError
-from vlm_fix.families import arch_of, get_part
 from vlm_fix.hooks import hooked
 from vlm_fix.pruning import PruningWing
-from vlm_fix.sample import Sample
 from vlm_fix.session import PAD, Session
 from vlm_fix.tensors import one_stream
 from vlm_fix.wing import Host, engine_of
@@ -106,21 +103,8 @@ def secondary_sinks(
     return secondary(lives.alive(), limits)[:-1]
 
 
-@torch.no_grad()
-def massive_ratios(
-    model: Any, layers: Sequence[int], samples: Sequence[Sample], progress: Callable[[str, float], None]
-) -> torch.Tensor:
-    """[len(layers), C]: |x_d| / rms(x) of the first token's hidden state at each layer's input, mean over the samples."""
-    arch = arch_of(model)
-    modules, total = get_part(model, arch.family.language).layers, torch.zeros(len(layers), arch.hidden)
-
-    def look(row: int, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        x = one_stream(args[0] if args else kwargs["hidden_states"], "var")[0, 0].float().cpu()
-        total[row] += x.abs() / (x.square().mean() + 1e-6).sqrt() / len(samples)
-
-    looks = [(modules[i], functools.partial(look, row)) for row, i in enumerate(layers)]
-    with hooked([module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in looks]):
-        for n, sample in enumerate(samples):
-            model(**sample.inputs)
-            progress("massive activations", (n + 1) / len(samples))
-    return total
+def in_heads(found: torch.Tensor, heads: Sequence[int] | None, count: int) -> torch.Tensor:
+    """Columns [B, len(heads) or 1, n] found in these of `count` heads (None: in all) -> [B, count, n], False elsewhere."""
+    spread = found.new_zeros(len(found), count, found.shape[-1])
+    spread[:, slice(None) if heads is None else list(heads)] = found
+    return spread

@@ -17,16 +17,8 @@ from vlm_fix.packing import pad_to
 from vlm_fix.rows import Rows
 from vlm_fix.session import PAD, Session
 
-from .sinks import massive_ratios, secondary_sinks
-
-# (family, text model, hidden size, layers, words of the tokenizer) -> massive-activation dimensions: LLaVA-1.5-7B and 13B
-# by the official code, Qwen2-VL-7B and InternVL2-8B by a table elsewhere
-SINK_DIMS = {
-    ("llava", "llama", 4096, 32, 32000): (1415, 2533),
-    ("llava", "llama", 5120, 40, 32000): (2100, 4743),
-    ("qwen2_vl", "qwen2_vl_text", 3584, 28, 151643): (458, 2570),
-    ("internvl", "llama", 4096, 32, 92544): (3584,),
-}
+from .massive import first_dims, known_dims, massive_ratios, ratios
+from .sinks import secondary_sinks
 
 
 @dataclass
@@ -74,10 +66,7 @@ class VAR(WeightEdit, LayerInputReader, InputEdit):
     min_visual_mass: float = param(0.2, "least attention on the image for a head to be edited", low=0, high=1)
 
     def defaults(self, arch: Arch) -> dict[str, Any]:
-        sizes = (arch.family.name, arch.text_type, arch.hidden, arch.depth)
-        vocab = range(arch.vocab - 511, arch.vocab + 1)  # it may be padded
-        known = next((dims for (*key, words), dims in SINK_DIMS.items() if (*key,) == sizes and words in vocab), None)
-        return {"layers": f"{min(2, arch.depth - 1)}-", "sink_dims": known}
+        return {"layers": f"{min(2, arch.depth - 1)}-", "sink_dims": known_dims(arch)}
 
     def resolve(self, arch: Arch) -> Method:
         if any(not 0 <= d < arch.hidden for d in self.sink_dims or ()):
@@ -106,22 +95,17 @@ class VAR(WeightEdit, LayerInputReader, InputEdit):
         """Find the sinks among the new prompt columns."""
         if session.start >= session.prompt_len or self.detector == "secondary":
             return
-        x = hidden.float()
-        ratio = x.abs() / (x.square().mean(dim=-1, keepdim=True) + 1e-6).sqrt()
-        memory, types = session.memory(self, VARMemory), session.types.to(x.device)
+        ratio = ratios(hidden)
+        memory, types = session.memory(self, VARMemory), session.types.to(ratio.device)
         if self.sink_dims is not None:
             phi = ratio[..., list(self.sink_dims)].amax(dim=-1)
         else:
-            first = (types != PAD).int().argmax(dim=1) - session.start  # not yet here while a row is padding alone
-            begins = ((first >= 0) & (types != PAD).any(dim=1))[:, None]
-            dims = ratio[torch.arange(len(x), device=x.device), first.clamp(min=0)] > self.tau  # [B, hidden]
-            memory.dims[layer] = dims = torch.where(begins, dims, memory.dims.get(layer, torch.zeros_like(dims)))
+            memory.dims[layer] = dims = first_dims(ratio, types, session.start, self.tau, memory.dims.get(layer))
             phi = (ratio * dims[:, None]).amax(dim=-1)
-        new = torch.arange(session.start, types.shape[1], device=x.device)
+        new = torch.arange(session.start, types.shape[1], device=ratio.device)
         real = (types[:, session.start :] != PAD) & (new < session.prompt_len)  # assisted decoding adds guesses at once
-        sinks = (phi > self.tau) & real
         earlier = [pad_to(memory.sinks[layer], session.start)] if session.start else []
-        memory.sinks[layer] = torch.cat([*earlier, sinks], dim=1)
+        memory.sinks[layer] = torch.cat([*earlier, (phi > self.tau) & real], dim=1)
 
     def edit_weights(self, weights: torch.Tensor, rows: Rows) -> torch.Tensor:
         a, sinks = weights, rows.memory(VARMemory).sinks[rows.layer]

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import zlib
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch.nn.functional import interpolate
 
 from vlm_fix import Contrast, Method, RowScope, VlmFixError, WeightEdit, param
 from vlm_fix.arch import Arch
@@ -19,6 +17,8 @@ from vlm_fix.decoding.kinds import Negative
 from vlm_fix.pruning.encoder import ImageTokens, shown_tokens, unreadable, views
 from vlm_fix.rows import Rows
 from vlm_fix.session import PAD
+
+from .tower_maps import map_of
 
 VISION = ("shuffle", "random", "uniform", "reversed", "none")
 LANGUAGE = ("reverse_and_normalize", "reverse", "uniform", "random", "none")
@@ -102,35 +102,15 @@ class CausalMM(WeightEdit, Contrast):
 
     def counterfactual(self, features: torch.Tensor, images: list[ImageTokens], shown: torch.Tensor) -> torch.Tensor:
         """[N, C] embeddings of the image tokens -> the same, weighted by the edited attention; shown: `shown_tokens`."""
-        factors = [self.map(image)[:, None].to(features) for image in images]
+        assert self.vision_layer is not None
+        maps = (map_of(image, self.vision_layer, self.vision, self.seed) for image in images)
+        factors = [factor[:, None].to(features) for factor in maps]
         raws = [image.raw() for image in images if image.raw]
         real = shown >= 0  # newlines stay
         if not raws or raws[0].dim() > 2:
             return features.masked_scatter(real[:, None], features[real] * torch.cat(factors)[shown[real]])
         weighted = [i.project(raw * factor) for i, raw, factor in zip(images, raws, factors, strict=True) if i.project]
         return features.masked_scatter(real[:, None], torch.cat(weighted).to(features)[shown[real]])
-
-    def map(self, image: ImageTokens) -> torch.Tensor:
-        """[N] float32 factors of one image's N tokens; a video's frames each have a map of their own."""
-        assert image.pixels is not None and self.vision_layer is not None
-        frames, pixels = image.heads[self.vision_layer], image.pixels.detach().float().cpu().contiguous().numpy()
-        generator = torch.Generator().manual_seed(zlib.crc32(pixels.tobytes(), self.seed))
-        size, maps = (image.grid[0] // len(frames), image.grid[1]), []
-        for query, key, scale in frames:  # one for an image
-            total = torch.zeros(size, device=query.device)
-            for q, k in zip(query.float(), key.float(), strict=True):  # S x S for one head at a time
-                a = self.edited((q @ k.T * scale).softmax(dim=-1), generator)
-                total += interpolate(a[None, None], size=size, mode="bilinear", align_corners=False)[0, 0]
-            maps.append((total / len(query)).flatten())
-        return torch.cat(maps)
-
-    def edited(self, a: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """One head's attention [S, S] of the tower -> the same, counterfactual."""
-        if self.vision == "shuffle":
-            return a.flatten()[torch.randperm(a.numel(), generator=generator).to(a.device)].view_as(a)
-        if self.vision == "random":
-            return 2 * torch.rand(a.shape, generator=generator).to(a.device)
-        return a.max() - a if self.vision == "reversed" else a.mean().expand_as(a)
 
     def edit_weights(self, weights: torch.Tensor, rows: Rows) -> torch.Tensor:
         a, types = weights, rows.session.types

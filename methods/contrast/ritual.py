@@ -13,7 +13,7 @@ from vlm_fix.arch import Arch
 from vlm_fix.call import Call
 from vlm_fix.decoding.contrast import plausible
 from vlm_fix.method import Method
-from vlm_fix.methods.procedures.pictures import changed, normalisation
+from vlm_fix.methods.procedures.pixels import changed, normalisation
 
 from .transforms import COLOURS, TRANSFORMS, Draw
 

@@ -20,7 +20,8 @@ from vlm_fix.methods.contrast.iava import Looking, instructed
 from vlm_fix.methods.contrast.icd import line_tokens
 from vlm_fix.wing import engine_of
 
-from .pictures import images_of, labelled, normalisation, with_images_after, zoomed
+from .pictures import with_images_after
+from .pixels import images_of, labelled, normalisation, zoomed
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from vlm_fix.pruning.shrink import resize
 from vlm_fix.wing import engine_of
 
 from .boxes import Box, fused, text_of, tokenized, written
-from .pictures import apart, images_of, with_images_after, zoomed
+from .pictures import apart, with_images_after
+from .pixels import images_of, zoomed
 
 ASK = (
     "Do not answer yet. Which regions of the image are needed to answer? Reply with their boxes alone, as "

@@ -10,7 +10,7 @@ import torch
 from vlm_fix import param
 from vlm_fix.pruning.cache import SplitLayer
 from vlm_fix.pruning.kinds import Cached, CachePruner, share_of
-from vlm_fix.pruning.kv import Aside, lay_aside, shorten, take_back
+from vlm_fix.pruning.kv import Aside, answer_step, lay_aside, shorten, take_back
 from vlm_fix.pruning.rows import received
 from vlm_fix.session import PAD, VISUAL, Session
 
@@ -78,7 +78,7 @@ class AVL(CachePruner):
 
     def whole(self, session: Session) -> bool:
         """True if this forward computes all that is stored: a refresh, or several rows at once."""
-        return step(session) % self.every == 0 or session.length > 1
+        return answer_step(session) % self.every == 0 or session.length > 1
 
     def before_step(self, session: Session, i: int, layer: SplitLayer) -> None:
         if self.whole(session):
@@ -107,7 +107,7 @@ class AVL(CachePruner):
             count, heads = rows.shape[2], cached.keys.shape[1]
             before = torch.nn.functional.pad(stored.received, (0, count))
             stored.received = before + rows.unflatten(1, (heads, -1)).sum(dim=(2, 3))[..., -before.shape[2] :]
-            if step(session) % self.text_every == 0:
+            if answer_step(session) % self.text_every == 0:
                 self.evict(session, cached.layer, layer, stored)
 
     def texts(self, session: Session) -> list[int]:
@@ -144,8 +144,3 @@ class AVL(CachePruner):
         count = torch.minimum(count, budget)
         stored.gone = torch.tensor(texts) - count
         stored.received = torch.nn.functional.pad(got, ahead).gather(2, index)[..., -int(count.max()) :]
-
-
-def step(session: Session) -> int:
-    """1 for the first step after the prompt."""
-    return session.start - session.prompt_len + 1

@@ -30,16 +30,16 @@ def test_gift_in_chunks(models, spec):
 
 def test_gift_reads_the_question_of_each_turn(models, monkeypatch):
     """On a kept cache the second turn makes a map of its own text rows: the first one's shifts are gone."""
-    from vlm_fix.methods.attention import gift
+    from vlm_fix.methods.attention import saliency
 
     model, seen, inputs = models["llava"], [], single("llava", [1], 0)
-    original = gift.saliency_map
+    original = saliency.saliency_map
 
     def spy(shift, visual):
         seen.append((shift, original(shift, visual)))
         return seen[-1][1]
 
-    monkeypatch.setattr(gift, "saliency_map", spy)
+    monkeypatch.setattr(saliency, "saliency_map", spy)
     with vlm_fix.wrapped(model, "gift:alpha=3,source_layer=1,layers=2-3"):
         out = model.generate(**inputs, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
         ids = torch.cat([out.sequences, torch.tensor([[5, 6, 7, 8]])], 1)

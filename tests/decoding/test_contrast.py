@@ -349,7 +349,7 @@ class Copied(ref.Reference):
 
 def test_copying_heads_equal_reference(family, model):
     from vlm_fix.engine import Engine
-    from vlm_fix.methods.contrast.decore import copies
+    from vlm_fix.methods.contrast.copying import copies
 
     g = torch.Generator().manual_seed(1)
     hay, needle = torch.randint(3, 9, (20,), generator=g).tolist(), [3, 4, 5, 6, 7]

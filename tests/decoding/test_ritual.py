@@ -17,7 +17,7 @@ from tests.support.run import greedy
 from vlm_fix.call import Call
 from vlm_fix.families import family_of
 from vlm_fix.methods.contrast import transforms as t
-from vlm_fix.methods.procedures.pictures import changed
+from vlm_fix.methods.procedures.pixels import changed
 
 
 @pytest.fixture

@@ -162,7 +162,7 @@ def test_strengths_of_each_family(models):
 
 def test_rates_do_not_depend_on_batches(monkeypatch):
     """One image far brighter than the others: its noise is its own, whatever it is traced with."""
-    import vlm_fix.methods.hidden.iri as iri
+    import vlm_fix.methods.hidden.tracing as iri
 
     model = families.build("idefics3")  # blank images beside real ones stay blank
     prompts = [families.prompt("idefics3", [n], seed) for n, seed in ((1, 0), (2, 1), (1, 2))]
@@ -305,7 +305,7 @@ def somp_by_hand(y, dictionary, atoms):
 
 @pytest.mark.parametrize("atoms", [1, 3, 6])
 def test_matching_pursuit_equals_least_squares(atoms):
-    from vlm_fix.methods.heads.head_pursuit import explained
+    from vlm_fix.methods.heads.pursuit import explained
 
     g = torch.Generator().manual_seed(atoms)
     dictionary = torch.nn.functional.normalize(torch.randn(9, 16, generator=g, dtype=torch.float64), dim=-1)

@@ -339,11 +339,11 @@ def test_gaze_shift_and_column_means_from_what_is_seen(family, model):
     inputs = single(family, [1], 0)
     seen = vlm_fix.observe(model, inputs, question=True)
     shift = seen.question_to_image[1].diff(dim=1).clamp(min=0).sum(dim=1)
-    from vlm_fix.methods.attention import gift
+    from vlm_fix.methods.attention import saliency
 
-    found, look = [], gift.saliency_map
+    found, look = [], saliency.saliency_map
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gift, "saliency_map", lambda x, v: (found.append(x[0][:, v[0]]), look(x, v))[1])
+        patch.setattr(saliency, "saliency_map", lambda x, v: (found.append(x[0][:, v[0]]), look(x, v))[1])
         with vlm_fix.wrapped(model, "gift:source_layer=1,layers=2-3"):
             model(**inputs)
     assert error(shift, found[0]) < 1e-5

@@ -18,7 +18,7 @@ from vlm_fix.decoding import ProcedureWing
 from vlm_fix.errors import VlmFixError
 from vlm_fix.families.compat import CACHE
 from vlm_fix.methods.procedures.carve import CARVE
-from vlm_fix.methods.procedures.pictures import labelled
+from vlm_fix.methods.procedures.pixels import labelled
 from vlm_fix.wing import engine_of
 
 BLACK, GENERAL = (-1.8, -1.75, -1.5), (11, 12, 13)

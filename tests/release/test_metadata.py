@@ -111,3 +111,10 @@ def test_the_pull_request_has_the_list_for_a_new_method():
     text = (ROOT / ".github" / "pull_request_template.md").read_text()
     for word in ("150 lines", "float64", "neutral", "published.json", "control", "CHANGELOG.md"):
         assert word in text
+
+
+def test_a_method_file_has_at_most_150_lines():
+    """Helpers of a method's stand in files of their own, which count too."""
+    files = sorted((ROOT / "methods").rglob("*.py"))
+    long = {str(path.relative_to(ROOT)): n for path in files if (n := len(path.read_text().splitlines())) > 150}
+    assert len(files) > 100 and not long

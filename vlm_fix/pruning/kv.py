@@ -157,3 +157,8 @@ def take_back(session: Session, i: int, layer: SplitLayer, aside: Aside) -> None
     parts: Any = zip(layer.aside, (layer.keys, layer.values), strict=True)
     layer.keys, layer.values = take([torch.cat(part, dim=2) for part in parts], order)
     layer.aside = None
+
+
+def answer_step(session: Session) -> int:
+    """1 for the first step after the prompt."""
+    return session.start - session.prompt_len + 1
