@@ -101,19 +101,20 @@ class OPERA(WeightReader, Searcher):
             if not len(beams.tokens):
                 return beams.done[0]
             parents, chosen = beams.parents, beams.tokens[:, -1:]
-            found = tried.tokens[parents] == chosen if tried else None
-            if tried and tried.logits is not None and found is not None and bool(found.any(dim=1).all()):
-                ranks = found.int().argmax(dim=1)
-                seqs.keep(parents, ranks, self.candidates)
-                logits, beams.sums = tried.logits[parents, ranks], tried.sums[parents, ranks]
-                continue
-            seqs.crop(self.candidates if tried and tried.logits is not None else 0)
+            if tried:
+                found = tried.tokens[parents] == chosen
+                if bool(found.any(dim=1).all()):
+                    ranks = found.int().argmax(dim=1)
+                    seqs.keep(parents, ranks, self.candidates)
+                    logits, beams.sums = tried.logits[parents, ranks], tried.sums[parents, ranks]
+                    continue
+                seqs.crop(self.candidates)
             seqs.reorder(parents)
             logits = seqs.forward(chosen)
             row = seqs.memory(self, OPERAMemory).row[:, -1, -beams.tokens.shape[1] :].to(logits.device)
             beams.sums = pad(sums[parents], (0, 1)) + (self.scale * row).log()
 
-    def penalised(self, logits: torch.Tensor, seqs: Sequences, beams: Beams) -> tuple[torch.Tensor, Tried]:
+    def penalised(self, logits: torch.Tensor, seqs: Sequences, beams: Beams) -> tuple[torch.Tensor, Tried | None]:
         """Logits [n, V] with the penalty, -999 but for the candidates; `beams.place` becomes what each trusts most."""
         values, tokens = logits.topk(self.candidates, dim=-1)
         rows, image, after = seen(seqs, tokens, self)
@@ -122,7 +123,7 @@ class OPERA(WeightReader, Searcher):
         phi = -image.to(logits.device) if sums.shape[-1] <= self.warmup else phi
         z = torch.full_like(logits, -999.0).scatter_(1, tokens, (values - self.weight * phi).to(logits))
         beams.place = [mode(sorted(p)) for p in places.tolist()]
-        return z, Tried(tokens, sums, after)
+        return z, None if after is None else Tried(tokens, sums, after)
 
     def rollback(self, places: list[list[int]], returns: Counter[int]) -> int | None:
         """The position to choose again; counted in `returns`."""

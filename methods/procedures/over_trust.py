@@ -25,11 +25,11 @@ class Beams:
 
 
 class Tried(NamedTuple):
-    """What was seen of the k candidates of each beam."""
+    """What was seen of the k candidates of each beam, which are in the cache side by side."""
 
     tokens: torch.Tensor  # [n, k]
     sums: torch.Tensor  # [n, k, t + 1] `Beams.sums` with them
-    logits: torch.Tensor | None  # [n, k, V] after them, if they are in the cache
+    logits: torch.Tensor  # [n, k, V] after them
 
 
 @dataclass

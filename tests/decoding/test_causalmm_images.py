@@ -77,9 +77,11 @@ def test_images_whose_features_are_resized_are_refused():
 
 def test_each_frame_of_a_video_has_its_own_map(models):
     """Qwen's tower sees the frames of a video one by one, so that a video's factors are those of its frames as images."""
+    from vlm_fix.methods.contrast import causalmm
+
     model, maps = models["qwen2_5_vl"], {}
     method = vlm_fix.parse_spec("causalmm:vision=reversed,language=none,vision_layer=1")
-    real = type(method).map
+    real = causalmm.map_of
     _, t, h, w = SHAPES["v"]
     frames = pixels_of("v").split(h * w)
     still = prompts(["i"] * t)
@@ -91,8 +93,9 @@ def test_each_frame_of_a_video_has_its_own_map(models):
     still |= {"pixel_values": torch.cat(frames), "image_grid_thw": torch.tensor([[1, h, w]] * t)}
     with pytest.MonkeyPatch.context() as patch:
         for key, inputs in (("video", prompts(["v"])), ("images", still)):
-            patch.setattr(type(method), "map", lambda self, image, key=key: maps.setdefault(key, []).append(real(self, image))
-                          or maps[key][-1])  # fmt: skip
+            patch.setattr(
+                causalmm, "map_of", lambda *a, key=key: maps.setdefault(key, []).append(real(*a)) or maps[key][-1]
+            )
             with vlm_fix.wrapped(model, method):
                 greedy(model, inputs, 2, suppress_tokens=[IMAGE, VIDEO])
     assert len(maps["video"]) == 1 and len(maps["images"]) == t

@@ -116,11 +116,11 @@ def test_batch_answers_as_single(models, spec):
 @pytest.mark.parametrize("names", ["vi", "ivj", "wv"])
 def test_causalmm_weights_each_image_by_its_own_attention(models, names):
     """Alone among the images of another row, an image has the features it has alone."""
-    from vlm_fix.methods.contrast.causalmm import CausalMM
+    from vlm_fix.methods.contrast import causalmm
 
-    model, seen, real = models["qwen2_5_vl"], [], CausalMM.map
+    model, seen, real = models["qwen2_5_vl"], [], causalmm.map_of
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(CausalMM, "map", lambda self, image: seen.append(image) or real(self, image))
+        patch.setattr(causalmm, "map_of", lambda image, *rest: seen.append(image) or real(image, *rest))
         with vlm_fix.wrapped(model, "causalmm:vision=reversed,language=none"):
             greedy(model, prompts([names]), 2, suppress_tokens=[IMAGE, VIDEO])
     assert [torch.equal(image.pixels, pixels_of(n)) for image, n in zip(seen, names, strict=True)] == [True] * len(

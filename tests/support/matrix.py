@@ -22,6 +22,7 @@ from tests.support.references import attention as edits
 from tests.support.references import base as ref
 from tests.support.run import error, greedy
 from vlm_fix.attention import function
+from vlm_fix.recorder import Done
 from vlm_fix.wing import engine_of
 
 LIMIT = {torch.float32: 1e-5, torch.bfloat16: 3e-2}  # largest difference of logits, relative to the largest logit
@@ -125,7 +126,10 @@ class Seen:
         return self.chunks["projected", 0][0][0].dtype
 
     def _joined(self, name, layer, dim):
-        parts = [torch.cat(parts, dim) for parts in zip(*self.chunks[name, layer], strict=True)]
+        chunks = self.chunks[name, layer]
+        if not chunks and name.startswith("plain "):  # the pass ended before: nobody reads what the reference has there
+            chunks = self.chunks[name.removeprefix("plain "), layer][:1]
+        parts = [torch.cat(parts, dim) for parts in zip(*chunks, strict=True)]
         return [part[self.row].narrow(dim - 1, self.padding, part.shape[dim] - self.padding).double() for part in parts]
 
     def projected(self, layer):
@@ -153,11 +157,17 @@ def recorded(model, monkeypatch):
         return engine_of(model).session.plain
 
     def attention(module, query, key, value, *args, **kwargs):
-        out = original(module, query, key, value, *args, **kwargs)
         new = slice(-query.shape[2], None)
         if plain():
-            chunks["plain outputs", module.layer_idx].append((out[0],))
             chunks["plain projected", module.layer_idx].append((query, key, value))
+        try:
+            out = original(module, query, key, value, *args, **kwargs)
+        except Done:  # the pass ends in this layer
+            out = function.sdpa_attention_forward(module, query, key, value, *args, **kwargs)
+            chunks["plain outputs", module.layer_idx].append((out[0],))
+            raise
+        if plain():
+            chunks["plain outputs", module.layer_idx].append((out[0],))
         else:
             chunks["projected", module.layer_idx].append((query, key[:, :, new], value[:, :, new]))
         return out

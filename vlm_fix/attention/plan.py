@@ -52,7 +52,9 @@ class Plan:
     def for_layer(self, layer: int, session: Session) -> LayerEdits:
         """The edits with what they see in `layer`."""
         first = session.start + self.first
-        rows = [Rows(layer, session, edit, self.positions, **self.kinds, first=first) for edit in self.edits]
+        rows = [
+            Rows(layer, session, edit, self.positions, **self.kinds, first=first, heads=None) for edit in self.edits
+        ]
         return LayerEdits(self.stages, rows, self.masks, self.effects)
 
 

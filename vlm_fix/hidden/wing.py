@@ -180,5 +180,5 @@ def _rows(
         return None
     masks = session.masks(session.types.shape[1], device)
     positions = session.positions(first, edited.end, device)
-    rows = Rows(layer, session, edit, positions, **masks, first=session.start + first)
+    rows = Rows(layer, session, edit, positions, **masks, first=session.start + first, heads=None)
     return first, edited.mask(first, device), rows
