@@ -109,8 +109,9 @@ class ASCD(ScoreEdit, Contrast):
         The weights are those of the prompt's last row, of the model as it is; each sample votes once. Equal votes go by the
         mean rank, then to the lower layer and head. The paper is said to take 500 images and 32 votes of each.
         """
-        engine, votes, ranks = Engine(model, []), 0.0, 0.0
+        engine = Engine(model, [])
         count = engine.arch.depth * engine.arch.heads
+        votes, ranks = torch.zeros(2, count, dtype=torch.float64)
         share = self.share if self.share is not None else self.defaults(engine.arch)["share"]
         wanted = max(1, round(share * count))
         engine.install(idle=True)
@@ -119,13 +120,12 @@ class ASCD(ScoreEdit, Contrast):
                 looking = TextOverImage(self.text, engine.arch.depth, engine.arch.heads)
                 with torch.no_grad():
                     engine.run_prompt(dict(sample.inputs), looking)
-                order = looking.ratio.flatten().argsort(descending=True, stable=True)
+                order = looking.ratio.flatten().cpu().argsort(descending=True, stable=True)
                 rank = order.argsort().double()
                 votes, ranks = votes + (rank < wanted).double(), ranks + rank / len(samples)
                 progress("prompts", (n + 1) / len(samples))
         finally:
             engine.remove()
-        assert isinstance(votes, torch.Tensor)
         best = sorted(range(count), key=lambda i: (-float(votes[i]), float(ranks[i]), i))[:wanted]
         return {"head_list": tuple(f"{i // engine.arch.heads}.{i % engine.arch.heads}" for i in sorted(best))}
 

@@ -80,8 +80,8 @@ def run(args: argparse.Namespace) -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # silence the banner of torch's profiler
     from vlm_fix.eval import bench
 
-    kinds = {"serve": _serve, "scaling": _scaling, "draft": _draft, "peers": _peers}
-    results, table = kinds.get(args.kind, _methods)(args)
+    timed = {"serve": _serve, "scaling": _scaling, "draft": _draft, "peers": _peers}.get(args.kind, _methods)
+    results, table = timed(args)
     if args.output:
         bench.write(results, Path(args.output))
     if args.json:
