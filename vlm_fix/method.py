@@ -326,7 +326,8 @@ def _coerce(text: str, hint: Any, where: str) -> Any:
                 return option(text)
         except ValueError:
             continue
-    names = " or ".join(getattr(o, "__name__", str(o)) for o in options if o is not type(None))
+    plain = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    names = " or ".join(plain.get(o, "values joined by |") for o in options if o is not type(None))
     raise VlmFixError(f"{where}={text!r} is not a valid value; it takes {names}.")
 
 

@@ -170,6 +170,8 @@ def _check_name(method: Method) -> None:
 
 def split_stack(text: str) -> list[str]:
     """ "var+pai:alpha=1e+2" -> ["var", "pai:alpha=1e+2"]: a + before what can be a method's spec parts them."""
+    if text.strip().startswith("+") or text.strip().endswith("+"):
+        raise VlmFixError(f"{text!r} has a + without a method on one side: leave it out, or name the method.")
     return [piece.strip() for piece in re.split(r"\+(?=\s*(?:[^\s:+,=]+\.py\b|[A-Za-z_][\w-]*\s*(?:[:+,]|$)))", text)]
 
 

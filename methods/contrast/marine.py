@@ -51,7 +51,7 @@ class Marine(Contrast):
         return self.gamma == 0
 
     def resolve(self, arch: Any) -> Method:
-        if self.gamma and not (callable(self.objects) or isinstance(self.objects, str)):
+        if self.gamma and not (callable(self.objects) or (isinstance(self.objects, str) and self.objects.strip())):
             raise VlmFixError(
                 "marine names what a detector of yours found: give marine:objects=FILE, a JSON file {key: [name, ...]}, or in "
                 "Python a function from an image's pixels to its objects."

@@ -243,6 +243,12 @@ def test_help_version_and_module_entry(capsys):
     ("typed", "says"),
     [
         ("metods", "there is no command 'metods'; did you mean 'methods'?"),
+        (
+            "serve picto-llava --method vcd --method pai",
+            "--method is given twice; give it once: A,B tries them one by one",
+        ),
+        ("eval pope --limit 3 --split random --limit=4", "--limit is given twice; give it once"),
+        ("serve picto-llava --method= --port 8000", "--method is empty: name a method, or leave it out"),
         ("frobnicate", "there is no command 'frobnicate'; choose from describe, "),
         ("eval poep", "there is no 'poep'; did you mean 'pope'?"),
         ("eval pope --metod pai", "there is no option --metod; did you mean --method?"),

@@ -30,6 +30,7 @@ BAD = {
     "method twice": ("eval pope --method pai,vcd,pai", "names the run pai twice"),
     "method twice, spelt apart": ("eval pope --method pai,pai:alpha=0.2", "names the run pai:alpha=0.2 twice (as pai)"),
     "baseline": ("eval pope --method baseline", "--method baseline adds nothing"),
+    "a stack of three pruners": ("eval pope --method hiprune+cdpruner+dart", "and dart all prune tokens"),
     "stack of one method": ("eval pope --method pai+pai", "pai is listed twice"),
     "stack of contrasts": ("eval pope --method vcd+icd", "vcd and icd both contrast"),
     "stack of pruners": ("eval pope --method hiprune:keep=8+fastv", "both prune tokens"),

@@ -31,7 +31,11 @@ from vlm_fix.wing import installed
     [
         ("vcdd", "there is no method 'vcdd'; did you mean 'vcd'"),
         ("pai:alfa=1", "pai has no parameter 'alfa'; did you mean 'alpha'"),
-        ("pai:alpha=high", "pai: alpha='high' is not a valid value; it takes float"),
+        ("pai:alpha=high", "pai: alpha='high' is not a valid value; it takes a number"),
+        ("nullu:rank=1.5", "nullu: rank='1.5' is not a valid value; it takes a whole number"),
+        ("vcd+", "'vcd+' has a + without a method on one side"),
+        ("+vcd", "'+vcd' has a + without a method on one side"),
+        ("marine:objects=", "give marine:objects=FILE"),
         ("pai:alpha=-1", "pai: alpha=-1.0 must be a number at least 0"),
         ("pai:alpha=nan", "pai: alpha=nan must be a number at least 0"),
         ("var:p=1.5", "var: p=1.5 must be a number between 0 and 1"),

@@ -28,7 +28,25 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # argparse calls it for commands, too
         self.typed = [*args] if args is not None else []
+        if not self.source:  # a file's options come first, and what was typed replaces them
+            self._once()
         return super().parse_known_args(args, namespace)
+
+    def _once(self) -> None:
+        """An error where an option that keeps its last value is typed twice, or a method is empty, as an unset variable is."""
+        typed = [*itertools.takewhile(lambda word: word != "--", self.typed)]
+        seen = set[str]()
+        for word, after in itertools.zip_longest(typed, typed[1:], fillvalue=""):
+            name, equals, value = word.partition("=")
+            action = self._option_string_actions.get(name)
+            if type(action) is not argparse._StoreAction:
+                continue
+            if action.dest in seen:
+                several = ": A,B tries them one by one, A+B together" if action.dest == "method" else ""
+                self.error(f"{name} is given twice; give it once{several}")
+            if action.dest == "method" and not (value if equals else after).strip():
+                self.error(f"{name} is empty: name a method, or leave it out")
+            seen.add(action.dest)
 
     def error(self, message: str) -> NoReturn:
         message = f"{self.source}: {message}" if self.source else message

@@ -45,7 +45,9 @@ class PruningWing(Wing):
     def check(self) -> None:
         names = names_of(self.host.active, TokenPruner, LayerPruner)
         if len(names) > 1:
-            raise VlmFixError(f"{' and '.join(names)} both prune tokens; use one of them at a time.")
+            raise VlmFixError(
+                f"{' and '.join(names)} {'both' if len(names) == 2 else 'all'} prune tokens; use one of them at a time."
+            )
         self.host.need_all_heads(names_of(self.host.active, LayerPruner, CachePruner))
         self.host.need_image_columns(names_of(self.host.active, *self.runs))
         cachers = names_of(self.host.active, CachePruner)
