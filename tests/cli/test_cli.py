@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -265,6 +266,22 @@ def test_what_is_mistyped_is_named(typed, says, capsys):
         cli.main(typed.split())
     (line,) = capsys.readouterr().err.splitlines()
     assert end.value.code == 2 and line.startswith("error: ") and says in line
+
+
+def test_serving_tells_of_a_template_that_does_not_begin_a_prompt(tmp_path):
+    """vLLM adds no first token to a chat; generate's processor does, unless the template writes it."""
+    from vlm_fix.cli.serve import _unbegun
+    from vlm_fix.eval import picto
+
+    folder = picto.model_path("picto-llava")
+    assert "add_special_tokens" in _unbegun(str(folder), None, False)
+    for file in folder.glob("*.json"):
+        shutil.copy(file, tmp_path)
+    template = (folder / "chat_template.jinja").read_text()
+    (tmp_path / "chat_template.jinja").write_text("{{ bos_token }}" + template)
+    assert _unbegun(str(tmp_path), None, False) == ""
+    (tmp_path / "chat_template.jinja").write_text("<s>" + template)
+    assert _unbegun(str(tmp_path), None, False) == "" == _unbegun(str(tmp_path / "none"), None, False)
 
 
 def test_vlm_fix_alone_prints_its_help(capsys):

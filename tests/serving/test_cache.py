@@ -66,6 +66,7 @@ def test_requests_switch_the_method_off_or_change_its_strength(cached, hf):
     "xargs, words",
     [
         ({"alpha": "much"}, "no number"),
+        ({"alpha": True}, "no number"),
         ({"layers": "0-"}, "cannot change for one request"),
         ({"vcd": {"alpha": 1}}, "runs pai"),
         ({"alpha": -1}, "at least 0"),

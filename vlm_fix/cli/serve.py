@@ -59,6 +59,8 @@ def run(args: argparse.Namespace) -> None:
         planned(
             settings, path, _value(rest, "--revision"), "--trust-remote-code" in rest
         )  # one sentence before vLLM starts
+    if told := _unbegun(path, _value(rest, "--revision"), "--trust-remote-code" in rest):
+        print(told, file=sys.stderr)
     if bundled and "--served-model-name" not in rest:
         rest += ["--served-model-name", args.model]
     if additional:
@@ -78,6 +80,24 @@ def _serve(path: str, rest: list[str]) -> None:
 
     sys.argv = ["vllm", "serve", path, *rest]
     main()
+
+
+def _unbegun(path: str, revision: str | None, trusted: bool) -> str:
+    """What to tell where the tokenizer begins a prompt with a token that the chat template does not write: vLLM adds none."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trusted)
+    except Exception:
+        return ""  # vLLM will say why it cannot be read
+    first, template = tokenizer.bos_token, str(tokenizer.chat_template or "")
+    begins = first and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    if not begins or not template or first in template or "bos_token" in template:
+        return ""
+    return (
+        f"note: the chat template of this model writes no {first}, and vLLM adds none to a chat, but generate's prompt has it: "
+        'send "add_special_tokens": true with each request, as vlm-fix eval --server does.'
+    )
 
 
 def _value(rest: list[str], option: str) -> str | None:

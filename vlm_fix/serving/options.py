@@ -102,7 +102,7 @@ def _changed(method: Method, wanted: Any) -> Method:
                 f"{', '.join(strengths) or 'none of its settings'} can."
             )
         try:
-            values[name] = float(value)
+            values[name] = float("" if isinstance(value, bool) else value)
         except (TypeError, ValueError):
             raise VlmFixError(f"{KEY}: {method.name}'s {name} is {value!r}, which is no number.") from None
     return method.but(**values)
