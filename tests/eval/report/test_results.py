@@ -12,8 +12,8 @@ import pytest
 
 from tests.support.paths import ROOT
 from vlm_fix import cli
-from vlm_fix.cli.bench import OPTIONS
 from vlm_fix.cli import effect
+from vlm_fix.cli.bench import OPTIONS
 from vlm_fix.cli.eval import _settings
 from vlm_fix.eval.report import page
 from vlm_fix.registry import parse, split_methods
