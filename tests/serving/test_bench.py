@@ -1,4 +1,7 @@
-"""`vlm-fix bench serve` measures what it says; its figures are not tested."""
+"""`vlm-fix bench serve` measures what it says; its figures are not tested.
+
+Its engines take vLLM's groups of processes with them when they end, so this file stands before those that share an engine.
+"""
 
 from __future__ import annotations
 

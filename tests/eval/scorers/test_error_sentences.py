@@ -172,3 +172,31 @@ def test_which_way_is_better(name: str, change: float, expected: bool | None) ->
 
 def test_an_interval_of_one_image_promises_nothing() -> None:
     assert expanded(0.95, 1) > 1 - 1e-8
+
+
+@pytest.mark.parametrize("per_image", [-2, 0, 1, 5])
+def test_an_odd_number_of_pope_questions_or_none_is_refused(per_image):
+    from vlm_fix.eval.scorers.pope.data import make_questions
+
+    with pytest.raises(VlmFixError, match=f"per_image={per_image}: give an even number"):
+        make_questions(
+            [("a.jpg", ["dog", "cat", "cup"]), ("b.jpg", ["bus", "car", "hat"])], images=1, per_image=per_image
+        )
+
+
+def test_as_many_answers_as_questions():
+    from vlm_fix.eval.scorers import dash_b
+
+    asked = [dash_b.Question(str(i), f"{i}.jpg", "Is there a dog?", "dog", "no") for i in range(3)]
+    with pytest.raises(ValueError, match="shorter|longer"):
+        dash_b.score(["no"] * 2, asked)
+
+
+def test_mme_scores_are_told_in_points():
+    from vlm_fix.eval.scorers import mme
+
+    class Made:
+        def to_dict(self):
+            return {"score": 15.25, "n": 4}
+
+    assert mme.in_points({"mme": {"perception": Made()}}) == {"perception": {"score": 1525.0, "n": 4}}
