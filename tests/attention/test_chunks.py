@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import pytest
 import torch
 
 import vlm_fix
 from tests.support.models import IMAGE, PAD, single
 from tests.support.run import VAR_TINY, greedy
+from vlm_fix import RowScope, ScoreEdit
+from vlm_fix.attention import kernel
 
 SPECS = [f"var:{VAR_TINY}", "var:tau=1.5,min_visual_mass=0,rho=0,layers=0-3", "zerotuning:rate=0.1", "sid:beta=0",
          "gift:alpha=3,source_layer=1,layers=2-3",
@@ -41,3 +46,30 @@ def test_padding_longer_than_a_chunk(models, spec, chunk):
         for row, inputs in enumerate((alone, text)):
             one = greedy(model, inputs, 4, **more)
             assert torch.equal(together[0][row], one[0][0]) and torch.allclose(together[1][row], one[1][0], atol=1e-4)
+
+
+@dataclass(frozen=True)
+class NotesRows(ScoreEdit):
+    """Notes where the rows that it is asked about lie, on the device and as the host counts them."""
+
+    name: ClassVar[str] = "notes_rows"
+    seen: ClassVar[list[tuple[list[int], list[int]]]] = []
+
+    @property
+    def row_scope(self) -> RowScope:
+        return RowScope.AFTER_IMAGE
+
+    def edit_scores(self, scores, rows):
+        self.seen.append((rows.positions.tolist(), list(rows.numbers)))
+        return scores + 0.1 * rows.visual
+
+
+@pytest.mark.parametrize("memory", [1, 4000, kernel.CHUNK_BYTES])
+def test_the_host_knows_where_the_rows_of_a_chunk_lie(models, monkeypatch, memory):
+    monkeypatch.setattr(kernel, "CHUNK_BYTES", memory)
+    monkeypatch.setattr(NotesRows, "seen", seen := [])
+    with vlm_fix.wrapped(models["llava"], NotesRows()):
+        greedy(models["llava"], single("llava", [1], 0), 3)
+    assert all(counted == positions for positions, counted in seen)
+    prompt = [positions for positions, _ in seen if positions[0] < seen[-1][0][0]]
+    assert len({tuple(p) for p in prompt}) > (2 if memory == 1 else 0) and (max(map(len, prompt)) > 1) == (memory > 1)
