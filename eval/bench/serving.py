@@ -26,7 +26,7 @@ from vlm_fix.eval.run.loading import hardware, load_model
 from .clock import timed
 
 METHODS = ("pai", "vhr", "iri", "deco", "vcd", "hiprune:keep=0.25")  # one of each kind
-MOST = 32  # requests of a run, if no more are in flight: two for each in flight up to there
+LEAST, MOST = 6, 32  # requests of a run, if no more are in flight: two for each in flight between them
 CONCURRENT = (1, 8, 32)
 PLAIN, BESIDE = "vLLM", "generate"
 ENVIRONMENT = {
@@ -125,7 +125,7 @@ def run(
     specs = list(methods) or list(METHODS)
     own = [*specs, BESIDE]
     texts = [prompt(processor, question(i)) for i in range(questions)]
-    count_of = {count: max(count, min(2 * count, MOST)) for count in concurrent}
+    count_of = {count: max(count, min(max(2 * count, LEAST), MOST)) for count in concurrent}
     pairs = [(scene("test", 0, i).image, texts[i % questions]) for i in range(max(count_of.values()))]
     prompts = [{"prompt": t, "multi_modal_data": {"image": i}} for i, t in pairs]
     rows, total = [], len(specs) + 1 + len(concurrent) * rounds * (len(own) + (len(own) + 1) // 2)

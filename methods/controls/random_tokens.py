@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
 from vlm_fix import TokenPruner, param
-from vlm_fix.arch import Arch
 from vlm_fix.pruning.encoder import ImageTokens
 
 
@@ -23,13 +22,6 @@ class RandomTokens(TokenPruner):
     name: ClassVar[str] = "random_tokens"
 
     seed: int = param(0, "seed of the draw", low=0)
-
-    def defaults(self, arch: Arch) -> dict[str, Any]:
-        return {"keep": 1 / 3}
-
-    @property
-    def neutral(self) -> bool:
-        return self.keep == 1
 
     def select(self, image: ImageTokens) -> torch.Tensor:
         assert image.pixels is not None

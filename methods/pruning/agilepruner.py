@@ -41,13 +41,6 @@ class AgilePruner(TokenPruner):
     erank_avg: float | None = param(None, "effective rank of an average image; None: this image's", above=0)
     space: str = param("tower", "features before or after the projector", choices=("tower", "projected"))
 
-    def defaults(self, arch: Arch) -> dict[str, Any]:
-        return {"keep": 1 / 3}
-
-    @property
-    def neutral(self) -> bool:
-        return self.keep == 1
-
     def encoder_layers(self, arch: Arch) -> tuple[int, ...]:
         return (arch.vision_last,)
 

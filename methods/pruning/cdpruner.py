@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch.nn.functional import normalize
 
 from vlm_fix import TokenPruner, param
-from vlm_fix.arch import Arch
 from vlm_fix.pruning.diversity import cosines, determinant
 from vlm_fix.pruning.encoder import ImageTokens
 
@@ -36,13 +35,6 @@ class CDPruner(TokenPruner):
 
     theta: float | None = param(None, "weight of the question against diversity; None: r as it is", low=0, high=0.99)
     inverse: bool = param(False, "rate tokens higher the less they are like the question, as CLIP's patches are")
-
-    def defaults(self, arch: Arch) -> dict[str, Any]:
-        return {"keep": 1 / 3}
-
-    @property
-    def neutral(self) -> bool:
-        return self.keep == 1
 
     @property
     def asks(self) -> bool:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
 from vlm_fix import TokenPruner
-from vlm_fix.arch import Arch
 from vlm_fix.pruning.diversity import spread
 from vlm_fix.pruning.encoder import ImageTokens
 
@@ -26,13 +25,6 @@ class DivPrune(TokenPruner):
 
     name: ClassVar[str] = "divprune"
     paper: ClassVar[str] = "https://arxiv.org/abs/2503.02175"
-
-    def defaults(self, arch: Arch) -> dict[str, Any]:
-        return {"keep": 1 / 3}
-
-    @property
-    def neutral(self) -> bool:
-        return self.keep == 1
 
     def select(self, image: ImageTokens) -> torch.Tensor:
         assert image.features is not None

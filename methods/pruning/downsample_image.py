@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from vlm_fix.arch import Arch
 from vlm_fix.pruning.kinds import ImageShrinker
 
 
@@ -27,13 +26,6 @@ class DownsampleImage(ImageShrinker):
 
     name: ClassVar[str] = "downsample_image"
     paper: ClassVar[str] = "https://arxiv.org/abs/2510.07143"
-
-    def defaults(self, arch: Arch) -> dict[str, Any]:
-        return {"keep": 1 / 3}
-
-    @property
-    def neutral(self) -> bool:
-        return self.keep == 1
 
     def shrink(self, grid: tuple[int, int]) -> tuple[int, int]:
         total = self.budget(grid[0] * grid[1])

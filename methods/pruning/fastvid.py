@@ -48,10 +48,6 @@ class FastVID(TokenMerger):
         return {"keep": 0.25}
 
     @property
-    def neutral(self) -> bool:
-        return self.keep == 1
-
-    @property
     def exact(self) -> bool:
         return False
 

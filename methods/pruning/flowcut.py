@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
@@ -36,13 +36,6 @@ class FlowCut(TokenPruner):
     reads_flow: ClassVar[bool] = True
 
     memory: float = param(0.5, "weight of a layer's own score against what was remembered", low=0, high=1)
-
-    def defaults(self, arch: Arch) -> dict[str, Any]:
-        return {"keep": 1 / 3}
-
-    @property
-    def neutral(self) -> bool:
-        return self.keep == 1
 
     def encoder_layers(self, arch: Arch) -> tuple[int, ...]:
         return tuple(i for i in arch.vision_full if i < arch.vision_last) or (arch.vision_last,)

@@ -49,10 +49,6 @@ class HiPrune(TokenPruner):
             )
         return method
 
-    @property
-    def neutral(self) -> bool:
-        return self.keep == 1
-
     def encoder_layers(self, arch: Arch) -> tuple[int, ...]:
         assert self.object_layer is not None
         return (self.object_layer - 1, arch.vision_last)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch.nn.functional import normalize
@@ -33,13 +33,6 @@ class HoloV(TokenPruner):
 
     crops: int = param(16, "runs of tokens that share the budget", low=1)
     alpha: float = param(0.09, "weight of a run's variety beside its attention", low=0)
-
-    def defaults(self, arch: Arch) -> dict[str, Any]:
-        return {"keep": 1 / 3}
-
-    @property
-    def neutral(self) -> bool:
-        return self.keep == 1
 
     def encoder_layers(self, arch: Arch) -> tuple[int, ...]:
         return (arch.vision_last,)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
@@ -31,13 +31,6 @@ class Scope(TokenPruner):
     paper: ClassVar[str] = "https://arxiv.org/abs/2510.24214"
 
     alpha: float = param(1.0, "power of the attention; 0: coverage alone", low=0)
-
-    def defaults(self, arch: Arch) -> dict[str, Any]:
-        return {"keep": 1 / 3}
-
-    @property
-    def neutral(self) -> bool:
-        return self.keep == 1
 
     def encoder_layers(self, arch: Arch) -> tuple[int, ...]:
         return (arch.vision_last,)

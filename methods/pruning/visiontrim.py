@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch.nn.functional import normalize
@@ -50,13 +50,6 @@ class VisionTrim(TokenMerger):
     )  # fmt: skip
     reach: int = param(1, "how far a token's surroundings reach, in tokens", low=0)
     rounds: int = param(3, "times that tokens are merged", low=1)
-
-    def defaults(self, arch: Arch) -> dict[str, Any]:
-        return {"keep": 1 / 3}
-
-    @property
-    def neutral(self) -> bool:
-        return self.keep == 1
 
     @property
     def asks(self) -> bool:

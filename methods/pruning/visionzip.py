@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
@@ -34,13 +34,6 @@ class VisionZip(TokenMerger):
     paper: ClassVar[str] = "https://arxiv.org/abs/2412.04467"
 
     contextual: float = param(10 / 64, "share of the budget for contextual tokens", low=0, high=1)
-
-    def defaults(self, arch: Arch) -> dict[str, Any]:
-        return {"keep": 1 / 3}
-
-    @property
-    def neutral(self) -> bool:
-        return self.keep == 1
 
     def encoder_layers(self, arch: Arch) -> tuple[int, ...]:
         return (arch.vision_last,)

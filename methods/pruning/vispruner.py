@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
@@ -33,13 +33,6 @@ class VisPruner(TokenPruner):
 
     important: float = param(0.5, "share of the budget for the tokens with the most attention", low=0, high=1)
     step: int = param(8, "duplicates dropped in a round", low=1)
-
-    def defaults(self, arch: Arch) -> dict[str, Any]:
-        return {"keep": 1 / 3}
-
-    @property
-    def neutral(self) -> bool:
-        return self.keep == 1
 
     def encoder_layers(self, arch: Arch) -> tuple[int, ...]:
         return (arch.vision_last,)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
 from vlm_fix import TokenPruner, param
-from vlm_fix.arch import Arch
 from vlm_fix.pruning.diversity import spread
 from vlm_fix.pruning.encoder import ImageTokens, chunk_bytes
 
@@ -33,13 +32,6 @@ class ZooPrune(TokenPruner):
     directions: int = param(64, "random directions m", low=1)
     step: float = param(0.01, "step size h along a direction", low=1e-6)
     seed: int = param(0, "seed of the directions", low=0)
-
-    def defaults(self, arch: Arch) -> dict[str, Any]:
-        return {"keep": 1 / 3}
-
-    @property
-    def neutral(self) -> bool:
-        return self.keep == 1
 
     def select(self, image: ImageTokens) -> torch.Tensor:
         assert image.features is not None

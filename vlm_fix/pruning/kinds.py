@@ -43,6 +43,13 @@ class TokenPruner(Method, ABC):
             raise VlmFixError(unreadable(arch.family, self.name))
         return super().resolve(arch)
 
+    def defaults(self, arch: Arch) -> dict[str, Any]:
+        return {"keep": 1 / 3}
+
+    @property
+    def neutral(self) -> bool:
+        return self.keep == 1
+
     def encoder_layers(self, arch: Arch) -> tuple[int, ...]:
         """Vision layers whose attention column scores `select` needs."""
         return ()
