@@ -170,6 +170,8 @@ def _of_eval(
     if method and method not in runs:
         raise VlmFixError(f"{path} has no run {method!r}: give one of {', '.join(runs)}.")
     rows = [row for row in rows if row["run"] == (method or row["run"]) and row.get("label") in ("yes", "no")]
+    for number, row in enumerate(rows, 1):
+        _check_sample(path, number, row)
     found = of_samples(rows)
     if not found:
         raise VlmFixError(
@@ -192,6 +194,21 @@ def _of_eval(
         (f"{name}: " if not method else "") + (f"{benchmark} {split}" if several else split): result
         for (name, benchmark, split), result in found.items()
     }, tokens
+
+
+def _check_sample(path: Path, number: int, row: Mapping[str, Any]) -> None:
+    """Raise VlmFixError for a sample with probabilities that is not as `vlm-fix eval` writes it, such as of a table."""
+    given = [row.get("p_yes"), row.get("p_no")]
+    if given[0] is None:
+        return
+    sane = all(isinstance(p, int | float) and not isinstance(p, bool) and 0 <= p <= 1 for p in given)
+    shapes = {"splits": list, "labels": dict, "benchmark": str, "image": str, "prompt": str}
+    filled = {"splits": [], "labels": {}} | row
+    if not sane or sum(given) >= 1.0001 or not all(isinstance(filled.get(k), kind) for k, kind in shapes.items()):  # type: ignore[arg-type]
+        raise VlmFixError(
+            f"{path}, question {number} of yes and no: it is not as vlm-fix eval writes it (p_yes {given[0]!r}, p_no "
+            f"{given[1]!r}): give its own {SAMPLES}, unchanged."
+        )
 
 
 def _of_file(
