@@ -9,7 +9,8 @@ import vlm_fix
 from tests.support.models import IMAGE, make_inputs, single
 from tests.support.references.base import decoder
 from tests.support.run import error, greedy
-from vlm_fix.attention import preview
+from vlm_fix.attention import along, preview
+from vlm_fix.families.compat import CACHE
 from vlm_fix.methods.attention import sinks
 
 GIFT = "gift:alpha=3,source_layer=2,layers=1"
@@ -89,7 +90,7 @@ def test_rows_that_something_else_needs_are_run_again(family, model, more):
     inputs = single(family, [1], 0)
     n, _ = sizes(inputs)
     options = {"cache_implementation": "static"} if more == "static" else {}
-    spec = {"static": GIFT, "deco": f"{GIFT}+iri", "vhr:prompt_rows=all": f"{GIFT}+{more}"}[more]
+    spec = {"static": GIFT, "deco": f"{GIFT}+deco", "vhr:prompt_rows=all": f"{GIFT}+{more}"}[more]
     assert rows_run(model, spec, inputs, **options)[0][1] >= 2 * n
 
 
@@ -104,3 +105,51 @@ def test_batches_and_all_rows_of_the_output(family, model, monkeypatch):
             **padded, max_new_tokens=1, do_sample=False, output_hidden_states=True, return_dict_in_generate=True
         )
         assert all(x.shape[1] == padded["input_ids"].shape[1] for x in out.hidden_states[0])
+
+
+@pytest.mark.parametrize("more", ["", "+pai"])
+def test_vhrs_text_only_rows_run_along_with_the_prompt(family, model, more, monkeypatch):
+    """The prompt and, in the same forward, what follows the image once more; the cache keeps nothing of it."""
+    inputs = single(family, [1], 0)
+    n, after = sizes(inputs)
+    spec = f"vhr:layers=0-{more}"
+    rows, ours = rows_run(model, spec, inputs)
+    with monkeypatch.context() as patch:
+        patch.setattr(along, "goes_on", lambda *a: False)
+        apart, theirs = rows_run(model, spec, inputs)
+    assert torch.equal(ours[0], theirs[0]) and error(ours[1], theirs[1]) < 1e-5
+    text = n - int((inputs["input_ids"] == IMAGE).sum())
+    assert rows == [n + after] * 4 and apart == [n + text] * 4 and 0 < after < text
+    with vlm_fix.wrapped(model, spec):
+        for options, beams in (({}, 1), ({"num_beams": 3, "do_sample": False}, 3)):
+            out = model.generate(**inputs, max_new_tokens=2, return_dict_in_generate=True, **options)
+            assert out[CACHE].get_seq_length() == n + 1 and len(out[CACHE].layers[0].keys) == beams
+
+
+def test_vhr_runs_apart_where_rows_cannot_run_along(family, model):
+    """A padded batch; a static cache; rows before the image that are changed; a bare forward."""
+    inputs = single(family, [1], 0)
+    n, after = sizes(inputs)
+    text = n - int((inputs["input_ids"] == IMAGE).sum())
+    padded = make_inputs(family, [1, 2])
+    assert rows_run(model, "vhr", padded)[0][0] > padded["input_ids"].shape[1] + after
+    assert rows_run(model, "vhr:prompt_rows=all", inputs)[0][0] == n + text
+    assert rows_run(model, "vhr", inputs, cache_implementation="static")[0][0] == n + text
+    with vlm_fix.wrapped(model, "vhr"), torch.no_grad():
+        assert model(**inputs).logits.shape[1] == n
+
+
+def test_vhr_runs_beams_and_equal_prompts_along(family, model, monkeypatch):
+    one, other = single(family, [1], 0), single(family, [1], 0, seed=5)
+    n, after = sizes(one)
+    pair = {k: torch.cat([one[k], other[k]]) for k in one}
+    rows, ours = rows_run(model, "vhr", pair)
+    assert rows[0] == n + after
+    for i, inputs in enumerate((one, other)):
+        assert error(ours[1][i], rows_run(model, "vhr", inputs)[1][1][0]) < 1e-5
+    beams = []
+    for works in (along.goes_on, lambda *a: False):
+        monkeypatch.setattr(along, "goes_on", works)
+        with vlm_fix.wrapped(model, "vhr"):
+            beams.append(model.generate(**pair, max_new_tokens=5, num_beams=3, do_sample=False))
+    assert torch.equal(*beams)
