@@ -84,6 +84,13 @@ def test_act_runs_the_rows_from_the_first_sink_on_twice(family, model, life, mon
     assert rows == [n + n - first] * 4 and twice == [2 * n] * 4
 
 
+def test_a_sink_in_the_first_column_leaves_nothing_to_go_on_from(family, model, monkeypatch):
+    inputs = single(family, [1], 0)
+    monkeypatch.setattr(sinks, "secondary", lambda alive, limits: torch.ones_like(alive))
+    rows, twice = agree(model, ACT.format("1|4"), inputs, monkeypatch)
+    assert rows == twice == [2 * sizes(inputs)[0]] * 4
+
+
 @pytest.mark.parametrize("more", ["vhr:prompt_rows=all", "deco", "static"])
 def test_rows_that_something_else_needs_are_run_again(family, model, more):
     """Another method changes them, reads all layers' states, or the cache cannot be cut: the pass stays apart."""

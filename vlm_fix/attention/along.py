@@ -37,6 +37,7 @@ class Along:
     apart: Callable[[], None]  # runs the prompt without images by itself
     count: int
     session: Session = field(init=False)
+    seen: torch.Tensor = field(init=False)  # [1, 1, count, columns] booleans: what the added rows see
     done: bool = False
 
     def __post_init__(self) -> None:
@@ -45,6 +46,7 @@ class Along:
         self.session = Session(call, prompt_len=ids.shape[1], branch="observe", plain=True)
         self.session.advance(0, self.host.classify(ids[:, : self.shared]))
         self.session.advance(self.shared, self.host.classify(ids[:, self.shared :]))
+        self.seen = torch.ones(1, 1, self.count, ids.shape[1], dtype=torch.bool).tril(self.shared)
 
     @property
     def shared(self) -> int:
@@ -87,21 +89,24 @@ class Along:
         """[B, H, q + count, D] -> [B, q + count, H, D]: the added rows see the columns before the image and their own."""
         host, n = self.host, self.main.length
         outer, recorder, host.along = host.session, host.recorder, None
-        added = query.new_zeros(len(query), self.count, query.shape[1], value.shape[-1])
+        added = None
         try:
             if not self.done:
                 times = len(query) // len(self.inputs["input_ids"])  # beams repeat each prompt
-                keys, values = (torch.cat([x[:, :, : self.shared], x[:, :, n:]], dim=2)[::times] for x in (key, value))
-                seen = torch.ones(self.count, keys.shape[2], dtype=torch.bool, device=query.device).tril(self.shared)
+                keys, values = (
+                    torch.cat([x[::times, :, : self.shared], x[::times, :, n:]], dim=2) for x in (key, value)
+                )
+                self.seen = self.seen.to(query.device)
                 host.session, host.recorder = self.session, self.recorder
                 try:
-                    rows = function(module, query[::times, :, n:], keys, values, seen[None, None], **kwargs)[0]
-                    added = rows.repeat_interleave(times, dim=0)
+                    added = function(module, query[::times, :, n:], keys, values, self.seen, **kwargs)[0]
+                    added = added if times == 1 else added.repeat_interleave(times, dim=0)
                 except Done:
                     self.done = True
             host.session, host.recorder = outer, recorder
             mask = mask if mask is None else mask[:, :, :n, :n]
             own = function(module, query[:, :, :n], key[:, :, :n], value[:, :, :n], mask, **kwargs)[0]
+            added = own.new_zeros(len(own), self.count, *own.shape[2:]) if added is None else added
             return torch.cat([own, added], dim=1)
         finally:
             host.session, host.recorder, host.along = outer, recorder, self
