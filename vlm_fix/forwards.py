@@ -9,6 +9,7 @@ import torch
 
 from vlm_fix import checkpointing, compiled
 from vlm_fix.attention import NAME
+from vlm_fix.attention.along import along_with
 from vlm_fix.call import Call
 from vlm_fix.errors import VlmFixError
 from vlm_fix.families import prompt_positions
@@ -40,7 +41,9 @@ class Forwards(Host):
         self._refuse_forward(module, kwargs)
         ids, cache = args[0] if args else kwargs.get("input_ids"), cache_of(kwargs)
         past = 0 if cache is None else int(cache.get_seq_length())
-        self.session = self.joint = None  # if anything below fails, the next forward must not see an old one
+        self.session = self.joint = self.along = (
+            None  # if anything below fails, the next forward must not see an old one
+        )
         session = self.sessions.get(cache) if cache is not None else None
         text = self._answer_text(session, past, ids)
         if text is None:
@@ -220,9 +223,14 @@ class Forwards(Host):
     def run_prompt(self, inputs: dict[str, torch.Tensor], recorder: Recorder, later: bool = False) -> None:
         """One forward of a prompt without edits and without a cache, for methods that must know something in advance.
 
-        later: the recorder may be called after this returns, before the first layer of the prompt itself runs. A server
-        then reads the prompts of many requests at once.
+        later: the recorder may be called after this returns, for each layer before the methods act in it on the prompt itself.
+        A server then reads the prompts of many requests at once; here a prompt without images runs along with the prompt
+        itself, where it can, and the recorder sees the rows from the first image's place on.
         """
+        if later:
+            self.along = along_with(self, inputs, recorder, lambda: self.run_prompt(inputs, recorder))
+            if self.along is not None:
+                return
         positions, _ = prompt_positions(self.model, self.family, inputs)
         call = Call(self.model, self.family, inputs)
         session = Session(call, prompt_len=inputs["input_ids"].shape[1], branch="observe", plain=True)

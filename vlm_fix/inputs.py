@@ -11,6 +11,7 @@ import torch
 
 from vlm_fix import compiled
 from vlm_fix.attention.edits import AttentionEdit
+from vlm_fix.attention.preview import Earlier
 from vlm_fix.families import get_part
 from vlm_fix.method import Method
 from vlm_fix.pruning.encoder import capture
@@ -62,6 +63,8 @@ class InputWing(Wing):
     def install(self) -> Iterable[Any]:
         self.host.callbacks["prepare", 0] = self._moved
         yield self.host.language.register_forward_pre_hook(self._prepare, with_kwargs=True)
+        if any(method.previews for method in self.methods):
+            yield self.host.language.register_forward_hook(self._whole)
 
     def _prepare(self, module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         places = kwargs.get("position_ids")
@@ -77,6 +80,12 @@ class InputWing(Wing):
         if self.host.joint:
             return args, self.host.joint.prepare(self.prepared, kwargs)
         return args, self.prepared(self.host.editing, kwargs)
+
+    @compiled.uncompiled
+    def _whole(self, module: Any, args: Any, output: Any) -> None:
+        """The states of all rows of the forward, also of those that a preview has run."""
+        if self.host.editing is not None:
+            self.host.editing.part(Earlier).before(output)
 
     def _moved(self, places: torch.Tensor) -> torch.Tensor:
         """The position ids of one row: the only input that methods may change in a compiled forward."""

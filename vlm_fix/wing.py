@@ -64,6 +64,7 @@ class Running(threading.local):
         self.call: Call | None = None  # the running `generate`
         self.main: Session | None = None  # the main session of the running call
         self.joint: JointForward | None = None
+        self.along: Any = None  # attention.along.Along: a prompt whose rows run in the forward of another
         self.recorder: Recorder | None = None
         self.touched: set[Method] = set()  # edits that reached a row in this call
         self.generating = False  # True inside `generate`, whoever's code is running there
@@ -101,6 +102,7 @@ class Host:
     call = _running("call")
     main = _running("main")
     joint = _running("joint")
+    along = _running("along")
     recorder = _running("recorder")
     touched = _running("touched")
     quiet = _running("quiet")

@@ -40,7 +40,7 @@ class ACT(FewColumnsEdit, QueryKeyReader, InputEdit):
     While the prompt is read, column j of head h is a sink iff the mean of A[h, i, j] over the rows i that see it exceeds
     `threshold`; the first sink (BOS) is left alone. On every row, for the heads in `head_list`:
         A[sink] <- beta A[sink];   A[rest] <- A[rest] (1 + (1 - beta) sum A[sink] / sum A[rest]).
-    Rows sum to 1. sinks="secondary": the columns of `attention.sinks` instead, for one more prefill.
+    Rows sum to 1. sinks="secondary": the columns of `attention.sinks` instead; the rows from the first one on run twice.
 
     Source: arXiv 2406.15765; official code GATECH-EIC/ACT@a267af7 (threshold .1, beta .4, layers 2-30 of 32; for open
     answers threshold=0.15, layers=2-31). It is made for language models and runs without an image too. The heads come from
@@ -87,10 +87,12 @@ class ACT(FewColumnsEdit, QueryKeyReader, InputEdit):
 
     def prepare(self, session: Session, kwargs: dict[str, Any]) -> dict[str, Any]:
         if session.start == 0:
-            found = secondary_sinks(session, kwargs, self.life, self.name)[:, :, None]
+            found, plain = secondary_sinks(session, kwargs, self.life, self)
             heads, sinks = engine_of(session.call.model).arch.heads, session.memory(self, ACTMemory).sinks
             for i in (i for i in range(len(found)) if i in (self.layers or ())):
-                sinks[i] = in_heads(found[i], self.heads_in(i), heads)
+                sinks[i] = in_heads(found[i][:, None], self.heads_in(i), heads)
+            sees = found[list(self.layers or ())].flatten(0, 1).any(dim=0)  # rows before the first sink see none
+            return plain.rest(int(sees.int().argmax()) if bool(sees.any()) else None)
         return kwargs
 
     def read_queries_and_keys(self, inputs: QueryRows, rows: Rows) -> None:

@@ -39,7 +39,7 @@ class GIFT(WeightEdit, PromptStart, InputEdit):
     LLaVA-1.5's " ASSISTANT:". Another template counts as question, unless its numbers are given: `template=2|5`. So do earlier
     turns (on a kept cache: not for the map). The map never counts the first token after the image: no text row is before it.
     As in the official code it comes before the edit: from the same pass where no edited layer lies below the source
-    layer, else from one more forward of the prompt without edits. std is the population's. A map without contrast is m = 0.
+    layer, else from one without edits, from which the last row then goes on. std is the population's. No contrast: m = 0.
     """
 
     name: ClassVar[str] = "gift"
@@ -97,9 +97,9 @@ class GIFT(WeightEdit, PromptStart, InputEdit):
         session.forget(self)
 
     def prepare(self, session: Session, kwargs: dict[str, Any]) -> dict[str, Any]:
-        if session.start < session.prompt_len and max(session.last_visual) >= 0:
-            preview(session, kwargs, PlainWeights(self, self.source_layer or 0, self.read))
-        return kwargs
+        if session.start >= session.prompt_len or max(session.last_visual) < 0:
+            return kwargs
+        return preview(session, kwargs, self, PlainWeights(self, self.source_layer or 0, self.read)).rest()
 
     def edit_weights(self, weights: torch.Tensor, rows: Rows) -> torch.Tensor:
         if rows.layer == self.source_layer and rows.prefill and not self.prepares:

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from vlm_fix.attention.preview import preview
+from vlm_fix.attention.preview import Preview, preview
 from vlm_fix.errors import VlmFixError
 from vlm_fix.hooks import hooked
+from vlm_fix.method import Method
 from vlm_fix.pruning import PruningWing
 from vlm_fix.session import PAD, Session
 from vlm_fix.tensors import one_stream
@@ -38,8 +39,8 @@ class Lives:
         places = self.candidates.to(x.device)
         chosen = x.gather(1, places[..., None].expand(-1, -1, x.shape[-1]))
         self.norms.append(chosen.norm(dim=-1).to(self.real.device))
-        cosines = torch.nn.functional.normalize(x, dim=-1) @ torch.nn.functional.normalize(chosen, dim=-1).mT
-        self.close.append((cosines.abs() > COSINE).to(self.real.device))
+        norms = x.norm(dim=-1, keepdim=True) * chosen.norm(dim=-1)[:, None]
+        self.close.append(((x @ chosen.mT).abs() > COSINE * norms).to(self.real.device))
 
     def alive(self) -> torch.Tensor:
         """[layers, B, n] booleans."""
@@ -68,9 +69,9 @@ def secondary(alive: torch.Tensor, limits: tuple[float, ...]) -> torch.Tensor:
 
 @torch.no_grad()
 def secondary_sinks(
-    session: Session, kwargs: dict[str, Any], limits: tuple[float, ...] | None, name: str
-) -> torch.Tensor:
-    """[layers, B, n]: the secondary sinks of a prompt at each layer's input, from one more forward without edits.
+    session: Session, kwargs: dict[str, Any], limits: tuple[float, ...] | None, method: Method
+) -> tuple[torch.Tensor, Preview]:
+    """[layers, B, n]: the secondary sinks of a prompt at each layer's input, and the forward without edits that found them.
 
     kwargs are the language model's (`InputEdit.prepare`); limits None: `lifetime_limits`. As in the official code the output
     of the final norm counts as one more layer of a life. Source: "On the Existence and Behaviour of Secondary Attention
@@ -78,6 +79,7 @@ def secondary_sinks(
     Deviations: its calls leave out the embeddings (the first layer's input) and look only at the layers in which BOS's norm is
     high, by hand for each model; here all inputs count, which makes a life longer by those: `life` takes other limits.
     """
+    name = method.name
     session.need_whole_prompt(name)
     if limits is not None and len(limits) != 2:
         raise VlmFixError(f"{name}: life={'|'.join(map(str, limits))} must be two numbers of layers, as life=4|17.")
@@ -96,11 +98,11 @@ def secondary_sinks(
         for layer in engine.language.layers
     ]
     with hooked(hooks):
-        last = preview(session, kwargs)
-        assert last is not None
-        lives.add(last)
+        plain = preview(session, kwargs, method)
+        assert plain.states is not None
+        lives.add(plain.states)
     limits = lifetime_limits(engine.arch.depth) if limits is None else limits
-    return secondary(lives.alive(), limits)[:-1]
+    return secondary(lives.alive(), limits)[:-1], plain
 
 
 def in_heads(found: torch.Tensor, heads: Sequence[int] | None, count: int) -> torch.Tensor:

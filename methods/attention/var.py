@@ -43,7 +43,7 @@ class VAR(WeightEdit, LayerInputReader, InputEdit):
     sample into the next; here they live with their cache. Its settings leave out the last layer, but the flag that says
     so is never read: layers=2-30 (of 32) is what they meant. A prompt with several images is edited after the last one.
     Generated tokens are never tested: on a kept cache earlier answers have no sinks. detector="secondary" takes the columns
-    of `attention.sinks` (a later turn keeps the first one's): no dimensions to know, one more prefill.
+    of `attention.sinks` (a later turn keeps the first one's): no dimensions to know; the rows after the image run twice.
     """
 
     name: ClassVar[str] = "var"
@@ -86,9 +86,9 @@ class VAR(WeightEdit, LayerInputReader, InputEdit):
 
     def prepare(self, session: Session, kwargs: dict[str, Any]) -> dict[str, Any]:
         if session.start == 0:
-            found = secondary_sinks(session, kwargs, self.life, self.name)
-            sinks = {i: found[i] for i in range(len(found)) if i in (self.layers or ())}
-            session.memory(self, VARMemory).sinks.update(sinks)
+            found, plain = secondary_sinks(session, kwargs, self.life, self)
+            session.memory(self, VARMemory).sinks.update({i: found[i] for i in self.layers or ()})  # type: ignore[index]
+            return plain.rest(session.rows_in(self.row_scope, needs_image=True).first)
         return kwargs
 
     def read_layer_input(self, hidden: torch.Tensor, layer: int, session: Session) -> None:

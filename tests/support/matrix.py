@@ -129,6 +129,9 @@ class Seen:
         chunks = self.chunks[name, layer]
         if not chunks and name.startswith("plain "):  # the pass ended before: nobody reads what the reference has there
             chunks = self.chunks[name.removeprefix("plain "), layer][:1]
+        for earlier in self.chunks.get((f"plain {name}", layer), ()):  # rows from which the forward itself went on
+            if (count := earlier[0].shape[dim] - chunks[0][0].shape[dim]) > 0:
+                chunks = [tuple(x.narrow(dim, 0, count) for x in earlier), *chunks]
         parts = [torch.cat(parts, dim) for parts in zip(*chunks, strict=True)]
         return [part[self.row].narrow(dim - 1, self.padding, part.shape[dim] - self.padding).double() for part in parts]
 

@@ -77,6 +77,9 @@ def edited_attention(
         return unedited(inputs, ForwardCache(), handle.path), None
     if engine.joint:
         return engine.joint.attention(attention, module, query, dropout, scaling, **kwargs), None
+    if engine.along is not None and not session.plain:
+        more = {"dropout": dropout, "scaling": scaling, **kwargs}
+        return engine.along.attention(edited_attention, module, query, key, value, attention_mask, **more), None
     session = session.at(layer)
     recorder: Recorder | None = engine.recorder
     if recorder and recorder.layers is not None and layer not in recorder.layers:

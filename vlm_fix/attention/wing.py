@@ -13,7 +13,7 @@ import torch
 from vlm_fix import compiled
 from vlm_fix.errors import VlmFixError
 from vlm_fix.families import attention_modules
-from vlm_fix.families.compat import all_rows
+from vlm_fix.families.compat import all_rows, cache_of
 from vlm_fix.method import Method
 from vlm_fix.scope import check_scopes
 from vlm_fix.session import Session
@@ -87,6 +87,9 @@ class AttentionWing(Wing):
 
     def install(self) -> Iterable[Any]:
         yield from all_rows(self.host.language)
+        if any(isinstance(edit, PromptStart) for edit in self.edits):
+            yield self.host.language.register_forward_pre_hook(self._widen, with_kwargs=True)
+            yield self.host.language.register_forward_hook(self._narrow, with_kwargs=True)
         for i, attn in attention_modules(self.host.language).items():
             attn._vlm_fix = LayerHandle(self.host, i, self.stacks[i], self.path)
             yield _Attribute(attn, "_vlm_fix")
@@ -101,6 +104,27 @@ class AttentionWing(Wing):
         for edit in self.edits:
             if isinstance(edit, PromptStart) and edit.acts_in(session.branch):
                 edit.on_prompt(session, session.call)
+
+    def _widen(self, module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        x = kwargs.get("inputs_embeds")
+        if x is None or compiled.tracing(self.host, x.shape[1]):
+            return None
+        return self._with_rows_along(args, kwargs)
+
+    @compiled.uncompiled
+    def _with_rows_along(self, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        along = self.host.along
+        return None if along is None or self.host.editing is None else (args, along.widen(kwargs))
+
+    def _narrow(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        x = kwargs.get("inputs_embeds")
+        if x is not None and not compiled.tracing(self.host, x.shape[1]):
+            self._without_rows_along(kwargs, output)
+
+    @compiled.uncompiled
+    def _without_rows_along(self, kwargs: dict[str, Any], output: Any) -> None:
+        if self.host.along is not None and self.host.editing is not None:
+            self.host.along.narrow(output, cache_of(kwargs))
 
     def _watch(self, layer: int, module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         x = args[0] if args else kwargs["hidden_states"]
