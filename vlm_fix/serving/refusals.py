@@ -25,7 +25,6 @@ KINDS: tuple[tuple[Any, str], ...] = (
     (CachePruner, "it drops keys layer by layer, and vLLM keeps one block table for all layers"),
     (ImageShrinker, "it gives the vision tower a smaller image, and vLLM's towers here take one size"),
 )
-UNTRIED = ("farsight", "pade")
 TOWERS = ("llava", "qwen2_5_vl")  # families whose vision towers methods read, and whose placeholders are counted anew
 
 
@@ -36,13 +35,9 @@ def reason(method: Method, engine: ServedEngine) -> str | None:
             return why
     if method.name == "random_tokens" and engine.family.mrope:
         return f"its draws were seen to differ from those of generate in {engine.family.name}"
-    if method.name in UNTRIED:
-        return "its answers have not been held against those of generate yet"
     read, tower = _tower_layers(method, engine), engine.arch.vision_last + 1
     if read and max(read) >= tower:
         return f"it reads layer {max(read) + 1} of the vision tower, of which vLLM has the first {tower}: choose an earlier one"
-    if isinstance(method, HiddenEdit) and type(method).on_prompt is not HiddenEdit.on_prompt:
-        return "it runs the prompt in passes of its own, with which not every answer was that of generate"
     if isinstance(method, InputEdit) and method.prepares and method.previews:
         return "these settings take one more pass over the prompt with its images before it is answered"
     own = isinstance(method, AttentionEdit) and type(method).acts_in is not AttentionEdit.acts_in
