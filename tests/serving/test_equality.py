@@ -58,6 +58,8 @@ def test_a_served_method_answers_as_in_generate(engine, hf, plain, spec):
         "farsight",
         "pade:lam=1",
         "vista",
+        "decore",
+        "layercake",
     ],
 )  # fmt: skip
 def test_mixed_requests_that_arrive_while_others_are_answered(engine, hf, spec):

@@ -45,6 +45,8 @@ def test_without_a_method_every_log_probability_is_that_of_vllm_without_the_plug
         ("nothing", {}, "there is no method"),
         ("pai:alpha=-1", {}, "at least 0"),
         ("sparsevlm", {}, "sparsevlm cannot be served by vLLM: it drops tokens inside the language model"),
+        ("shield:alpha=0", {}, "it sends other images through the vision tower"),
+        ("owl", {}, "what the first branch saw"),
         ("cdpruner", {}, "it chooses image tokens by the question"),
         ("prumerge", {}, "it reads layer 6 of the vision tower, of which vLLM has the first 5"),
         ("memvr", {"enable_chunked_prefill": True}, "enable_chunked_prefill=True"),

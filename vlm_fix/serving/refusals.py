@@ -40,16 +40,13 @@ def reason(method: Method, engine: ServedEngine) -> str | None:
         return f"it reads layer {max(read) + 1} of the vision tower, of which vLLM has the first {tower}: choose an earlier one"
     if isinstance(method, InputEdit) and method.prepares and method.previews:
         return "these settings take one more pass over the prompt with its images before it is answered"
-    own = isinstance(method, AttentionEdit) and type(method).acts_in is not AttentionEdit.acts_in
-    if isinstance(method, Contrast) and isinstance(method, AttentionEdit) and (own or method.branch == "negative"):
-        return "its second branch is the same prompt with another attention, which has no cache beside the batch yet"
-    drawn = isinstance(method, InputEdit)  # its second image is made by passes through the vision tower
-    if (
-        isinstance(method, Contrast)
-        and method.contrasts
-        and (drawn or method.fork is not None or not _plain_branch(method))
-    ):
-        return "its second branch changes image features or layers inside the model, which has no place beside the batch yet"
+    if isinstance(method, Contrast) and isinstance(method, InputEdit):
+        return "it sends other images through the vision tower, some of them backwards, and vLLM's tower runs once, forwards"
+    if isinstance(method, Contrast) and method.contrasts and (method.fork is not None or not _plain_branch(method)):
+        return (
+            "a second branch of it has other image features, other layers or what the first branch saw; those beside the "
+            "batch differ in their prompt, image or attention alone"
+        )
     if isinstance(method, LogitEdit) and isinstance(method, AttentionEdit):
         return "it reads attention weights for its edit of the next token, and these are not kept in a batch"
     if isinstance(method, TokenPruner) and engine.family.name not in TOWERS:
@@ -71,7 +68,7 @@ def _tower_layers(method: Method, engine: ServedEngine) -> tuple[int, ...]:
 
 
 def _plain_branch(method: Contrast) -> bool:
-    """True if its one second branch is another prompt or image."""
+    """True if its one second branch is another prompt or image, or another attention."""
     return type(method).branches is Contrast.branches and type(method).stays is Contrast.stays
 
 
