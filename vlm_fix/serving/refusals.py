@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vlm_fix.attention.edits import AttentionEdit, ColumnMasker, QueryKeyReader
@@ -72,6 +74,15 @@ def _plain_branch(method: Contrast) -> bool:
     return type(method).branches is Contrast.branches and type(method).stays is Contrast.stays
 
 
+def _tokens_of_every_image(engine: ServedEngine) -> int | None:
+    """How many tokens an image has; None where that depends on the image."""
+    config = engine.model.config
+    if engine.family.name != "llava":
+        return None
+    vision, whole = config.vision_config, config.vision_feature_select_strategy == "full"
+    return (vision.image_size // vision.patch_size) ** 2 + whole
+
+
 def check_engine(engine: ServedEngine) -> None:
     """Raise VlmFixError for a stack that cannot be served."""
     for method in engine.active:
@@ -85,6 +96,12 @@ def check_engine(engine: ServedEngine) -> None:
             f"{encoder[0]} cannot be served by vLLM in {engine.family.name}: it reads the vision towers of "
             f"{' and '.join(TOWERS)} alone there."
         )
+    tokens = _tokens_of_every_image(engine)
+    if engine.pruner is not None and tokens and engine.pruner.budget(tokens) >= tokens:
+        raise VlmFixError(
+            f"{engine.pruner.name} would change nothing: keep={engine.pruner.keep:g} covers every one of an image's "
+            f"{tokens} tokens; lower it."
+        )
     if engine.contrast is not None and engine.pruner is not None:
         raise VlmFixError(
             f"{engine.contrast.name} beside {engine.pruner.name} cannot be served by vLLM: the second branch has all image "
@@ -96,36 +113,79 @@ def check_engine(engine: ServedEngine) -> None:
         )
 
 
+def check_options(words: Sequence[str], engine: ServedEngine) -> None:
+    """As `check_config`, of options as they are typed, before vLLM is started; what they leave open it says later.
+
+    words: options of `vllm serve`, such as ["--enable-lora", "--kv-cache-dtype=fp8"].
+    """
+    given: dict[str, str] = {}
+    for word, after in itertools.zip_longest(words, words[1:], fillvalue=""):
+        name, equals, value = word.partition("=")
+        if word.startswith("-"):
+            given[name.replace("_", "-")] = value if equals else after
+
+    def more_than_one(*names: str) -> bool:
+        return any(given[name].isdigit() and int(given[name]) > 1 for name in names if name in given)
+
+    _refuse(
+        engine,
+        {
+            "speculative decoding": bool(given.keys() & {"--speculative-config", "-sc"}),
+            "pipeline parallelism": more_than_one("--pipeline-parallel-size", "-pp"),
+            "context parallelism": more_than_one(
+                "--decode-context-parallel-size", "-dcp", "--prefill-context-parallel-size", "-pcp"
+            ),
+            "microbatches (--enable-dbo)": "--enable-dbo" in given,
+            "a pooling runner": given.get("--runner") == "pooling",
+            "prompts of embeddings (--enable-prompt-embeds)": "--enable-prompt-embeds" in given,
+            "embeddings in place of images (--enable-mm-embeds)": "--enable-mm-embeds" in given,
+            "a quantised KV cache": _quantised(given.get("--kv-cache-dtype")),
+            "a KV connector": "--kv-transfer-config" in given,
+            "LoRA": "--enable-lora" in given,
+        },
+        more_than_one("--tensor-parallel-size", "-tp"),
+    )
+
+
 def check_config(config: Any, engine: ServedEngine) -> None:
     """Raise VlmFixError for options of vLLM that do not go with the methods."""
-    names = ", ".join(m.name for m in engine.active)
-    parallel = config.parallel_config
+    parallel, model = config.parallel_config, config.model_config
+    _refuse(
+        engine,
+        {
+            "speculative decoding": config.speculative_config is not None,
+            "pipeline parallelism": parallel.pipeline_parallel_size > 1,
+            "context parallelism": getattr(parallel, "decode_context_parallel_size", 1) > 1
+            or getattr(parallel, "prefill_context_parallel_size", 1) > 1,
+            "microbatches (--enable-dbo)": bool(getattr(parallel, "enable_dbo", False)),
+            "a pooling runner": getattr(model, "runner_type", "generate") != "generate",
+            "prompts of embeddings (--enable-prompt-embeds)": bool(getattr(model, "enable_prompt_embeds", False)),
+            "embeddings in place of images (--enable-mm-embeds)": bool(
+                getattr(model.multimodal_config, "enable_mm_embeds", False)
+            ),
+            "a quantised KV cache": _quantised(config.cache_config.cache_dtype),
+            "a KV connector": config.kv_transfer_config is not None,
+            "LoRA": config.lora_config is not None,
+        },
+        parallel.tensor_parallel_size > 1,
+    )
+
+
+def _refuse(engine: ServedEngine, used: Mapping[str, bool], divided: bool) -> None:
+    """used: by name, what vLLM was asked for; divided: each device has a part of the heads."""
+    for what in (name for name, asked in used.items() if asked and engine.active):
+        names = ", ".join(m.name for m in engine.active)
+        raise VlmFixError(f"{names} cannot be served with {what}; leave it out.")
     shared = [m.name for m in engine.active if not _apart(m)]
-    for what, used in {
-        "speculative decoding": config.speculative_config is not None,
-        "pipeline parallelism": parallel.pipeline_parallel_size > 1,
-        "context parallelism": getattr(parallel, "decode_context_parallel_size", 1) > 1
-        or getattr(parallel, "prefill_context_parallel_size", 1) > 1,
-        "microbatches (--enable-dbo)": bool(getattr(parallel, "enable_dbo", False)),
-        "a pooling runner": getattr(config.model_config, "runner_type", "generate") != "generate",
-        "prompts of embeddings (--enable-prompt-embeds)": bool(
-            getattr(config.model_config, "enable_prompt_embeds", False)
-        ),
-        "embeddings in place of images (--enable-mm-embeds)": bool(
-            getattr(config.model_config.multimodal_config, "enable_mm_embeds", False)
-        ),
-        "a quantised KV cache": "fp8" in str(config.cache_config.cache_dtype)
-        or "int" in str(config.cache_config.cache_dtype),
-        "a KV connector": config.kv_transfer_config is not None,
-        "LoRA": config.lora_config is not None,
-    }.items():
-        if used:
-            raise VlmFixError(f"{names} cannot be served with {what}; leave it out.")
-    if parallel.tensor_parallel_size > 1 and shared:
+    if divided and shared:
         raise VlmFixError(
             f"{shared[0]} compares heads with each other or names them, and tensor parallelism gives each device a part of "
             "them: serve it on one device, or with data parallelism."
         )
+
+
+def _quantised(dtype: Any) -> bool:
+    return "fp8" in str(dtype) or "int" in str(dtype)
 
 
 def _apart(method: Method) -> bool:
@@ -159,7 +219,7 @@ def check_worker(runner: Any, engine: ServedEngine) -> None:
             "sliding windows": (getattr(layer, "sliding_window", None) or -1) > 0,
             "attention sinks": getattr(impl, "sinks", None) is not None,
             "ALiBi": getattr(impl, "alibi_slopes", None) is not None,
-            "a quantised KV cache": "fp8" in str(impl.kv_cache_dtype) or "int" in str(impl.kv_cache_dtype),
+            "a quantised KV cache": _quantised(impl.kv_cache_dtype),
             "a shared KV cache": getattr(impl, "kv_sharing_target_layer_name", None) is not None,
         }.items():
             if used:
