@@ -15,23 +15,26 @@ SERVED = {
         "pai:alpha=1", "vaf:enhance=1.5", "avar:system=0.4", "hgai", "spin:keep=0.5", "locore:beta=1", "gift", "paint",
         "paint:head_scale=sensitive", "zerotuning", "zerotuning:rate=0.2,head_indices=1|3",
         "var:sink_dims=0|1|2,tau=1.5,rho=0,min_visual_mass=0", "visual_topk:k=5", "visual_topk:k=0.1,choosers=0|2",
+        "farsight", "farsight:sigma=0.3,registers=256,slopes=alibi", "pade:lam=1",
     ),
     "heads": ("vhr", "vhr:prompt_rows=all", "ad_hh:threshold=0.05", "head_pursuit", "random_heads"),
     "hidden states": (
         "iri", "steer:file=DIRECTIONS,strength=0.4", "steer:file=DIRECTIONS,place=mlp_output,prompt_rows=all,absolute=0.3",
         "nullu:file=SUBSPACE,rank=6", "vti:file=VTI,alpha_text=3,alpha_vision=3", "rudder:layers=3,alpha=1",
         "memvr:threshold=0.05,ratio=0.5", "memvr:threshold=0.05,ratio=0.5,prompt_rows=last", "hulluedit:kappa=1",
-        "random_direction:strength=0.5", "random_subspace:rank=32",
+        "random_direction:strength=0.5", "random_subspace:rank=32", "vista", "vista:lam=1,alpha=0,prompt_rows=last",
     ),
     "next token": ("apc_only", "gaussian_logits", "yes_threshold:margin=0.9", "deco", "dola"),
-    "second branch": ("vcd", "icd", "m3id", "marine:objects=OBJECTS", "ritual", "yes_bias", "pai:gamma=1.5"),
+    "second branch": ("vcd", "icd", "m3id", "marine:objects=OBJECTS", "ritual", "yes_bias", "pai:gamma=1.5",
+                      "pai:branch=negative,gamma=1.5", "ascd", "decore", "layercake"),
     "stacks": ("pai:alpha=0.5+vcd", "vhr+pai", "iri+m3id", "vaf+apc_only:beta=0.3", "locore:beta=1+pai",
                "hulluedit+deco", "memvr:threshold=0.05+pai", "vhr+vcd", "gift+deco"),
 }  # fmt: skip
 PRUNERS = (
     "hiprune:keep=16", "visionzip:keep=16", "divprune:keep=16", "random_tokens:keep=16", "uniform_grid:keep=16",
     "zoo_prune:keep=16", "agilepruner:keep=16", "cdpruner:keep=16,theta=0", "flowcut:keep=16", "holov:keep=16",
-    "prumerge:keep=16,layer=5", "scope:keep=16", "vispruner:keep=16", "hiprune:keep=16+pai:alpha=0.5",
+    "prumerge:keep=16,layer=5", "scope:keep=16", "vispruner:keep=16", "visiontrim:keep=16,complement=0",
+    "hiprune:keep=16+pai:alpha=0.5",
 )  # fmt: skip
 SPECS = [spec for specs in SERVED.values() for spec in specs]
 LITTLE = (

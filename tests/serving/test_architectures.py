@@ -17,6 +17,7 @@ SPECS = (
     "vhr",
     "random_direction:strength=0.5",
     "deco",
+    "vista",
 )
 QWEN_PRUNERS = (
     "hiprune:keep=9",

@@ -116,3 +116,20 @@ def test_question_about_a_cached_image(cached, hf):
     cached.answers([Case((0,), CAPTION)])
     other = [Case((0,), QUESTION.format("dog")), Case((0,), QUESTION.format("kite"))]
     assert not differences(other, cached.answers(other), hf.answers(PAI, other))
+
+
+def test_images_are_seen_once_more_where_the_cache_covers_them(hf):
+    """A second branch and a pass with the image: vLLM sends no pixels of an image whose columns are cached."""
+    from tests.serving.support import Vllm
+
+    engine = Vllm("vcd", max_num_batched_tokens=48)
+    asked = [*PROMPTS[:3], Case((1, 2), CAPTION)]
+    for spec in ("vcd", "vista:prompt_rows=last"):
+        engine.use(spec)
+        theirs = hf.answers([spec], asked[:3]) + hf.answers([spec], asked[3:])
+        assert not differences(asked, engine.answers(asked), theirs)
+        outputs = engine.llm.generate(
+            [engine.prompt(c) for c in asked], [engine.params(c) for c in asked], use_tqdm=False
+        )
+        assert [o.num_cached_tokens for o in outputs] == [64, 64, 64, 128]
+        assert not differences(asked, [answer_of(o) for o in outputs], theirs)

@@ -55,6 +55,11 @@ def test_a_served_method_answers_as_in_generate(engine, hf, plain, spec):
         "hulluedit:kappa=1",
         "memvr:threshold=0.05,ratio=0.5",
         "rudder:layers=3,alpha=1",
+        "farsight",
+        "pade:lam=1",
+        "vista",
+        "decore",
+        "layercake",
     ],
 )  # fmt: skip
 def test_mixed_requests_that_arrive_while_others_are_answered(engine, hf, spec):

@@ -213,7 +213,7 @@ def test_a_client_that_is_killed_takes_nothing_with_it(server, hf: HuggingFace):
         (["--method", "pia"], "did you mean 'pai'"),
         (["--method", "pai:alhpa=1"], "did you mean 'alpha'"),
         (["--method", "fastv"], "fastv cannot be served by vLLM"),
-        (["--method", "pai,vcd"], "give one stack"),
+        (["--method", "pai,vcd"], "write 'pai+vcd'"),
         (["--additional-config", '{"vlm-fix": "pai"}'], "nobody reads"),
         (["--calibration", "x.json"], "give --method"),
     ],

@@ -10,9 +10,13 @@ import sys
 import pytest
 import torch
 
-from tests.serving.support import CAPTION, Case, Vllm, cases
+from tests.serving.support import CAPTION, PATH, Case, Vllm, cases
+from vlm_fix import cli
+from vlm_fix.cli import serve
 from vlm_fix.errors import VlmFixError
+from vlm_fix.serving.options import variant
 from vlm_fix.serving.paged import layout_of
+from vlm_fix.serving.plugin import planned
 from vlm_fix.serving.settings import Settings
 
 PROMPTS = [*cases(4), Case((1, 2), CAPTION), Case((), CAPTION)]
@@ -45,11 +49,14 @@ def test_without_a_method_every_log_probability_is_that_of_vllm_without_the_plug
         ("nothing", {}, "there is no method"),
         ("pai:alpha=-1", {}, "at least 0"),
         ("sparsevlm", {}, "sparsevlm cannot be served by vLLM: it drops tokens inside the language model"),
+        ("shield:alpha=0", {}, "it sends other images through the vision tower"),
+        ("owl", {}, "what the first branch saw"),
         ("cdpruner", {}, "it chooses image tokens by the question"),
         ("prumerge", {}, "it reads layer 6 of the vision tower, of which vLLM has the first 5"),
         ("memvr", {"enable_chunked_prefill": True}, "enable_chunked_prefill=True"),
         ("var", {"enable_prefix_caching": True}, "enable_prefix_caching=True"),
         ("vcd+hiprune", {}, "Serve one of them"),
+        ("hiprune:keep=9999", {}, "keep=9999 covers every one of an image's 64 tokens"),
         ("iri:lambda_a=0.1+iri", {}, "listed twice"),
         ("hgai", {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}, "tensor parallelism"),
         ("pai", {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"}, "pipeline parallelism"),
@@ -61,10 +68,84 @@ def test_what_cannot_be_served_is_refused_when_the_server_starts(spec, options, 
         Vllm(spec, **options)
 
 
-@pytest.mark.parametrize("value", [["pai", 3], {"method": "pai", "strength": 1}, 7, "pai,vcd", [], ""])
+@pytest.mark.parametrize(
+    "value", [["pai", 3], {"method": "pai", "strength": 1}, 7, {"method": ["pai"], "x": 1}, [], ""]
+)
 def test_settings_that_cannot_be_read(value):
     with pytest.raises(VlmFixError, match="give one stack"):
         Settings.read({"vlm_fix": value})
+
+
+def test_several_runs_are_shown_as_the_stack_that_was_meant():
+    with pytest.raises(VlmFixError, match=r"write 'pai:alpha=0.3\+vcd'\."):
+        Settings.read({"vlm_fix": "pai:alpha=0.3,vcd"})
+
+
+@pytest.mark.parametrize(
+    "spec, options, words",
+    [
+        ("vhr", "--tensor-parallel-size 2", "vhr compares heads with each other or names them"),
+        ("vhr", "-tp=2", "vhr compares heads with each other or names them"),
+        ("pai", "--pipeline-parallel-size 2", "pai cannot be served with pipeline parallelism; leave it out."),
+        ("pai", "--pipeline_parallel_size=2", "pai cannot be served with pipeline parallelism; leave it out."),
+        ("pai", "--enable-lora", "pai cannot be served with LoRA; leave it out."),
+        ("pai+vcd", "--kv-cache-dtype fp8", "pai, vcd cannot be served with a quantised KV cache; leave it out."),
+        ("pai", "--speculative-config {}", "pai cannot be served with speculative decoding; leave it out."),
+        ("hiprune:keep=9999", "", "covers every one of an image's 64 tokens"),
+        ("pai,vcd", "", "write 'pai+vcd'"),
+    ],
+)
+def test_what_can_be_known_without_the_model_ends_the_command(capsys, monkeypatch, spec, options, words):
+    monkeypatch.setattr(serve, "_serve", lambda path, rest: pytest.fail("vLLM was started"))
+    assert cli.main(["serve", "picto-llava", "--method", spec, "--port", "1", *options.split()]) == 2
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert words in said
+
+
+@pytest.mark.parametrize(
+    "spec, options",
+    [
+        ("pai", "--tensor-parallel-size 1 --pipeline-parallel-size=1 --kv-cache-dtype auto --dtype float32"),
+        ("pai", "--tensor-parallel-size 2"),
+        ("hiprune:keep=63", ""),
+        ("baseline", "--enable-lora"),
+    ],
+)
+def test_other_options_go_to_vllm_as_they_are(monkeypatch, spec, options):
+    started = []
+    monkeypatch.setattr(serve, "_serve", lambda path, rest: started.append(rest))
+    assert cli.main(["serve", "picto-llava", "--method", spec, *options.split()]) == 0
+    assert [words[: len(options.split())] for words in started] == [options.split()]
+
+
+@pytest.mark.parametrize("name, near", [("picto_llava", "did you mean 'picto-llava'?"), ("./none", "a folder")])
+def test_a_mistyped_model_is_one_sentence(capsys, name, near):
+    assert cli.main(["serve", name, "--method", "pai"]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"error: model {name!r} could not be loaded (") and near in said
+    assert said.endswith("a Hugging Face name that this machine can download, or picto-llava or picto-smol.")
+
+
+@pytest.mark.parametrize(
+    "spec, words, example",
+    [
+        ("pai:alpha=0.3", 'give "off", or settings such as', '{"pai": {"alpha": 0.3}}'),
+        ("hiprune:keep=16+vaf:enhance=1.5", "give settings such as", '{"vaf": {"enhance": 1.5}}'),
+        ("iri+vcd", 'give "off", or settings such as', '{"iri": {"lambda_a": 0.5}}'),
+    ],
+)
+def test_the_settings_that_are_named_are_taken(spec, words, example):
+    engine = planned(Settings(tuple(spec.split("+"))), PATH, None, False)
+    for asked in (7, "nonsense"):
+        with pytest.raises(VlmFixError) as caught:
+            variant(asked, engine)
+        assert str(caught.value) == f"vlm_fix is {asked!r}: {words} {example}."
+    variant(json.loads(example), engine)
+
+
+def test_where_nothing_can_change_a_request_is_told_to_leave_it_out():
+    with pytest.raises(VlmFixError, match="leave it out, hiprune is for all requests"):
+        variant(7, planned(Settings(("hiprune:keep=16",)), PATH, None, False))
 
 
 def test_a_misspelt_key_is_an_error():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib.metadata
 import importlib.util
 import json
@@ -22,6 +23,7 @@ EXAMPLES = """examples:
 
 This is `vllm serve MODEL --additional-config '{"vlm_fix": ...}'`; whatever else is given goes to vLLM."""
 METADATA, ADDITIONAL = "vllm", "--additional-config"
+BUNDLED = ("picto-llava", "picto-smol")
 
 
 def add_to(commands: Any) -> None:
@@ -42,6 +44,7 @@ def run(args: argparse.Namespace) -> None:
     from vlm_fix.eval.picto import model_path
     from vlm_fix.registry import file_of
     from vlm_fix.serving.plugin import planned
+    from vlm_fix.serving.refusals import check_options
     from vlm_fix.serving.settings import Settings
 
     rest, bundled = list(args.rest), args.model.startswith("picto-") and not Path(args.model).exists()
@@ -55,10 +58,14 @@ def run(args: argparse.Namespace) -> None:
     elif args.calibration:
         raise VlmFixError("--calibration fills the settings of a method: give --method, too.")
     settings = Settings.read(additional)
-    if settings is not None:
-        planned(
-            settings, path, _value(rest, "--revision"), "--trust-remote-code" in rest
-        )  # one sentence before vLLM starts
+    if settings is not None:  # one sentence before vLLM starts
+        try:
+            engine = planned(settings, path, _value(rest, "--revision"), "--trust-remote-code" in rest)
+        except VlmFixError as error:
+            if isinstance(error.__cause__, OSError):  # there is nothing of this name
+                raise VlmFixError(_unknown(args.model, error.__cause__)) from error
+            raise
+        check_options(rest, engine)
     if told := _unbegun(path, _value(rest, "--revision"), "--trust-remote-code" in rest):
         print(told, file=sys.stderr)
     if bundled and "--served-model-name" not in rest:
@@ -66,6 +73,23 @@ def run(args: argparse.Namespace) -> None:
     if additional:
         rest += [ADDITIONAL, json.dumps(additional)]
     _serve(path, rest)
+
+
+def _unknown(name: str, error: OSError) -> str:
+    """What to say of a model that cannot be found: names near it, of those on this machine, and what a model may be."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    cached = (
+        folder.name.removeprefix("models--").replace("--", "/") for folder in Path(HF_HUB_CACHE).glob("models--*")
+    )
+    near = difflib.get_close_matches(name, [*BUNDLED, *cached], n=1)
+    cause = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    return (
+        f"model {name!r} could not be loaded ({cause}): "
+        + (f"did you mean {near[0]!r}? Else " if near else "")
+        + "give a folder "
+        f"with a checkpoint, a Hugging Face name that this machine can download, or {' or '.join(BUNDLED)}."
+    )
 
 
 def _serve(path: str, rest: list[str]) -> None:

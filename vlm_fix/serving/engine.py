@@ -83,6 +83,11 @@ class ServedEngine(Engine):
         return any(m.row_scope is not RowScope.LAST or isinstance(m, LayerInputReader) for m in scoped)
 
     @property
+    def reads_pixels(self) -> bool:
+        """True if a request's images may be needed once more, also where its prompt comes from the prefix cache."""
+        return self.contrast is not None or bool(self.input_edits) or any(map(_reads_prompt, self.active))
+
+    @property
     def needs(self) -> dict[str, bool]:
         """What a server must have been started for."""
         return {

@@ -145,7 +145,7 @@ class NextTokens:
         forward = BesideForward(self.served, [])
         ids: list[int] = []
         embeds: list[torch.Tensor] = []
-        for _, line, new, engine in due:
+        for name, line, new, engine in due:
             session = line.session
             assert session is not None
             if session.fresh and session.last_visual[0] >= 0:
@@ -153,6 +153,7 @@ class NextTokens:
                 with engine.acting(session):
                     for wing in engine.wings:
                         wing.on_prompt(session)
+            session.answer = torch.tensor([self.served.runner.requests[name].output_token_ids]).long()
             session.go_to(line.length, len(new))
             edited = not (engine.needs_image and session.last_visual[0] < 0)
             places = list(range(len(ids), len(ids) + len(new)))
@@ -201,4 +202,5 @@ class NextTokens:
 
 
 def _contrasts(one: Request) -> bool:
-    return one.engine.contrast is not None and one.session.last_visual[0] >= 0
+    contrast = one.engine.contrast
+    return contrast is not None and (one.session.last_visual[0] >= 0 or not contrast.needs_image)

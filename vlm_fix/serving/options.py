@@ -40,11 +40,11 @@ def variant(asked: Any, engine: ServedEngine) -> Variant:
     if asked in OFF:
         changes: dict[str, Any] = dict.fromkeys(names, "off")
     elif isinstance(asked, str):
-        changes = _spec(asked, names)
+        changes = _spec(asked, names, engine)
     elif isinstance(asked, Mapping) and asked:
         changes = dict(asked) if set(asked) <= set(names) else _only(dict(asked), names)
     else:
-        raise VlmFixError(f'{KEY} is {asked!r}: give "off", or settings such as {_example(engine)}.')
+        raise VlmFixError(f"{KEY} is {asked!r}: {_choices(engine)}")
     methods = []
     for method in engine.methods:
         wanted = changes.get(method.name, {})
@@ -71,14 +71,14 @@ def check(asked: Any, engine: ServedEngine | None) -> None:
         )
 
 
-def _spec(asked: str, names: list[str]) -> dict[str, Any]:
+def _spec(asked: str, names: list[str], engine: ServedEngine) -> dict[str, Any]:
     name, colon, rest = asked.partition(":")
     if not colon and "=" in name:
         name, rest = "", asked
     pairs = [part.partition("=") for part in rest.split(",") if part.strip()]
     wanted = {key.strip(): value.strip() for key, _, value in pairs}
     if not wanted:
-        raise VlmFixError(f'{KEY} is {asked!r}: give "off", or settings such as "{names[0]}:alpha=0.5".')
+        raise VlmFixError(f"{KEY} is {asked!r}: {_choices(engine)}")
     return {name.strip(): wanted} if name.strip() in names else _only({name.strip(): wanted} if name else wanted, names)
 
 
@@ -92,7 +92,8 @@ def _only(wanted: dict[str, Any], names: list[str]) -> dict[str, Any]:
 
 def _changed(method: Method, wanted: Any) -> Method:
     if not isinstance(wanted, Mapping):
-        raise VlmFixError(f'{KEY}: {method.name} is {wanted!r}: give "off" or settings such as {{"alpha": 0.5}}.')
+        such = f" or settings such as {json.dumps(_strength(method))}" if strengths_of(method) else ""
+        raise VlmFixError(f'{KEY}: {method.name} is {wanted!r}: give "off"{such}.')
     strengths = strengths_of(method)
     values = {}
     for name, value in wanted.items():
@@ -114,9 +115,21 @@ def strengths_of(method: Method) -> list[str]:
     return [name for name in vars(method) if hints.get(name) in (float, float | None)]
 
 
-def _example(engine: ServedEngine) -> str:
-    first = next((m for m in engine.methods if strengths_of(m)), None)
-    return json.dumps({first.name: {strengths_of(first)[0]: 0.5}}) if first else '"off"'
+def _choices(engine: ServedEngine) -> str:
+    """What a request may give, as the end of a sentence, with settings of the first method that has any."""
+    shared = [m for m in engine.methods if of_images(m, engine.arch)]
+    first = next((m for m in engine.methods if m not in shared and strengths_of(m)), None)
+    given = [] if shared else ['"off"']
+    given += [f"settings such as {json.dumps({first.name: _strength(first)})}"] if first else []
+    return f"give {', or '.join(given)}." if given else f"leave it out, {shared[0].name} is for all requests."
+
+
+def _strength(method: Method) -> dict[str, float]:
+    """One setting as it is: alpha, or the first that the method does not share with others of its kind."""
+    names = strengths_of(method)
+    own = [n for n in names if n == "alpha"] or [n for n in names if n in type(method).__annotations__] or names
+    value = getattr(method, own[0])
+    return {own[0]: 0.5 if value is None else value}
 
 
 # ---- between a server and a client that measures it ------------------------------------------------------------------

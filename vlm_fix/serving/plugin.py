@@ -159,11 +159,15 @@ def _leave_room(determine: Callable[..., Any], executor: Any, *args: Any, **kwar
 def _schedule(init: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: Any) -> None:
     """Scheduler.__init__: blocks with the prompt's last row or generated tokens are never given to another request.
 
-    Methods edit these rows, so that their keys are not what the same tokens have as part of a longer prompt.
+    Methods edit these rows, so that their keys are not what the same tokens have as part of a longer prompt. And pixels
+    go to the worker also where the prefix cache covers an image, if a method may need them there.
     """
     init(*args, **kwargs)
-    if Settings.read(scheduler.vllm_config.additional_config) is None:
+    engine = _engine_of(scheduler.vllm_config.model_config)
+    if engine is None:
         return
+    if engine.reads_pixels:
+        scheduler.schedule = functools.partial(_keep_pixels, scheduler.schedule, scheduler)
     coordinator = scheduler.kv_cache_manager.coordinator
     before = coordinator.cache_blocks
 
@@ -171,6 +175,14 @@ def _schedule(init: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: An
         return before(request, min(num_computed_tokens, request.num_prompt_tokens - 1), *more, **others)
 
     coordinator.cache_blocks = cache_blocks
+
+
+def _keep_pixels(schedule: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+    """Scheduler.schedule: new requests with the images that vLLM leaves out where no encoder has to run."""
+    made = schedule(*args, **kwargs)
+    for new in made.scheduled_new_reqs:
+        new.mm_features = scheduler.requests[new.req_id].mm_features
+    return made
 
 
 def _engine_of(config: Any) -> ServedEngine | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vlm_fix.attention.edits import AttentionEdit, ColumnMasker, QueryKeyReader
@@ -25,7 +27,6 @@ KINDS: tuple[tuple[Any, str], ...] = (
     (CachePruner, "it drops keys layer by layer, and vLLM keeps one block table for all layers"),
     (ImageShrinker, "it gives the vision tower a smaller image, and vLLM's towers here take one size"),
 )
-UNTRIED = ("farsight", "pade")
 TOWERS = ("llava", "qwen2_5_vl")  # families whose vision towers methods read, and whose placeholders are counted anew
 
 
@@ -36,25 +37,18 @@ def reason(method: Method, engine: ServedEngine) -> str | None:
             return why
     if method.name == "random_tokens" and engine.family.mrope:
         return f"its draws were seen to differ from those of generate in {engine.family.name}"
-    if method.name in UNTRIED:
-        return "its answers have not been held against those of generate yet"
     read, tower = _tower_layers(method, engine), engine.arch.vision_last + 1
     if read and max(read) >= tower:
         return f"it reads layer {max(read) + 1} of the vision tower, of which vLLM has the first {tower}: choose an earlier one"
-    if isinstance(method, HiddenEdit) and type(method).on_prompt is not HiddenEdit.on_prompt:
-        return "it runs the prompt in passes of its own, with which not every answer was that of generate"
     if isinstance(method, InputEdit) and method.prepares and method.previews:
         return "these settings take one more pass over the prompt with its images before it is answered"
-    own = isinstance(method, AttentionEdit) and type(method).acts_in is not AttentionEdit.acts_in
-    if isinstance(method, Contrast) and isinstance(method, AttentionEdit) and (own or method.branch == "negative"):
-        return "its second branch is the same prompt with another attention, which has no cache beside the batch yet"
-    drawn = isinstance(method, InputEdit)  # its second image is made by passes through the vision tower
-    if (
-        isinstance(method, Contrast)
-        and method.contrasts
-        and (drawn or method.fork is not None or not _plain_branch(method))
-    ):
-        return "its second branch changes image features or layers inside the model, which has no place beside the batch yet"
+    if isinstance(method, Contrast) and isinstance(method, InputEdit):
+        return "it sends other images through the vision tower, some of them backwards, and vLLM's tower runs once, forwards"
+    if isinstance(method, Contrast) and method.contrasts and (method.fork is not None or not _plain_branch(method)):
+        return (
+            "a second branch of it has other image features, other layers or what the first branch saw; those beside the "
+            "batch differ in their prompt, image or attention alone"
+        )
     if isinstance(method, LogitEdit) and isinstance(method, AttentionEdit):
         return "it reads attention weights for its edit of the next token, and these are not kept in a batch"
     if isinstance(method, TokenPruner) and engine.family.name not in TOWERS:
@@ -76,8 +70,17 @@ def _tower_layers(method: Method, engine: ServedEngine) -> tuple[int, ...]:
 
 
 def _plain_branch(method: Contrast) -> bool:
-    """True if its one second branch is another prompt or image."""
+    """True if its one second branch is another prompt or image, or another attention."""
     return type(method).branches is Contrast.branches and type(method).stays is Contrast.stays
+
+
+def _tokens_of_every_image(engine: ServedEngine) -> int | None:
+    """How many tokens an image has; None where that depends on the image."""
+    config = engine.model.config
+    if engine.family.name != "llava":
+        return None
+    vision, whole = config.vision_config, config.vision_feature_select_strategy == "full"
+    return (vision.image_size // vision.patch_size) ** 2 + whole
 
 
 def check_engine(engine: ServedEngine) -> None:
@@ -93,6 +96,12 @@ def check_engine(engine: ServedEngine) -> None:
             f"{encoder[0]} cannot be served by vLLM in {engine.family.name}: it reads the vision towers of "
             f"{' and '.join(TOWERS)} alone there."
         )
+    tokens = _tokens_of_every_image(engine)
+    if engine.pruner is not None and tokens and engine.pruner.budget(tokens) >= tokens:
+        raise VlmFixError(
+            f"{engine.pruner.name} would change nothing: keep={engine.pruner.keep:g} covers every one of an image's "
+            f"{tokens} tokens; lower it."
+        )
     if engine.contrast is not None and engine.pruner is not None:
         raise VlmFixError(
             f"{engine.contrast.name} beside {engine.pruner.name} cannot be served by vLLM: the second branch has all image "
@@ -104,36 +113,79 @@ def check_engine(engine: ServedEngine) -> None:
         )
 
 
+def check_options(words: Sequence[str], engine: ServedEngine) -> None:
+    """As `check_config`, of options as they are typed, before vLLM is started; what they leave open it says later.
+
+    words: options of `vllm serve`, such as ["--enable-lora", "--kv-cache-dtype=fp8"].
+    """
+    given: dict[str, str] = {}
+    for word, after in itertools.zip_longest(words, words[1:], fillvalue=""):
+        name, equals, value = word.partition("=")
+        if word.startswith("-"):
+            given[name.replace("_", "-")] = value if equals else after
+
+    def more_than_one(*names: str) -> bool:
+        return any(given[name].isdigit() and int(given[name]) > 1 for name in names if name in given)
+
+    _refuse(
+        engine,
+        {
+            "speculative decoding": bool(given.keys() & {"--speculative-config", "-sc"}),
+            "pipeline parallelism": more_than_one("--pipeline-parallel-size", "-pp"),
+            "context parallelism": more_than_one(
+                "--decode-context-parallel-size", "-dcp", "--prefill-context-parallel-size", "-pcp"
+            ),
+            "microbatches (--enable-dbo)": "--enable-dbo" in given,
+            "a pooling runner": given.get("--runner") == "pooling",
+            "prompts of embeddings (--enable-prompt-embeds)": "--enable-prompt-embeds" in given,
+            "embeddings in place of images (--enable-mm-embeds)": "--enable-mm-embeds" in given,
+            "a quantised KV cache": _quantised(given.get("--kv-cache-dtype")),
+            "a KV connector": "--kv-transfer-config" in given,
+            "LoRA": "--enable-lora" in given,
+        },
+        more_than_one("--tensor-parallel-size", "-tp"),
+    )
+
+
 def check_config(config: Any, engine: ServedEngine) -> None:
     """Raise VlmFixError for options of vLLM that do not go with the methods."""
-    names = ", ".join(m.name for m in engine.active)
-    parallel = config.parallel_config
+    parallel, model = config.parallel_config, config.model_config
+    _refuse(
+        engine,
+        {
+            "speculative decoding": config.speculative_config is not None,
+            "pipeline parallelism": parallel.pipeline_parallel_size > 1,
+            "context parallelism": getattr(parallel, "decode_context_parallel_size", 1) > 1
+            or getattr(parallel, "prefill_context_parallel_size", 1) > 1,
+            "microbatches (--enable-dbo)": bool(getattr(parallel, "enable_dbo", False)),
+            "a pooling runner": getattr(model, "runner_type", "generate") != "generate",
+            "prompts of embeddings (--enable-prompt-embeds)": bool(getattr(model, "enable_prompt_embeds", False)),
+            "embeddings in place of images (--enable-mm-embeds)": bool(
+                getattr(model.multimodal_config, "enable_mm_embeds", False)
+            ),
+            "a quantised KV cache": _quantised(config.cache_config.cache_dtype),
+            "a KV connector": config.kv_transfer_config is not None,
+            "LoRA": config.lora_config is not None,
+        },
+        parallel.tensor_parallel_size > 1,
+    )
+
+
+def _refuse(engine: ServedEngine, used: Mapping[str, bool], divided: bool) -> None:
+    """used: by name, what vLLM was asked for; divided: each device has a part of the heads."""
+    for what in (name for name, asked in used.items() if asked and engine.active):
+        names = ", ".join(m.name for m in engine.active)
+        raise VlmFixError(f"{names} cannot be served with {what}; leave it out.")
     shared = [m.name for m in engine.active if not _apart(m)]
-    for what, used in {
-        "speculative decoding": config.speculative_config is not None,
-        "pipeline parallelism": parallel.pipeline_parallel_size > 1,
-        "context parallelism": getattr(parallel, "decode_context_parallel_size", 1) > 1
-        or getattr(parallel, "prefill_context_parallel_size", 1) > 1,
-        "microbatches (--enable-dbo)": bool(getattr(parallel, "enable_dbo", False)),
-        "a pooling runner": getattr(config.model_config, "runner_type", "generate") != "generate",
-        "prompts of embeddings (--enable-prompt-embeds)": bool(
-            getattr(config.model_config, "enable_prompt_embeds", False)
-        ),
-        "embeddings in place of images (--enable-mm-embeds)": bool(
-            getattr(config.model_config.multimodal_config, "enable_mm_embeds", False)
-        ),
-        "a quantised KV cache": "fp8" in str(config.cache_config.cache_dtype)
-        or "int" in str(config.cache_config.cache_dtype),
-        "a KV connector": config.kv_transfer_config is not None,
-        "LoRA": config.lora_config is not None,
-    }.items():
-        if used:
-            raise VlmFixError(f"{names} cannot be served with {what}; leave it out.")
-    if parallel.tensor_parallel_size > 1 and shared:
+    if divided and shared:
         raise VlmFixError(
             f"{shared[0]} compares heads with each other or names them, and tensor parallelism gives each device a part of "
             "them: serve it on one device, or with data parallelism."
         )
+
+
+def _quantised(dtype: Any) -> bool:
+    return "fp8" in str(dtype) or "int" in str(dtype)
 
 
 def _apart(method: Method) -> bool:
@@ -167,7 +219,7 @@ def check_worker(runner: Any, engine: ServedEngine) -> None:
             "sliding windows": (getattr(layer, "sliding_window", None) or -1) > 0,
             "attention sinks": getattr(impl, "sinks", None) is not None,
             "ALiBi": getattr(impl, "alibi_slopes", None) is not None,
-            "a quantised KV cache": "fp8" in str(impl.kv_cache_dtype) or "int" in str(impl.kv_cache_dtype),
+            "a quantised KV cache": _quantised(impl.kv_cache_dtype),
             "a shared KV cache": getattr(impl, "kv_sharing_target_layer_name", None) is not None,
         }.items():
             if used:

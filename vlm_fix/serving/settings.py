@@ -39,6 +39,9 @@ class Settings:
         methods, files = given.pop("method", None), given.pop("calibration", ())
         methods = split_methods(methods) if isinstance(methods, str) else [methods]
         files = [files] if isinstance(files, str) else files
+        if isinstance(value, str) and len(methods) > 1:
+            stack = "+".join("+".join(run) for run in methods)
+            raise VlmFixError(f"{value!r} is {len(methods)} runs, and a server has one stack: write {stack!r}.")
         if given or len(methods) != 1 or not _texts(methods[0]) or not methods[0] or not _texts(files):
             raise VlmFixError(f"additional_config[{KEY!r}] is {value!r}: give one stack, such as {EXAMPLES}.")
         return cls(tuple(methods[0]), tuple(files))
