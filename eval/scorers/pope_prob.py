@@ -203,8 +203,8 @@ def _check_sample(path: Path, number: int, row: Mapping[str, Any]) -> None:
         return
     sane = all(isinstance(p, int | float) and not isinstance(p, bool) and 0 <= p <= 1 for p in given)
     shapes = {"splits": list, "labels": dict, "benchmark": str, "image": str, "prompt": str}
-    filled = {"splits": [], "labels": {}} | row
-    if not sane or sum(given) >= 1.0001 or not all(isinstance(filled.get(k), kind) for k, kind in shapes.items()):  # type: ignore[arg-type]
+    filled: dict[str, Any] = {"splits": [], "labels": {}, **row}
+    if not sane or sum(given) >= 1.0001 or not all(isinstance(filled.get(k), kind) for k, kind in shapes.items()):
         raise VlmFixError(
             f"{path}, question {number} of yes and no: it is not as vlm-fix eval writes it (p_yes {given[0]!r}, p_no "
             f"{given[1]!r}): give its own {SAMPLES}, unchanged."

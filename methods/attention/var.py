@@ -87,7 +87,8 @@ class VAR(WeightEdit, LayerInputReader, InputEdit):
     def prepare(self, session: Session, kwargs: dict[str, Any]) -> dict[str, Any]:
         if session.start == 0:
             found, plain = secondary_sinks(session, kwargs, self.life, self)
-            session.memory(self, VARMemory).sinks.update({i: found[i] for i in self.layers or ()})  # type: ignore[index]
+            sinks = {i: found[i] for i in range(len(found)) if i in (self.layers or ())}
+            session.memory(self, VARMemory).sinks.update(sinks)
             return plain.rest(session.rows_in(self.row_scope, needs_image=True).first)
         return kwargs
 
