@@ -87,8 +87,9 @@ class VAR(WeightEdit, LayerInputReader, InputEdit):
     def prepare(self, session: Session, kwargs: dict[str, Any]) -> dict[str, Any]:
         if session.start == 0:
             found, plain = secondary_sinks(session, kwargs, self.life, self)
-            sinks = {i: found[i] for i in range(len(found)) if i in (self.layers or ())}
-            session.memory(self, VARMemory).sinks.update(sinks)
+            session.memory(self, VARMemory).sinks.update(
+                (i, x) for i, x in enumerate(found) if i in (self.layers or ())
+            )
             return plain.rest(session.rows_in(self.row_scope, needs_image=True).first)
         return kwargs
 
