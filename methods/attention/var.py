@@ -35,8 +35,7 @@ class VAR(WeightEdit, LayerInputReader, InputEdit):
     included). On rows after the image, a head with image attention A[V] >= min_visual_mass whose non-sink share
     1 - A[sink & V] / A[V] is at least rho becomes
         A[sink] <- (1 - p) A[sink];   A[V \\ sink] <- A[V \\ sink] (1 + p sum A[sink] / sum A[V \\ sink]).
-    Row sums stay 1. Nothing happens in a layer without a visual sink.
-
+    Row sums stay 1; nothing happens in a layer without a visual sink.
     Source: arXiv 2503.03321; official code seilk/VisAttnSink@98e62d6, whose rho_c = 1 - rho and p_c = 1 - p. sink_dims:
     known for LLaVA-1.5, Qwen2-VL-7B and InternVL2-8B; otherwise detected per call and layer as the dimensions in which
     the first real token (BOS, the best-known sink) exceeds tau. Deviations: the official code leaks the sinks of one
@@ -87,9 +86,8 @@ class VAR(WeightEdit, LayerInputReader, InputEdit):
     def prepare(self, session: Session, kwargs: dict[str, Any]) -> dict[str, Any]:
         if session.start == 0:
             found, plain = secondary_sinks(session, kwargs, self.life, self)
-            session.memory(self, VARMemory).sinks.update(
-                (i, x) for i, x in enumerate(found) if i in (self.layers or ())
-            )
+            chosen = ((i, x) for i, x in enumerate(found) if i in (self.layers or ()))
+            session.memory(self, VARMemory).sinks.update(chosen)
             return plain.rest(session.rows_in(self.row_scope, needs_image=True).first)
         return kwargs
 
