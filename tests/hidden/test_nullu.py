@@ -70,7 +70,7 @@ def test_every_layout_of_a_file_says_the_same(models, tmp_path):
     folder = tmp_path / "artifact"  # repsteer: one layer
     folder.mkdir()
     save_file({"basis": rows[2]}, folder / "tensors.safetensors")
-    site = {"stream": "language", "component": "mlp", "layer": 2, "unit": None, "io": "output", "tensor_path": []}
+    site = {"stream": "language", "component": "mlp_out", "layer": 2, "unit": None, "io": "output", "tensor_path": []}
     (folder / "manifest.json").write_text(json.dumps({"artifact_type": "subspace", "site": site}))
     save_file({"layers.2": rows[2]}, tmp_path / "one.safetensors")
     assert torch.equal(answers(models, folder), answers(models, tmp_path / "one.safetensors"))
@@ -87,7 +87,7 @@ def test_files_that_do_not_fit_are_refused(models, tmp_path):
         ("narrow.safetensors", "60 channels for layer 1; this model has 64 channels and layers 0 to 3"),
         ("deep.safetensors", "for layer 9; this model has"),
         ("names.safetensors", "is not understood"),
-        ("early.safetensors", "holds none of the layers 2, 3"),
+        ("early.safetensors", "holds nothing but zeros, if anything, for the layers 2, 3"),
         ("pickle.pt", "is not a safetensors file"),
         ("nowhere.safetensors", "there is no file"),
         ("folder", "is not a repsteer artifact"),
