@@ -80,7 +80,11 @@ class Nullu(MLPRawEdit):
 
     @property
     def control(self) -> str:
-        return f"random_subspace:rank={self.rank},layers={'|'.join(map(str, self.layers))}" if self.rank else ""  # type: ignore[arg-type]
+        if self.neutral or not isinstance(self.file, Tensors):
+            return ""
+        taken = [len(self.file.named[str(i)]) for i in self.layers]  # type: ignore[union-attr]
+        much = f"rank={taken[0]}" if len(set(taken)) == 1 else f"ranks={'|'.join(map(str, taken))}"
+        return f"random_subspace:{much},layers={'|'.join(map(str, self.layers))}"  # type: ignore[arg-type]
 
     def mlp_raw(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
         assert isinstance(self.file, Tensors)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from tests.support.references import base as ref
 from tests.support.run import error, greedy
 from vlm_fix import cli
 from vlm_fix.calibrated import Calibration
+from vlm_fix.families import arch_of
 from vlm_fix.methods.controls.random_subspace import drawn
 from vlm_fix.tensors import Tensors
 
@@ -203,6 +205,37 @@ def test_nullu_is_measured_against_random_subspaces_of_its_rank(models):
 
     wanted = _controls([[vlm_fix.parse_spec(SPEC)]], models["llava"], yes_no=False)
     assert "random_subspace:rank=3,layers=1|2|3" in wanted
+
+
+@pytest.mark.parametrize(
+    ("sizes", "control"),
+    [
+        ({0: 1, 1: 1}, "random_subspace:rank=1,layers=0|1"),
+        ({0: 1, 1: 6, 3: 2}, "random_subspace:ranks=1|4|2,layers=0|1|3"),
+        ({1: 2, 2: -2}, "random_subspace:ranks=2|1,layers=1|2"),  # two rows of one direction
+    ],
+)
+def test_the_control_of_a_file_takes_as_many_dimensions_away_as_it_does(models, tmp_path, sizes, control):
+    """Told by what both take out of a random MLP output, layer by layer."""
+    drawn_rows = {i: tensors.drawn(40 + i, abs(k), 64) for i, k in sizes.items()}
+    rows = {i: x if sizes[i] > 0 else torch.stack([x[0], -2 * x[0]]) for i, x in drawn_rows.items()}
+    save_file({f"layers.{i}": x for i, x in rows.items()}, tmp_path / "x.safetensors")
+    model, arch, taken = models["llava"], arch_of(models["llava"]), {}
+    method = vlm_fix.parse_spec(f"nullu:file={tmp_path / 'x.safetensors'},layers=0-").resolve(arch)
+    assert method.control == control
+    for name, made in (("nullu", method), ("control", vlm_fix.parse_spec(control).resolve(arch))):
+        for i in sizes:
+            x = torch.eye(64)[None]
+            lost = x - made.mlp_raw(x, SimpleNamespace(layer=i))
+            taken[name, i] = int(torch.linalg.matrix_rank(lost[0], tol=1e-4))
+        with vlm_fix.wrapped(model, made):
+            greedy(model, single("llava", [1], 0), 2)
+    assert all(taken["nullu", i] == taken["control", i] > 0 for i in sizes)
+    for ranks in ("1", "1|2|3|4", "1|-1"):
+        with pytest.raises(
+            vlm_fix.VlmFixError, match="ranks must hold 2 numbers of at least 0, one for each of the layers 1, 2"
+        ):
+            vlm_fix.parse_spec(f"random_subspace:ranks={ranks},layers=1-2").resolve(arch)
 
 
 def test_tensors_are_read_again_when_the_file_changes(tmp_path):
