@@ -207,12 +207,44 @@ def test_tensors_that_cannot_be_meant_are_refused(models, tmp_path, method):
 def test_controls_of_steering_take_its_place_rows_and_strength(models):
     from vlm_fix.eval.run.plan import _controls
 
-    specs = [f"steer:file={tensors.DIRECTIONS},strength=-0.3,layers=1", "rudder:alpha=0.2", "rudder:absolute=20"]
+    specs = [f"steer:file={tensors.DIRECTIONS},strength=-0.3,layers=1", "rudder:alpha=0.2", "rudder:absolute=20,k=3"]
     wanted = _controls([[vlm_fix.parse_spec(spec)] for spec in specs], models["llava"], yes_no=False)
-    assert [spec for spec in wanted if spec.startswith("random_direction")] == [
+    assert [spec for spec in wanted if spec.startswith(("random_direction", "random_reminder"))] == [
         "random_direction:strength=0.3,place=layer_output,prompt_rows=last,layers=1",
-        "random_direction:strength=0.2,place=layer_output,prompt_rows=last,layers=3",
+        "random_reminder:layers=3,alpha=0.2",
+        "random_reminder:layers=3,absolute=20.0,k=3.0",
     ]
+
+
+@pytest.mark.parametrize(
+    "spec", ["rudder:alpha=0.7,layers=2", "rudder:absolute=4,gate_on=attention,k=9,layers=1", "rudder:gated=false"]
+)
+def test_rudders_control_adds_as_much_at_the_same_place_in_another_direction(models, spec):
+    """What both add to the attention output of the same first pass, row by row."""
+    model, inputs, added = models["llava"], make_inputs("llava", [1, 2]), {}
+    method = vlm_fix.parse_spec(spec).resolve(arch_of(model))
+    control, (layer,) = vlm_fix.parse_spec(method.control), method.layers
+    for made in (method, control):
+        cls, seen = type(made.resolve(arch_of(model))), []
+        kept = cls.attention_output
+        try:
+            cls.attention_output = lambda self, x, rows, kept=kept, seen=seen: (
+                seen.append((new := kept(self, x, rows)) - x),
+                new,
+            )[1]
+            with vlm_fix.wrapped(model, made):
+                greedy(model, inputs, 1)
+        finally:
+            if cls is type(method):
+                cls.attention_output = kept
+            else:
+                del cls.attention_output
+        added[made.name] = seen[0]
+    ours, theirs = added["rudder"], added["random_reminder"]
+    assert torch.allclose(ours.norm(dim=-1), theirs.norm(dim=-1), rtol=1e-4, atol=1e-5)
+    assert float(ours[:, -1].norm(dim=-1).min()) > 0.1 and not bool(ours[:, :-1].any() or theirs[:, :-1].any())
+    assert float(torch.cosine_similarity(ours[:, -1], theirs[:, -1], dim=-1).abs().max()) < 0.6
+    assert layer == control.resolve(arch_of(model)).layers[0]
 
 
 def test_hulluedit_refuses_beams_and_memvr_says_when_it_never_looked(family, model):

@@ -21,7 +21,7 @@ SERVED = {
         "iri", "steer:file=DIRECTIONS,strength=0.4", "steer:file=DIRECTIONS,place=mlp_output,prompt_rows=all,absolute=0.3",
         "nullu:file=SUBSPACE,rank=6", "vti:file=VTI,alpha_text=3,alpha_vision=3", "rudder:layers=3,alpha=1",
         "memvr:threshold=0.05,ratio=0.5", "memvr:threshold=0.05,ratio=0.5,prompt_rows=last", "hulluedit:kappa=1",
-        "random_direction:strength=0.5", "random_subspace:rank=32",
+        "random_direction:strength=0.5", "random_subspace:rank=32", "random_reminder:layers=3,alpha=1",
     ),
     "next token": ("apc_only", "gaussian_logits", "yes_threshold:margin=0.9", "deco", "dola"),
     "second branch": ("vcd", "icd", "m3id", "marine:objects=OBJECTS", "ritual", "yes_bias", "pai:gamma=1.5"),
