@@ -82,6 +82,14 @@ def calibrate(
     own = type(method).calibrate is not Method.calibrate
     if not own and not search:
         method.calibrate(None, (), seed, progress)
+    if own and not search and method.neutral:
+        raise VlmFixError(f"{spec} changes nothing, so there is nothing to find for it; raise its strength.")
+    if own and pairs and (not Path(pairs).is_file() or data.startswith("picto:")):
+        raise VlmFixError(
+            f"--pairs {pairs} is no file: give a JSONL file with image, value and h_value."
+            if not Path(pairs).is_file()
+            else f"--pairs {pairs} names images of a folder: say which with --data coco:DIR."
+        )
     task = questions or _questions(data, limit, seed)
     net, processor, identity = loaded or loading.load_model(model, dtype, device)
     halves = _halves(task, limit, seed)
@@ -103,6 +111,8 @@ def calibrate(
         raise VlmFixError(f"{method.name} does not calibrate on caption pairs; leave --pairs out.")
     given = {name: v for name in sorted(method.given) if (v := getattr(method, name)) is not None}
     found = {**given, **(method.calibrate(net, shown, seed, progress) if own else {})}
+    if empty := [k for k, v in found.items() if v == () or (isinstance(v, Tensors) and not v.named)]:
+        raise VlmFixError(f"{spec}: calibrate found nothing for {empty[0]} with these settings; raise its strength.")
     method = dataclasses.replace(method, **found)
     tried = []
     for i, options in enumerate([{}, *grid] if search else []):
@@ -231,7 +241,8 @@ def _pairs(
     else:
         made = tasks.pairs.of_file(file, Path(rest), limit, {s.file for s in halves[1]}, seed)
     if len(made) < 2:
-        raise VlmFixError(f"{len(made)} pairs of captions are too few; raise --limit.")
+        told = f"raise --limit to {max(12, 2 * limit)} or more" if file is None else f"add pairs to {file}"
+        raise VlmFixError(f"{len(made)} pairs of captions are too few, it takes 2; {told}.")
     inputs = _encoded(model, processor, [pair.sample for pair in made], progress)
 
     def ids(text: str) -> torch.Tensor:

@@ -30,6 +30,8 @@ def export(
     folder, methods = Path(out), parse(spec)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise VlmFixError(f"{out} is not an empty folder; give a new one for the checkpoint.")
+    if len(methods) != 1:
+        raise VlmFixError(f"{spec} is a stack; export writes one method: name one, and use the rest at run time.")
     if type(methods[0]).bake is Method.bake:  # before a model is loaded
         methods[0].bake(None)
     net, processor, _ = loading.load_model(model, own_dtype(model) if dtype == "auto" else dtype, device)

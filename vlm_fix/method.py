@@ -88,7 +88,9 @@ class Method:
                 or (high is not None and value > high)
             ):
                 span = (
-                    f"between {low} and {high}"
+                    f"above {low} and at most {high}"
+                    if high is not None and low is not None and meta.get("open")
+                    else f"between {low} and {high}"
                     if high is not None and low is not None
                     else f"at most {high}"
                     if low is None
@@ -97,6 +99,10 @@ class Method:
                     else f"at least {low}"
                 )
                 raise VlmFixError(f"{self.name}: {f.name}={value!r} must be a number {span}.")
+            if any(
+                isinstance(v, float) and not math.isfinite(v) for v in (value if isinstance(value, tuple) else (value,))
+            ):
+                raise VlmFixError(f"{self.name}: {f.name}={value!r} must be a finite number.")
             if meta.get("counts") and any(v > 1 and v % 1 for v in (value if isinstance(value, tuple) else (value,))):
                 raise VlmFixError(
                     f"{self.name}: {f.name}={value!r} is neither a share up to 1 nor a count, which must be whole."
@@ -153,9 +159,11 @@ class Method:
         progress(what, share done) is called now and then. The model is left as it was. Raises VlmFixError where nothing
         is found.
         """
-        raise VlmFixError(
-            f"{self.name} has nothing to find; search a strength with --search, as in --search alpha=0.1|0.2|0.5."
+        own = next(
+            (f for f in dataclasses.fields(self) if isinstance(f.default, float) and f.default and not f.kw_only), None
         )
+        example = f", as in --search {own.name}={own.default / 2:g}|{own.default:g}" if own else ""
+        raise VlmFixError(f"{self.name} has nothing to find; search a strength with --search{example}.")
 
     def bake(self, model: Any) -> None:
         """Write this method into the weights of an unwrapped model, in place, so that the plain model answers as a wrapped one.

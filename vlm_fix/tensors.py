@@ -44,9 +44,15 @@ class Tensors:
 
 
 def read_tensors(source: str | Tensors, name: str) -> Mapping[str, torch.Tensor]:
-    """Name -> tensor on the CPU; `name` is the method's, for the sentence of a VlmFixError."""
-    if isinstance(source, Tensors):
-        return source.named
+    """Name -> tensor on the CPU, of finite numbers; `name` is the method's, for the sentence of a VlmFixError."""
+    named = source.named if isinstance(source, Tensors) else _of_file(source, name)
+    for key, t in named.items():
+        if t.is_complex() or not bool(t.float().isfinite().all()):
+            raise VlmFixError(f"{name}: {key} in {source} holds NaN, infinite or complex numbers; make it again.")
+    return named
+
+
+def _of_file(source: str, name: str) -> Mapping[str, torch.Tensor]:
     path = Path(source).expanduser()
     if not path.is_file():
         raise VlmFixError(f"{name}: there is no file {source}; name a safetensors file.")

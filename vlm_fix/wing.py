@@ -31,8 +31,8 @@ NO_IDS = "inputs_embeds alone hide where the images are; pass input_ids and pixe
 OUTSIDE = "that is done only inside generate; call model.generate, or unwrap the model."
 MASKED = "attention_mask masks every image token, so no row of it was reached."
 NOT_NUMBERS = (
-    "the scores of a token were NaN, or none of them was finite: edits must leave numbers, and at least one token; if they "
-    "do, load the model in bfloat16 or float32."
+    "the scores of a token were NaN, or none of them was finite: edits must leave numbers, and at least one token; try less "
+    "extreme settings, or if the model is in float16, load it in bfloat16 or float32."
 )
 UNMOVED = "it gave back what it was given, unchanged, wherever it was asked."
 ATTRIBUTE = "_vlm_fix_engine"  # where a wrapped model keeps its engine

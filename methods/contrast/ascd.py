@@ -52,7 +52,7 @@ class ASCD(ScoreEdit, Contrast):
     beta: float = param(0.1, "plausibility cut-off", low=0, high=1)
     text: str = param("all", "text whose weight `calibrate` compares with the image's", choices=("all", "after"))
     share: float | None = param(None, "share of all heads that `calibrate` names; 32 of 1,024, with M-RoPE 64 of 784",
-                                low=0, high=1)  # fmt: skip
+                                above=0, high=1)  # fmt: skip
 
     def defaults(self, arch: Arch) -> dict[str, Any]:
         boost, share = (0.5, 64 / 784) if arch.family.mrope else (0.625, 32 / 1024)

@@ -51,14 +51,14 @@ class ICD(Contrast):
         return plausible((1 + self.alpha) * l - self.alpha * l_neg, l, self.beta)
 
 
-def line_tokens(model: Any, text: str, name: str) -> tuple[int, ...]:
-    """Token ids of `text` as a line; VlmFixError if the model's directory has no tokenizer."""
+def line_tokens(model: Any, text: str, name: str, instead: str = "") -> tuple[int, ...]:
+    """Token ids of `text` as a line; VlmFixError if the model's directory has no tokenizer, with what to give `instead`."""
     try:
         return _tokenized(model.config.name_or_path, text)
     except (OSError, ValueError) as problem:
         raise VlmFixError(
             f"{name} needs the model's tokenizer for its instruction, but {model.config.name_or_path!r} has none: load "
-            f"the model from its directory or hub name, or give the token ids as {name}:tokens=1|2|3."
+            f"the model from its directory or hub name, or give {instead or f'the token ids as {name}:tokens=1|2|3'}."
         ) from problem
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,9 @@ import torch
 from vlm_fix import Contrast, VlmFixError, param
 from vlm_fix.call import Call
 from vlm_fix.decoding.step import checksum, images_of_rows
+from vlm_fix.families import image_token_ids
 from vlm_fix.method import Method
+from vlm_fix.wing import installed
 
 from .icd import after_image, line_tokens
 
@@ -61,22 +64,27 @@ class Marine(Contrast):
         return super().resolve(arch)
 
     def negative(self, call: Call) -> dict[str, torch.Tensor]:
-        find = self.objects if callable(self.objects) else _reader(str(self.objects))
+        find, size = self.objects if callable(self.objects) else _reader(str(self.objects)), vocabulary(call)
+        images = torch.tensor(image_token_ids(call.model, call.family)).tolist()
         rows = []
-        for images in images_of_rows(call):
-            found = list(dict.fromkeys(o for image in images for o in find(image)))
-            words, ids = (
-                [o for o in found if isinstance(o, str)],
-                tuple(int(o) for o in found if not isinstance(o, str)),
-            )
+        for shown in images_of_rows(call):
+            found = list(dict.fromkeys(o for image in shown for o in named(find(image))))
+            words, ids = [o for o in found if isinstance(o, str)], tuple(o for o in found if not isinstance(o, str))
             if words and ids:
                 raise VlmFixError("marine: objects must be names or token ids, not both.")
-            rows.append(ids or (self.line(call, words) if words else ()))
+            line = ids or (self.line(call, words) if words else ())
+            if wrong := [i for i in line if not 0 <= i < size or i in images]:
+                why = "stands for an image" if wrong[0] in images else f"is none of the model's {size}"
+                raise VlmFixError(f"marine: the token id {wrong[0]} of the objects {why}; give others.")
+            rows.append(line)
+        if not any(rows) and (engine := installed(call.model)) is not None:
+            engine.warn_once([self], "no object was found in any image of it.")
         return after_image(call, *rows)
 
     def line(self, call: Call, words: list[str]) -> tuple[int, ...]:
         told = " and ".join(words) if len(words) < 3 else f"{', '.join(words[:-1])}, and {words[-1]}"
-        return line_tokens(call.model, self.prompt.replace("{objects}", told), self.name)
+        instead = "objects as token ids, those of the whole line"
+        return line_tokens(call.model, self.prompt.replace("{objects}", told), self.name, instead)
 
     def combine(self, l: torch.Tensor, l_neg: torch.Tensor) -> torch.Tensor:
         return (l + self.gamma * (l_neg - l)).masked_fill(torch.isinf(l), -torch.inf)
@@ -87,14 +95,43 @@ def image_keys(call: Call) -> list[list[str]]:
     return [[f"{checksum(image):08x}" for image in images] for images in images_of_rows(call)]
 
 
+def vocabulary(call: Call) -> int:
+    """The number of token ids that a call's model can read."""
+    return int(call.model.get_input_embeddings().weight.shape[0])
+
+
+def named(found: Any, where: str = "the function") -> Objects:
+    """What a detector says of an image, checked: names that are not empty, or whole token ids, in an order of its own."""
+    if isinstance(found, torch.Tensor) or type(found).__module__ == "numpy":
+        found = found.tolist()
+    if not isinstance(found, list | tuple):
+        raise VlmFixError(
+            f"marine: {where} gives {found!r} for an image's objects; give a list of names or token ids, such as ['dog'], in the "
+            "order in which they are told; [] for none."
+        )
+    found = [o if isinstance(o, str | bool) or not hasattr(o, "__index__") else operator.index(o) for o in found]
+    wrong = [
+        o
+        for o in found
+        if isinstance(o, bool) or not isinstance(o, str | int) or (isinstance(o, str) and not o.strip())
+    ]
+    if wrong:
+        raise VlmFixError(
+            f"marine: {where} gives {wrong[0]!r} as an object; a name is a text, a token id a whole number."
+        )
+    return found
+
+
 def _reader(path: str) -> Callable[[torch.Tensor], Objects]:
     try:
         known = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as problem:
         raise VlmFixError(f"marine: {path} cannot be read as JSON ({problem}).") from problem
     lists = known.values() if isinstance(known, dict) else [None]
-    if not all(isinstance(v, list) and all(isinstance(name, str | int) for name in v) for v in lists):
+    if not all(isinstance(v, list) for v in lists):
         raise VlmFixError(f"marine: {path} must hold one object {{key: [name, ...]}}.")
+    for v in lists:
+        named(v, path)
 
     def find(image: torch.Tensor) -> Objects:
         key = f"{checksum(image):08x}"

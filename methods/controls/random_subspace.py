@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from vlm_fix import Arch, MLPRawEdit, RowScope, param
+from vlm_fix import Arch, MLPRawEdit, RowScope, VlmFixError, param
 from vlm_fix.hidden.push import without_span
 from vlm_fix.rows import Rows
 
@@ -19,7 +19,8 @@ class RandomSubspace(MLPRawEdit):
 
         m <- m - Q_l^T Q_l m,  m [C] the MLP's output of layer l, in every row, with or without an image
     Q_l [rank, C]: orthonormal rows of a Gaussian matrix, drawn once from `seed` and the layer. What Nullu gains beyond this
-    is due to its subspace. `vlm-fix eval --controls` runs it at each such method's rank and layers.
+    is due to its subspace. `vlm-fix eval --controls` runs it in each such method's layers, at the dimensions that the method
+    takes away there (`ranks` where they differ).
 
     Source: a control for arXiv 2412.13817, with its defaults.
     """
@@ -31,16 +32,28 @@ class RandomSubspace(MLPRawEdit):
 
     rank: int = param(4, "dimensions that are taken away", low=0)
     seed: int = param(0, "seed of the subspaces", low=0)
+    ranks: tuple[int, ...] | None = param(None, "for each of `layers` its own number of dimensions, instead of `rank`")
 
     def defaults(self, arch: Arch) -> dict[str, Any]:
         return {"layers": f"{min(arch.depth - 1, round(arch.depth / 2))}-"}
 
+    def resolve(self, arch: Arch) -> RandomSubspace:
+        method = super().resolve(arch)
+        assert isinstance(method, RandomSubspace) and isinstance(method.layers, tuple)
+        if self.ranks is not None and (len(self.ranks) != len(method.layers) or min(self.ranks) < 0):
+            raise VlmFixError(
+                f"random_subspace: ranks must hold {len(method.layers)} numbers of at least 0, one for each of the layers "
+                f"{', '.join(map(str, method.layers))}."
+            )
+        return method
+
     @property
     def neutral(self) -> bool:
-        return self.rank == 0
+        return self.rank == 0 if self.ranks is None else not any(self.ranks)
 
     def mlp_raw(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
-        return without_span(x, drawn(self.seed, rows.layer, self.rank, x.shape[-1], x.device))
+        rank = self.rank if self.ranks is None else self.ranks[self.layers.index(rows.layer)]  # type: ignore[union-attr, arg-type]
+        return without_span(x, drawn(self.seed, rows.layer, rank, x.shape[-1], x.device)) if rank else x
 
 
 @functools.lru_cache(maxsize=1024)

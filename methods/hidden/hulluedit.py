@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from vlm_fix import Arch, FinalOutputEdit, LayerInputEdit, Memory, RowScope, param
+from vlm_fix import Arch, FinalOutputEdit, LayerInputEdit, Memory, RowScope, VlmFixError, param
 from vlm_fix.rows import Rows
 from vlm_fix.session import VISUAL
 
@@ -66,6 +66,16 @@ class HulluEdit(LayerInputEdit, FinalOutputEdit):
 
     def defaults(self, arch: Arch) -> dict[str, Any]:
         return {"anchor": scaled(26, arch.depth), "layers": str(arch.depth - 1)}
+
+    def resolve(self, arch: Arch) -> HulluEdit:
+        method = super().resolve(arch)
+        assert isinstance(method, HulluEdit)
+        if method.layers != (arch.depth - 1,):
+            raise VlmFixError(
+                "hulluedit acts behind the last layer alone, so layers has no meaning for it; leave it out: anchor names "
+                "the layer that is read."
+            )
+        return method
 
     @property
     def neutral(self) -> bool:

@@ -16,7 +16,7 @@ from vlm_fix.rows import Rows
 from vlm_fix.tensors import Tensors
 
 from .baking import project_mlp
-from .files import Source, by_layer
+from .files import Source, by_layer, place_of
 from .pairs import answer_states
 from .steering import scaled
 
@@ -62,11 +62,17 @@ class Nullu(MLPRawEdit):
         if method.neutral:
             return method
         known = by_layer(method.file, arch, self.name)  # type: ignore[arg-type]
-        layers = tuple(i for i in method.layers if i in known)
+        if place_of(method.file) == "attention_output":  # type: ignore[arg-type]
+            raise VlmFixError(
+                f"nullu: {method.file} is of attention outputs by its manifest; give a subspace of MLPs or layers."
+            )
+        rows = {i: orthonormal(known[i][: self.rank]) for i in method.layers if i in known}
+        layers = tuple(i for i, q in rows.items() if len(q))
         if not layers:
-            raise VlmFixError(f"nullu: {method.file} holds none of the layers {', '.join(map(str, method.layers))}.")
-        rows = Tensors({str(i): orthonormal(known[i][: self.rank]) for i in layers})
-        return dataclasses.replace(method, layers=layers, file=rows)
+            raise VlmFixError(
+                f"nullu: {method.file} holds nothing but zeros, if anything, for the layers {', '.join(map(str, method.layers))}."
+            )
+        return dataclasses.replace(method, layers=layers, file=Tensors({str(i): rows[i] for i in layers}))
 
     @property
     def neutral(self) -> bool:
@@ -74,7 +80,11 @@ class Nullu(MLPRawEdit):
 
     @property
     def control(self) -> str:
-        return f"random_subspace:rank={self.rank},layers={'|'.join(map(str, self.layers))}" if self.rank else ""  # type: ignore[arg-type]
+        if self.neutral or not isinstance(self.file, Tensors):
+            return ""
+        taken = [len(self.file.named[str(i)]) for i in self.layers]  # type: ignore[union-attr]
+        much = f"rank={taken[0]}" if len(set(taken)) == 1 else f"ranks={'|'.join(map(str, taken))}"
+        return f"random_subspace:{much},layers={'|'.join(map(str, self.layers))}"  # type: ignore[arg-type]
 
     def mlp_raw(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
         assert isinstance(self.file, Tensors)

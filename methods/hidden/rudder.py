@@ -66,10 +66,7 @@ class RUDDER(AttentionOutputEdit, LayerInputEdit):
 
     @property
     def control(self) -> str:
-        if self.neutral or self.absolute is not None:
-            return ""
-        layers = "|".join(map(str, self.layers))  # type: ignore[arg-type]
-        return f"random_direction:strength={self.alpha:g},place=layer_output,prompt_rows=last,layers={layers}"
+        return "" if self.neutral else self.spec().replace(self.name, "random_reminder", 1)
 
     def layer_input(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
         rows.memory(RUDDERMemory).stream[rows.layer] = x
@@ -86,10 +83,16 @@ class RUDDER(AttentionOutputEdit, LayerInputEdit):
             memory.direction[i] = normalize(memory.total[i] / memory.weight[i].clamp(min=1e-12), dim=-1)[:, None]
         if rows.numbers[-1] < session.prompt_len - 1:
             return x
-        h = memory.stream[i]
-        y = pushed(
+        y = self.reminded(x, memory.stream[i], memory.direction[i], i)
+        if rows.numbers[0] >= session.prompt_len - 1:
+            return y
+        return torch.where((rows.positions >= session.prompt_len - 1)[:, None], y, x)
+
+    def reminded(self, x: torch.Tensor, h: torch.Tensor, v: torch.Tensor, layer: int) -> torch.Tensor:
+        """Attention outputs and inputs of a layer [B, R, C], its v [B, 1, C] -> the attention outputs with the reminder."""
+        return pushed(
             x,
-            memory.direction[i],
+            v,
             self.alpha if self.absolute is None else self.absolute,
             relative=self.absolute is None,
             keep_norm=False,
@@ -97,6 +100,3 @@ class RUDDER(AttentionOutputEdit, LayerInputEdit):
             length_of=h,
             cosine_of=h if self.gate_on == "stream" else x,
         )
-        if rows.numbers[0] >= session.prompt_len - 1:
-            return y
-        return torch.where((rows.positions >= session.prompt_len - 1)[:, None], y, x)

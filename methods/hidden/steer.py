@@ -29,8 +29,10 @@ class Steer(AttentionOutputEdit, MLPOutputEdit, LayerOutputEdit):
     Source: activation addition (Turner et al., arXiv 2308.10248; Rimsky et al., arXiv 2312.06681). Files, safetensors alone:
     one vector a layer named by its 0-based number (`direction.14`, EasySteer's and repeng's names; EasySteer@0b71127), one
     tensor [depth, C], or the folder of a repsteer artifact (schema 1.x, repsteer@00c9989), whose manifest names layer and
-    place. GGUF, pickle and .pt files are refused: save them as safetensors. Not read: checksums of an artifact, and the
-    model that it was made for beyond its sizes.
+    place: attn_out, mlp_out, resid_post, and resid_pre, the output of the layer before. Refused are resid_mid, embeddings,
+    single heads (`unit`), and GGUF, pickle and .pt files: save them as safetensors. Not read: checksums of an artifact, and
+    the model that it was made for beyond its sizes. Deviation: where a norm stands behind attention or MLP, repsteer adds
+    before it, here behind it.
     """
 
     name: ClassVar[str] = "steer"
@@ -61,7 +63,13 @@ class Steer(AttentionOutputEdit, MLPOutputEdit, LayerOutputEdit):
         layers = tuple(i for i in method.layers if i in known and bool(known[i].any()))
         if not layers:
             raise VlmFixError(f"steer: {method.file} holds no vector for layers {', '.join(map(str, method.layers))}.")
-        place = method.place or place_of(method.file) or PLACES[0]  # type: ignore[arg-type]
+        own = place_of(method.file)  # type: ignore[arg-type]
+        place = method.place or own or PLACES[0]
+        if own and place != own:
+            raise VlmFixError(
+                f"steer: {method.file} is made for {own} by its manifest, not for {place}; leave place out, or save its "
+                "tensor as a safetensors file."
+            )
         return dataclasses.replace(
             method, layers=layers, place=place, file=Tensors({str(i): known[i][0] for i in layers})
         )

@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch.nn.functional import normalize
 
 from vlm_fix import Arch, MLPOutputEdit, RowScope, Sample, VisionMLPEdit, VlmFixError, param
 from vlm_fix.hidden.push import pushed
 from vlm_fix.rows import Rows
-from vlm_fix.tensors import Tensors, read_tensors
+from vlm_fix.tensors import Tensors
 
-from .files import Source
+from .files import Source, of_part
 from .masked_images import masked_differences
 from .pairs import answer_states
 
@@ -72,24 +71,25 @@ class VTI(MLPOutputEdit, VisionMLPEdit):
             raise VlmFixError(
                 "vti: the vision tower has no transformer blocks to steer; set alpha_vision=0 to go without."
             )
-        named = read_tensors(method.file, self.name)  # type: ignore[arg-type]
-        for part, wanted, depth in (
-            ("text", self.alpha_text, arch.depth),
-            ("vision", self.alpha_vision, arch.vision_depth),
-        ):
-            own = {key for key in named if key.startswith(f"{part}.")}
-            if wanted and not own:
-                raise VlmFixError(f"vti: {method.file} holds no {part}.LAYER; set alpha_{part}=0 to go without.")
-            if wanted and not own <= {f"{part}.{i}" for i in range(depth)}:
-                raise VlmFixError(f"vti: {method.file} is of another model: this one has {depth} {part} layers.")
-        sizes = {t.shape[-1] for key, t in named.items() if key.startswith("text.")}
-        if self.alpha_text and sizes != {arch.hidden}:
+        parts = (
+            ("text", self.alpha_text, arch.depth, ("C",)),
+            ("vision", self.alpha_vision, arch.vision_depth, ("Cv", "N, Cv")),
+        )
+        unit = dict[str, torch.Tensor]()
+        for part, wanted, depth, shapes in parts:
+            unit |= of_part(method.file, self.name, part, depth, shapes) if wanted else {}  # type: ignore[arg-type]
+        sizes = {t.shape[-1] for key, t in unit.items() if key.startswith("text.")}
+        if sizes - {arch.hidden}:
             raise VlmFixError(
                 f"vti: {method.file} is of another model: this one has {arch.hidden} channels, not {max(sizes)}."
             )
-        layers = tuple(i for i in method.layers if f"text.{i}" in named)
-        unit = Tensors({key: normalize(t.float(), dim=-1) for key, t in named.items()})
-        return dataclasses.replace(method, layers=layers, file=unit)
+        layers = tuple(i for i in method.layers if f"text.{i}" in unit)
+        if self.alpha_text and not layers:
+            told = ", ".join(map(str, method.layers))
+            raise VlmFixError(
+                f"vti: {method.file} holds no text direction but zeros, if anything, for the layers {told}."
+            )
+        return dataclasses.replace(method, layers=layers, file=Tensors(unit))
 
     @property
     def neutral(self) -> bool:

@@ -58,6 +58,15 @@ class ONLY(WeightReader, QueryKeyReader, LogitEdit):
     def defaults(self, arch: Arch) -> dict[str, Any]:
         return {"layers": str(arch.attention[0]), "last": arch.depth - 1}
 
+    def resolve(self, arch: Arch) -> ONLY:
+        method = super().resolve(arch)
+        assert isinstance(method, ONLY) and isinstance(method.layers, tuple)
+        if len(method.layers) != 1:
+            raise VlmFixError(
+                f"only reads the heads of one layer, not of {len(method.layers)}; give one, as in layers=0."
+            )
+        return method
+
     @property
     def neutral(self) -> bool:
         return self.alpha == 0 and self.alpha_add == 0

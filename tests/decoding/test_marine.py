@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -54,7 +55,7 @@ def test_a_row_without_objects_is_the_plain_models(family, model):
 
 def test_words_are_joined_as_the_official_list(monkeypatch, models):
     told = []
-    monkeypatch.setattr(marine, "line_tokens", lambda model, text, name: told.append(text) or (5,))
+    monkeypatch.setattr(marine, "line_tokens", lambda model, text, name, instead: told.append(text) or (5,))
     call = Call(models["llava"], family_of(models["llava"]), single("llava", [2], 0))
     for names in (["cat"], ["cat", "dog"], ["cat", "dog", "bus"]):
         answers = iter([names[:1], names])
@@ -80,3 +81,66 @@ def test_what_is_missing_or_wrong_is_said(models, tmp_path):
     both = marine.Marine(objects=lambda image: ["cat", 3])
     with vlm_fix.wrapped(model, both), pytest.raises(vlm_fix.VlmFixError, match="names or token ids, not both"):
         greedy(model, inputs, 1)
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        ("dog", "gives 'dog' for an image's objects; give a list of names or token ids"),
+        ({"dog", "cat"}, "for an image's objects; give a list"),
+        (None, "gives None for an image's objects; give a list .* for none"),
+        ({"dog": 0.9}, "for an image's objects; give a list"),
+        (5, "gives 5 for an image's objects"),
+        (iter(["dog"]), "for an image's objects; give a list"),
+        ([5.5], "gives 5.5 as an object; a name is a text, a token id a whole number"),
+        ([True], "gives True as an object"),
+        ([None], "gives None as an object"),
+        ([["dog"]], r"gives \['dog'\] as an object"),
+        ([" "], "gives ' ' as an object"),
+        ([5, 10**6], "the token id 1000000 of the objects is none of the model's"),
+        ([-1], "the token id -1 of the objects is none of the model's"),
+        ([5, IMAGE], f"the token id {IMAGE} of the objects stands for an image"),
+    ],
+)
+def test_what_a_function_may_not_return_is_said(family, model, answer, says):
+    method = marine.Marine(objects=lambda image: answer)
+    with vlm_fix.wrapped(model, method), pytest.raises(vlm_fix.VlmFixError, match=says):
+        greedy(model, single(family, [1], 0), 1)
+
+
+@pytest.mark.parametrize("objects", ["[true]", "[5.5]", '["dog", null]', '[""]', '"dog"'])
+def test_what_a_file_may_not_hold_is_said(models, tmp_path, objects):
+    (tmp_path / "o.json").write_text(f'{{"*": {objects}}}')
+    with (
+        vlm_fix.wrapped(models["llava"], f"marine:objects={tmp_path / 'o.json'}"),
+        pytest.raises(vlm_fix.VlmFixError, match="as an object; a name is a text|must hold one object"),
+    ):
+        greedy(models["llava"], single("llava", [1], 0), 1)
+
+
+def test_ids_of_other_libraries_are_ids(models):
+    call = Call(models["llava"], family_of(models["llava"]), single("llava", [1], 0))
+    made = [marine.Marine(objects=lambda image, ids=ids: ids).negative(call) for ids in ([5, 7], np.array([5, 7]))]
+    made += [
+        marine.Marine(objects=lambda image, ids=ids: ids).negative(call)
+        for ids in (torch.tensor([5, 7]), (5, np.int64(7)))
+    ]
+    assert all(torch.equal(m["input_ids"], made[0]["input_ids"]) for m in made)
+
+
+def test_a_model_without_a_tokenizer_is_told_what_marine_takes(models):
+    method = marine.Marine(objects=lambda image: ["dog"])
+    with (
+        vlm_fix.wrapped(models["llava"], method),
+        pytest.raises(vlm_fix.VlmFixError, match="or give objects as token ids, those of the whole line"),
+    ):
+        greedy(models["llava"], single("llava", [1], 0), 1)
+
+
+def test_a_call_in_which_no_object_was_found_says_so(models):
+    method = marine.Marine(objects=lambda image: [])
+    with (
+        vlm_fix.wrapped(models["llava"], method),
+        pytest.warns(UserWarning, match="marine changed nothing in this call: no object was found"),
+    ):
+        greedy(models["llava"], single("llava", [1], 0), 2)

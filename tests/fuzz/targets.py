@@ -98,7 +98,7 @@ VECTORS = save({f"direction.{i}": torch.ones(8) for i in range(2)})
 MATRIX = save({"all": torch.ones(2, 8)})
 MANIFEST = {
     "artifact_type": "direction",
-    "site": {"stream": "language", "layer": 1, "component": "mlp", "io": "output"},
+    "site": {"stream": "language", "layer": 1, "component": "mlp_out", "io": "output"},
 }
 CALIBRATION = {"method": "pai", "found": {"alpha": 0.5}, "model": {"name": "m", "depth": 2}}
 RESULTS = {

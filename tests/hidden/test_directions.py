@@ -84,10 +84,23 @@ def test_vti_files_of_other_models_are_refused(models, tmp_path):
     save_file({"text.0": torch.ones(64)}, tmp_path / "text.safetensors")
     save_file({"text.7": torch.ones(64)}, tmp_path / "deep.safetensors")
     save_file({"vision.0": torch.ones(9, 32)}, tmp_path / "tokens.safetensors")
+    save_file({"text.0": torch.ones(2, 64)}, tmp_path / "rows.safetensors")
+    save_file({"vision.0": torch.ones(1, 9, 32)}, tmp_path / "cube.safetensors")
+    save_file({"vision.0": torch.zeros(9, 32)}, tmp_path / "zero.safetensors")
     for spec, sentence in (
         ("vti", "run `vlm-fix calibrate vti"),
         (f"vti:file={tmp_path}/text.safetensors", "holds no vision.LAYER; set alpha_vision=0"),
         (f"vti:file={tmp_path}/deep.safetensors,alpha_vision=0", "this one has 4 text layers"),
+        (f"vti:file={tmp_path}/text.safetensors,alpha_vision=0,layers=2-", "zeros, if anything, for the layers 2, 3"),
+        (
+            f"vti:file={tmp_path}/rows.safetensors,alpha_vision=0",
+            r"text.0 in .* has the shape \[2, 64\]; it must be \[C\]",
+        ),
+        (
+            f"vti:file={tmp_path}/cube.safetensors,alpha_text=0",
+            r"vision.0 in .* \[1, 9, 32\]; it must be \[Cv\] or \[N, Cv\]",
+        ),
+        (f"vti:file={tmp_path}/zero.safetensors,alpha_text=0", "every vision.LAYER in .* is zeros; set alpha_vision=0"),
     ):
         with pytest.raises(vlm_fix.VlmFixError, match=sentence):
             vlm_fix.wrap(model, spec)
@@ -101,44 +114,137 @@ def test_vti_files_of_other_models_are_refused(models, tmp_path):
         greedy(model, make_inputs("llava", [1]), 1)
 
 
-def artifact(folder, component, io="output"):
+def artifact(folder, component, kind="direction", **site):
     folder.mkdir()
-    save_file({"direction": tensors.drawn(201, 64)}, folder / "tensors.safetensors")
-    site = {"stream": "language", "component": component, "layer": 1, "io": io}
-    (folder / "manifest.json").write_text(json.dumps({"artifact_type": "direction", "site": site}))
+    rows = tensors.drawn(201, 64) if kind == "direction" else tensors.drawn(201, 2, 64)
+    save_file({"direction" if kind == "direction" else "basis": rows}, folder / "tensors.safetensors")
+    site = {"stream": "language", "component": component, "layer": 1, "unit": None, "io": "output", **site}
+    (folder / "manifest.json").write_text(json.dumps({"artifact_type": kind, "site": site}))
     return folder
 
 
 def test_steering_by_a_repsteer_artifact_is_steering_by_its_tensor(models, tmp_path):
-    model, inputs, results = models["llava"], make_inputs("llava", [1]), []
-    for spec in (
-        f"steer:file={artifact(tmp_path / 'mlp', 'mlp')},strength=0.4",
-        f"steer:file={tensors.DIRECTIONS},strength=0.4,place=mlp_output,layers=1",
-        f"steer:file={artifact(tmp_path / 'post', 'resid_post')},strength=0.4",
-    ):
+    """resid_pre is a layer's input: the output of the layer before."""
+    model, inputs, results = models["llava"], make_inputs("llava", [1]), {}
+    save_file({"direction.0": tensors.drawn(201, 64)}, tmp_path / "before.safetensors")
+    for name, spec in {
+        "mlp": f"steer:file={artifact(tmp_path / 'mlp', 'mlp_out')},strength=0.4",
+        "mlp by hand": f"steer:file={tensors.DIRECTIONS},strength=0.4,place=mlp_output,layers=1",
+        "post": f"steer:file={artifact(tmp_path / 'post', 'resid_post')},strength=0.4",
+        "post by hand": f"steer:file={tensors.DIRECTIONS},strength=0.4,layers=1",
+        "pre": f"steer:file={artifact(tmp_path / 'pre', 'resid_pre')},strength=0.4",
+        "pre by hand": f"steer:file={tmp_path}/before.safetensors,strength=0.4",
+        "attention": f"steer:file={artifact(tmp_path / 'attn', 'attn_out')},strength=0.4,place=attention_output",
+        "attention by hand": f"steer:file={tensors.DIRECTIONS},strength=0.4,place=attention_output,layers=1",
+    }.items():
         with vlm_fix.wrapped(model, spec):
-            results.append(greedy(model, inputs, 2)[1])
-    assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
-    for folder, sentence in (
-        (artifact(tmp_path / "odd", "router"), "its place, 'router' .output., is not known here"),
-        (artifact(tmp_path / "before", "mlp", "input"), "its place, 'mlp' .input., is not known here"),
-        (tensors.SUBSPACE, "holds 6 rows for layer 0, a subspace: project it out with nullu"),
+            results[name] = greedy(model, inputs, 2)[1]
+    made = ("mlp", "post", "pre", "attention")
+    assert all(torch.equal(results[name], results[f"{name} by hand"]) for name in made)
+    assert not any(torch.equal(results[a], results[b]) for a in made for b in made if a != b)
+
+
+@pytest.mark.parametrize(
+    ("component", "site", "sentence"),
+    [
+        ("router", {}, "its place, 'router' .output. of layer 1, is none of those that are known"),
+        ("mlp_out", {"io": "input"}, "its place, 'mlp_out' .input. of layer 1, is none"),
+        ("resid_mid", {}, "'resid_mid' .output. of layer 1, between attention and MLP, is none"),
+        ("resid_pre", {"layer": 0}, "'resid_pre' .output. of layer 0, the embeddings, is none"),
+        (["mlp_out"], {}, "is none of those that are known"),
+        ("head_result", {"io": "input", "unit": 1}, "of a part of head_result alone, unit 1"),
+        ("mlp_out", {"unit": {"kind": "indices", "values": [1]}}, "of a part of mlp_out alone"),
+        ("mlp_out", {"layer": True}, "is not of one layer of the language model"),
+        ("mlp_out", {"layer": None}, "is not of one layer of the language model"),
+        ("mlp_out", {"stream": "vision"}, "is not of one layer of the language model"),
+    ],
+)
+def test_artifacts_of_other_places_are_refused(models, tmp_path, component, site, sentence):
+    for method, kind in (("steer", "direction"), ("nullu", "subspace")):
+        file = artifact(tmp_path / method, component, kind, **site)
+        with pytest.raises(vlm_fix.VlmFixError, match=sentence):
+            vlm_fix.wrap(models["llava"], f"{method}:file={file}")
+
+
+def test_what_steer_is_given_beside_vectors_of_its_place_is_refused(models, tmp_path):
+    for spec, sentence in (
+        (f"steer:file={tensors.SUBSPACE}", "holds 6 rows for layer 0, a subspace: project it out with nullu"),
+        (
+            f"steer:file={artifact(tmp_path / 'a', 'mlp_out')},place=layer_output",
+            "made for mlp_output by its manifest, not for",
+        ),
+        (
+            f"nullu:file={artifact(tmp_path / 'b', 'attn_out', 'subspace')},layers=0-",
+            "is of attention outputs by its manifest",
+        ),
+        ("steer", "steer: name the vectors"),
     ):
         with pytest.raises(vlm_fix.VlmFixError, match=sentence):
-            vlm_fix.wrap(model, f"steer:file={folder}")
-    with pytest.raises(vlm_fix.VlmFixError, match="steer: name the vectors"):
-        vlm_fix.wrap(model, "steer")
+            vlm_fix.wrap(models["llava"], spec)
+
+
+@pytest.mark.parametrize("method", ["steer", "nullu", "vti"])
+def test_tensors_that_cannot_be_meant_are_refused(models, tmp_path, method):
+    x, file, name = tensors.drawn(7, 64), tmp_path / "x.safetensors", "text" if method == "vti" else "direction"
+    beside = (
+        {} if method == "vti" else {"one layer": ({"attn.2": x, "mlp.2": x + 1}, "attn.2 and mlp.2, both for layer 2")}
+    )
+    beside |= {} if method == "vti" else {"zeros before": ({f"{name}.1": x, f"{name}.01": x + 1}, "both for layer 1")}
+    for named, sentence in (
+        *beside.values(),
+        ({f"{name}.2": x * torch.nan}, f"{name}.2 in .* holds NaN"),
+        ({f"{name}.2": x.clone().index_fill_(0, torch.tensor([3]), torch.inf)}, f"{name}.2 in .* holds NaN, infinite"),
+        ({f"{name}.2": torch.zeros(64)}, "zeros|holds no vector"),
+        ({f"{name}.2": torch.zeros(0)}, "empty|0 channels|shape"),
+    ):
+        save_file(named, file)
+        with pytest.raises(vlm_fix.VlmFixError, match=sentence):
+            vlm_fix.wrap(
+                models["llava"], f"{method}:file={file},layers=0-{',alpha_vision=0' if method == 'vti' else ''}"
+            )
 
 
 def test_controls_of_steering_take_its_place_rows_and_strength(models):
     from vlm_fix.eval.run.plan import _controls
 
-    specs = [f"steer:file={tensors.DIRECTIONS},strength=-0.3,layers=1", "rudder:alpha=0.2", "rudder:absolute=20"]
+    specs = [f"steer:file={tensors.DIRECTIONS},strength=-0.3,layers=1", "rudder:alpha=0.2", "rudder:absolute=20,k=3"]
     wanted = _controls([[vlm_fix.parse_spec(spec)] for spec in specs], models["llava"], yes_no=False)
-    assert [spec for spec in wanted if spec.startswith("random_direction")] == [
+    assert [spec for spec in wanted if spec.startswith(("random_direction", "random_reminder"))] == [
         "random_direction:strength=0.3,place=layer_output,prompt_rows=last,layers=1",
-        "random_direction:strength=0.2,place=layer_output,prompt_rows=last,layers=3",
+        "random_reminder:layers=3,alpha=0.2",
+        "random_reminder:layers=3,absolute=20.0,k=3.0",
     ]
+
+
+@pytest.mark.parametrize(
+    "spec", ["rudder:alpha=0.7,layers=2", "rudder:absolute=4,gate_on=attention,k=9,layers=1", "rudder:gated=false"]
+)
+def test_rudders_control_adds_as_much_at_the_same_place_in_another_direction(models, spec):
+    """What both add to the attention output of the same first pass, row by row."""
+    model, inputs, added = models["llava"], make_inputs("llava", [1, 2]), {}
+    method = vlm_fix.parse_spec(spec).resolve(arch_of(model))
+    control, (layer,) = vlm_fix.parse_spec(method.control), method.layers
+    for made in (method, control):
+        cls, seen = type(made.resolve(arch_of(model))), []
+        kept = cls.attention_output
+        try:
+            cls.attention_output = lambda self, x, rows, kept=kept, seen=seen: (
+                seen.append((new := kept(self, x, rows)) - x),
+                new,
+            )[1]
+            with vlm_fix.wrapped(model, made):
+                greedy(model, inputs, 1)
+        finally:
+            if cls is type(method):
+                cls.attention_output = kept
+            else:
+                del cls.attention_output
+        added[made.name] = seen[0]
+    ours, theirs = added["rudder"], added["random_reminder"]
+    assert torch.allclose(ours.norm(dim=-1), theirs.norm(dim=-1), rtol=1e-4, atol=1e-5)
+    assert float(ours[:, -1].norm(dim=-1).min()) > 0.1 and not bool(ours[:, :-1].any() or theirs[:, :-1].any())
+    assert float(torch.cosine_similarity(ours[:, -1], theirs[:, -1], dim=-1).abs().max()) < 0.6
+    assert layer == control.resolve(arch_of(model)).layers[0]
 
 
 def test_hulluedit_refuses_beams_and_memvr_says_when_it_never_looked(family, model):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from tests.support.references import base as ref
 from tests.support.run import error, greedy
 from vlm_fix import cli
 from vlm_fix.calibrated import Calibration
+from vlm_fix.families import arch_of
 from vlm_fix.methods.controls.random_subspace import drawn
 from vlm_fix.tensors import Tensors
 
@@ -70,7 +72,7 @@ def test_every_layout_of_a_file_says_the_same(models, tmp_path):
     folder = tmp_path / "artifact"  # repsteer: one layer
     folder.mkdir()
     save_file({"basis": rows[2]}, folder / "tensors.safetensors")
-    site = {"stream": "language", "component": "mlp", "layer": 2, "unit": None, "io": "output", "tensor_path": []}
+    site = {"stream": "language", "component": "mlp_out", "layer": 2, "unit": None, "io": "output", "tensor_path": []}
     (folder / "manifest.json").write_text(json.dumps({"artifact_type": "subspace", "site": site}))
     save_file({"layers.2": rows[2]}, tmp_path / "one.safetensors")
     assert torch.equal(answers(models, folder), answers(models, tmp_path / "one.safetensors"))
@@ -87,7 +89,7 @@ def test_files_that_do_not_fit_are_refused(models, tmp_path):
         ("narrow.safetensors", "60 channels for layer 1; this model has 64 channels and layers 0 to 3"),
         ("deep.safetensors", "for layer 9; this model has"),
         ("names.safetensors", "is not understood"),
-        ("early.safetensors", "holds none of the layers 2, 3"),
+        ("early.safetensors", "holds nothing but zeros, if anything, for the layers 2, 3"),
         ("pickle.pt", "is not a safetensors file"),
         ("nowhere.safetensors", "there is no file"),
         ("folder", "is not a repsteer artifact"),
@@ -203,6 +205,37 @@ def test_nullu_is_measured_against_random_subspaces_of_its_rank(models):
 
     wanted = _controls([[vlm_fix.parse_spec(SPEC)]], models["llava"], yes_no=False)
     assert "random_subspace:rank=3,layers=1|2|3" in wanted
+
+
+@pytest.mark.parametrize(
+    ("sizes", "control"),
+    [
+        ({0: 1, 1: 1}, "random_subspace:rank=1,layers=0|1"),
+        ({0: 1, 1: 6, 3: 2}, "random_subspace:ranks=1|4|2,layers=0|1|3"),
+        ({1: 2, 2: -2}, "random_subspace:ranks=2|1,layers=1|2"),  # two rows of one direction
+    ],
+)
+def test_the_control_of_a_file_takes_as_many_dimensions_away_as_it_does(models, tmp_path, sizes, control):
+    """Told by what both take out of a random MLP output, layer by layer."""
+    drawn_rows = {i: tensors.drawn(40 + i, abs(k), 64) for i, k in sizes.items()}
+    rows = {i: x if sizes[i] > 0 else torch.stack([x[0], -2 * x[0]]) for i, x in drawn_rows.items()}
+    save_file({f"layers.{i}": x for i, x in rows.items()}, tmp_path / "x.safetensors")
+    model, arch, taken = models["llava"], arch_of(models["llava"]), {}
+    method = vlm_fix.parse_spec(f"nullu:file={tmp_path / 'x.safetensors'},layers=0-").resolve(arch)
+    assert method.control == control
+    for name, made in (("nullu", method), ("control", vlm_fix.parse_spec(control).resolve(arch))):
+        for i in sizes:
+            x = torch.eye(64)[None]
+            lost = x - made.mlp_raw(x, SimpleNamespace(layer=i))
+            taken[name, i] = int(torch.linalg.matrix_rank(lost[0], tol=1e-4))
+        with vlm_fix.wrapped(model, made):
+            greedy(model, single("llava", [1], 0), 2)
+    assert all(taken["nullu", i] == taken["control", i] > 0 for i in sizes)
+    for ranks in ("1", "1|2|3|4", "1|-1"):
+        with pytest.raises(
+            vlm_fix.VlmFixError, match="ranks must hold 2 numbers of at least 0, one for each of the layers 1, 2"
+        ):
+            vlm_fix.parse_spec(f"random_subspace:ranks={ranks},layers=1-2").resolve(arch)
 
 
 def test_tensors_are_read_again_when_the_file_changes(tmp_path):

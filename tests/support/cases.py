@@ -320,6 +320,15 @@ CASES = {
             "random_direction:strength=0.3,place=layer_output,prompt_rows=last",
             neutral=("random_direction:strength=0",),
         ),
+        edit(
+            neutral=("random_reminder:alpha=0", "random_reminder:absolute=0"),
+            rows={
+                "random_reminder:alpha=0.8,layers=2,seed=3": row(hidden.Rudder, (2,), alpha=0.8, drawn=3),
+                "random_reminder:absolute=6,k=8,gate_on=attention,pool=mean,layers=1": row(
+                    hidden.Rudder, (1,), absolute=6, k=8, on="attention", pool="mean", drawn=0
+                ),
+            },
+        ),
         edit("random_subspace:rank=20,layers=0-", neutral=("random_subspace:rank=0",)),
         # contrasts
         edit(

@@ -10,6 +10,7 @@ from tests.support import tensors
 from tests.support.references import base as ref
 from tests.support.references.attention import writer
 from tests.support.references.base import Reference
+from vlm_fix.methods.controls.random_direction import drawn
 
 
 def length(x) -> float:
@@ -152,6 +153,7 @@ class Rudder(Reference):
     gated: bool = True
     on: str = "stream"
     pool: str = "weighted"
+    drawn: int | None = None  # of the control: the seed of its direction
 
     def attach(self, twin):
         handles = []
@@ -161,7 +163,7 @@ class Rudder(Reference):
             def note(module, args, kwargs, kept=kept):
                 kept["h"] = (args[0] if args else kwargs["hidden_states"])[0].clone()
 
-            def remind(x, r, kept=kept):
+            def remind(x, r, kept=kept, i=i):
                 if not self.edited(r):
                     return None
                 pooled = 0
@@ -172,6 +174,8 @@ class Rudder(Reference):
                 s = self.k * cosine(h if self.on == "stream" else x[r], v)
                 plus, minus = (torch.log1p(torch.exp(torch.tensor(z + 1.0, dtype=torch.float64))) for z in (s, -s))
                 g = max(0.05, float(plus / (plus + minus))) if self.gated else 1.0
+                if self.drawn is not None:
+                    v = drawn(self.drawn, i, len(v)).double()
                 return x[r] + (self.alpha * length(h) if self.absolute is None else self.absolute) * g * v
 
             handles.append(layer.register_forward_pre_hook(note, with_kwargs=True))
