@@ -11,8 +11,8 @@ class Term:
     """The spread of d = combined - log p over the tokens left uncut, pooled over the rows and steps of one call.
 
     A row of n uncut tokens adds sum (d - mean d)^2 to `squares` and n - 1 to `dof`: a constant added to a whole row cancels
-    in the softmax. Rows behind their end token add nothing. A row that `Contrast.gate` leaves as it is adds zeros, and is
-    counted. All of it stays on the device until it is asked for.
+    in the softmax. Rows that are not contrasted add nothing: those behind their end token, and those that `Contrast.gate`
+    leaves as they are, which are counted. All of it stays on the device until it is asked for.
     """
 
     def __init__(self, ends: int | list[int] | torch.Tensor | None) -> None:
@@ -26,7 +26,7 @@ class Term:
         """A step: log-probabilities and scores [B, V], -inf where cut off, after the tokens [B, t]; sure [B, 1]: gated."""
         self.ends = self.ends.to(generated.device)
         ended = torch.isin(generated, self.ends).any(dim=1, keepdim=True).to(main.device)
-        left = main.isfinite() & combined.isfinite() & ~ended
+        left = main.isfinite() & combined.isfinite() & ~(ended if sure is None else ended | sure)
         count = left.sum(dim=1, keepdim=True)
         d = torch.where(left, combined - main, 0.0)
         d = torch.where(left, d - d.sum(dim=1, keepdim=True) / count.clamp(min=1), 0.0)
