@@ -258,7 +258,9 @@ def capture(
         return hook
 
     def collect(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        call = engine.call or (engine.session and engine.session.call)
+        looks = engine.session is not None and engine.session.plain  # a pass of a method's own sees the images once more
+        call = None if looks else engine.call
+        call = call or (engine.session and engine.session.call)
         if call is not None:
             found, known = list(encoder.images(args, kwargs, output, dict(seen))), getattr(call, into)
             video = bool(found) and shows_video(found, known, call.inputs)
