@@ -258,9 +258,8 @@ def capture(
         return hook
 
     def collect(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        looks = engine.session is not None and engine.session.plain  # a pass of a method's own sees the images once more
-        call = None if looks else engine.call
-        call = call or (engine.session and engine.session.call)
+        session = engine.session  # plain: a method's own pass over the prompt, which sees the images once more
+        call = (None if session and session.plain else engine.call) or (session and session.call)
         if call is not None:
             found, known = list(encoder.images(args, kwargs, output, dict(seen))), getattr(call, into)
             video = bool(found) and shows_video(found, known, call.inputs)
