@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from transformers import BatchFeature
 
 import vlm_fix
-from tests.support.cases import CASES
+from tests.support.cases import CASES, SPECS
 from tests.support.models import IMAGE, make_inputs, single
 from vlm_fix.attention.inputs import QueryRows
 from vlm_fix.attention.kernel import edited_rows
@@ -70,6 +70,23 @@ def test_bad_spec_is_refused_in_a_sentence(models, spec, sentence):
     assert "generate" not in model.__dict__, "nothing half-patched may be left"
     vlm_fix.wrap(vlm_fix.unwrap(model), "pai")
     vlm_fix.unwrap(model)
+
+
+def test_a_method_at_a_neutral_setting_is_told_where_it_is_put_on(models):
+    model, neutral = models["llava"], "these settings are neutral"
+    with pytest.warns(UserWarning, match=rf"^pai:alpha=0.0\+hiprune:keep=1.0 .*{neutral}") as told:
+        vlm_fix.wrap(model, "pai:alpha=0+vhr+hiprune:keep=1.0")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with vlm_fix.wrapped(model, "baseline", replace=True):  # asked for by its name
+            pass
+        assert [m.name for m in vlm_fix.active(model)] == ["pai", "vhr", "hiprune"], "put back, and not told again"
+        with pytest.raises(vlm_fix.VlmFixError):
+            vlm_fix.wrap(model, "pai:layers=99", replace=True)
+        for spec in SPECS:
+            vlm_fix.wrap(model, spec, replace=True)
+        vlm_fix.unwrap(model)
+    assert len(told) == 1
 
 
 def of_the_model():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -84,6 +85,20 @@ def test_a_gated_step_hands_on_the_logits_as_they_are(family, model, spec):
         _, logits, scores = greedy(model, inputs, 3)
         assert torch.equal(scores, logits)
         assert torch.equal(model.generate(**inputs, **options), plain)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=str)
+@pytest.mark.parametrize("spec", ["vcd:beta=0", "crops:beta=0", "m3id"])
+def test_a_contrast_whose_gate_never_opened_is_told_once(family, model, spec, options):
+    inputs, options = make_inputs(family, IMAGES), {"max_new_tokens": 3, "do_sample": False, **options}
+    for gate, said in ((0.001, 1), (1.0, 0)):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            with vlm_fix.wrapped(model, spec + (":" if ":" not in spec else ",") + f"gate={gate}"):
+                model.generate(**inputs, **options)
+                model.generate(**inputs, **options)
+        told = [str(w.message) for w in caught if "changed nothing" in str(w.message)]
+        assert len(told) == said and all(f"as sure as gate={gate:g} asks" in text for text in told)
 
 
 @pytest.mark.parametrize("options", MODES, ids=lambda o: next(iter(o), "greedy"))

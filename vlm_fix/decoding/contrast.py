@@ -74,8 +74,8 @@ class PrefixContrast(LogitsProcessor):
             self.host.main.parts.pop(MainPrompt, None)  # every branch has its prompt now
             combined = self.method.contrasted(generated.shape[1], main, *(log_probs(x, raw) for x in negatives))
             combined = combined if kept is None else torch.where(kept, main, combined)
-            if not self.method.gated and sure is None:
-                self.host.effects.note(self.method, combined, main)
+        if not self.method.gated:
+            self.host.effects.note(self.method, combined, main)
         if self.term:
             self.term.add(main, combined, generated, sure, blind)
         new = log_probs(combined, unless=not self.adds).to(scores.dtype)
@@ -153,6 +153,12 @@ class ContrastWing(Wing):
 
     def only_in_generate(self) -> Iterator[tuple[Method, str]]:
         yield self.contrast, "contrast"
+
+    def unused(self, session: Session) -> Iterator[tuple[Method, str]]:
+        term = self.running.term if self.running else None
+        kept, rows = (term.gated if term else None) or (0, 1)
+        if kept == rows and self.contrast in self.host.effects.idle():
+            yield self.contrast, f"at every token the model was as sure as gate={self.contrast.gate:g} asks; raise it."
 
     def enter(self, session: Session, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         return self.running.join(session, args, kwargs) if self.running and session is self.host.main else None
