@@ -39,12 +39,14 @@ def param(
     above: float | None = None,
     counts: bool = False,
     by_name: bool = False,
+    of: str = "",
 ) -> Any:
     """A dataclass field with its help text and legal range, `low` and `high` included, `above` not; shown by
     `vlm-fix methods` and the demo. counts: up to 1 it is a share, above 1 a count, which must be whole. by_name: of a kind,
-    so that the order of a method's own parameters stays theirs."""
+    so that the order of a method's own parameters stays theirs. of: it counts the model's "layers" or "token ids", from 0,
+    and `resolve` refuses one that the model does not have."""
     meta = {"help": help, "low": low if above is None else above, "high": high, "choices": choices}
-    meta |= {"open": above is not None, "counts": counts}
+    meta |= {"open": above is not None, "counts": counts, "of": of}
     return dataclasses.field(default=default, metadata=meta, kw_only=by_name)
 
 
@@ -114,6 +116,14 @@ class Method:
         """A copy with the paper's defaults for this model filled in (layers as a tuple of indices)."""
         values = {k: v for k, v in self.defaults(arch).items() if getattr(self, k) is None}
         method = dataclasses.replace(self, **values)
+        for f in dataclasses.fields(method):
+            if count := {"layers": arch.depth, "token ids": arch.vocab}.get(f.metadata.get("of", "")):
+                value = getattr(method, f.name)
+                for index in value if isinstance(value, tuple) else () if value is None else (value,):
+                    if not 0 <= index < count:
+                        raise VlmFixError(
+                            f"{self.name}: {f.name}={index} does not exist; there are {f.metadata['of']} 0 to {count - 1}."
+                        )
         if any(f.name == "layers" for f in dataclasses.fields(method)):
             layers = parse_layers(getattr(method, "layers"), arch.depth, self.name)  # noqa: B009
             method = dataclasses.replace(method, **{"layers": layers})

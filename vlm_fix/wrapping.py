@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
@@ -16,11 +17,12 @@ from vlm_fix.engine import Engine
 from vlm_fix.errors import VlmFixError
 from vlm_fix.families import arch_of
 from vlm_fix.families.compat import warn_if_untested
-from vlm_fix.method import Method
+from vlm_fix.method import Baseline, Method
 from vlm_fix.registry import Spec, parse
 from vlm_fix.wing import ATTRIBUTE, bare, installed
 
 Model = TypeVar("Model")
+NEUTRAL = "leaves the model as it is: these settings are neutral."
 
 
 def wrap(
@@ -35,6 +37,7 @@ def wrap(
     method without one takes calibration/METHOD.json of the checkpoint's folder, if that is there.
     replace: take off what is on the model first; if the new methods cannot be installed, the old ones stay.
     settings: parameters of a single method by name, as in `wrap(model, "pai", alpha=0.3)`.
+    Warns of methods whose settings change nothing.
     Raises VlmFixError for an unknown method or value, an unsupported or already wrapped model, a senseless stack, a
     calibration or a file of another method or model.
     """
@@ -53,15 +56,22 @@ def wrap(
     presets.check(spec, inside)
     unwrap(model)
     try:
-        engine = _plan(model, methods, calibration)
-        engine.install()
-        vars(engine.model)[ATTRIBUTE] = engine
-        copies.install(engine, wrap)
+        engine = _install(model, methods, calibration)
     except BaseException:
         if before:
-            wrap(model, before)
+            _install(model, before)
         raise
+    if idle := [m.spec() for m in engine.methods if not isinstance(m, Baseline) and m.resolve(engine.arch).neutral]:
+        warnings.warn(f"{'+'.join(idle)} {NEUTRAL}", stacklevel=2)
     return model
+
+
+def _install(model: Any, methods: list[Method], calibration: calibrated.Files = None) -> Engine:
+    engine = _plan(model, methods, calibration)
+    engine.install()
+    vars(engine.model)[ATTRIBUTE] = engine
+    copies.install(engine, wrap)
+    return engine
 
 
 def plan(model: Model, spec: Spec, calibration: calibrated.Files = None) -> Engine:
@@ -134,4 +144,4 @@ def wrapped(
     finally:
         unwrap(model)
         if before:
-            wrap(model, before)
+            _install(model, before)

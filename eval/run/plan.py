@@ -20,6 +20,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -33,6 +35,7 @@ from vlm_fix.eval.settings import Settings
 from vlm_fix.eval.tasks import Task
 from vlm_fix.families import table as families
 from vlm_fix.method import Baseline, Method
+from vlm_fix.wrapping import NEUTRAL
 
 from .elsewhere import Elsewhere
 
@@ -69,10 +72,12 @@ class Run:
         )
 
     @contextlib.contextmanager
-    def applied(self, model: Any, calibration: Sequence[Calibration] = (), seed: int | None = None) -> Iterator[None]:
+    def applied(
+        self, model: Any, calibration: Sequence[Calibration] = (), seed: int | None = None, tell: bool = False
+    ) -> Iterator[None]:
         """Wrap the model with the stack; the baseline runs unwrapped, so that any family can be measured.
 
-        Methods that draw at random use `seed`, unless their own was set.
+        Methods that draw at random use `seed`, unless their own was set. tell: of neutral settings; once is enough.
         """
         stack = [_seeded(method, seed) if seed is not None else method for method in self.stack]
         chosen = [c for c in calibration if c.method in {method.name for method in stack}]
@@ -82,7 +87,11 @@ class Run:
         elif all(isinstance(method, Baseline) for method in stack):
             yield
         else:
-            with vlm_fix.wrapped(model, stack, chosen):
+            with contextlib.ExitStack() as on:
+                with warnings.catch_warnings():
+                    if not tell:
+                        warnings.filterwarnings("ignore", f".*{re.escape(NEUTRAL)}")
+                    on.enter_context(vlm_fix.wrapped(model, stack, chosen))
                 yield
 
 

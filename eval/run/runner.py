@@ -127,7 +127,7 @@ def evaluate(
     calibration = choose(settings.calibration, model, methods)
     plan = runs(settings, model, tasks, calibration)
     for run in plan:  # report a bad value or combination now, not after an hour of baseline
-        with run.applied(model, calibration):
+        with run.applied(model, calibration, tell=True):
             pass
     if settings.batch_size == "auto":
         settings = dataclasses.replace(

@@ -1,7 +1,8 @@
 """Score the answers of every run and compare them with the baseline's, paired by question or caption.
 
 A sample that failed is reported. An answer to a question counts as wrong; a caption is left out, since an empty one would
-have no hallucination, and a comparison is then over the captions that both runs have.
+have no hallucination, and a comparison is then over the captions that both runs have. A run of which no answer was made is
+an error.
 """
 
 from __future__ import annotations
@@ -114,6 +115,11 @@ def _by_seed(run: str, task: Task, rows: Sequence[Mapping[str, Any]]) -> dict[in
             raise VlmFixError(
                 f"{run}: none of the {failed[lost]} {lost} of {task.benchmark} was made ({error}): see samples.jsonl, fix the "
                 "cause and start again in another --output."
+            )
+        if each and not told:
+            raise VlmFixError(
+                f"{run}: none of its {len(each)} answers to {task.benchmark} was made ({rows[0]['error']}), so there is nothing "
+                "to judge it by: see samples.jsonl, fix the cause and start again in another --output."
             )
         scored[seed] = _Scored(results, failed)
     return scored

@@ -49,7 +49,7 @@ class GIFT(WeightEdit, PromptStart, InputEdit):
     grid: ClassVar[dict[str, tuple[float, ...]]] = {"alpha": (0.5, 1.0)}
 
     alpha: float | None = param(None, "strength: the most salient column's weight grows by exp(alpha)", low=0, high=50)
-    source_layer: int | None = param(None, "layer whose attention gives the map", low=0)
+    source_layer: int | None = param(None, "layer whose attention gives the map", low=0, of="layers")
     pos: str = param("all", "words of the question that count: all, or content words only", choices=("all", "content"))
     template: tuple[int, ...] | None = param(None, TEMPLATE)
     edit_source: bool | None = param(None, "edit the source layer as well; None: if `layers` holds it")
@@ -68,8 +68,6 @@ class GIFT(WeightEdit, PromptStart, InputEdit):
         assert isinstance(method, GIFT) and isinstance(method.layers, tuple) and method.source_layer is not None
         source = method.source_layer
         check_template("gift", method.template)
-        if source >= arch.depth:
-            raise VlmFixError(f"gift: source_layer={source} does not exist; there are layers 0 to {arch.depth - 1}.")
         if source not in arch.attention:
             raise VlmFixError(f"gift: source_layer={source} has no attention weights; layers {arch.attention} do.")
         edit = source in method.layers if method.edit_source is None else method.edit_source

@@ -23,9 +23,10 @@ from .sid import SID, beyond
 class CRoPS(SID):
     """Contrasts with two degraded branches at once: one sees little of the image, the other no image and little of the text.
 
-    Both mask columns from layer 2 on, by the weights of the layer before, mean over heads, in the row that predicts the
-    next token t = 1, 2, ...: branch "image" keeps the `keep` least attended image tokens (as SID); branch "text", whose
-    prompt has no image, keeps the n_t least attended of all columns, n_t = floor(text_low + text_more (1 - exp(-text_rate t))).
+    Both mask columns in the layers from 2 on, in all by one ranking: by the weights of layer 1, the one before them, mean over
+    heads, in the row that predicts the next token t = 1, 2, ...; all rows of the prompt take that of its last row. Branch
+    "image" keeps the `keep` least attended image tokens (as SID); branch "text", whose prompt has no image, keeps the n_t least
+    attended of all columns, n_t = floor(text_low + text_more (1 - exp(-text_rate t))).
     z = (1 + alpha) [log p + w_t (log p - log p_text)] - alpha log p_image, w_t = exp(decay t) - 1, p log-softmax over the
     tokens that the plausibility cut-off leaves. Where the likeliest of them is >= `gate`, nothing is contrasted.
 

@@ -46,7 +46,7 @@ class IAVA(Contrast):
     drop: float = param(0.0, "standard deviations above the mean that make a loss of attention large")
     coverage: float = param(0.5, "share of the image attention that the layers used hold", low=0, high=1)
     prompt: str = param("Describe the content of the image.", "the general instruction")
-    tokens: tuple[int, ...] | None = param(None, "its token ids, instead of `prompt`")
+    tokens: tuple[int, ...] | None = param(None, "its token ids, instead of `prompt`", of="token ids")
 
     @property
     def neutral(self) -> bool:

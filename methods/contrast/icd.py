@@ -38,7 +38,7 @@ class ICD(Contrast):
     alpha: float = param(1.0, "contrast strength", low=0)
     beta: float = param(0.1, "plausibility cut-off", low=0, high=1)
     prompt: str = param(CONFUSED, "the disturbing instruction")
-    tokens: tuple[int, ...] | None = param(None, "its token ids, instead of `prompt`")
+    tokens: tuple[int, ...] | None = param(None, "its token ids, instead of `prompt`", of="token ids")
 
     @property
     def neutral(self) -> bool:

@@ -56,8 +56,8 @@ class LayerCake(WeightEdit, Contrast):
     punctuation_above: float = param(0.0, "least weight on punctuation that is taken away", low=0, high=1)
     concept_above: float = param(0.0, "least weight on content words that is taken away", low=0, high=1)
     prompt_rows: str = param("all", "rows of the prompt that overlook them", choices=("last", "all"))
-    punctuation: tuple[int, ...] | None = param(None, "token ids of punctuation")
-    concepts: tuple[int, ...] | None = param(None, "token ids of content words")
+    punctuation: tuple[int, ...] | None = param(None, "token ids of punctuation", of="token ids")
+    concepts: tuple[int, ...] | None = param(None, "token ids of content words", of="token ids")
 
     def defaults(self, arch: Arch) -> dict[str, Any]:
         depth, middle = arch.depth, arch.depth // 4

@@ -30,7 +30,7 @@ class YesBias(Contrast):
 
     alpha: float = param(1.0, "weight of the instructed answer; 1 = only that", low=0)
     prompt: str = param("Answer yes whenever possible.", "the instruction")
-    tokens: tuple[int, ...] | None = param(None, "its token ids, instead of `prompt`")
+    tokens: tuple[int, ...] | None = param(None, "its token ids, instead of `prompt`", of="token ids")
 
     @property
     def neutral(self) -> bool:

@@ -53,7 +53,7 @@ class HulluEdit(LayerInputEdit, FinalOutputEdit):
     kappa: float = param(0.5, "strength on what the image does not hold", low=0)
     lam: float = param(0.22, "strength on what the text suggests", low=0)
     blend: float = param(0.76, "share of the edited state", low=0, high=1)
-    anchor: int | None = param(None, "layer whose input the subspaces are made of", low=0)
+    anchor: int | None = param(None, "layer whose input the subspaces are made of", low=0, of="layers")
     rank: int = param(8, "directions of the image", low=0)
     prior_rank: int = param(5, "directions of the text", low=0)
     temperature: float = param(1.15, "of the image tokens' weights", above=0)

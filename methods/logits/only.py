@@ -53,7 +53,7 @@ class ONLY(WeightReader, QueryKeyReader, LogitEdit):
     alpha_add: float = param(3.0, "weight of the second distribution, where they are close", low=0)
     gamma: float = param(0.2, "distance up to which it is added", low=0, high=2)
     beta: float = param(0.1, "plausibility cut-off", low=0, high=1)
-    last: int | None = param(None, "the layer whose MLP is run on it; auto: the last", low=0)
+    last: int | None = param(None, "the layer whose MLP is run on it; auto: the last", low=0, of="layers")
 
     def defaults(self, arch: Arch) -> dict[str, Any]:
         return {"layers": str(arch.attention[0]), "last": arch.depth - 1}

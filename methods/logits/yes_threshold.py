@@ -34,8 +34,8 @@ class YesThreshold(LogitEdit):
 
     mass: float = param(0.2, "p(yes) + p(no) above which the answer counts as yes or no", low=0, high=1)
     margin: float = param(0.5, "|p(yes) - p(no)| below which it becomes yes", low=0, high=1)
-    yes: tuple[int, ...] | None = param(None, "token ids of yes")
-    no: tuple[int, ...] | None = param(None, "token ids of no")
+    yes: tuple[int, ...] | None = param(None, "token ids of yes", of="token ids")
+    no: tuple[int, ...] | None = param(None, "token ids of no", of="token ids")
 
     @property
     def neutral(self) -> bool:

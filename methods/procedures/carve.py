@@ -51,7 +51,7 @@ class CARVE(Refiner):
     share: float = param(0.2, "share of the regions kept, if that is more", low=0, high=1)
     steps: int = param(5, "tokens of the two short answers", low=1)
     prompt: str = param("Write a general description of the image.", "the general instruction")
-    tokens: tuple[int, ...] | None = param(None, "its token ids, instead of `prompt`")
+    tokens: tuple[int, ...] | None = param(None, "its token ids, instead of `prompt`", of="token ids")
     black: tuple[float, ...] | None = param(None, "normalised black (-mean / std), else the checkpoint's")
     layers: Layers = param(None, "layers whose attention is read")
 

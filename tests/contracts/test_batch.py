@@ -7,9 +7,12 @@ import vlm_fix
 from tests.support.cases import SPECS, named
 from tests.support.models import make_inputs, single
 from tests.support.run import greedy
+from vlm_fix import Contrast
 
 IMAGES = [1, 2, 1]
 LIMIT = 2e-4  # nats; padding moves rounding
+
+CONTRASTS = [s for s in SPECS if isinstance(m := vlm_fix.parse_spec(s), Contrast) and m.contrasts and m.needs_image]
 
 
 def close(ours, theirs):
@@ -51,3 +54,21 @@ def test_loops_of_a_batch_equal_single_prompts(family, model, spec):
         for row in range(len(IMAGES)):
             alone = model.generate(**single(family, IMAGES, row), **options)[0, -5:]
             assert torch.equal(alone, together[row]), f"row {row} has other tokens than alone"
+
+
+@pytest.mark.parametrize("spec", CONTRASTS, ids=named)
+def test_a_contrast_leaves_a_prompt_without_image_to_the_model(family, model, spec):
+    """Its scores are the model's own logits, to the bit and on their level: nothing is cut off, raised to a power or scaled."""
+    batch, alone, options = (
+        make_inputs(family, [1, 0]),
+        single(family, [1, 0], 1),
+        {"max_new_tokens": 3, "num_beams": 3},
+    )
+    plain, beams = greedy(model, alone, 3), model.generate(**alone, **options, do_sample=False)[0, -3:]
+    with vlm_fix.wrapped(model, spec):
+        tokens, logits, scores = greedy(model, batch, 3)
+        together = model.generate(**batch, **options, do_sample=False)[1, -3:]
+    assert not close(scores[0], logits[0]), "the prompt with an image is to be changed"
+    assert torch.equal(scores[1], logits[1])
+    assert torch.equal(tokens[1], plain[0][0]) and close(scores[1], plain[2][0])
+    assert torch.equal(together, beams)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 import warnings
 
 import numpy as np
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 from transformers import BatchFeature
 
 import vlm_fix
+from tests.support.cases import CASES, SPECS
 from tests.support.models import IMAGE, make_inputs, single
 from vlm_fix.attention.inputs import QueryRows
 from vlm_fix.attention.kernel import edited_rows
@@ -67,6 +70,43 @@ def test_bad_spec_is_refused_in_a_sentence(models, spec, sentence):
     assert "generate" not in model.__dict__, "nothing half-patched may be left"
     vlm_fix.wrap(vlm_fix.unwrap(model), "pai")
     vlm_fix.unwrap(model)
+
+
+def test_a_method_at_a_neutral_setting_is_told_where_it_is_put_on(models):
+    model, neutral = models["llava"], "these settings are neutral"
+    with pytest.warns(UserWarning, match=rf"^pai:alpha=0.0\+hiprune:keep=1.0 .*{neutral}") as told:
+        vlm_fix.wrap(model, "pai:alpha=0+vhr+hiprune:keep=1.0")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with vlm_fix.wrapped(model, "baseline", replace=True):  # asked for by its name
+            pass
+        assert [m.name for m in vlm_fix.active(model)] == ["pai", "vhr", "hiprune"], "put back, and not told again"
+        with pytest.raises(vlm_fix.VlmFixError):
+            vlm_fix.wrap(model, "pai:layers=99", replace=True)
+        for spec in SPECS:
+            vlm_fix.wrap(model, spec, replace=True)
+        vlm_fix.unwrap(model)
+    assert len(told) == 1
+
+
+def of_the_model():
+    """(a case's spec of each method, its parameters that name layers or tokens of the model), by their help texts."""
+    for name, case in CASES.items():
+        for f in dataclasses.fields(get_method(name)):
+            whole = f.type in ("int", "int | None", "tuple[int, ...] | None")
+            if whole and re.search(r"(?<!every )\blayer\b|token ids", f.metadata["help"]):
+                yield pytest.param(case.specs[0], f, id=f"{name}-{f.name}")
+
+
+@pytest.mark.parametrize(("spec", "field"), of_the_model())
+def test_layers_and_tokens_outside_of_the_model_are_refused_when_it_is_wrapped(models, spec, field):
+    """Not in the midst of `generate`, as an IndexError."""
+    for value in (999, 10**9):
+        value = (11, value) if field.type.startswith("tuple") else value
+        method = parse(spec)[0].but(**{field.name: value})
+        with pytest.raises(vlm_fix.VlmFixError, match=rf"^{method.name}\b.*\d") as error:
+            vlm_fix.wrap(models["llava"], method)
+        assert "\n" not in str(error.value) and not vlm_fix.active(models["llava"])
 
 
 @pytest.mark.parametrize(

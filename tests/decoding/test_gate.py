@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from tests.support.models import make_inputs, single
 from tests.support.references import base as ref
 from tests.support.references.contrast import distribution
 from tests.support.run import error, greedy
+from tests.support.tensors import OBJECTS
 from vlm_fix.decoding import branch
 
 IMAGES, STEPS = [1, 2, 1], 6
@@ -69,6 +71,34 @@ def test_gate_falls_both_ways_in_a_batch_and_rows_do_not_touch_each_other(family
         assert torch.equal(torch.isinf(alone), torch.isinf(scores[i]))
         assert torch.allclose(alone, scores[i], atol=2e-4)
     assert torch.equal(scores[sure].log_softmax(-1), logits[sure].log_softmax(-1)), "no bit of a gated row"
+
+
+GATED = ["vcd", "crops", "owl", "m3id", "marine:objects=" + str(OBJECTS), "decore:head_list=1.0", "attention_buckets"]
+
+
+@pytest.mark.parametrize("spec", GATED, ids=lambda s: s.partition(":")[0])
+def test_a_gated_step_hands_on_the_logits_as_they_are(family, model, spec):
+    """Not as log-probabilities: a repetition penalty, which looks at signs, then says what it says to the plain model."""
+    inputs, options = make_inputs(family, IMAGES), {"max_new_tokens": 10, "do_sample": False, "repetition_penalty": 1.5}
+    plain = model.generate(**inputs, **options)
+    with vlm_fix.wrapped(model, spec + (":" if ":" not in spec else ",") + "gate=0.001"):
+        _, logits, scores = greedy(model, inputs, 3)
+        assert torch.equal(scores, logits)
+        assert torch.equal(model.generate(**inputs, **options), plain)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=str)
+@pytest.mark.parametrize("spec", ["vcd:beta=0", "crops:beta=0", "m3id"])
+def test_a_contrast_whose_gate_never_opened_is_told_once(family, model, spec, options):
+    inputs, options = make_inputs(family, IMAGES), {"max_new_tokens": 3, "do_sample": False, **options}
+    for gate, said in ((0.001, 1), (1.0, 0)):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            with vlm_fix.wrapped(model, spec + (":" if ":" not in spec else ",") + f"gate={gate}"):
+                model.generate(**inputs, **options)
+                model.generate(**inputs, **options)
+        told = [str(w.message) for w in caught if "changed nothing" in str(w.message)]
+        assert len(told) == said and all(f"as sure as gate={gate:g} asks" in text for text in told)
 
 
 @pytest.mark.parametrize("options", MODES, ids=lambda o: next(iter(o), "greedy"))

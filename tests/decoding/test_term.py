@@ -11,6 +11,7 @@ import vlm_fix
 from tests.support.models import PAD, VOCAB, make_inputs, single
 from tests.support.references import base as ref
 from tests.support.run import STEPS, error, greedy
+from vlm_fix.decoding.contrast import plausible
 
 IMAGES, SPEC = [1, 2, 1], "vcd:beta=0.05"
 
@@ -126,6 +127,36 @@ def test_a_constant_and_what_was_forbidden_before_do_not_count():
     one.add(main, main + added, torch.tensor([[9, 1], [1, 1]]))  # the first row has ended
     assert (one.squares, one.dof, one.sd) == (0.0, 0, None)
     assert (Term([9]).squares, Term([9]).dof, Term([9]).sd) == (0.0, 0, None)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("spec", ["vcd:beta=0.3", "crops:beta=0.3", "owl:beta=0.3"])
+def test_gated_rows_do_not_water_the_term_down(family, model, spec, beams, monkeypatch):
+    """With a gate that falls both ways, the term is that of the contrasted rows alone, by loops over what was combined."""
+    kind, seen = vlm_fix.registry.get_method(spec.partition(":")[0]), []
+    inputs, how = make_inputs(family, IMAGES), {"max_new_tokens": 5, "do_sample": False, "num_beams": beams}
+    with vlm_fix.wrapped(model, f"{spec},gate=1"):
+        l = greedy(model, inputs)[1]
+    l = plausible(l, l, 0.3) if kind.name == "crops" else l  # whose gate looks at what the cut-off leaves
+    gate, real = float(l.softmax(-1).amax(-1).median()), kind.contrasted
+
+    def contrasted(self, step, l, *negatives):
+        new = real(self, step, l, *negatives)
+        sure = torch.isclose(new, l).all(dim=1)
+        seen.extend(zip(l.double(), new.double(), sure.tolist(), strict=True))
+        return new
+
+    monkeypatch.setattr(kind, "contrasted", contrasted)
+    with vlm_fix.wrapped(model, f"{spec},gate={gate}"):
+        model.generate(**inputs, **how)
+        term = vlm_fix.contrast_term(model)
+    squares, dof = 0.0, 0
+    for l, new, sure in seen:
+        d = [] if sure else [float(b - a) for a, b in zip(l, new, strict=True) if math.isfinite(b)]
+        squares += sum((x - sum(d) / len(d)) ** 2 for x in d)
+        dof += max(len(d) - 1, 0)
+    assert 0 < sum(sure for *_, sure in seen) < len(seen) and term.gated[0] > 0
+    assert (term.dof, term.squares) == (dof, pytest.approx(squares, rel=1e-3))
 
 
 def test_noise_has_the_size_that_it_was_given(family, model):

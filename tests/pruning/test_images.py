@@ -214,3 +214,18 @@ def test_pruners_that_cannot_read_crops_refuse_them():
     model, inputs = families.build("llava_onevision"), families.prompt("llava_onevision", [3])
     with vlm_fix.wrapped(model, "uniform_grid"), pytest.raises(vlm_fix.VlmFixError, match="smaller image"):
         greedy(model, inputs, steps=1)
+
+
+@pytest.mark.parametrize("pruner", ["divprune:keep=0.5", "cdpruner:keep=0.5", "visionzip:keep=0.5"])
+@pytest.mark.parametrize("name", ["llava_next", "llava_onevision"])
+def test_a_pass_of_another_methods_own_shows_the_pruner_no_second_images(name, pruner):
+    """VISTA runs the prompt once more before it is pruned: at next to no strength the answer is the pruner's, in beams too."""
+    model, inputs = families.build(name), families.prompt(name, [1, 1])
+    options = {"max_new_tokens": 3, "num_beams": 2, "do_sample": False}
+    with vlm_fix.wrapped(model, pruner):
+        alone, beams = greedy(model, inputs, steps=3), model.generate(**inputs, **options)
+    for stack in (f"vista:lam=1e-9,alpha=0+{pruner}", f"{pruner}+vista:lam=1e-9,alpha=0"):
+        with vlm_fix.wrapped(model, stack):
+            both = greedy(model, inputs, steps=3)
+            assert torch.equal(alone[0], both[0]) and error(alone[1], both[1].double()) < 1e-5
+            assert torch.equal(model.generate(**inputs, **options), beams)

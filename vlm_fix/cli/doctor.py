@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"model           {args.model} ({dtype} on {device})\n", flush=True)
     findings, bundled = [], args.model.startswith("picto-")
     with warnings.catch_warnings(), _one_thread() if bundled else contextlib.nullcontext():
-        warnings.filterwarnings("ignore", ".* changed nothing in this call")  # the table tells
+        warnings.filterwarnings("ignore", ".* (changed nothing in this call|settings are neutral)")  # the table tells
         warnings.filterwarnings("ignore", ".* is not a version that vlm-fix was tested on")  # so do the versions
         for number, finding in enumerate(examine(model, inputs, must_run=bundled), 1):
             findings.append(finding)

@@ -66,17 +66,28 @@ class PrefixContrast(LogitsProcessor):
             self.branches = [Branch(self.host, self.call, name, branch, self.method) for name, branch in wanted.items()]
         raw = self.method.on_logits and not self.adds
         combined = main = log_probs(scores.float(), raw)
-        sure = self.method.sure(main)
+        sure, blind = self.method.sure(main), self._blind(main)
+        kept = blind if sure is None else sure if blind is None else sure | blind
         self.gated = sure is not None
         if sure is None or not all(b.may_wait for b in self.branches) or not bool(sure.all()):
             negatives = [b.logits(generated).to(scores.device).float() for b in self.branches]
             self.host.main.parts.pop(MainPrompt, None)  # every branch has its prompt now
             combined = self.method.contrasted(generated.shape[1], main, *(log_probs(x, raw) for x in negatives))
-            if not self.method.gated and sure is None:
-                self.host.effects.note(self.method, combined, main)
+            combined = combined if kept is None else torch.where(kept, main, combined)
+        if not self.method.gated:
+            self.host.effects.note(self.method, combined, main)
         if self.term:
-            self.term.add(main, combined, generated, sure)
-        return log_probs(combined, unless=not self.adds).to(scores.dtype)  # type: ignore[return-value]
+            self.term.add(main, combined, generated, sure, blind)
+        new = log_probs(combined, unless=not self.adds).to(scores.dtype)
+        if combined is main:
+            return scores
+        return new if kept is None else torch.where(kept, scores, new)  # type: ignore[return-value]
+
+    def _blind(self, main: torch.Tensor) -> torch.Tensor | None:
+        """[B, 1] True for rows without an image, if the method needs one; None: there is no such row."""
+        if not self.method.needs_image or min(self.host.main.last_visual, default=0) >= 0:  # type: ignore[union-attr]
+            return None
+        return ~self.host.main.shown(main.device)  # type: ignore[union-attr]
 
     def join(self, session: Session, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         """A decode step of the main branch, widened to all branches; None where it has to run alone."""
@@ -142,6 +153,12 @@ class ContrastWing(Wing):
 
     def only_in_generate(self) -> Iterator[tuple[Method, str]]:
         yield self.contrast, "contrast"
+
+    def unused(self, session: Session) -> Iterator[tuple[Method, str]]:
+        term = self.running.term if self.running else None
+        kept, rows = (term.gated if term else None) or (0, 1)
+        if kept == rows and self.contrast in self.host.effects.idle():
+            yield self.contrast, f"at every token the model was as sure as gate={self.contrast.gate:g} asks; raise it."
 
     def enter(self, session: Session, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         return self.running.join(session, args, kwargs) if self.running and session is self.host.main else None

@@ -11,8 +11,8 @@ class Term:
     """The spread of d = combined - log p over the tokens left uncut, pooled over the rows and steps of one call.
 
     A row of n uncut tokens adds sum (d - mean d)^2 to `squares` and n - 1 to `dof`: a constant added to a whole row cancels
-    in the softmax. Rows behind their end token add nothing. A row that `Contrast.gate` leaves as it is adds zeros, and is
-    counted. All of it stays on the device until it is asked for.
+    in the softmax. Rows that are not contrasted add nothing: those behind their end token, those without an image,
+    and those that `Contrast.gate` leaves as they are, which are counted. All of it stays on the device until it is asked for.
     """
 
     def __init__(self, ends: int | list[int] | torch.Tensor | None) -> None:
@@ -21,12 +21,19 @@ class Term:
         self.gates: list[tuple[torch.Tensor, torch.Tensor]] = []  # rows that a gate left as they are, of how many
 
     def add(
-        self, main: torch.Tensor, combined: torch.Tensor, generated: torch.Tensor, sure: torch.Tensor | None = None
+        self,
+        main: torch.Tensor,
+        combined: torch.Tensor,
+        generated: torch.Tensor,
+        sure: torch.Tensor | None = None,
+        blind: torch.Tensor | None = None,
     ) -> None:
-        """A step: log-probabilities and scores [B, V], -inf where cut off, after the tokens [B, t]; sure [B, 1]: gated."""
+        """A step: log-probabilities and scores [B, V], -inf where cut off, after the tokens [B, t]; sure [B, 1]: gated;
+        blind [B, 1]: without an image."""
         self.ends = self.ends.to(generated.device)
         ended = torch.isin(generated, self.ends).any(dim=1, keepdim=True).to(main.device)
-        left = main.isfinite() & combined.isfinite() & ~ended
+        ended = ended if blind is None else ended | blind
+        left = main.isfinite() & combined.isfinite() & ~(ended if sure is None else ended | sure)
         count = left.sum(dim=1, keepdim=True)
         d = torch.where(left, combined - main, 0.0)
         d = torch.where(left, d - d.sum(dim=1, keepdim=True) / count.clamp(min=1), 0.0)

@@ -258,7 +258,8 @@ def capture(
         return hook
 
     def collect(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        call = engine.call or (engine.session and engine.session.call)
+        session = engine.session  # plain: a method's own pass over the prompt, which sees the images once more
+        call = (None if session and session.plain else engine.call) or (session and session.call)
         if call is not None:
             found, known = list(encoder.images(args, kwargs, output, dict(seen))), getattr(call, into)
             video = bool(found) and shows_video(found, known, call.inputs)

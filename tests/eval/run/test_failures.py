@@ -58,3 +58,22 @@ def test_a_run_whose_captions_all_failed_is_an_error():
         VlmFixError, match=r"method: none of the 4 captions of chair was made \(OutOfMemoryError: 8 GB\)"
     ):
         summarised("chair", {"baseline": [ALL] * 4, "method": [None] * 4})
+
+
+@pytest.mark.parametrize("benchmark", ["pope", "amber"])
+def test_a_run_whose_answers_all_failed_is_an_error(benchmark):
+    """It is not a method that is wrong throughout: no verdict, and the command does not end in 0."""
+    built = tasks.build(Settings(benchmark=benchmark, data="picto:shift", limit=2))
+    task = next(t for t in built if "label" in t.samples[0].reference)
+
+    def rows_of(run, name):
+        texts = [None if run == "method" else s.reference["label"] for s in task.samples]
+        return [
+            {"id": s.id, "answer": text, "error": None if text else "IndexError: tuple index out of range"}
+            for s, text in zip(task.samples, texts, strict=True)
+        ]
+
+    assert summary.summarise(["baseline", "other"], [task], rows_of)["other"]
+    told = rf"method: none of its {len(task.samples)} answers to {task.benchmark} was made \(IndexError: tuple"
+    with pytest.raises(VlmFixError, match=told):
+        summary.summarise(["baseline", "method"], [task], rows_of)
