@@ -95,6 +95,9 @@ class NextTokens:
             l = out[row : row + 1].log_softmax(dim=-1)
             if name in negatives:
                 assert one.engine.contrast is not None
+                sure = one.engine.contrast.sure(l)
+                if sure is not None and bool(sure) and not one.engine.logit_edits:
+                    continue  # the model's own logits, as penalties see them
                 combined = one.engine.contrast.contrasted(generated.shape[1], l, *negatives[name])
                 l = combined.log_softmax(dim=-1)
             at = {layer: (x[step.last[row]][None, None], generated.shape[1]) for layer, x in seen.items()}
