@@ -169,10 +169,10 @@ class Method:
         progress(what, share done) is called now and then. The model is left as it was. Raises VlmFixError where nothing
         is found.
         """
-        own = next(
-            (f for f in dataclasses.fields(self) if isinstance(f.default, float) and f.default and not f.kw_only), None
-        )
-        example = f", as in --search {own.name}={own.default / 2:g}|{own.default:g}" if own else ""
+        floats = [
+            (f.name, f.default) for f in dataclasses.fields(self) if isinstance(f.default, float) and not f.kw_only
+        ]
+        example = next((f", as in --search {name}={value / 2:g}|{value:g}" for name, value in floats if value), "")
         raise VlmFixError(f"{self.name} has nothing to find; search a strength with --search{example}.")
 
     def bake(self, model: Any) -> None:

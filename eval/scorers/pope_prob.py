@@ -198,7 +198,7 @@ def _of_eval(
 
 def _check_sample(path: Path, number: int, row: Mapping[str, Any]) -> None:
     """Raise VlmFixError for a sample with probabilities that is not as `vlm-fix eval` writes it, such as of a table."""
-    given = [row.get("p_yes"), row.get("p_no")]
+    given: list[Any] = [row.get("p_yes"), row.get("p_no")]
     if given[0] is None:
         return
     sane = all(isinstance(p, int | float) and not isinstance(p, bool) and 0 <= p <= 1 for p in given)
