@@ -363,12 +363,16 @@ class _Row:
         return ""
 
     def _first(self, names: Sequence[str]) -> str:
-        values = (self.row[n] for n in names if n in self.row and n != self.reply_key and not _is_nothing(self.row[n]))
-        value = next(values, "")
-        return str(value) if isinstance(value, str | int | float) else ""
+        return first(self.row, [name for name in names if name != self.reply_key])
 
     def _keys(self) -> str:
         return f"its keys are {', '.join(self.row)}"
+
+
+def first(row: Mapping[str, Any], names: Sequence[str]) -> str:
+    """The first value of a row under one of the names, as text; "" if it has none, or one that is neither text nor number."""
+    value = next((row[name] for name in names if name in row and not _is_nothing(row[name])), "")
+    return str(value) if isinstance(value, str | int | float) else ""
 
 
 def id_text(value: Any) -> str | None:

@@ -382,3 +382,12 @@ def test_probabilities_from_csv_are_those_of_json(tmp_path: Path, capsys: Any) -
     (tmp_path / "a.csv").write_text("question_id;p_yes;p_no\n0;much;0.3\n")
     assert cli.main(["score", "pope-prob", questions, str(tmp_path / "a.csv")]) == 2
     assert "row 1: p_yes 'much' and p_no '0.3' are not two probabilities" in capsys.readouterr().err
+
+
+def test_labels_that_differ_from_the_questions_are_told_of_probabilities(tmp_path: Path, capsys: Any) -> None:
+    asked = [{"question_id": n, "image": f"{n}.jpg", "text": "Is there a dog?", "label": "yes"} for n in (1, 2)]
+    rows = [{"question_id": n, "image": f"val/{n}.jpg", "p_yes": 0.6, "p_no": 0.1} for n in (1, 2)]
+    rows[0]["label"], rows[1]["label"] = "Yes", "no"
+    write(tmp_path / "q", asked), write(tmp_path / "a", rows)
+    assert cli.main(["score", "pope-prob", str(tmp_path / "q"), str(tmp_path / "a")]) == 0
+    assert "1 label of" in capsys.readouterr().err
