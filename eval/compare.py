@@ -130,7 +130,7 @@ def _keys(result: Any) -> list[tuple[Any, str, int]]:
     """Image, question and label of each row; of the question what comes before its mark, as prompts add to it."""
     asked = getattr(result, "asked", ()) or [""] * len(result.rows)
     return [
-        (row["image"], plain_text(text.partition("?")[0]), row.get("positive", 0))
+        (row["image"], plain_text(text.partition("?")[0]), row.get("label", row.get("positive", 0)))
         for row, text in zip(result.rows, asked, strict=True)
     ]
 

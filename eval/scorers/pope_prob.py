@@ -234,9 +234,8 @@ def _of_file(
         _check_row(path, number, row, question, questions)
         other += first(row, LABELS).strip().lower() in {"yes", "no"} - {question.label}
     if other:
-        tell(
-            f"note: {counted(other, 'label')} of {answers} {'differs' if other == 1 else 'differ'} from the questions', which are used"
-        )
+        differ = "differs" if other == 1 else "differ"
+        tell(f"note: {counted(other, 'label')} of {answers} {differ} from the questions', which are used")
     if {*tokens} != {*TOKENS}:
         warnings.warn(
             f"{answers} does not name its yes_tokens and no_tokens: figures of other sets of tokens differ by points.",

@@ -70,6 +70,8 @@ def run(args: argparse.Namespace) -> None:
             raise VlmFixError(f"{benchmark.title} also needs --{dest}: {argument.options['help']}.")
         default = False if argument.options.get("action") == "store_true" else argument.options.get("default")
         given[dest] = getattr(args, dest, default)
+        if (choices := argument.options.get("choices")) and given[dest] not in (default, *choices):
+            raise VlmFixError(f"--{dest} {given[dest]} is none of {benchmark.name}: choose from {', '.join(choices)}.")
     show(benchmark, args.base, args.new, given, args)
 
 

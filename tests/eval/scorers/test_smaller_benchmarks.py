@@ -169,6 +169,8 @@ def test_fohe_leaves_out_answers_without_yes_or_no(tmp_path: Path, capsys: Any) 
     files = write(tmp_path / "q.jsonl", asked), write(tmp_path / "a.jsonl", rows)
     got = shown(capsys, "fohe", *files)["questions"]
     assert got["n"] == len(kept) < 50 and got["accuracy"] == sum(a == b for a, b in kept) / len(kept)
+    assert got["left_out"] == 50 - len(kept)
+    assert got["misread"] == sum(r["text"] == "yes it is" for r in rows) > 0  # those that are left out count
     write(tmp_path / "a.jsonl", rows[1:])
     assert (
         cli.main(["score", "fohe", *files]) == 2
@@ -391,3 +393,37 @@ def test_labels_that_differ_from_the_questions_are_told_of_probabilities(tmp_pat
     write(tmp_path / "q", asked), write(tmp_path / "a", rows)
     assert cli.main(["score", "pope-prob", str(tmp_path / "q"), str(tmp_path / "a")]) == 0
     assert "1 label of" in capsys.readouterr().err
+
+
+def test_fohe_tells_what_it_leaves_out_and_compares_what_both_were_asked(tmp_path: Path, capsys: Any) -> None:
+    asked = [{"question_id": i, "image": f"{i}.jpg", "text": f"Q{i}?", "label": ("yes", "no")[i % 2]} for i in range(6)]
+    files = [write(tmp_path / "q", asked), str(tmp_path / "a"), str(tmp_path / "b")]
+    for path, texts in (
+        (files[1], ["Yes", "No", "yes, it is", "Oui", "Yes", "No"]),
+        (files[2], ["Yes", "Yes", "No", "no", "Yes", "No"]),
+    ):
+        write(Path(path), [{"question_id": i, "text": text} for i, text in enumerate(texts)])
+    assert cli.main(["score", "fohe", *files[:2]]) == 0
+    err = capsys.readouterr().err
+    assert "of 6 answers 2 hold neither Yes nor No, such as 'yes, it is'" in err and "; --scorer ours reads them" in err
+    assert shown(capsys, "fohe", *files[:2], "--scorer", "ours")["questions"]["n"] == 6
+    compared = ["compare", *files[1:], "--benchmark", "fohe", "--questions", files[0]]
+    assert cli.main([*compared, "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert found["delta"]["accuracy"]["base"] == 1 and found["delta"]["accuracy"]["method"] == 3 / 5
+    assert cli.main([*compared, "--scorer", "vcd"]) == 2
+    assert "--scorer vcd is none of fohe: choose from official, ours" in capsys.readouterr().err
+    write(Path(files[1]), [{"question_id": i, "text": "yes"} for i in range(6)])
+    assert cli.main(["score", "fohe", *files[:2]]) == 2
+    err = capsys.readouterr().err
+    assert "of 6 answers 6 hold neither Yes nor No, such as 'yes'" in err and "--scorer ours" in err
+
+
+@pytest.mark.parametrize("benchmark", ["fohe", "r-bench"])
+def test_the_option_that_a_note_names_exists(benchmark: str, tmp_path: Path, capsys: Any) -> None:
+    asked = [{"question_id": i, "image": "a.jpg", "text": "Q?", "label": "no"} for i in range(2)]
+    rows = [{"question_id": 0, "text": "NO. Not Yes"}, {"question_id": 1, "text": "No"}]
+    files = write(tmp_path / "q", asked), write(tmp_path / "a", rows)
+    assert cli.main(["score", benchmark, *files]) == 0
+    assert "against its plain word" in (err := capsys.readouterr().err) and "--scorer ours" in err
+    assert shown(capsys, benchmark, *files, "--scorer", "ours")["questions"]["accuracy"] == 1
