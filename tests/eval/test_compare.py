@@ -79,6 +79,43 @@ def test_a_benchmark_whose_labels_are_all_no_cannot_tell_skill_from_caution() ->
     assert verdict["is"] == "better by saying no" and "every label is no" in verdict["text"]
 
 
+def said(texts: list[str | None], scorer: str = "official") -> pope.PopeResult:
+    """Answers to questions with label yes and no in turn, six about an image."""
+    questions = [pope.Question(i, f"{i // 6}.jpg", "", ("yes", "no")[i % 2]) for i in range(len(texts))]
+    return pope.score(questions, [pope.Answer(i, text) for i, text in enumerate(texts)], scorer)
+
+
+def test_answers_that_failed_are_told_as_such_and_not_as_no() -> None:
+    yes = said(["Yes"] * 1200)
+    failed = compare(LAYOUTS["pope"], [(yes, said(["Yes", None] * 600))])
+    assert failed["said_no"]["method"] == 0 and failed["neither"]["method"] == 0.5
+    assert failed["verdict"]["is"] == "same" and "says no" not in failed["verdict"]["text"]
+    assert "answers that are neither yes nor no 0.0 to 50.0" in failed["verdict"]["text"]
+    assert abs(failed["d_prime"]["delta"]) < 1e-9
+    # one in seven wrong yes is mended, the others fail: a small gain, and no great skill
+    few = said([("Yes" if n % 2 == 0 else "No" if n % 7 == 0 else None) for n in range(1200)])
+    found = compare(LAYOUTS["pope"], [(yes, few)])
+    mended = said([("Yes" if n % 2 == 0 else "No" if n % 7 == 0 else "Yes") for n in range(1200)])
+    assert found["d_prime"]["method"] == compare(LAYOUTS["pope"], [(yes, mended)])["d_prime"]["method"]
+    base = answers(1.5, 0.2)
+    texts = [None if n % 10 == 0 else "Yes" if row["yes"] else "No" for n, row in enumerate(base.rows)]
+    tenth = compare(LAYOUTS["pope"], [(base, said(texts))])
+    assert tenth["verdict"]["is"] == "worse" and "says no" not in tenth["verdict"]["text"]
+    assert tenth["d_prime"]["delta"] < 0
+
+
+@pytest.mark.parametrize("scorer", ["ours", "vlmevalkit", "lmms"])
+def test_answers_without_yes_or_no_that_become_no_are_no_shift(scorer: str) -> None:
+    questions = [pope.Question(i, f"{i}.jpg", "", "no") for i in range(300)]
+    base, method = (
+        pope.score(questions, [pope.Answer(i, "no" if i < n else "a dog") for i in range(300)], scorer)
+        for n in (100, 290)
+    )
+    verdict = compare(LAYOUTS["pope"], [(base, method)])["verdict"]
+    assert verdict["is"] == "better" and "saying" not in verdict["text"]
+    assert "answers that are neither yes nor no 66.7 to 3.3" in verdict["text"]
+
+
 OBJECTS = ["dog", "cup", "cat", "car", "chair", "book", "bowl", "bench"]
 
 

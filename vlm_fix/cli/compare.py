@@ -142,7 +142,12 @@ def _print(benchmark: Benchmark, found: Mapping[str, Any]) -> None:
     columns = benchmark.layouts[found["task"]].columns
     for name, one in found["delta"].items():
         grid.add_row(columns.get(name, name.replace("_", " ")), *_cells(one, 1 if name in PLAIN else 100))
-    for key, label in (("said_yes", "answers of yes"), ("d_prime", "d'"), ("equal_recall", "at equal recall")):
+    for key, label in (
+        ("said_yes", "answers of yes"),
+        ("said_no", "answers of no"),
+        ("d_prime", "d'"),
+        ("equal_recall", "at equal recall"),
+    ):
         if key in found:
             grid.add_row(label, *_cells(found[key], 1 if key == "d_prime" else 100, 2 if key == "d_prime" else 1))
     if any(found["unparsed"]):
