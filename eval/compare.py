@@ -1,10 +1,10 @@
 """Compare two sets of answers to the same questions, or captions of the same images, and say in one sentence what came of it.
 
-    better, worse        the interval of the accuracy, or of CHAIR_i, excludes 0
-    no difference seen   it does not
+    better, worse        the interval of the accuracy, or of CHAIR_i at equal recall, excludes 0
+    no difference seen   it does not, nor does that of CHAIR_i itself
     only by saying no    the accuracy is better, answers of yes are fewer and of no more, and yes is told from no no better
                          than before
-    only by saying less  CHAIR_i is lower, but not lower than that of the baseline's captions cut to the same recall
+    only by saying less  CHAIR_i is lower, but not at equal recall; only by saying more: it is higher, but not at equal recall
 
 How well yes is told from no, whatever the share of yes, is d' of signal detection theory:
 

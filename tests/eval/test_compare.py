@@ -12,6 +12,7 @@ from vlm_fix import cli
 from vlm_fix.errors import VlmFixError
 from vlm_fix.eval import compare as comparing
 from vlm_fix.eval.compare import compare, equal_recall, shared
+from vlm_fix.eval.length import rate_ratio
 from vlm_fix.eval.scorers.chair import score as chair
 from vlm_fix.eval.scorers.pope import score as pope
 from vlm_fix.eval.scorers.pope.data import coco_questions
@@ -311,3 +312,24 @@ def test_public_answers_and_an_all_cautious_copy(tmp_path: Path, capsys) -> None
 def test_what_is_missing_or_has_no_effect_is_an_error(arguments: list[str], message: str, capsys) -> None:
     assert cli.main(["compare", "a", "b", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_same_captions_twice_have_equal_rates_and_others_of_another_length_are_extrapolated(capsys) -> None:
+    rng = np.random.default_rng(0)
+    base = [
+        {"image": i, "tokens": int(n), "hallucinated": int(rng.poisson(n / 20))}
+        for i, n in enumerate(rng.integers(60, 110, 300))
+    ]
+    same = rate_ratio(base, base)
+    assert (same["ratio"], same["low"], same["high"]) == (1, 1, 1) and not same["extrapolated"]
+    short = [{"image": i, "tokens": 30 + i % 5, "hallucinated": int(rng.poisson(1))} for i in range(300)]
+    assert rate_ratio(base, short)["extrapolated"] and rate_ratio(short, base)["extrapolated"]
+
+
+def test_equal_chair_with_less_recall_is_worse_as_the_help_says(capsys) -> None:
+    base, method = captions(wrong=0.5, named=10), captions(wrong=0.9, named=4)
+    found = compare(LAYOUTS["chair"], [(base, method)])
+    assert found["equal_recall"]["low"] > 0 and found["verdict"]["is"].startswith("worse"), found["verdict"]
+    with pytest.raises(SystemExit):
+        cli.main(["compare", "--help"])
+    assert "of captions that of CHAIR_i\nat equal recall" in capsys.readouterr().out

@@ -31,20 +31,21 @@ def tell(found: Any, benchmark: Benchmark, path: str = "") -> None:
         n, misread = figures.get("n", 0), figures.get("misread", 0)
         if misread:
             which = f"{counted(misread, 'answer')} against {'its' if misread == 1 else 'their'} plain word"
-            _note(
+            note(
                 f"{where}the scorer {figures['scorer']} takes {which}: {figures['misread_example']}; --scorer ours reads "
                 f"{'it' if misread == 1 else 'them'}"
             )
         if n and figures.get("unparsed") == n:
-            _note(
+            note(
                 f"{where}none of the {n} replies holds yes or no; if they are in another key, name it with --answer-key"
             )
         if n >= MANY and any(figures.get(name) == 1 for name in right):
-            _note(
+            note(
                 f"{where}each of the {n} answers is right: if these are the labels and not the replies, name the key of the "
                 "replies with --answer-key"
             )
 
 
-def _note(text: str) -> None:
+def note(text: str) -> None:
+    """Say a doubt on stderr."""
     print(f"note: {text}", file=sys.stderr)
