@@ -35,6 +35,7 @@ BAD = {
     ),
     "devices of a CPU": ("eval pope --device-map auto", "--device-map auto has no effect on this machine"),
     "code of a bundled model": ("eval pope --trust-remote-code", "--trust-remote-code has no effect on picto-llava"),
+    "a judge that is none": ("export hallo a.jsonl --out {dir}/z", "there is no judge and no method 'hallo'"),
     "capitals": ("eval amber --scorer official", "take ours"),
     "no method": ("eval pope --method ,", "',' names no method"),
     "method twice": ("eval pope --method pai,vcd,pai", "names the run pai twice"),
