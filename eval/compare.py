@@ -1,16 +1,18 @@
 """Compare two sets of answers to the same questions, or captions of the same images, and say in one sentence what came of it.
 
-    better, worse        the interval of the accuracy, or of CHAIR_i, excludes 0
-    no difference seen   it does not
-    only by saying no    the accuracy is better, answers of yes are fewer, and yes is told from no no better than before
-    only by saying less  CHAIR_i is lower, but not lower than that of the baseline's captions cut to the same recall
+    better, worse        the interval of the accuracy, or of CHAIR_i at equal recall, excludes 0
+    no difference seen   it does not, nor does that of CHAIR_i itself
+    only by saying no    the accuracy is better, answers of yes are fewer and of no more, and yes is told from no no better
+                         than before
+    only by saying less  CHAIR_i is lower, but not at equal recall; only by saying more: it is higher, but not at equal recall
 
 How well yes is told from no, whatever the share of yes, is d' of signal detection theory:
 
     d' = z(yes where it is right / labels yes) - z(yes where it is wrong / labels no)        z: quantile of the normal
 
 with 1/2 added to the numerators and 1 to the denominators, so that it is finite. A shift of the threshold moves along a
-curve of equal d' (D. Green and J. Swets 1966; the correction: M. Hautus 1995).
+curve of equal d' (D. Green and J. Swets 1966; the correction: M. Hautus 1995). An answer that is neither yes nor no, or that
+failed, is wrong here as in the accuracy: it counts as no where yes is right, and as yes where it is wrong.
 
 Recall and CHAIR_i rise together as captions get longer. The frontier of a run is what it has if each caption is cut to
 5, 10, ... 100 % of its words. Runs are compared at equal recall: the run with more recall is cut along its frontier, with
@@ -49,17 +51,21 @@ from vlm_fix.eval.stats import (
 )
 
 SHARES = [share / 20 for share in range(1, 21)]
-SIDES = ("tp", "fp", "positive", "n")
+SHARES_OF_ANSWERS: dict[str, Metric] = {
+    "said_no": lambda s: ratio(s["no"], s["asked"]),
+    "neither": lambda s: ratio(s["neither"], s["asked"]),
+}
 
 
 def compare(layout: Layout, pairs: Sequence[tuple[Any, Any]], seed: int = 0, every: bool = False) -> dict[str, Any]:
     """Compare (baseline, method) results of one task and part, one pair per seed of the run.
 
     Returns `delta` {metric: Comparison as a dictionary}, of `layout.compared` or with `every` of all columns; `outcomes`
-    and `transitions` (see `stats`); for yes/no answers `d_prime`, and `said_yes` where the scorer's yes-ratio is that of
-    the labels; for captions `equal_length` {metric: ...}, `equal_recall` and `rate_ratio` (see `length`) where they can be
-    computed; `verdict` {"is", "text"}, where `is` is better, worse or same, or better or worse followed by " by saying" no,
-    yes, less or more. Counts are summed over the pairs and p is the largest.
+    and `transitions` (see `stats`); for yes/no answers `d_prime`, `said_yes` where the scorer's yes-ratio is that of the
+    labels, and `said_no` and `neither` (shares of the questions) where an answer is neither yes nor no; for captions
+    `equal_length` {metric: ...}, `equal_recall` and `rate_ratio` (see `length`) where they can be computed; `verdict` {"is",
+    "text"}, where `is` is better, worse or same, or better or worse followed by " by saying" no, yes, less or more. Counts
+    are summed over the pairs and p is the largest.
     Raises VlmFixError for results that are not about the same questions.
     """
     pairs = [(base, _in_order_of(base, method)) for base, method in pairs]
@@ -100,6 +106,9 @@ def compare(layout: Layout, pairs: Sequence[tuple[Any, Any]], seed: int = 0, eve
         if any("tp" in row and row["yes"] != row["tp"] + row["fp"] for row in base):  # lmms's yes-ratio is the labels'
             said_yes: dict[str, Metric] = {"said_yes": lambda s: ratio(s["tp"] + s["fp"], s["n"])}
             found |= _plain(paired_bootstrap(said_yes, base, method, seed=seed))
+        shares = [[_shares(row) for row in rows] for rows in (base, method)] if labels else []
+        if any(row["neither"] for rows in shares for row in rows):
+            found |= _plain(paired_bootstrap(SHARES_OF_ANSWERS, shares[0], shares[1], seed=seed))
         found["verdict"] = _of_answers(found, answers.accuracy, {*labels})
     return found
 
@@ -130,7 +139,7 @@ def _keys(result: Any) -> list[tuple[Any, str, int]]:
     """Image, question and label of each row; of the question what comes before its mark, as prompts add to it."""
     asked = getattr(result, "asked", ()) or [""] * len(result.rows)
     return [
-        (row["image"], plain_text(text.partition("?")[0]), row.get("positive", 0))
+        (row["image"], plain_text(text.partition("?")[0]), row.get("label", row.get("positive", 0)))
         for row, text in zip(result.rows, asked, strict=True)
     ]
 
@@ -249,10 +258,21 @@ def _same_questions(base: Any, method: Any) -> None:
 
 
 def _sides(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The counts of `d_prime`; "yes" of the scorer lmms is the label, tp and fp are not."""
-    yes = row["tp"] + row["fp"] if "tp" in row else row["yes"]
-    counts = {"tp": yes * row["positive"], "fp": yes * (1 - row["positive"])}
+    """The counts of `d_prime`; what is neither yes nor no is wrong for either label."""
+    wrong = row["n"] and row.get("unparsed", 0) * (1 - row["positive"])
+    counts = {"tp": _said_yes(row) * row["positive"], "fp": _said_yes(row) * (1 - row["positive"]) + wrong}
     return {"image": row["image"], "n": row["n"], "positive": row["positive"], **counts}
+
+
+def _shares(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Whether an answer is no, or neither yes nor no; those that a scorer leaves out (n = 0) are neither."""
+    neither = row.get("unparsed", 0) if row["n"] else 1
+    return {"image": row["image"], "asked": 1, "no": 1 - _said_yes(row) - neither, "neither": neither}
+
+
+def _said_yes(row: Mapping[str, Any]) -> Any:
+    """ "yes" of the scorer lmms is the label, tp and fp are not."""
+    return row["tp"] + row["fp"] if "tp" in row else row["yes"]
 
 
 def _plain(found: Mapping[str, Comparison]) -> dict[str, Any]:
@@ -267,12 +287,17 @@ def _of_answers(found: Mapping[str, Any], accuracy: str, labels: set[int]) -> di
     )
     text, sign = said(ACCURACIES.get(accuracy, accuracy), gain), _sign(gain)
     word = {1: "better", -1: "worse", 0: "no difference seen"}[sign]
-    if not yes or not _sign(yes):
+    no, neither = found.get("said_no"), found.get("neither")
+    if neither and _sign(neither):
+        text += f", {said('answers that are neither yes nor no', neither)}"
+    if not yes or not _sign(yes) or (no and _sign(no) != -_sign(yes)):  # what was no answer is no shift from yes to no
         return {"is": word if sign else "same", "text": f"{word}: {text}"}
     more, shift = (
         "yes" if yes["delta"] > 0 else "no",
         said("answers of yes" if "said_yes" in found else "yes-ratio", yes),
     )
+    if no and more == "no":
+        shift = said("answers of no", no)
     if not sign:
         return {"is": "same", "text": f"{word}: {text}; it says {more} more often, {shift}"}
     by = f"{word} by saying {more}"

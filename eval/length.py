@@ -30,11 +30,14 @@ def rate_ratio(
     method: Sequence[Mapping[str, Any]],
     words: str = "tokens",
     wrong: str = "hallucinated",
-) -> dict[str, float] | None:
-    """Return `ratio` exp(b) with `low` and `high`, and `exponent` c; None if a run has no hallucination or no words vary.
+) -> dict[str, Any] | None:
+    """Return `ratio` exp(b) with `low`, `high`, `exponent` c and `extrapolated`.
+
+    None if a run has no hallucination or no words vary.
 
     Rows are counts of captions with their image; `words` and `wrong` name the columns. c is how fast hallucinations grow with
-    length: 1 in proportion, more than 1 if they come late in captions.
+    length: 1 in proportion, more than 1 if they come late in captions. `extrapolated` says that 95 % of the captions of one run
+    are shorter than 95 % of those of the other, so that no captions show their rates at the same number of words.
     """
     import numpy as np
 
@@ -61,6 +64,8 @@ def rate_ratio(
     bread = np.linalg.inv(design.T @ (mean[:, None] * design))
     table = np.stack([*scores.values()])
     sd = float(np.linalg.norm(table @ bread[1]))  # a root of the sandwich that rounding cannot spoil
-    b = float(weights[1])
-    ends = {"low": math.exp(b - 1.96 * sd), "high": math.exp(b + 1.96 * sd)}
-    return {"ratio": math.exp(b), **ends, "exponent": float(weights[2])}
+    b = round(float(weights[1]), 9)  # as far as the fit is exact: the same captions twice have a ratio of 1
+    ends = [np.quantile(length[side == run], (0.05, 0.95)) for run in (0, 1)]
+    apart = bool(ends[0][1] < ends[1][0] or ends[1][1] < ends[0][0])
+    low, high = (math.exp(b + z * round(sd, 9)) for z in (-1.96, 1.96))
+    return {"ratio": math.exp(b), "low": low, "high": high, "exponent": float(weights[2]), "extrapolated": apart}

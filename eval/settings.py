@@ -27,6 +27,9 @@ LOADING = {
     "trust_remote_code": "--trust-remote-code",
 }
 """Arguments of `generate` and of `from_pretrained` that have an option of their own."""
+SAMPLING = ("top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h")
+BEAMS = ("length_penalty", "early_stopping", "num_beam_groups", "diversity_penalty")
+"""Arguments of `generate` that act on sampling alone, and on beam search alone."""
 
 
 LAUNCHERS = (
@@ -125,6 +128,12 @@ class Settings:
         other = "--server" if self.server else "--engine vllm" if self.engine == "vllm" else ""
         if other and served:
             raise VlmFixError(f"--{served[0].replace('_', '-')} has no effect with {other}: leave one of them out.")
+        for names, acts, remedy in (
+            (SAMPLING, self.sample or self.controls, "--sample"),
+            (BEAMS, self.num_beams > 1 or self.equal_compute, "--num-beams"),
+        ):
+            if not acts and (idle := [name for name in self.gen_kwargs if name in names]):
+                raise VlmFixError(f"--gen-kwargs {idle[0]} has no effect on this run: add {remedy}, or leave it out.")
         if self.server and self.engine != "hf":
             raise VlmFixError("--server answers in place of --engine: leave one of them out.")
         if self.device_map and launched().size > 1:

@@ -166,6 +166,16 @@ def check_revision(name: str, revision: str | None) -> None:
         )
 
 
+def check_placing(name: str, device_map: str | None, trust_remote_code: bool) -> None:
+    """Raise VlmFixError for a device map where there is no GPU, and for trust in the code of a bundled model, which has none."""
+    if device_map and not torch.cuda.is_available():
+        raise VlmFixError(
+            f"--device-map {device_map} has no effect on this machine, where torch sees no GPU: leave it out."
+        )
+    if trust_remote_code and name.startswith("picto-") and not Path(name).exists():
+        raise VlmFixError(f"--trust-remote-code has no effect on {name}, which is bundled: leave it out.")
+
+
 def _path(name: str) -> str:
     return str(picto.model_path(name)) if name.startswith("picto-") and not Path(name).exists() else name
 

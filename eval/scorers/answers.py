@@ -14,8 +14,9 @@
                     pandas' {"text": {"0": "No", "1": "Yes"}}
 
 A row that offers two candidates for the reply or for the id is an error, unless they say the same, as is a file whose
-replies may be elsewhere (`doubts.py`): nothing is guessed, the options --answer-key and --id-key decide. A reply of null
-(or an empty cell of a table) is an answer that failed.
+replies may be elsewhere (`doubts.py`): nothing is guessed, the options --answer-key and --id-key decide. A reply of null,
+an empty cell of a table and an empty text are one and the same in every format: an answer that failed. Deviation: official
+scripts read an empty text, POPE's as yes, Reefknot's as no, and take an empty caption for one without hallucinations.
 
 >>> image_number("COCO_val2014_000000391895.jpg"), image_number("391895"), image_number("COCO_val2014_000000391895_25")
 (391895, 391895, None)
@@ -87,7 +88,7 @@ class Answers:
         """Say what was read, and as what."""
         lost = sum(answer.reply is None for answer in self.rows)
         where = f"reply in {self.keys[0]}, id in {self.keys[1] or 'no key, so the number of the row'}"
-        failed = f"; {lost} of them null, which {lost_ones}" if lost else ""
+        failed = f"; {lost} of them empty or null, which {lost_ones}" if lost else ""
         return (
             f"read {counted(len(self.rows), 'answer')} from {self.path}: {self.form}, {self.layout} ({where}){failed}"
         )
@@ -327,7 +328,7 @@ class _Row:
         ):
             return str(int(float(value)))
         if _is_nothing(value) or isinstance(value, str):
-            return value if isinstance(value, str) else None
+            return value if isinstance(value, str) and value.strip() else None
         raise VlmFixError(
             f'{self.place}: the reply in "{self.reply_key}" is {str(value)[:40]}, not a text: write it as one, or name '
             "another key with --answer-key."
@@ -363,12 +364,16 @@ class _Row:
         return ""
 
     def _first(self, names: Sequence[str]) -> str:
-        values = (self.row[n] for n in names if n in self.row and n != self.reply_key and not _is_nothing(self.row[n]))
-        value = next(values, "")
-        return str(value) if isinstance(value, str | int | float) else ""
+        return first(self.row, [name for name in names if name != self.reply_key])
 
     def _keys(self) -> str:
         return f"its keys are {', '.join(self.row)}"
+
+
+def first(row: Mapping[str, Any], names: Sequence[str]) -> str:
+    """The first value of a row under one of the names, as text; "" if it has none, or one that is neither text nor number."""
+    value = next((row[name] for name in names if name in row and not _is_nothing(row[name])), "")
+    return str(value) if isinstance(value, str | int | float) else ""
 
 
 def id_text(value: Any) -> str | None:

@@ -25,6 +25,7 @@ from . import answers
 from .answers import Keys
 
 Row = Mapping[str, Any]
+MM_VET_QUESTIONS = 218
 MM_VET = re.compile(r"(?:v1_)?(\d+)")
 
 
@@ -62,6 +63,8 @@ def export(
         pairs = [(answer.row, answer) for answer in given.rows]
     if made.captions:
         pairs = [pair for pair in pairs if pair[1].reply is not None]
+    if judge == "mm-vet" and len(pairs) != MM_VET_QUESTIONS:
+        tell(f"note: {len(pairs)} of MM-Vet's {MM_VET_QUESTIONS} questions are answered")
     write_atomic(Path(out), made.write(pairs))
 
 

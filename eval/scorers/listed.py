@@ -1,11 +1,13 @@
 """FOHE and R-Bench: yes/no questions in POPE's format, with a script of their own.
 
     fohe      Anonymousanoy/FOHE@b563de5 caculate.py: an answer is yes if it holds "Yes", else no if it holds "No"; others
-              are left out, and `n` counts those that are not. Of coco_fohe.json's 139 questions 40 have an id that
-              comes again, so answers are matched by their order.
+              are left out: `n` counts those that are not, `left_out` those that are. Of coco_fohe.json's 139 questions 40
+              have an id that comes again, so answers are matched by their order.
     r-bench   mrwu-mac/R-Bench@d9d73c0 eval.py: an answer is read as by POPE's official script. 1e-5 is added to the
               denominators of precision, recall and F1. --subsets takes its files of question ids (five balanced
               ones for each kind of question); their figures are averaged. Questions without an answer are left out.
+
+--scorer ours takes an answer's plain word instead (`plain.py`); one without any is wrong, and none is left out.
 
 `vlm-fix eval pope --questions FILE --data coco:DIR` asks the questions of either.
 
@@ -16,11 +18,11 @@ Worked example: both read "Yes, a dog" as yes; "I think not." is no answer for F
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
@@ -43,6 +45,7 @@ R_BENCH: dict[str, Metric] = {
     "recall": lambda s: ratio(s["tp"], s["tp"] + s["fn"] + SMALL),
     "f1": lambda s: _f1(R_BENCH["precision"](s), R_BENCH["recall"](s)),
 }
+SCORERS = ("official", "ours")
 SOURCES = {"fohe": "Anonymousanoy/FOHE@b563de5", "r-bench": "mrwu-mac/R-Bench@d9d73c0"}
 TITLES = {"fohe": "FOHE", "r-bench": "R-Bench"}
 
@@ -51,10 +54,10 @@ def _f1(precision: Any, recall: Any) -> Any:
     return 2 * precision * recall / (precision + recall + SMALL)
 
 
-def read(name: str, reply: str | None) -> str:
+def read(name: str, reply: str | None, scorer: str = "official") -> str:
     """Return yes, no or unknown."""
-    if name == "r-bench" or reply is None:
-        return yesno.verdict(reply, "", "official")
+    if name == "r-bench" or reply is None or scorer == "ours":
+        return yesno.verdict(reply, "", "ours" if scorer == "ours" else "official")
     return "yes" if "Yes" in reply else "no" if "No" in reply else "unknown"
 
 
@@ -63,6 +66,7 @@ def results(
     questions: str,
     answers: str,
     subsets: str | None = None,
+    scorer: str = "official",
     answer_key: str | None = None,
     id_key: str | None = None,
     tell: Callable[[str], Any] = str,
@@ -85,18 +89,31 @@ def results(
                 f"{answers} answers {answer.prompt[:60]!r} under id {answer.question_id!r}, where {questions} asks "
                 f"{text[:60]!r}: give the question file that these answers were made from."
             )
-    rows = {str(q.question_id): _row(name, q, said) for q in asked}
+    rows = {str(q.question_id): _row(name, q, said, scorer) for q in asked}
     metrics = R_BENCH if name == "r-bench" else METRICS
     parts = {"questions": [*rows]} | (_subsets(subsets) if subsets else {})
     lost = next((key for ids in parts.values() for key in ids if key not in rows), None)
     if lost:
         raise VlmFixError(f"The subsets name question {lost!r}, which {questions} does not ask.")
+    out = [said[key] or "" for key, row in rows.items() if row and not row["n"]]
+    if out:
+        kept = f"of {len(said)} answers {len(out)} hold neither Yes nor No, such as {min(out, key=lambda text: not text)[:60]!r}"
+        if len(out) == len(said):
+            raise VlmFixError(
+                f"{answers}: {kept}: FOHE's script would score none of them; --scorer ours reads every answer."
+            )
+        tell(
+            f"note: {kept}: FOHE's script leaves them out of its figures, and so does this; --scorer ours reads every answer"
+        )
     found = {}
     for part, ids in parts.items():
-        kept = [key for key in ids if rows[key]]
-        replies = [said[key] for key in kept]
-        misread = yesno.misread(replies, [read(name, reply) for reply in replies])
-        found[part] = tally("official", [rows[key] for key in kept], metrics, misread, [texts[key] for key in kept])
+        mine = [key for key in ids if rows[key]]
+        replies = [said[key] for key in mine]
+        misread = yesno.misread(replies, [read(name, reply, scorer) for reply in replies])
+        result = tally(scorer, [rows[key] for key in mine], metrics, misread, [texts[key] for key in mine])
+        left = len(mine) - sum(rows[key]["n"] for key in mine)
+        notes = {"left_out": left} if name == "fohe" and scorer == "official" else {}
+        found[part] = dataclasses.replace(result, n=len(mine) - left, notes=notes)
     return {name: found}
 
 
@@ -115,19 +132,22 @@ def _numbered(asked: list[Question], given: list[Answer]) -> tuple[list[Question
             f"{len(asked)} questions and {len(given)} answers do not line up{f' in row {odd}' if odd else ''}: give one answer "
             "for each question, in the same order."
         )
-    new = [(replace(q, question_id=n), replace(a, question_id=n)) for n, (q, a) in enumerate(pairs)]
+    new = [
+        (dataclasses.replace(q, question_id=n), dataclasses.replace(a, question_id=n)) for n, (q, a) in enumerate(pairs)
+    ]
     return [q for q, _ in new], [a for _, a in new]
 
 
-def _row(name: str, question: Question, said: Mapping[str, str | None]) -> dict[str, Any]:
-    """The counts of a question; {} if the official script leaves it out."""
+def _row(name: str, question: Question, said: Mapping[str, str | None], scorer: str) -> dict[str, Any]:
+    """The counts of a question, {} if nobody answered it; all are 0, but for its label, if the script leaves it out."""
     key = str(question.question_id)
     if key not in said:
         return {}
-    verdict = read(name, said[key])
-    if name == "fohe" and verdict == "unknown" and said[key] is not None:
-        return {}
-    return counts(question.image, question.label, verdict)
+    verdict = read(name, said[key], scorer)
+    row = counts(question.image, question.label, verdict)
+    if name == "fohe" and scorer == "official" and verdict == "unknown" and said[key] is not None:
+        row = {"image": question.image} | dict.fromkeys([column for column in row if column != "image"], 0)
+    return {**row, "label": int(question.label == "yes")}
 
 
 def _subsets(files: str) -> dict[str, list[str]]:
@@ -164,6 +184,10 @@ def _benchmark(name: str, extra: Sequence[Argument] = ()) -> Benchmark:
                 "questions", {"metavar": "QUESTIONS", "help": "JSON lines or array: question_id, image, text, label"}
             ),
             Argument("answers", {"metavar": "ANSWERS", "help": "JSON lines: question_id, text or answer"}),
+            Argument(
+                "--scorer",
+                {"choices": SCORERS, "default": "official", "help": "its script, or the plain word (%(default)s)"},
+            ),
             *extra,
             *KEYS,
         ),
@@ -177,7 +201,7 @@ def _benchmark(name: str, extra: Sequence[Argument] = ()) -> Benchmark:
                 compared=("accuracy", "f1", "yes_ratio"),
                 right=lambda row: row["tp"] or row["tn"],
                 caption=plain_caption(TITLES[name]),
-                answers=YesNo(lambda answer, _, __: read(name, answer)),
+                answers=YesNo(lambda answer, _, scorer: read(name, answer, scorer)),
                 leaderboard={"accuracy": ""},
             )
         },

@@ -99,9 +99,10 @@ def load(folder: str | Path) -> list[Question]:
     return _in_pairs(found)
 
 
-def load_results(folder: str | Path) -> tuple[list[Question], list[str]]:
+def load_results(folder: str | Path) -> tuple[list[Question], list[str | None]]:
     """Read questions and answers from a folder of TASK.txt files, as the official scorer does."""
-    found, answers = [], []
+    found: list[Question] = []
+    answers: list[str | None] = []
     for task in (*PERCEPTION, *COGNITION):
         path = Path(folder) / f"{task}.txt"
         lines = read_text(path, "MME results").rstrip("\n").split("\n") if path.is_file() else []
@@ -110,7 +111,7 @@ def load_results(folder: str | Path) -> tuple[list[Question], list[str]]:
             if len(fields) != 4 or fields[2].lower() not in ("yes", "no"):
                 raise VlmFixError(f"{path}, line {number + 1}: not image, question, Yes or No, and answer with tabs.")
             found.append(Question(f"{task}/{number}", task, fields[0], fields[1], fields[2].lower()))
-            answers.append(fields[3])
+            answers.append(fields[3] if fields[3].strip() else None)
     if not found:
         raise VlmFixError(f"{folder} holds no results of MME: put one TASK.txt per task there, such as existence.txt.")
     return _in_pairs(found), answers
@@ -220,7 +221,9 @@ def results(
             given_option = "--questions" if questions else "--answer-key" if answer_key else "--id-key"
             raise VlmFixError(f"{given_option} has no effect on a folder of TASK.txt: leave it out, or give a file.")
         asked, given = load_results(answers)
-        tell(f"read {len(given)} answers from {answers}: TASK.txt files (image, question, truth, answer)")
+        lost = sum(answer is None for answer in given)
+        failed = f"; {lost} of them empty, which count as failed" if lost else ""
+        tell(f"read {len(given)} answers from {answers}: TASK.txt files (image, question, truth, answer){failed}")
     order = sorted(range(len(asked)), key=lambda place: asked[place][1:])
     return {"mme": score([given[place] for place in order], [asked[place] for place in order], scorer)}
 

@@ -32,10 +32,12 @@ from statistics import fmean
 from typing import Any
 
 from vlm_fix.errors import VlmFixError
-from vlm_fix.eval.files import read_rows, read_text
+from vlm_fix.eval.files import counted, read_rows, read_text
 
+from .answers import IMAGES, LABELS, QUESTIONS, first, same_question
 from .benchmark import YES_NO_COLUMNS, Argument, Benchmark, Layout, YesNo, plain_caption
 from .pope.data import load_questions
+from .pope.files import image_key
 from .pope.score import METRICS, Question
 from .replies import counts, needs
 from .result import Result, tally
@@ -61,7 +63,7 @@ def load_probabilities(
                 f"{path}, row {number}: p_yes {row['p_yes']!r} and p_no {row['p_no']!r} are not two probabilities "
                 "with a sum above 0, at most 1."
             )
-        id = re.sub(r"\.0+$", "", str(row["question_id"]))  # pandas writes whole numbers so
+        id = _id(row)
         if id in found:
             raise VlmFixError(f"{path}, row {number}: question_id {id} comes twice; keep one.")
         found[id] = yes, no
@@ -70,6 +72,10 @@ def load_probabilities(
             raise VlmFixError(f"{path}, row {number}: other tokens count as yes or no than in the rows before.")
         tokens = tokens or named
     return found, tokens
+
+
+def _id(row: Mapping[str, Any]) -> str:
+    return re.sub(r"\.0+$", "", str(row["question_id"]))  # pandas writes whole numbers so
 
 
 def _tokens(value: Any) -> list[str]:
@@ -222,12 +228,36 @@ def _of_file(
             f"{len(asked)} questions and {len(given)} rows of probabilities do not line up (question_id {min(lost)!r}): give "
             "the question file that these were made from."
         )
+    texts, other = {str(q.question_id): q for q in asked}, 0
+    for number, row in enumerate(rows, 1):
+        question = texts[_id(row)]
+        _check_row(path, number, row, question, questions)
+        other += first(row, LABELS).strip().lower() in {"yes", "no"} - {question.label}
+    if other:
+        differ = "differs" if other == 1 else "differ"
+        tell(f"note: {counted(other, 'label')} of {answers} {differ} from the questions', which are used")
     if {*tokens} != {*TOKENS}:
         warnings.warn(
             f"{answers} does not name its yes_tokens and no_tokens: figures of other sets of tokens differ by points.",
             stacklevel=3,
         )
     return score(asked, [given[str(q.question_id)] for q in asked]), tokens
+
+
+def _check_row(path: Path, number: int, row: Mapping[str, Any], question: Question, questions: str) -> None:
+    """Raise VlmFixError for a row that has another question or image than the question of its id."""
+    text = first(row, QUESTIONS) or (each if "?" in (each := first(row, ["text"])) else "")
+    image = first(row, IMAGES)
+    if text and not same_question(question.text, text):
+        asked, meant = text, question.text
+    elif image and image_key(image) != image_key(question.image):
+        asked, meant = image, question.image
+    else:
+        return
+    raise VlmFixError(
+        f"{path}, row {number} answers {asked[:60]!r} under id {question.question_id!r}, where {questions} has {meant[:60]!r}: "
+        "give the question file that these probabilities were made from."
+    )
 
 
 BENCHMARK = Benchmark(

@@ -19,7 +19,7 @@ class Result:
     `unparsed` answers are neither yes nor no to the scorer; `misread` are those it takes against their plain word.
     `at_share` returns the rows with each caption cut to a share of its words; None for answers that are no captions.
     `asked` are the questions of the rows, by which two results are paired; () where the image alone names a row. `notes` say
-    by name what figures depend on.
+    by name what figures depend on. A row whose `n` is 0 was asked, and is in no figure.
     """
 
     scorer: str
@@ -30,7 +30,7 @@ class Result:
     misread: Misread = NONE
     at_share: Callable[[float], list[dict[str, Any]]] | None = field(default=None, repr=False, compare=False)
     asked: Sequence[str] = field(default=(), repr=False, compare=False)
-    notes: Mapping[str, str] = field(default_factory=dict)
+    notes: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return what results.json holds: everything but the rows."""

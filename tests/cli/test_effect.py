@@ -25,6 +25,17 @@ BAD = {
     "two places": ("eval pope --device cpu --device-map auto", "--device has no effect"),
     "prompt": ("eval chair --prompt {{question}}?", "--prompt with {{question}} is for questions"),
     "judge": ("eval hallusion --data hallusion:{dir} --scorer official", "is GPT-4, which is not called"),
+    "sampling of a greedy run": (
+        "eval pope --gen-kwargs top_k=5",
+        "--gen-kwargs top_k has no effect on this run: add --sample",
+    ),
+    "beams of a greedy run": (
+        "eval pope --gen-kwargs length_penalty=3.0,early_stopping=true",
+        "length_penalty has no effect",
+    ),
+    "devices of a CPU": ("eval pope --device-map auto", "--device-map auto has no effect on this machine"),
+    "code of a bundled model": ("eval pope --trust-remote-code", "--trust-remote-code has no effect on picto-llava"),
+    "a judge that is none": ("export hallo a.jsonl --out {dir}/z", "there is no judge and no method 'hallo'"),
     "capitals": ("eval amber --scorer official", "take ours"),
     "no method": ("eval pope --method ,", "',' names no method"),
     "method twice": ("eval pope --method pai,vcd,pai", "names the run pai twice"),

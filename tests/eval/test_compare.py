@@ -12,6 +12,7 @@ from vlm_fix import cli
 from vlm_fix.errors import VlmFixError
 from vlm_fix.eval import compare as comparing
 from vlm_fix.eval.compare import compare, equal_recall, shared
+from vlm_fix.eval.length import rate_ratio
 from vlm_fix.eval.scorers.chair import score as chair
 from vlm_fix.eval.scorers.pope import score as pope
 from vlm_fix.eval.scorers.pope.data import coco_questions
@@ -77,6 +78,43 @@ def test_a_benchmark_whose_labels_are_all_no_cannot_tell_skill_from_caution() ->
     )
     verdict = compare(LAYOUTS["pope"], [(base, method)])["verdict"]
     assert verdict["is"] == "better by saying no" and "every label is no" in verdict["text"]
+
+
+def said(texts: list[str | None], scorer: str = "official") -> pope.PopeResult:
+    """Answers to questions with label yes and no in turn, six about an image."""
+    questions = [pope.Question(i, f"{i // 6}.jpg", "", ("yes", "no")[i % 2]) for i in range(len(texts))]
+    return pope.score(questions, [pope.Answer(i, text) for i, text in enumerate(texts)], scorer)
+
+
+def test_answers_that_failed_are_told_as_such_and_not_as_no() -> None:
+    yes = said(["Yes"] * 1200)
+    failed = compare(LAYOUTS["pope"], [(yes, said(["Yes", None] * 600))])
+    assert failed["said_no"]["method"] == 0 and failed["neither"]["method"] == 0.5
+    assert failed["verdict"]["is"] == "same" and "says no" not in failed["verdict"]["text"]
+    assert "answers that are neither yes nor no 0.0 to 50.0" in failed["verdict"]["text"]
+    assert abs(failed["d_prime"]["delta"]) < 1e-9
+    # one in seven wrong yes is mended, the others fail: a small gain, and no great skill
+    few = said([("Yes" if n % 2 == 0 else "No" if n % 7 == 0 else None) for n in range(1200)])
+    found = compare(LAYOUTS["pope"], [(yes, few)])
+    mended = said([("Yes" if n % 2 == 0 else "No" if n % 7 == 0 else "Yes") for n in range(1200)])
+    assert found["d_prime"]["method"] == compare(LAYOUTS["pope"], [(yes, mended)])["d_prime"]["method"]
+    base = answers(1.5, 0.2)
+    texts = [None if n % 10 == 0 else "Yes" if row["yes"] else "No" for n, row in enumerate(base.rows)]
+    tenth = compare(LAYOUTS["pope"], [(base, said(texts))])
+    assert tenth["verdict"]["is"] == "worse" and "says no" not in tenth["verdict"]["text"]
+    assert tenth["d_prime"]["delta"] < 0
+
+
+@pytest.mark.parametrize("scorer", ["ours", "vlmevalkit", "lmms"])
+def test_answers_without_yes_or_no_that_become_no_are_no_shift(scorer: str) -> None:
+    questions = [pope.Question(i, f"{i}.jpg", "", "no") for i in range(300)]
+    base, method = (
+        pope.score(questions, [pope.Answer(i, "no" if i < n else "a dog") for i in range(300)], scorer)
+        for n in (100, 290)
+    )
+    verdict = compare(LAYOUTS["pope"], [(base, method)])["verdict"]
+    assert verdict["is"] == "better" and "saying" not in verdict["text"]
+    assert "answers that are neither yes nor no 66.7 to 3.3" in verdict["text"]
 
 
 OBJECTS = ["dog", "cup", "cat", "car", "chair", "book", "bowl", "bench"]
@@ -274,3 +312,24 @@ def test_public_answers_and_an_all_cautious_copy(tmp_path: Path, capsys) -> None
 def test_what_is_missing_or_has_no_effect_is_an_error(arguments: list[str], message: str, capsys) -> None:
     assert cli.main(["compare", "a", "b", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_same_captions_twice_have_equal_rates_and_others_of_another_length_are_extrapolated(capsys) -> None:
+    rng = np.random.default_rng(0)
+    base = [
+        {"image": i, "tokens": int(n), "hallucinated": int(rng.poisson(n / 20))}
+        for i, n in enumerate(rng.integers(60, 110, 300))
+    ]
+    same = rate_ratio(base, base)
+    assert (same["ratio"], same["low"], same["high"]) == (1, 1, 1) and not same["extrapolated"]
+    short = [{"image": i, "tokens": 30 + i % 5, "hallucinated": int(rng.poisson(1))} for i in range(300)]
+    assert rate_ratio(base, short)["extrapolated"] and rate_ratio(short, base)["extrapolated"]
+
+
+def test_equal_chair_with_less_recall_is_worse_as_the_help_says(capsys) -> None:
+    base, method = captions(wrong=0.5, named=10), captions(wrong=0.9, named=4)
+    found = compare(LAYOUTS["chair"], [(base, method)])
+    assert found["equal_recall"]["low"] > 0 and found["verdict"]["is"].startswith("worse"), found["verdict"]
+    with pytest.raises(SystemExit):
+        cli.main(["compare", "--help"])
+    assert "of captions that of CHAIR_i\nat equal recall" in capsys.readouterr().out

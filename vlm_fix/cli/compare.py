@@ -23,9 +23,10 @@ ABOUT = """The files are those of `vlm-fix score BENCHMARK`, made by any code; i
   vlm-fix compare greedy.jsonl method.jsonl other.jsonl --benchmark chair
   vlm-fix compare base.jsonl method.jsonl --benchmark pope --questions coco_pope_random.json
 
-better, worse: the 95 % interval of the difference (paired bootstrap over images) excludes 0. Better only by saying no:
-yes is told from no no better than before (d'). Better only by saying less: CHAIR_i is no lower than that of the
-baseline's captions, cut to the same recall. mended: only NEW is right (captions: free of hallucination), broken: only BASE."""
+better, worse: the 95 % interval of the difference (paired bootstrap over images) excludes 0; of captions that of CHAIR_i
+at equal recall, the longer captions cut short. Better only by saying no: yes is told from no no better than before (d').
+Better only by saying less: CHAIR_i is lower, but not at equal recall.
+mended: only NEW is right (captions: free of hallucination), broken: only BASE."""
 OUTCOMES = ("mended", "broken")
 MOVES = {"fn_to_tp": "FN>TP", "tp_to_fn": "TP>FN", "fp_to_tn": "FP>TN", "tn_to_fp": "TN>FP"}
 
@@ -70,6 +71,8 @@ def run(args: argparse.Namespace) -> None:
             raise VlmFixError(f"{benchmark.title} also needs --{dest}: {argument.options['help']}.")
         default = False if argument.options.get("action") == "store_true" else argument.options.get("default")
         given[dest] = getattr(args, dest, default)
+        if (choices := argument.options.get("choices")) and given[dest] not in (default, *choices):
+            raise VlmFixError(f"--{dest} {given[dest]} is none of {benchmark.name}: choose from {', '.join(choices)}.")
     show(benchmark, args.base, args.new, given, args)
 
 
@@ -140,7 +143,12 @@ def _print(benchmark: Benchmark, found: Mapping[str, Any]) -> None:
     columns = benchmark.layouts[found["task"]].columns
     for name, one in found["delta"].items():
         grid.add_row(columns.get(name, name.replace("_", " ")), *_cells(one, 1 if name in PLAIN else 100))
-    for key, label in (("said_yes", "answers of yes"), ("d_prime", "d'"), ("equal_recall", "at equal recall")):
+    for key, label in (
+        ("said_yes", "answers of yes"),
+        ("said_no", "answers of no"),
+        ("d_prime", "d'"),
+        ("equal_recall", "at equal recall"),
+    ):
         if key in found:
             grid.add_row(label, *_cells(found[key], 1 if key == "d_prime" else 100, 2 if key == "d_prime" else 1))
     if any(found["unparsed"]):
@@ -152,9 +160,14 @@ def _print(benchmark: Benchmark, found: Mapping[str, Any]) -> None:
         one = found["rate_ratio"]
         star = "*" if one["low"] > 1 or one["high"] < 1 else ""
         change = f"x{one['ratio']:.2f} \\[{one['low']:.2f}, {one['high']:.2f}]{star}"
-        grid.add_row("hallucinations, words equal", "", "", change)
+        grid.add_row(f"hallucinations, words equal{' (extrapolated)' * one['extrapolated']}", "", "", change)
     screen = console()
     screen.print(grid)
+    if (found.get("rate_ratio") or {}).get("extrapolated"):
+        doubts.note(
+            "hardly a caption of one file is as long as one of the other, so their rates at equal words are extrapolated: take "
+            "those at equal length or recall"
+        )
     counts = [f"{name} {found['outcomes'][name]}" for name in OUTCOMES]
     moves = [f"{label} {found['transitions'][name]}" for name, label in MOVES.items()] if "transitions" in found else []
     screen.print(f"{', '.join(counts)} (McNemar p = {found['outcomes']['p']:.2g})" + "".join(f"  {m}" for m in moves))

@@ -110,8 +110,11 @@ def run(args: argparse.Namespace) -> None:
 
     from vlm_fix.eval.report import published, tracking
     from vlm_fix.eval.report import tables as report
+    from vlm_fix.eval.run import loading
     from vlm_fix.eval.run.runner import Team, evaluate
 
+    if not args.server:
+        loading.check_placing(args.model, args.device_map, args.trust_remote_code)
     tracker = tracking.load(args.log) if args.log else None
     team = Team()
     args.output = args.output or str(team.share(Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")))

@@ -38,12 +38,22 @@ def add_to(commands: Any) -> None:
         parser.add_argument(argument.name, **argument.options)
 
 
+def _known(what: str) -> None:
+    """Raise VlmFixError for one word that is neither a judge nor a method."""
+    from vlm_fix.registry import list_methods
+
+    names = {method.name for method in list_methods()}
+    if what.isidentifier() and what not in names and what not in JUDGES:
+        raise VlmFixError(f"there is no judge and no method {what!r}: the judges are {', '.join(JUDGES)}.")
+
+
 CHECKPOINT = {"model": "picto-llava", "dtype": "auto", "device": "auto", "calibration": []}
 ANSWERS = dict.fromkeys(("out", "template", "answer_key", "id_key"))
 """The options of a method in a checkpoint, and those of answers, with their usual values."""
 
 
 def run(args: argparse.Namespace) -> None:
+    _known(args.what)
     for name, usual in (CHECKPOINT if args.what in JUDGES else ANSWERS).items():
         if getattr(args, name) != usual:
             raise VlmFixError(f"--{name.replace('_', '-')} has no effect on export {args.what}: leave it out.")

@@ -214,8 +214,13 @@ def _categories(rows: Sequence[answers.Answer]) -> list[str]:
 
 
 def _key(image: str, text: str) -> tuple[str, str]:
+    return image_key(image), plain_text(text)
+
+
+def image_key(image: str) -> str:
+    """What names an image, however its path is written: its number, or the name without folder and ending."""
     number = answers.image_number(image)
-    return Path(image.replace("\\", "/")).stem if number is None else str(number), plain_text(text)
+    return Path(image.replace("\\", "/")).stem if number is None else str(number)
 
 
 @cache

@@ -118,6 +118,7 @@ def score(questions: Sequence[Question], answers: Sequence[Answer], scorer: Scor
         # VLMEvalKit's recall is over all positives: an unknown answer is a miss there, and no answer for lmms-eval
         row["fn"] = yes and (said in ("no", "failed") or (scorer in ("vlmevalkit", "ours") and said == "unknown"))
         row |= {"yes": yes if scorer == "lmms" else said == "yes", "positive": yes}
+        row["unparsed"] = said not in ("yes", "no")
         rows.append({"image": question.image, "n": 1} | {name: int(value) for name, value in row.items()})
     sums = column_sums(rows, ["n", "tp", "fp", "tn", "fn", "yes"])
     figures: dict[str, Any] = {name: int(sums[name]) for name in ("n", "tp", "fp", "tn", "fn")}

@@ -27,9 +27,12 @@ def test_labels_read_as_replies_are_doubted(key, tmp_path, capsys):
     told = "note: " + DOUBT.format(3000)
     assert cli.main(["score", "pope", "coco:random", write(tmp_path / "a", rows)]) == 0
     assert told in capsys.readouterr().err
-    rows[0][key] = {"yes": "no", "no": "yes"}[rows[0][key]]
-    assert cli.main(["score", "pope", "coco:random", write(tmp_path / "b", rows)]) == 0
-    assert "is right" not in capsys.readouterr().err
+    for wrong, expected in ((range(1), "99.9 % of the 3000 answers are right"), (range(1, 31), "")):
+        for n in wrong:  # 1, then 31 labels that are wrong themselves
+            rows[n][key] = {"yes": "no", "no": "yes"}[rows[n][key]]
+        assert cli.main(["score", "pope", "coco:random", write(tmp_path / "b", rows)]) == 0
+        err = capsys.readouterr().err
+        assert expected in err and (bool(expected) or "right" not in err)
 
 
 def test_labels_of_other_benchmarks_are_doubted_too(tmp_path, capsys):

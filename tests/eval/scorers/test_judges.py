@@ -5,6 +5,7 @@ import json
 import pytest
 
 from vlm_fix import cli
+from vlm_fix.eval.scorers import judges
 
 
 def lines(path, rows):
@@ -123,4 +124,13 @@ def test_a_caption_that_failed_is_no_empty_one_for_the_judge(tmp_path, capsys):
     command = ["export", "objhal", lines(tmp_path / "a", rows), "--out", str(tmp_path / "out")]
     assert cli.main(command) == 0
     assert [json.loads(line)["image_id"] for line in (tmp_path / "out").read_text().splitlines()] == [1, 3]
-    assert "1 of them null, which are left out" in capsys.readouterr().err
+    assert "1 of them empty or null, which are left out" in capsys.readouterr().err
+
+
+def test_mm_vet_says_how_many_of_its_questions_are_answered(tmp_path):
+    told = []
+    (tmp_path / "a").write_text(
+        "".join(json.dumps({"question_id": f"v1_{n}", "text": "A dog."}) + "\n" for n in range(96))
+    )
+    judges.export("mm-vet", str(tmp_path / "a"), str(tmp_path / "out"), tell=told.append)
+    assert told[-1] == "note: 96 of MM-Vet's 218 questions are answered"

@@ -23,7 +23,7 @@ from vlm_fix.eval.scorers.registry import once
 from vlm_fix.eval.settings import Settings
 
 LISTS = DATA / "dash_b"
-REPLIES = ["Yes.", "No.", "yes it is", "No, there is not.", "I do not know", "The sky", "", "Yes. No"]
+REPLIES = ["Yes.", "No.", "yes it is", "No, there is not.", "I do not know", "The sky", "...", "Yes. No"]
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> str:
@@ -169,6 +169,8 @@ def test_fohe_leaves_out_answers_without_yes_or_no(tmp_path: Path, capsys: Any) 
     files = write(tmp_path / "q.jsonl", asked), write(tmp_path / "a.jsonl", rows)
     got = shown(capsys, "fohe", *files)["questions"]
     assert got["n"] == len(kept) < 50 and got["accuracy"] == sum(a == b for a, b in kept) / len(kept)
+    assert got["left_out"] == 50 - len(kept)
+    assert got["misread"] == sum(r["text"] == "yes it is" for r in rows) > 0  # those that are left out count
     write(tmp_path / "a.jsonl", rows[1:])
     assert (
         cli.main(["score", "fohe", *files]) == 2
@@ -259,7 +261,9 @@ def test_hallucinations_at_equal_length_are_what_the_counts_were_made_of() -> No
     assert same and less and same["low"] < 1 < same["high"] and 0.9 < same["exponent"] < 1.1
     assert less["low"] < 0.75 < less["high"] < 1
     assert length.rate_ratio(base, [row | {"hallucinated": 0} for row in base]) is None
-    assert length.rate_ratio(base, base) == pytest.approx({"ratio": 1, "low": 1, "high": 1, "exponent": 1}, abs=0.1)
+    assert length.rate_ratio(base, base) == pytest.approx(
+        {"ratio": 1, "low": 1, "high": 1, "exponent": 1, "extrapolated": False}, abs=0.1
+    )
 
 
 def test_the_same_captions_have_the_same_rate_at_equal_length() -> None:
@@ -382,3 +386,46 @@ def test_probabilities_from_csv_are_those_of_json(tmp_path: Path, capsys: Any) -
     (tmp_path / "a.csv").write_text("question_id;p_yes;p_no\n0;much;0.3\n")
     assert cli.main(["score", "pope-prob", questions, str(tmp_path / "a.csv")]) == 2
     assert "row 1: p_yes 'much' and p_no '0.3' are not two probabilities" in capsys.readouterr().err
+
+
+def test_labels_that_differ_from_the_questions_are_told_of_probabilities(tmp_path: Path, capsys: Any) -> None:
+    asked = [{"question_id": n, "image": f"{n}.jpg", "text": "Is there a dog?", "label": "yes"} for n in (1, 2)]
+    rows = [{"question_id": n, "image": f"val/{n}.jpg", "p_yes": 0.6, "p_no": 0.1} for n in (1, 2)]
+    rows[0]["label"], rows[1]["label"] = "Yes", "no"
+    write(tmp_path / "q", asked), write(tmp_path / "a", rows)
+    assert cli.main(["score", "pope-prob", str(tmp_path / "q"), str(tmp_path / "a")]) == 0
+    assert "1 label of" in capsys.readouterr().err
+
+
+def test_fohe_tells_what_it_leaves_out_and_compares_what_both_were_asked(tmp_path: Path, capsys: Any) -> None:
+    asked = [{"question_id": i, "image": f"{i}.jpg", "text": f"Q{i}?", "label": ("yes", "no")[i % 2]} for i in range(6)]
+    files = [write(tmp_path / "q", asked), str(tmp_path / "a"), str(tmp_path / "b")]
+    for path, texts in (
+        (files[1], ["Yes", "No", "yes, it is", "Oui", "Yes", "No"]),
+        (files[2], ["Yes", "Yes", "No", "no", "Yes", "No"]),
+    ):
+        write(Path(path), [{"question_id": i, "text": text} for i, text in enumerate(texts)])
+    assert cli.main(["score", "fohe", *files[:2]]) == 0
+    err = capsys.readouterr().err
+    assert "of 6 answers 2 hold neither Yes nor No, such as 'yes, it is'" in err and "; --scorer ours reads them" in err
+    assert shown(capsys, "fohe", *files[:2], "--scorer", "ours")["questions"]["n"] == 6
+    compared = ["compare", *files[1:], "--benchmark", "fohe", "--questions", files[0]]
+    assert cli.main([*compared, "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert found["delta"]["accuracy"]["base"] == 1 and found["delta"]["accuracy"]["method"] == 3 / 5
+    assert cli.main([*compared, "--scorer", "vcd"]) == 2
+    assert "--scorer vcd is none of fohe: choose from official, ours" in capsys.readouterr().err
+    write(Path(files[1]), [{"question_id": i, "text": "yes"} for i in range(6)])
+    assert cli.main(["score", "fohe", *files[:2]]) == 2
+    err = capsys.readouterr().err
+    assert "of 6 answers 6 hold neither Yes nor No, such as 'yes'" in err and "--scorer ours" in err
+
+
+@pytest.mark.parametrize("benchmark", ["fohe", "r-bench"])
+def test_the_option_that_a_note_names_exists(benchmark: str, tmp_path: Path, capsys: Any) -> None:
+    asked = [{"question_id": i, "image": "a.jpg", "text": "Q?", "label": "no"} for i in range(2)]
+    rows = [{"question_id": 0, "text": "NO. Not Yes"}, {"question_id": 1, "text": "No"}]
+    files = write(tmp_path / "q", asked), write(tmp_path / "a", rows)
+    assert cli.main(["score", benchmark, *files]) == 0
+    assert "against its plain word" in (err := capsys.readouterr().err) and "--scorer ours" in err
+    assert shown(capsys, benchmark, *files, "--scorer", "ours")["questions"]["accuracy"] == 1
