@@ -14,9 +14,9 @@
                     pandas' {"text": {"0": "No", "1": "Yes"}}
 
 A row that offers two candidates for the reply or for the id is an error, unless they say the same, as is a file whose
-replies may be elsewhere (`doubts.py`): nothing is guessed, the options --answer-key and --id-key decide. A reply of null,
-an empty cell of a table and an empty text are one and the same in every format: an answer that failed. Deviation: official
-scripts read an empty text, POPE's as yes, Reefknot's as no, and take an empty caption for one without hallucinations.
+replies may be elsewhere (`doubts.py`): nothing is guessed, the options --answer-key and --id-key decide. A reply of null
+(or an empty cell of a table, which may be either) is an answer that failed. An empty text is an answer, as official scripts take
+it: POPE's reads yes, Reefknot's no, and an empty caption has no hallucination. How many there are of both is told.
 
 >>> image_number("COCO_val2014_000000391895.jpg"), image_number("391895"), image_number("COCO_val2014_000000391895_25")
 (391895, 391895, None)
@@ -88,7 +88,9 @@ class Answers:
         """Say what was read, and as what."""
         lost = sum(answer.reply is None for answer in self.rows)
         where = f"reply in {self.keys[0]}, id in {self.keys[1] or 'no key, so the number of the row'}"
-        failed = f"; {lost} of them empty or null, which {lost_ones}" if lost else ""
+        empty = sum(answer.reply is not None and not answer.reply.strip() for answer in self.rows)
+        failed = f"; {lost} of them null, which {lost_ones}" if lost else ""
+        failed += f"; {empty} of them empty texts, which count as answers" if empty else ""
         return (
             f"read {counted(len(self.rows), 'answer')} from {self.path}: {self.form}, {self.layout} ({where}){failed}"
         )
@@ -328,7 +330,7 @@ class _Row:
         ):
             return str(int(float(value)))
         if _is_nothing(value) or isinstance(value, str):
-            return value if isinstance(value, str) and value.strip() else None
+            return value if isinstance(value, str) else None
         raise VlmFixError(
             f'{self.place}: the reply in "{self.reply_key}" is {str(value)[:40]}, not a text: write it as one, or name '
             "another key with --answer-key."

@@ -68,10 +68,8 @@ def score_file(
             texts = {scene.id: text for scene in shown if (text := said[scene.id]) is not None}
             there = [scene for scene in shown if scene.id in texts]
             if len(there) < len(shown):  # an empty caption would have no hallucination
-                tell(
-                    f"note: {counted(len(shown) - len(there), 'image')} left out of captions, as the caption is empty or null"
-                )
-            lacking += [] if there else ["captions: all are empty or null"]
+                tell(f"note: {counted(len(shown) - len(there), 'image')} left out of captions, as the caption is null")
+            lacking += [] if there else ["captions: all are null"]
             if there:
                 found[kind] = score_captions([*texts.values()], there, lexicon(scorer, variant))
         else:

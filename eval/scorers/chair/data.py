@@ -34,7 +34,7 @@ def load_captions(
     keys: Keys = USUAL,
     tell: Tell = str,
 ) -> list[Caption]:
-    """Read captions; `answers.py` says what rows may be. One that failed (empty or null) is left out: an empty
+    """Read captions; `answers.py` says what rows may be. One that failed (null) is left out: an empty
     caption has no hallucination, so that a run would seem better for failing.
 
     Image ids are numbers or COCO's names, such as COCO_val2014_000000000123.jpg. Warns of images with several captions.
@@ -43,7 +43,7 @@ def load_captions(
     tell(given.told("are left out"))
     captions = [Caption(int(row.id), row.reply) for row in given.rows if row.reply is not None]
     if not captions:
-        raise VlmFixError(f"{path} has no captions: all {len(given.rows)} are empty or null; generate them again.")
+        raise VlmFixError(f"{path} has no captions: all {len(given.rows)} are null; generate them again.")
     twice = [image for image, times in Counter(caption.image_id for caption in captions).items() if times > 1]
     if twice:
         which = f"image {twice[0]}" if len(twice) == 1 else f"{len(twice)} images, the first of which is {twice[0]}"

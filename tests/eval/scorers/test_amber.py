@@ -48,7 +48,7 @@ def made_up() -> list[dict]:
         pool += [w for name in scene.truth for w in lexicon.stand_for[name]]
         a, b, c, d, e = rng.choices(pool, k=5)
         text = f"There is a {a} and two {b}s near the {c}. {d.capitalize()}s and a {e} are behind it."
-        rows.append({"id": scene.id, "response": "." if rng.random() < 0.02 else text})
+        rows.append({"id": scene.id, "response": "" if rng.random() < 0.02 else text})
     replies = ["Yes"] * 6 + ["No"] * 8 + ["yes", "No.", "Yes, there is.", "It is not clear"]
     return rows + [{"id": question.id, "response": rng.choice(replies)} for question in amber_data.questions()]
 
@@ -230,9 +230,9 @@ def test_a_caption_of_null_is_left_out(tmp_path, nltk_data):
     (tmp_path / "a.json").write_text(json.dumps(rows))
     found = amber_file.score_file(tmp_path / "a.json", tell=told.append)["captions"]
     assert found.n == 504 and found.rows[0]["image"] == shown[500].image
-    assert told[1] == "note: 500 images left out of captions, as the caption is empty or null"
+    assert told[1] == "note: 500 images left out of captions, as the caption is null"
     (tmp_path / "a.json").write_text(json.dumps([{**row, "response": None} for row in rows]))
-    with pytest.raises(VlmFixError, match="captions: all are empty or null"):
+    with pytest.raises(VlmFixError, match="captions: all are null"):
         amber_file.score_file(tmp_path / "a.json")
 
 

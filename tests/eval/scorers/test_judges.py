@@ -124,7 +124,7 @@ def test_a_caption_that_failed_is_no_empty_one_for_the_judge(tmp_path, capsys):
     command = ["export", "objhal", lines(tmp_path / "a", rows), "--out", str(tmp_path / "out")]
     assert cli.main(command) == 0
     assert [json.loads(line)["image_id"] for line in (tmp_path / "out").read_text().splitlines()] == [1, 3]
-    assert "1 of them empty or null, which are left out" in capsys.readouterr().err
+    assert "1 of them null, which are left out" in capsys.readouterr().err
 
 
 def test_mm_vet_says_how_many_of_its_questions_are_answered(tmp_path):

@@ -49,8 +49,8 @@ def test_a_caption_of_null_is_left_out_and_told(tmp_path):
     path = lines(tmp_path / "a", [{**said[0], "caption": None}, said[1]])
     assert chair.BENCHMARK.score_files(path, variant="pattern", tell=told.append) == whole
     where = "plain rows (reply in caption, id in image_id)"
-    assert told == [f"read 2 answers from {path}: JSON lines, {where}; 1 of them empty or null, which are left out"]
-    with pytest.raises(VlmFixError, match="all 2 are empty or null"):
+    assert told == [f"read 2 answers from {path}: JSON lines, {where}; 1 of them null, which are left out"]
+    with pytest.raises(VlmFixError, match="all 2 are null"):
         chair.BENCHMARK.score_files(
             lines(tmp_path / "c", [{**row, "caption": None} for row in said]), variant="pattern"
         )
@@ -150,14 +150,16 @@ def test_mme_in_one_file_equals_its_folder_and_is_in_points(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("images", [True, False])
-def test_an_empty_text_is_a_failure_in_json_as_an_empty_cell_is_in_a_table(images, tmp_path):
+def test_an_empty_text_is_an_answer_and_an_empty_cell_a_failure_and_both_are_told(images, tmp_path):
     from vlm_fix.eval.scorers import answers as reader
 
     key = "caption" if images else "response"
     rows = [{"id": str(n), key: text} for n, text in enumerate(["A dog, yes.", "", " ", None, "No"], 1)]
     table = "".join(f'{row["id"]},"{row[key] or ""}"\n' for row in rows)
     (tmp_path / "table").write_text(f"id,{key}\n{table}")
-    found = [reader.read(path, "{}", images=images) for path in (lines(tmp_path / "rows", rows), tmp_path / "table")]
-    assert [row.reply for row in found[0].rows] == ["A dog, yes.", None, None, None, "No"]
-    assert [row.reply for row in found[1].rows] == [row.reply for row in found[0].rows]
-    assert all("; 3 of them empty or null, which count as failed" in each.told() for each in found)
+    found = reader.read(lines(tmp_path / "rows", rows), "{}", images=images)
+    assert [row.reply for row in found.rows] == ["A dog, yes.", "", " ", None, "No"]
+    assert "; 1 of them null, which count as failed; 2 of them empty texts, which count as answers" in found.told()
+    cells = reader.read(tmp_path / "table", "{}", images=images)
+    assert [row.reply for row in cells.rows if row.reply and row.reply.strip()] == ["A dog, yes.", "No"]
+    assert [row.reply for row in cells.rows].count(None) >= 2 and "null, which count as failed" in cells.told()

@@ -23,7 +23,7 @@ from vlm_fix.eval.scorers.registry import once
 from vlm_fix.eval.settings import Settings
 
 LISTS = DATA / "dash_b"
-REPLIES = ["Yes.", "No.", "yes it is", "No, there is not.", "I do not know", "The sky", "...", "Yes. No"]
+REPLIES = ["Yes.", "No.", "yes it is", "No, there is not.", "I do not know", "The sky", "", "Yes. No"]
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> str:
