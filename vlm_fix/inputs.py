@@ -81,9 +81,13 @@ class InputWing(Wing):
             return args, self.host.joint.prepare(self.prepared, kwargs)
         return args, self.prepared(self.host.editing, kwargs)
 
-    @compiled.uncompiled
     def _whole(self, module: Any, args: Any, output: Any) -> None:
         """The states of all rows of the forward, also of those that a preview has run."""
+        if not compiled.tracing(self.host, output.last_hidden_state.shape[1]):
+            self._with_earlier(output)
+
+    @compiled.uncompiled
+    def _with_earlier(self, output: Any) -> None:
         if self.host.editing is not None:
             self.host.editing.part(Earlier).before(output)
 

@@ -43,7 +43,7 @@ def forget():
 
 
 def spec_of(name: str) -> str:
-    return SPECS.get(name, name if name in ("cca", "act") else f"{name}:layers=0-")
+    return SPECS.get(name, name if name in ("cca", "act", "hulluedit") else f"{name}:layers=0-")
 
 
 def generate(model, inputs, **options):
