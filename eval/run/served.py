@@ -21,8 +21,9 @@ from vlm_fix.families import arch_of
 from vlm_fix.method import Baseline, Method
 from vlm_fix.serving import refusals
 from vlm_fix.serving.engine import ServedEngine
+from vlm_fix.serving.memory import share
 
-from .elsewhere import Batch, Elsewhere, chat, starts_itself
+from .elsewhere import Batch, Elsewhere, Gone, chat, starts_itself
 
 
 class ServedModel(Elsewhere):
@@ -55,19 +56,29 @@ class ServedModel(Elsewhere):
             gc.collect()
 
     def start(self) -> Any:
-        """The engine of the run."""
+        """The engine of the run. Raises Gone if vLLM cannot start."""
         if self.engine is None:
             from vllm import LLM
 
-            additional = {"vlm_fix": list(self.running)} if self.running else {}
-            self.engine = LLM(
-                self.path,
-                dtype=self.dtype_name,
-                additional_config=additional,
-                enforce_eager=self.device.type == "cpu",
-                enable_prefix_caching=False,  # batches then cost the same in any order
-                max_model_len=min(4096, self.bare.config.get_text_config().max_position_embeddings),
-            )
+            more: dict[str, Any] = {"additional_config": {"vlm_fix": list(self.running)}} if self.running else {}
+            if fits := share():
+                more["gpu_memory_utilization"] = fits
+            try:
+                self.engine = LLM(
+                    self.path,
+                    dtype=self.dtype_name,
+                    enforce_eager=self.device.type == "cpu",
+                    enable_prefix_caching=False,  # batches then cost the same in any order
+                    max_model_len=min(4096, self.bare.config.get_text_config().max_position_embeddings),
+                    **more,
+                )
+            except VlmFixError:
+                raise
+            except Exception as error:  # no batch has another chance
+                said = (str(error).strip() or type(error).__name__).splitlines()[0]
+                raise Gone(
+                    f"vLLM could not start ({said[:300]}): its log above says why; when it can, go on with --resume."
+                ) from error
         return self.engine
 
     def answers(self, processor: Any, images: Sequence[Any], prompts: Sequence[str], seed: int, **how: Any) -> Batch:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 
@@ -14,6 +17,7 @@ from tests.serving.support import CAPTION, PATH, Case, Vllm, cases
 from vlm_fix import cli
 from vlm_fix.cli import serve
 from vlm_fix.errors import VlmFixError
+from vlm_fix.serving import memory
 from vlm_fix.serving.options import variant
 from vlm_fix.serving.paged import layout_of
 from vlm_fix.serving.plugin import planned
@@ -114,8 +118,45 @@ def test_what_can_be_known_without_the_model_ends_the_command(capsys, monkeypatc
 def test_other_options_go_to_vllm_as_they_are(monkeypatch, spec, options):
     started = []
     monkeypatch.setattr(serve, "_serve", lambda path, rest: started.append(rest))
-    assert cli.main(["serve", "picto-llava", "--method", spec, *options.split()]) == 0
+    assert cli.main(["serve", "picto-llava", "--method", spec, *options.split(), "--port", "0"]) == 0
     assert [words[: len(options.split())] for words in started] == [options.split()]
+
+
+def test_a_port_that_is_in_use_is_told_before_vllm_starts(capsys, monkeypatch):
+    monkeypatch.setattr(serve, "_serve", lambda path, rest: pytest.fail("vLLM was started"))
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        assert cli.main(["serve", "picto-llava", "--host", "127.0.0.1", "--port", port]) == 2
+    assert f"port {port} of 127.0.0.1 cannot be used" in capsys.readouterr().err
+    assert cli.main(["serve", "picto-llava", "--port", "70000"]) == 2
+    assert "choose another --port" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", ["", "--gpu-memory-utilization 0.3", "--gpu_memory_utilization=0.3"])
+def test_vllm_takes_the_memory_that_is_free(capsys, monkeypatch, options):
+    started = []
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    monkeypatch.setattr(serve, "_serve", lambda path, rest: started.append(rest))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=12, total=24))
+    assert cli.main(["serve", "picto-llava", "--port", "0", *options.split()]) == 0
+    ours = "--gpu-memory-utilization 0.45" in " ".join(started[0])
+    assert ours == (not options) == ("vLLM may take 45% of this machine's memory" in capsys.readouterr().err)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=23, total=24))
+    assert memory.share() is None
+
+
+def test_an_engine_that_cannot_start_ends_the_evaluation_at_once(tmp_path, capsys, monkeypatch):
+    begun = []
+
+    def start(*args, **kwargs):
+        begun.append(args)
+        raise RuntimeError("no memory for this\nand more")
+
+    monkeypatch.setattr("vllm.LLM", start)
+    command = "eval pope --engine vllm --method pai --limit 3 --batch-size 1 --split random --output"
+    assert cli.main([*command.split(), str(tmp_path / "run")]) == 2 and len(begun) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "vLLM could not start (no memory for this)" in said and "go on with --resume" in said
 
 
 @pytest.mark.parametrize("name, near", [("picto_llava", "did you mean 'picto-llava'?"), ("./none", "a folder")])

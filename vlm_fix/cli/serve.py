@@ -8,6 +8,7 @@ import importlib.metadata
 import importlib.util
 import json
 import runpy
+import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ EXAMPLES = """examples:
   vlm-fix serve llava-hf/llava-1.5-7b-hf --method hiprune:keep=192+pai --tensor-parallel-size 1 --port 8000
 
 This is `vllm serve MODEL --additional-config '{"vlm_fix": ...}'`; whatever else is given goes to vLLM."""
-METADATA, ADDITIONAL = "vllm", "--additional-config"
+METADATA, ADDITIONAL, MEMORY = "vllm", "--additional-config", "--gpu-memory-utilization"
 BUNDLED = ("picto-llava", "picto-smol")
 
 
@@ -43,6 +44,7 @@ def run(args: argparse.Namespace) -> None:
         raise VlmFixError("vLLM is not installed: pip install 'vlm-fix[vllm]'.")
     from vlm_fix.eval.picto import model_path
     from vlm_fix.registry import file_of
+    from vlm_fix.serving.memory import share
     from vlm_fix.serving.plugin import planned
     from vlm_fix.serving.refusals import check_options
     from vlm_fix.serving.settings import Settings
@@ -66,13 +68,31 @@ def run(args: argparse.Namespace) -> None:
                 raise VlmFixError(_unknown(args.model, error.__cause__)) from error
             raise
         check_options(rest, engine)
+    if "--uds" not in rest:
+        _check_port(_value(rest, "--host") or "", _value(rest, "--port") or "8000")
     if told := _unbegun(path, _value(rest, "--revision"), "--trust-remote-code" in rest):
         print(told, file=sys.stderr)
     if bundled and "--served-model-name" not in rest:
         rest += ["--served-model-name", args.model]
+    if not _value([word.replace("_", "-") for word in rest], MEMORY) and (fits := share()):
+        print(f"note: vLLM may take {fits:.0%} of this machine's memory, as more is not free; {MEMORY} sets another share.",
+              file=sys.stderr)  # fmt: skip
+        rest += [MEMORY, str(fits)]
     if additional:
         rest += [ADDITIONAL, json.dumps(additional)]
     _serve(path, rest)
+
+
+def _check_port(host: str, port: str) -> None:
+    """Raise VlmFixError where another program listens; vLLM would load the model first."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, int(port)))
+        except (OSError, OverflowError, ValueError) as error:
+            raise VlmFixError(
+                f"port {port} of {host or 'this machine'} cannot be used ({error}): choose another --port."
+            ) from None
 
 
 def _unknown(name: str, error: OSError) -> str:
