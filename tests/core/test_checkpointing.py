@@ -23,6 +23,7 @@ HANDS_ON = (
     "memvr",
     "pade",
     "rudder",
+    "random_reminder",
 )  # what they read before a layer or in one is used inside others, with its gradient
 FUNCTION = "_gradient_checkpointing_func"
 
