@@ -103,6 +103,12 @@ def choice(answer: str | None, scorer: Scorer) -> str:
     return (answer or "")[:1].upper()
 
 
+def letter(answer: str) -> str:
+    """Return the one letter that stands alone in an answer; unknown if there is none, or several."""
+    found = {*re.findall(r"\b[A-D]\b", answer)}
+    return found.pop() if len(found) == 1 else "unknown"
+
+
 def score(
     answers: Sequence[str | None], questions: Sequence[Question], scorer: Scorer = "official"
 ) -> dict[str, Result]:
@@ -118,15 +124,18 @@ def score(
             rows.append(counts(q.image, q.label, words[-1]))
         else:
             said = choice(answer, scorer)
-            marks = {"right": int(said == q.label), "unparsed": int(said not in tuple("ABCD"))}
+            words.append(said if said in tuple("ABCD") else "unknown")
+            marks = {"right": int(said == q.label), "unparsed": int(words[-1] == "unknown")}
             rows.append({"image": q.image, "n": 1, **marks})
-    metrics = METRICS if questions[0].type == "reefknot" else CHOICE
+    plain = questions[0].type == "reefknot"
+    metrics = METRICS if plain else CHOICE
+    how: dict[str, Any] = {} if plain else {"read": letter, "neither": "none of A to D"}
     kinds = dict.fromkeys(q.relation for q in questions)
     parts = {kind: [n for n, q in enumerate(questions) if q.relation == kind] for kind in kinds}
     parts |= {"questions": [*range(len(rows))]} if len(parts) > 1 else {}
     found = {}
     for part, its in parts.items():
-        misread = yesno.misread([answers[n] for n in its], [words[n] for n in its]) if words else yesno.Misread()
+        misread = yesno.misread([answers[n] for n in its], [words[n] for n in its], **how)
         found[part] = tally(scorer, [rows[n] for n in its], metrics, misread, [questions[n].text for n in its])
     return found
 

@@ -22,7 +22,7 @@ Here official is POPE's; AMBER, MME and HallusionBench define their own official
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from .choices import Scorer
@@ -44,21 +44,24 @@ class Misread(NamedTuple):
     example: str = ""
 
 
-def misread(replies: Sequence[str | None], said: Sequence[str]) -> Misread:
-    """Count the replies with a plain yes or no that a scorer has taken (`said`) for something else."""
+def misread(
+    replies: Sequence[str | None],
+    said: Sequence[str],
+    read: Callable[[str], str] = plain,
+    neither: str = "neither yes nor no",
+) -> Misread:
+    """Count the replies with a plain yes or no, or what else `read` finds, that a scorer has taken (`said`) for another."""
     wrong = [
         (reply, word, one)
         for reply, one in zip(replies, said, strict=True)
-        if reply is not None and (word := plain(reply)) not in ("unknown", one)
+        if reply is not None and (word := read(reply)) not in ("unknown", one)
     ]
     if not wrong:
         return Misread()
     reply, word, one = wrong[0]
     shown = " ".join(reply.split())
     shown = shown if len(shown) <= 60 else f"{shown[:40]} ... {shown[-15:]}"
-    return Misread(
-        len(wrong), f'"{shown}", which says {word}, is taken as {one.replace("unknown", "neither yes nor no")}'
-    )
+    return Misread(len(wrong), f'"{shown}", which says {word}, is taken as {one.replace("unknown", neither)}')
 
 
 def verdict(reply: str | None, label: str, scorer: Scorer) -> str:

@@ -6,7 +6,7 @@ import pytest
 
 from tests.support.answer_files import hallusion_rows, lines, mme_rows
 from vlm_fix import cli
-from vlm_fix.eval.scorers import yesno
+from vlm_fix.eval.scorers import reefknot, yesno
 from vlm_fix.eval.scorers.amber import data as amber_data
 
 REPLIES = [
@@ -63,3 +63,14 @@ def test_the_command_says_how_many_are_misread_and_what_reads_them(benchmark, tm
     assert notes and all(line.endswith("; --scorer ours reads it") for line in notes)
     assert cli.main(["score", benchmark, *where, "--scorer", "ours"]) == 0
     assert "plain word" not in capsys.readouterr().err
+
+
+def test_letters_that_are_taken_for_others_are_counted():
+    said = ["B", "b.", "Answer: D", "**B**", "(C) in", "A or B", None, "The dog is at the sign"]
+    asked = [reefknot.Question(str(i), "1", "?", "choice", "perception", "B") for i in range(len(said))]
+    found = reefknot.score(said, asked)["perception"]
+    assert (found.figures["accuracy"], found.unparsed) == (0.25, 4)
+    assert found.misread.n == 3
+    assert found.misread.example == '"Answer: D", which says D, is taken as A'
+    ours = reefknot.score(said, asked, "ours")["perception"]
+    assert ours.misread.n == 0
