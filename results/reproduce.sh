@@ -180,7 +180,7 @@ bench() { # ratios in one run, on one thread
   "$vlm_fix" bench peers --shape tiny --new-tokens 16 --rounds 3 --output results/bench/peers.json # with mitigv and kvpress: docs/performance.md
   "$vlm_fix" bench serve --model picto-smol --method pai,vaf,vhr,rudder,deco,vcd,hiprune:keep=0.25 --new-tokens 16 --rounds 3 \
     --output results/bench/serve.json # needs vLLM and 20 GB: docs/serving.md
-  "$vlm_fix" bench serve --model picto-smol --method pai,vhr --concurrent 32 --questions 32 --new-tokens 16 --rounds 2 \
+  "$vlm_fix" bench serve --model picto-smol --method pai,vhr --concurrent 32 --questions 32 --new-tokens 16 --rounds 3 \
     --output results/bench/serve-questions.json # as above
 }
 
