@@ -52,6 +52,7 @@ OVER = {  # methods that cost more, or wait, in decode steps, and why
     "owl": "its branches change weights that are read first",
     "pade": "a memory of the layers before, and a median in each head",
     "pine": "keys are put in another order for each row",
+    "random_reminder": "what rudder does, and once more for its length",
     "rudder": "its one layer also prepares the forward: four operations a token",
     "sgrs": "a loop over candidates",
     "sid": "a branch with other columns in later layers",
