@@ -136,6 +136,18 @@ def store_of(folder: Path, **env: int) -> Store:
     return Store(folder, {"seed": 0}, resume=True, team=team)
 
 
+@pytest.mark.parametrize("name", ["samples.jsonl", "results.json", "figure.png"])
+def test_what_a_killed_run_had_begun_to_write_is_gone(tmp_path, name):
+    store_of(tmp_path)
+    code = "import os, sys; from vlm_fix.whole import whole_file\nwith whole_file(sys.argv[1]): os.kill(os.getpid(), 9)"
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path / name)], check=False).returncode == -9
+    kept = tmp_path / "notes.part"  # not ours
+    kept.touch()
+    assert len(list(tmp_path.glob(f"{name}.*.part"))) == 1
+    store_of(tmp_path)
+    assert list(tmp_path.glob("*.part")) == [kept]
+
+
 def test_files_of_several_processes_merge_once_and_in_order(tmp_path):
     def batch(i, n=2):
         return [
