@@ -24,12 +24,13 @@ CLIP = dict(
     hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=2, image_size=64, patch_size=16,
     initializer_range=0.1,
 )  # fmt: skip
+WINDOW = 24
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
 
 
-def tokenizer(*more: str) -> Any:
-    """Picto's words, and further special tokens."""
-    made = t.AutoTokenizer.from_pretrained(PATH)
+def tokenizer(*more: str, **named: str) -> Any:
+    """Picto's words, and further special tokens, some of them with a name."""
+    made = t.AutoTokenizer.from_pretrained(PATH, **({"extra_special_tokens": named} if named else {}))
     made.add_special_tokens({"additional_special_tokens": ["<image>", *more]})
     return made
 
@@ -57,12 +58,58 @@ def llava_next() -> tuple[Any, Any]:
     return t.LlavaNextForConditionalGeneration(config), processor
 
 
+def llava_mistral() -> tuple[Any, Any]:
+    """LLaVA with a window in every layer of its language model."""
+    words = tokenizer()
+    config = t.LlavaConfig(
+        vision_config=t.CLIPVisionConfig(**CLIP),
+        text_config=t.MistralConfig(vocab_size=len(words), sliding_window=WINDOW, **TEXT),
+        image_token_index=4,
+        image_seq_length=16,
+        vision_feature_layer=-2,
+    )
+    processor = t.LlavaProcessor(
+        t.CLIPImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64}),
+        words,
+        patch_size=16,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=BARE.replace("IMAGE", "<image>"),
+    )
+    return t.LlavaForConditionalGeneration(config), processor
+
+
+def gemma3() -> tuple[Any, Any]:
+    """Windows in two layers of three. Its image rows look causally here, as they do on vLLM's CPU backend."""
+    words = tokenizer(boi_token="<start_of_image>", eoi_token="<end_of_image>", image_token="<image_soft_token>")
+    words.add_tokens(["\n" * i for i in range(1, 5)])  # vLLM puts those around an image together
+    text = {**TEXT, "num_hidden_layers": 6}
+    kinds = ["sliding_attention", "sliding_attention", "full_attention"] * 2
+    config = t.Gemma3Config(
+        vision_config=t.SiglipVisionConfig(**CLIP, vision_use_head=False),
+        text_config=t.Gemma3TextConfig(
+            vocab_size=len(words), sliding_window=WINDOW, layer_types=kinds, query_pre_attn_scalar=32, **text
+        ),
+        mm_tokens_per_image=4,
+        boi_token_index=words.boi_token_id,
+        eoi_token_index=words.eoi_token_id,
+        image_token_index=words.image_token_id,
+    )
+    processor = t.Gemma3Processor(
+        t.Gemma3ImageProcessor(size={"height": 64, "width": 64}),
+        words,
+        image_seq_length=4,
+        chat_template=BARE.replace("IMAGE\n", "<start_of_image>"),
+    )
+    return t.Gemma3ForConditionalGeneration(config), processor
+
+
 def llava_onevision() -> tuple[Any, Any]:
     words, pinpoints = tokenizer("<video>"), [[64, 128], [128, 64], [128, 128]]
     video = words.convert_tokens_to_ids("<video>")
     config = t.LlavaOnevisionConfig(
         vision_config=t.SiglipVisionConfig(**CLIP, vision_use_head=False),
-        text_config=t.Qwen2Config(vocab_size=len(words), **TEXT),
+        text_config=t.Qwen2Config(vocab_size=len(words), **{**TEXT, "hidden_size": 128}),
         image_token_index=4,
         video_token_index=video,
         image_token_id=4,
@@ -145,13 +192,16 @@ def qwen3_vl() -> tuple[Any, Any]:
     return t.Qwen3VLForConditionalGeneration(config), processor
 
 
-BUILD: dict[str, Callable[[], tuple[Any, Any]]] = {f.__name__: f for f in (llava_next, qwen2_5_vl, qwen3_vl, idefics3)}
+BUILD: dict[str, Callable[[], tuple[Any, Any]]] = {
+    f.__name__: f for f in (llava_next, llava_onevision, qwen2_5_vl, qwen3_vl, idefics3)
+}
+WINDOWED: dict[str, Callable[[], tuple[Any, Any]]] = {f.__name__: f for f in (llava_mistral, gemma3)}
 
 
 def checkpoint(name: str, folder: Path) -> str:
     """A folder with such a model, the same whenever it is made."""
     torch.manual_seed(0)
-    model, processor = BUILD[name]()
+    model, processor = (BUILD | WINDOWED)[name]()
     for p in model.parameters():  # random norms and biases too, so that nothing cancels by symmetry
         if p.dim() == 1:
             p.data.add_(0.1 * torch.randn_like(p))

@@ -89,6 +89,8 @@ class HuggingFace:
         texts = [c.text(self.processor) for c in part]
         images = {"images": [c.images for c in part]} if part[0].scenes else {}
         inputs = self.processor(text=texts, padding=True, padding_side="left", return_tensors="pt", **images)
+        if "token_type_ids" in inputs:  # images that look both ways, which vLLM's CPU backend leaves out
+            inputs["token_type_ids"].zero_()
         out = self.model.generate(
             **inputs, max_new_tokens=words, do_sample=False, output_scores=True, return_dict_in_generate=True
         )

@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from vlm_fix.attention.inputs import QueryRows
+from vlm_fix.attention.kernel import Scores, edited_rows
 from vlm_fix.hooks import hooked
 from vlm_fix.recorder import LastHeads, Recorder
 from vlm_fix.session import Session
 
 from . import layers
-from .groups import Group, KeysValues
+from .groups import Group, KeysValues, Looks
 
 if TYPE_CHECKING:
     from .worker import Served
@@ -63,7 +65,7 @@ class BesideForward:
 
     def attend(self, layer: Any, impl: Any, query: Any, key: Any, value: Any, output: Any) -> None:
         """Causal attention of each line over its own cache; query and output [tokens, H, D], or flat."""
-        number, start = self.served.number(layer), 0
+        number, looks, start = self.served.number(layer), self.served.looks(layer, impl), 0
         q, out = (x.view(len(x), -1, impl.head_size) for x in (query, output))
         k, v = (x.view(len(x), -1, impl.head_size) for x in (key, value))
         held: list[KeysValues] = []
@@ -71,24 +73,11 @@ class BesideForward:
             here = slice(start, start + count)
             keys, values = line.grow(number, k[here], v[here])
             held.append((keys, values))
-            n = keys.shape[2]
-            mask = None
-            if count > 1 and count < n:
-                mask = torch.arange(n, device=q.device) <= torch.arange(n - count, n, device=q.device)[:, None]
-            made = scaled_dot_product_attention(
-                q[here].transpose(0, 1)[None],
-                keys,
-                values,
-                attn_mask=mask,
-                is_causal=count == n and count > 1,
-                scale=impl.scale,
-                enable_gqa=keys.shape[1] != q.shape[1],
-            )
-            out[here] = made[0].transpose(0, 1)
+            out[here] = _attention(q[here].transpose(0, 1)[None], keys, values, looks)[0].transpose(0, 1)
             start += count
         for group, own in zip(self.groups, held, strict=False):
             if group is not None and group.engine.attention.stacks[number]:
-                group.edit(number, q, out, functools.partial(_given, own), impl.scale, self.served.softcap(impl))
+                group.edit(number, q, out, functools.partial(_given, own, looks.window), looks)
         start = 0
         for (_, count), recorders in zip(self.lines, self.recorders, strict=False):
             assert self.session is not None
@@ -97,8 +86,29 @@ class BesideForward:
             start += count
 
 
-def _given(own: KeysValues, group: Group) -> KeysValues:
-    return own
+def _attention(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, looks: Looks) -> torch.Tensor:
+    """Causal attention of the last q of n columns: [1, H, q, D] over [1, Hkv, n, D]."""
+    count, n = query.shape[2], keys.shape[2]
+    out_of_reach, mask = looks.window is not None and n > looks.window, None
+    if out_of_reach or 1 < count < n:
+        mask = looks.mask(n - count, count, n, query.device)
+    if looks.softcap:
+        rows = QueryRows(query, keys, values, mask, Scores(looks.scaling, looks.softcap), 0 if mask is None else None)
+        return edited_rows(rows).to(query.dtype)
+    return scaled_dot_product_attention(
+        query,
+        keys,
+        values,
+        attn_mask=mask,
+        is_causal=mask is None and count > 1,
+        scale=looks.scaling,
+        enable_gqa=keys.shape[1] != query.shape[1],
+    )
+
+
+def _given(own: KeysValues, window: int | None, group: Group) -> KeysValues:
+    keys, values = (x[:, :, group.columns - group.reach(window) :] for x in own)
+    return keys, values
 
 
 class Beside:

@@ -33,8 +33,15 @@ def attention_layers(runner: Any) -> dict[str, Any]:
     return {name: layer for name, layer in context.items() if id(layer) in own and hasattr(layer, "impl")}
 
 
+def window(layer: Any) -> int | None:
+    """How many columns a row of an attention layer sees at most, its own among them; None: all."""
+    size = getattr(layer, "sliding_window", None)
+    return size if size and size > 0 else None
+
+
 def install(served: Served) -> None:
     """Number the attention layers and put the hooks that the server's engine needs on the others."""
+    served.window = min(filter(None, map(window, attention_layers(served.runner).values())), default=None)
     for name in attention_layers(served.runner):
         found = NUMBER.search(name)
         if found is None:

@@ -13,6 +13,7 @@ from vlm_fix.hidden.edit import HiddenEdit
 from vlm_fix.inputs import InputEdit
 from vlm_fix.method import Method
 from vlm_fix.pruning.kinds import CachePruner, ImageShrinker, LayerPruner, TokenPruner
+from vlm_fix.scope import RowScope
 
 from .engine import ServedEngine
 
@@ -216,7 +217,7 @@ def check_worker(runner: Any, engine: ServedEngine) -> None:
                 f"the attention backend {backend} is not served: give --attention-backend {' or '.join(MADE)}."
             )
         for what, used in {
-            "sliding windows": (getattr(layer, "sliding_window", None) or -1) > 0,
+            "chunks that rows do not look out of": getattr(layer, "attention_chunk_size", None) is not None,
             "attention sinks": getattr(impl, "sinks", None) is not None,
             "ALiBi": getattr(impl, "alibi_slopes", None) is not None,
             "a quantised KV cache": _quantised(impl.kv_cache_dtype),
@@ -224,3 +225,27 @@ def check_worker(runner: Any, engine: ServedEngine) -> None:
         }.items():
             if used:
                 raise VlmFixError(f"{name} has {what}, in which methods are not served.")
+    check_rows(runner, engine)
+
+
+def check_rows(runner: Any, engine: ServedEngine) -> None:
+    """Raise VlmFixError for methods that need the attention of image rows where these look both ways."""
+    if not getattr(runner.model_config, "is_mm_prefix_lm", False):
+        return
+    for method in engine.active:
+        what = (
+            "edits the attention of these rows"
+            if isinstance(method, AttentionEdit)
+            and method in engine.attention.edits
+            and method.row_scope is RowScope.ALL
+            else "has a second branch, which may have an image"
+            if method is engine.contrast
+            else "reads the prompt with its image beforehand"
+            if isinstance(method, HiddenEdit) and type(method).on_prompt is not HiddenEdit.on_prompt
+            else None
+        )
+        if what:
+            raise VlmFixError(
+                f"{method.name} cannot be served in {type(runner.model).__name__}, where rows of an image look both ways: "
+                f"it {what}. It runs with vlm_fix.wrap and generate."
+            )

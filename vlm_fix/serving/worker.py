@@ -19,7 +19,7 @@ from vlm_fix.session import TEXT, VISUAL, Session
 from . import layers, options, refusals
 from .beside import Beside
 from .engine import ServedEngine
-from .groups import Group
+from .groups import Group, Looks
 from .logits import NextTokens
 from .paged import Room, layout_of
 from .sessions import BatchSession, LastRows, RequestSession, WholePrompts, session_of
@@ -56,6 +56,7 @@ class Served:
         self.batches: dict[ServedEngine, BatchSession] = {}
         self.running, self.groups, self.current = False, [], None
         self.numbers: dict[str, int] = {}
+        self.window: int | None = None  # the smallest of the layers
         self.layouts: dict[str, Any] = {}
         self.room = Room()
         self.said: set[str] = set()
@@ -107,6 +108,7 @@ class Served:
         refusals.check_engine(engine)
         config = self.runner.vllm_config
         refusals.check_config(config, engine)
+        refusals.check_rows(self.runner, engine)
         if engine.changes_prompt and config.cache_config.enable_prefix_caching:
             raise VlmFixError("this stack needs every prompt computed: start the server with it.")
         if engine.needs["prompts in one piece"] and config.scheduler_config.enable_chunked_prefill:
@@ -220,9 +222,9 @@ class Served:
         """The number of an attention layer of the language model."""
         return self.numbers[layer.layer_name]
 
-    def softcap(self, impl: Any) -> float | None:
-        """The soft cap of a layer's scores."""
-        return getattr(impl, "logits_soft_cap", None) or None
+    def looks(self, layer: Any, impl: Any) -> Looks:
+        """How the rows of an attention layer look at its columns."""
+        return Looks(impl.scale, getattr(impl, "logits_soft_cap", None) or None, layers.window(layer))
 
 
 class Step:
@@ -255,7 +257,8 @@ class Step:
                 continue
             if end >= session.prompt_len:
                 self.samples.append((row, name, one))
-            if length == 1 and start >= session.prompt_len and not engine.one_by_one:
+            apart = engine.one_by_one or (served.window or end) < end  # a window ends elsewhere in each request
+            if length == 1 and start >= session.prompt_len and not apart:
                 together.setdefault(engine, []).append((row, name, end))
             else:
                 chunks.append((row, name, one, start, end))
@@ -285,7 +288,12 @@ class Step:
                 self.late.append((name, one))
             elif engine.only_last_rows and end < session.prompt_len:
                 continue  # nothing is edited
-            elif end == session.prompt_len and not engine.one_by_one and (engine.only_last_rows or span):
+            elif (
+                end == session.prompt_len
+                and not engine.one_by_one
+                and (self.served.window or end) >= end
+                and (engine.only_last_rows or span)
+            ):
                 length = session.prompt_len if engine.of_one_length else 0
                 many.setdefault((engine, engine.only_last_rows, span is not None, length), []).append((row, session))
                 continue
@@ -334,8 +342,8 @@ class Step:
             return False
         self._prepare()
         served, number = self.served, self.served.number(layer)
-        how = query.view(len(query), -1, impl.head_size), impl.scale, served.softcap(impl)
-        return all(group.replaces(number, *how) for group in self.groups)
+        q, looks = query.view(len(query), -1, impl.head_size), served.looks(layer, impl)
+        return all(group.replaces(number, q, looks) for group in self.groups)
 
     def edit(
         self,
@@ -350,25 +358,22 @@ class Step:
     ) -> None:
         """Write the edited rows over what a layer's attention made. query, key, value, output: those of the step's tokens."""
         self._prepare()
-        served, number = self.served, self.served.number(layer)
+        served, number, looks = self.served, self.served.number(layer), self.served.looks(layer, impl)
         out = output.view(len(output), -1, impl.head_size)
 
         def gather(group: Group) -> tuple[torch.Tensor, torch.Tensor]:
             if group.spans is not None:
                 keys, values = (group.given(x.view(len(x), -1, impl.head_size)) for x in (key, value))
             else:
-                chosen = group.pages(table, cache.shape[2])
+                chosen, own = group.pages(table, cache.shape[2], looks.window)
                 keys, values = served.layouts[layer.layer_name](cache, chosen, impl.head_size, served.room)
-                keys, values = keys[:, :, : group.columns], values[:, :, : group.columns]
-            if isinstance(group.session, BatchSession):
-                group.session.clear(keys, values)
+                keys, values = keys[:, :, own], values[:, :, own]
+            group.clear(looks.window, keys, values)
             return keys, values
 
         for group in self.groups:
             if group.engine.attention.stacks[number]:
-                group.edit(
-                    number, query.view(len(query), -1, impl.head_size), out, gather, impl.scale, served.softcap(impl)
-                )
+                group.edit(number, query.view(len(query), -1, impl.head_size), out, gather, looks)
 
 
 _SERVED = weakref.WeakValueDictionary()
