@@ -60,6 +60,9 @@ class VISTA(MLPOutputEdit, LogitEdit):
     def resolve(self, arch: Arch) -> VISTA:
         method = super().resolve(arch)
         assert isinstance(method, VISTA)
+        for name, strength in {"layers": "lam", "mixed_layers": "alpha"}.items():
+            if getattr(self, name) is not None and not getattr(self, strength) and not method.neutral:
+                raise VlmFixError(f"vista: {name} are those of {strength}, which is 0; leave them out.")
         last = arch.depth - 2  # the output of the last layer makes the logits themselves
         chosen = (
             method.mixed_layers or f"{min(scaled(25, arch.depth), max(last, 0))}-{min(scaled(30, arch.depth), last)}"

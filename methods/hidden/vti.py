@@ -71,6 +71,8 @@ class VTI(MLPOutputEdit, VisionMLPEdit):
             raise VlmFixError(
                 "vti: the vision tower has no transformer blocks to steer; set alpha_vision=0 to go without."
             )
+        if self.layers is not None and not self.alpha_text:
+            raise VlmFixError("vti: layers are those of alpha_text, which is 0; leave them out.")
         parts = (
             ("text", self.alpha_text, arch.depth, ("C",)),
             ("vision", self.alpha_vision, arch.vision_depth, ("Cv", "N, Cv")),

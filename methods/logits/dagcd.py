@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch.nn.functional import pad
 
-from vlm_fix import Arch, Memory, Method, WeightReader, param
+from vlm_fix import Arch, Memory, Method, VlmFixError, WeightReader, param
 from vlm_fix.decoding.kinds import LogitEdit
 from vlm_fix.decoding.step import Step
 from vlm_fix.rows import Rows
@@ -58,7 +58,14 @@ class DAGCD(WeightReader, LogitEdit):
 
     def resolve(self, arch: Arch) -> Method:
         check_template("dagcd", self.template)
-        return super().resolve(arch)
+        method = super().resolve(arch)
+        assert isinstance(method, DAGCD) and isinstance(method.layers, tuple)
+        if self.heads_used > arch.heads * len(method.layers):
+            raise VlmFixError(
+                f"dagcd: heads_used={self.heads_used} is more than the {arch.heads * len(method.layers)} heads of its layers; "
+                "lower it."
+            )
+        return method
 
     @property
     def neutral(self) -> bool:

@@ -88,7 +88,7 @@ def test_a_gated_step_hands_on_the_logits_as_they_are(family, model, spec):
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=str)
-@pytest.mark.parametrize("spec", ["vcd:beta=0", "crops:beta=0", "m3id"])
+@pytest.mark.parametrize("spec", ["vcd:beta=0", "crops:beta=0", "m3id", "owl", "sid:beta=0"])
 def test_a_contrast_whose_gate_never_opened_is_told_once(family, model, spec, options):
     inputs, options = make_inputs(family, IMAGES), {"max_new_tokens": 3, "do_sample": False, **options}
     for gate, said in ((0.001, 1), (1.0, 0)):

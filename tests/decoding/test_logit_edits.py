@@ -165,6 +165,11 @@ def test_yes_threshold_reads_the_tokenizer(family, model, monkeypatch):
         spellings(model, "Zyzzyva")
 
 
+def test_dagcd_does_not_ask_for_more_heads_than_there_are(models):
+    with pytest.raises(vlm_fix.VlmFixError, match="heads_used=99 is more than the 16 heads of its layers"):
+        vlm_fix.wrap(models["llava"], "dagcd:heads_used=99")
+
+
 def test_worked_examples_by_hand():
     """p = (.4, .3, .2, .1): numbers that can be checked on paper."""
     l = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()

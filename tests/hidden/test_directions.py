@@ -100,6 +100,7 @@ def test_vti_files_of_other_models_are_refused(models, tmp_path):
             f"vti:file={tmp_path}/cube.safetensors,alpha_text=0",
             r"vision.0 in .* \[1, 9, 32\]; it must be \[Cv\] or \[N, Cv\]",
         ),
+        (f"vti:file={tmp_path}/tokens.safetensors,alpha_text=0,layers=1", "layers are those of alpha_text"),
         (f"vti:file={tmp_path}/zero.safetensors,alpha_text=0", "every vision.LAYER in .* is zeros; set alpha_vision=0"),
     ):
         with pytest.raises(vlm_fix.VlmFixError, match=sentence):

@@ -41,6 +41,12 @@ def test_vista_takes_layers_of_a_7b_model_in_proportion(models):
     assert method.mixed_layers == (2,) and method.exits == (3,) and method.layers == (0, 1, 2, 3)
     with pytest.raises(vlm_fix.VlmFixError, match="must end before the last layer, 3"):
         vlm_fix.wrap(models["llava"], "vista:mixed_layers=2-3")
+    for spec, words in {
+        "vista:lam=0,alpha=0.4,layers=1": "layers are those of lam",
+        "vista:alpha=0,mixed_layers=1": "mixed_layers are those of alpha",
+    }.items():
+        with pytest.raises(vlm_fix.VlmFixError, match=words):
+            vlm_fix.wrap(models["llava"], spec)
 
 
 def test_vista_refuses_a_cache_whose_images_it_does_not_have(family, model):

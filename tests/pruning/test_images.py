@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -77,6 +78,15 @@ def test_downsampled_image_equals_reference(family, model, total):
     expected = masked_logits(family, twin, inputs, kept, tokens[0], compact)
     assert error(logits[0], expected) < 1e-5
     assert error(logits[0], masked_logits(family, twin, inputs, list(kept), tokens[0], compact)) > 1e-3, "not shrunk"
+
+
+@pytest.mark.parametrize("total, said", [(2, 0), (1000, 1)])
+def test_an_image_that_is_not_shrunk_is_told(family, model, total, said):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with vlm_fix.wrapped(model, f"downsample_image:keep={total}"):
+            greedy(model, single(family, [1, 2], 1))
+    assert sum("keep covers every image token" in str(w.message) for w in caught) == said
 
 
 def test_grid_keeps_the_shape_and_the_budget():

@@ -16,6 +16,7 @@ from typing import Any, Self
 import torch
 from transformers import LogitsProcessor
 
+from vlm_fix.attention.edits import AttentionEdit
 from vlm_fix.call import Call
 from vlm_fix.errors import VlmFixError
 from vlm_fix.families.compat import cache_of
@@ -157,7 +158,8 @@ class ContrastWing(Wing):
     def unused(self, session: Session) -> Iterator[tuple[Method, str]]:
         term = self.running.term if self.running else None
         kept, rows = (term.gated if term else None) or (0, 1)
-        if kept == rows and self.contrast in self.host.effects.idle():
+        elsewhere = isinstance(self.contrast, AttentionEdit) and self.contrast.acts_in("main")  # what its branch shows is for nothing
+        if kept == rows and (not elsewhere or self.contrast in self.host.effects.idle()):
             yield self.contrast, f"at every token the model was as sure as gate={self.contrast.gate:g} asks; raise it."
 
     def enter(self, session: Session, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:

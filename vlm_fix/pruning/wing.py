@@ -13,7 +13,7 @@ from vlm_fix.wing import Host, Wing, names_of
 
 from . import after, before, kv
 from .columns import ImageColumns
-from .kinds import CachePruner, ImageShrinker, LayerPruner, TokenPruner, share_of
+from .kinds import CachePruner, LayerPruner, TokenPruner, share_of
 from .pruners import Pruners
 
 CACHES = {
@@ -98,7 +98,7 @@ class PruningWing(Wing):
         if not images:
             return True
         token_pruner = self.pruners.pruner
-        if pruner is token_pruner and (session.kept is not None or isinstance(token_pruner, ImageShrinker)):
+        if pruner is token_pruner and session.kept is not None:
             return True
         if pruner not in (self.pruners.dropper, self.pruners.cacher):
             return False
