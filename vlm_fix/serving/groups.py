@@ -101,13 +101,15 @@ class Group:
             self.blocks[place] = table[rows, first // width : -(-self.columns // width)].long()
         return self.blocks[place], slice(first % width, first % width + self.columns - first)
 
-    def clear(self, window: int | None, *stores: torch.Tensor) -> None:
-        """Zeros in stores [B, H, K, D] of its columns where nothing is seen: there may lie what is another's."""
+    def cleared(self, keys: torch.Tensor, values: torch.Tensor, window: int | None) -> KeysValues:
+        """Keys and values [B, H, K, D] with zeros where nothing is seen: there may lie what is another's."""
+        gone = self.session.start - (window or self.columns) + 1
         if isinstance(self.session, BatchSession):
-            self.session.clear(*stores)
-        elif window and not self.decodes:  # pages that no row needs any more were given away
-            for x in stores:
-                x[:, :, : max(0, self.session.start - window + 1)] = 0
+            self.session.clear(keys, values)
+        elif window and not self.decodes and gone > 0:  # pages that no row needs any more were given away
+            keys, values = keys.clone(), values.clone()
+            keys[:, :, :gone], values[:, :, :gone] = 0, 0
+        return keys, values
 
     @functools.cached_property
     def columns_at(self) -> slice | torch.Tensor:

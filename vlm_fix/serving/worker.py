@@ -368,8 +368,7 @@ class Step:
                 chosen, own = group.pages(table, cache.shape[2], looks.window)
                 keys, values = served.layouts[layer.layer_name](cache, chosen, impl.head_size, served.room)
                 keys, values = keys[:, :, own], values[:, :, own]
-            group.clear(looks.window, keys, values)
-            return keys, values
+            return group.cleared(keys, values, looks.window)
 
         for group in self.groups:
             if group.engine.attention.stacks[number]:
