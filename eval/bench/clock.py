@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
+
+
+class Timing(NamedTuple):
+    """One call of generate."""
+
+    first: float  # seconds to the first token
+    speed: float  # tokens/s after it
+    steps: list[float]  # seconds of each token after it
 
 
 class _Clock(transformers.StoppingCriteria):
@@ -29,8 +38,8 @@ class _Clock(transformers.StoppingCriteria):
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
-def timed(model: Any, inputs: dict[str, Any], tokens: int, **kwargs: Any) -> tuple[float, float]:
-    """Return the seconds to the first token and the tokens/s after it, of one greedy generate."""
+def timed(model: Any, inputs: dict[str, Any], tokens: int, **kwargs: Any) -> Timing:
+    """Time one greedy generate; a loop that is not token by token has equal steps."""
     clock = _Clock(inputs["input_ids"].device)
 
     def run(new: int) -> float:
@@ -39,11 +48,13 @@ def timed(model: Any, inputs: dict[str, Any], tokens: int, **kwargs: Any) -> tup
 
     end = run(tokens)
     if len(clock.times) >= tokens:
-        first, last = clock.times[0], clock.times[tokens - 1]
-        return first - clock.start, (tokens - 1) / (last - first)
+        times = clock.times[:tokens]
+        steps = [after - before for before, after in itertools.pairwise(times)]
+        return Timing(times[0] - clock.start, (tokens - 1) / (times[-1] - times[0]), steps)
     whole = end - clock.start  # a loop that is not token by token: subtract a run of one token
     first = run(1) - end
-    return first, (tokens - 1) / max(whole - first, 1e-9)
+    rest = max(whole - first, 1e-9)
+    return Timing(first, (tokens - 1) / rest, [rest / (tokens - 1)] * (tokens - 1))
 
 
 def peak_mb(run: Callable[[], Any], device: torch.device) -> float:

@@ -21,13 +21,16 @@ def write(results: dict[str, Any], path: Path) -> None:
 def table(results: dict[str, Any]) -> Table:
     """Format the results as a table for the terminal."""
     prune = results["bench"] == "prune"
-    head = ["method", "first token", "tokens/s", "peak memory"] + ["kept", "KV MB", "scoring"] * prune
+    head = ["method", "first token", "tokens/s", "fastest", "peak memory"] + ["kept", "KV MB", "scoring"] * prune
     out = Table(*head, box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left")
     out.title = (
         f"{results['shape']}, {results['dtype']}, {results['prompt_tokens']} prompt tokens "
         f"({results['visual_tokens']} visual), {results['new_tokens']} new, {results['rounds']} rounds, {results['hardware']}"
     )
-    out.caption = escape("ratios to the unwrapped model in the same round: median [lowest, highest]")
+    out.caption = escape(
+        "ratios to the unwrapped model in the same round: median [lowest, highest]; fastest: of the fastest first token and the "
+        "fastest tenth of the others, over all rounds"
+    )
     out.columns[0].overflow = "fold"
     for column in out.columns[1:]:
         column.justify, column.no_wrap = "right", True
@@ -36,11 +39,11 @@ def table(results: dict[str, Any]) -> Table:
             out.add_row(f"{escape(row['spec'])}\n[dim]{escape(row['note'])}[/dim]")
             continue
         cells = (
-            [f"{row['seconds']:.3f} s", f"{row['speed']:.1f}", f"{row['peak_mb']:.0f} MB"]
+            [f"{row['seconds']:.3f} s", f"{row['speed']:.1f}", "", f"{row['peak_mb']:.0f} MB"]
             if i == 0 and row["seconds"]
-            else ["not timed", "", f"{row['peak_mb']:.0f} MB"]
+            else ["not timed", "", "", f"{row['peak_mb']:.0f} MB"]
             if i == 0
-            else [_ratio(row["first_token"]), _ratio(row["tokens_per_second"]), f"{row['memory']:.2f}"]
+            else [_ratio(row["first_token"]), _ratio(row["tokens_per_second"]), _both(row), f"{row['memory']:.2f}"]
         )
         if prune:
             cells += [
@@ -50,6 +53,10 @@ def table(results: dict[str, Any]) -> Table:
             ]
         out.add_row(escape(row["spec"]) + (f"\n[dim]{row['note']}[/dim]" if row["note"] else ""), *cells)
     return out
+
+
+def _both(row: dict[str, Any]) -> str:
+    return "{:.2f}, {:.2f}".format(*row["fastest"]) if "fastest" in row else ""  # files before 2026-12 have none
 
 
 def _ratio(spread: list[float]) -> str:

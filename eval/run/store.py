@@ -100,7 +100,9 @@ class Store:
                     )
             else:
                 write_atomic(known, json.dumps(config, indent=2) + "\n")
-            for left in folder.glob("*.*-*.part"):  # a run killed while it wrote a file left what `whole_file` had begun
+            for left in folder.glob(
+                "*.*-*.part"
+            ):  # a run killed while it wrote a file left what `whole_file` had begun
                 left.unlink(missing_ok=True)
             self.merge()
         self.team.wait()

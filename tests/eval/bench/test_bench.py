@@ -10,6 +10,8 @@ import torch
 
 from vlm_fix import cli
 from vlm_fix.eval import bench
+from vlm_fix.eval.bench.clock import Timing
+from vlm_fix.eval.bench.measuring import _fastest
 
 TEXT = {
     "hidden_size": 32,
@@ -44,6 +46,14 @@ def test_peak_memory_counts_what_is_held_at_once():
         return y + 1  # 8 MB more beside it
 
     assert bench.peak_mb(run, torch.device("cpu")) == pytest.approx(16, rel=0.01)
+
+
+def test_the_fastest_of_all_rounds_leave_out_what_was_disturbed():
+    disturbed = Timing(9.0, 1.0, [5.0] * 10)
+    quiet = Timing(3.0, 1.0, [float(i) for i in range(1, 11)])
+    assert _fastest([disturbed, quiet]) == (3.0, 3.0)  # two of the twenty steps beat it
+    slow = Timing(2.0, 0.25, [4.0])  # a loop that is not token by token
+    assert _fastest([slow, slow]) == (2.0, 4.0)
 
 
 @pytest.mark.parametrize("shape", ["small", "small-qwen"])
