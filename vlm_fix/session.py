@@ -97,7 +97,8 @@ class Session:
         if not past:
             self.views.clear()
         self.types, self.start, self.length = types, past, types.shape[1] - past
-        grown = past > 0 and (text or bool((types[:, past:] == TEXT).all()))
+        images_stay = past > max(self.last_visual, default=-1)  # a cache may be cut back behind, or through, an image
+        grown = past > 0 and images_stay and (text or bool((types[:, past:] == TEXT).all()))
         self.forward = ForwardCache()
         self.columns = self.columns if grown else ColumnCache()
         if past == 0 or not grown:

@@ -7,19 +7,19 @@ from typing import ClassVar
 
 import torch
 
-from vlm_fix import Memory, RowScope, ScoreEdit, WeightEdit, param
+from vlm_fix import Memory, RowScope, TotalReader, WeightEdit, param
 from vlm_fix.rows import Rows
 
 
 @dataclass
-class Raw(Memory):
-    """layer -> scores [B, H, R, K], between the two stages of a layer."""
+class Totals(Memory):
+    """layer -> log sum exp of its rows' scores [B, H, R, 1], between the two stages of a layer."""
 
-    scores: dict[int, torch.Tensor] = field(default_factory=dict)
+    of: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class FarSight(ScoreEdit, WeightEdit):
+class FarSight(TotalReader, WeightEdit):
     """Lets registers take a part of each row's attention: columns without a value, where the causal mask hides what follows.
 
     Row i of a prompt of n tokens has the m = n - 1 - i registers that follow it, of scores -sigma d at distance d = 1..m. With
@@ -53,18 +53,16 @@ class FarSight(ScoreEdit, WeightEdit):
     def neutral(self) -> bool:
         return self.registers == 0
 
-    def edit_scores(self, scores: torch.Tensor, rows: Rows) -> torch.Tensor:
-        rows.memory(Raw).scores[rows.layer] = scores  # for `edit_weights`, which follows on the same rows
-        return scores
+    def read_totals(self, totals: torch.Tensor, rows: Rows) -> None:
+        rows.memory(Totals).of[rows.layer] = totals  # for `edit_weights`, which follows on the same rows
 
     def edit_weights(self, weights: torch.Tensor, rows: Rows) -> torch.Tensor:
-        z, (most, column) = rows.memory(Raw).scores.pop(rows.layer), weights.max(dim=-1, keepdim=True)
-        total = z.gather(-1, column) - most.log()  # log sum exp of what the row sees, [B, H, R, 1]
-        count = rows.session.prompt_len - 1 - rows.positions.to(z.device)
+        total = rows.memory(Totals).of.pop(rows.layer)
+        count = rows.session.prompt_len - 1 - rows.positions.to(total.device)
         count = count.clamp(min=0) if self.registers is None else torch.full_like(count, self.registers)
-        heads = torch.arange(z.shape[1], device=z.device)
+        heads = torch.arange(total.shape[1], device=total.device)
         decay = self.sigma * (2.0 ** (-8.0 * (heads + 1) / len(heads)) if self.slopes == "alibi" else heads * 0 + 1.0)
-        taken = self.taken(count.to(z.dtype), decay.to(z.dtype))  # [H, R]
+        taken = self.taken(count.to(total.dtype), decay.to(total.dtype))  # [H, R]
         new = weights * (total - taken[None, :, :, None]).sigmoid()
         return torch.where((taken > -torch.inf)[None, :, :, None], new, weights)
 

@@ -146,6 +146,16 @@ def test_vhr_runs_apart_where_rows_cannot_run_along(family, model):
         assert model(**inputs).logits.shape[1] == n
 
 
+def test_a_prompt_that_begins_with_its_image_shares_nothing(family, model, monkeypatch):
+    whole = single(family, [1], 0)
+    first = int((whole["input_ids"][0] == IMAGE).nonzero()[0])
+    inputs = {k: x[:, first:] if x.shape[:2] == whole["input_ids"].shape else x for k, x in whole.items()}
+    rows, ours = rows_run(model, "vhr", inputs)
+    monkeypatch.setattr(along, "goes_on", lambda *a: False)
+    apart, theirs = rows_run(model, "vhr", inputs)
+    assert rows == apart and error(ours[1], theirs[1]) < 1e-5
+
+
 def test_vhr_runs_beams_and_equal_prompts_along(family, model, monkeypatch):
     one, other = single(family, [1], 0), single(family, [1], 0, seed=5)
     n, after = sizes(one)

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+from typing import ClassVar
+
 import pytest
 import torch
 
 import vlm_fix
 from tests.support.models import IMAGE, make_inputs, single
 from tests.support.run import greedy
+from vlm_fix import LogWeightEdit, ScoreEdit
+from vlm_fix.attention.inputs import QueryRows
+from vlm_fix.attention.kernel import Scores, edited_weights
+from vlm_fix.attention.stages import LayerEdits, Stages
+from vlm_fix.call import Call
 from vlm_fix.families.compat import CACHE, cache_of
+from vlm_fix.rows import Rows
+from vlm_fix.session import TEXT, Session
 
 
 def test_column_edits_beside_pruner_and_contrast_answer_batch_as_single(family, model):
@@ -51,3 +62,36 @@ def test_next_question_on_a_kept_cache_is_edited(family, model, spec):
     assert torch.isfinite(logits).all() and not torch.allclose(logits[0], before[0], atol=1e-3)
     if spec == "cca":
         assert torch.equal(again.sequences, whole.sequences) and torch.allclose(logits, expected, atol=2e-4)
+
+
+@pytest.mark.parametrize("order", itertools.permutations(range(3)))
+def test_registers_are_weighed_against_what_all_edits_leave_of_the_scores(order):
+    gen = torch.Generator().manual_seed(0)
+    query, key, bump, weight = (torch.randn(1, 2, n, 4, generator=gen) for n in (3, 7, 3, 3))
+    bump, weight = (x @ torch.randn(4, 7, generator=gen) for x in (bump, weight))
+
+    class Adds(ScoreEdit):
+        name: ClassVar[str] = "adds"
+
+        def edit_scores(self, scores, rows):
+            return scores + bump
+
+    class Weighs(LogWeightEdit):
+        name: ClassVar[str] = "weighs"
+
+        def log_weights(self, rows):
+            return weight
+
+    session = Session(Call(None, None, {}), prompt_len=7)
+    session.advance(0, torch.full((1, 7), TEXT, dtype=torch.uint8))
+    places, nothing = torch.arange(4, 7), torch.zeros(1, 1, 1, 7, dtype=torch.bool)
+    stack = [(vlm_fix.parse_spec("farsight:registers=5,sigma=0.3"), Adds(), Weighs())[i] for i in order]
+    rows = [Rows(1, session, edit, places, nothing, nothing, nothing) for edit in stack]
+    allowed = (torch.arange(7) <= places[:, None])[None, None]
+    given = QueryRows(query, key, key, allowed, Scores(0.7, None))
+    a = edited_weights(given, LayerEdits(Stages.of(stack), rows, [None] * 3))
+    for h, r in itertools.product(range(2), range(3)):
+        z = 0.7 * (key[0, h].double() @ query[0, h, r].double()) + bump[0, h, r].double() + weight[0, h, r].double()
+        mass = z[: 5 + r].exp()
+        registers = sum(math.exp(-0.3 * d) for d in range(1, 6))
+        torch.testing.assert_close(a[0, h, r, : 5 + r].double(), mass / (mass.sum() + registers), rtol=0, atol=1e-6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import pickle
@@ -243,3 +244,20 @@ def test_logits_beside_bare_forwards_in_another_thread(family, model, spec):
             stop.set()
             thread.join()
     assert not failed
+
+
+@pytest.mark.parametrize("cut", [0, 2])
+def test_a_cache_that_is_cut_back_through_its_image_has_none(family, model, cut):
+    """What follows is text alone: the model's own logits; where the image stays, the edit acts as on a cache never longer."""
+    whole = single(family, [1], 0)
+    ids = whole["input_ids"]
+    kept = ids.shape[1] - cut if cut else int((ids[0] == IMAGE).nonzero()[0])
+    text = torch.tensor([[5, 6, 7, 8]])
+    outs = []
+    for edited in (False, True):
+        with torch.no_grad(), vlm_fix.wrapped(model, "pai:alpha=3") if edited else contextlib.nullcontext():
+            cache = cache_of(model(**whole, use_cache=True))
+            cache.crop(kept - ids.shape[1])
+            places = torch.arange(kept, kept + 4)[None]
+            outs.append(model(input_ids=text, position_ids=places, use_cache=True, **{CACHE: cache}).logits)
+    assert torch.equal(*outs) == (not cut)

@@ -17,6 +17,7 @@ CASES = {  # B, R, C, shape of the direction, what is given
     "turned": (2, 3, 64, (64,), {"strength": 0.4}),
     "ragged": (1, 1, 37, (1, 1, 37), {"strength": 2.0, "keep_norm": False}),
     "of each sample": (2, 5, 100, (2, 1, 100), {"strength": 0.3, "gate": Gate("away")}),
+    "of each column": (2, 3, 50, (3, 50), {"strength": 0.5}),
     "of each row": (2, 3, 50, (2, 3, 50), {"strength": 4.0, "relative": False}),
     "gated": (2, 2, 70, (2, 1, 70), {"strength": 0.8, "gate": BETA, "keep_norm": False, "apart": True}),
     "gated by itself": (1, 4, 33, (1, 1, 33), {"strength": 0.8, "gate": BETA, "relative": False}),
@@ -67,7 +68,7 @@ def errors():
         own = {"relative": True, "keep_norm": True, "gate": NONE, "length_of": x, "cosine_of": x} | how
         out = launch(
             x,
-            d.expand(1, 1, -1) if d.dim() == 1 else d,
+            d if d.dim() == 3 else d.expand(1, *x.shape[1:]),
             own["length_of"],
             own["cosine_of"],
             own["strength"],

@@ -11,6 +11,19 @@ from tests.support.references import base as ref
 from tests.support.references import hidden
 from tests.support.run import error, greedy
 from vlm_fix.methods.controls.random_direction import drawn
+from vlm_fix.methods.hidden import vista
+
+
+@pytest.mark.parametrize("pruner", ["downsample_image:keep=2", "hiprune:keep=2"])
+def test_a_pass_over_the_prompt_sees_the_image_that_was_given(family, model, pruner, monkeypatch):
+    seen, last_rows = [], vista.last_rows
+    monkeypatch.setattr(vista, "last_rows", lambda *a: seen.append(last_rows(*a)) or seen[-1])
+    for stack in ("vista:alpha=0", f"vista:alpha=0+{pruner}"):
+        with vlm_fix.wrapped(model, stack):
+            model.generate(**single(family, [1], 0), max_new_tokens=2, do_sample=False)
+    (image, text, with_pruner, again) = seen
+    for alone, beside in ((image, with_pruner), (text, again)):
+        assert max(error(beside[i], alone[i].double()) for i in alone) < 1e-5
 
 
 def test_self_logits_augmentation_mixes_the_heads_of_late_layers(family, model):

@@ -34,6 +34,15 @@ def passed(model, inputs, alpha):
     return run, teacher_forced(double(model), run, inputs, torch.tensor(ANSWER[:-1]))
 
 
+@pytest.mark.parametrize("spec", ["zerotuning:rate=0.3", "vaf:enhance=2", "hgai"])
+def test_what_is_shown_does_not_depend_on_what_else_is_asked(model, family, spec):
+    """A recorder of one layer meets plans that the stack's other layers made without it."""
+    inputs = single(family, [1, 2], 1)
+    with vlm_fix.wrapped(model, spec):
+        alone, both = (vlm_fix.inspect(model, inputs, ANSWER, saliency=more) for more in (False, True))
+    assert close(alone.rollout.sum(dim=-1), torch.ones(len(ANSWER))) and close(alone.rollout, both.rollout)
+
+
 def first(output):
     return output[0] if isinstance(output, tuple) else output
 

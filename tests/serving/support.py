@@ -71,7 +71,7 @@ class HuggingFace:
         self.processor = AutoProcessor.from_pretrained(path)
         self.model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval()
 
-    def answers(self, spec: Sequence[str], prompts: Sequence[Case], words: int = WORDS) -> list[Answer]:
+    def answers(self, spec: Sequence[str], prompts: Sequence[Case], words: int = WORDS, **more: Any) -> list[Answer]:
         if spec:
             vlm_fix.wrap(self.model, list(spec))
         try:
@@ -80,19 +80,19 @@ class HuggingFace:
             for part in [with_image[i : i + 16] for i in range(0, len(with_image), 16)] + [
                 [c] for c in prompts if not c.scenes
             ]:
-                found.update(zip(part, self._batch(part, words), strict=True))
+                found.update(zip(part, self._batch(part, words, **more), strict=True))
             return [found[c] for c in prompts]
         finally:
             vlm_fix.unwrap(self.model)
 
-    def _batch(self, part: Sequence[Case], words: int) -> list[Answer]:
+    def _batch(self, part: Sequence[Case], words: int, **more: Any) -> list[Answer]:
         texts = [c.text(self.processor) for c in part]
         images = {"images": [c.images for c in part]} if part[0].scenes else {}
         inputs = self.processor(text=texts, padding=True, padding_side="left", return_tensors="pt", **images)
         if "token_type_ids" in inputs:  # images that look both ways, which vLLM's CPU backend leaves out
             inputs["token_type_ids"].zero_()
         out = self.model.generate(
-            **inputs, max_new_tokens=words, do_sample=False, output_scores=True, return_dict_in_generate=True
+            **inputs, max_new_tokens=words, do_sample=False, output_scores=True, return_dict_in_generate=True, **more
         )
         new = out.sequences[:, inputs["input_ids"].shape[1] :]
         logs = torch.stack([s.float().log_softmax(-1) for s in out.scores], dim=1)

@@ -93,3 +93,14 @@ def test_sampling_with_a_seed_is_the_same_for_a_request_alone_and_in_a_batch(eng
         for p, s in zip(prompts, params, strict=True)
     ]
     assert together == alone
+
+
+@pytest.mark.parametrize("spec", ["vcd", "m3id", "deco", "vcd:gate=0.9+deco"])
+def test_a_penalty_acts_on_what_generate_would_give_it(engine, hf, spec):
+    """Logits where a method acts on these: a repetition penalty divides positive scores and multiplies negative ones."""
+    engine.use(spec)
+    asked, stack = cases(6), spec.split("+")
+    mine = engine.answers(asked, 16, repetition_penalty=1.3)
+    theirs = hf.answers(stack, asked, 16, repetition_penalty=1.3)
+    assert [a.tokens for a in mine] == [a.tokens for a in theirs]
+    assert [a.tokens for a in theirs] != [a.tokens for a in hf.answers(stack, asked, 16)]

@@ -13,13 +13,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.serving.support import CAPTION, QUESTION, Case, answer_of, cases, differences
+from tests.serving.support import CAPTION, PATH, QUESTION, Case, answer_of, cases, differences
 from vlm_fix.attention.edits import Changes
+from vlm_fix.call import Call
 from vlm_fix.memory import Memory
 from vlm_fix.serving import logits
 from vlm_fix.serving.groups import Group
-from vlm_fix.serving.sessions import BatchSession, LastRows, WholePrompts, joined, row_of
-from vlm_fix.session import Session
+from vlm_fix.serving.plugin import planned
+from vlm_fix.serving.sessions import BatchSession, LastRows, WholePrompts, joined, row_of, session_of
+from vlm_fix.serving.settings import Settings
+from vlm_fix.session import TEXT, VISUAL, Session
+from vlm_fix.words import template_columns
 
 ASKED = [*cases(4), Case((5, 6), CAPTION), Case((7,), CAPTION)]  # captions of one length, questions, two images
 CAPTIONS = [Case((i,), CAPTION) for i in range(3)]  # long answers: of a question there are two tokens
@@ -260,3 +264,21 @@ def test_keys_of_a_forward_are_found_wherever_its_prompts_lie():
     assert given([(5, 3), (2, 3)], 3) == [[5, 6, 7], [2, 3, 4]]  # not in order
     assert given([(2, 3), (9, 3)], 3) == [[2, 3, 4], [9, 10, 11]]  # with others between them
     assert [row[:n] for row, n in zip(given([(0, 4), (4, 2)], 4), (4, 2), strict=True)] == [[0, 1, 2, 3], [4, 5]]
+
+
+@pytest.mark.parametrize("kind", [WholePrompts, LastRows])
+def test_the_words_of_prompts_of_one_length_are_each_prompts_own(kind):
+    engine = planned(Settings(("gift",)), PATH, None, False)
+    image = int(engine.tokens[0])
+    sessions = []
+    for first in (2, 5, 9):
+        ids = torch.arange(20, 40)[None].clone()
+        ids[0, first : first + 4] = image
+        ids[0, -1] = engine.model.config.get_text_config().eos_token_id
+        call = Call(engine.model, engine.family, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+        sessions.append(session_of(call, torch.where(ids == image, VISUAL, TEXT).to(torch.uint8)))
+        sessions[-1].go_to(0, 20)
+    with engine.acting(sessions[0]):
+        alone = [template_columns(session, (1, 2)) for session in sessions]
+        joint = template_columns(kind(sessions), (1, 2))
+    assert torch.equal(joint, torch.cat(alone)) and len({str(x) for x in alone}) == 3

@@ -18,7 +18,7 @@ from vlm_fix import cli
 from vlm_fix.cli import serve
 from vlm_fix.errors import VlmFixError
 from vlm_fix.serving import memory
-from vlm_fix.serving.options import variant
+from vlm_fix.serving.options import check, variant
 from vlm_fix.serving.paged import layout_of
 from vlm_fix.serving.plugin import planned
 from vlm_fix.serving.settings import Settings
@@ -60,6 +60,7 @@ def test_without_a_method_every_log_probability_is_that_of_vllm_without_the_plug
         ("memvr", {"enable_chunked_prefill": True}, "enable_chunked_prefill=True"),
         ("var", {"enable_prefix_caching": True}, "enable_prefix_caching=True"),
         ("vcd+hiprune", {}, "Serve one of them"),
+        ("icd+vista", {}, "vista would read the second branch's prompt"),
         ("hiprune:keep=9999", {}, "keep=9999 covers every one of an image's 64 tokens"),
         ("iri:lambda_a=0.1+iri", {}, "listed twice"),
         ("hgai", {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}, "tensor parallelism"),
@@ -187,6 +188,26 @@ def test_the_settings_that_are_named_are_taken(spec, words, example):
 def test_where_nothing_can_change_a_request_is_told_to_leave_it_out():
     with pytest.raises(VlmFixError, match="leave it out, hiprune is for all requests"):
         variant(7, planned(Settings(("hiprune:keep=16",)), PATH, None, False))
+
+
+@pytest.mark.parametrize(
+    "spec, asked, words",
+    [
+        ("pai", {"pai": None}, "pai is None: give"),
+        ("pai", {"pai": ""}, "pai is '': give"),
+        ("pai", {"pai": {}}, "pai is {}: give"),
+        ("pai", {"pai": 0}, "pai is 0: give"),
+        ("pai", {"alpha": 10**400}, "which is no number"),
+        ("hiprune:keep=16+pai", {"hiprune": False}, "cannot change for one"),
+        ("hiprune:keep=16+pai", {"hiprune": {}}, "cannot change for one"),
+        ("opera:weight=0+pai", {"opera": {"weight": 0.5}}, "opera cannot be served by vLLM"),
+        ("fastv:keep=1+pai", {"fastv": {"keep": 0.5}}, "(fastv cannot be served by vLLM|cannot change for one)"),
+    ],
+)
+def test_what_a_request_cannot_have_is_told(spec, asked, words):
+    engine = planned(Settings(tuple(spec.split("+"))), PATH, None, False)
+    with pytest.raises(VlmFixError, match=words):
+        check(asked, engine)
 
 
 def test_a_misspelt_key_is_an_error():

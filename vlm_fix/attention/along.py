@@ -137,6 +137,6 @@ def along_with(
     shared, count = int(visual[0].int().argmax()), int((~visual[0]).sum())
     same = bool((visual == visual[0]).all()) and bool(visual[0].any()) and count == inputs["input_ids"].shape[1]
     changed = min(main.rows_in(m.row_scope, m.needs_image).first for m in plain)
-    if not same or count == shared or changed < shared:
+    if not same or not shared or count == shared or changed < shared:
         return None
     return Along(host, main, inputs, recorder, apart, count - shared)

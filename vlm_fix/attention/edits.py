@@ -1,7 +1,8 @@
 """The base classes of methods that change or read attention: a method inherits one class for each stage it acts in.
 
 One layer runs its stages in this order:
-  LayerInputReader, ColumnMasker, QueryKeyReader, ScoreEdit, LogWeightEdit, (mask, softmax), WeightEdit, WeightReader, HeadEdit
+  LayerInputReader, ColumnMasker, QueryKeyReader, ScoreEdit, LogWeightEdit, (mask), TotalReader, (softmax), WeightEdit,
+  WeightReader, HeadEdit
 ColumnEdit and FewColumnsEdit are restricted forms of these, with which many rows stay on SDPA.
 
 Shapes: B samples, H query heads, Hkv key heads, q query rows of the forward, R edited rows, K columns, D head size. Tensors
@@ -240,6 +241,14 @@ class WeightReader(AttentionEdit, ABC):
     @abstractmethod
     def read_weights(self, weights: torch.Tensor, rows: Rows) -> None:
         """[B, H, R, K], in chunks of rows."""
+
+
+class TotalReader(AttentionEdit, ABC):
+    """Reads how much the scores of a row, as all edits have left them, are together."""
+
+    @abstractmethod
+    def read_totals(self, totals: torch.Tensor, rows: Rows) -> None:
+        """log sum exp of what each row sees, [B, H, R, 1], in chunks of rows, before the softmax."""
 
 
 class QueryKeyReader(AttentionEdit, ABC):

@@ -99,6 +99,8 @@ def edited_weights(
         z = z.masked_fill_(~allowed, -torch.inf) if own else z.masked_fill(~allowed, -torch.inf)
     elif allowed is not None:
         z = z + allowed
+    for i, total_reader in edits.stages.total_readers:
+        total_reader.read_totals(z.logsumexp(dim=-1, keepdim=True), edits.rows[i])
     a = z.softmax(dim=-1)
     if allowed is not None:  # rows of padding attend to nothing; other NaN are an edit's
         seen = allowed if allowed.dtype == torch.bool else allowed != -torch.inf

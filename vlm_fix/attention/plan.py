@@ -62,7 +62,7 @@ def plan_of(handle: Any, session: Session, inputs: AttentionInputs, recorded: bo
     """The plan of the layer's edits in this forward; None if none of them acts. recorded: somebody reads the weights."""
     if not handle.stack:
         return None
-    place = (id(handle.stack), inputs.key.shape[2], inputs.query.device)
+    place = (id(handle.stack), inputs.key.shape[2], inputs.query.device, recorded)
     if place not in session.forward.plans:
         session.forward.plans[place] = _made(handle, session, inputs, recorded)
     return session.forward.plans[place]

@@ -20,6 +20,7 @@ from .edits import (
     LogWeightEdit,
     QueryKeyReader,
     ScoreEdit,
+    TotalReader,
     WeightEdit,
     WeightReader,
 )
@@ -33,6 +34,7 @@ class Stages(NamedTuple):
     scores: list[tuple[int, ScoreEdit]]
     log_weights: list[tuple[int, LogWeightEdit]]
     columns: list[tuple[int, ColumnEdit]]  # these are in `scores` and `log_weights`, too
+    total_readers: list[tuple[int, TotalReader]]
     weights: list[tuple[int, WeightEdit]]
     weight_readers: list[tuple[int, WeightReader]]
     heads: list[tuple[int, HeadEdit]]
@@ -46,6 +48,7 @@ class Stages(NamedTuple):
             [(i, e) for i, e in stack if isinstance(e, ScoreEdit)],
             [(i, e) for i, e in stack if isinstance(e, LogWeightEdit)],
             [(i, e) for i, e in stack if isinstance(e, ColumnEdit)],
+            [(i, e) for i, e in stack if isinstance(e, TotalReader)],
             [(i, e) for i, e in stack if isinstance(e, WeightEdit) and e.edits_weights],
             [(i, e) for i, e in stack if isinstance(e, WeightReader)],
             [(i, e) for i, e in stack if isinstance(e, HeadEdit)],

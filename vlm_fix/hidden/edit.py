@@ -51,6 +51,11 @@ class HiddenEdit(Method):
         """False if these parameters change nothing at one of its places."""
         return True
 
+    @property
+    def reads_prompt(self) -> bool:
+        """True if it looks at a prompt before that is answered."""
+        return type(self).on_prompt is not HiddenEdit.on_prompt
+
     def on_prompt(self, session: Session, call: Call) -> None:
         """Prepare for a prompt with an image, once for each branch, such as by a text-only pass (`hidden.states`)."""
 

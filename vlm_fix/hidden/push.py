@@ -52,7 +52,7 @@ def pushed(
     """
     length_of, cosine_of = (x if y is None else y for y in (length_of, cosine_of))
     if wanted(x) and x.dtype == torch.float32 and x.dim() == 3 and x.shape[-1] <= WIDEST:
-        direction = direction if direction.dim() == 3 else direction.expand(1, 1, -1)
+        direction = direction if direction.dim() == 3 else direction.expand(1, *x.shape[1:])
         how = (direction, length_of, cosine_of, strength, relative, keep_norm, *gate)
         if x.is_cuda:
             from .triton_push import launch

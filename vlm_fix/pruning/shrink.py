@@ -43,7 +43,9 @@ def install(engine: Any, shrink: Callable[[Grid], Grid]) -> Iterator[Any]:
         return output
 
     def running() -> Any:
-        return engine.call or (engine.session and engine.session.call)
+        """The call whose images are made smaller; None in a method's own pass, which sees them as they are."""
+        session = engine.session
+        return None if session and session.plain else engine.call or (session and session.call)
 
     yield tower.register_forward_pre_hook(before, with_kwargs=True)
     yield tower.register_forward_hook(after, with_kwargs=True)

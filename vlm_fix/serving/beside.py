@@ -92,15 +92,16 @@ def _attention(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, lo
     out_of_reach, mask = looks.window is not None and n > looks.window, None
     if out_of_reach or 1 < count < n:
         mask = looks.mask(n - count, count, n, query.device)
+    causal = mask is None and count > 1
     if looks.softcap:
-        rows = QueryRows(query, keys, values, mask, Scores(looks.scaling, looks.softcap), 0 if mask is None else None)
+        rows = QueryRows(query, keys, values, mask, Scores(looks.scaling, looks.softcap), 0 if causal else None)
         return edited_rows(rows).to(query.dtype)
     return scaled_dot_product_attention(
         query,
         keys,
         values,
         attn_mask=mask,
-        is_causal=mask is None and count > 1,
+        is_causal=causal,
         scale=looks.scaling,
         enable_gqa=keys.shape[1] != query.shape[1],
     )

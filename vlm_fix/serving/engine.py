@@ -129,4 +129,4 @@ class ServedEngine(Engine):
 
 
 def _reads_prompt(method: Method) -> bool:
-    return isinstance(method, HiddenEdit) and type(method).on_prompt is not HiddenEdit.on_prompt
+    return isinstance(method, HiddenEdit) and method.reads_prompt

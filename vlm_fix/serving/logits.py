@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vlm_fix.call import Call
+from vlm_fix.decoding.kinds import log_probs
 from vlm_fix.decoding.step import Step as Seen
 from vlm_fix.decoding.step import fingerprints
 from vlm_fix.families import final_norm
@@ -92,21 +93,20 @@ class NextTokens:
         exits = Exits(self.head, seen, [step.last[row] for row, *_ in rows])
         for i, (row, name, one) in enumerate(rows):
             generated = torch.tensor([self.served.runner.requests[name].output_token_ids], device=out.device).long()
-            l = out[row : row + 1].log_softmax(dim=-1)
+            l, contrast = out[row : row + 1], one.engine.contrast
             if name in negatives:
-                assert one.engine.contrast is not None
-                sure = one.engine.contrast.sure(l)
-                if sure is not None and bool(sure) and not one.engine.logit_edits:
-                    continue  # the model's own logits, as penalties see them
-                combined = one.engine.contrast.contrasted(generated.shape[1], l, *negatives[name])
-                l = combined.log_softmax(dim=-1)
+                assert contrast is not None
+                main, *others = (log_probs(x, contrast.on_logits) for x in (l, *negatives[name]))
+                sure = contrast.sure(main)
+                if sure is None or not bool(sure):  # else the model's own logits, as penalties see them
+                    l = contrast.contrasted(generated.shape[1], main, *others)
             at = {layer: (x[step.last[row]][None, None], generated.shape[1]) for layer, x in seen.items()}
             prompts = functools.partial(self._prompts, name, one)
             host: Any = one.engine
             view = ServedSeen(host, one.session, prompts, generated, at, self.head, exits, i)  # type: ignore[arg-type]
             with one.engine.acting(one.session):
                 for edit in one.engine.logit_edits:
-                    l = edit.edit(l, view).log_softmax(dim=-1)
+                    l = edit.edit(log_probs(l, edit.on_logits), view)
             out[row] = l[0]
         return out
 
@@ -133,7 +133,7 @@ class NextTokens:
     # ---- second branches ---------------------------------------------------------------------------------------------
 
     def _negatives(self, rows: Sequence[tuple[int, str, Request]]) -> dict[str, list[torch.Tensor]]:
-        """By request, the log-probabilities [1, V] of its second branches after the tokens there are; one forward for all."""
+        """By request, the logits [1, V] of its second branches after the tokens there are; one forward for all."""
         if not rows:
             return {}
         due: list[tuple[str, BranchLine, list[int], ServedEngine]] = []
@@ -167,10 +167,10 @@ class NextTokens:
         self.served.beside.read_asked()
         hidden = self.served.beside.run(forward, ids, torch.cat(embeds))
         ends = torch.tensor([count for _, count in forward.lines]).cumsum(0) - 1
-        logs = self.served.plain_logits(hidden[ends.to(hidden.device)]).float().log_softmax(dim=-1)
+        logits = self.served.plain_logits(hidden[ends.to(hidden.device)]).float()
         made: dict[str, list[torch.Tensor]] = {}
-        for (name, *_), log in zip(due, logs, strict=True):
-            made.setdefault(name, []).append(log[None])
+        for (name, *_), own in zip(due, logits, strict=True):
+            made.setdefault(name, []).append(own[None])
         return made
 
     def _branches(self, name: str, one: Request) -> dict[str, BranchLine]:

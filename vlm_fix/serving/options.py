@@ -18,9 +18,13 @@ from vlm_fix.pruning.kinds import TokenPruner
 from vlm_fix.tensors import Tensors
 
 from .engine import ServedEngine
+from .refusals import check_engine
 from .settings import KEY
 
-OFF = ("off", False)
+
+def off(asked: Any) -> bool:
+    """True if this asks for a method to be left out; 0 is a number."""
+    return asked is False or asked == "off"
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ def variant(asked: Any, engine: ServedEngine) -> Variant:
     Raises VlmFixError for anything else.
     """
     names = [m.name for m in engine.methods]
-    if asked in OFF:
+    if off(asked):
         changes: dict[str, Any] = dict.fromkeys(names, "off")
     elif isinstance(asked, str):
         changes = _spec(asked, names, engine)
@@ -47,14 +51,13 @@ def variant(asked: Any, engine: ServedEngine) -> Variant:
         raise VlmFixError(f"{KEY} is {asked!r}: {_choices(engine)}")
     methods = []
     for method in engine.methods:
-        wanted = changes.get(method.name, {})
-        if wanted and of_images(method, engine.arch):
+        told, wanted = method.name in changes, changes.get(method.name)
+        if told and of_images(method, engine.arch):
             raise VlmFixError(
                 f"{method.name} changes what images are for all requests of this server: it cannot change for one."
             )
-        if wanted in OFF:
-            continue
-        methods.append(_changed(method, wanted) if wanted else method)
+        if not off(wanted):
+            methods.append(_changed(method, wanted) if told else method)
     key = json.dumps({n: changes[n] for n in sorted(changes)}, sort_keys=True, default=str)
     return Variant(key, methods)
 
@@ -64,6 +67,7 @@ def check(asked: Any, engine: ServedEngine | None) -> None:
     if engine is None:
         raise VlmFixError(f"{KEY} is set, but this server runs no method: start it with one, or leave {KEY} out.")
     made = ServedEngine(engine.model, variant(asked, engine).methods)
+    check_engine(made)
     more = [what for what, needed in made.needs.items() if needed and not engine.needs[what]]
     if more:
         raise VlmFixError(
@@ -91,7 +95,7 @@ def _only(wanted: dict[str, Any], names: list[str]) -> dict[str, Any]:
 
 
 def _changed(method: Method, wanted: Any) -> Method:
-    if not isinstance(wanted, Mapping):
+    if not isinstance(wanted, Mapping) or not wanted:
         such = f" or settings such as {json.dumps(_strength(method))}" if strengths_of(method) else ""
         raise VlmFixError(f'{KEY}: {method.name} is {wanted!r}: give "off"{such}.')
     strengths = strengths_of(method)
@@ -104,7 +108,7 @@ def _changed(method: Method, wanted: Any) -> Method:
             )
         try:
             values[name] = float("" if isinstance(value, bool) else value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise VlmFixError(f"{KEY}: {method.name}'s {name} is {value!r}, which is no number.") from None
     return method.but(**values)
 

@@ -108,6 +108,12 @@ def check_engine(engine: ServedEngine) -> None:
             f"{engine.contrast.name} beside {engine.pruner.name} cannot be served by vLLM: the second branch has all image "
             "tokens. Serve one of them."
         )
+    readers = [m.name for m in engine.active if isinstance(m, HiddenEdit) and m.reads_prompt]
+    if engine.contrast is not None and readers:
+        raise VlmFixError(
+            f"{engine.contrast.name} beside {readers[0]} cannot be served by vLLM: {readers[0]} would read the second branch's "
+            "prompt with its image, too. Serve one of them."
+        )
     if engine.contrast is not None and engine.family.mrope:
         raise VlmFixError(
             f"{engine.contrast.name} cannot be served by vLLM in {engine.family.name}: its second branch has no M-RoPE positions."
@@ -241,7 +247,7 @@ def check_rows(runner: Any, engine: ServedEngine) -> None:
             else "has a second branch, which may have an image"
             if method is engine.contrast
             else "reads the prompt with its image beforehand"
-            if isinstance(method, HiddenEdit) and type(method).on_prompt is not HiddenEdit.on_prompt
+            if isinstance(method, HiddenEdit) and method.reads_prompt
             else None
         )
         if what:

@@ -51,7 +51,7 @@ class BatchSession(Session):
 
     def __init__(self, sessions: Sequence[RequestSession]):
         first = sessions[0]
-        super().__init__(first.call, prompt_len=0, branch=first.branch)
+        super().__init__(joint_call(sessions), prompt_len=0, branch=first.branch)
         self.sessions = list(sessions)
         self.last_visual = [s.last_visual[0] for s in sessions]
         self.prompts = torch.tensor([s.prompt_len for s in sessions])
@@ -132,7 +132,7 @@ class WholePrompts(Session):
 
     def __init__(self, sessions: Sequence[RequestSession]):
         first = sessions[0]
-        super().__init__(first.call, prompt_len=first.prompt_len, branch=first.branch)
+        super().__init__(joint_call(sessions), prompt_len=first.prompt_len, branch=first.branch)
         self.sessions = list(sessions)
         self.last_visual = [s.last_visual[0] for s in sessions]
         self.types = torch.cat([s.prompt for s in sessions])
@@ -142,6 +142,16 @@ class WholePrompts(Session):
     def share(self) -> None:
         """As that of `LastRows`."""
         _share(self.states, self.sessions)
+
+
+def joint_call(sessions: Sequence[RequestSession]) -> Call:
+    """A call with the prompts of all, if they are of one length; else the first one's, of which nothing reads the words."""
+    first = sessions[0].call
+    ids = [session.call.inputs["input_ids"] for session in sessions]
+    if len({x.shape[1] for x in ids}) > 1:
+        return first
+    joined = torch.cat(ids)
+    return Call(first.model, first.family, {"input_ids": joined, "attention_mask": torch.ones_like(joined)})
 
 
 def _share(states: dict[Any, Any], sessions: Sequence[RequestSession]) -> None:

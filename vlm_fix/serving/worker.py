@@ -250,6 +250,8 @@ class Step:
             if engine.needs_image and session.last_visual[0] < 0:
                 served.say(f"prompts without an image are answered without {', '.join(m.name for m in engine.active)}.")
                 continue
+            if session.last_visual[0] < 0 and (idle := [m.name for m in engine.active if m.needs_image]):
+                served.say(f"prompts without an image are answered without {', '.join(idle)}, which need one.")
             if start < session.prompt_len and engine.needs_whole and (start > 0 or end < session.prompt_len):
                 one.in_pieces = True  # vLLM had no room for all of its images
             if one.in_pieces:
