@@ -65,7 +65,10 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         rows = [{**answer._asdict(), "objects": answer.objects(shown.truth)} for answer in answers]
         print(
-            json.dumps({"image": args.image, "truth": shown.truth and sorted(shown.truth), "answers": rows}, indent=2)
+            json.dumps(
+                {"image": args.image, "truth": None if shown.truth is None else sorted(shown.truth), "answers": rows},
+                indent=2,
+            )
         )
     elif shown.truth is None:
         made = list(answers)
