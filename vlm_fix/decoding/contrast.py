@@ -158,7 +158,9 @@ class ContrastWing(Wing):
     def unused(self, session: Session) -> Iterator[tuple[Method, str]]:
         term = self.running.term if self.running else None
         kept, rows = (term.gated if term else None) or (0, 1)
-        elsewhere = isinstance(self.contrast, AttentionEdit) and self.contrast.acts_in("main")  # what its branch shows is for nothing
+        elsewhere = isinstance(self.contrast, AttentionEdit) and self.contrast.acts_in(
+            "main"
+        )  # what its branch shows is for nothing
         if kept == rows and (not elsewhere or self.contrast in self.host.effects.idle()):
             yield self.contrast, f"at every token the model was as sure as gate={self.contrast.gate:g} asks; raise it."
 
