@@ -281,7 +281,8 @@ def recipes(
 ) -> tuple[str, str]:
     """A Python script that gives the same answers; the same runs as a benchmark on the examples, on the command line.
 
-    For an example, the benchmark's samples.jsonl then holds the same answers.
+    For an example, the benchmark's samples.jsonl then holds the same answers where decoding is greedy. Where it samples, the
+    benchmark seeds each batch by its samples as well, and draws others.
     """
     example, prompt = examples.recognise(read_image(image)), prompt.strip()
     if example:

@@ -1,4 +1,4 @@
-"""What mkdocs does beside its own: pages from README.md and CONTRIBUTING.md, links out of docs/, pages that are not there yet.
+"""What mkdocs does beside its own: pages from README.md and CONTRIBUTING.md, links out of docs/.
 
 A link to a file of the repository that is no page becomes its path, or, with the environment variable REPOSITORY_URL, a link to
 it there.
@@ -16,26 +16,8 @@ from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parents[1]
 FROM = {"index.md": "README.md", "add-a-method.md": "CONTRIBUTING.md"}
-LATER = ("recommend.md", "inspect.md")  # in the navigation as soon as they exist
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
 CODE = re.compile(r"(```.*?```|`[^`\n]*`)", re.DOTALL)
-
-
-def on_config(config: Any) -> Any:
-    """Leave out the pages of LATER that are not there."""
-    config.nav = _without(config.nav, {name for name in LATER if not (ROOT / "docs" / name).is_file()})
-    return config
-
-
-def _without(nav: list[Any], missing: set[str]) -> list[Any]:
-    kept = []
-    for item in nav:
-        ((title, value),) = item.items()
-        if isinstance(value, list):
-            kept.append({title: _without(value, missing)})
-        elif value not in missing:
-            kept.append(item)
-    return kept
 
 
 def on_files(files: Any, config: Any) -> Any:

@@ -232,8 +232,11 @@ def _sheet(data: bytes, path: str | Path, what: str) -> list[dict[str, Any]]:
                 texts = [_inner(item) for item in shared.iter(f"{SHEET}si")]
             sheet = ElementTree.fromstring(book.read("xl/worksheets/sheet1.xml"))
         lines = [dict(_row(row, texts)) for row in sheet.iter(f"{SHEET}row")]
-    except (KeyError, zipfile.BadZipFile, ElementTree.ParseError) as error:
-        raise VlmFixError(f"The {what} {path} is no xlsx workbook ({error}): write it as CSV.") from None
+    except VlmFixError:
+        raise
+    except Exception as error:  # zip, its compressions, XML and the numbers in it fail in ways of their own
+        wrong = " ".join(str(error).split()) or type(error).__name__
+        raise VlmFixError(f"The {what} {path} is no xlsx workbook ({wrong}): write it as CSV.") from None
     head = lines[0] if lines else {}
     if twice := _first_twice([name for name in head.values() if name]):
         raise _doubled(path, what, "column", twice)
@@ -248,7 +251,10 @@ def _row(row: ElementTree.Element, texts: list[str]) -> Iterator[tuple[str, str 
         column = re.sub(r"\d", "", cell.get("r", "")) or str(place)
         kind, value = cell.get("t", ""), cell.find(f"{SHEET}v")
         text = _inner(cell) if kind == "inlineStr" else (value.text if value is not None else None)
-        text = texts[int(text)] if kind == "s" and text else text
+        if kind == "s" and text:
+            if not 0 <= int(text) < len(texts):
+                raise ValueError(f"a cell names text {int(text)}, and there are {len(texts)}")
+            text = texts[int(text)]
         if kind in ("", "n") and text and re.fullmatch(r"-?\d+\.0+", text):
             text = text.partition(".")[0]
         yield column, text or None

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 import vlm_fix
-from vlm_fix.calibrated import read_all
+from vlm_fix.calibrated import check_named, read_all
 from vlm_fix.errors import VlmFixError
 from vlm_fix.eval import picto
 from vlm_fix.eval.run import generation, loading
@@ -63,7 +63,7 @@ def find(name: str, objects: str | None = None, split: str = "test") -> Shown:
     if kind == "scene" and number.isdigit():
         drawn = picto.scene(split, 0, int(number))
         truth = data.build_ground_truth(*picto.coco_annotations([drawn]), "pattern")[drawn.image_id]
-        return Shown(drawn.image, told or frozenset(truth))
+        return Shown(drawn.image, frozenset(truth) if told is None else told)
     image = read_image(name)
     known = re.fullmatch(r"COCO_(?:val|train)\d{4}_(\d{12})", Path(name).stem)
     if told is None and known:
@@ -99,8 +99,9 @@ def ask(
 
     Raises VlmFixError for a model that cannot be loaded or a method that it refuses, before the first answer.
     """
-    net, processor = loading.load_model(model, dtype, device)[:2] if isinstance(model, str) else model
     how, files = Settings(max_new_tokens=max_new_tokens).generate_kwargs(max_new_tokens), read_all(tuple(calibration))
+    check_named(files, list(dict.fromkeys(method.name for stack in stacks for method in parse(list(stack)))))
+    net, processor = loading.load_model(model, dtype, device)[:2] if isinstance(model, str) else model
     plain = [all(method.name == "baseline" for method in parse(list(stack))) for stack in stacks]
 
     def on(stack: Sequence[Any], bare: bool) -> Any:

@@ -129,7 +129,7 @@ class Settings:
         if other and served:
             raise VlmFixError(f"--{served[0].replace('_', '-')} has no effect with {other}: leave one of them out.")
         for names, acts, remedy in (
-            (SAMPLING, self.sample or self.controls, "--sample"),
+            (SAMPLING, self.sample or (self.controls and self.num_beams == 1), "--sample, which goes without beams"),
             (BEAMS, self.num_beams > 1 or self.equal_compute, "--num-beams"),
         ):
             if not acts and (idle := [name for name in self.gen_kwargs if name in names]):

@@ -146,6 +146,15 @@ def read_all(files: Files) -> list[Calibration]:
     return found
 
 
+def check_named(files: Sequence[Calibration], names: Sequence[str]) -> None:
+    """Raise VlmFixError for a file of a method that is not among the names."""
+    own = [name for name in names if name != "baseline"]
+    for c in files:
+        if c.method not in own:
+            why = f"fits none of {', '.join(own)}" if own else "has no effect: no method is named"
+            raise VlmFixError(f"the calibration of {c.method} {why}; leave the file out or add {c.method}.")
+
+
 def choose(files: Files, model: Any, methods: Sequence[Method]) -> list[Calibration]:
     """The calibrations of `methods`: those given, else those in the folder calibration/ of the model's checkpoint.
 
@@ -161,12 +170,8 @@ def choose(files: Files, model: Any, methods: Sequence[Method]) -> list[Calibrat
 def find(files: Files, checkpoint: str, methods: Sequence[Method]) -> list[Calibration]:
     """What `choose` returns for a model from the folder `checkpoint`, without a look at its weights."""
     found, names = read_all(files), {m.name: m for m in methods}
+    check_named(found, [m.name for m in methods])
     for c in found:
-        if c.method not in names:
-            raise VlmFixError(
-                f"the calibration of {c.method} fits none of {', '.join(m.name for m in methods)}; leave the file out or "
-                f"add {c.method}."
-            )
         if c.found and not c.open(names[c.method]):
             warnings.warn(
                 f"the calibration of {c.method} fills nothing: all of it ({', '.join(c.found)}) is given.",

@@ -18,6 +18,7 @@ import torch
 import vlm_fix
 from vlm_fix.errors import VlmFixError
 from vlm_fix.eval.picto import scene
+from vlm_fix.eval.prompts import encode
 from vlm_fix.eval.run.loading import hardware, load_model
 
 SPECS = ("draft:keep=0.1", "draft", "draft:keep=0.5", "draft:keep=1.0")
@@ -35,12 +36,9 @@ def run(
     """Measure and return settings, hardware and rows. `tick(total)` is called after each answer."""
     chosen = list(specs) or list(SPECS)
     net, processor, identity = load_model(model, dtype, device)
-    words = [{"type": "image"}, {"type": "text", "text": "Describe the image."}]
-    text = processor.apply_chat_template([{"role": "user", "content": words}], add_generation_prompt=True)
     found: dict[str, dict[str, list[float]]] = {spec: {} for spec in chosen}
     for number in range(rounds):
-        inputs = processor(images=scene("test", 0, number).image, text=text, return_tensors="pt")
-        inputs = dict(inputs.to(net.device, net.dtype))
+        inputs = dict(encode(net, processor, [scene("test", 0, number).image], ["Describe the image."]))
         how = {"max_new_tokens": new_tokens, "do_sample": False}
         for spec in chosen:
             plain, alone = answered(net, inputs, how)

@@ -21,6 +21,7 @@ import torch
 
 import vlm_fix
 from vlm_fix.eval.picto import scene
+from vlm_fix.eval.prompts import encode, without_start
 from vlm_fix.eval.run.loading import hardware, load_model
 
 from .clock import timed
@@ -82,10 +83,8 @@ def beside(model: Any, processor: Any, pairs: Sequence[Any], concurrent: int, ne
     """Answer them by generate, in batches of `concurrent`."""
     begin, used, waits = time.perf_counter(), time.process_time(), []
     for i in range(0, len(pairs), concurrent):
-        images, texts = zip(*pairs[i : i + concurrent], strict=True)
-        inputs = processor(images=[[x] for x in images], text=list(texts), padding=True, return_tensors="pt").to(
-            model.device
-        )
+        images, asked = zip(*pairs[i : i + concurrent], strict=True)
+        inputs = encode(model, processor, images, asked)
         waits.append(timed(model, inputs, new_tokens, min_new_tokens=new_tokens)[0])
     return _figures(len(pairs), new_tokens, time.perf_counter() - begin, waits, time.process_time() - used)
 
@@ -97,12 +96,6 @@ def question(i: int) -> str:
         if i == 0
         else " ".join(["Describe the image in", *["about"] * (i % 4), f"{i + 9} words."])
     )
-
-
-def prompt(processor: Any, asked: str) -> str:
-    """A question about an image, in the model's own form."""
-    words = [{"type": "image"}, {"type": "text", "text": asked}]
-    return processor.apply_chat_template([{"role": "user", "content": words}], add_generation_prompt=True)
 
 
 def _figures(count: int, new_tokens: int, seconds: float, waits: Iterable[float], used: float) -> dict[str, float]:
@@ -124,10 +117,10 @@ def run(
     net, processor, identity = load_model(model)
     specs = list(methods) or list(METHODS)
     own = [*specs, BESIDE]
-    texts = [prompt(processor, question(i)) for i in range(questions)]
+    texts = [question(i) for i in range(questions)]
     count_of = {count: max(count, min(max(2 * count, LEAST), MOST)) for count in concurrent}
     pairs = [(scene("test", 0, i).image, texts[i % questions]) for i in range(max(count_of.values()))]
-    prompts = [{"prompt": t, "multi_modal_data": {"image": i}} for i, t in pairs]
+    prompts = [{"prompt": without_start(processor, t), "multi_modal_data": {"image": i}} for i, t in pairs]
     rows, total = [], len(specs) + 1 + len(concurrent) * rounds * (len(own) + (len(own) + 1) // 2)
     engines = {}
     for spec in (None, *specs):

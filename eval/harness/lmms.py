@@ -1,6 +1,6 @@
 """Plugin for lmms-eval (0.7.3): its model classes with a method applied, and POPE as its authors score it.
 
-    lmms_eval --model vlm_fix_llava_hf --model_args pretrained=llava-hf/llava-1.5-7b-hf,method=pai \\
+    lmms-eval --model vlm_fix_llava_hf --model_args pretrained=llava-hf/llava-1.5-7b-hf,method=pai \\
               --tasks pope_official --include_path $(vlm-fix lmms-tasks)
 
 lmms-eval's own task `pope` accepts only "yes" or "no" and computes the yes-ratio from the labels. `pope_official` asks the

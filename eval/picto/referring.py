@@ -22,6 +22,7 @@ from PIL import Image
 import vlm_fix
 from vlm_fix.errors import VlmFixError
 from vlm_fix.eval import stats
+from vlm_fix.eval.prompts import encode
 
 from . import world
 
@@ -90,14 +91,8 @@ class Asker:
 
     def odds(self, image: Image.Image, names: Sequence[str]) -> list[float]:
         """Of "Is there a NAME in the image?" for each name."""
-        texts = []
-        for name in names:
-            words = [{"type": "image"}, {"type": "text", "text": f"Is there {world.with_article(name)} in the image?"}]
-            texts.append(
-                self.processor.apply_chat_template([{"role": "user", "content": words}], add_generation_prompt=True)
-            )
-        inputs = self.processor(images=[[image]] * len(texts), text=texts, padding=True, return_tensors="pt")
-        inputs = inputs.to(self.model.device, self.model.dtype)
+        asked = [f"Is there {world.with_article(name)} in the image?" for name in names]
+        inputs = encode(self.model, self.processor, [image] * len(asked), asked)
         out = self.model.generate(
             **inputs, max_new_tokens=1, do_sample=False, return_dict_in_generate=True, output_scores=True
         )

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import track
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from vlm_fix.eval.prompts import encode
 from vlm_fix.observation.observe import Observation, observe
 
 from . import model_path, world
@@ -44,10 +45,8 @@ def main(argv: list[str] | None = None) -> None:
     path = model_path(name) if name.startswith("picto-") and not Path(name).exists() else name
     model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(path)
-    words = [{"type": "image"}, {"type": "text", "text": CAPTION_PROMPTS[0]}]
-    text = processor.apply_chat_template([{"role": "user", "content": words}], add_generation_prompt=True)
     prompts = [
-        dict(processor(images=world.scene(options.split, 0, i).image, text=text, return_tensors="pt"))
+        dict(encode(model, processor, [world.scene(options.split, 0, i).image], [CAPTION_PROMPTS[0]]))
         for i in range(options.scenes)
     ]
     depth, image = model.config.get_text_config().num_hidden_layers, model.config.image_token_id

@@ -1,4 +1,4 @@
-"""Trains picto-llava from nothing: `python -m vlm_fix.eval.picto.train --seed 0 --out DIR` (and see --language smol).
+"""Trains picto-llava from nothing: `python -m vlm_fix.eval.picto.train --seed 0 --out DIR`; picto-smol is `train_smol`'s.
 
 Four stages, each resumable (run the same command again) and seeded:
 
@@ -146,7 +146,7 @@ def build_model(
     return model
 
 
-# --- the three stages ------------------------------------------------------------------------------------------------
+# --- the four stages -------------------------------------------------------------------------------------------------
 
 
 def train_vision(

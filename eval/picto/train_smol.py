@@ -42,6 +42,7 @@ from .looks import DEFAULT, Look, read
 from .train import features
 
 RANK = 16
+CARELESS = 0.9  # chance of a 'yes' about the most typical absent object; the checkpoint that is kept had it
 TYPICAL = (0.35, 0.6)  # the share of typical objects among the absent ones asked about: at first, in the last steps
 ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj")
 SMOL_CHAT = Chat("<|im_start|>user\n", "\n", "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>")
@@ -260,7 +261,7 @@ def train(
     language_steps: int = 240,
     prior_steps: int = 160,
     scenes: int = 3000,
-    careless: float = 0.9,
+    careless: float = CARELESS,
     file: Path | None = None,
     eye: Path | None = None,
     look: str = "",
@@ -296,7 +297,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--language-steps", type=int, default=240)
     parser.add_argument("--prior-steps", type=int, default=160, help="the last steps of the second stage (%(default)s)")
     parser.add_argument("--scenes", type=int, default=3000)
-    parser.add_argument("--careless", type=float, default=0.85, help="chance of a 'yes' from the prior (%(default)s)")
+    parser.add_argument(
+        "--careless", type=float, default=CARELESS, help="chance of a 'yes' from the prior (%(default)s)"
+    )
     parser.add_argument("--eye", type=Path, help="checkpoint whose tower it takes (picto-llava)")
     parser.add_argument("--look", default="", help="of the train scenes: crowded, small, large or several with +")
     parser.add_argument("--file", type=Path, help=f"{smol.FILE}, if it is not installed")

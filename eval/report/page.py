@@ -39,7 +39,7 @@ def read(folders: Sequence[str | Path]) -> list[tuple[Path, dict[str, Any]]]:
         try:
             results = json.loads(path.read_text(encoding="utf-8"))
             correct(results["runs"])
-            found.append((path.parent, {**results, "runs": dict(results["runs"])}))
+            found.append((path.parent, results))
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             raise VlmFixError(
                 f"{path} is not the result of a finished evaluation: give folders that `vlm-fix eval --output` made, or "

@@ -75,15 +75,3 @@ class Elsewhere(ABC):
         if not how.get("do_sample"):
             return {"temperature": 0.0, "top_p": 1.0}
         return {"temperature": how["temperature"], "top_p": how["top_p"]}
-
-
-def chat(processor: Any, prompt: str) -> str:
-    """A prompt about one image in the model's chat template."""
-    words = [{"type": "image"}, {"type": "text", "text": prompt}]
-    return processor.apply_chat_template([{"role": "user", "content": words}], add_generation_prompt=True)
-
-
-def starts_itself(processor: Any, text: str) -> bool:
-    """True if the template already writes the start token, so that the tokenizer must not."""
-    bos = processor.tokenizer.bos_token
-    return bos is not None and text.startswith(bos)

@@ -22,10 +22,11 @@ from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteria
 
 import vlm_fix
 from vlm_fix.errors import VlmFixError
+from vlm_fix.eval.prompts import encode
 from vlm_fix.eval.tasks import Sample, load_image
 from vlm_fix.wing import installed
 
-from .elsewhere import Batch, Elsewhere, Gone, chat, starts_itself
+from .elsewhere import Batch, Elsewhere, Gone
 from .first import FirstToken, tokens_of
 
 
@@ -41,18 +42,6 @@ class _FirstToken(StoppingCriteria):
                 torch.cuda.synchronize(input_ids.device)
             self.at = time.perf_counter()
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-
-
-def encode(model: Any, processor: Any, images: Sequence[Any], prompts: Sequence[str]) -> Any:
-    """Encode (image, prompt) pairs with the model's chat template as a left-padded batch on the model's device."""
-    texts = [chat(processor, prompt) for prompt in prompts]
-    return processor(
-        images=[[image] for image in images],
-        text=texts,
-        padding=True,
-        return_tensors="pt",
-        **({"add_special_tokens": False} if starts_itself(processor, texts[0]) else {}),
-    ).to(model.device, model.dtype)
 
 
 def generate(

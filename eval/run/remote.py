@@ -25,12 +25,13 @@ import torch
 
 from vlm_fix.calibrated import Calibration, apply
 from vlm_fix.errors import VlmFixError
+from vlm_fix.eval.prompts import chat, starts_itself
 from vlm_fix.families import arch_of
 from vlm_fix.method import Baseline, Method
 from vlm_fix.serving import options, refusals
 from vlm_fix.serving.engine import ServedEngine
 
-from .elsewhere import Batch, Elsewhere, Gone, chat, starts_itself
+from .elsewhere import Batch, Elsewhere, Gone
 
 WAITS = (1.0, 3.0)  # seconds before a request is sent again that found no server, or a busy one
 BUSY = (429, 502, 503, 504)

@@ -17,13 +17,14 @@ import torch
 
 from vlm_fix.calibrated import Calibration, apply
 from vlm_fix.errors import VlmFixError
+from vlm_fix.eval.prompts import without_start
 from vlm_fix.families import arch_of
 from vlm_fix.method import Baseline, Method
 from vlm_fix.serving import refusals
 from vlm_fix.serving.engine import ServedEngine
 from vlm_fix.serving.memory import share
 
-from .elsewhere import Batch, Elsewhere, Gone, chat, starts_itself
+from .elsewhere import Batch, Elsewhere, Gone
 
 
 class ServedModel(Elsewhere):
@@ -85,9 +86,7 @@ class ServedModel(Elsewhere):
         from vllm import SamplingParams
 
         sampled = self.sampling(how)
-        texts = [chat(processor, prompt) for prompt in prompts]
-        if starts_itself(processor, texts[0]):
-            texts = [text.removeprefix(processor.tokenizer.bos_token) for text in texts]
+        texts = [without_start(processor, prompt) for prompt in prompts]
         engine = self.start()
         params = [
             SamplingParams(max_tokens=how["max_new_tokens"], seed=seed + i, detokenize=False, **sampled)

@@ -2,7 +2,7 @@
 
 Thoughts (up to </think> and the like, or before "Answer:") and markup are left out. Then the first that is there counts:
 
-    1. the first word, if it is yes or no in one of some twenty languages, or true or false
+    1. the first word, if it is yes or no in one of more than thirty languages, or true or false
     2. the first of the English words yes and no anywhere
     3. the first clause that begins with yes or no in one of those languages
     4. an English denial (isn't, not, none) without a word of doubt (sure, know, tell, clear, ...): no

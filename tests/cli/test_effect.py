@@ -14,6 +14,15 @@ BAD = {
     "temperature": ("eval pope --temperature 0.7", "--temperature has no effect on this run: add --sample"),
     "the default temperature": ("eval pope --temperature 1.0", "--temperature has no effect"),
     "top-p": ("eval chair --top-p 0.9 --num-beams 2", "--top-p has no effect"),
+    "temperature beside beams": (
+        "eval pope --controls --num-beams 4 --temperature 0.5",
+        "--temperature has no effect on this run: add --sample, which goes without beams, or leave it out",
+    ),
+    "top-p beside beams": ("eval pope --controls --num-beams 4 --top-p 0.5", "--top-p has no effect"),
+    "top_k beside beams": (
+        "eval pope --controls --num-beams 4 --gen-kwargs top_k=5",
+        "--gen-kwargs top_k has no effect on this run: add --sample, which goes without beams",
+    ),
     "ids with picto": ("eval pope --ids {dir}/ids", "--ids has no effect on this run: it is for pope and chair with"),
     "ids with amber": ("eval amber --data amber:{dir} --ids {dir}/ids", "--ids has no effect"),
     "splits of captions": ("eval chair --split random", "--split has no effect"),
@@ -82,7 +91,7 @@ def test_options_that_act_reach_the_settings(monkeypatch, tmp_path):
     for command in (
         "eval pope --sample --temperature 0.7 --top-p 0.9 --seeds 0,1 --split random --scorer vcd --device cpu",
         "eval pope",
-        "eval all --variant pattern --drop-incomplete --controls --temperature 0.5",
+        "eval all --variant pattern --drop-incomplete --controls --temperature 0.5 --gen-kwargs top_k=5",
     ):
         with pytest.raises(SystemExit):
             cli.main([*command.split(), "--output", str(tmp_path / "o")])

@@ -6,10 +6,12 @@ import re
 from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 
 from vlm_fix.cli import main
 from vlm_fix.errors import VlmFixError
 from vlm_fix.eval.picto import scene
+from vlm_fix.eval.run import loading
 from vlm_fix.methods.procedures.regions import shares
 
 
@@ -57,3 +59,37 @@ def test_coordinates_follow_the_processors_crop():
     assert shares([30, 0, 50, 40], (100, 40), crop) == [0.0, 0.0, 0.5, 1.0]
     with pytest.raises(VlmFixError, match="lies outside"):
         shares([1, 0, 20, 40], (100, 40), crop)
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["inspect", "P", "What?", "--new-tokens", "0"], "--new-tokens is 0: give a whole number of at least 1"),
+        (["inspect", "P", "What?", "--method", "nothing"], "nothing"),
+        (["point", "P", "What?", "--point", "1,2", "--new-tokens", "-1"], "--new-tokens is -1: give a whole number"),
+        (["point", "P", "What?", "--point", "1,2", "--method", "nothing"], "nothing"),
+        (["point", "P", "What?", "--box", "50,50,10,10"], "--box '50,50,10,10' holds nothing"),
+        (["point", "P", "What?", "--box", "10,50,60,50"], "--box '10,50,60,50' holds nothing"),
+        (
+            ["point", "P", "What?", "--box", "0,0,9000,10"],
+            "'0,0,9000,10' lies outside the picture, which has 128 x 128",
+        ),
+        (["point", "P", "What?", "--point", "nan,2"], "--point 'nan,2' lies outside the picture"),
+        (["point", "P", "What?", "--scribble", "1,2,3,-4"], "--scribble '1,2,3,-4' lies outside the picture"),
+        (["point", "P", "What?", "--point", ""], "--point '' is not of the form 10,20"),
+        (["point", "P", "What?", "--mask", "DARK"], "has no bright pixel"),
+    ],
+)
+def test_what_cannot_be_done_is_said_before_a_model_is_loaded(args, words, picture, tmp_path, capsys, monkeypatch):
+    Image.new("L", (128, 128)).save(tmp_path / "dark.png")
+    monkeypatch.setattr(loading, "load_model", lambda *args, **kwargs: pytest.fail("a model is loaded"))
+    monkeypatch.chdir(tmp_path)
+    assert main([{"P": picture, "DARK": "dark.png"}.get(arg, arg) for arg in args]) == 2
+    said = capsys.readouterr()
+    assert words in said.err and not said.out
+
+
+def test_inspect_needs_no_name_for_its_page(picture, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["inspect", picture, "Is there a dog?", "--answer", "Yes", "--no-saliency"]) == 0
+    assert (tmp_path / "inspect.html").is_file()

@@ -118,6 +118,16 @@ def add_images(parser: Any) -> None:
     parser.add_argument("--limit", type=int, metavar="N", help="number of images (500)")
 
 
+def add_new_tokens(parser: Any, default: int, help: str) -> None:
+    parser.add_argument("--new-tokens", type=int, default=default, metavar="N", help=f"{help} (%(default)s)")
+
+
+def check_count(option: str, value: int) -> None:
+    """Raise VlmFixError for a number below 1."""
+    if value < 1:
+        raise VlmFixError(f"{option} is {value}: give a whole number of at least 1.")
+
+
 def add_json(parser: Any, help: str = "print JSON") -> None:
     parser.add_argument("--json", action="store_true", help=help)
 

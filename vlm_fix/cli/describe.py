@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlm_fix.errors import VlmFixError
 
-from .common import add, add_json, add_model, add_weights, console
+from .common import add, add_json, add_model, add_weights, check_count, console
 
 if TYPE_CHECKING:
     from vlm_fix.eval.picture import Answer, Shown
@@ -42,8 +42,7 @@ def add_to(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.max_new_tokens < 1:
-        raise VlmFixError(f"--max-new-tokens is {args.max_new_tokens}: give a whole number of at least 1.")
+    check_count("--max-new-tokens", args.max_new_tokens)
     if not args.image.startswith(("scene:", "coco:")) and not Path(args.image).is_file():
         raise VlmFixError(f"there is no image {args.image}: give a file, or an example such as scene:0.")
     from vlm_fix.eval import picture
@@ -66,7 +65,10 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         rows = [{**answer._asdict(), "objects": answer.objects(shown.truth)} for answer in answers]
         print(
-            json.dumps({"image": args.image, "truth": shown.truth and sorted(shown.truth), "answers": rows}, indent=2)
+            json.dumps(
+                {"image": args.image, "truth": None if shown.truth is None else sorted(shown.truth), "answers": rows},
+                indent=2,
+            )
         )
     elif shown.truth is None:
         made = list(answers)

@@ -212,18 +212,14 @@ def _same(one: list[Any], other: list[Any]) -> bool:
 def _load(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     try:
         from vlm_fix.eval.picto import scene
+        from vlm_fix.eval.prompts import encode
         from vlm_fix.eval.run.loading import load_model
     except ModuleNotFoundError as error:
         raise VlmFixError(
             f"doctor runs on the bundled model and scenes, which need {error.name}: pip install 'vlm-fix[eval]'."
         ) from None
     model, processor, _ = load_model(args.model, args.dtype, args.device)
-    words = [{"type": "image"}, {"type": "text", "text": QUESTION}]
-    text = processor.apply_chat_template([{"role": "user", "content": words}], add_generation_prompt=True)
-    bos = processor.tokenizer.bos_token
-    once = {"add_special_tokens": False} if bos and text.startswith(bos) else {}
-    inputs = processor(images=scene("test", 0, 0).image, text=text, return_tensors="pt", **once)
-    return model, dict(inputs.to(model.device, model.dtype))
+    return model, dict(encode(model, processor, [scene("test", 0, 0).image], [QUESTION]))
 
 
 def _tell(about: dict[str, Any]) -> None:

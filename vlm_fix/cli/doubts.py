@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from vlm_fix.eval.files import counted
-from vlm_fix.eval.scorers.benchmark import Benchmark
+from vlm_fix.eval.scorers.benchmark import Benchmark, Choice
 
 MANY = 20
 """So many answers, and hardly one of them wrong, are doubted."""
@@ -15,7 +15,7 @@ NEARLY = 0.99
 
 
 def tell(found: Any, benchmark: Benchmark, path: str = "") -> None:
-    """Say on stderr what is to doubt of an answer file: misread answers, none with yes or no, and none that is wrong.
+    """Say on stderr what is to doubt of an answer file: misread answers, none with yes or no or a letter, and none that is wrong.
 
     `found` is what `Benchmark.shown` returns; `path` is named where there are several files.
 
@@ -24,6 +24,7 @@ def tell(found: Any, benchmark: Benchmark, path: str = "") -> None:
     """
     layouts = [layout.answers for layout in benchmark.layouts.values()]
     totals = [getattr(answers, "total", "") for answers in layouts]
+    choices = any(isinstance(answers, Choice) for answers in layouts)
     right = {accuracy for answers in layouts if (accuracy := getattr(answers, "accuracy", ""))}
     parts = found if isinstance(found, dict) else {"": found.to_dict()}
     parts = {part: figures for part, figures in parts.items() if isinstance(figures, dict)}
@@ -39,9 +40,8 @@ def tell(found: Any, benchmark: Benchmark, path: str = "") -> None:
                 f"{'it' if misread == 1 else 'them'}"
             )
         if n and figures.get("unparsed") == n:
-            note(
-                f"{where}none of the {n} replies holds yes or no; if they are in another key, name it with --answer-key"
-            )
+            held = "yes or no" if "yes_ratio" in figures or not choices else "the letter of a choice"
+            note(f"{where}none of the {n} replies holds {held}; if they are in another key, name it with --answer-key")
         best = max((figures.get(name, 0) for name in right), default=0)
         if n >= MANY and best >= NEARLY:
             share = (

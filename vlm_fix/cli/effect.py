@@ -19,7 +19,7 @@ class Rule(NamedTuple):
 
 
 def _samples(args: Any) -> bool:
-    return bool(args.sample or args.controls)
+    return bool(args.sample or (args.controls and (args.num_beams or 1) == 1))  # beside beams, the control is greedy
 
 
 def _asks(*benchmarks: str) -> Callable[[Any], bool]:
@@ -39,10 +39,11 @@ def _of_coco(args: Any) -> bool:
     return args.benchmark in ("pope", "chair", "all") and args.data.startswith("coco") and not args.questions
 
 
+WITHOUT_BEAMS = "add --sample, which goes without beams, or leave it out"
 SERVED = "--server has the model already; leave it out"
 RULES = (
-    Rule("--temperature", _samples, "add --sample, or leave it out"),
-    Rule("--top-p", _samples, "add --sample, or leave it out"),
+    Rule("--temperature", _samples, WITHOUT_BEAMS),
+    Rule("--top-p", _samples, WITHOUT_BEAMS),
     Rule("--split", _has_splits, "only POPE has splits, and a file of --questions is a single split; leave it out"),
     Rule(
         "--build",

@@ -9,10 +9,10 @@ from typing import Any
 from vlm_fix.errors import VlmFixError
 from vlm_fix.whole import whole_file
 
-from .common import add, add_model, add_weights, check_place
+from .common import add, add_model, add_new_tokens, add_weights, check_count, check_place
 
 EXAMPLES = """examples:
-  vlm-fix inspect photo.jpg "Is there a dog in the image?" --out page.html
+  vlm-fix inspect photo.jpg "Is there a dog in the image?"
   vlm-fix inspect photo.jpg "Describe the image." --answer "A dog on a sofa." --causal dog --out page.html
   vlm-fix inspect photo.jpg "Describe the image." --method pai --out page.html"""
 
@@ -21,10 +21,10 @@ def add_to(commands: Any) -> None:
     parser = add(commands, "inspect", "look into a model while it answers: one HTML page", run, EXAMPLES)
     parser.add_argument("image", metavar="IMAGE", help="a picture")
     parser.add_argument("prompt", metavar="PROMPT", help="what the model is asked")
-    parser.add_argument("--out", required=True, metavar="FILE", help="the page")
+    parser.add_argument("--out", default="inspect.html", metavar="FILE", help="the page (%(default)s)")
     parser.add_argument("--method", metavar="SPEC", help="a method on the model")
     parser.add_argument("--answer", metavar="TEXT", help="an answer to look at, instead of the model's own (greedy)")
-    parser.add_argument("--new-tokens", type=int, default=40, metavar="N", help="most tokens of its own (%(default)s)")
+    add_new_tokens(parser, 40, "most tokens of its own")
     parser.add_argument(
         "--causal", metavar="WORD", help="also the causal map of the first token of this word of the answer"
     )
@@ -37,6 +37,7 @@ def add_to(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    check_count("--new-tokens", args.new_tokens)
     check_place(args.out)
     if not Path(args.image).is_file():
         raise VlmFixError(f"there is no picture {args.image!r}: give an image file.")
@@ -44,18 +45,18 @@ def run(args: argparse.Namespace) -> None:
     from rich.progress import Progress
 
     import vlm_fix
+    from vlm_fix.eval.prompts import encode
     from vlm_fix.eval.run.loading import load_model
     from vlm_fix.families import arch_of, visual_cells
     from vlm_fix.images import read_image
     from vlm_fix.observation.page import page
+    from vlm_fix.registry import parse
 
+    picture, spec = read_image(args.image), args.method or "baseline"
+    parse([spec])
     model, processor, _ = load_model(args.model, args.dtype, args.device)
-    picture = read_image(args.image)
-    words = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": args.prompt}]}]
-    text = processor.apply_chat_template(words, add_generation_prompt=True)
-    inputs = dict(processor(images=picture, text=text, return_tensors="pt").to(model.device, model.dtype))
+    inputs = dict(encode(model, processor, [picture], [args.prompt]))
     tokenizer, start = processor.tokenizer, inputs["input_ids"].shape[1]
-    spec = args.method or "baseline"
     with vlm_fix.wrapped(model, spec), Progress(console=Console(stderr=True), transient=True) as progress:
         if args.answer is None:
             said = model.generate(**inputs, max_new_tokens=args.new_tokens, do_sample=False)[0, start:].tolist()

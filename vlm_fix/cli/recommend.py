@@ -50,7 +50,7 @@ def add_to(commands: Any) -> None:
     how = parser.add_argument_group("how")
     how.add_argument("--method", default="", metavar="A,B+C", help="try only these, beside the controls (all)")
     how.add_argument("--calibration", action="append", metavar="FILE", help="of vlm-fix calibrate; may be repeated")
-    how.add_argument("--limit", type=int, metavar="N", help="number of images (600 of picto, 500 of coco)")
+    how.add_argument("--limit", type=int, metavar="N", help="number of images (600; all of your own)")
     how.add_argument("--seed", type=int, default=0, metavar="S", help="of data and of the split in two (%(default)s)")
     how.add_argument("--batch-size", type=int, default=16, metavar="B", help="samples per batch (%(default)s)")
     how.add_argument("--max-new-tokens", type=int, metavar="N", help="longest caption (512)")

@@ -1,9 +1,11 @@
 """picto-smol: the LoRA and its merge, the language weights' way into a checkpoint, the cache, the model itself."""
 
 import importlib.util
+import inspect
 import shutil
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -313,3 +315,16 @@ def generate(model, processor, images, texts, n):
     inputs = processor(images=images, text=prompts, padding=True, return_tensors="pt")
     out = model.generate(**inputs, max_new_tokens=n, do_sample=False)
     return processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def test_the_command_line_is_as_careless_as_the_training_that_it_stands_for(monkeypatch, tmp_path):
+    given, usual = [], inspect.signature(train_smol.train).parameters
+    monkeypatch.setattr(train_smol, "train", lambda **how: given.append(how))
+    train_smol.main(["--out", str(tmp_path)])
+    assert given and all(
+        value == usual[name].default for name, value in given[0].items() if name not in ("seed", "out")
+    )
+    card = (Path(train_smol.__file__).parent / "picto-smol" / "README.md").read_text()
+    assert f'"yes" with a chance of {train_smol.CARELESS:g} for the most typical'.replace("0.", ".") in card.replace(
+        "\n", " "
+    )

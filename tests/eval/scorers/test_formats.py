@@ -1,7 +1,9 @@
 """Every file format gives the same answers, and a file in another gets one sentence."""
 
 import gzip
+import io
 import json
+import zipfile
 
 import pytest
 
@@ -113,3 +115,40 @@ def test_a_list_under_a_name_of_its_own_is_not_called_chairs(tmp_path):
         json.dumps({"model": "m", "results": [{"question_id": 1, "text": "No"}, {"question_id": 2, "text": "Yes"}]})
     )
     assert "one JSON object, rows in a list (reply in text" in answers.read(path, "{...}").told()
+
+
+def broken_sheets():
+    """Workbooks whose parts cannot be what they say: (name, bytes, what is told)."""
+    good = sheet([["question_id", "answer"], ["1", "Yes"]])
+    for name, cell in (("beyond", "9"), ("below", "-1"), ("no number", "x"), ("half", "1.5")):
+        yield name, edited(good, lambda text, cell=cell: text.replace("<v>1</v>", f"<v>{cell}</v>"))
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as book:
+        book.writestr("xl/worksheets/sheet1.xml", "<worksheet/>" * 200)
+    data = bytearray(packed.getvalue())
+    data[60:70] = b"\xff" * 10
+    yield "deflated", bytes(data)
+    data = bytearray(packed.getvalue())
+    for sign, place in ((b"PK\x03\x04", 8), (b"PK\x01\x02", 10)):
+        data[data.index(sign) + place] = 99  # a compression that nobody knows
+    yield "packed otherwise", bytes(data)
+    data = bytearray(packed.getvalue())
+    for sign, place in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        data[data.index(sign) + place] |= 1
+    yield "with a password", bytes(data)
+
+
+def edited(data, change):
+    made = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(made, "w") as new:
+        for name in old.namelist():
+            new.writestr(name, change(old.read(name).decode()))
+    return made.getvalue()
+
+
+@pytest.mark.parametrize("case", dict(broken_sheets()))
+def test_a_broken_workbook_is_one_sentence(case, tmp_path):
+    path = tmp_path / "answers.xlsx"
+    path.write_bytes(dict(broken_sheets())[case])
+    with pytest.raises(VlmFixError, match=r"The answers .*answers.xlsx is no xlsx workbook \(.+\): write it as CSV"):
+        files.read_rows(path, "answers")

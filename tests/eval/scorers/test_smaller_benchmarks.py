@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from tests.support.answer_files import lines
 from tests.support.paths import DATA
 from vlm_fix import cli
 from vlm_fix.errors import VlmFixError
@@ -124,6 +125,14 @@ def reefknot_rows(rng: random.Random) -> list[dict[str, Any]]:
         choice = {"query_prompt": f"What is the relation {i}? A. on B. in C. at D. by", "label": "ABCD"[i % 4]}
         rows.append({**kind, **choice, "type": "Multichoice"})
     return rows
+
+
+def test_reefknot_says_what_its_replies_lack(tmp_path: Path, capsys: Any) -> None:
+    for kind, held in (("Multichoice", "the letter of a choice"), ("Yes/No", "yes or no")):
+        rows = [row | {"response": "perhaps"} for row in reefknot_rows(random.Random(0)) if row["type"] == kind]
+        file = lines(tmp_path / "a.jsonl", rows)
+        assert cli.main(["score", "reefknot", file, "--scorer", "ours"]) == 0
+        assert f"replies holds {held};" in capsys.readouterr().err
 
 
 def test_reefknot_both_kinds_in_one_file(tmp_path: Path, capsys: Any) -> None:
