@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,8 @@ def numbers(text: str, name: str) -> list[float]:
     try:
         found = [float(part) for part in text.split(",")]
     except ValueError:
+        found = []
+    if not all(map(math.isfinite, found)):
         found = []
     if not found or len(found) % 2 or (name == "box" and len(found) != 4) or (name == "point" and len(found) != 2):
         raise VlmFixError(f"--{name} {text!r} is not of the form {'10,20,60,80' if name == 'box' else '10,20'}.")

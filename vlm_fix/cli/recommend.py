@@ -13,7 +13,7 @@ from typing import Any
 
 from vlm_fix.errors import VlmFixError
 
-from .common import add, add_json, add_model, add_weights, check_place
+from .common import add, add_json, add_model, add_weights, check_place, finite
 
 ABOUT = """Tries every method that the model's family serves, at several strengths, and stacks of the best, on half of the images;
 then measures the two best once on the other half. The answer is "better by x [a, b]", or "nothing here beats your model".
@@ -120,6 +120,6 @@ def run(args: argparse.Namespace) -> int:
 
 def _limit(text: str) -> float | None:
     try:
-        return None if text.lower() == "none" else float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number: give one, or none to switch the limit off") from None
+        return None if text.lower() == "none" else finite(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}, or none to switch the limit off") from None
