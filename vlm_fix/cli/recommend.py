@@ -68,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
     from vlm_fix.eval.recommend.api import recommend, seconds_of
     from vlm_fix.eval.recommend.live import Live
     from vlm_fix.eval.recommend.objective import Limits
+    from vlm_fix.eval.recommend.page import failures
     from vlm_fix.eval.run.loading import load_model, load_served
     from vlm_fix.registry import parse, split_methods
 
@@ -111,6 +112,8 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(made.report, indent=2))
         return 0
     print(made.verdict)
+    for sentence in failures(made.report):
+        print(f"note: {sentence}", file=sys.stderr)
     places = ", ".join(str(Path(args.out).with_suffix(end)) for end in (".yaml", ".html", ".json"))
     print(f"written to {places}")
     if made.better:
