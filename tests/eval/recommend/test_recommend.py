@@ -126,7 +126,7 @@ def test_the_command_says_what_is_wrong(tmp_path, capsys, words, said):
 def test_a_limit_that_is_no_number_is_a_sentence(capsys):
     with pytest.raises(SystemExit):
         cli.main(["recommend", "--max-yes", "few"])
-    assert "'few' is no number: give one, or none to switch the limit off" in capsys.readouterr().err
+    assert "'few' is no finite number: give one, or none to switch the limit off" in capsys.readouterr().err
 
 
 def test_what_is_far_too_slow_is_stopped_within_its_measurement(loaded, monkeypatch):
