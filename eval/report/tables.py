@@ -164,7 +164,8 @@ def _captions(results: Mapping[str, Any]) -> dict[str, str]:
 STAR = (
     "Percent; below each value the difference from the baseline with its 95 % interval (paired bootstrap over images); "
     "* = significant at 5 % after Holm's correction over the runs of the table, each column and split for itself. Mended: "
-    "only the method is right (captions: free of hallucination), broken: only the baseline; FN>TP with TN>FP is a shift to yes."
+    "only the method is right (captions: free of hallucination), broken: only the baseline; FN>TP with TN>FP is a shift to yes. "
+    "The verdict goes by the intervals, uncorrected."
 )
 GATED = "Steps that a contrast's gate left as they are, in percent"
 TERM = "What a contrast adds to the log-probabilities: standard deviation over the tokens it leaves uncut, in nats"
