@@ -14,19 +14,7 @@ from vlm_fix.eval.scorers.registry import BENCHMARKS
 from vlm_fix.eval.settings import Settings
 
 from . import effect
-from .common import (
-    LABELS,
-    SCORERS,
-    VARIANTS,
-    add,
-    add_images,
-    add_json,
-    add_model,
-    add_weights,
-    check_place,
-    console,
-    finite,
-)
+from .common import LABELS, SCORERS, VARIANTS, add, add_images, add_json, add_model, add_weights, check_place, console
 from .config import arguments
 
 TRACKERS = ("trackio", "wandb")
@@ -79,8 +67,8 @@ def add_to(commands: Any) -> None:
     how.add_argument("--seed", type=int, default=0, metavar="S", help="of data, sampling and bootstrap (%(default)s)")
     how.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer (questions 16, captions 512)")
     how.add_argument("--sample", action="store_true", help="sample instead of greedy decoding")
-    how.add_argument("--temperature", type=finite, metavar="T", help="with --sample (1.0)")
-    how.add_argument("--top-p", type=finite, metavar="P", help="with --sample (1.0)")
+    how.add_argument("--temperature", type=float, metavar="T", help="with --sample (1.0)")
+    how.add_argument("--top-p", type=float, metavar="P", help="with --sample (1.0)")
     how.add_argument("--engine", choices=("hf", "vllm"), default="hf", help="generate, or vLLM (%(default)s)")
     how.add_argument(
         "--server", metavar="URL,URL", help="servers that run already: each run asks the first that can answer"
