@@ -7,32 +7,58 @@ from collections.abc import Iterator, Mapping
 from statistics import fmean
 from typing import Any
 
+from vlm_fix.eval.recommend.candidates import is_control
 from vlm_fix.eval.report.page import columns
 from vlm_fix.eval.scorers.registry import PLAIN, better, groups
 from vlm_fix.eval.stats import SIGNIFICANT
+from vlm_fix.registry import list_methods
 
 
-def judged(results: Mapping[str, Any], run: str) -> Iterator[tuple[str, dict[str, str]]]:
-    """(part, verdict) of a method, wherever it was compared: what it "is", and the "text" of it."""
+def judged(results: Mapping[str, Any], run: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(part, verdict) of a method, wherever it was compared: what it "is", the "text" of it, and whether it is "sure".
+
+    Sure: a figure of that part differs in the verdict's direction after Holm's correction, at equal length or recall too.
+    """
     for task, parts in results["runs"][run].items():
         for part, scores in parts.items():
             if "verdict" in scores:
-                yield f"{task.upper()} {part}" if len(parts) > 1 else task.upper(), scores["verdict"]
+                sure = _sure(scores, scores["verdict"]["is"].startswith("better"))
+                yield f"{task.upper()} {part}" if len(parts) > 1 else task.upper(), {**scores["verdict"], "sure": sure}
+
+
+def _sure(scores: Mapping[str, Any], gain: bool) -> bool:
+    """Whether a figure other than the yes-ratio differs for better (`gain`) or worse after Holm's correction."""
+    found = [(name, each) for part in ("delta", "equal_length") for name, each in scores.get(part, {}).items()]
+    return any(better(name, each["delta"]) is gain and each["p_holm"] < SIGNIFICANT for name, each in found)
+
+
+def _control(run: str) -> bool:
+    """Whether a run stands beside the methods to be beaten: the model decoded otherwise, or a stack with a control in it."""
+    known = {method.name: method for method in list_methods()}
+    names = [part.partition(":")[0] for part in run.partition(" as ")[0].split("+")]
+    return (
+        run in ("greedy", "sampled")
+        or run.startswith("beams=")
+        or any(n in known and is_control(known[n]) for n in names)
+    )
 
 
 def headline(results: Mapping[str, Any]) -> tuple[str, str]:
     """("good", "bad" or "none", one sentence): the method that is better somewhere and worse nowhere; else how it stands.
 
-    Better only by saying less, or no, does not count.
+    Better only by saying less, or no, does not count, nor does what no compared figure of that part shows after Holm's
+    correction. Controls are no methods.
     """
-    runs = list(results["runs"])[1:]
+    runs = [run for run in list(results["runs"])[1:] if not _control(run)]
     if not runs:
         return "none", "Only the model itself was measured: choose a method to hold against it."
     gains, losses = dict[str, list[str]](), list[str]()
     for run in runs:
         verdicts = list(judged(results, run))
-        gains[run] = [f"{part}: {v['text'].partition(': ')[2]}" for part, v in verdicts if v["is"] == "better"]
-        if any(v["is"].startswith("worse") for _, v in verdicts):
+        gains[run] = [
+            f"{part}: {v['text'].partition(': ')[2]}" for part, v in verdicts if v["is"] == "better" and v["sure"]
+        ]
+        if any(v["is"].startswith("worse") and v["sure"] for _, v in verdicts):
             losses.append(run)
     whole = [run for run in runs if gains[run] and run not in losses]
     if whole:

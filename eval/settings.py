@@ -125,9 +125,16 @@ class Settings:
                 raise VlmFixError(f"{option} {name}: give {own[name]} instead.")
         served = [name for name in ("revision", "trust_remote_code", "model_args", "gen_kwargs") if getattr(self, name)]
         served += ["batch_size"] if self.batch_size == "auto" else []
-        other = "--server" if self.server else "--engine vllm" if self.engine == "vllm" else ""
+        other = "--server" if self.server is not None else "--engine vllm" if self.engine == "vllm" else ""
         if other and served:
             raise VlmFixError(f"--{served[0].replace('_', '-')} has no effect with {other}: leave one of them out.")
+        for option, beams in (("--num-beams", self.num_beams > 1), ("--equal-compute", self.equal_compute)):
+            if other and beams:
+                raise VlmFixError(
+                    f"{option} needs beam search, and {other} answers greedily or by sampling: leave one of them out."
+                )
+        if self.server is not None and not any(url.strip() for url in self.server.split(",")):
+            raise VlmFixError(f"--server {self.server!r} names no server: give http://HOST:PORT, or leave it out.")
         for names, acts, remedy in (
             (SAMPLING, self.sample or (self.controls and self.num_beams == 1), "--sample, which goes without beams"),
             (BEAMS, self.num_beams > 1 or self.equal_compute, "--num-beams"),

@@ -32,7 +32,7 @@ from vlm_fix import registry
 from vlm_fix.errors import VlmFixError
 from vlm_fix.eval.run.loading import check_device
 
-from .clock import peak_mb
+from .clock import enough, peak_mb
 from .measuring import add_scoring, measure
 from .models import IMAGE, SHAPES, Shape, build
 from .output import table, write
@@ -57,8 +57,7 @@ def run(
     """Measure one kind of methods and return settings, hardware and rows. `tick(total)` is called after each method."""
     if shape not in SHAPES:
         raise VlmFixError(f"--shape {shape!r} is not one of {', '.join(SHAPES)}.")
-    if new_tokens < 2 or rounds < 1:
-        raise VlmFixError("--new-tokens must be at least 2 and --rounds at least 1.")
+    enough(new_tokens, rounds)
     check_device(device)
     for spec in methods or []:
         if spec != "hf-cfg":

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 
+from vlm_fix.errors import VlmFixError
+
 
 class Timing(NamedTuple):
     """One call of generate."""
@@ -36,6 +38,13 @@ class _Clock(transformers.StoppingCriteria):
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         self.times.append(self.now())
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def enough(new_tokens: int, rounds: int, least: int = 1) -> None:
+    """Raise VlmFixError for fewer than two tokens, of which one comes after the first, or fewer than `least` rounds."""
+    if new_tokens < 2 or rounds < least:
+        alone = "" if least else " (0: memory alone)"
+        raise VlmFixError(f"--new-tokens must be at least 2 and --rounds at least {least}{alone}.")
 
 
 def timed(model: Any, inputs: dict[str, Any], tokens: int, **kwargs: Any) -> Timing:

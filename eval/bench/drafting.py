@@ -1,8 +1,9 @@
 """Benchmark `draft` on a real model: tokens per verification and speed against the model's own decoding, same tokens checked.
 
 `vlm-fix bench draft` answers Picto scenes greedily, one prompt at a time, in interleaved rounds: in each, the model alone runs
-right before each spec, and the ratio of tokens/s is between these two; the table shows the median. Speed counts the whole
-answer, prompt included. Random weights accept nothing, so a trained model is needed.
+right before each spec, and the ratio of tokens/s is between these two; the table shows the median. Before the rounds each
+answers once, which is not counted. Speed counts the whole answer, prompt included. Random weights accept nothing, so a
+trained model is needed.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from vlm_fix.eval.picto import scene
 from vlm_fix.eval.prompts import encode
 from vlm_fix.eval.run.loading import hardware, load_model
 
+from .clock import enough
+
 SPECS = ("draft:keep=0.1", "draft", "draft:keep=0.5", "draft:keep=1.0")
 
 
@@ -33,13 +36,17 @@ def run(
     dtype: str = "auto",
     tick: Callable[[int], Any] | None = None,
 ) -> dict[str, Any]:
-    """Measure and return settings, hardware and rows. `tick(total)` is called after each answer."""
+    """Measure and return settings, hardware and rows. `tick(total)` is called after each answer.
+
+    Raises VlmFixError for too few tokens or rounds, and for a spec that does not draft, before anything is timed.
+    """
+    enough(new_tokens, rounds)
     chosen = list(specs) or list(SPECS)
     net, processor, identity = load_model(model, dtype, device)
     found: dict[str, dict[str, list[float]]] = {spec: {} for spec in chosen}
-    for number in range(rounds):
-        inputs = dict(encode(net, processor, [scene("test", 0, number).image], ["Describe the image."]))
-        how = {"max_new_tokens": new_tokens, "do_sample": False}
+    how = {"max_new_tokens": new_tokens, "do_sample": False}
+    for number in (-1, *range(rounds)):  # the first warms up
+        inputs = dict(encode(net, processor, [scene("test", 0, max(0, number)).image], ["Describe the image."]))
         for spec in chosen:
             plain, alone = answered(net, inputs, how)
             with vlm_fix.wrapped(net, spec):
@@ -47,6 +54,8 @@ def run(
                 report = vlm_fix.drafted(net)
             if report is None:
                 raise VlmFixError(f"bench draft times draft and its settings, and {spec} does not draft.")
+            if number < 0:
+                continue
             own = found[spec]
             for name, value in {
                 "ratio": alone / seconds * len(led) / len(plain),

@@ -38,6 +38,7 @@ import vlm_fix
 from vlm_fix.errors import VlmFixError
 from vlm_fix.families.compat import CACHE_NAMES, cache_of
 
+from .clock import enough
 from .models import IMAGE, PAD, SHAPES, build
 from .specs import spec_of
 
@@ -220,8 +221,7 @@ def run(
     if shape not in SHAPES or SHAPES[shape].family != "llava":
         own = ", ".join(name for name, s in SHAPES.items() if s.family == "llava")
         raise VlmFixError(f"--shape {shape!r} does not go with bench peers: give one of {own}.")
-    if new_tokens < 2 or rounds < 1:
-        raise VlmFixError("--new-tokens must be at least 2 and --rounds at least 1.")
+    enough(new_tokens, rounds)
     pairs = [p for p in PAIRS if not methods or {p[0].partition(":")[0], p[1]} & {*methods}]
     known = {name for spec, peer in PAIRS for name in (spec.partition(":")[0], peer)}
     if unknown := sorted({*methods} - known):

@@ -3,8 +3,10 @@
 Sizes: visual tokens of the prompt, edited layers, prompts in a batch, and tokens of the answer. Each point is the median over
 rounds in which the unwrapped model runs right before the method. `slopes` compares how steeply the two grow: milliseconds a
 token, seconds to the first one and MB of peak memory per unit of the size, by least squares. `memory_bend` is the peak memory
-per visual token at the largest size over that at half of it: about 1 where memory grows in proportion, 2 where with the square.
-`--rounds 0` measures memory alone, which no other program on the machine changes.
+per visual token at the largest size over that at about half of it (8100 and 16384): about 1 where memory grows in proportion,
+2 where with the square; without a size within a tenth of the half there is none. A method without the parameter `layers` is
+left out along the edited layers, and `left_out` names it. `--rounds 0` measures memory alone, which no other program on the
+machine changes.
 """
 
 from __future__ import annotations
@@ -23,13 +25,15 @@ import transformers
 
 import vlm_fix
 from vlm_fix.errors import VlmFixError
+from vlm_fix.registry import parse
+from vlm_fix.whole import whole_file
 
-from .clock import peak_mb, timed
+from .clock import enough, peak_mb, timed
 from .models import IMAGE, SHAPES, Shape, build
 from .specs import spec_of
 
 SIZES = {
-    "visual": (64, 256, 576, 1024, 4096, 16384),
+    "visual": (64, 256, 576, 1024, 4096, 8100, 16384),
     "layers": (1, 2, 4, 8),
     "batch": (1, 2, 4),
     "answer": (8, 32, 128),
@@ -54,33 +58,46 @@ def run(
     seed: int = 0,
     tick: Callable[[int], Any] | None = None,
 ) -> dict[str, Any]:
-    """Measure `specs` on a shape along each of `sizes` and return settings, points and slopes."""
+    """Measure `specs` on a shape along each of `sizes` and return settings, points, slopes and what was left out.
+
+    Raises VlmFixError for bad sizes and for a spec that does not fit the model, before anything is timed.
+    """
     if shape not in SHAPES:
         raise VlmFixError(f"--shape {shape!r} is not one of {', '.join(SHAPES)}.")
-    if new_tokens < 2 or rounds < 0:
-        raise VlmFixError("--new-tokens must be at least 2 and --rounds at least 0 (0: memory alone).")
-    chosen = {name: tuple(SIZES[name] if sizes is None else sizes.get(name, ())) for name in SIZES}
+    enough(new_tokens, rounds, 0)
+    chosen = {name: tuple(dict.fromkeys(SIZES[name] if sizes is None else sizes.get(name, ()))) for name in SIZES}
     for side in chosen["visual"]:
         if round(side**0.5) ** 2 != side:
             raise VlmFixError(f"--visual {side}: images are square here; give square numbers such as 64, 576 or 4096.")
     where, weights, points = torch.device(device), getattr(torch, dtype), list[dict[str, Any]]()
-    total = len(specs) * sum(map(len, chosen.values()))
-    for what, values in chosen.items():
-        for value in values:
+    depth = int(SHAPES[shape].text["num_hidden_layers"])
+    chosen["layers"] = tuple(value for value in chosen["layers"] if value <= depth)
+    specs_of = {
+        what: [s for s in specs if what != "layers" or _layered(s)] for what, values in chosen.items() if values
+    }
+    left_out = [{"size": what, "spec": s} for what, own in specs_of.items() for s in specs if s not in own]
+    if not any(specs_of.values()):
+        raise VlmFixError(
+            f"bench scaling has nothing to time: {', '.join(specs)} along {', '.join(specs_of) or 'no size that the model has'}; "
+            "methods without the parameter layers need another size."
+        )
+    total = sum(len(own) * len(chosen[what]) for what, own in specs_of.items())
+    checked = False
+    for what, mine in specs_of.items():
+        for value in chosen[what] if mine else ():
             own = SHAPES[shape]
             if what == "visual":
                 own = dataclasses.replace(own, side=round(value**0.5))
             net, inputs = build(_long(own), where, weights, seed)
-            depth = net.config.get_text_config().num_hidden_layers
-            if what == "layers" and value > depth:
-                continue
+            if not checked:
+                _check(net, [_full(s, depth, w, v) for w, each in specs_of.items() for v in chosen[w] for s in each])
+                checked = True
             if what == "batch":
                 inputs = {k: torch.cat([v] * value) for k, v in inputs.items()}
             tokens = value if what == "answer" else new_tokens
             plain = _memory(net, inputs, warm=rounds > 0)
-            for spec in specs:
-                full = spec_of(spec, depth)
-                full = _with_layers(full, value) if what == "layers" else full
+            for spec in mine:
+                full = _full(spec, depth, what, value)
                 points.append(
                     {"size": what, "value": value, "spec": spec, **_point(net, inputs, full, plain, tokens, rounds)}
                 )
@@ -103,6 +120,7 @@ def run(
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "points": points,
         "slopes": slopes(points),
+        "left_out": left_out,
     }
 
 
@@ -111,8 +129,31 @@ def _long(shape: Shape) -> Shape:
     return dataclasses.replace(shape, text={**shape.text, "max_position_embeddings": 32768})
 
 
-def _with_layers(spec: str, count: int) -> str:
-    return f"{spec}{',' if ':' in spec else ':'}layers=0-{count - 1}"
+def _layered(spec: str) -> bool:
+    """Whether a method of the stack has the parameter `layers`."""
+    return any("layers" in _names(part) for part in spec.split("+"))
+
+
+def _names(part: str) -> list[str]:
+    """The parameters of one method; none of a file of several."""
+    methods = parse([part])
+    return [field.name for field in dataclasses.fields(methods[0])] if len(methods) == 1 and part[0] != "@" else []
+
+
+def _full(spec: str, depth: int, what: str, value: int) -> str:
+    """The stack as it is timed at a size: of the edited layers with the first `value` layers, in each method that has them."""
+    parts = [spec_of(part, depth) for part in spec.split("+")]
+    if what == "layers":
+        own = f"layers=0-{value - 1}"
+        parts = [f"{p}{',' if ':' in p else ':'}{own}" if "layers" in _names(p) else p for p in parts]
+    return "+".join(parts)
+
+
+def _check(model: Any, specs: Sequence[str]) -> None:
+    """Raise VlmFixError for a spec that the model cannot be wrapped with."""
+    for spec in dict.fromkeys(specs):
+        with _quietly(model, spec):
+            pass
 
 
 @contextlib.contextmanager
@@ -169,9 +210,10 @@ def slopes(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
             row[name] = [_slope(x, [p[name][i] for p in own]) for i in (0, 1)]
         if what == "visual":
             last, half = own[-1], min(own[:-1], key=lambda p: abs(p["value"] - own[-1]["value"] / 2))
-            row["memory_bend"] = [
-                last["peak_mb"][i] / last["value"] / (half["peak_mb"][i] / half["value"]) for i in (0, 1)
-            ]
+            if abs(half["value"] / last["value"] - 0.5) <= 0.05:
+                row["memory_bend"] = [
+                    last["peak_mb"][i] / last["value"] / (half["peak_mb"][i] / half["value"]) for i in (0, 1)
+                ]
         made.append(row)
     return made
 
@@ -199,8 +241,10 @@ def figure(results: dict[str, Any], path: Path) -> None:
             ax = axes[row][column]
             for i, spec in enumerate(specs):
                 own = sorted((p for p in points if (p["size"], p["spec"]) == (size, spec)), key=lambda p: p["value"])
+                if not own:  # left out along this size
+                    continue
                 x = [p["value"] for p in own]
-                if i == 0:
+                if not ax.lines:
                     ax.plot(x, [p[name][0] for p in own], "k--", lw=1, label="model alone")
                 ax.plot(
                     x, [p[name][1] for p in own], marker="o", ms=3, lw=1, color=f"C{i}", label=spec.partition(":")[0]
@@ -211,7 +255,8 @@ def figure(results: dict[str, Any], path: Path) -> None:
             ax.set_xlabel(NAMES[size] if row == len(what) - 1 else "")
     axes[0][0].legend(frameon=False, fontsize="small")
     drawn.tight_layout()
-    drawn.savefig(path)
+    with whole_file(path) as part:
+        drawn.savefig(part, format=path.suffix[1:])
     plt.close(drawn)
 
 
@@ -230,4 +275,6 @@ def table(results: dict[str, Any]) -> Any:
         memory = p["peak_mb"][1] / p["peak_mb"][0]
         times = (f"{p[name]:.2f}" if name in p else "not timed" for name in ("first_token_ratio", "speed_ratio"))
         out.add_row(NAMES[p["size"]], str(p["value"]), p["spec"], *times, f"{memory:.2f}")
+    if idle := [row["spec"] for row in results.get("left_out", ())]:
+        out.caption = f"without the parameter layers, so not along the edited layers: {', '.join(idle)}"
     return out

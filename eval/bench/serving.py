@@ -24,7 +24,7 @@ from vlm_fix.eval.picto import scene
 from vlm_fix.eval.prompts import encode, without_start
 from vlm_fix.eval.run.loading import hardware, load_model
 
-from .clock import timed
+from .clock import enough, timed
 
 METHODS = ("pai", "vhr", "iri", "deco", "vcd", "hiprune:keep=0.25")  # one of each kind
 LEAST, MOST = 6, 32  # requests of a run, if no more are in flight: two for each in flight between them
@@ -110,8 +110,9 @@ def run(
     """Measure and return settings, hardware and rows. `tick(total)` is called after each measurement.
 
     questions: how many different ones are asked in turn, of different lengths; what a method makes of a question alone is
-    made once for each.
+    made once for each. Raises VlmFixError for too few tokens or rounds.
     """
+    enough(new_tokens, rounds)
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     net, processor, identity = load_model(model)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import re
+import tempfile
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -22,6 +24,7 @@ from vlm_fix.eval.run.loading import hardware
 from vlm_fix.eval.settings import Settings
 from vlm_fix.families import arch_of
 from vlm_fix.presets import Preset, model_of
+from vlm_fix.tensors import Tensors
 
 from . import data as asked
 from .candidates import Candidates
@@ -101,6 +104,17 @@ def seconds_of(budget: str | float) -> float:
     return total
 
 
+def _told(value: Any) -> Any:
+    """A value of a calibration; of tensors, and of a file of them, the hash of what they hold."""
+    if isinstance(value, Tensors):
+        with tempfile.TemporaryDirectory() as folder:
+            value.write(Path(folder) / "tensors")
+            return _told(str(Path(folder) / "tensors"))
+    if isinstance(value, str) and Path(value).is_file():
+        return f"sha256:{hashlib.sha256(Path(value).read_bytes()).hexdigest()}"
+    return value
+
+
 def recommend(
     model: Any,
     processor: Any,
@@ -154,6 +168,8 @@ def recommend(
         "max_new_tokens": max_new_tokens,
     }
     candidates = Candidates.of(model, only, calibration)  # a bad one is told before anything is written
+    if candidates.files:
+        settings["calibration"] = {c.method: {n: _told(v) for n, v in c.found.items()} for c in candidates.files}
     ledger = Ledger(place.with_suffix(".steps.jsonl") if place else None, settings, resume)
     ledger.since(started)
     folder = place.with_suffix(".calibration") if place else None
@@ -187,6 +203,7 @@ def recommend(
         "hardware": hardware(model.device),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command,
+        "failed": {key: count for key, count in measurer.failed.items() if count},
     }
     stack = candidates.stacks[outcome.winner.candidate.key] if outcome.winner else []
     names = ("verdict", "objective", "data", "budget", "seconds", "seed", "versions", "hardware", "date", "command")

@@ -21,7 +21,7 @@ from PIL import Image
 
 from vlm_fix.errors import VlmFixError
 from vlm_fix.eval import tasks
-from vlm_fix.eval.files import read_rows
+from vlm_fix.eval.files import counted, read_rows
 from vlm_fix.eval.scorers.chair.words import find_objects, nltk_ready, nodes
 from vlm_fix.eval.scorers.choices import Variant
 from vlm_fix.eval.scorers.pope.score import Question
@@ -132,19 +132,25 @@ def _of_files(paths: Sequence[Path], seed: int, limit: int | None) -> Data:
         raise VlmFixError(
             f"--data {lost[0]} is no file: give picto:SPLIT, coco:DIR or files with rows such as {EXAMPLE}."
         )
-    rows = [
-        {**row, "image": path.parent / str(row.get("image", ""))}
-        for path in paths
-        for row in read_rows(path, "data", EXAMPLE)
-    ]
+    rows = []
+    for path in paths:
+        for place, row in enumerate(read_rows(path, "data", EXAMPLE), 1):
+            if not isinstance(row.get("image"), str) or not row["image"]:
+                raise VlmFixError(f"row {place} of {path.name} has no image: write rows such as {EXAMPLE}.")
+            rows.append({**row, "image": path.parent / row["image"]})
     return of_rows(rows, Path(), ", ".join(path.name for path in paths), seed, limit)
 
 
 def of_rows(rows: Sequence[Mapping[str, Any]], folder: Path, source: str, seed: int, limit: int | None) -> Data:
-    """Questions and captions of rows; an image that several rows name is one image."""
+    """Questions and captions of rows; an image that several rows name is one image, and a question to it is asked once.
+
+    Raises VlmFixError for a row without an image or of none of the two forms, an image that is no file, and a question that has
+    both answers. How many repeated questions were left out is in the source.
+    """
     variant: Variant = "nltk" if nltk_ready() else "pattern"
     numbers: dict[Any, int] = {}
-    questions: list[Question] = []
+    questions: dict[str, Question] = {}
+    again = 0
     asked: list[Sample] = []
     described: list[Sample] = []
     truth: dict[int, list[str]] = {}
@@ -170,13 +176,24 @@ def of_rows(rows: Sequence[Mapping[str, Any]], folder: Path, source: str, seed: 
                 f"row {place} of {source} has neither objects nor a question with the label yes or no: see {EXAMPLE}."
             )
         question = Question(f"{number}|{text}", file, str(text), label)
-        if any(question.question_id == other.question_id for other in questions[-50:]):
+        if known := questions.get(question.question_id):
+            if known.label != label:
+                raise VlmFixError(
+                    f"row {place} of {source} asks {text!r} again with the other answer ({label}): keep one."
+                )
+            again += 1
             continue
-        questions.append(question)
+        questions[question.question_id] = question
         asked.append(Sample(f"{file}|{text}", number, file, picture, str(text), {"label": label}))
-    pope = Pope(
-        {"rows": questions}, asked, "official", {"source": source, "sha256": digest([str(q) for q in questions])}
-    )
+    paths = {s.image for s in (*asked, *described) if isinstance(s.image, Path)}
+    if lost := sorted(str(path) for path in paths if not path.is_file()):
+        raise VlmFixError(
+            f"{len(lost)} of the {len(paths)} images of {source} are no files, first {lost[0]}: put them there."
+        )
+    if again:
+        source += f" ({counted(again, 'repeated question')} left out)"
+    told = {"source": source, "sha256": digest([str(q) for q in questions.values()])}
+    pope = Pope({"rows": [*questions.values()]}, asked, "official", told)
     chair = Chair(truth, described, variant, {"source": source}, max_new_tokens=MAX_NEW_TOKENS["chair"])
     return Data.of(pope if asked else None, chair if described else None, source, seed)
 

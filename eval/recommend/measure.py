@@ -28,7 +28,8 @@ FAR = 2.0
 
 
 class Measurer:
-    """`measure` of a search. `stacks` maps a candidate's key to its methods; answers are kept in `said`, warnings in `warned`."""
+    """`measure` of a search. `stacks` maps a candidate's key to its methods; answers are kept in `said`, warnings in
+    `warned`, and how many answers were not made in `failed`."""
 
     def __init__(
         self,
@@ -45,6 +46,7 @@ class Measurer:
         self.ledger, self.settings = ledger, settings
         self.said: dict[str, Answers] = {BASELINE: {}}
         self.warned: dict[str, dict[str, None]] = {}
+        self.failed: dict[str, int] = {}
         self.warm = False
         self.features = SharedFeatures(model, self._clock)
         self.slowdown, self.pace = slowdown, dict[str, tuple[float, int]]()  # seconds and answers of the model itself
@@ -60,6 +62,7 @@ class Measurer:
                 spent, said = self.pace.get(task, (0.0, 0))
                 self.pace[task] = spent + seconds, said + answers
         self.said.setdefault(key, {}).update(made["answers"])
+        self.failed[key] = sum(answer is None for answer in self.said[key].values())
         self.warned.setdefault(key, {}).update(dict.fromkeys(made["warnings"]))
         return self._table(key, images, made), made["wall"]
 
@@ -78,6 +81,8 @@ class Measurer:
             for sample in task.samples:
                 if sample.file not in unseen or sample.id not in mine:
                     continue
+                if isinstance(task, Chair) and (base[sample.id] is None or mine[sample.id] is None):
+                    continue  # a caption that failed has nothing to show
                 before, after = (self._wrong(task, sample, given[sample.id]) for given in (base, mine))
                 if before[0] != after[0] and not (before[0] and after[0]):
                     found.append(
@@ -188,7 +193,10 @@ class Measurer:
     def _captions(self, rows: dict[str, dict[str, float]], answers: Answers, base: Answers) -> None:
         task = self.data.chair
         assert task
-        samples = [sample for sample in task.samples if sample.file in rows and sample.id in answers]
+        here = [sample for sample in task.samples if sample.file in rows]
+        samples = [
+            s for s in here if answers.get(s.id) is not None and base.get(s.id) is not None
+        ]  # both sides answered
         if not samples:
             return
         mine, theirs = (task.score({s.id: given[s.id] for s in samples})["captions"] for given in (answers, base))

@@ -18,8 +18,9 @@ is 1, and the objective 0.5 points.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from vlm_fix.errors import VlmFixError
@@ -111,6 +112,12 @@ class Limits:
     max_slowdown: float | None = 2.5
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is not None and not math.isfinite(value):
+                raise VlmFixError(
+                    f"--{field.name.replace('_', '-')} is {value}: give a number, or none to switch the limit off."
+                )
         if self.max_slowdown is not None and self.max_slowdown < 1:
             raise VlmFixError(
                 f"--max-slowdown {self.max_slowdown:g} asks for more speed than the model has: give 1 or more, such as 1.3."

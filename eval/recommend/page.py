@@ -20,6 +20,7 @@ from vlm_fix.eval.report.svg import text_of
 
 from .figures import columns
 from .plot import Dot, scatter
+from .search import BASELINE
 
 NAMED, SHOWN, THUMB = 9, 6, 224  # labels in a figure; examples of each kind; pixels of an image
 MATCHED = {
@@ -311,12 +312,23 @@ def _table(report: Mapping[str, Any]) -> str:
     )
 
 
+def failures(report: Mapping[str, Any]) -> list[str]:
+    """A sentence about the answers that were not made, if there are any."""
+    failed = dict(report.get("failed", {}))
+    told = [f"{count} of {'the model itself' if key == BASELINE else key}" for key, count in failed.items()]
+    if not told:
+        return []
+    base = "; where the model itself has no answer, nothing can be told" if BASELINE in failed else ""
+    return [f"answers that were not made (to questions they are wrong, captions are left out): {', '.join(told)}{base}"]
+
+
 def _how(report: Mapping[str, Any]) -> str:
     model = report["model"]
     about = [
         f"{model.get('name')}, weights {str(model.get('weights'))[:23]}, {model.get('dtype')}; {report['hardware']}",
         ", ".join(f"{name} {version}" for name, version in report["versions"].items()),
         f"seed {report['seed']}, data sha256 {report['data']['sha256'][:12]}, {report['date'][:10]}",
+        *failures(report),
     ]
     command = f"<pre>{text_of(report['command'])}</pre>" if report["command"] else ""
     return f'<h2>How it was made</h2>{command}<p class="soft">{"<br>".join(map(text_of, about))}</p>'

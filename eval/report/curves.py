@@ -15,6 +15,7 @@ from typing import Any
 
 from vlm_fix.errors import VlmFixError
 from vlm_fix.eval.files import write_atomic
+from vlm_fix.whole import whole_file
 
 CONTROLS = ("random_tokens", "uniform_grid", "downsample_image")
 PANELS = {
@@ -70,8 +71,8 @@ def figure(results: dict[str, Any], path: Path) -> None:
         ax.set_ylabel("%")
         ax.grid(alpha=0.25)
     drawn.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8, frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    drawn.savefig(path, dpi=120)
+    with whole_file(path) as part:
+        drawn.savefig(part, dpi=120, format="png")
     pyplot.close(drawn)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from vlm_fix.whole import whole_file
+
 
 def draw(
     curves: Mapping[str, Sequence[tuple[float, float, float]]], heading: str, found: str, path: str | Path
@@ -23,5 +25,5 @@ def draw(
     ax.set_title("Captions cut to 5, 10, ... 100 % (dot) of their words", size=9)
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(frameon=False, fontsize=8)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=160)
+    with whole_file(path) as part:
+        figure.savefig(part, dpi=160, format=Path(path).suffix[1:])

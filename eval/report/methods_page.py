@@ -22,6 +22,7 @@ import torch
 import vlm_fix
 from vlm_fix.errors import VlmFixError
 from vlm_fix.eval import bench
+from vlm_fix.eval.files import write_atomic
 from vlm_fix.method import Method
 
 from . import measured, methods_table, models_page, published
@@ -216,5 +217,5 @@ def page(results: Path) -> str:
 
 def main() -> None:
     """Run the program; the module docstring describes its arguments."""
-    Path(sys.argv[1]).write_text(page(Path("results")))
+    write_atomic(Path(sys.argv[1]), page(Path("results")))
     measured.write(Path("results"))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_fix.attention.edits import HeadEdit
+from vlm_fix.eval.files import write_atomic
 from vlm_fix.families import FAMILIES, REFUSED
 from vlm_fix.pruning.kinds import LayerPruner, TokenPruner
 from vlm_fix.registry import list_methods
@@ -125,7 +126,7 @@ def _lines() -> Iterator[str]:
 
 def main() -> None:
     """Run the program; the module docstring describes its arguments."""
-    Path(sys.argv[1]).write_text(page())
+    write_atomic(Path(sys.argv[1]), page())
 
 
 if __name__ == "__main__":

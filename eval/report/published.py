@@ -130,11 +130,18 @@ def differences(row: Mapping[str, Any], run: str, results: Mapping[str, Any]) ->
             unknown.append(key.replace("_", " "))
         elif _plain(row[key]) != _plain(mine):
             told.append(f"{key.replace('_', ' ')}: {row[key]} there, {mine} here")
-    if "settings" in row and row["settings"] not in parse_spec(run).spec():
+    if "settings" in row and not _same_settings(row, run):
         told.append(f"settings: {row['settings']} there, {run} here")
     if "split" not in row and len(results["runs"]["baseline"][benchmark]) > 1:
         unknown.append("split")
     return told + ([f"not known of it: {', '.join(unknown)}"] if unknown else [])
+
+
+def _same_settings(row: Mapping[str, Any], run: str) -> bool:
+    """Whether the run has the values of the parameters that a row names; other parameters do not count."""
+    there, here = parse_spec(f"{row['method']}:{row['settings']}"), parse_spec(run)
+    names = [part.partition("=")[0] for part in row["settings"].split(",")]
+    return type(there) is type(here) and all(getattr(there, name) == getattr(here, name) for name in names)
 
 
 def _decoding(settings: Mapping[str, Any]) -> str:

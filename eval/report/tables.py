@@ -72,13 +72,27 @@ def notes(results: Mapping[str, Any]) -> list[tuple[str, str]]:
                     )
                 )
     read = results.get("probabilities", {}).get("runs", {})
-    for run in results["runs"] if read else ():
+    for run in results["runs"] if "probabilities" in results else ():
         if run not in read:
-            notes.append((run, "p_yes and p_no were not read: it chooses its tokens in a loop of its own"))
+            notes.append((run, f"p_yes and p_no were not read: {_unread(results, run)}"))
     for run, count in list(results["changed"].items())[1:]:
         if not count["changed"]:
             notes.append((run, f"every one of its {count['answers']} answers is the baseline's"))
     return notes
+
+
+def _unread(results: Mapping[str, Any], run: str) -> str:
+    """Why a run has no probabilities of yes and no."""
+    settings, told = results["settings"], results["probabilities"]
+    if settings.get("server"):
+        return "a server answers, and gives text alone"
+    if settings.get("engine") == "vllm":
+        return "vLLM answers, and the distributions of its steps are not seen here"
+    if not (told.get("yes_tokens") and told.get("no_tokens")):
+        return "no token of the vocabulary is yes, or none is no"
+    if any(part.partition(":")[0] == "draft" for part in run.split("+")):
+        return "it drafts, and its tokens are scored several at once"
+    return "it chooses its tokens in a loop of its own"
 
 
 def _value(name: str, scores: Mapping[str, Any]) -> str:
@@ -150,7 +164,8 @@ def _captions(results: Mapping[str, Any]) -> dict[str, str]:
 STAR = (
     "Percent; below each value the difference from the baseline with its 95 % interval (paired bootstrap over images); "
     "* = significant at 5 % after Holm's correction over the runs of the table, each column and split for itself. Mended: "
-    "only the method is right (captions: free of hallucination), broken: only the baseline; FN>TP with TN>FP is a shift to yes."
+    "only the method is right (captions: free of hallucination), broken: only the baseline; FN>TP with TN>FP is a shift to yes. "
+    "The verdict goes by the intervals, uncorrected."
 )
 GATED = "Steps that a contrast's gate left as they are, in percent"
 TERM = "What a contrast adds to the log-probabilities: standard deviation over the tokens it leaves uncut, in nats"
@@ -228,10 +243,15 @@ def _by_probability(results: Mapping[str, Any]) -> list[Grid]:
         return []
     words = " and ".join(" ".join(map(repr, told[name])) for name in ("yes_tokens", "no_tokens"))
     cells = [
-        (split, run, (Cell(str(f["n"])), *(Cell(f"{100 * f[name]:.1f}") for name in BY_PROBABILITY)))
+        (split, run, (Cell(str(f["n"])), *(Cell(_percent(f[name])) for name in BY_PROBABILITY)))
         for split, run, f in rows
     ]
     return [Grid(f"{BY_WORDS}; of the {told['of']}; tokens {words}", ("n", *BY_PROBABILITY.values()), tuple(cells))]
+
+
+def _percent(value: float | None) -> str:
+    """One that cannot be told (null, in older results NaN) is "-"."""
+    return "-" if value is None or value != value else f"{100 * value:.1f}"
 
 
 def tables(results: Mapping[str, Any]) -> Group:

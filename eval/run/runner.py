@@ -254,7 +254,7 @@ def _write(
     if any(sample.yes_no for task in tasks for sample in task.samples[:1]):
         asked = [row for run in names for task in tasks for row in store.of(run, task.benchmark)]
         results["probabilities"] = probabilities(asked, words)
-    write_atomic(store.folder / "results.json", json.dumps(results, indent=2) + "\n")
+    write_atomic(store.folder / "results.json", json.dumps(results, indent=2, allow_nan=False) + "\n")
 
 
 def _memory_of(model: Any) -> str:

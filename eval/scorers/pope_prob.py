@@ -40,7 +40,7 @@ from .pope.data import load_questions
 from .pope.files import image_key
 from .pope.score import METRICS, Question
 from .replies import counts, needs
-from .result import Result, tally
+from .result import Result, or_none, tally
 
 SOURCE = "this project"
 BINS = 10
@@ -104,7 +104,7 @@ def score(questions: Sequence[Question], probabilities: Sequence[tuple[float, fl
     result = tally("p_yes > p_no", rows, METRICS, asked=[question.text for question in questions])
     right = [(max(p, 1 - p), bool(row["tp"] or row["tn"])) for (p, _), row in zip(sure, rows, strict=True)]
     mass = fmean(yes + no for yes, no in probabilities)
-    result.figures.update({"auroc": auroc(sure), "ece": ece(right), "mass": mass})
+    result.figures.update({"auroc": or_none(auroc(sure)), "ece": ece(right), "mass": mass})
     return result
 
 

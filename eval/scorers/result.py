@@ -1,5 +1,6 @@
 """The result of a scorer: its figures, and the counts that they come from."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,6 +47,11 @@ class Result:
     def sums(self) -> dict[str, float]:
         """Sum each count over the rows."""
         return column_sums(self.rows, [name for name in self.rows[0] if name != "image"])
+
+
+def or_none(value: Any) -> Any:
+    """A figure as JSON has it: None for one that cannot be told, such as an AUROC of one label."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def told(misread: Misread) -> dict[str, Any]:

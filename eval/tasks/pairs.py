@@ -53,7 +53,7 @@ def of_file(file: str, images: Path, limit: int, without: set[str], seed: int) -
     """At most `limit` pairs of a JSONL file, drawn with the seed, whose images are in the folder and not in `without`."""
     path, known = Path(file), paths_in(images)
     try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
         rows = [(str(d["image"]), d["value"], d["h_value"], d.get("question", CAPTION_PROMPT)) for d in lines]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise VlmFixError(

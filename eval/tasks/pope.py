@@ -104,16 +104,22 @@ def of_folder(folder: Folder, settings: Settings) -> Pope:
 def of_files(folder: Path, settings: Settings) -> Pope:
     """Build the task from --questions, a split per file; aokvqa and gqa are the package's, with the splits of --split.
 
-    A limit keeps the first images that they name.
+    A limit keeps the first images that they name. Raises VlmFixError for two splits of one name.
     """
     _no_repope(settings)
     paths = paths_in(folder)
-    asked: dict[str, list[Any]] = {}
+    asked, sources = dict[str, list[Any]](), dict[str, str]()
     for file in settings.questions:
+        made = {Path(file).stem: file}
         if file in pope_data.PACKAGED:  # such as aokvqa: the splits of the package
-            asked |= {f"{file} {kind}": pope_data.load_questions(f"{file}:{kind}") for kind in settings.splits}
-        else:
-            asked[Path(file).stem] = pope_data.load_questions(file)
+            made = {f"{file} {kind}": f"{file}:{kind}" for kind in settings.splits}
+        for split, place in made.items():
+            if split in sources:
+                raise VlmFixError(
+                    f"--questions {sources[split]} and {place} would both be the split {split!r}: give each once, and files "
+                    "other names."
+                )
+            sources[split], asked[split] = place, pope_data.load_questions(place)
     names = list(dict.fromkeys(q.image for each in asked.values() for q in each))[: settings.limit]
     lost = [name for name in names if name not in paths]
     if lost:

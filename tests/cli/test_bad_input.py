@@ -6,6 +6,7 @@ Rows of files are made of two lists: every benchmark that `vlm-fix score` reads,
 from __future__ import annotations
 
 import json
+import math
 import struct
 import zlib
 
@@ -15,6 +16,7 @@ import torch
 import vlm_fix
 from tests.support.models import make_inputs, single
 from vlm_fix import cli
+from vlm_fix.eval.recommend.objective import Limits
 from vlm_fix.eval.run import loading
 from vlm_fix.eval.scorers.registry import BENCHMARKS
 from vlm_fix.registry import get_method
@@ -274,6 +276,27 @@ COMMANDS = [
     "bench attention --rounds 0",
     "bench attention --new-tokens 0",
     "bench prune --keep x",
+    "bench prune --keep nan",
+    "bench prune --keep 64,inf",
+    "bench draft --rounds 0",
+    "bench draft --new-tokens 0",
+    "bench serve --rounds 0",
+    "bench serve --new-tokens 0",
+    "bench peers --rounds 0",
+    "compare {here}/none {here}/none --benchmark chair --frontier f.txt",
+    "score chair {here}/none --against {here}/none --frontier f",
+    "recommend --min-recall nan",
+    "recommend --max-slowdown inf",
+    "recommend --max-length -inf",
+    "recommend --max-yes 1e999",
+    "point {here}/none What --box 1,nan,2,3",
+    "inspect {here}/none What --out {here}/page.html --noise inf",
+    "eval pope --sample --top-p nan",
+    "eval pope --server ,",
+    "eval pope --server  ,",
+    "eval pope --engine vllm --num-beams 2",
+    "eval pope --engine vllm --equal-compute --method vcd",
+    "eval pope --server http://localhost:1 --equal-compute --method vcd",
     "calibrate",
     "calibrate nothing",
     "calibrate iri --limit 0",
@@ -423,3 +446,32 @@ def test_config_files(content, tmp_path, capsys, monkeypatch):
         place.write_bytes(data)
     refused(capsys, ["eval", "pope", "--config", str(place), "--limit", "0"])
     assert [p.name for p in tmp_path.iterdir()] == ["run.yaml"]
+
+
+SENTENCES = {
+    "eval pope --engine vllm --equal-compute --method vcd": "--equal-compute needs beam search, and --engine vllm answers",
+    "eval pope --server http://localhost:1 --equal-compute --method vcd": "--equal-compute needs beam search, and --server",
+    "eval pope --server http://localhost:1 --num-beams 2": "--num-beams needs beam search, and --server",
+    "eval pope --server ,": "--server ',' names no server",
+    "recommend --max-slowdown nan": "'nan' is no finite number: give one, or none to switch the limit off",
+    "bench draft --rounds 0": "--rounds at least 1",
+    "bench serve --new-tokens 1": "--new-tokens must be at least 2",
+    "compare {here}/a {here}/b --benchmark chair --frontier f.txt": "--frontier 'f.txt' must end in .svg, .png or .pdf",
+    "point {here}/none What --point nan,3": "is not of the form 10,20",
+    "inspect {here}/none What --out {here}/p.html --noise nan": "'nan' is no finite number",
+}
+
+
+@pytest.mark.parametrize("command", SENTENCES)
+def test_a_mistake_is_told_by_its_own_name(command, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if "point" in command:
+        (tmp_path / "none").write_bytes(picture())
+    assert SENTENCES[command] in refused(capsys, command.format(here=tmp_path).split())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("limit", ["min_recall", "max_length", "max_yes", "max_slowdown"])
+def test_a_limit_is_finite_in_python_too(limit, value):
+    with pytest.raises(vlm_fix.VlmFixError, match=f"--{limit.replace('_', '-')} is {value}"):
+        Limits(**{limit: value})

@@ -23,7 +23,7 @@ def test_the_sentence_is_the_verdicts(results):
     losers = [
         run
         for run in list(results["runs"])[1:]
-        if any(verdict["is"].startswith("worse") for _, verdict in board.judged(results, run))
+        if any(verdict["is"].startswith("worse") and verdict["sure"] for _, verdict in board.judged(results, run))
     ]
     assert tone == "bad" and said.startswith("Nothing here beats the model itself") and ", ".join(losers) in said
     better = copy.deepcopy(results)
@@ -31,9 +31,21 @@ def test_the_sentence_is_the_verdicts(results):
         for scores in parts.values():
             scores["verdict"] = {"is": "same", "text": "no difference seen: accuracy 1 to 1"}
     better["runs"]["pai"]["chair"]["captions"]["verdict"] = {"is": "better", "text": "better: CHAIR_i 16.1 to 12.0"}
+    for name, each in better["runs"]["pai"]["chair"]["captions"]["delta"].items():
+        each.update(delta=-0.04 if name.startswith("chair") else 0.0, p_holm=0.2)
+    better["runs"]["pai"]["chair"]["captions"]["equal_length"] = {}
+    assert not board.headline(better)[1].startswith("pai"), "what Holm's correction takes away is no gain"
+    better["runs"]["pai"]["chair"]["captions"]["delta"]["chair_i"]["p_holm"] = 0.01
+    named = {"greedy": "pai", "gaussian_logits as vcd": "pai"}
+    controls = {
+        **better,
+        "runs": {"baseline": better["runs"]["baseline"]} | {n: better["runs"][r] for n, r in named.items()},
+    }
+    assert "choose a method" in board.headline(controls)[1], "a control wins nothing"
     tone, said = board.headline(better)
     assert tone == "good" and said.startswith("pai is better than the model itself") and "CHAIR_i 16.1 to 12.0" in said
     better["runs"]["pai"]["pope"]["random"]["verdict"]["is"] = "worse by saying yes"
+    better["runs"]["pai"]["pope"]["random"]["delta"]["accuracy"].update(delta=-0.1, p_holm=0.01)
     assert board.headline(better)[0] == "bad" and "pai wins and loses" in board.headline(better)[1]
     better["runs"]["pai"]["pope"]["random"]["verdict"]["is"] = "same"
     better["runs"]["pai"]["chair"]["captions"]["verdict"]["is"] = "better by saying less"

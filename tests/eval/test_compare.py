@@ -2,6 +2,7 @@
 
 import doctest
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,14 @@ from tests.support.paths import DATA
 from vlm_fix import cli
 from vlm_fix.errors import VlmFixError
 from vlm_fix.eval import compare as comparing
+from vlm_fix.eval.bench import scaling
 from vlm_fix.eval.compare import compare, equal_recall, shared
 from vlm_fix.eval.length import rate_ratio
+from vlm_fix.eval.report import curves as pruning
+from vlm_fix.eval.report import frontier as drawing
+from vlm_fix.eval.report import methods_page, models_page
 from vlm_fix.eval.scorers.chair import score as chair
+from vlm_fix.eval.scorers.chair.data import ground_truth
 from vlm_fix.eval.scorers.pope import score as pope
 from vlm_fix.eval.scorers.pope.data import coco_questions
 from vlm_fix.eval.scorers.registry import BENCHMARKS, LAYOUTS
@@ -249,6 +255,88 @@ def test_with_common_an_image_counts_if_both_answer_the_same_questions_about_it(
     assert "600 and 599 answers about the same images" in capsys.readouterr().err
     (found,) = told(capsys, base, new, *options, "--common")
     assert found["n"] == 594
+
+
+def test_curves_need_captions_and_are_of_the_images_that_common_leaves(tmp_path: Path, capsys, monkeypatch) -> None:
+    asked = lines(tmp_path / "asked", kit_rows(0, "discriminative-attribute-state"))
+    options = ["--frontier", str(tmp_path / "f.png")]
+    assert cli.main(["compare", asked, asked, "--benchmark", "amber", *options]) == 2
+    assert f"--frontier draws captions, and {asked} has none" in capsys.readouterr().err
+    assert not (tmp_path / "f.png").exists()
+    ids = [*ground_truth("coco", "pattern")][:4]
+    told_of = {"base": ids, "new": ids[:3], "other": ids[1:]}
+    files = [
+        lines(tmp_path / name, [{"image_id": i, "caption": f"{'a dog and ' * n}a cat"} for n, i in enumerate(each)])
+        for name, each in told_of.items()
+    ]
+    seen: dict[str, list] = {}
+    monkeypatch.setattr(drawing, "draw", lambda curves, *_: seen.update(curves))
+    captions = [*files, "--benchmark", "chair", "--variant", "pattern", "--json", *options]
+    assert cli.main(["compare", *captions, "--common"]) == 0
+    capsys.readouterr()
+    both = ids[1:3]
+    kept = {
+        name: [{"image_id": i, "caption": f"{'a dog and ' * each.index(i)}a cat"} for i in both]
+        for name, each in told_of.items()
+    }
+    for name, rows in kept.items():
+        result = BENCHMARKS["chair"].results(lines(tmp_path / f"k-{name}", rows), variant="pattern", tell=str)
+        layout = LAYOUTS["chair"]
+        assert seen[name] == comparing.frontier(layout, layout.answers, *result["chair"].values())
+
+
+def test_a_figure_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch) -> None:
+    curves = {"a": [(0.5, 0.1, 0.0), (1.0, 0.2, 0.1)]}
+    for ending in (".png", ".svg", ".pdf"):
+        drawing.draw(curves, "CHAIR_i", "recall", tmp_path / f"f{ending}")
+        assert (tmp_path / f"f{ending}").stat().st_size > 1000
+    whole = (tmp_path / "f.png").read_bytes()
+
+    def cut(self, place, **how):
+        Path(place).write_bytes(b"half")
+        raise OSError("no space left")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", cut)
+    point = {"size": "visual", "value": 64, "spec": "pai", "peak_mb": [1, 1]}
+    results = {
+        "runs": {
+            name: {
+                "pope": {"random": {"accuracy": 0.9}},
+                "chair": {"captions": {"chair_i": 0.1, "recall": 0.8}},
+            }
+            for name in ("baseline", "hiprune:keep=32")
+        }
+    }
+    for draw in (
+        lambda place: drawing.draw(curves, "CHAIR_i", "recall", place),
+        lambda place: pruning.figure(results, place),
+        lambda place: scaling.figure({"points": [point]}, place),
+    ):
+        with pytest.raises(OSError, match="no space left"):
+            draw(tmp_path / "f.png")
+        assert (tmp_path / "f.png").read_bytes() == whole
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["f.pdf", "f.png", "f.svg"]
+
+
+@pytest.mark.parametrize("module", [methods_page, models_page])
+def test_a_page_is_written_whole_or_not_at_all(module, tmp_path: Path, monkeypatch) -> None:
+    place = tmp_path / "page.md"
+    place.write_text("as it was\n")
+    monkeypatch.setattr(module, "page", lambda *_: "new\n")
+    monkeypatch.setattr(sys, "argv", ["", str(place)])
+    if module is methods_page:
+        monkeypatch.setattr(module.measured, "write", lambda *_: None)
+
+    def killed(self, target):
+        raise OSError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", killed)
+        with pytest.raises(OSError, match="killed"):
+            module.main()
+    assert place.read_text() == "as it was\n" and [*tmp_path.iterdir()] == [place]
+    module.main()
+    assert place.read_text() == "new\n"
 
 
 def flipped(result: pope.PopeResult) -> pope.PopeResult:

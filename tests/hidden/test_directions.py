@@ -291,6 +291,9 @@ def test_pairs_of_a_file_are_read_as_vti_and_lure_publish_them(tmp_path):
     assert (found["a.jpg"].truthful, found["a.jpg"].hallucinated) == ("true a.jpg", "false a.jpg")
     with pytest.raises(vlm_fix.VlmFixError, match="names no image"):
         made.of_file(str(file), tmp_path, 9, {"a.jpg", "b.jpg", "c.jpg"}, 0)
+    words = "true\u2028a\x0c\x85b"  # what splitlines takes for line ends is part of a caption
+    file.write_text(json.dumps({**lines[0], "value": words}, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert made.of_file(str(file), tmp_path, 9, set(), 0)[0].truthful == words
     file.write_text('{"image": "a.jpg"}')
     with pytest.raises(vlm_fix.VlmFixError, match="give a JSONL file with image, value and h_value"):
         made.of_file(str(file), tmp_path, 9, set(), 0)

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import importlib.util
 import json
+import math
 import os
 import sys
 import time
@@ -15,7 +16,7 @@ from typing import Any
 
 from vlm_fix.errors import VlmFixError
 
-from .common import DTYPES, add, add_json, check_place, console
+from .common import DTYPES, add, add_json, check_figure, check_place, console
 
 Timed = tuple[dict[str, Any], Callable[[dict[str, Any]], Any]]
 """Results, and what makes their table."""
@@ -103,6 +104,8 @@ def _methods(args: argparse.Namespace) -> Timed:
 
     try:
         keep = tuple(float(part) for part in args.keep.split(","))
+        if not all(0 < part < math.inf for part in keep):  # nan is neither
+            raise ValueError
     except ValueError:
         raise VlmFixError(f"--keep {args.keep!r} is not a list of counts or shares such as 192,64.") from None
     how = {"device": args.device, "dtype": args.dtype, "new_tokens": args.new_tokens, "rounds": args.rounds}
@@ -144,8 +147,8 @@ def _scaling(args: argparse.Namespace) -> Timed:
     for spec in specs:
         parse(spec.split("+"))
     sizes = _sizes(args.sizes, scaling.SIZES) if args.sizes else None
-    if args.figure and Path(args.figure).suffix not in (".svg", ".png", ".pdf"):
-        raise VlmFixError(f"--figure {args.figure!r} must end in .svg, .png or .pdf.")
+    if args.figure:
+        check_figure("figure", args.figure)
     with ticking("bench scaling") as tick:
         results = scaling.run(specs, args.shape, sizes=sizes, tick=tick, **_timed(args))
     if args.figure:
@@ -202,6 +205,9 @@ def _serve(args: argparse.Namespace) -> Timed:
         concurrent = [0]
     if min(concurrent) < 1:
         raise VlmFixError(f"--concurrent {args.concurrent!r} is not a list of numbers of requests such as 1,8,32.")
+    from vlm_fix.eval.bench.clock import enough
+
+    enough(args.new_tokens, args.rounds)
     if importlib.util.find_spec("vllm") is None:
         raise VlmFixError("vLLM is not installed: pip install 'vlm-fix[vllm]'.")
     from vlm_fix.eval.bench import serving

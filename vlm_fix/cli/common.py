@@ -6,6 +6,7 @@ import argparse
 import difflib
 import functools
 import itertools
+import math
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from vlm_fix.eval.scorers.choices import Labels, Scorer, Variant
 
 LAYOUT = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=28)
 SCORERS, VARIANTS, LABELS = get_args(Scorer), get_args(Variant), get_args(Labels)
+FIGURES = (".svg", ".png", ".pdf")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -141,6 +143,24 @@ def check_place(place: str, folder: bool = False) -> None:
         raise VlmFixError(f"{place} cannot be written: give a place in a folder that you may write to.")
     if not folder and path.is_dir():
         raise VlmFixError(f"{place} is a folder: give a file in it.")
+
+
+def check_figure(option: str, place: str) -> None:
+    """Raise VlmFixError for a figure that cannot be written, or whose ending names no format of one."""
+    if Path(place).suffix not in FIGURES:
+        raise VlmFixError(f"--{option} {place!r} must end in {', '.join(FIGURES[:-1])} or {FIGURES[-1]}.")
+    check_place(place)
+
+
+def finite(text: str) -> float:
+    """A finite number, as the type of an option."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is no finite number: give one")
+    return value
 
 
 def written(value: Any) -> str:

@@ -16,7 +16,7 @@ from vlm_fix.eval.scorers.benchmark import Argument, Benchmark
 from vlm_fix.eval.scorers.registry import BENCHMARKS, PLAIN
 
 from . import doubts
-from .common import add, add_json, check_place, console, table
+from .common import add, add_json, check_figure, console, table
 
 ABOUT = """The files are those of `vlm-fix score BENCHMARK`, made by any code; its other options are given here too:
 
@@ -84,11 +84,12 @@ def show(benchmark: Benchmark, base: str, new: list[str], given: Mapping[str, An
     if args.frontier and not curved:
         raise VlmFixError(f"--frontier has no effect on {benchmark.name}: it is for captions.")
     if args.frontier:
-        check_place(args.frontier)
+        check_figure("frontier", args.frontier)
     tell = functools.partial(print, file=sys.stderr)
     results = {
         path: benchmark.results(**given, **{benchmark.answers: path}, tell=tell) for path in dict.fromkeys([base, *new])
     }
+    drawn = _drawn(results, curved[0], args.common) if args.frontier else {}
     for path, scored in results.items():
         doubts.tell(benchmark.shown(scored), benchmark, path)
     told: list[dict[str, Any]] = []
@@ -109,7 +110,7 @@ def show(benchmark: Benchmark, base: str, new: list[str], given: Mapping[str, An
             about = {"base": base, "new": path, "task": task, "part": part, "n": len(one.rows), "unparsed": unparsed}
             told.append({**about, **found})
     if args.frontier:
-        _draw(benchmark, curved[0], results, args.frontier)
+        _draw(benchmark, curved[0], drawn, args.frontier)
     if args.json:
         print(json.dumps(told, indent=2))
         return
@@ -117,7 +118,22 @@ def show(benchmark: Benchmark, base: str, new: list[str], given: Mapping[str, An
         _print(benchmark, each)
 
 
-def _draw(benchmark: Benchmark, task: str, results: Mapping[str, Any], place: str) -> None:
+def _drawn(results: Mapping[str, Any], task: str, common: bool) -> dict[str, Any]:
+    """The captions of each file; `common`: of the images that all files have."""
+    from vlm_fix.eval.compare import shared
+
+    for path, found in results.items():
+        if task not in found:
+            raise VlmFixError(f"--frontier draws captions, and {path} has none: leave it out, or give captions too.")
+    base, *others = (next(iter(found[task].values())) for found in results.values())
+    if common:
+        for other in others:
+            base, _ = shared(base, other)
+        others = [shared(base, other)[1] for other in others]
+    return dict(zip(results, (base, *others), strict=True))
+
+
+def _draw(benchmark: Benchmark, task: str, captions: Mapping[str, Any], place: str) -> None:
     from vlm_fix.eval.compare import frontier
     from vlm_fix.eval.report.frontier import draw
     from vlm_fix.eval.scorers.benchmark import Captions
@@ -125,7 +141,7 @@ def _draw(benchmark: Benchmark, task: str, results: Mapping[str, Any], place: st
     layout = benchmark.layouts[task]
     answers = layout.answers
     assert isinstance(answers, Captions)
-    curves = {path: frontier(layout, answers, *found[task].values()) for path, found in results.items()}
+    curves = {path: frontier(layout, answers, found) for path, found in captions.items()}
     names = [Path(path).name for path in curves]
     shown = dict(zip(names, curves.values(), strict=True)) if len({*names}) == len(names) else curves
     draw(shown, answers.heading, answers.found, place)

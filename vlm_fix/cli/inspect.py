@@ -9,7 +9,7 @@ from typing import Any
 from vlm_fix.errors import VlmFixError
 from vlm_fix.whole import whole_file
 
-from .common import add, add_model, add_new_tokens, add_weights, check_count, check_place
+from .common import add, add_model, add_new_tokens, add_weights, check_count, check_place, finite
 
 EXAMPLES = """examples:
   vlm-fix inspect photo.jpg "Is there a dog in the image?"
@@ -29,7 +29,7 @@ def add_to(commands: Any) -> None:
         "--causal", metavar="WORD", help="also the causal map of the first token of this word of the answer"
     )
     parser.add_argument(
-        "--noise", type=float, default=3.0, metavar="X", help="of the causal map's image, in deviations (%(default)s)"
+        "--noise", type=finite, default=3.0, metavar="X", help="of the causal map's image, in deviations (%(default)s)"
     )
     parser.add_argument("--no-saliency", action="store_true", help="leave out what needs a backward pass")
     add_model(parser)

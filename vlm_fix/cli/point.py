@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,8 @@ def numbers(text: str, name: str, size: tuple[int, int]) -> list[float]:
     try:
         found = [float(part) for part in text.split(",")]
     except ValueError:
+        found = []
+    if not all(map(math.isfinite, found)):
         found = []
     if not found or len(found) % 2 or (name == "box" and len(found) != 4) or (name == "point" and len(found) != 2):
         raise VlmFixError(f"--{name} {text!r} is not of the form {'10,20,60,80' if name == 'box' else '10,20'}.")

@@ -13,7 +13,7 @@ from typing import Any
 
 from vlm_fix.errors import VlmFixError
 
-from .common import add, add_json, add_model, add_weights, check_place
+from .common import add, add_json, add_model, add_weights, check_place, finite
 
 ABOUT = """Tries every method that the model's family serves, at several strengths, and stacks of the best, on half of the images;
 then measures the two best once on the other half. The answer is "better by x [a, b]", or "nothing here beats your model".
@@ -68,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
     from vlm_fix.eval.recommend.api import recommend, seconds_of
     from vlm_fix.eval.recommend.live import Live
     from vlm_fix.eval.recommend.objective import Limits
+    from vlm_fix.eval.recommend.page import failures
     from vlm_fix.eval.run.loading import load_model, load_served
     from vlm_fix.registry import parse, split_methods
 
@@ -111,6 +112,8 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(made.report, indent=2))
         return 0
     print(made.verdict)
+    for sentence in failures(made.report):
+        print(f"note: {sentence}", file=sys.stderr)
     places = ", ".join(str(Path(args.out).with_suffix(end)) for end in (".yaml", ".html", ".json"))
     print(f"written to {places}")
     if made.better:
@@ -120,6 +123,6 @@ def run(args: argparse.Namespace) -> int:
 
 def _limit(text: str) -> float | None:
     try:
-        return None if text.lower() == "none" else float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number: give one, or none to switch the limit off") from None
+        return None if text.lower() == "none" else finite(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}, or none to switch the limit off") from None

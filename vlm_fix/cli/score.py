@@ -49,7 +49,7 @@ def _score(benchmark: Benchmark, args: argparse.Namespace) -> None:
     if not isinstance(found, dict):
         _print(args, benchmark.title, found)
     elif args.json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(found, indent=2, allow_nan=False))
     else:
         _print_parts(benchmark.title, found)
 
@@ -65,6 +65,8 @@ def _print(args: argparse.Namespace, title: str, result: Any) -> None:
     for name, value in result.to_dict().items():
         if isinstance(value, float):
             print(f"{title}  {name:<20} {value:.5f}")
+        elif value is None:
+            print(f"{title}  {name:<20} -")
         elif isinstance(value, int | str):
             print(f"{title}  {name:<20} {value}")
     if getattr(result, "repope", None):
@@ -78,7 +80,7 @@ def _print_parts(title: str, found: dict[str, Any]) -> None:
         for name, value in figures.items() if isinstance(figures, dict) else ():
             if isinstance(value, dict):
                 value = ", ".join(f"{key} {figure}" for key, figure in value.items())
-            text = f"{value:.5f}" if isinstance(value, float) else value
+            text = f"{value:.5f}" if isinstance(value, float) else "-" if value is None else value
             print(f"{title}  {part:<22} {name:<12} {text}")
     for name, value in found.items():
         if not isinstance(value, dict):

@@ -97,6 +97,35 @@ def test_a_bad_row_gets_one_sentence(wrong, said):
         load([wrong, *rows()], None, 0)
 
 
+def test_images_that_are_missing_are_counted(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    made = [{"image": f"{i}.png", "question": "Is it red?", "label": "yes" if i % 2 else "no"} for i in range(10)]
+    for i in range(5):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{i}.png")
+    file.write_text("".join(json.dumps(row) + "\n" for row in made))
+    with pytest.raises(VlmFixError, match=r"5 of the 10 images of rows.jsonl are no files, first .*5\.png"):
+        load(str(file), None, 0)
+    for wrong in ({"imgae": "0.png"}, {"image": ""}, {"image": 3}):
+        file.write_text(
+            "".join(json.dumps(row) + "\n" for row in [made[0], {**wrong, "question": "Is it?", "label": "no"}])
+        )
+        with pytest.raises(VlmFixError, match="row 2 of rows.jsonl has no image"):
+            load(str(file), None, 0)
+
+
+def test_a_question_is_asked_once_however_far_apart_and_with_one_answer():
+    data = load([*rows(40), *rows(40)[:1]], None, 0)
+    assert len(data.pope.samples) == 81  # an image of its own
+    made = rows(40)
+    twice = load([*made, made[0], made[1]], None, 0)
+    assert len(twice.pope.samples) == 80 and "(2 repeated questions left out)" in twice.about()["source"]
+    assert len({sample.id for sample in twice.pope.samples}) == 80
+    for place in (1, len(made)):
+        again = [*made[:place], {**made[0], "label": "no"}, *made[place:]]
+        with pytest.raises(VlmFixError, match="asks 'Is there a dog\\?' again with the other answer"):
+            load(again, None, 0)
+
+
 def test_data_that_prove_nothing_are_an_error():
     with pytest.raises(VlmFixError, match="give at least 8"):
         load(rows(3), None, 0)

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import argparse
 import json
+from types import SimpleNamespace
 
 import pytest
 
 import vlm_fix
 from vlm_fix import cli
+from vlm_fix.calibrated import Calibration
 from vlm_fix.errors import VlmFixError
 from vlm_fix.eval import picto
+from vlm_fix.eval.recommend import api
 from vlm_fix.eval.recommend import data as asked
 from vlm_fix.eval.recommend.ledger import Ledger
 from vlm_fix.eval.recommend.measure import Measurer
+from vlm_fix.eval.recommend.objective import COLUMNS
+from vlm_fix.eval.recommend.page import failures
 from vlm_fix.eval.recommend.search import BASELINE, Candidate, Dropped
 from vlm_fix.eval.run.loading import load_model
 from vlm_fix.eval.settings import Settings
@@ -121,7 +126,7 @@ def test_the_command_says_what_is_wrong(tmp_path, capsys, words, said):
 def test_a_limit_that_is_no_number_is_a_sentence(capsys):
     with pytest.raises(SystemExit):
         cli.main(["recommend", "--max-yes", "few"])
-    assert "'few' is no number: give one, or none to switch the limit off" in capsys.readouterr().err
+    assert "'few' is no finite number: give one, or none to switch the limit off" in capsys.readouterr().err
 
 
 def test_what_is_far_too_slow_is_stopped_within_its_measurement(loaded, monkeypatch):
@@ -141,6 +146,48 @@ def test_what_is_far_too_slow_is_stopped_within_its_measurement(loaded, monkeypa
     assert len(measurer(Candidate("vcd"), data.proof)[0]) == 4, "the proof ends by the time alone"
     measurer.slowdown = None
     assert len(measurer(Candidate("vcd"), data.search)[0]) == 4
+
+
+def test_a_caption_that_failed_ends_nothing_and_is_counted():
+    data = asked.load(rows(), None, 0, 4)
+    measurer = Measurer(None, None, data, {}, Ledger(None, {}), Settings(batch_size=4))
+    fails = {BASELINE: "0", "vhr": "1"}
+    said = {s.id: "a dog and a giraffe" for s in data.chair.samples} | {s.id: "yes" for s in data.pope.samples}
+
+    def ask(key, images):
+        lost = [s.id for s in data.chair.samples if s.file in images][int(fails[key])]
+        here = {s.id for task in (data.chair, data.pope) for s in task.samples if s.file in images}
+        answers = {id: None if id == lost else text for id, text in said.items() if id in here}
+        return {"answers": answers, "tokens": 1, "seconds": 1.0, "warnings": [], "pace": {}, "wall": 1.0}
+
+    measurer._ask = ask
+    captions = COLUMNS.index("captions")
+    for key, counted in ((BASELINE, 3), ("vhr", 2)):
+        table, _ = measurer(Candidate(key), data.search)
+        assert table[:, captions].sum() == counted, "what both sides answered"
+    for key in (BASELINE, "vhr"):
+        measurer(Candidate(key), data.proof)
+    assert measurer.failed == {BASELINE: 2, "vhr": 2}
+    proof = SimpleNamespace(candidate=Candidate("vhr"), gain=1.0)
+    found = measurer.examples(SimpleNamespace(proofs=[proof], winner=proof))
+    assert isinstance(found, list)
+    (sentence,) = failures({"failed": measurer.failed})
+    assert "2 of the model itself, 2 of vhr; where the model itself has no answer" in sentence
+    assert failures({"failed": {}}) == []
+
+
+def test_a_resumed_search_has_the_calibration_that_it_began_with(loaded, tmp_path, monkeypatch):
+    kept = []
+    monkeypatch.setattr(api, "Ledger", lambda place, settings, resume: kept.append(settings) or 1 / 0)
+    vectors = tmp_path / "v.safetensors"
+    for value, held in ((0.5, b"a"), (0.6, b"a"), (0.6, b"b")):
+        vectors.write_bytes(held)
+        made = Calibration("pai", {"alpha": value, "file": str(vectors)}, {})
+        monkeypatch.setattr(api, "Candidates", SimpleNamespace(of=lambda *_, made=made: SimpleNamespace(files=[made])))
+        with pytest.raises(ZeroDivisionError):
+            vlm_fix.recommend(*loaded[:2], rows(), budget=600, out=tmp_path / "x.yaml")
+    told = [json.dumps(settings["calibration"]) for settings in kept]
+    assert len({*told}) == 3 and all("sha256:" in each and str(tmp_path) not in each for each in told)
 
 
 def test_a_limit_can_be_switched_off():

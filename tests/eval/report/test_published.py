@@ -102,6 +102,21 @@ def test_our_run_stands_beside_with_its_interval_and_what_differs():
     assert "decoding" not in sampled
 
 
+def test_settings_are_compared_by_the_parameters_that_a_row_names():
+    for row in published.table():
+        if "settings" in row:
+            assert published._same_settings(row, f"{row['method']}:{row['settings']}"), row
+    for method, there, here, same in (
+        ("vista", "lam=0.17,alpha=0.3", "vista", True),  # its defaults
+        ("vista", "lam=0.17,alpha=0.3", "vista:lam=0.2", False),
+        ("rudder", "gated=false", "rudder:gated=false", True),
+        ("rudder", "gated=false", "rudder:gated=true", False),
+        ("divprune", "keep=64", "divprune:keep=640", False),
+        ("divprune", "keep=64", "divprune:keep=64.0", True),
+    ):
+        assert published._same_settings({"method": method, "settings": there}, here) is same, (there, here)
+
+
 def test_unknown_names_are_refused_with_what_there_is():
     with pytest.raises(VlmFixError, match="method 'nosuch'; there are some for var"):
         published.select("nosuch")

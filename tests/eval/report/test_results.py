@@ -15,7 +15,7 @@ from vlm_fix import cli
 from vlm_fix.cli import effect
 from vlm_fix.cli.bench import OPTIONS
 from vlm_fix.cli.eval import _settings
-from vlm_fix.eval.report import page
+from vlm_fix.eval.report import page, tables
 from vlm_fix.registry import parse, split_methods
 
 FOLDERS = sorted(path.parent.name for path in ROOT.glob("results/*/results.json"))
@@ -97,3 +97,11 @@ def test_pages_show_the_results():
     assert (ROOT / "docs" / "leaderboard.md").read_text() == page.leaderboard(folders), "run `make leaderboard`"
     readme = (ROOT / "README.md").read_text()
     assert page.leaderboard([ROOT / "results" / "picto-smol-shift"]) in readme, "run `make leaderboard`"
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_tables_are_of_their_results_and_say_what_the_verdict_goes_by(folder):
+    results = json.loads((ROOT / "results" / folder / "results.json").read_text())
+    table = (ROOT / "results" / folder / "table.md").read_text()
+    assert "The verdict goes by the intervals, uncorrected." in table.splitlines()[-1]
+    assert table == tables.markdown(results)

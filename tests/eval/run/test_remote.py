@@ -9,7 +9,7 @@ import threading
 import pytest
 
 from vlm_fix.errors import VlmFixError
-from vlm_fix.eval.run import remote
+from vlm_fix.eval.run import loading, remote
 from vlm_fix.eval.run.runner import evaluate
 from vlm_fix.eval.settings import Settings
 from vlm_fix.families import arch_of
@@ -210,8 +210,12 @@ def test_options_that_a_server_leaves_without_effect(tmp_path):
 
 
 def test_beams_are_refused(fake, tmp_path):
-    with pytest.raises(VlmFixError, match="drop --num-beams"):
-        evaluate(settings(fake().url, num_beams=2), tmp_path / "out")
+    with pytest.raises(VlmFixError, match="drop --num-beams"):  # of a model that was loaded elsewhere
+        loaded = loading.load_remote("picto-llava", fake().url)
+        evaluate(Settings("pope", num_beams=2, limit=2), tmp_path / "out", loaded=loaded)
+    for how in ({"num_beams": 2}, {"equal_compute": True, "methods": (("vcd",),)}):
+        with pytest.raises(VlmFixError, match="needs beam search, and --server answers greedily or by sampling"):
+            settings(fake().url, **how)
 
 
 def test_tensors_are_compared_by_what_they_hold():

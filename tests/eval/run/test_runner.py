@@ -14,7 +14,7 @@ from PIL import Image
 from rich.console import Console
 
 from vlm_fix.errors import VlmFixError
-from vlm_fix.eval import tasks
+from vlm_fix.eval import picto, tasks
 from vlm_fix.eval.report import tables as report
 from vlm_fix.eval.run import generation, loading, runner, summary
 from vlm_fix.eval.run.runner import Settings, evaluate
@@ -211,6 +211,24 @@ def test_missing_images_and_annotations_are_named_before_anything_runs(tmp_path)
     for benchmark in ("pope", "chair"):
         with pytest.raises(VlmFixError, match=r"instances_val2014\.json is missing"):
             tasks.build(Settings(benchmark=benchmark, data=data, ids=str(tmp_path / "ids"), variant="pattern"))
+
+
+def test_question_files_of_one_name_are_both_named(tmp_path):
+    files = []
+    for name in ("qa", "qb"):
+        (tmp_path / name).mkdir()
+        files.append(str(tmp_path / name / "random.json"))
+        (tmp_path / name / "random.json").write_text(
+            json.dumps([{"question_id": 1, "image": "a.jpg", "text": f"Is there a {name}?", "label": "yes"}])
+        )
+    picto.scenes("test", 1, 0)[0].image.save(tmp_path / "a.jpg")
+    for twice in (files, ["aokvqa", "aokvqa"], [files[0], files[0]]):
+        with pytest.raises(VlmFixError, match="would both be the split") as error:
+            tasks.build(Settings("pope", data=f"coco:{tmp_path}", questions=tuple(twice)))
+        assert all(str(error.value).count(file) for file in twice)
+    other = Path(files[1]).rename(tmp_path / "qb" / "popular.json")
+    (task,) = tasks.build(Settings("pope", data=f"coco:{tmp_path}", questions=(files[0], str(other))))
+    assert task.sizes == {"random": 1, "popular": 1}
 
 
 def test_other_images_with_their_own_annotations(tmp_path):

@@ -5,6 +5,7 @@ Each row here is a branch of a scorer that no other test of the scorers goes thr
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import pytest
 
 from vlm_fix import cli
 from vlm_fix.errors import VlmFixError
+from vlm_fix.eval.report import tables
+from vlm_fix.eval.run import runner
 from vlm_fix.eval.scorers import amber, chair, dash_b, pope_prob, reefknot, result
 from vlm_fix.eval.scorers.chair import data as chair_data
 from vlm_fix.eval.scorers.pope import data as pope_data
@@ -123,6 +126,52 @@ def test_probabilities_of_a_run_are_scored_by_run_and_split(tmp_path: Path, caps
     laid(tmp_path, {"samples.jsonl": [row | {"benchmark": row["run"]} for row in EVAL]})
     assert cli.main(["score", "pope-prob", str(tmp_path), "--json"]) == 0
     assert {*json.loads(capsys.readouterr().out)} == {"baseline: baseline random", "pai: pai random"}
+
+
+def test_what_cannot_be_told_is_null_in_json_and_a_dash_in_tables(tmp_path, capsys) -> None:
+    rows = [
+        {
+            "run": "baseline",
+            "benchmark": "pope",
+            "batch": i,
+            "id": str(i),
+            "image": f"{i}.jpg",
+            "prompt": "Is there a dog?",
+        }
+        | {"label": "yes", "splits": ["random"], "labels": {}, "p_yes": 0.7, "p_no": 0.2}
+        for i in range(4)
+    ]
+    told = runner.probabilities(rows, {"yes": {"Yes": 1}, "no": {"No": 2}})
+    json.dumps(told, allow_nan=False)
+    assert told["runs"]["baseline"]["pope"]["random"]["auroc"] is None
+    results = {"settings": {"data": {"pope": {}}}, "probabilities": told}
+    (grid,) = tables._by_probability(results)
+    assert [str(cell) for cell in grid.rows[0][2]] == ["4", "100.0", "-", "22.2", "90.0"]
+    asked, given = tmp_path / "q.json", tmp_path / "p.jsonl"
+    asked.write_text(json.dumps([{"question_id": 1, "image": "a.jpg", "text": "Is there a dog?", "label": "yes"}]))
+    given.write_text('{"question_id": 1, "p_yes": 0.7, "p_no": 0.2, "yes_tokens": ["Yes"], "no_tokens": ["No"]}')
+    assert cli.main(["score", "pope-prob", str(asked), str(given)]) == 0
+    assert re.search(r"auroc +-$", capsys.readouterr().out, re.M)
+    assert cli.main(["score", "pope-prob", str(asked), str(given), "--json"]) == 0
+    json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(name))
+
+
+def test_why_probabilities_are_missing_is_told() -> None:
+    tokens = {"yes_tokens": ["Yes"], "no_tokens": ["No"]}
+    for settings, probabilities, run, reason in (
+        ({"server": "http://a"}, {}, "pai", "a server answers"),
+        ({"engine": "vllm"}, tokens, "pai", "vLLM answers"),
+        ({}, {**tokens, "yes_tokens": []}, "pai", "no token of the vocabulary is yes"),
+        ({}, tokens, "draft:keep=0.5", "it drafts"),
+        ({}, tokens, "opera", "in a loop of its own"),
+    ):
+        results = {"settings": settings, "warnings": {}, "runs": {run: {}}, "changed": {}}
+        assert tables.notes(results) == [], "nothing with yes or no was asked"
+        results["probabilities"] = {**probabilities, "runs": {}}
+        ((where, note),) = tables.notes(results)
+        assert where == run and note.startswith("p_yes and p_no were not read: ") and reason in note
+        results["probabilities"]["runs"] = {run: {}}
+        assert tables.notes(results) == []
 
 
 def test_auroc_without_one_of_the_labels_is_no_number() -> None:
