@@ -142,7 +142,7 @@ def _scaling(args: argparse.Namespace) -> Timed:
 
     specs = _stacks(args, "pai,vcd,hiprune:keep=32")
     for spec in specs:
-        parse(spec.split("+"))
+        parse(spec)
     sizes = _sizes(args.sizes, scaling.SIZES) if args.sizes else None
     if args.figure and Path(args.figure).suffix not in (".svg", ".png", ".pdf"):
         raise VlmFixError(f"--figure {args.figure!r} must end in .svg, .png or .pdf.")

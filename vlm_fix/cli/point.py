@@ -39,24 +39,25 @@ def run(args: argparse.Namespace) -> None:
     from vlm_fix.eval.run.loading import load_model
     from vlm_fix.images import read_image
     from vlm_fix.methods.procedures.regions import shares
+    from vlm_fix.registry import parse
 
     picture = read_image(args.image)
     model, processor, _ = load_model(args.model, args.dtype, args.device)
     if args.mask:
-        region = f"mask={args.mask}"
+        region = {"mask": args.mask}
     else:
         name = next(n for n in ("box", "point", "scribble") if getattr(args, n))
         given = shares(numbers(getattr(args, name), name), picture.size, processor.image_processor)
-        region = f"{name}={'|'.join(f'{share:.5f}' for share in given)}"
+        region = {name: tuple(round(share, 5) for share in given)}
     words = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": args.question}]}]
     text = processor.apply_chat_template(words, add_generation_prompt=True)
     inputs = dict(processor(images=picture, text=text, return_tensors="pt").to(model.device, model.dtype))
     how = {"max_new_tokens": args.new_tokens, "do_sample": False}
-    for label, spec in (
-        ("whole picture", "baseline"),
-        ("region", f"{args.method}{',' if ':' in args.method else ':'}{region}"),
-    ):
-        with vlm_fix.wrapped(model, spec):
+    stack = parse(args.method)
+    last = next((m for m in reversed(stack) if {*region} <= vars(m).keys()), stack[-1])
+    pointing = [m.also(region) if m is last else m for m in stack]
+    for label, methods in (("whole picture", "baseline"), ("region", pointing)):
+        with vlm_fix.wrapped(model, methods):
             said = model.generate(**inputs, **how)[0, inputs["input_ids"].shape[1] :]
         print(f"{label}: {processor.tokenizer.decode(said, skip_special_tokens=True).strip()}")
 
