@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from vlm_fix import Arch, MLPRawEdit, RowScope, VlmFixError, param
-from vlm_fix.hidden.push import without_span
+from vlm_fix.hidden.push import span, without_span
 from vlm_fix.rows import Rows
 
 
@@ -31,7 +31,7 @@ class RandomSubspace(MLPRawEdit):
     row_scope = RowScope.ALL
 
     rank: int = param(4, "dimensions that are taken away", low=0)
-    seed: int = param(0, "seed of the subspaces", low=0)
+    seed: int = param(0, "seed of the subspaces", low=0, high=2**32 - 1)
     ranks: tuple[int, ...] | None = param(None, "for each of `layers` its own number of dimensions, instead of `rank`")
 
     def defaults(self, arch: Arch) -> dict[str, Any]:
@@ -53,11 +53,17 @@ class RandomSubspace(MLPRawEdit):
 
     def mlp_raw(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
         rank = self.rank if self.ranks is None else self.ranks[self.layers.index(rows.layer)]  # type: ignore[union-attr, arg-type]
-        return without_span(x, drawn(self.seed, rows.layer, rank, x.shape[-1], x.device)) if rank else x
+        if not rank:
+            return x
+
+        def factors(rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+            return span(drawn(self.seed, rows.layer, rank, x.shape[-1]).to(x.device), len(x))
+
+        return without_span(x, rows.kept(factors))
 
 
-@functools.lru_cache(maxsize=1024)
-def drawn(seed: int, layer: int, rank: int, channels: int, device: torch.device | str = "cpu") -> torch.Tensor:
-    """Orthonormal rows [rank, C], at most C of them."""
+@functools.lru_cache(maxsize=128)
+def drawn(seed: int, layer: int, rank: int, channels: int) -> torch.Tensor:
+    """Orthonormal rows [rank, C], at most C of them, on the CPU."""
     g = torch.Generator().manual_seed(seed * 100_003 + layer)
-    return torch.linalg.qr(torch.randn(channels, min(rank, channels), generator=g))[0].T.contiguous().to(device)
+    return torch.linalg.qr(torch.randn(channels, min(rank, channels), generator=g))[0].T.contiguous()
