@@ -341,7 +341,11 @@ def _coerce(text: str, hint: Any, where: str) -> Any:
             if option is bool and text.lower() in ("true", "1", "yes", "on", "false", "0", "no", "off"):
                 return text.lower() in ("true", "1", "yes", "on")
             if typing.get_origin(option) is tuple:
-                return tuple(typing.get_args(option)[0](unquoted(part)) for part in split(text, r"\|")) if text else ()
+                return (
+                    tuple(typing.get_args(option)[0](unquoted(part)) for part in split(text, r"\|"))
+                    if text != "()"
+                    else ()
+                )
             if option in (int, float, str):
                 return option(unquoted(text))
         except ValueError:

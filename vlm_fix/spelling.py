@@ -26,7 +26,9 @@ def quoted(value: Any) -> str:
     if not isinstance(value, str):
         return text
     plain = (
-        text == text.strip() and text.lower() not in ("", "none", "auto") and not re.search(r'[",|\n]|\.ya?ml$', text)
+        text == text.strip()
+        and text.lower() not in ("", "()", "none", "auto")
+        and not re.search(r'[",|\n]|\.ya?ml$', text)
     )
     return text if plain and not STACK.search(text + ",") else json.dumps(text, ensure_ascii=False)
 
@@ -41,4 +43,4 @@ def unquoted(text: str) -> str:
 
 def spelled(value: Any) -> str:
     """A parameter's value as a spec has it."""
-    return "|".join(map(quoted, value)) if isinstance(value, tuple) else quoted(value)
+    return ("|".join(map(quoted, value)) or "()") if isinstance(value, tuple) else quoted(value)

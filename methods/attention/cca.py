@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 import torch
 
 from vlm_fix import Memory, VlmFixError, param
+from vlm_fix.families import image_cells
 from vlm_fix.families.compat import cache_of
 from vlm_fix.inputs import InputEdit
-from vlm_fix.methods.procedures.pixels import cells_of
 from vlm_fix.session import PAD, VISUAL, Session
 from vlm_fix.wing import engine_of
 
@@ -71,7 +71,8 @@ class CCA(InputEdit):
     def places(self, session: Session) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """[B, n] each: an image token's ring, its image counted from 1 (0: text), and what is added to positions."""
         call = session.call
-        cells = cells_of(call)
+        ids = call.inputs["input_ids"].view(1, -1)  # the batch as one prompt
+        cells = image_cells(call.model, call.family, {**call.inputs, "input_ids": ids})
         count = sum(grid.numel() for grid in cells)
         ring, image, ahead, saved = torch.zeros(4, count, dtype=torch.long)
         for i, grid in enumerate(cells):

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from vlm_fix import Arch, MLPRawEdit, RowScope, VlmFixError, param
-from vlm_fix.hidden.push import span, without_span
+from vlm_fix.hidden.push import without_span
 from vlm_fix.rows import Rows
 
 
@@ -53,17 +53,11 @@ class RandomSubspace(MLPRawEdit):
 
     def mlp_raw(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
         rank = self.rank if self.ranks is None else self.ranks[self.layers.index(rows.layer)]  # type: ignore[union-attr, arg-type]
-        if not rank:
-            return x
-
-        def factors(rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
-            return span(drawn(self.seed, rows.layer, rank, x.shape[-1]).to(x.device), len(x))
-
-        return without_span(x, rows.kept(factors))
+        return without_span(x, drawn(self.seed, rows.layer, rank, x.shape[-1], x.device)) if rank else x
 
 
-@functools.lru_cache(maxsize=128)
-def drawn(seed: int, layer: int, rank: int, channels: int) -> torch.Tensor:
-    """Orthonormal rows [rank, C], at most C of them, on the CPU."""
+@functools.lru_cache(maxsize=1024)
+def drawn(seed: int, layer: int, rank: int, channels: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Orthonormal rows [rank, C], at most C of them."""
     g = torch.Generator().manual_seed(seed * 100_003 + layer)
-    return torch.linalg.qr(torch.randn(channels, min(rank, channels), generator=g))[0].T.contiguous()
+    return torch.linalg.qr(torch.randn(channels, min(rank, channels), generator=g))[0].T.contiguous().to(device)

@@ -11,7 +11,7 @@ import torch
 
 from vlm_fix import Arch, MLPRawEdit, RowScope, Sample, VlmFixError, param
 from vlm_fix.families import arch_of, family_of, get_part
-from vlm_fix.hidden.push import span, without_span
+from vlm_fix.hidden.push import without_span
 from vlm_fix.rows import Rows
 from vlm_fix.tensors import Tensors
 
@@ -87,12 +87,8 @@ class Nullu(MLPRawEdit):
         return f"random_subspace:{much},layers={'|'.join(map(str, self.layers))}"  # type: ignore[arg-type]
 
     def mlp_raw(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
-        return without_span(x, rows.kept(self.factors))
-
-    def factors(self, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
-        """The layer's subspace, for `without_span`."""
         assert isinstance(self.file, Tensors)
-        return span(self.file.on(str(rows.layer), rows.visual.device), len(rows.visual))
+        return without_span(x, self.file.on(str(rows.layer), x.device))
 
     def bake(self, model: Any) -> None:
         """Project the MLP weights of an unwrapped model in place."""

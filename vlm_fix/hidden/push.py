@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -108,12 +109,13 @@ def _(x: torch.Tensor, *rest: object) -> torch.Tensor:
     return torch.empty_like(x)
 
 
+@functools.lru_cache(maxsize=1024)
 def span(q: torch.Tensor, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Orthonormal rows q [k, C] as the two factors [B, C, k] and [B, k, C] of `without_span`, to be kept for all steps."""
+    """Orthonormal rows q [k, C] as the two factors [B, C, k] and [B, k, C] of `without_span`, views made once."""
     return q.T.expand(batch, -1, -1), q.expand(batch, -1, -1)
 
 
-def without_span(x: torch.Tensor, factors: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """x [B, R, C] - x q^T q, of the factors that `span` makes of q."""
-    down, up = factors
+def without_span(x: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """x [B, R, C] - x q^T q, q [k, C] orthonormal rows."""
+    down, up = span(q, len(x))
     return torch.baddbmm(x, torch.bmm(x, down), up, alpha=-1)
