@@ -27,6 +27,7 @@ def quoted(value: Any) -> str:
         return text
     plain = (
         text == text.strip()
+        and not text.endswith("+")
         and text.lower() not in ("", "()", "none", "auto")
         and not re.search(r'[",|\n]|\.ya?ml$', text)
     )
