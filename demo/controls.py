@@ -14,6 +14,7 @@ import gradio as gr
 
 from vlm_fix import Method
 from vlm_fix.registry import get_method
+from vlm_fix.spelling import spelled
 
 
 def about(cls: type[Method]) -> str:
@@ -41,11 +42,11 @@ def control(cls: type[Method], field: dataclasses.Field[Any], text: str | None) 
         low, high, now = meta.get("low"), meta.get("high"), kind(value if text is None else text)
         if high is None and kind is float and value > 0:
             high = 1 if meta.get("counts") else 5 * value  # a share; a count is typed on the command line
-        if low is None or high is None:
+        if low is None or high is None or high > 1e6:  # a seed
             return gr.Number(value=now, minimum=low, maximum=high, precision=0 if kind is int else None, **common)
         step = 1 if kind is int else (high - low) / 100
         return gr.Slider(low + step if meta.get("open") else low, high, value=now, step=step, **common)
-    shown = "|".join(map(str, value)) if isinstance(value, tuple) else value
+    shown = "" if value is None else spelled(value)
     return gr.Textbox(value=text or shown or "", placeholder="auto", max_lines=1, **common)
 
 
@@ -65,7 +66,7 @@ def options_of(stack: Sequence[Method]) -> dict[str, dict[str, str]]:
         for field in dataclasses.fields(method):
             value = getattr(method, field.name)
             if value != field.default:
-                found[method.name][field.name] = "|".join(map(str, value)) if isinstance(value, tuple) else str(value)
+                found[method.name][field.name] = spelled(value)
     return found
 
 

@@ -18,6 +18,7 @@ from vlm_fix.eval.run import loading, runner
 from vlm_fix.eval.settings import Settings
 from vlm_fix.method import Method
 from vlm_fix.registry import parse, register, split_methods
+from vlm_fix.spelling import spelled
 from vlm_fix.wing import installed
 
 Stack = str | Method | type[Method] | Sequence[str | Method | type[Method]]
@@ -86,7 +87,7 @@ def calibrate(
     """
     name, loaded = _loaded(model, processor)
     (chosen,) = parse(method)
-    tried = {key: [str(value) for value in values] for key, values in (search or {}).items()}
+    tried = {key: [spelled(value) for value in values] for key, values in (search or {}).items()}
     result = finding.calibrate(
         chosen.spec(), name, data, limit, seed, tried, dtype, device, loaded=loaded, pairs=pairs
     ).calibration

@@ -38,6 +38,7 @@ from vlm_fix.families import arch_of
 from vlm_fix.method import Method
 from vlm_fix.registry import parse_spec
 from vlm_fix.sample import Sample
+from vlm_fix.spelling import split
 from vlm_fix.tensors import Tensors
 
 WORDS = (("yes", "no"), ("Yes", "No"), (" yes", " no"), (" Yes", " No"))
@@ -157,7 +158,7 @@ def parse_search(items: Sequence[str]) -> dict[str, list[str]]:
         name, equals, values = item.partition("=")
         if name.strip() in search:
             raise VlmFixError(f"--search names {name.strip()} twice: give its values once, such as {name.strip()}=a|b.")
-        search[name.strip()] = [v.strip() for v in values.split("|") if v.strip()]
+        search[name.strip()] = [v.strip() for v in split(values, r"\|") if v.strip()]
         if not equals or not search[name.strip()]:
             raise VlmFixError(f"--search {item!r} is not of the form name=value|value.")
     return search

@@ -24,6 +24,7 @@ import torch
 from vlm_fix.arch import Arch
 from vlm_fix.errors import VlmFixError
 from vlm_fix.sample import Sample
+from vlm_fix.spelling import spelled, split, unquoted
 
 Layers = str | tuple[int, ...] | None
 """0-based layer indices: "2-31", "1|18-31", "2-" (to the last), or a tuple; None = the method's default."""
@@ -163,9 +164,9 @@ class Method:
     def calibrate(
         self, model: Any, samples: Sequence[Sample], seed: int, progress: Callable[[str, float], None]
     ) -> dict[str, Any]:
-        """Find this method's parameters for an unwrapped model: field name -> value, as `calibration.Calibration.found`.
+        """Find this method's parameters for an unwrapped model: field name -> value, as `calibrated.Calibration.found`.
 
-        samples are labelled questions (`calibration.Sample`), on the model's device; seed is for whatever is drawn;
+        samples are labelled questions (`sample.Sample`), on the model's device; seed is for whatever is drawn;
         progress(what, share done) is called now and then. The model is left as it was. Raises VlmFixError where nothing
         is found.
         """
@@ -198,12 +199,13 @@ class Method:
         return False
 
     def spec(self) -> str:
-        """The spec string that `parse_spec` turns back into this method."""
-        changed = []
+        """The spec string that `parse_spec` turns back into this method, `layers` as text; tensors in memory have none."""
+        hints, changed = _hints(type(self)), []  # type: ignore[arg-type]
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             if value != f.default:
-                changed.append(f"{f.name}={'|'.join(map(str, value)) if isinstance(value, tuple) else value}")
+                text = value if hints[f.name] == Layers and isinstance(value, str) else spelled(value)
+                changed.append(f"{f.name}={text}")
         return self.name + (":" + ",".join(changed) if changed else "")
 
     @classmethod
@@ -329,19 +331,23 @@ def shaped(new: Any, like: torch.Tensor, method: Method, function: str, broadcas
 
 
 def _coerce(text: str, hint: Any, where: str) -> Any:
-    if hint == Layers:
-        return text
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if type(None) in options and text.lower() in ("none", "auto"):
         return None
+    if hint == Layers:
+        return text
     for option in options:
         try:
             if option is bool and text.lower() in ("true", "1", "yes", "on", "false", "0", "no", "off"):
                 return text.lower() in ("true", "1", "yes", "on")
             if typing.get_origin(option) is tuple:
-                return tuple(typing.get_args(option)[0](part) for part in text.split("|"))
+                return (
+                    tuple(typing.get_args(option)[0](unquoted(part)) for part in split(text, r"\|"))
+                    if text != "()"
+                    else ()
+                )
             if option in (int, float, str):
-                return option(text)
+                return option(unquoted(text))
         except ValueError:
             continue
     plain = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}

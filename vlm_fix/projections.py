@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -42,19 +42,14 @@ _asked = threading.local()  # .module: the self-attention that is asked for its 
 
 def ask(module: Any, query: torch.Tensor, key: torch.Tensor) -> None:
     """The attention function calls this first: it ends a run that was only meant to make queries and keys."""
-    if (kept := HEARD.get(module)) is not None:
-        kept[threading.get_ident()] = query
+    for queries in HEARD.get(module, ()):
+        queries[threading.get_ident()] = query
     if getattr(_asked, "module", None) is module:
         raise _Answer(query, key)
 
 
-HEARD: weakref.WeakKeyDictionary[Any, dict[int, torch.Tensor]] = weakref.WeakKeyDictionary()
-"""Self-attention modules whose last queries [B, H, q, D] are wanted, and these, of each thread."""
-
-
-def heard(module: Any) -> torch.Tensor | None:
-    """The last queries of a module that is listened to, in this thread."""
-    return HEARD.get(module, {}).get(threading.get_ident())
+HEARD: weakref.WeakKeyDictionary[Any, list[dict[int, torch.Tensor]]] = weakref.WeakKeyDictionary()
+"""Self-attention modules whose queries [B, H, q, D] are wanted, and for each listener those of a thread's last run."""
 
 
 @dataclass
@@ -62,9 +57,14 @@ class Heard:
     """Listens to a module until it is removed, like a hook."""
 
     module: Any
+    queries: dict[int, torch.Tensor] = field(default_factory=dict)  # by thread
 
     def __post_init__(self) -> None:
-        HEARD[self.module] = {}
+        HEARD.setdefault(self.module, []).append(self.queries)
+
+    def taken(self) -> torch.Tensor | None:
+        """The module's last queries [B, H, q, D] in this thread, of which this lets go: ask after each of its runs."""
+        return self.queries.pop(threading.get_ident(), None)
 
     def remove(self) -> None:
-        HEARD.pop(self.module, None)
+        HEARD[self.module] = [queries for queries in HEARD[self.module] if queries is not self.queries]

@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 
 from vlm_fix.errors import VlmFixError
 from vlm_fix.method import Baseline, Method
+from vlm_fix.spelling import STACK, split
 
 Spec = str | Path | Method | type[Method] | Sequence["str | Path | Method | type[Method]"]
 Class = TypeVar("Class", bound=type[Method])
@@ -130,7 +131,10 @@ def _from_file(file: str, cls: str | None) -> type[Method]:
 
 
 def parse_spec(spec: str) -> Method:
-    """ "var:sink_dims=1415|2533,rho=0.5" -> VAR(sink_dims=(1415, 2533), rho=0.5); "boost.py:Boost:bonus=2" too."""
+    """ "var:sink_dims=1415|2533,rho=0.5" -> VAR(sink_dims=(1415, 2533), rho=0.5); "boost.py:Boost:bonus=2" too.
+
+    A text with a comma, a + or a | stands in double quotes: 'marine:prompt="It shows {objects}, so"'.
+    """
     if file := FILE.fullmatch(spec):
         cls = _from_file(file[1], file[2])
         name, rest = cls.name, file[3]
@@ -141,7 +145,7 @@ def parse_spec(spec: str) -> Method:
     if "," in name:
         raise _comma(spec, name.partition(",")[2].strip())
     options: dict[str, str] = {}
-    for item in filter(None, (part.strip() for part in rest.split(","))):
+    for item in filter(None, (part.strip() for part in split(rest, ","))):
         key, equals, value = item.partition("=")
         if (":" in key or not equals) and key.partition(":")[0].strip() in _known():
             raise _comma(spec, item)
@@ -172,7 +176,7 @@ def split_stack(text: str) -> list[str]:
     """ "var+pai:alpha=1e+2" -> ["var", "pai:alpha=1e+2"]: a + before what can be a method's spec parts them."""
     if text.strip().startswith("+") or text.strip().endswith("+"):
         raise VlmFixError(f"{text!r} has a + without a method on one side: leave it out, or name the method.")
-    return [piece.strip() for piece in re.split(r"\+(?=\s*(?:[^\s:+,=]+\.py\b|[A-Za-z_][\w-]*\s*(?:[:+,]|$)))", text)]
+    return [piece.strip() for piece in split(text, STACK)]
 
 
 def file_of(text: str) -> str:
@@ -268,9 +272,9 @@ def split_methods(text: str) -> list[list[str]]:
     A comma piece with "=" and no ":" is one more option of the spec before it.
     """
     runs: list[list[str]] = []
-    for piece in filter(None, (p.strip() for p in text.split(","))):
+    for piece in filter(None, (p.strip() for p in split(text, ","))):
         first, *more = split_stack(piece)
-        if "=" in first and ":" not in first and runs:
+        if "=" in first and ":" not in first.partition("=")[0] and runs:
             runs[-1][-1] += "," + first
             runs[-1] += more
         else:

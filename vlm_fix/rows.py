@@ -64,11 +64,10 @@ class Rows:
     def once(self, make: Callable[[Rows], T]) -> T:
         """make(self), a method of the edit, computed once a forward and shared by the layers with the same columns."""
         place = (id(self.method), make.__name__, self.visual.shape[-1], self.visual.device)
-        positions, made = self.session.forward.once.get(place, (None, None))
-        if positions is not self.positions:  # the first layer, or another chunk of rows
-            made = make(self)
-            self.session.forward.once[place] = self.positions, made
-        return made  # type: ignore[return-value]
+        known = self.session.forward.once.get(place)
+        if known is None or known[0] is not self.positions:  # the first layer, or another chunk of rows
+            known = self.session.forward.once[place] = self.positions, make(self)
+        return known[1]
 
     def kept(self, make: Callable[[Rows], T]) -> T:
         """make(self), a method of the edit, computed once in the layer and kept while generated columns are added."""
@@ -86,13 +85,12 @@ class Rows:
         if width != session.types.shape[1] or device not in session.columns.kinds:  # a static cache or a window
             return make(self)
         place = (id(self.method), make.__name__, self.layer, device)
-        reach, known, made = session.columns.wide.get(place, (0, of, None))
-        if reach < width or known is not of:
-            kinds = session.columns.kinds[device]
-            wide: Any = kinds
-            made = make(dataclasses.replace(self, **wide))
-            session.columns.wide[place] = kinds["visual"].shape[-1], of, made
-        return made  # type: ignore[return-value]
+        known = session.columns.wide.get(place)
+        if known is None or known[0] < width or known[1] is not of:
+            kinds: Any = session.columns.kinds[device]
+            made = make(dataclasses.replace(self, **kinds))
+            known = session.columns.wide[place] = kinds["visual"].shape[-1], of, made
+        return known[2]
 
     def columns(self, mask: torch.Tensor, layer: int | None = None) -> torch.Tensor:
         """[B, n] booleans over the columns seen so far -> [B, 1, 1, K]; columns that came later are False.

@@ -11,6 +11,11 @@ import torch
 from vlm_fix.errors import VlmFixError
 
 
+def of_main(branch: str) -> bool:
+    """True for "main" and for what looks at the model as the main branch has it ("main look"): no branch of a contrast."""
+    return branch.partition(" ")[0] == "main"
+
+
 class RowScope(enum.Enum):
     """The rows a method acts in; decode rows, which follow the prompt, are in every scope."""
 

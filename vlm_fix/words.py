@@ -95,7 +95,7 @@ def tokenizer_of(name: str, what: str = "content words need") -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name, local_files_only=True)
     except (OSError, ValueError) as e:
         raise VlmFixError(
             f"{what} the model's tokenizer, and {name or 'a model without a name'!r} holds none; load the model "

@@ -13,6 +13,7 @@ from typing import Any
 from vlm_fix import index
 from vlm_fix.eval.scorers.registry import LOWER, NEITHER, better
 from vlm_fix.eval.stats import SIGNIFICANT
+from vlm_fix.registry import split_stack
 
 from . import shell
 from .page import columns, read
@@ -72,7 +73,7 @@ def _rows(results: Mapping[str, Any]) -> list[tuple[str, str, str, str, dict[str
             for _, full, task_, split, name in columns(results)
             if split and (delta := runs[run][task_][split]["delta"].get(name))
         }
-        names = [part.partition(":")[0] for part in run.partition(" as ")[0].split("+")]
+        names = [part.partition(":")[0] for part in split_stack(run.partition(" as ")[0])]
         kinds = dict.fromkeys(known.get(name, "other") for name in names)
         made.append((run, model, data, " + ".join(kinds), deltas))
     return made

@@ -96,7 +96,7 @@ def count(model: Any, inputs: dict[str, Any], spec: str, tokens: int = 8) -> tup
     parts, grad = [], mock.patch("torch.autograd.grad", wraps=torch.autograd.grad)
     for new in (1, 1 + tokens):
         rows[0], images[0] = 0.0, 0
-        with warnings.catch_warnings(), vlm_fix.wrapped(model, spec.split("+")):
+        with warnings.catch_warnings(), vlm_fix.wrapped(model, spec):
             warnings.simplefilter("ignore")
             hooks = [layer.register_forward_pre_hook(decoder, with_kwargs=True) for layer in layers]
             hooks.append(model.model.vision_tower.register_forward_pre_hook(tower, with_kwargs=True))

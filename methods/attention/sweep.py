@@ -8,7 +8,7 @@ from typing import Any
 
 import vlm_fix
 from vlm_fix import Sample, VlmFixError
-from vlm_fix.calibration.search import answer_scores
+from vlm_fix.calibration.search import accuracy, answer_scores
 from vlm_fix.families import arch_of
 
 
@@ -18,17 +18,16 @@ def better_heads(
     """The heads of `layers` as layer.head; `method` has a `head_list`. VlmFixError where no head answers more."""
     heads = arch_of(model).heads
 
-    def accuracy(tried: Any) -> float:
+    def right(tried: Any) -> float:
         with vlm_fix.wrapped(model, tried if tried else "baseline"):
-            target, other = answer_scores(model, samples).unbind(dim=1)
-        return float((target > other).double().mean())
+            return accuracy(answer_scores(model, samples))
 
-    before = accuracy(None)
+    before = right(None)
     names = [f"{layer}.{h}" for layer in layers for h in range(heads)]
     gains = {}
     for i, name in enumerate(names):
         progress(name, i / len(names))
-        gains[name] = accuracy(dataclasses.replace(method, head_list=(name,), layers=None)) - before
+        gains[name] = right(dataclasses.replace(method, head_list=(name,), layers=None)) - before
     better = tuple(name for name, gain in gains.items() if gain > 0)
     if not better:
         raise VlmFixError(

@@ -17,6 +17,7 @@ from vlm_fix.method import parse_heads
 from vlm_fix.recorder import Recorder
 from vlm_fix.rows import Rows
 from vlm_fix.sample import Sample
+from vlm_fix.scope import of_main
 from vlm_fix.session import Session
 
 
@@ -77,10 +78,10 @@ class ASCD(ScoreEdit, Contrast):
         return self.alpha > 0
 
     def acts_in(self, branch: str) -> bool:
-        return bool(self.boost) if branch == "main" else self.damp > 0
+        return bool(self.boost) if of_main(branch) else self.damp > 0
 
     def edit_scores(self, scores: torch.Tensor, rows: Rows) -> torch.Tensor:
-        if rows.session.branch == "main":
+        if of_main(rows.session.branch):
             chosen = rows.kept(self.centric) & rows.visual
             return torch.where(chosen, scores + (self.boost or 0.0) * scores.abs(), scores)
         seen = scores.masked_fill(~rows.visual, -torch.inf)

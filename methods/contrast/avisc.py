@@ -45,7 +45,7 @@ class AvisC(Contrast):
         return self.alpha == 0
 
     def branches(self, call: Call) -> dict[str, Negative]:
-        kept = torch.cat([self.blind(weights) for weights in attention_to_images(call, call.inputs)])
+        kept = torch.cat([self.blind(weights) for weights in attention_to_images(call, call.inputs, self.name)])
         return {"negative": Negative(call.inputs, lambda x: x * kept[:, None].to(x))}
 
     def blind(self, weights: torch.Tensor) -> torch.Tensor:

@@ -56,7 +56,7 @@ class CausalMM(WeightEdit, Contrast):
     vision: str = param("shuffle", "attention of the vision tower in a branch", choices=VISION)
     language: str = param("reverse_and_normalize", "attention of the decoder in another branch", choices=LANGUAGE)
     vision_layer: int | None = param(None, "vision layer whose attention is edited (last but one)", low=0)
-    seed: int = param(0, "seed of shuffle and random", low=0)
+    seed: int = param(0, "seed of shuffle and random", low=0, high=2**32 - 1)
 
     def defaults(self, arch: Arch) -> dict[str, Any]:
         return {"vision_layer": max((i for i in arch.vision_full if i <= arch.vision_depth - 2), default=0)}

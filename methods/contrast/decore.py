@@ -56,12 +56,12 @@ class DeCoRe(ScoreEdit, Contrast):
             raise VlmFixError(
                 f"decore: its strength grows with the entropy in any case; leave entropy={method.entropy} out."
             )
-        if not method.head_list:
+        if not method.head_list and not method.neutral:
             raise VlmFixError(
                 "decore: the retrieval heads of this model are unknown; find them with `vlm-fix calibrate decore` and pass "
                 "its file as calibration, or name them, as in decore:head_list=16.29|26.9."
             )
-        listed = {layer for layer, _ in parse_heads(self.name, method.head_list, arch)}
+        listed = {layer for layer, _ in parse_heads(self.name, method.head_list or (), arch)}
         return dataclasses.replace(method, layers=tuple(i for i in method.layers if i in listed))
 
     @property

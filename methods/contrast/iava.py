@@ -9,7 +9,8 @@ import torch
 
 from vlm_fix import Contrast, param
 from vlm_fix.call import Call
-from vlm_fix.decoding.contrast import Branch, plausible
+from vlm_fix.decoding.branch import Branch
+from vlm_fix.decoding.contrast import plausible
 from vlm_fix.decoding.kinds import Negative
 from vlm_fix.families import image_token_ids
 from vlm_fix.packing import by_token
@@ -54,7 +55,9 @@ class IAVA(Contrast):
 
     def branches(self, call: Call) -> dict[str, Negative]:
         tokens = self.tokens or line_tokens(call.model, self.prompt, self.name)
-        general, user = (attention_to_images(call, inputs) for inputs in (instructed(call, tokens), call.inputs))
+        general, user = (
+            attention_to_images(call, inputs, self.name) for inputs in (instructed(call, tokens), call.inputs)
+        )
         kept = torch.cat([self.irrelevant(g, u) for g, u in zip(general, user, strict=True)])
         return {"negative": Negative(call.inputs, lambda x: x * kept[:, None].to(x))}
 
@@ -119,10 +122,13 @@ class Looking(Recorder):
         self.visual = session.masks(width, weights.device)["visual"][:, 0, 0].cpu()
 
 
-def attention_to_images(call: Call, inputs: dict[str, Any]) -> list[torch.Tensor]:
-    """Per prompt [layers, n]: the last row's head-mean weights on its n image tokens; what the main branch knows is reused."""
+def attention_to_images(call: Call, inputs: dict[str, Any], name: str) -> list[torch.Tensor]:
+    """Per prompt [layers, n]: the last row's head-mean weights on its n image tokens; what the main branch knows is reused.
+
+    VlmFixError, of the method `name`, where the model's image columns are not known.
+    """
     engine, looking = engine_of(call.model), Looking()
-    engine.need_image_columns(["iava"])
+    engine.need_image_columns([name])
     with engine.recording(looking):
         Branch(engine, call, "instruction", Negative(inputs)).prefill()
     weights = torch.stack([looking.seen[i] for i in sorted(looking.seen)])

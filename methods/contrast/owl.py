@@ -14,6 +14,7 @@ from vlm_fix.call import Call
 from vlm_fix.decoding.contrast import plausible
 from vlm_fix.decoding.kinds import Negative
 from vlm_fix.rows import Rows
+from vlm_fix.scope import of_main
 from vlm_fix.session import PAD
 from vlm_fix.wing import engine_of
 
@@ -78,7 +79,7 @@ class Owl(WeightReader, ScoreEdit, Contrast):
         return 1 if self.neutral else 3
 
     def acts_in(self, branch: str) -> bool:
-        return branch != "main" or self.base is not None
+        return not of_main(branch) or self.base is not None
 
     def branches(self, call: Call) -> dict[str, Negative]:
         return {"visual": Negative(call.inputs), "text": Negative(call.inputs)}
@@ -98,7 +99,7 @@ class Owl(WeightReader, ScoreEdit, Contrast):
 
     def edit_scores(self, scores: torch.Tensor, rows: Rows) -> torch.Tensor:
         session = rows.session
-        if session.branch == "main":
+        if of_main(session.branch):
             return scores
         real = session.types != PAD
         first = rows.columns(real & (real.cumsum(dim=1) == 1))

@@ -44,7 +44,7 @@ class Ritual(Contrast):
     alpha: float = param(3.0, "weight of the transformed image's logits", low=0)
     beta: float = param(0.1, "plausibility cut-off", low=0, high=1)
     transforms: tuple[str, ...] = param(tuple(TRANSFORMS), f"what to draw from: {', '.join(TRANSFORMS)}")
-    seed: int = param(0, "seed of what is drawn", low=0)
+    seed: int = param(0, "seed of what is drawn", low=0, high=2**32 - 1)
     mean: tuple[float, ...] | None = param(None, "mean of each channel, as the image processor subtracts it")
     std: tuple[float, ...] | None = param(
         None, "standard deviation of each channel, as the image processor divides by it"

@@ -57,7 +57,7 @@ class SHIELD(InputEdit, Contrast):
     scale: float = param(12.0, "factor on the change of the normalised pixels", low=0)
     steps: int = param(30, "steps of the attack", low=1)
     lr: float = param(0.14, "step size of the attack", above=0)
-    seed: int = param(0, "seed of the noise and of the attack's beginning", low=0)
+    seed: int = param(0, "seed of the noise and of the attack's beginning", low=0, high=2**32 - 1)
 
     @property
     def neutral(self) -> bool:

@@ -36,7 +36,7 @@ class VCD(Contrast):
     alpha: float = param(1.0, "contrast strength", low=0)
     beta: float = param(0.1, "plausibility cut-off", low=0, high=1)
     noise_step: int = param(500, "diffusion step t of the noise", low=0, high=999)
-    seed: int = param(0, "seed of the noise", low=0)
+    seed: int = param(0, "seed of the noise", low=0, high=2**32 - 1)
 
     @property
     def neutral(self) -> bool:

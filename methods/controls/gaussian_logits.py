@@ -31,7 +31,7 @@ class GaussianLogits(LogitEdit):
 
     sigma: float = param(1.0, "standard deviation of the noise", low=0)
     beta: float = param(0.0, "plausibility cut-off; 0 = none", low=0, high=1)
-    seed: int = param(0, "seed of the noise", low=0)
+    seed: int = param(0, "seed of the noise", low=0, high=2**32 - 1)
 
     @property
     def neutral(self) -> bool:

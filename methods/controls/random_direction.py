@@ -35,7 +35,7 @@ class RandomDirection(AttentionOutputEdit, MLPOutputEdit, LayerOutputEdit):
     prompt_rows: str = param(
         "all", "prompt rows that are turned in the first pass", choices=("last", "after_image", "all")
     )
-    seed: int = param(0, "seed of the directions", low=0)
+    seed: int = param(0, "seed of the directions", low=0, high=2**32 - 1)
 
     @property
     def row_scope(self) -> RowScope:

@@ -30,7 +30,7 @@ class RandomHeads(HeadEdit):
 
     alpha: float = param(2.0, "factor on the outputs of the chosen heads", low=0)
     prompt_rows: str = param("last", "prompt rows that are rescaled in the first pass", choices=("last", "all"))
-    seed: int = param(0, "seed of the choice", low=0)
+    seed: int = param(0, "seed of the choice", low=0, high=2**32 - 1)
 
     def defaults(self, arch: Arch) -> dict[str, Any]:
         tail = max(1, round(14 / 32 * arch.depth))

@@ -29,7 +29,7 @@ class RandomReminder(RUDDER):
     paper: ClassVar[str] = ""
     grid: ClassVar[dict[str, tuple[float, ...]]] = {}
 
-    seed: int = param(0, "seed of the directions", low=0)
+    seed: int = param(0, "seed of the directions", low=0, high=2**32 - 1)
 
     @property
     def control(self) -> str:

@@ -31,7 +31,7 @@ class RandomSubspace(MLPRawEdit):
     row_scope = RowScope.ALL
 
     rank: int = param(4, "dimensions that are taken away", low=0)
-    seed: int = param(0, "seed of the subspaces", low=0)
+    seed: int = param(0, "seed of the subspaces", low=0, high=2**32 - 1)
     ranks: tuple[int, ...] | None = param(None, "for each of `layers` its own number of dimensions, instead of `rank`")
 
     def defaults(self, arch: Arch) -> dict[str, Any]:

@@ -21,7 +21,7 @@ class RandomTokens(TokenPruner):
 
     name: ClassVar[str] = "random_tokens"
 
-    seed: int = param(0, "seed of the draw", low=0)
+    seed: int = param(0, "seed of the draw", low=0, high=2**32 - 1)
 
     def select(self, image: ImageTokens) -> torch.Tensor:
         assert image.pixels is not None

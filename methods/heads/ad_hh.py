@@ -13,7 +13,7 @@ from vlm_fix import Unchanged, VlmFixError, WeightEdit, param
 from vlm_fix.arch import Arch
 from vlm_fix.attention.forms import Condition, TransferForm
 from vlm_fix.calibration.search import LastRow, batches
-from vlm_fix.families import family_of, get_part, output_projection
+from vlm_fix.families import attention_modules, family_of, get_part, output_projection
 from vlm_fix.hooks import hooked
 from vlm_fix.method import parse_heads
 from vlm_fix.rows import Rows
@@ -63,17 +63,17 @@ class ADHH(WeightEdit):
     def resolve(self, arch: Arch) -> ADHH:
         method = super().resolve(arch)
         assert isinstance(method, ADHH) and isinstance(method.layers, tuple)
-        if method.head_list is None:
+        if method.head_list is None and not method.neutral:
             raise VlmFixError(
                 "ad_hh: the hallucination heads of this model are unknown; run `vlm-fix calibrate ad_hh --model NAME --out "
                 "heads.json` and pass calibration='heads.json', or name them, as in ad_hh:head_list=16.29|26.9."
             )
-        listed = {layer for layer, _ in parse_heads(self.name, method.head_list, arch)}
+        listed = {layer for layer, _ in parse_heads(self.name, method.head_list or (), arch)}
         return dataclasses.replace(method, layers=tuple(i for i in method.layers if i in listed))
 
     @property
     def neutral(self) -> bool:
-        return self.threshold > 1 or not self.layers
+        return self.threshold > 1 or self.layers == ()
 
     def listed(self, rows: Rows) -> torch.Tensor:
         """[H, 1, 1] True for the layer's heads that are listed."""
@@ -99,7 +99,7 @@ class ADHH(WeightEdit):
         self, model: Any, samples: Sequence[Sample], seed: int, progress: Callable[[str, float], None]
     ) -> dict[str, Any]:
         """head_list. Cost: one pass over the samples and a decode step for each head."""
-        layers = get_part(model, family_of(model).language).layers
+        attention = attention_modules(get_part(model, family_of(model).language))
         heads = model.config.get_text_config().num_attention_heads
         falls: dict[tuple[int, int], torch.Tensor] = {}
         wrong, done = [], 0
@@ -110,9 +110,9 @@ class ADHH(WeightEdit):
             wrong.append(before[:, 1] >= before[:, 0])
             answer = ids[rows, wrong[-1].long()]
             said = before[rows, wrong[-1].long()]
-            for layer in range(len(layers)):
+            for layer, module in attention.items():
                 for head in range(heads):
-                    with hooked([_silence(output_projection(layers[layer].self_attn), head, heads)]):
+                    with hooked([_silence(output_projection(module), head, heads)]):
                         fall = said - run.logits().cpu().log_softmax(-1)[rows, answer]
                     falls[layer, head] = torch.cat([falls.get((layer, head), fall[:0]), fall])
             done += len(part)

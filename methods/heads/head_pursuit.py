@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 
 from vlm_fix import HeadEdit, RowScope, VlmFixError, param
 from vlm_fix.arch import Arch
-from vlm_fix.families import family_of, get_part, language_head, output_projection
+from vlm_fix.families import attention_modules, family_of, get_part, language_head, output_projection
 from vlm_fix.method import parse_heads
 from vlm_fix.rows import Rows
 from vlm_fix.sample import Sample
@@ -92,18 +92,18 @@ class HeadPursuit(HeadEdit):
                 "head_pursuit: the tokenizer knows none of the concept's words; name others with concept=."
             )
         family = family_of(model)
-        layers, vectors = get_part(model, family.language).layers, language_head(model, family).weight
+        modules, vectors = attention_modules(get_part(model, family.language)), language_head(model, family).weight
         heads = model.config.get_text_config().num_attention_heads
-        written = written_rows(model, layers, samples, 16, progress)
+        written = written_rows(model, [*modules.values()], samples, 16, progress)
         dictionary = normalize(vectors[ids].detach().float(), dim=-1)
         shares: dict[str, float] = {}
-        for i, (layer, rows) in enumerate(zip(layers, written, strict=True)):
-            weight = output_projection(layer.self_attn).weight.detach().float()  # [C, heads * D]
+        for done, ((i, attn), rows) in enumerate(zip(modules.items(), written, strict=True), 1):
+            weight = output_projection(attn).weight.detach().float()  # [C, heads * D]
             size = weight.shape[1] // heads
             for h in range(heads):
                 part = slice(h * size, (h + 1) * size)
                 y = rows[:, part].to(weight.device) @ weight[:, part].T
                 shares[f"{i}.{h}"] = explained(y - y.mean(dim=0), dictionary.to(weight.device), self.atoms)
-            progress("matching pursuit", (i + 1) / len(layers))
+            progress("matching pursuit", done / len(modules))
         count = self.top or max(1, round(0.01 * len(shares)))
         return {"head_list": tuple(sorted(shares, key=lambda k: -shares[k])[:count])}

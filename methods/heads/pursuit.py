@@ -33,19 +33,17 @@ def explained(y: torch.Tensor, dictionary: torch.Tensor, atoms: int) -> float:
 
 
 def written_rows(
-    model: Any, layers: Any, samples: Sequence[Sample], tokens: int, progress: Callable[[str, float], None]
+    model: Any, modules: Sequence[Any], samples: Sequence[Sample], tokens: int, progress: Callable[[str, float], None]
 ) -> list[torch.Tensor]:
-    """Per layer, head outputs before o_proj [n, heads * D] of the rows that predict greedy answers of <= `tokens` tokens."""
-    kept: list[list[torch.Tensor]] = [[] for _ in layers]
-    seen: list[list[torch.Tensor]] = [[] for _ in layers]
+    """Per self-attention module, head outputs before o_proj [n, heads * D] of rows that predict greedy answers."""
+    kept: list[list[torch.Tensor]] = [[] for _ in modules]
+    seen: list[list[torch.Tensor]] = [[] for _ in modules]
 
     def keep(i: int) -> Any:
         return lambda module, args: seen[i].append(args[0][:, -1].float().cpu())
 
     config, done = model.generation_config, 0
-    with hooked(
-        [output_projection(layer.self_attn).register_forward_pre_hook(keep(i)) for i, layer in enumerate(layers)]
-    ):
+    with hooked([output_projection(attn).register_forward_pre_hook(keep(i)) for i, attn in enumerate(modules)]):
         for part, inputs in batches(samples, 16, config.pad_token_id or 0):
             out = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, num_beams=1, disable_compile=True)
             new = out[:, inputs["input_ids"].shape[1] :].cpu()

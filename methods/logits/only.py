@@ -20,7 +20,7 @@ from vlm_fix.session import PAD
 
 @dataclass
 class ONLYMemory(Memory):
-    value: torch.Tensor = field(default_factory=lambda: torch.zeros(0))  # [B, Hkv, K, D] of the layer, while it runs
+    value: torch.Tensor | None = None  # [B, Hkv, K, D] of the layer, while it runs
     output: dict[int, torch.Tensor] = field(
         default_factory=dict
     )  # tokens generated before a row -> its text output [B, C]
@@ -76,7 +76,11 @@ class ONLY(WeightReader, QueryKeyReader, LogitEdit):
         memory.value, memory.output = inputs.value, {}
 
     def read_weights(self, weights: torch.Tensor, rows: Rows) -> None:
-        session, value, memory = rows.session, rows.memory(ONLYMemory).value, rows.memory(ONLYMemory)
+        session, memory = rows.session, rows.memory(ONLYMemory)
+        value = memory.value
+        assert value is not None
+        if rows.numbers.stop == session.start + session.length:  # the last chunk of rows
+            memory.value = None
         real = session.types != PAD
         real = real & (real.cumsum(dim=1) > 1)  # without the first column
         text = rows.columns(real) & ~rows.visual

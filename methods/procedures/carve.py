@@ -14,14 +14,13 @@ from vlm_fix.arch import Arch
 from vlm_fix.call import Call
 from vlm_fix.decoding.branch import Branch
 from vlm_fix.decoding.kinds import Negative, Refiner
-from vlm_fix.families import image_cells
 from vlm_fix.method import Method, with_weights
 from vlm_fix.methods.contrast.iava import Looking, instructed
 from vlm_fix.methods.contrast.icd import line_tokens
 from vlm_fix.wing import engine_of
 
 from .pictures import with_images_after
-from .pixels import images_of, labelled, normalisation, zoomed
+from .pixels import cells_of, images_of, labelled, normalisation, zoomed
 
 
 @dataclass(frozen=True)
@@ -85,9 +84,7 @@ class CARVE(Refiner):
         total = torch.zeros(question[0][0].shape[1])
         for t, ((q, q_goes_on), (g, g_goes_on)) in enumerate(zip(question, general, strict=True)):
             total += (t + 1) * (q / (g + 1e-8)).sum(dim=0) * (q_goes_on & g_goes_on)
-        ids = call.inputs["input_ids"]
-        ids = ids[torch.isin(ids, engine_of(call.model).tokens.to(ids.device))]
-        return [total[c] for c in image_cells(call.model, call.family, {**call.inputs, "input_ids": ids[None]})]
+        return [total[c] for c in cells_of(call)]
 
     def looks(self, call: Call, inputs: dict[str, Any]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Per token of a greedy answer: weights [layers, N] on the N image tokens of the batch, and [N] not yet ended."""

@@ -52,7 +52,7 @@ class OPERA(WeightReader, Searcher):
 
     weight: float = param(1.0, "weight of the penalty", low=0)
     beams: int = param(5, "number of beams", low=1)
-    candidates: int = param(5, "tokens tried for each beam, and returns to one position", low=1)
+    candidates: int = param(5, "tokens tried for each beam (at most all there are), and returns to one position", low=1)
     scale: float = param(50.0, "factor of attention weights", low=0)
     threshold: int = param(15, "recurrences of a trusted column before going back", low=1)
     warmup: int = param(10, "first tokens, where the image decides and no return leads", low=0)
@@ -105,10 +105,10 @@ class OPERA(WeightReader, Searcher):
                 found = tried.tokens[parents] == chosen
                 if bool(found.any(dim=1).all()):
                     ranks = found.int().argmax(dim=1)
-                    seqs.keep(parents, ranks, self.candidates)
+                    seqs.keep(parents, ranks, tried.tokens.shape[1])
                     logits, beams.sums = tried.logits[parents, ranks], tried.sums[parents, ranks]
                     continue
-                seqs.crop(self.candidates)
+                seqs.crop(tried.tokens.shape[1])
             seqs.reorder(parents)
             logits = seqs.forward(chosen)
             row = seqs.memory(self, OPERAMemory).row[:, -1, -beams.tokens.shape[1] :].to(logits.device)
@@ -116,7 +116,7 @@ class OPERA(WeightReader, Searcher):
 
     def penalised(self, logits: torch.Tensor, seqs: Sequences, beams: Beams) -> tuple[torch.Tensor, Tried | None]:
         """Logits [n, V] with the penalty, -999 but for the candidates; `beams.place` becomes what each trusts most."""
-        values, tokens = logits.topk(self.candidates, dim=-1)
+        values, tokens = logits.topk(min(self.candidates, logits.shape[1]), dim=-1)
         rows, image, after = seen(seqs, tokens, self)
         sums = pad(beams.sums, (0, 1))[:, None] + (self.scale * rows.to(logits.device)).log()
         phi, places = (sums + math.log(1e-7)).exp().clamp(max=65504).max(dim=-1)

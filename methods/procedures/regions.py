@@ -10,12 +10,13 @@ import torch
 from torch.nn.functional import adaptive_max_pool2d
 
 from vlm_fix import VlmFixError
-from vlm_fix.families import image_cells, image_token_ids
+from vlm_fix.families import image_token_ids
 from vlm_fix.images import read_image
 from vlm_fix.session import Session
 from vlm_fix.wing import engine_of
 
 from .pictures import ONE_RUN
+from .pixels import cells_of
 
 
 def pointed(method: Any, session: Session) -> tuple[torch.Tensor, torch.Tensor]:
@@ -32,7 +33,7 @@ def pointed(method: Any, session: Session) -> tuple[torch.Tensor, torch.Tensor]:
         .cumsum(dim=0)
     )
     chosen, weights, seen = torch.zeros(int(ends[-1])), torch.zeros(int(ends[-1])), dict[int, int]()
-    for cells in image_cells(call.model, call.family, {**call.inputs, "input_ids": ids.view(1, -1)}):
+    for cells in cells_of(call):
         row = int(torch.searchsorted(ends, int(cells.max()), right=True))
         seen[row] = seen.get(row, -1) + 1
         if seen[row] == method.image:

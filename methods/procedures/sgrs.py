@@ -11,8 +11,8 @@ import torch
 from vlm_fix import Layers, Memory, WeightReader, param
 from vlm_fix.arch import Arch
 from vlm_fix.decoding.kinds import Searcher
-from vlm_fix.decoding.logits import fingerprints
 from vlm_fix.decoding.search import Search, Sequences
+from vlm_fix.decoding.step import fingerprints
 from vlm_fix.rows import Rows
 
 
@@ -56,7 +56,7 @@ class SGRS(WeightReader, Searcher):
     top_k: int = param(5, "candidates", low=1)
     window: int = param(5, "taken tokens whose saliency is averaged", low=1)
     tries: int = param(3, "draws before the most salient candidate is taken", low=1)
-    seed: int = param(0, "seed of the draws", low=0)
+    seed: int = param(0, "seed of the draws", low=0, high=2**32 - 1)
     layers: Layers = param(None, "layers whose attention is differentiated")
 
     def defaults(self, arch: Arch) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from vlm_fix import VlmFixError, param
 from vlm_fix.call import Call
 from vlm_fix.decoding.branch import Branch
 from vlm_fix.decoding.kinds import Negative, Refiner
-from vlm_fix.decoding.logits import fingerprints
+from vlm_fix.decoding.step import fingerprints
 from vlm_fix.methods.contrast.icd import after_image
 from vlm_fix.pruning.shrink import resize
 from vlm_fix.wing import engine_of
@@ -63,7 +63,7 @@ class SPARC(Refiner):
     coordinates: str | None = param(None, "unit of boxes", choices=("pixels", "thousandths", "shares"))
     prompt: str = param(ASK, "the instruction")
     boxes: tuple[float, ...] | None = param(None, "regions as left|top|right|bottom|... in shares, instead of asking")
-    seed: int = param(0, "seed of the draws", low=0)
+    seed: int = param(0, "seed of the draws", low=0, high=2**32 - 1)
 
     @property
     def neutral(self) -> bool:

@@ -40,12 +40,12 @@ class Razor(CachePruner):
     head_list: tuple[str, ...] | None = param(None, "retrieval heads as layer.head, e.g. 16.29|26.9")
 
     def resolve(self, arch: Arch) -> Method:
-        if self.head_list is None:
+        if self.head_list is None and not self.neutral:
             raise VlmFixError(
                 "razor does not know the retrieval heads of this model: name them, as in razor:head_list=16.29|26.9; "
                 "`vlm-fix calibrate decore` finds some."
             )
-        parse_heads(self.name, self.head_list, arch)
+        parse_heads(self.name, self.head_list or (), arch)
         return super().resolve(arch)
 
     def scores(self, cached: Cached) -> torch.Tensor:

@@ -39,7 +39,7 @@ class VScan(TokenMerger, LayerPruner):
     local_layer: int | None = param(None, "encoder layer of the local scan, counted from 1", low=1)
     windows: int = param(4, "parts of the grid along each side", low=1)
     llm_keep: float = param(
-        1 / 3, "of these, tokens kept by the second stage: a count (> 1) or a share; 1 = off", above=0
+        1 / 3, "of these, tokens kept by the second stage: a count (> 1) or a share; 1 = off", above=0, counts=True
     )
     llm_layer: int | None = param(None, "language-model layer before which the second stage drops tokens", low=1)
 

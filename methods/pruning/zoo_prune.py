@@ -31,7 +31,7 @@ class ZooPrune(TokenPruner):
 
     directions: int = param(64, "random directions m", low=1)
     step: float = param(0.01, "step size h along a direction", low=1e-6)
-    seed: int = param(0, "seed of the directions", low=0)
+    seed: int = param(0, "seed of the directions", low=0, high=2**32 - 1)
 
     def select(self, image: ImageTokens) -> torch.Tensor:
         assert image.features is not None

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import torch
 
 import vlm_fix
+from tests.support.models import single
 from vlm_fix import cli
 
 NUMBERS = [(cls, f.name) for cls in vlm_fix.list_methods() for f in dataclasses.fields(cls) if "float" in str(f.type)]
@@ -54,3 +56,46 @@ def test_commands_that_cannot_be_meant_are_one_sentence(command, sentence, capsy
     (tmp_path / "pairs.jsonl").write_text("{}")
     assert cli.main(command.format(file=tmp_path / "pairs.jsonl", out=tmp_path / "out").split()) == 2
     assert sentence in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    "cls", [c for c in vlm_fix.list_methods() if "seed" in {f.name for f in dataclasses.fields(c)}]
+)
+def test_a_seed_is_one_that_torch_takes(cls):
+    with pytest.raises(
+        vlm_fix.VlmFixError, match=f"{cls.name}: seed=4294967296 must be a number between 0 and 4294967295"
+    ):
+        cls(seed=2**32)
+    assert cls(seed=2**32 - 1).seed == 2**32 - 1
+
+
+@pytest.mark.parametrize("spec", ["random_direction", "random_subspace", "zoo_prune:keep=9"])
+def test_the_largest_seed_is_taken(models, spec):
+    with vlm_fix.wrapped(models["llava"], [vlm_fix.parse_spec(spec).but(seed=2**32 - 1)]) as model:
+        model.generate(**single("llava", [1], 0), max_new_tokens=2, do_sample=False)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    ["decore:alpha=0", "ad_hh:threshold=2", "razor:keep=1", "head_pursuit:factor=1", "iri:lambda_a=0,lambda_m=0"],
+)
+@pytest.mark.filterwarnings("ignore:.*change nothing")
+def test_what_changes_nothing_needs_no_list(models, spec):
+    """What a model's calibration would find is not asked for."""
+    inputs = single("llava", [1], 0)
+    plain = models["llava"].generate(**inputs, max_new_tokens=3, do_sample=False)
+    with vlm_fix.wrapped(models["llava"], spec) as model:
+        assert torch.equal(model.generate(**inputs, max_new_tokens=3, do_sample=False), plain)
+
+
+@pytest.mark.parametrize(
+    ("spec", "sentence"),
+    [
+        ("vscan:llm_keep=2.5", "llm_keep=2.5 is neither a share up to 1 nor a count"),
+        ("attention_buckets:bases=0", "a rotary base is above 0, in units of the model's own, and 0 is not"),
+        ("attention_buckets:bases=1.5|-1", "a rotary base is above 0, in units of the model's own, and -1 is not"),
+    ],
+)
+def test_a_value_without_a_meaning_is_one_sentence(models, spec, sentence):
+    with pytest.raises(vlm_fix.VlmFixError, match=sentence):
+        vlm_fix.wrap(models["llava"], spec)

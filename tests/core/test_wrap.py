@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import types
+import typing
 import warnings
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from transformers import BatchFeature
 
@@ -21,7 +23,7 @@ from vlm_fix.attention.kernel import edited_rows
 from vlm_fix.attention.stages import LayerEdits, Stages
 from vlm_fix.call import Call
 from vlm_fix.families.compat import CACHE, cache_of
-from vlm_fix.method import parse_layers
+from vlm_fix.method import Layers, parse_layers
 from vlm_fix.packing import left_pack
 from vlm_fix.registry import get_method, parse, split_methods
 from vlm_fix.rows import Rows
@@ -284,6 +286,56 @@ def test_layer_ranges_and_lists_parse_to_sorted_indices(depth, data):
     assert parse_layers(f"{first}-{last}", depth, "x") == tuple(range(first, last + 1))
     assert parse_layers(f"{first}-", depth, "x") == tuple(range(first, depth))
     assert parse_layers(f"{last}|{first}", depth, "x") == tuple(sorted({first, last}))
+
+
+def _values(hint, meta):
+    """Values of one parameter: of its type, in its range."""
+    if meta.get("choices"):
+        return st.sampled_from(meta["choices"])
+    if hint == Layers:
+        return st.sampled_from([None, "2-", "1|18-31", (3,), (1, 2)])
+    low, high = meta.get("low"), meta.get("high")
+    kinds = {
+        int: st.integers(low, high),
+        float: st.floats(low, high, allow_nan=False, allow_infinity=False),
+        bool: st.booleans(),
+        str: st.text()
+        | st.sampled_from(["a, b", "a+vcd", "a|b", '"a"', '"', " a", "none", "auto", "", "a\n:=", "a\\", "x.yaml"]),
+        type(None): st.none(),
+    }
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return st.one_of(
+        *(
+            st.lists(kinds[typing.get_args(o)[0]], max_size=3).map(tuple) if typing.get_origin(o) is tuple else kinds[o]
+            for o in options
+            if o in kinds or typing.get_origin(o) is tuple
+        )
+    )
+
+
+@pytest.mark.parametrize("cls", vlm_fix.list_methods(), ids=lambda cls: cls.name)
+@settings(max_examples=25)
+@given(data=st.data())
+def test_every_parameter_of_every_method_round_trips(cls, data):
+    hints = typing.get_type_hints(cls)
+    values = {f.name: data.draw(_values(hints[f.name], f.metadata), label=f.name) for f in dataclasses.fields(cls)}
+    try:
+        method = cls(**values)
+    except vlm_fix.VlmFixError:  # above an open bound, or counts that are not whole
+        reject()
+    layers = {k: "|".join(map(str, v)) for k, v in values.items() if hints[k] == Layers and isinstance(v, tuple)}
+    method = method.but(**layers)
+    assert vlm_fix.parse_spec(method.spec()) == method
+    stack = [m.spec() for m in (get_method("pai")(), method, get_method("vcd")())]
+    assert [m.spec() for m in parse("+".join(stack))] == stack
+    assert split_methods(",".join(stack)) == [[spec] for spec in stack]
+
+
+def test_a_spec_quotes_what_parts_specs():
+    marine = get_method("marine")(prompt="It shows {objects}, so+pai")
+    assert marine.spec() == 'marine:prompt="It shows {objects}, so+pai"' and parse(f"{marine.spec()}+vhr")[0] == marine
+    assert get_method("head_pursuit")(head_list=()).spec() == "head_pursuit:head_list=()"
+    assert get_method("steer")(file="a+b.json").spec() == "steer:file=a+b.json"
 
 
 @given(st.floats(0, 3), st.integers(0, 50), st.integers(51, 99), st.tuples(st.integers(0, 9), st.integers(10, 20)))

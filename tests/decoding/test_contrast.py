@@ -10,6 +10,7 @@ import torch
 from transformers import LogitsProcessor
 
 import vlm_fix
+from tests.support import families
 from tests.support.models import IMAGE, make_inputs, single
 from tests.support.references import base as ref
 from tests.support.references.contrast import distribution
@@ -17,7 +18,7 @@ from tests.support.references.decoding import second_prompt
 from tests.support.run import VAR_TINY, Streamed, error, greedy
 from tests.support.tensors import OBJECTS
 from vlm_fix.families.compat import cache_of
-from vlm_fix.registry import parse_spec
+from vlm_fix.registry import get_method, parse_spec
 
 STEPS = 4
 CAKE = (
@@ -529,3 +530,27 @@ def test_products_of_few_rows_are_linear(rows):
             few, half = layer(x), layer.bfloat16()(x.bfloat16())
         assert few.shape == plain.shape and few.is_contiguous() and torch.allclose(few, plain, atol=1e-6)
         assert torch.equal(half, layer(x.bfloat16())) and (rows in (2, 3) or torch.equal(few, plain))
+
+
+@pytest.mark.parametrize("branch", ["main", "negative", "both"])
+def test_a_look_at_the_model_is_the_main_branch(model, family, branch, monkeypatch):
+    """What is read before the answer is no branch of the contrast: only what acts in the main branch acts there."""
+    edit, seen = get_method("vaf"), set()
+    change = edit.edit_scores
+    monkeypatch.setattr(
+        edit, "edit_scores", lambda self, z, rows: seen.add(rows.session.branch) or change(self, z, rows)
+    )
+    with vlm_fix.wrapped(model, [f"vaf:branch={branch},layers=0-", "avisc"]):
+        greedy(model, single(family, [1, 2], 1), 3)
+    expected = {"main": {"main", "main instruction"}, "negative": {"negative"}}
+    assert seen == expected.get(branch, {"main", "main instruction", "negative"})
+
+
+def test_who_needs_image_columns_is_named():
+    model, inputs = families.build("mllama"), families.prompt("mllama", [1])
+    for name in ("avisc", "iava:tokens=11"):
+        with (
+            vlm_fix.wrapped(model, name),
+            pytest.raises(vlm_fix.VlmFixError, match=f"^{name.partition(':')[0]} works on"),
+        ):
+            model.generate(**inputs, max_new_tokens=2)

@@ -12,6 +12,7 @@ import vlm_fix
 from tests.support import families, models
 from tests.support.models import make_inputs, single
 from tests.support.references.base import Reference, double, teacher_forced, visual_columns
+from vlm_fix import projections
 from vlm_fix.decoding import drafting
 from vlm_fix.errors import VlmFixError
 
@@ -164,3 +165,23 @@ def test_what_it_cannot_do_is_one_sentence(model, family):
     with pytest.raises(VlmFixError, match="sliding windows"):
         vlm_fix.wrap(families.build("gemma3"), "draft")
     assert vlm_fix.drafted(model) is None
+
+
+def test_a_generator_of_the_callers_own_is_asked_where_nothing_is_drafted(model, family):
+    model._get_candidate_generator = lambda **given: ("own", given)
+    try:
+        with vlm_fix.wrapped(model, "draft"):
+            assert model._get_candidate_generator(a=1) == ("own", {"a": 1})
+        assert model._get_candidate_generator(a=2) == ("own", {"a": 2})
+    finally:
+        del model._get_candidate_generator
+
+
+def test_queries_are_let_go_after_use(model, family):
+    """Of layers that are listened to nothing is kept from one forward to the next."""
+    for spec in ("draft", "fastv:keep=9,layer=2", "a_vl"):
+        with vlm_fix.wrapped(model, spec):
+            model.generate(**single(family, [1, 2], 1), max_new_tokens=4, do_sample=False)
+            kept = [queries for module in model.modules() for queries in projections.HEARD.get(module, ())]
+            assert kept and not any(kept), spec
+    assert not any(projections.HEARD.get(module, ()) for module in model.modules())

@@ -13,6 +13,7 @@ from tests.support.models import IMAGE, make_inputs, single
 from tests.support.references import base as ref
 from tests.support.references import hidden
 from tests.support.run import greedy
+from vlm_fix.methods.logits.only import ONLY, ONLYMemory
 
 
 def second(twin, run, ids, r, layer):
@@ -83,3 +84,16 @@ def test_rows_without_an_image_keep_their_distribution(family, model):
         _, logits, scores = greedy(model, make_inputs(family, [1, 0]), 3)
     assert torch.allclose(scores[1], logits[1].log_softmax(-1), atol=1e-6)
     assert not torch.allclose(scores[0], logits[0].log_softmax(-1), atol=1e-2)
+
+
+def test_values_are_let_go_when_the_layer_has_run(model, family, monkeypatch):
+    left, read = [], ONLY.read_weights
+
+    def note(self, weights, rows):
+        read(self, weights, rows)
+        left.append(rows.memory(ONLYMemory).value)
+
+    monkeypatch.setattr(ONLY, "read_weights", note)
+    with vlm_fix.wrapped(model, "only"):
+        greedy(model, single(family, [1, 2], 1), 3)
+    assert len(left) == 3 and left == [None] * 3

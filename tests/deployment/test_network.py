@@ -5,9 +5,16 @@ import socket
 import subprocess
 import sys
 import time
+import types
 import urllib.request
 
 import pytest
+import torch
+import transformers
+
+import vlm_fix
+from vlm_fix import words
+from vlm_fix.observation import answer
 
 CLOSED = """
 import socket, sys
@@ -91,3 +98,21 @@ def test_a_model_of_the_hub_is_asked_for_only_where_that_is_not_forbidden(tmp_pa
     offline = run(asked, HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1")
     assert offline.returncode == 2 and "tried to reach" not in offline.stderr
     assert len(offline.stderr.strip().splitlines()) <= 4 and "Traceback" not in offline.stderr
+
+
+def test_a_tokenizer_is_looked_for_on_the_machine_alone(monkeypatch):
+    """In the middle of generate nothing is fetched."""
+    asked = []
+
+    def load(name, **options):
+        asked.append(options)
+        raise OSError
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", load)
+    for find in (
+        lambda: words.tokenizer_of("nobody/no-such-model"),
+        lambda: answer.answer_of("a dog", torch.ones(1, 3), types.SimpleNamespace(name_or_path="nobody/x"), None, None),
+    ):
+        with pytest.raises(vlm_fix.VlmFixError, match="tokenizer"):
+            find()
+    assert asked == [{"local_files_only": True}] * 2

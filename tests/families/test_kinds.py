@@ -13,6 +13,7 @@ from tests.support import families
 from tests.support.families import TINY, prompt
 from tests.support.models import IMAGE, make_inputs, single, tiny_llava
 from tests.support.run import greedy
+from vlm_fix import Sample
 from vlm_fix.families import FAMILIES, arch_of, conventions, table
 from vlm_fix.pruning.rows import Seen, rows_attention
 
@@ -198,3 +199,14 @@ def test_a_family_that_lacks_conventions(monkeypatch):
         vlm_fix.VlmFixError, match="'idefics2' are not supported; .* it lacks get_placeholder_mask on its"
     ):
         vlm_fix.wrap(build("idefics2"), "pai")
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "lfm2_vl"])
+def test_heads_of_hybrid_decoders_are_found(name):
+    """Where there are heads."""
+    model, inputs = build(name), prompt(name, [1])
+    best = model(**inputs).logits[0, -1].argsort(descending=True).tolist()
+    samples = [Sample(inputs, *pair, {"dog": 7, "cat": 8}) for pair in ((best[0], best[1]), (best[3], best[2]))]
+    for spec in ("ad_hh:top=16", "head_pursuit:top=16"):
+        found = vlm_fix.parse_spec(spec).calibrate(model, samples, 0, lambda what, share: None)["head_list"]
+        assert found and {int(head.partition(".")[0]) for head in found} <= {*HYBRID[name]}

@@ -8,9 +8,11 @@ import pytest
 import torch
 
 import vlm_fix
+from tests.support import families
 from tests.support.models import IMAGE, make_inputs, single
 from tests.support.references.base import PaiReference, decoder, double, teacher_forced, visual_columns
 from vlm_fix.errors import VlmFixError
+from vlm_fix.observation import page
 
 ANSWER = [5, 33, 71, 12]
 
@@ -115,22 +117,26 @@ def test_saliency_is_weight_times_gradient(model, family):
             assert close(found[layer, t], row.detach(), 1e-3), (layer, t)
 
 
+def noised(inputs):
+    """The pixels, and the same under six deviations of noise."""
+    pixels = inputs["pixel_values"]
+    return pixels, pixels + 6.0 * pixels.std() * torch.randn(pixels.shape, generator=torch.Generator().manual_seed(0))
+
+
 def test_causal_map_by_hand(model, family):
     """One layer of every part and group: the noise drawn again, the clean output put into the noised run."""
     inputs, token = single(family, [1], 0), 1
-    pixels = inputs["pixel_values"]
-    noise = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(0))
+    pixels, noised_pixels = noised(inputs)
     with torch.no_grad():
         p_clean, p_dirty = (
-            model(**{**inputs, "pixel_values": x}).logits[0, -1].softmax(dim=-1)
-            for x in (pixels, pixels + 6.0 * pixels.std() * noise)
+            model(**{**inputs, "pixel_values": x}).logits[0, -1].softmax(dim=-1) for x in (pixels, noised_pixels)
         )
     answer = [int((p_clean - p_dirty).argmax()), *ANSWER[1:]]  # one that the image carries
     found = vlm_fix.inspect(model, inputs, answer, saliency=False, rollout=False, causal=0, noise=6.0).effects
     twin = double(model)
     twin.set_attn_implementation("eager")
     clean = {**inputs, "pixel_values": pixels.double()}
-    dirty = {**inputs, "pixel_values": (pixels + 6.0 * pixels.std() * noise).double()}
+    dirty = {**inputs, "pixel_values": noised_pixels.double()}
 
     def p(given, hooks=()):
         with torch.no_grad():
@@ -176,3 +182,29 @@ def test_what_it_cannot_do_is_one_sentence(model, family):
         vlm_fix.inspect(model, single(family, [1], 0), ANSWER, saliency=False, rollout=False, causal=9)
     with vlm_fix.wrapped(model, "hiprune:keep=4"), pytest.raises(VlmFixError, match="unwrap the pruner"):
         vlm_fix.inspect(model, single(family, [1], 0), ANSWER)
+
+
+def test_an_answer_is_taken_as_observe_takes_it(model, family):
+    """What generate returned: the prompt comes off."""
+    inputs = single(family, [1, 2], 1)
+    output = torch.cat([inputs["input_ids"], torch.tensor([ANSWER])], dim=1)
+    found, plain = (vlm_fix.inspect(model, inputs, a, saliency=False, rollout=False) for a in (output, ANSWER))
+    assert found.tokens.tolist() == ANSWER and torch.equal(found.lens_own, plain.lens_own)
+
+
+def test_causal_map_of_a_model_inside_a_model():
+    """Llama 4's language head lies deeper than others'."""
+    model, inputs = families.build("llama4"), families.prompt("llama4", [1])
+    with torch.no_grad():
+        p = [model(**{**inputs, "pixel_values": x}).logits[0, -1].softmax(dim=-1) for x in noised(inputs)]
+    answer = [int((p[0] - p[1]).argmax())]
+    found = vlm_fix.inspect(model, inputs, answer, saliency=False, rollout=False, causal=0, noise=6.0).effects
+    assert found.clean == pytest.approx(float(p[0][answer[0]]), rel=1e-3)
+    assert found.noised == pytest.approx(float(p[1][answer[0]]), rel=1e-3)
+
+
+def test_the_page_shows_words_as_they_are(model, family):
+    found = vlm_fix.inspect(model, single(family, [1], 0), ANSWER[:1], saliency=False, rollout=False)
+    names = {i: "'s <b" for i in range(96)}
+    text = "".join(page.lens(found, names, [page.shown("'s <b")]))
+    assert text.count("&#x27;s &lt;b") > 2 and "&amp;" not in text

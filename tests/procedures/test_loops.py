@@ -11,7 +11,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
 import vlm_fix
-from tests.support.models import IMAGE, make_inputs, single
+from tests.support.models import IMAGE, VOCAB, make_inputs, single
 from tests.support.references import base as ref
 from tests.support.references.decoding import Recorder
 from tests.support.run import Streamed
@@ -389,3 +389,12 @@ def test_sgrs_needs_no_parameter_gradients(family, model):
         finally:
             model.requires_grad_(True)
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_opera_tries_at_most_all_tokens(models):
+    inputs = single("llava", [1], 0)
+    answers = []
+    for candidates in (VOCAB, 1000):
+        with vlm_fix.wrapped(models["llava"], f"opera:beams=2,candidates={candidates}") as model:
+            answers.append(model.generate(**inputs, max_new_tokens=4))
+    assert torch.equal(*answers)

@@ -26,7 +26,7 @@ from vlm_fix.errors import VlmFixError
 from vlm_fix.memory import Memory
 from vlm_fix.method import Layers, Method, param
 from vlm_fix.rows import Rows
-from vlm_fix.scope import RowScope
+from vlm_fix.scope import RowScope, of_main
 from vlm_fix.session import Session
 
 from .forms import ScoreForm, TransferForm
@@ -141,8 +141,8 @@ class AttentionEdit(Method):
         return getattr(cls, form) is not getattr(AttentionEdit, form)
 
     def acts_in(self, branch: str) -> bool:
-        """True if it acts in this branch: "main", or a name of `Contrast.branches`."""
-        return self.branch == "both" or (self.branch == "main") == (branch == "main")
+        """True if it acts in this branch: one of the main branch (`scope.of_main`), or a name of `Contrast.branches`."""
+        return self.branch == "both" or (self.branch == "main") == of_main(branch)
 
     def changed_something(self, session: Session) -> bool:
         """False if the finished session shows that nothing was edited; the user is then told `idle_reason`."""

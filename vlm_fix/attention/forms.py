@@ -29,8 +29,7 @@ class ScoreForm(NamedTuple):
             return (self.up, self.down) if up is None else (up, down)
         first, second = (up, up if down is None else down), (self.up, self.up if self.down is None else self.down)
         if down is None and self.down is None:
-            both = up * self.up
-            return torch.where(up >= 0, both, both), None
+            return up * self.up, None
         return (
             first[0] * torch.where(first[0] >= 0, *second),  # z >= 0: a negative slope turns it to the other side
             first[1] * torch.where(first[1] >= 0, second[1], second[0]),

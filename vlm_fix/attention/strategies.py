@@ -32,7 +32,7 @@ class AttentionPath(enum.Enum):
     KERNEL = "kernel"  # the row kernel wherever weights are needed
     COLUMNS = "columns"  # SDPA over changed keys wherever that is exact
     FUSED = "fused"  # decode rows in one launch wherever the edits have such a form
-    FLEX = "flex"  # the same, and flex_attention for softly capped scores
+    FLEX = "flex"  # as COLUMNS, and flex_attention for softly capped scores
 
 
 @dataclass(slots=True)

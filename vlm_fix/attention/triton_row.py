@@ -217,4 +217,5 @@ def _strides(x: torch.Tensor | None) -> tuple[int, int, int]:
     """By sample, head and column; 0 along a dimension of one."""
     if x is None:
         return 0, 0, 0
-    return tuple(0 if x.shape[i] == 1 else x.stride(i) for i in (0, 1, 3))  # type: ignore[return-value]
+    sample, head, column = (0 if x.shape[i] == 1 else x.stride(i) for i in (0, 1, 3))
+    return sample, head, column

@@ -145,7 +145,7 @@ def _scaling(args: argparse.Namespace) -> Timed:
 
     specs = _stacks(args, "pai,vcd,hiprune:keep=32")
     for spec in specs:
-        parse(spec.split("+"))
+        parse(spec)
     sizes = _sizes(args.sizes, scaling.SIZES) if args.sizes else None
     if args.figure:
         check_figure("figure", args.figure)

@@ -53,20 +53,18 @@ def run(args: argparse.Namespace) -> None:
             )
     else:
         at = numbers(getattr(args, name), name, picture.size)
-    parse([args.method])
+    stack = parse(args.method)
     model, processor, _ = load_model(args.model, args.dtype, args.device)
     if name == "mask":
-        region = f"mask={args.mask}"
+        region = {"mask": args.mask}
     else:
-        given = shares(at, picture.size, processor.image_processor)
-        region = f"{name}={'|'.join(f'{share:.5f}' for share in given)}"
+        region = {name: tuple(round(share, 5) for share in shares(at, picture.size, processor.image_processor))}
     inputs = dict(encode(model, processor, [picture], [args.question]))
     how = {"max_new_tokens": args.new_tokens, "do_sample": False}
-    for label, spec in (
-        ("whole picture", "baseline"),
-        ("region", f"{args.method}{',' if ':' in args.method else ':'}{region}"),
-    ):
-        with vlm_fix.wrapped(model, spec):
+    last = next((m for m in reversed(stack) if {*region} <= vars(m).keys()), stack[-1])
+    pointing = [m.also(region) if m is last else m for m in stack]
+    for label, methods in (("whole picture", "baseline"), ("region", pointing)):
+        with vlm_fix.wrapped(model, methods):
             said = model.generate(**inputs, **how)[0, inputs["input_ids"].shape[1] :]
         print(f"{label}: {processor.tokenizer.decode(said, skip_special_tokens=True).strip()}")
 

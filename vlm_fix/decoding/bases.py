@@ -8,7 +8,9 @@ from typing import Any, ClassVar, Self
 
 import torch
 
+from vlm_fix.arch import Arch
 from vlm_fix.errors import VlmFixError
+from vlm_fix.method import Method
 from vlm_fix.wing import Host, Wing
 
 from .kinds import Contrast
@@ -23,6 +25,14 @@ class RotaryBranches(Contrast, ABC):
     @abstractmethod
     def ratios(self) -> dict[str, float]:
         """Branch -> its rotary base in units of the model's."""
+
+    def resolve(self, arch: Arch) -> Method:
+        for ratio in self.ratios.values():
+            if ratio <= 0:
+                raise VlmFixError(
+                    f"{self.name}: a rotary base is above 0, in units of the model's own, and {ratio:g} is not."
+                )
+        return super().resolve(arch)
 
 
 class RotaryWing(Wing):

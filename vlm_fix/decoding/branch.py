@@ -49,12 +49,14 @@ class Branch:
     """A sequence batch with its own cache, driven by the tokens that the main branch chose."""
 
     def __init__(self, host: Host, main: Call, name: str, negative: Negative, contrast: Contrast | None = None):
-        self.host, self.main, self.inputs, self.name = host, main, negative.inputs, name
+        self.host, self.main, self.inputs = host, main, negative.inputs
+        self.name = name if contrast else f"main {name}"  # a look at the model, see `scope.of_main`
         self.contrast, self.change = contrast, negative.features
         self.call = Call(host.model, host.family, negative.inputs)
         self.cache = DynamicCache(config=host.model.config.get_text_config())
         self.mask = negative.inputs["attention_mask"]
         self.tokens: torch.Tensor | None = None  # [B', t] generated tokens whose keys are in the cache
+        self.group = 1  # rows of `tokens` for each prompt, beams or samples
         self.pending: torch.Tensor | None = None  # [B', V] logits of a joined step
         self.strayed: torch.Tensor | None = None  # see `_follows`
         self.next_position: torch.Tensor | None = None  # [B'] position id of the first generated token
@@ -73,12 +75,13 @@ class Branch:
         if self.tokens is None:
             out = self.prefill()
             times = generated.shape[0] // self.mask.shape[0]
+            assert self.next_position is not None
             if times > 1:  # beams or several samples of one prompt: they share its keys
                 rows = torch.arange(len(out), device=out.device).repeat_interleave(times)
                 self.cache.reorder_cache(rows)  # type: ignore[arg-type]
                 self.host.sessions[self.cache].repeat(times)
                 self.mask = self.mask.repeat_interleave(times, dim=0)
-                self.next_position = self.next_position.repeat_interleave(times, dim=0)  # type: ignore[union-attr]
+                self.next_position = self.next_position.repeat_interleave(times, dim=0)
                 out = out.repeat_interleave(times, dim=0)
             self.group, self.tokens = times, generated[:, :0]
             if not generated.shape[1]:
@@ -87,7 +90,8 @@ class Branch:
         new = generated[:, keep:]
         ones = torch.ones_like(generated)
         steps = torch.arange(keep, generated.shape[1], device=generated.device)
-        positions = self.next_position[:, None] + steps  # type: ignore[index]
+        assert self.next_position is not None
+        positions = self.next_position[:, None] + steps
         self.host.sessions[self.cache].answer = generated
         inputs = {"input_ids": new, "attention_mask": torch.cat([self.mask, ones], dim=1)}
         out = self._forward(inputs | carried(self.inputs, new), positions)

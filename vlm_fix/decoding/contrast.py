@@ -86,9 +86,11 @@ class PrefixContrast(LogitsProcessor):
 
     def _blind(self, main: torch.Tensor) -> torch.Tensor | None:
         """[B, 1] True for rows without an image, if the method needs one; None: there is no such row."""
-        if not self.method.needs_image or min(self.host.main.last_visual, default=0) >= 0:  # type: ignore[union-attr]
+        session = self.host.main
+        assert session is not None
+        if not self.method.needs_image or min(session.last_visual, default=0) >= 0:
             return None
-        return ~self.host.main.shown(main.device)  # type: ignore[union-attr]
+        return ~session.shown(main.device)
 
     def join(self, session: Session, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         """A decode step of the main branch, widened to all branches; None where it has to run alone."""
@@ -158,9 +160,8 @@ class ContrastWing(Wing):
     def unused(self, session: Session) -> Iterator[tuple[Method, str]]:
         term = self.running.term if self.running else None
         kept, rows = (term.gated if term else None) or (0, 1)
-        elsewhere = isinstance(self.contrast, AttentionEdit) and self.contrast.acts_in(
-            "main"
-        )  # what its branch shows is for nothing
+        # what its branch shows is for nothing
+        elsewhere = isinstance(self.contrast, AttentionEdit) and self.contrast.acts_in("main")
         if kept == rows and (not elsewhere or self.contrast in self.host.effects.idle()):
             yield self.contrast, f"at every token the model was as sure as gate={self.contrast.gate:g} asks; raise it."
 

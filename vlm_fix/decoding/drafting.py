@@ -23,7 +23,7 @@ from vlm_fix.families.compat import cache_of, keeps_columns
 from vlm_fix.method import Method
 from vlm_fix.options import GenerateOptions
 from vlm_fix.processors import Ordered
-from vlm_fix.projections import Heard, heard
+from vlm_fix.projections import Heard
 from vlm_fix.pruning.after import check_model
 from vlm_fix.pruning.cache import ShortLayer
 from vlm_fix.pruning.kinds import CachePruner, LayerPruner, TokenPruner
@@ -35,7 +35,8 @@ from vlm_fix.wing import Host, Wing, names_of
 from .kinds import Searcher
 from .search import Sequences
 
-BRANCH = "draft"
+BRANCH = "main draft"  # what the main branch is drafted with
+CANDIDATES = "_get_candidate_generator"  # of transformers' assisted generation
 
 
 @dataclass
@@ -152,12 +153,14 @@ class DraftWing(Wing):
 
     def install(self) -> Iterable[Any]:
         check_model(self.host, self.method, prompt=False)
-        yield _Own(self.host.model, "_get_candidate_generator", self._candidates)
+        own = vars(self.host.model).get(CANDIDATES)  # the caller's, put on the model
+        yield _Own(self.host.model, CANDIDATES, functools.partial(self._candidates, own))
         for i, layer in enumerate(self.host.language.layers):
             yield layer.register_forward_pre_hook(functools.partial(self._mask, i), with_kwargs=True)
         for i, attn in attention_modules(self.host.language).items():
-            yield Heard(attn)
-            yield attn.register_forward_hook(functools.partial(self._look, i), with_kwargs=True)
+            heard = Heard(attn)
+            yield heard
+            yield attn.register_forward_hook(functools.partial(self._look, i, heard), with_kwargs=True)
 
     def refuse(self, options: GenerateOptions) -> None:
         if options.assisted:
@@ -202,10 +205,10 @@ class DraftWing(Wing):
     def only_in_generate(self) -> Iterator[tuple[Method, str]]:
         yield self.method, "draft"
 
-    def _candidates(self, **given: Any) -> Any:
+    def _candidates(self, own: Callable[..., Any] | None, **given: Any) -> Any:
         model = self.host.model
         if self.call is None or self.host.call is not self.call:
-            return type(model)._get_candidate_generator(model, **given)
+            return own(**given) if own else getattr(type(model), CANDIDATES)(model, **given)
         return Candidates(self, self.call, given["generation_config"], given["logits_processor"])
 
     def ends(self, config: Any) -> torch.Tensor:
@@ -248,15 +251,15 @@ class DraftWing(Wing):
         assert isinstance(view, View)
         return args, {**kwargs, "attention_mask": view.attention_mask(x.device)}
 
-    def _look(self, i: int, attn: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        session, cache = self.host.editing, cache_of(kwargs)
+    def _look(self, i: int, heard: Heard, attn: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        session, cache, queries = self.host.editing, cache_of(kwargs), heard.taken()
         if self.call is None or session is None or session is not self.host.main or session.start or cache is None:
             return
         if max(session.last_visual) < 0:
             return
         x = args[0] if args else kwargs["hidden_states"]
         keys = cache.layers[i].keys
-        seen = Seen(attn, x, kwargs["position_embeddings"], keys, kwargs.get("position_ids"), heard(attn))
+        seen = Seen(attn, x, kwargs["position_embeddings"], keys, kwargs.get("position_ids"), queries)
         visual = (session.types == VISUAL).to(x.device)
         with torch.no_grad():
             session.part(Kept).by_layer[i] = self.method.keeps(seen, session, visual) | ~visual[:, None]

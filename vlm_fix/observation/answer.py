@@ -48,6 +48,6 @@ def _tokenizer(model: Any, given: Any) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(model.name_or_path)
+        return AutoTokenizer.from_pretrained(model.name_or_path, local_files_only=True)
     except Exception:  # whatever is missing there
         raise VlmFixError("an answer as text needs its tokenizer: observe(..., tokenizer=processor).") from None

@@ -13,6 +13,7 @@ from vlm_fix.call import Call
 from vlm_fix.decoding.head import Head
 from vlm_fix.engine import Engine
 from vlm_fix.errors import VlmFixError
+from vlm_fix.families import language_head
 from vlm_fix.families.compat import with_cache
 from vlm_fix.hidden.wing import writers
 from vlm_fix.hooks import hooked
@@ -59,7 +60,8 @@ class _Runs:
         """The token's probability in the row, under some hooks."""
         with self.plain(), hooked(hooks):
             out = self.engine.language(**with_cache(self.kwargs, None)).last_hidden_state
-        return float(self.head.finish(self.engine.model.lm_head(out[:, self.row]))[0].float().softmax(dim=-1)[token])
+        head = language_head(self.engine.model, self.engine.family)
+        return float(self.head.finish(head(out[:, self.row]))[0].float().softmax(dim=-1)[token])
 
 
 @dataclass

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -129,7 +129,7 @@ class Teacher:
 def inspect(
     model: Any,
     inputs: dict[str, Any],
-    answer_ids: torch.Tensor | Sequence[int],
+    answer_ids: Any,
     *,
     top: int = 5,
     saliency: bool = True,
@@ -140,7 +140,7 @@ def inspect(
     seed: int = 0,
     progress: Progress = lambda what, share: None,
 ) -> Inspection:
-    """Look into a model while it says a given answer to one prompt with at least one image.
+    """Look into a model while it says a given answer (as `observe` takes it) to one prompt with at least one image.
 
     Logit lens (nostalgebraist, 2020): the final norm and the language head on each layer's input; `top` tokens are kept.
     saliency (LVLMs-Saliency, arXiv 2601.20279): one backward pass a token, memory of one forward with gradients. rollout
@@ -153,7 +153,7 @@ def inspect(
     given = {k: v for k, v in dict(inputs).items() if isinstance(v, torch.Tensor)}
     seen = observe(model, given, answer_ids)
     given.setdefault("attention_mask", torch.ones_like(given["input_ids"]))
-    answer = torch.as_tensor(answer_ids, dtype=torch.long, device=given["input_ids"].device).flatten()
+    answer = seen.tokens.to(given["input_ids"].device)
     if not len(answer):
         raise VlmFixError("inspect looks at the tokens of an answer, and got none: pass answer_ids.")
     with _engine(model, saliency) as engine:

@@ -46,7 +46,7 @@ def page(
 
 
 def shown(text: str) -> str:
-    """Text for a page; blanks can be seen."""
+    """Text for a page; line ends can be seen."""
     return html.escape(text.replace("\n", "⏎"))
 
 
@@ -62,6 +62,7 @@ def _table(head: Sequence[str], rows: Sequence[str]) -> str:
 
 
 def lens(found: Inspection, vocabulary: Mapping[int, str], answer: list[str]) -> list[str]:
+    """answer: its words as HTML, of `shown`."""
     rows, tokens = [], found.tokens
     for i in range(len(found.lens_tokens) - 1, -1, -1):
         name = "answer" if i == len(found.lens_tokens) - 1 else f"into {i}"
@@ -84,7 +85,7 @@ def lens(found: Inspection, vocabulary: Mapping[int, str], answer: list[str]) ->
         "<h2>What each layer would say</h2><p>The final norm and the language head on the input of each layer (logit lens). "
         "Framed: the token that the model said. Stronger blue: more probable. Hold the pointer over a cell for more tokens.</p>"
     )
-    return [about, _table(["", *answer], rows), f"<p>Said by all later layers too: {shown('; '.join(said))}.</p>"]
+    return [about, _table(["", *answer], rows), f"<p>Said by all later layers too: {'; '.join(said)}.</p>"]
 
 
 def _maps(found: Inspection, answer: list[str], cells: Sequence[torch.Tensor], pictures: Sequence[Any]) -> list[str]:

@@ -20,7 +20,7 @@ from vlm_fix.families.compat import cache_of, is_latent
 from vlm_fix.memory import Memory
 from vlm_fix.method import Method, shaped
 from vlm_fix.packing import left_pack
-from vlm_fix.projections import Heard, heard
+from vlm_fix.projections import Heard
 from vlm_fix.session import PAD, SLACK, VISUAL, Session, View
 from vlm_fix.wing import Host
 
@@ -123,7 +123,7 @@ def install(host: Host, dropper: LayerPruner) -> Iterator[Any]:
         return None if session is None or session.start else (args, deepstack.take(session, kwargs))
 
     def note(i: int, attn: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        session, cache = host.editing, cache_of(kwargs)
+        session, cache, queries = host.editing, cache_of(kwargs), heard[i].taken() if i in heard else None
         if session is None or session.start or max(session.last_visual) < 0:
             return
         view = session.at(i)
@@ -133,7 +133,7 @@ def install(host: Host, dropper: LayerPruner) -> Iterator[Any]:
         keys = cache.layers[i].keys if cache is not None else None
         if i + 1 in stages:
             tables, places = kwargs["position_embeddings"], kwargs.get("position_ids")
-            session.memory(dropper, Entered).seen = Seen(attn, x, tables, keys, places, heard(attn))
+            session.memory(dropper, Entered).seen = Seen(attn, x, tables, keys, places, queries)
 
     noted, deep = {s - 1 for s in stages if s} | {0}, deepstack.depths(host)
     if deep:
@@ -141,9 +141,9 @@ def install(host: Host, dropper: LayerPruner) -> Iterator[Any]:
     for i, layer in enumerate(layers):
         if i >= stages[0] or i <= deep:
             yield layer.register_forward_pre_hook(functools.partial(enter, i), with_kwargs=True)
-    for stage in stages:
-        if stage:  # what the module made is kept: when it is wanted, a sharded model has put its weights away
-            yield Heard(layers[stage - 1].self_attn)
+    # what the module made is kept: when it is wanted, a sharded model has put its weights away
+    heard = {stage - 1: Heard(layers[stage - 1].self_attn) for stage in stages if stage}
+    yield from heard.values()
     for i in noted:
         yield layers[i].self_attn.register_forward_hook(functools.partial(note, i), with_kwargs=True)
 

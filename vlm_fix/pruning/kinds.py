@@ -70,8 +70,7 @@ class TokenPruner(Method, ABC):
 
     def budget(self, tokens: int) -> int:
         """Number of tokens kept out of `tokens`."""
-        keep = 1.0 if self.keep is None else self.keep
-        return max(1, min(tokens, round(keep * tokens) if keep <= 1 else int(keep)))
+        return share_of(1.0 if self.keep is None else self.keep, tokens)
 
 
 @dataclass(frozen=True)

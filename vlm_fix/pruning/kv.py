@@ -18,7 +18,7 @@ from vlm_fix.errors import VlmFixError
 from vlm_fix.families.compat import cache_of
 from vlm_fix.memory import Memory
 from vlm_fix.packing import left_pack
-from vlm_fix.projections import Heard, heard
+from vlm_fix.projections import Heard
 from vlm_fix.session import PAD, VISUAL, Session, View
 from vlm_fix.wing import Host
 
@@ -49,8 +49,8 @@ def install(host: Host, cacher: CachePruner) -> Iterator[Any]:
         assert isinstance(view, View)
         return args, {**kwargs, "attention_mask": view.attention_mask(x.device)}
 
-    def leave(i: int, attn: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        session, cache = host.editing, cache_of(kwargs)
+    def leave(i: int, heard: Heard | None, attn: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        session, cache, query = host.editing, cache_of(kwargs), heard.taken() if heard else None
         if session is None or max(session.last_visual) < 0:
             return
         if session.start and not (cacher.wanders and isinstance(session.at(i), View)):
@@ -61,7 +61,7 @@ def install(host: Host, cacher: CachePruner) -> Iterator[Any]:
         types = session.at(i).types if session.start else session.types
         seen = Seen(attn, x, kwargs["position_embeddings"], layer.keys, kwargs.get("position_ids"))
         valid = types.to(x.device) != PAD
-        cached = Cached(host, i, session, seen, layer.keys, layer.values, valid, heard(attn))
+        cached = Cached(host, i, session, seen, layer.keys, layer.values, valid, query)
         with torch.no_grad():
             if session.start:
                 cacher.after_step(cached, layer)
@@ -80,9 +80,10 @@ def install(host: Host, cacher: CachePruner) -> Iterator[Any]:
     for i in cacher.layers:
         layer = host.language.layers[i]
         yield layer.register_forward_pre_hook(functools.partial(enter, i), with_kwargs=True)
-        yield layer.self_attn.register_forward_hook(functools.partial(leave, i), with_kwargs=True)
-        if cacher.wanders:
-            yield Heard(layer.self_attn)
+        heard = Heard(layer.self_attn) if cacher.wanders else None
+        if heard:
+            yield heard
+        yield layer.self_attn.register_forward_hook(functools.partial(leave, i, heard), with_kwargs=True)
 
 
 def prune(
