@@ -41,8 +41,8 @@ def with_rows(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any
 class ForwardCache:
     """Computed once for the layers of one forward; a model may be spread over several devices."""
 
-    plans: dict[tuple[int, int, torch.device], Any] = field(default_factory=dict)
-    """(stack of edits, K, device) -> attention.plan.Plan, None where no edit acts"""
+    plans: dict[tuple[int, int, torch.device, bool], Any] = field(default_factory=dict)
+    """(stack of edits, K, device, True if somebody reads the weights) -> attention.plan.Plan, None where no edit acts"""
     kinds: dict[tuple[int, torch.device], dict[str, torch.Tensor]] = field(default_factory=dict)
     """(K, device) -> `Session.masks`"""
     positions: dict[tuple[int, int, torch.device], torch.Tensor] = field(default_factory=dict)

@@ -82,8 +82,8 @@ def measure(
                 tick()
         row.first_token = _spread([ours.first / plain.first for plain, ours in pairs])
         row.tokens_per_second = _spread([ours.speed / plain.speed for plain, ours in pairs])
-        plain, ours = (_fastest(timings) for timings in zip(*pairs, strict=True))
-        row.fastest = ours[0] / plain[0], plain[1] / ours[1]
+        (first, step), (own_first, own_step) = (_fastest(timings) for timings in zip(*pairs, strict=True))
+        row.fastest = own_first / first, step / own_step
         row.seconds = statistics.median(ours.first for _, ours in pairs)
         row.speed = statistics.median(ours.speed for _, ours in pairs)
     rows[0].kept, rows[0].kv_mb = _cache(model, inputs, {})

@@ -188,7 +188,8 @@ def _point(model: Any, inputs: dict[str, Any], spec: str, plain_mb: float, token
         plain = timed(model, inputs, tokens)
         with _quietly(model, spec):
             pairs.append((plain, timed(model, inputs, tokens)))
-    first, each = ([[pair[i][j] for pair in pairs] for i in (0, 1)] for j in (0, 1))
+    first = [[pair[i].first for pair in pairs] for i in (0, 1)]
+    each = [[pair[i].speed for pair in pairs] for i in (0, 1)]
     return made | {
         "first_token": [statistics.median(x) for x in first],
         "ms_per_token": [1000 / statistics.median(x) for x in each],

@@ -176,14 +176,15 @@ def of_rows(rows: Sequence[Mapping[str, Any]], folder: Path, source: str, seed: 
                 f"row {place} of {source} has neither objects nor a question with the label yes or no: see {EXAMPLE}."
             )
         question = Question(f"{number}|{text}", file, str(text), label)
-        if known := questions.get(question.question_id):
+        name = str(question.question_id)
+        if known := questions.get(name):
             if known.label != label:
                 raise VlmFixError(
                     f"row {place} of {source} asks {text!r} again with the other answer ({label}): keep one."
                 )
             again += 1
             continue
-        questions[question.question_id] = question
+        questions[name] = question
         asked.append(Sample(f"{file}|{text}", number, file, picture, str(text), {"label": label}))
     paths = {s.image for s in (*asked, *described) if isinstance(s.image, Path)}
     if lost := sorted(str(path) for path in paths if not path.is_file()):

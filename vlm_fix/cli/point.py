@@ -47,12 +47,13 @@ def run(args: argparse.Namespace) -> None:
     picture, at = read_image(args.image), list[float]()
     name = next(n for n in ("box", "point", "scribble", "mask") if getattr(args, n) is not None)
     if name == "mask":
-        if read_image(args.mask, upright=False, mode="L").getextrema()[1] <= 127:
+        bright = read_image(args.mask, upright=False, mode="L").point(lambda value: 255 * (value > 127))
+        if bright.getbbox() is None:
             raise VlmFixError(
                 f"--mask {args.mask} has no bright pixel, so there is no region: make what you mean white."
             )
     else:
-        at = numbers(getattr(args, name), name, picture.size)
+        at = numbers(getattr(args, name), name, (picture.width, picture.height))
     stack = parse(args.method)
     model, processor, _ = load_model(args.model, args.dtype, args.device)
     if name == "mask":
