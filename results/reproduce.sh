@@ -2,7 +2,7 @@
 # Makes every file of this folder again: results/reproduce.sh [FOLDER...], by default all tables of both Picto models and bench.
 #
 # A folder is MODEL-TABLE, with picto-llava or picto-smol, and shift, attention, heads, hidden, decoding, contrast, recent,
-# sampling or pruning.
+# gated, sampling or pruning.
 # picto-llava's tables take about an hour and a half on one core, picto-smol's three hours: an interrupted table goes on when
 # it is asked for again. Give `bench` alone on an idle machine. picto-smol needs `make picto-smol`, and picto-smol-calibration
 # once before heads, attention and decoding, unless the checkpoint has its calibration/ already.
@@ -53,6 +53,8 @@ table() { # MODEL TABLE; picto-smol, twenty times as large, gets fewer scenes, t
       compare "$folder" "$model" $scenes owl,avisc,ritual,crops,attention_buckets,vcd:gate=0.9,m3id:gate=0.9,visual_topk ;;
     recent) # of several kinds; contrast, attention and pruning were measured before they were there
       compare "$folder" "$model" $scenes ascd,shield,pade,farsight,visiontrim:keep=32,visiontrim:keep=8 ;;
+    gated) # those whose controls were mended after contrast and hidden were measured
+      compare "$folder" "$model" $scenes crops,vcd:gate=0.9,m3id:gate=0.9,rudder ;;
     sampling)
       evaluate "$folder" "$model" $few --batch-size $batch $splits --controls --sample --seeds 0,1,2 --method vcd,icd,m3id ;;
     pruning)
@@ -184,7 +186,7 @@ bench() { # ratios in one run, on one thread
     --output results/bench/serve-questions.json # as above
 }
 
-tables=(shift attention heads hidden decoding contrast recent sampling pruning)
+tables=(shift attention heads hidden decoding contrast recent gated sampling pruning)
 if [ $# = 0 ]; then
   set -- "${tables[@]/#/picto-llava-}" picto-smol-calibration "${tables[@]/#/picto-smol-}" bench
 fi
