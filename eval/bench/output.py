@@ -28,7 +28,7 @@ def table(results: dict[str, Any]) -> Table:
         f"({results['visual_tokens']} visual), {results['new_tokens']} new, {results['rounds']} rounds, {results['hardware']}"
     )
     out.caption = escape(
-        "ratios to the unwrapped model in the same round: median [lowest, highest]\n"
+        "median [lowest, highest] of the ratios to the unwrapped model in the same round\n"
         "fastest: of the fastest first token and the fastest tenth of the others, over all rounds"
     )
     out.columns[0].overflow = "fold"

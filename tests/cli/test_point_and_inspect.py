@@ -74,7 +74,7 @@ def test_coordinates_follow_the_processors_crop():
             ["point", "P", "What?", "--box", "0,0,9000,10"],
             "'0,0,9000,10' lies outside the picture, which has 128 x 128",
         ),
-        (["point", "P", "What?", "--point", "nan,2"], "--point 'nan,2' lies outside the picture"),
+        (["point", "P", "What?", "--point", "nan,2"], "--point 'nan,2' is not of the form"),
         (["point", "P", "What?", "--scribble", "1,2,3,-4"], "--scribble '1,2,3,-4' lies outside the picture"),
         (["point", "P", "What?", "--point", ""], "--point '' is not of the form 10,20"),
         (["point", "P", "What?", "--mask", "DARK"], "has no bright pixel"),
