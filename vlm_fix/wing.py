@@ -132,7 +132,7 @@ class Host:
     @contextlib.contextmanager
     def recording(self, recorder: Recorder) -> Iterator[None]:
         """Let `recorder` see the forwards of this thread, for as long as this lasts."""
-        self.need_all_heads(["what reads attention weights"])
+        self.need_all_heads([m.name for m in self.active] or ["what reads attention weights"])
         before, self.recorder = self.recorder, recorder
         try:
             yield
