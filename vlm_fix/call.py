@@ -50,8 +50,9 @@ class Call:
         tokens = torch.tensor(image_token_ids(self.model, self.family), device=ids.device)
         index, kept = left_pack(mask.bool() & ~torch.isin(ids, tokens))
         inputs = {"input_ids": ids.gather(1, index).masked_fill(~kept, 0), "attention_mask": kept.long()}
-        if "token_type_ids" in self.inputs:
-            inputs["token_type_ids"] = self.inputs["token_type_ids"].gather(1, index)
+        for name in ("token_type_ids", "moe_mm_token_type_ids"):  # the latter sends an image's markers to its experts
+            if name in self.inputs:
+                inputs[name] = self.inputs[name].gather(1, index).masked_fill(~kept, 0)
         return inputs
 
     def with_pixels(self, change: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, torch.Tensor]:

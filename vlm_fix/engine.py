@@ -48,6 +48,7 @@ class Engine(Generating):
         if twice := [name for name in names if names.count(name) > 1]:
             raise VlmFixError(f"{twice[0]} is listed twice; give it once, with the parameters you want.")
         self._undo = contextlib.ExitStack()
+        self._ours: dict[str, Any] = {}  # what `_put` has put on the model
 
     def _check_kinds(self) -> None:
         """VlmFixError for a method that no kind of wing looks for: it would change nothing, and nobody would say so."""
@@ -117,13 +118,16 @@ class Engine(Generating):
     def away(self) -> Iterator[None]:
         """The model as it was before `wrap`, for as long as this lasts."""
         with self.lock, copies.removed(self):
-            own = vars(self.model).pop(ATTRIBUTE)
+            mine = vars(self.model)
+            own = mine.pop(ATTRIBUTE)
+            later = {name: mine[name] for name, ours in self._ours.items() if mine.get(name, ours) is not ours}
+            mine.update(self._ours)
             self.remove()
             try:
                 yield
             finally:
                 self.install()
-                vars(self.model)[ATTRIBUTE] = own
+                mine.update(later, **{ATTRIBUTE: own})
 
     def _others_on(self, config: Any) -> list[Engine]:
         """The engines on other models that share this model's config."""
@@ -135,14 +139,20 @@ class Engine(Generating):
             self.model.set_attn_implementation({"text_config": self.attention_before})
 
     def _put(self, name: str, function: Callable[..., Any]) -> Any:
-        """Put a method on the model; `remove` gives it back the caller's own of that name, which is returned, or its class's."""
+        """Put a method on the model; `remove` gives it back the caller's own of that name, which is returned, or its class's.
+
+        What the caller has put in its place since then stays.
+        """
         own = vars(self.model).get(name, MISSING)
+        ours = self._ours[name] = types.MethodType(functools.partial(function, self), self.model)
 
         def put_back() -> None:
+            if vars(self.model).get(name, ours) is not ours:
+                return
             vars(self.model).pop(name, None)
             if own is not MISSING:
                 setattr(self.model, name, own)
 
         self._undo.callback(put_back)
-        setattr(self.model, name, types.MethodType(functools.partial(function, self), self.model))
+        setattr(self.model, name, ours)
         return own

@@ -113,6 +113,8 @@ def generate(engine: Generating, model: Any, *args: Any, **kwargs: Any) -> Any:
     """`generate` of a wrapped model; arguments and output are the model's own."""
     own = engine.own_generate
     function = functools.partial(generate_of(model), model) if own is MISSING else own
+    if not engine.installed:  # the caller's own generate, put on the wrapped model, has kept this one
+        return function(*args, **kwargs)
     options = GenerateOptions.read(model, named(function, args, kwargs))
     options.keep_apart(engine.outside)
     if engine.rests(options):

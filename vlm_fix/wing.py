@@ -132,7 +132,8 @@ class Host:
     @contextlib.contextmanager
     def recording(self, recorder: Recorder) -> Iterator[None]:
         """Let `recorder` see the forwards of this thread, for as long as this lasts."""
-        self.need_all_heads(["what reads attention weights"])
+        asking = [m.name for m in self.active] if self.running.generating else []  # else it is `inspect` or the like
+        self.need_all_heads(asking or ["what reads attention weights"])
         before, self.recorder = self.recorder, recorder
         try:
             yield

@@ -110,7 +110,7 @@ class MemVR(LayerInputEdit, LayerOutputEdit, MLPInputEdit, MLPRawEdit):
 
     def entropy(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
         """[B, r, C] -> [B, r]"""
-        logits = engine_of(rows.session.call.model).early_exit(x)
+        logits = engine_of(rows.session.call.model).early_exit(x).to(x.device)  # the head may be on another one
         p = logits.topk(min(TOP, logits.shape[-1]), dim=-1).values.softmax(dim=-1)
         return torch.special.entr(p).sum(dim=-1) / math.log(TOP)
 
@@ -131,7 +131,10 @@ class MemVR(LayerInputEdit, LayerOutputEdit, MLPInputEdit, MLPRawEdit):
         memory = rows.memory(MemVRMemory)
         z, now = memory.images.to(x.device), memory.now.to(x.device)
         if memory.any is not True:
-            memory.any = True if now.device.type == "cpu" or rows.prefill else now.any() | memory.any
+            before = (
+                memory.any.to(now.device) if isinstance(memory.any, torch.Tensor) else False
+            )  # of a layer on another device
+            memory.any = True if now.device.type == "cpu" or rows.prefill else now.any() | before
         a = memory.x @ z.transpose(1, 2) @ z  # [B, R, C]; columns without an image are 0
         sizes = [y.abs().mean(dim=-1) for y in (x, a)]  # [B, R]
         if self.prompt_rows == "all" and rows.prefill:

@@ -7,14 +7,13 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
-from torch.nn.functional import normalize
 
 from vlm_fix import Arch, Layers, Memory, MLPOutputEdit, RowScope, VlmFixError, param
 from vlm_fix.call import Call
 from vlm_fix.decoding.kinds import LogitEdit
 from vlm_fix.decoding.step import Step
 from vlm_fix.hidden.push import Gate, pushed
-from vlm_fix.hidden.states import last_rows, whole_prompt
+from vlm_fix.hidden.states import last_rows, unit_between, whole_prompt
 from vlm_fix.method import parse_layers
 from vlm_fix.rows import Rows
 from vlm_fix.session import Session
@@ -43,7 +42,8 @@ class VISTA(MLPOutputEdit, LogitEdit):
     of 32 without the final norm, scaled here to the depth. As there, and unlike the paper's text, vectors are added to MLP
     outputs, not to the stream, and on all rows of the prompt: `prompt_rows=last` leaves the others alone.
     Deviations: the official code's PCA of a single pair adds 1 to the first coordinate of layer 0's vector, which is left
-    out; it takes one prompt at a time. SLA acts on the distribution after any contrast and leaves rows without an image.
+    out, and v_l is 0 where the passes differ by no more than rounding; it takes one prompt at a time. SLA acts on the
+    distribution after any contrast and leaves rows without an image.
     """
 
     name: ClassVar[str] = "vista"
@@ -96,7 +96,7 @@ class VISTA(MLPOutputEdit, LogitEdit):
         image, text = (last_rows(engine, x) for x in (whole_prompt(call, self.name), call.without_images()))
         directions = session.memory(self, VISTAMemory).directions
         for layer in self.sees:
-            unit = normalize(image[layer] - text[layer], dim=-1)
+            unit = unit_between(image[layer], text[layer], call.model.dtype)
             directions[layer] = unit.repeat_interleave(times, dim=0)[:, None]
 
     def mlp_output(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:

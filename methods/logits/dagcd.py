@@ -95,8 +95,8 @@ class DAGCD(WeightReader, LogitEdit):
         if (
             memory.chosen is None or not step.index
         ):  # without a cache every step holds the prompt's last row, as its first
-            first = of_row(0).sum(dim=-1)
-            memory.chosen = first.topk(min(self.heads_used, first.shape[1]), dim=-1).indices
+            first = (of_row(0).sum(dim=-1) * 2**16).round()  # a context of the whole prompt has weight 1 in every head
+            memory.chosen = first.argsort(dim=-1, descending=True, stable=True)[:, : self.heads_used]
         weights = of_row(row)
         weights = weights.gather(1, memory.chosen[..., None].expand(-1, -1, weights.shape[2]))
         end = self.end_tokens or step.host.model.generation_config.eos_token_id or ()

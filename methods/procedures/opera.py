@@ -72,7 +72,12 @@ class OPERA(WeightReader, Searcher):
         sequences, logits = run.prefill()
         sequences.need_rollback(self.name)
         answers = []
+        blind = [last < 0 for last in run.host.sessions[sequences.cache].last_visual]
         for i, row in enumerate(logits):
+            if blind[i]:  # as the model answers such a prompt alone
+                at = torch.tensor([i], device=row.device)
+                answers.append(run.greedy(run.prompt[at], sequences.take(at), row[None]))
+                continue
             same = torch.full((self.beams,), i, device=row.device)
             answers.append(self.answer(run, run.prompt[same], sequences.take(same), row.expand(self.beams, -1)))
         scores, tokens = zip(*answers, strict=True)

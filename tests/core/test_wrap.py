@@ -31,6 +31,46 @@ from vlm_fix.session import Session
 from vlm_fix.wing import installed
 
 
+def test_a_generate_that_was_put_on_a_wrapped_model_stays(models, monkeypatch):
+    model, inputs = models["llava"], single("llava", [1], 0)
+    plain, calls = model.generate(**inputs, max_new_tokens=2, do_sample=False), []
+    vlm_fix.wrap(model, "pai:alpha=1")
+    wrapped = model.generate
+
+    def mine(*args, **kwargs):
+        calls.append(1)
+        return wrapped(*args, **kwargs)
+
+    try:
+        model.generate = mine
+        vlm_fix.wrap(model, "vhr", replace=True)
+        model.generate(**inputs, max_new_tokens=2)
+        with vlm_fix.wing.engine_of(model).away():
+            assert model.generate is mine
+        vlm_fix.unwrap(model)
+        assert model.generate is mine and torch.equal(
+            model.generate(**inputs, max_new_tokens=2, do_sample=False), plain
+        )
+        vlm_fix.wrap(model, "vhr")
+        model.generate = later = lambda *a, **k: "later"
+        with vlm_fix.wing.engine_of(model).away():
+            assert model.generate is mine
+        assert model.generate is later and len(calls) == 2
+        vlm_fix.unwrap(model)
+        assert model.generate is later
+    finally:
+        vlm_fix.unwrap(model)
+        vars(model).pop("generate", None)
+
+
+def test_what_reads_all_heads_names_itself_where_tensor_parallelism_shares_them_out(models, monkeypatch):
+    model = models["llava"]
+    with vlm_fix.wrapped(model, "vista"):
+        monkeypatch.setattr(model, "_tp_size", 2)
+        with pytest.raises(vlm_fix.VlmFixError, match="^vista works on all heads of a layer"):
+            model.generate(**single("llava", [1], 0), max_new_tokens=1)
+
+
 @pytest.mark.parametrize(
     "spec, sentence",
     [

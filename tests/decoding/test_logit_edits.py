@@ -9,11 +9,14 @@ import pytest
 import torch
 
 import vlm_fix
-from tests.support.models import IMAGE, IMAGE_END, make_inputs, single
+from tests.support.families import build, prompt
+from tests.support.models import IMAGE, IMAGE_END, make_inputs, single, tiny_llava
 from tests.support.paths import PICTO_LLAVA
 from tests.support.references import base as ref
 from tests.support.references.decoding import Cake, Recorder
 from tests.support.run import STEPS, Streamed, error, greedy
+from vlm_fix.call import Call
+from vlm_fix.decoding.step import fingerprints, images_of_rows
 
 
 def test_reading_the_weights_leaves_the_output_as_it_is(family, model):
@@ -163,6 +166,64 @@ def test_yes_threshold_reads_the_tokenizer(family, model, monkeypatch):
     assert spellings(model, "Yes") == (247,) and spellings(model, "No") == (142,)
     with pytest.raises(vlm_fix.VlmFixError, match="no token for 'Zyzzyva'"):
         spellings(model, "Zyzzyva")
+
+
+@pytest.mark.parametrize("spec", ["vista", "only"])
+def test_an_edit_that_needs_an_image_leaves_the_logits_of_text_prompts_as_they_are(family, model, spec):
+    """As they are, not as log-probabilities: a repetition penalty, which comes after, sees their level."""
+    inputs, how = make_inputs(family, [1, 0, 2]), {"repetition_penalty": 1.5}
+    plain = greedy(model, inputs, 3, **how)
+    with vlm_fix.wrapped(model, spec):
+        ours = greedy(model, inputs, 3, **how)
+    for a, b in zip(plain, ours, strict=True):
+        assert torch.equal(a[1], b[1])
+    assert not torch.equal(plain[2][0], ours[2][0])
+
+
+def test_dagcd_chooses_the_same_heads_of_a_text_prompt_beside_others():
+    """All of it is context, so that every head has its whole weight there: rounding, which padding changes, must not choose."""
+    model = tiny_llava(dtype=torch.float64, seed=17)
+    inputs = make_inputs("llava", [1, 0, 2], seed=71, dtype=torch.float64)
+    alone = single("llava", [1, 0, 2], 1, seed=71, dtype=torch.float64)
+    with vlm_fix.wrapped(model, "dagcd"):
+        assert error(greedy(model, inputs, 4)[2][1], greedy(model, alone, 4)[2][0]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "name, images",
+    [
+        ("idefics2", [1, 4, 0, 1]),
+        ("smolvlm", [1, 2, 1]),
+        ("llava_next", [1, 3, 1]),
+        ("mistral3", [1, 3, 1]),
+    ],
+)
+def test_the_images_of_a_row_are_its_own_without_the_padding_of_their_batch(name, images):
+    """What random draws are seeded with, and a row's images themselves."""
+    model, batch = build(name), prompt(name, images)
+    family = vlm_fix.families.arch_of(model).family
+    together, seeds = images_of_rows(Call(model, family, batch)), fingerprints(Call(model, family, batch))
+    assert [len(found) for found in together] == images
+    for row in (i for i, n in enumerate(images) if n):
+        call = Call(model, family, prompt(name, images, rows=[row]))
+        assert fingerprints(call) == [seeds[row]]
+        assert all(torch.equal(a, b) for a, b in zip(images_of_rows(call)[0], together[row], strict=True))
+
+
+def test_padding_inside_the_images_of_a_batch_seeds_nothing():
+    """Idefics pads an image to the largest of its batch, and LFM2-VL its patches to the most."""
+    model, name = build("idefics2"), "idefics2"
+    family, batch = vlm_fix.families.arch_of(model).family, prompt(name, [1, 1])
+    mask = torch.ones_like(batch["pixel_values"][:, :, 0])
+    mask[:, :, 20:], mask[0, :, :, 16:] = 0, 0
+    wide = {**batch, "pixel_attention_mask": mask}
+    changed = {**wide, "pixel_values": torch.where(mask[:, :, None] == 0, 7.0, batch["pixel_values"])}
+    assert fingerprints(Call(model, family, wide)) == fingerprints(Call(model, family, changed))
+    assert [x.shape[1:] for (x,) in images_of_rows(Call(model, family, wide))] == [(20, 16), (20, 24)]
+    model, batch = build("lfm2_vl"), prompt("lfm2_vl", [1, 2])
+    call = Call(model, vlm_fix.families.arch_of(model).family, batch)
+    masked = torch.where(batch["pixel_attention_mask"][..., None] == 0, 7.0, batch["pixel_values"])
+    assert fingerprints(call) == fingerprints(Call(model, call.family, {**batch, "pixel_values": masked}))
 
 
 def test_dagcd_does_not_ask_for_more_heads_than_there_are(models):

@@ -21,6 +21,8 @@ SPECS = [s for k, s in KINDS.items() if k != "procedure"] + [
     "opera:warmup=1,beams=2,candidates=2",
     "pyramid_drop",
     "sparsevlm",
+    "memvr:threshold=0.5",
+    "memvr:threshold=0.5,prompt_rows=last,layers=0-2",
 ]
 
 

@@ -63,6 +63,16 @@ def test_edits_in_batches_and_alone(name):
         assert torch.equal(greedy(model, batch, 4)[1], plain[1]), "unwrap must restore the model"
 
 
+def test_markers_of_an_image_keep_their_experts_in_a_prompt_without_it():
+    """Ernie sends them to its experts for images, whether or not their keys are taken over from the main prompt."""
+    model, batch = build("ernie4_5_vl_moe"), prompt("ernie4_5_vl_moe", IMAGES)
+    with vlm_fix.wrapped(model, "m3id:decay=0.3,beta=0"):
+        scores = greedy(model, batch, 3)[2]
+        for row in range(3):
+            alone = greedy(model, prompt("ernie4_5_vl_moe", IMAGES, rows=[row]), 3)[2]
+            assert torch.allclose(alone[0], scores[row], atol=2e-4), row
+
+
 @torch.no_grad()
 def test_untouched_rows_are_bit_identical(name):
     model, batch = build(name), prompt(name, IMAGES)

@@ -175,6 +175,21 @@ def test_opera_is_beam_search_without_penalty_and_returns(family, model):
     assert torch.allclose(out.sequences_scores, own.sequences_scores, atol=1e-5)
 
 
+@pytest.mark.parametrize("images", [[1, 0, 2], [0, 1]])
+def test_opera_answers_text_prompts_beside_others_as_the_model_does(family, model, images):
+    inputs = make_inputs(family, images)
+    how = {"max_new_tokens": 5, "do_sample": False}
+    plain = model.generate(**inputs, **how)
+    with vlm_fix.wrapped(model, "opera:beams=2,candidates=2"):
+        out = model.generate(**inputs, **how, return_dict_in_generate=True)
+        for row, count in enumerate(images):
+            own = single(family, images, row)
+            alone = model.generate(**own, **how)[0, own["input_ids"].shape[1] :]
+            assert torch.equal(out.sequences[row, inputs["input_ids"].shape[1] :], alone)
+            assert count or torch.equal(out.sequences[row], plain[row])
+    assert bool((out.sequences_scores < 0).all()) and bool(out.sequences_scores.isfinite().all())
+
+
 WEIGHTS: dict = {}  # layer -> A [1, H, L, L] of the last forward, in the graph
 
 

@@ -60,7 +60,9 @@ class LogitEdits(LogitsProcessor):
             new = shaped(edit.edit(given, step), z, edit, "edit")
             if not edit.gated:
                 self.host.effects.note(edit, new, given)
-            z = log_probs(new, unless=not self.adds)
+            new = log_probs(new, unless=not self.adds)
+            blind = edit.needs_image and min(main.last_visual, default=0) < 0  # rows without an image stay as they are
+            z = torch.where(main.shown(z.device), new, z) if blind else new
         return z.to(scores.dtype)  # type: ignore[return-value]
 
     @torch.no_grad()

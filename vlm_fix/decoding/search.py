@@ -47,6 +47,23 @@ class Search:
         mask = self.call.inputs["attention_mask"].to(self.prompt.device)
         return Sequences(self.host, cache, mask, position), out.logits[:, -1].float()
 
+    def greedy(self, prompt: torch.Tensor, sequence: Sequences, logits: torch.Tensor) -> tuple[float, torch.Tensor]:
+        """(score, tokens [t]) of the model's own greedy answer to one prompt [1, L] whose first token has `logits` [1, V].
+
+        score: the log-probabilities' sum / length ** length_penalty, as in `beam_step`.
+        """
+        ids, score = prompt, 0.0
+        penalty = 1.0 if self.config.length_penalty is None else self.config.length_penalty
+        while True:
+            z = self.processors(ids, logits)
+            new = z.argmax(dim=-1, keepdim=True)
+            score += float(z.log_softmax(dim=-1).gather(1, new))
+            ids = torch.cat([ids, new], dim=1)
+            if bool(self.stopping(ids, None).all()):
+                tokens = ids[0, prompt.shape[1] :]
+                return score / len(tokens) ** penalty, tokens
+            logits = sequence.forward(new)
+
     def beam_step(
         self, prompt: torch.Tensor, tokens: torch.Tensor, scores: torch.Tensor, z: torch.Tensor, done: Any
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[tuple[float, torch.Tensor]]]:

@@ -5,15 +5,19 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from vlm_fix.arch import Family
 from vlm_fix.call import Call
 from vlm_fix.families import image_token_ids, split_pixels
 from vlm_fix.session import Session
 from vlm_fix.wing import Host
 
 from .head import Head
+
+BY_ROW = ("idefics2", "idefics3", "smolvlm")  # their pixels are [rows, images, 3, H, W], blank where a row has fewer
 
 
 @dataclass(frozen=True)
@@ -65,21 +69,49 @@ def checksum(image: torch.Tensor, start: int = 0) -> int:
 
 
 def images_of_rows(call: Call) -> list[list[torch.Tensor]]:
-    """The pixels of each prompt's images, image by image (or tile by tile)."""
-    ids, pixels = call.inputs["input_ids"], call.inputs.get("pixel_values")
+    """The pixels of each prompt's images, image by image (or tile by tile), without what pads them in their batch."""
+    inputs, family = call.inputs, call.family
+    ids, pixels = inputs["input_ids"], inputs.get("pixel_values")
     found: list[list[torch.Tensor]] = [[] for _ in ids]
     if pixels is None or not len(pixels):
         return found
-    if call.family.crosses:  # [rows, images, tiles, 3, H, W], blank where there is none
+    if family.crosses:  # [rows, images, tiles, 3, H, W], blank where there is none
         return [list(row[(row != 0).flatten(-3).any(dim=-1)]) for row in pixels.detach()]
-    images, along = split_pixels(call.inputs, pixels)
-    token = image_token_ids(call.model, call.family)[0]
-    shown = (ids == token) & call.inputs["attention_mask"].bool()
+    if family.name in BY_ROW:
+        mask = inputs.get("pixel_attention_mask")
+        masks = torch.ones_like(pixels[:, :, 0]) if mask is None else mask
+        pairs = [zip(row, masks[i], strict=True) for i, row in enumerate(pixels.detach())]
+        return [[_corner(image, real) for image, real in row if bool((image != 0).any())] for row in pairs]
+    images = [_unpadded(inputs, family, i, x) for i, x in enumerate(split_pixels(inputs, pixels)[0])]
+    shown = (ids == image_token_ids(call.model, family)[0]) & inputs["attention_mask"].bool()
     ends = shown.sum(dim=1).cumsum(dim=0).cpu()  # an image has tokens in proportion to its pixels
-    share, start = float(ends[-1]) / sum(image.shape[along] for image in images), 0
+    share, start = float(ends[-1]) / sum(image.numel() for image in images), 0
     for image in images:
-        row = int(torch.searchsorted(ends, (start + image.shape[along] / 2) * share, right=True))
+        row = int(torch.searchsorted(ends, (start + image.numel() / 2) * share, right=True))
         if row < len(found):
             found[row].append(image)
-        start += image.shape[along]
+        start += image.numel()
     return found
+
+
+def _unpadded(inputs: dict[str, Any], family: Family, i: int, image: torch.Tensor) -> torch.Tensor:
+    """Image i [1, ...] of a batch without the padding that brought it to the size of the batch's largest."""
+    mask, places = inputs.get("pixel_attention_mask", inputs.get("pixel_mask")), inputs.get("image_position_ids")
+    if image.dim() == 5:  # [1, tiles, 3, H, W]
+        return image[(image != 0).flatten(-3).any(dim=-1)]
+    if family.cells == "placed" and places is not None:  # patches with (x, y), -1: padding
+        return image[:, (places[i] >= 0).all(dim=-1)]
+    if family.cells == "sizes" and inputs.get("image_sizes") is not None:
+        h, w = inputs["image_sizes"][i].tolist()
+        return image[..., :h, :w]
+    if mask is None or len(mask) <= i:
+        return image
+    real = mask[i].bool()
+    if real.dim() == 1 and real.shape[0] == image.shape[1]:
+        return image[:, real]
+    return _corner(image, real) if real.shape == image.shape[-2:] else image
+
+
+def _corner(image: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """The upper left part of an image [..., H, W] where `real` [H, W] is not 0."""
+    return image[..., : int(real.any(dim=1).sum()), : int(real.any(dim=0).sum())]

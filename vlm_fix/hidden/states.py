@@ -35,6 +35,18 @@ def last_rows(engine: Any, inputs: dict[str, torch.Tensor], place: str = "layer_
     return kept
 
 
+def unit_between(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """(a - b) / ||a - b|| of states [B, C] of two passes in `dtype`; 0 where they differ by no more than rounding does.
+
+    A layer may show a row nothing of the image (linear attention forgets). What is left is noise, whose direction would be
+    another one beside other prompts. Linear attention adds up in float32, whatever the model's type.
+    """
+    floor = max(1024 * torch.finfo(torch.float32).eps, torch.finfo(dtype).eps / 2)
+    d = a - b
+    real = d.norm(dim=-1, keepdim=True) > floor * torch.maximum(a.norm(dim=-1), b.norm(dim=-1))[:, None]
+    return torch.nn.functional.normalize(d, dim=-1) * real
+
+
 def whole_prompt(call: Call, name: str) -> dict[str, Any]:
     """The prompt with its images, for one more pass; VlmFixError where an earlier turn's images are not in the call."""
     if call.cache is not None:
