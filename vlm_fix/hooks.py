@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from vlm_fix import compiled
 
 
 @contextlib.contextmanager
@@ -18,6 +21,17 @@ def hooked(handles: Sequence[Any]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def mine(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """The hook in this thread alone: a forward of another thread through the same module goes on as if it were not there."""
+    thread = threading.get_ident()
+
+    @compiled.uncompiled
+    def here(*args: Any, **kwargs: Any) -> Any:
+        return hook(*args, **kwargs) if threading.get_ident() == thread else None
+
+    return here
 
 
 def made(args: Any, output: Any) -> Tensor:
