@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlm_fix import compiled
-
 
 @contextlib.contextmanager
 def hooked(handles: Sequence[Any]) -> Iterator[None]:
@@ -27,7 +25,7 @@ def mine(hook: Callable[..., Any]) -> Callable[..., Any]:
     """The hook in this thread alone: a forward of another thread through the same module goes on as if it were not there."""
     thread = threading.get_ident()
 
-    @compiled.uncompiled
+    @torch.compiler.disable(reason="vlm-fix keeps what a hook has seen in Python, outside of graphs.")
     def here(*args: Any, **kwargs: Any) -> Any:
         return hook(*args, **kwargs) if threading.get_ident() == thread else None
 
