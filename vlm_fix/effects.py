@@ -22,7 +22,7 @@ class Effects:
         self.steps = self.steps + 1 if answer else 0
         if not answer or self.steps & (self.steps - 1):
             return
-        for method, moved in self.moved.items():
+        for method, moved in list(self.moved.items()):  # another thread's forward may add one
             if isinstance(moved, torch.Tensor):
                 self.moved[method] = bool(moved)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,17 @@ def hooked(handles: Sequence[Any]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def mine(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """The hook in this thread alone: a forward of another thread through the same module goes on as if it were not there."""
+    thread = threading.get_ident()
+
+    @torch.compiler.disable(reason="vlm-fix keeps what a hook has seen in Python, outside of graphs.")
+    def here(*args: Any, **kwargs: Any) -> Any:
+        return hook(*args, **kwargs) if threading.get_ident() == thread else None
+
+    return here
 
 
 def made(args: Any, output: Any) -> Tensor:

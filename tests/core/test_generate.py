@@ -19,6 +19,8 @@ from tests.support.models import BUILD, PAD, VOCAB, make_inputs, single
 from tests.support.run import Streamed
 from vlm_fix import copies
 from vlm_fix.engine import Engine
+from vlm_fix.families import get_part, vision_blocks
+from vlm_fix.hooks import hooked
 from vlm_fix.wing import Host, Wing, installed
 
 STRONG = "pai:alpha=3,layers=0-"
@@ -224,6 +226,81 @@ def test_bare_forwards_in_threads_do_not_meet(family, model):
             for thread in threads:
                 thread.join()
     assert not wrong and all(torch.equal(a, tokens) for a in again)
+
+
+LOOKING = ["hiprune", "visionzip:keep=4", "vscan:keep=4", "flowcut:keep=4", "downsample_image:keep=0.25"]
+LOOKING += ["paint", "causalmm", "vista", "control_mllm:box=0|0|0.5|0.6,layers=0|1"]
+
+
+@pytest.mark.parametrize("call", ["generate", "forward"])
+@pytest.mark.parametrize("spec", LOOKING)
+@torch.no_grad()
+def test_a_forward_amid_another_threads_own(family, spec, call):
+    """At every place of a call's forwards, its methods' own passes among them, another thread runs a whole forward.
+
+    The weights are float64: some methods compute with them in float32.
+    """
+    model, me, got = BUILD[family](dtype=torch.float64), threading.get_ident(), []
+    inputs = make_inputs(family, [1, 2], dtype=torch.float64)
+    # two passes of control_mllm wait for each other, which a forward without an image does not run
+    images = [0] if spec.startswith("control_mllm") else [2, 0, 2]
+    other = make_inputs(family, images, seed=1, text=9, dtype=torch.float64)
+
+    def outer():
+        return scores(model, inputs) if call == "generate" else model(**inputs, use_cache=False).logits
+
+    def forward():
+        got.append("failed")
+        with torch.no_grad():
+            got[-1] = model(**other, use_cache=False).logits
+
+    def amid(*_):
+        if threading.get_ident() == me:
+            thread = threading.Thread(target=forward)
+            thread.start()
+            thread.join(60)
+
+    with vlm_fix.wrapped(model, spec):
+        expected, alone = outer(), model(**other, use_cache=False).logits
+    with vlm_fix.wrapped(model, spec):
+        engine = installed(model)
+        places = [getattr(b, "self_attn", None) or b.attn for b in vision_blocks(model, engine.family)]
+        places += [getattr(engine.base, "multi_modal_projector", None) or engine.base.visual.merger]
+        places += [get_part(model, engine.family.vision), *engine.language.layers, engine.language.norm, model.lm_head]
+        with hooked([place.register_forward_hook(amid) for place in places]):
+            result = outer()
+    assert torch.equal(result, expected) and len(got) >= len(places)
+    assert all(torch.is_tensor(x) and torch.equal(x, alone) for x in got)
+
+
+@torch.no_grad()
+def test_a_head_is_measured_in_one_thread(family):
+    """In the first call another thread's forward has come from the language head to the model's end, and waits there."""
+    model, inputs, me = BUILD[family](), single(family, [1, 2], 1), threading.get_ident()
+    reached, go = threading.Event(), threading.Event()
+    thread = threading.Thread(target=torch.no_grad()(lambda: model(**single(family, [1, 2], 0, seed=3))))
+
+    def at_end(*_):
+        if threading.get_ident() != me:
+            reached.set()
+            go.wait(60)
+        elif not reached.is_set():
+            thread.start()
+            assert reached.wait(60)
+
+    with vlm_fix.wrapped(model, "dola:layers=0|2"):
+        expected = scores(model, inputs)
+    with vlm_fix.wrapped(model, "dola:layers=0|2"), hooked([model.register_forward_hook(at_end)]):
+        try:
+            assert torch.equal(scores(model, inputs), expected)
+        finally:
+            go.set()
+            thread.join()
+
+
+def scores(model, inputs):
+    more = {"max_new_tokens": 2, "do_sample": False, "output_scores": True, "return_dict_in_generate": True}
+    return torch.stack(model.generate(**inputs, **more).scores)
 
 
 class Telling(BaseStreamer):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,6 +18,8 @@ from vlm_fix.families.compat import with_cache
 from vlm_fix.recorder import Recorder
 from vlm_fix.session import Session
 from vlm_fix.wing import engine_of
+
+_ONE = threading.RLock()  # one thread at a time puts forwards of its own on the layers
 
 
 class _Stop(Exception):
@@ -55,6 +58,14 @@ def attended(
     plain.advance(0, session.types)
     stack, count = engine.language.layers, rows.sum(dim=1, keepdim=True) * len(layers)
 
+    def again(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        mine = engine.recorder is recorder  # another thread's forwards run the layers as ever
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs) if mine else forward(*args, **kwargs)
+
+    def stop(module: Any, args: Any) -> None:
+        if engine.recorder is recorder:
+            raise _Stop
+
     def mean(embeds: torch.Tensor) -> torch.Tensor:
         recorder.total, recorder.open = embeds.new_zeros(()), True
         with contextlib.suppress(_Stop):
@@ -62,9 +73,9 @@ def attended(
         recorder.open = False
         return recorder.total / count.to(recorder.total.device)
 
-    before, engine.session = engine.session, plain
-    with contextlib.ExitStack() as undo:
-        undo.callback(setattr, engine, "session", before)
+    with _ONE, contextlib.ExitStack() as undo:
+        undo.callback(setattr, engine, "session", engine.session)
+        engine.session = plain
         for weight in [p for p in engine.language.parameters() if p.requires_grad]:
             weight.requires_grad_(False)
             undo.callback(weight.requires_grad_, True)
@@ -72,13 +83,9 @@ def attended(
             own = {"forward": layer.forward} if "forward" in vars(layer) else {}  # one that accelerate put there
             undo.callback(vars(layer).update, own)
             undo.callback(vars(layer).pop, "forward")
-            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+            layer.forward = functools.partial(again, layer.forward)
         if max(layers) + 1 < len(stack):
-            undo.callback(stack[max(layers) + 1].register_forward_pre_hook(_stop).remove)
+            undo.callback(stack[max(layers) + 1].register_forward_pre_hook(stop).remove)
         undo.enter_context(engine.recording(recorder))
         undo.enter_context(torch.enable_grad())
         yield mean
-
-
-def _stop(module: Any, args: Any) -> None:
-    raise _Stop

@@ -166,7 +166,8 @@ class ContrastWing(Wing):
             yield self.contrast, f"at every token the model was as sure as gate={self.contrast.gate:g} asks; raise it."
 
     def enter(self, session: Session, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-        return self.running.join(session, args, kwargs) if self.running and session is self.host.main else None
+        running = self.running  # of the thread that generates: `main` is another thread's own
+        return running.join(session, args, kwargs) if running and session is self.host.main else None
 
     def _embeddings(self, module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         session = self.host.editing
@@ -178,7 +179,8 @@ class ContrastWing(Wing):
             whole = not isinstance(kwargs.get("attention_mask"), dict) and not any(
                 v is not None for k, v in kwargs.items() if "visual" in k or "token_type" in k
             )
-            if self.running and session.call is self.running.call and whole:
+            running = self.running
+            if running and session.call is running.call and whole:
                 known = session.part(MainPrompt)
                 known.embeds = [*(known.embeds if session.start else []), x.detach()]
             return None

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vlm_fix.errors import VlmFixError
 from vlm_fix.families import language_head
+from vlm_fix.hooks import mine
 from vlm_fix.wing import Host
 
 
@@ -35,9 +36,9 @@ class Head:
         if self.norm is not None:
             return []
         model, parts = self.host.model, self.host.language.children()
-        own = [m.register_forward_hook(self._output) for m in parts if not isinstance(m, nn.ModuleList)]
-        head = language_head(model, self.host.family)
-        return [*own, head.register_forward_hook(self._through), model.register_forward_hook(self._measure)]
+        watched = [(m, self._output) for m in parts if not isinstance(m, nn.ModuleList)]
+        watched += [(language_head(model, self.host.family), self._through), (model, self._measure)]
+        return [module.register_forward_hook(mine(hook)) for module, hook in watched]
 
     def _output(self, module: Any, args: Any, output: Any) -> None:
         if self.norm is None and isinstance(output, Tensor) and output.dim() == 3:

@@ -15,6 +15,7 @@ import torch
 from transformers import LogitsProcessor
 
 from vlm_fix.call import Call
+from vlm_fix.hooks import mine
 from vlm_fix.method import Method, shaped
 from vlm_fix.options import GenerateOptions
 from vlm_fix.tensors import one_stream
@@ -35,9 +36,9 @@ class LogitEdits(LogitsProcessor):
         ] = {}  # layer -> rows [B', n, C], generated tokens before the first
         layers = host.language.layers
         self.handles = [
-            layers[i - 1].register_forward_hook(functools.partial(self._made, i))
+            layers[i - 1].register_forward_hook(mine(functools.partial(self._made, i)))
             if hasattr(layers[i], "cross_attn")  # left out of prompts without an image
-            else layers[i].register_forward_pre_hook(functools.partial(self._see, i), with_kwargs=True)
+            else layers[i].register_forward_pre_hook(mine(functools.partial(self._see, i)), with_kwargs=True)
             for i in sorted({i for e in edits for i in e.exits})
         ]
         self.handles += head.hooks() if self.handles else []
@@ -69,7 +70,7 @@ class LogitEdits(LogitsProcessor):
     def _see(self, layer: int, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         """Keep the rows that predict new tokens: one, or several while drafted tokens are checked."""
         session = self.host.editing
-        if session is None or session.call is not self.call:  # of a second branch, or of another thread
+        if session is None or session.call is not self.call:  # of a second branch, or of the caller's code
             return
         x = one_stream(args[0] if args else kwargs["hidden_states"], " + ".join(e.name for e in self.edits if e.exits))
         samples = session.types.shape[0]

@@ -9,7 +9,7 @@ import torch
 
 from vlm_fix.call import Call
 from vlm_fix.errors import VlmFixError
-from vlm_fix.hooks import hooked
+from vlm_fix.hooks import hooked, mine
 from vlm_fix.recorder import Recorder
 from vlm_fix.tensors import one_stream
 
@@ -27,7 +27,8 @@ def last_rows(engine: Any, inputs: dict[str, torch.Tensor], place: str = "layer_
         kept[i] = one_stream(x, "a method that compares passes")[:, -1].float()
 
     layers = range(len(engine.language.layers))
-    with hooked([places(engine.language, i)[place].register_forward_hook(functools.partial(keep, i)) for i in layers]):
+    watched = [(places(engine.language, i)[place], mine(functools.partial(keep, i))) for i in layers]
+    with hooked([module.register_forward_hook(hook) for module, hook in watched]):
         engine.run_prompt(inputs, Recorder())
     for i in layers:  # Mllama leaves layers out of a prompt without an image: they add nothing
         if i not in kept:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers.vision_utils import get_vision_window_index
 
+from vlm_fix import compiled
 from vlm_fix.arch import Family
 from vlm_fix.errors import VlmFixError
 from vlm_fix.families import FAMILIES, anyres_index, anyres_side, video_token_id, vision_blocks
@@ -91,14 +94,31 @@ def flow_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, cla
     return torch.stack([relation, semantic, v.mean(dim=1).abs().sum(dim=-1)], dim=-1)
 
 
+@compiled.uncompiled
 def in_float32(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """`module` on `x`, computed in float32 whatever the dtype of its weights; packed ones compute in their own way."""
     packed = [p for p in module.parameters() if not p.is_floating_point()]
     if packed:
         own = next((p.dtype for p in module.parameters() if p.is_floating_point()), x.dtype)
         return module(x.to(own)).float()
-    weights = {name: p.float() for name, p in module.named_parameters()}
-    return torch.func.functional_call(module, weights, (x.float(),))
+    with Float32({id(p) for p in module.parameters()}):
+        return module(x.float())
+
+
+class Float32(TorchFunctionMode):
+    """While it is on, functions see these parameters in float32, in this thread: others may be running the same module."""
+
+    def __init__(self, parameters: set[int]):
+        super().__init__()
+        self.parameters = parameters
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        def seen(x: Any) -> Any:
+            return x.float() if id(x) in self.parameters else x
+
+        return func(*map(seen, args), **{name: seen(x) for name, x in (kwargs or {}).items()})
 
 
 class Clip:
@@ -237,6 +257,13 @@ def unreadable(family: Family, name: str) -> str:
     return f"{name} cannot read the vision tower of {family.name} models; it works with {known}."
 
 
+class Looks(threading.local):
+    """What the layers of the tower have shown in its run in this thread."""
+
+    def __init__(self) -> None:
+        self.seen: dict[int, Seen] = {}
+
+
 def capture(
     engine: Host, tower: nn.Module, layers: tuple[int, ...], into: str = "vision", flows: bool = False
 ) -> Iterator[Any]:
@@ -248,23 +275,23 @@ def capture(
         looking = [m.name for m in engine.active if m.encoder_layers(engine.arch) is not None]
         raise VlmFixError(unreadable(engine.family, looking[0]))
     encoder: Any = {"clip": Clip, "qwen": QwenVL}[engine.family.encoder](engine.model, flows)
-    blocks, seen = vision_blocks(engine.model, engine.family), {}
+    blocks, looks = vision_blocks(engine.model, engine.family), Looks()
 
     def note(layer: int) -> Any:
         def hook(attn: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
             with torch.no_grad():
-                seen[layer] = encoder.attention(attn, args, kwargs)
+                looks.seen[layer] = encoder.attention(attn, args, kwargs)
 
         return hook
 
     def collect(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         session = engine.session  # plain: a method's own pass over the prompt, which sees the images once more
         call = (None if session and session.plain else engine.call) or (session and session.call)
+        seen, looks.seen = looks.seen, {}
         if call is not None:
-            found, known = list(encoder.images(args, kwargs, output, dict(seen))), getattr(call, into)
+            found, known = list(encoder.images(args, kwargs, output, seen)), getattr(call, into)
             video = bool(found) and shows_video(found, known, call.inputs)
             known.extend(dataclasses.replace(image, video=video) for image in found)
-        seen.clear()
 
     for layer in layers:
         if not 0 <= layer < len(blocks):

@@ -6,6 +6,7 @@ the full grid, and the pruning hooks drop the other places: masks, positions and
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -58,8 +59,11 @@ def spread(x: torch.Tensor, index: torch.Tensor, size: int, dim: int) -> torch.T
     return x.new_zeros(shape).index_copy(dim, index.to(x.device), x)
 
 
-class Clip:
-    """Square towers with learned position embeddings: these are interpolated, as transformers does it."""
+class Clip(threading.local):
+    """Square towers with learned position embeddings: these are interpolated, as transformers does it.
+
+    Of both classes each thread has its own state: that of the tower's run in it.
+    """
 
     def __init__(self, model: Any, shrink: Callable[[Grid], Grid]):
         self.model, self.shrink, self.patch = model, shrink, model.config.vision_config.patch_size
@@ -86,7 +90,7 @@ class Clip:
         return [ImageTokens(self.grid, {}, chosen=index, pixels=pixels) for pixels in self.pixels]
 
 
-class QwenVL:
+class QwenVL(threading.local):
     """Packed patches: put together to an image, resized, cut up again."""
 
     def __init__(self, model: Any, shrink: Callable[[Grid], Grid]):
