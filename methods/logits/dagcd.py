@@ -60,7 +60,8 @@ class DAGCD(WeightReader, LogitEdit):
         check_template("dagcd", self.template)
         method = super().resolve(arch)
         assert isinstance(method, DAGCD) and isinstance(method.layers, tuple)
-        if self.heads_used > arch.heads * len(method.layers):
+        fewer = self.heads_used > arch.heads * len(method.layers)
+        if fewer and self.heads_used != type(self)().heads_used:  # the default takes all that a small model has
             raise VlmFixError(
                 f"dagcd: heads_used={self.heads_used} is more than the {arch.heads * len(method.layers)} heads of its layers; "
                 "lower it."

@@ -41,7 +41,8 @@ def test_answers_are_those_of_generate(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options, words", [(["--method", "opera"], "opera cannot be served"), (["--num-beams", "2"], "drop --num-beams")]
+    "options, words",
+    [(["--method", "opera"], "opera cannot be served"), (["--num-beams", "2"], "--num-beams needs beam search")],
 )
 def test_what_vllm_cannot_do_is_said_in_a_sentence(tmp_path, options, words):
     command = [
