@@ -346,7 +346,7 @@ def text_only_outputs(twin, inputs, layers):
     """Per-head outputs of the prompt's last token without its image tokens: {layer: [H, D]}."""
     visual = visual_columns(inputs["input_ids"])
     keep = [i for i in range(inputs["input_ids"].shape[1]) if i not in visual]
-    text = {k: inputs[k][:, keep] for k in ("input_ids", "token_type_ids") if k in inputs}
+    text = {k: inputs[k][:, keep] for k in ("input_ids", "token_type_ids", "moe_mm_token_type_ids") if k in inputs}
     run = Reference([], len(keep), layers)
     teacher_forced(twin, run, text, text["input_ids"][0, :0])
     return {layer: run.outputs[layer][:, -1] for layer in layers}
