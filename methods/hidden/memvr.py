@@ -131,9 +131,8 @@ class MemVR(LayerInputEdit, LayerOutputEdit, MLPInputEdit, MLPRawEdit):
         memory = rows.memory(MemVRMemory)
         z, now = memory.images.to(x.device), memory.now.to(x.device)
         if memory.any is not True:
-            before = (
-                memory.any.to(now.device) if isinstance(memory.any, torch.Tensor) else False
-            )  # of a layer on another device
+            known = memory.any  # of a layer that may be on another device
+            before = known.to(now.device) if isinstance(known, torch.Tensor) else False
             memory.any = True if now.device.type == "cpu" or rows.prefill else now.any() | before
         a = memory.x @ z.transpose(1, 2) @ z  # [B, R, C]; columns without an image are 0
         sizes = [y.abs().mean(dim=-1) for y in (x, a)]  # [B, R]
